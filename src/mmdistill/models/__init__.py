@@ -1,0 +1,1 @@
+"""Networks and their inputs. Nothing here knows a config or a file."""

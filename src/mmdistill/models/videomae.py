@@ -1,0 +1,275 @@
+"""VideoMAE (Tong et al., NeurIPS 2022, arXiv 2203.12602): encoder, decoder, masked autoencoder.
+
+Parameter names are VideoMAE's, so its checkpoints and Hugging Face's fit. Only the visible patches are embedded and
+encoded; blocks are timm's `Block` of BEiT, which has the same names and fused attention.
+
+Shapes: B batch, C channels, T frames, H x W pixels, L tokens (t major, then h, then w), Lv visible tokens, Lp
+predicted tokens, D encoder width, Dd decoder width, P = tubelet * patch * patch * C values of one token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Attention, Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class EncoderGeometry:
+    """Everything that determines an encoder's tensors. Sizes are those of the *input* (heat-maps: 56 x 96, patch 4)."""
+
+    channels: int
+    num_frames: int
+    height: int
+    width: int
+    patch: int
+    tubelet: int
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    learned_positions: bool = False
+
+    def __post_init__(self) -> None:
+        for name, size, unit in (
+            ("num_frames", self.num_frames, self.tubelet),
+            ("height", self.height, self.patch),
+            ("width", self.width, self.patch),
+        ):
+            if unit < 1 or size < unit or size % unit:
+                raise ValueError(f"{name}={size} must be a positive multiple of {unit} (the tubelet or patch size)")
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along time, height and width."""
+        return self.num_frames // self.tubelet, self.height // self.patch, self.width // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """L, the number of tokens of a whole clip."""
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def token_values(self) -> int:
+        """P, the number of input values in one token."""
+        return self.channels * self.tubelet * self.patch * self.patch
+
+
+@dataclass(frozen=True)
+class DecoderGeometry:
+    """Width and depth of the decoder, which is thrown away after pretraining."""
+
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+
+
+def sincos_positions(length: int, dim: int) -> Tensor:
+    """Fixed positions of Vaswani et al. 2017 section 3.5, as in VideoMAE: sine in even, cosine in odd columns. (L, D)
+
+    The token index is one running number over (t, h, w). Computed in float64, returned in float32.
+    """
+    rates = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates  # (L, ceil(D / 2))
+    return torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)[:, :dim].float()
+
+
+def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The tokens `index` of clip `x`, without touching the others. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)"""
+    b, c, frames, height, width = x.shape
+    t, h, w = grid
+    cells = x.view(b, c, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    rows = torch.arange(b, device=x.device)[:, None]
+    return cells[rows, index // (h * w), index // w % h, index % w]
+
+
+def complement(index: Tensor, length: int) -> Tensor:
+    """The token indices that are not in `index`, sorted. (B, N) of distinct values -> (B, length - N)"""
+    free = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
+    free.scatter_(1, index, False)
+    return free.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
+
+
+class _FreeWidthAttention(Attention):
+    """timm's attention where heads * head_dim differs from the width (timm 1.0.31 reshapes to the width and fails)."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        b, n, _ = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias).view(b, n, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(b, n, -1))
+
+
+def _block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
+    block = Block(
+        dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path
+    )
+    if heads * head_dim != dim:
+        block.attn = _FreeWidthAttention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
+    return block
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class _PatchEmbed(nn.Module):
+    """Holds the Conv3d of VideoMAE's tubelet embedding under its name; applied as one linear map to gathered patches."""
+
+    def __init__(self, g: EncoderGeometry) -> None:
+        super().__init__()
+        kernel = (g.tubelet, g.patch, g.patch)
+        self.proj = nn.Conv3d(g.channels, g.dim, kernel, stride=kernel)
+        nn.init.xavier_uniform_(self.proj.weight.data.view(g.dim, -1))  # as the linear map that it is
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(B, N, C, pt, ph, pw) -> (B, N, D)"""
+        return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """The ViT that is pretrained, distilled and evaluated.
+
+    Args:
+        geometry: sizes.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0 (only while training).
+    """
+
+    def __init__(self, geometry: EncoderGeometry, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        g = self.geometry = geometry
+        self.checkpoint_activations = False
+        self.patch_embed = _PatchEmbed(g)
+        if g.learned_positions:
+            self.pos_embed = nn.Parameter(sincos_positions(g.tokens, g.dim)[None])
+        else:
+            self.register_buffer("pos_embed", sincos_positions(g.tokens, g.dim)[None], persistent=False)
+        rates = [drop_path * i / max(g.depth - 1, 1) for i in range(g.depth)]
+        self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim, rate) for rate in rates)
+        self.norm = nn.LayerNorm(g.dim, eps=1e-6)
+        self.blocks.apply(_init_weights)
+
+    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Tokens after the final norm.
+
+        Args:
+            x: (B, C, T, H, W) float, normalised.
+            visible: (B, Lv) int64 indices of the tokens to encode; None encodes all L.
+
+        Returns:
+            (B, Lv, D)
+        """
+        g = self.geometry
+        if x.shape[1:] != (g.channels, g.num_frames, g.height, g.width):
+            expected = (g.channels, g.num_frames, g.height, g.width)
+            raise ValueError(f"encoder expects clips (C, T, H, W) = {expected}, got {tuple(x.shape[1:])}")
+        if visible is None:
+            visible = torch.arange(g.tokens, device=x.device).expand(x.shape[0], -1)
+        tokens = self.patch_embed(gather_patches(x, visible, g.grid))  # (B, Lv, D)
+        tokens = tokens + self.pos_embed[0][visible].to(tokens.dtype)
+        for block in self.blocks:
+            if self.checkpoint_activations and self.training:
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return self.norm(tokens)
+
+    def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The clip feature: fc-norm (LayerNorm without affine weights) of the mean over the encoded tokens. (B, D)
+
+        This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE's fc-norm is a LayerNorm whose affine
+        weights start at 1 and 0 and are learned from labels; there are none here, so it has no parameters.
+        """
+        return F.layer_norm(self.forward(x, visible).mean(dim=1), (self.geometry.dim,), eps=1e-6)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, g: DecoderGeometry, token_values: int, length: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
+        self.norm = nn.LayerNorm(g.dim, eps=1e-6)
+        self.head = nn.Linear(g.dim, token_values)
+        self.register_buffer("pos_embed", sincos_positions(length, g.dim)[None], persistent=False)
+        self.apply(_init_weights)
+
+    def forward(self, tokens: Tensor, last: int) -> Tensor:
+        """Run all tokens, return the predictions of the `last` ones. (B, N, Dd) -> (B, last, P)"""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens[:, -last:]))
+
+
+class VideoMAE(nn.Module):
+    """Masked autoencoder: encode visible tokens, predict the values of removed ones."""
+
+    def __init__(self, encoder: EncoderGeometry, decoder: DecoderGeometry, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.decoder_geometry = decoder
+        self.encoder = Encoder(encoder, drop_path=drop_path)
+        self.encoder_to_decoder = nn.Linear(encoder.dim, decoder.dim, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
+        self.decoder = _Decoder(decoder, encoder.token_values, encoder.tokens)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.encoder_to_decoder.weight)
+
+    def forward(self, x: Tensor, visible: Tensor, predict: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Predict removed tokens.
+
+        Args:
+            x: (B, C, T, H, W) float, normalised.
+            visible: (B, Lv) int64 tokens given to the encoder.
+            predict: (B, Lp) int64 tokens to reconstruct; None: every token that is not visible. A subset is VideoMAE
+                V2's dual masking (arXiv 2303.16727, section 3.2).
+
+        Returns:
+            predictions (B, Lp, P), values in the order (pt, ph, pw, C) of `patch_targets`; and `predict`.
+        """
+        if predict is None:
+            predict = complement(visible, self.encoder.geometry.tokens)
+        pos = self.decoder.pos_embed[0]
+        seen = self.encoder_to_decoder(self.encoder(x, visible))
+        seen = seen + pos[visible].to(seen.dtype)
+        hidden = self.mask_token.to(seen.dtype) + pos[predict].to(seen.dtype)
+        return self.decoder(torch.cat((seen, hidden), dim=1), predict.shape[1]), predict
+
+
+def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, normalise: bool) -> Tensor:
+    """Reconstruction targets of tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P), values in order (pt, ph, pw, C)
+
+    Args:
+        x: the clip; for `normalise` any affine change of a channel's values leaves the result the same (up to eps).
+        index: int64 token indices.
+        grid: tokens along (t, h, w).
+        normalise: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section 3.1);
+            otherwise the values of `x`.
+    """
+    patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)  # (B, N, pt*ph*pw, C)
+    if normalise:
+        std, mean = torch.std_mean(patches, dim=2, keepdim=True)
+        patches = (patches - mean) / (std + 1e-6)
+    return patches.flatten(2)
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over removed tokens, in float32. (B, N, P) twice -> scalar"""
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def trivial_loss(target: Tensor, channels: int) -> Tensor:
+    """Loss of the best constant per channel, chosen in hindsight on this batch. (B, N, P) -> scalar
+
+    A reconstruction loss that does not fall clearly below this number has learned nothing but the mean colour.
+    """
+    values = target.float().unflatten(2, (-1, channels))  # (B, N, pt*ph*pw, C)
+    return values.var(dim=(0, 1, 2), unbiased=False).mean()
