@@ -19,6 +19,7 @@ class ModalitySpec:
             channels.
         target: what masked autoencoding predicts: ``patch`` (per-patch normalised values, VideoMAE section 3.1) or
             ``pixel`` (the normalised input itself).
+        sigma: standard deviation of a joint's Gaussian in heat-map pixels (skeleton only).
     """
 
     name: str
@@ -27,6 +28,7 @@ class ModalitySpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     target: str
+    sigma: float = 0.6
 
     def __post_init__(self) -> None:
         for field in ("mean", "std"):
