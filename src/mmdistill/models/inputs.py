@@ -34,7 +34,9 @@ def prepare(clip: Tensor, view: Tensor, spec: ModalitySpec, size: tuple[int, int
         x = _heatmaps(_view_joints(clip.float(), view, size, spec.scale), size, spec.sigma)
     elif spec.name == "flow":
         x = _view_pixels(clip.float().transpose(1, 2), view, size)
-        zoom = torch.tensor(size[::-1], device=x.device) / view[:, [3, 2]]  # (B, 2): a displacement grows with the picture
+        zoom = (
+            torch.tensor(size[::-1], device=x.device) / view[:, [3, 2]]
+        )  # (B, 2): a displacement grows with the picture
         zoom[:, 0] *= 1 - 2 * view[:, 4]  # and its x turns round with a flip
         x = x * zoom[:, :, None, None, None]
     else:
@@ -52,17 +54,23 @@ def _view_pixels(x: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
     h, w = size
     whole = view[:, :4].round().equal(view[:, :4])
     if whole and bool((view[:, 2] == h).all()) and bool((view[:, 3] == w).all()):
-        cut = [clip[:, :, int(top) : int(top) + h, int(left) : int(left) + w] for clip, (top, left) in zip(x, view[:, :2].tolist(), strict=True)]
+        cut = [
+            clip[:, :, int(top) : int(top) + h, int(left) : int(left) + w]
+            for clip, (top, left) in zip(x, view[:, :2].tolist(), strict=True)
+        ]
         out = [c.flip(3) if flip else c for c, flip in zip(cut, view[:, 4].bool().tolist(), strict=True)]
         return torch.stack(out)
     b, c, t, height, width = x.shape
     ys = view[:, 0, None] + (torch.arange(h, device=x.device) + 0.5) * view[:, 2, None] / h  # (B, h) in px
     xs = view[:, 1, None] + (torch.arange(w, device=x.device) + 0.5) * view[:, 3, None] / w
     xs = torch.where(view[:, 4, None].bool(), xs.flip(1), xs)
-    grid = torch.stack((
-        (xs * 2 / width - 1)[:, None, :].expand(b, h, w),
-        (ys * 2 / height - 1)[:, :, None].expand(b, h, w),
-    ), dim=3)
+    grid = torch.stack(
+        (
+            (xs * 2 / width - 1)[:, None, :].expand(b, h, w),
+            (ys * 2 / height - 1)[:, :, None].expand(b, h, w),
+        ),
+        dim=3,
+    )
     flat = F.grid_sample(x.reshape(b, c * t, height, width).float(), grid, padding_mode="border", align_corners=False)
     return flat.view(b, c, t, h, w)
 
@@ -93,7 +101,9 @@ def _heatmaps(joints: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     rows, columns = profiles
     rows = rows * joints[..., 2, None].clamp(min=0)
     heat = None
-    for m in range(joints.shape[2]):  # one person at a time: M is 1 or 2, and the product over all M would be M times the output
+    for m in range(
+        joints.shape[2]
+    ):  # one person at a time: M is 1 or 2, and the product over all M would be M times the output
         one = rows[:, :, m, :, :, None] * columns[:, :, m, :, None, :]  # (B, T, 17, h, w)
         heat = one if heat is None else torch.maximum(heat, one)
     if heat is None:

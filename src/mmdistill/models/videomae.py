@@ -109,9 +109,7 @@ class _FreeWidthAttention(Attention):
 
 
 def _block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
-    block = Block(
-        dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path
-    )
+    block = Block(dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path)
     if heads * head_dim != dim:
         block.attn = _FreeWidthAttention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
     return block

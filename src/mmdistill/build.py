@@ -1,0 +1,133 @@
+"""From a validated config to objects: geometries, datasets, loaders. Used by both trainings and the evaluation."""
+
+import hashlib
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
+from mmdistill.data.annotations import load_f3set
+from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.index import ClipIndex, build_index
+from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.modality import ModalitySpec
+from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry
+
+
+def encoder_geometry(model: ModelConfig, data: DataModuleConfig, spec: ModalitySpec) -> EncoderGeometry:
+    """Sizes of the encoder of one modality; all modalities share the token grid."""
+    return EncoderGeometry(
+        channels=spec.channels,
+        num_frames=data.num_frames,
+        height=data.crop_size[0] // spec.scale,
+        width=data.crop_size[1] // spec.scale,
+        patch=data.patch_size // spec.scale,
+        tubelet=data.tubelet,
+        dim=model.dim,
+        depth=model.depth,
+        heads=model.heads,
+        head_dim=model.head_dim or model.dim // model.heads,
+        mlp_dim=int(model.dim * model.mlp_ratio),
+        learned_positions=model.learned_positions,
+    )
+
+
+def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
+    """Sizes of the pretraining decoder."""
+    width, heads = model.decoder_dim, model.decoder_heads
+    return DecoderGeometry(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
+
+
+def data_path(data: DataModuleConfig, key: str) -> Path:
+    """A file or folder of the dataset; relative ones lie under `target_data_dir`. Raises where it does not exist."""
+    path = Path(data.target_data_dir).expanduser() / Path(getattr(data, key)).expanduser()
+    if not path.exists():
+        raise ConfigError(
+            f"data_module.{key}: {path} does not exist; set data_module.target_data_dir or data_module.{key}"
+        )
+    return path
+
+
+def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
+    """Training clips (labels unused) or labelled evaluation clips."""
+    path = data_path(data, "unlabel_json_path" if training else "fewshot_eval_json_path")
+    return build_index(
+        load_f3set(path),
+        clips=data.train_clips if training else data.eval_clips,
+        num_frames=data.num_frames,
+        sampling_rate=data.sampling_rate,
+        stride=data.window_stride,
+        anchor=data.clip_anchor,
+        label_fields=data.label_fields,
+        label=data.label,
+    )
+
+
+def _readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
+    size = (data.frame_size[0], data.frame_size[1])
+    makers = {
+        "rgb": lambda: RgbReader(data_path(data, "frames_dir"), frame_size=size),
+        "flow": lambda: FlowReader(data_path(data, "flow_dir"), frame_size=size),
+        "skeleton": lambda: SkeletonReader(
+            data_path(data, "skeleton_dir"), frame_size=size, max_persons=data.max_persons
+        ),
+    }
+    return {m: makers[m]() for m in modalities}
+
+
+def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
+    """The dataset of one phase. Evaluation clips are whole: centre crop, no mask, never replaced in silence."""
+    specs = modality_specs(data)
+    for modality in modalities:
+        if modality not in specs:
+            raise ConfigError(f"data_module.modalities has no entry {modality}; it has {', '.join(specs)}")
+    index = clip_index(data, training=training)
+    if not index.clips:
+        raise ConfigError(f"no {'training' if training else 'evaluation'} clip: {index.report}")
+    height, width = data.crop_size
+    return ClipDataset(
+        index,
+        _readers(data, modalities),
+        grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
+        crop=(height, width),
+        frame_size=(data.frame_size[0], data.frame_size[1]),
+        mask_kind=data.mask_type,
+        mask_ratio=data.mask_ratio if training else 0.0,
+        seed=seed,
+        augment=training,
+        min_scale=data.min_scale,
+        flip=data.flip,
+        missing=data.missing,
+    )
+
+
+def clip_loader(
+    dataset: Dataset, *, num_workers: int, pin: bool, batch_sampler: Sampler | None = None, batch_size: int = 1
+) -> DataLoader:
+    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        batch_size=1 if batch_sampler is not None else batch_size,
+        num_workers=num_workers,
+        worker_init_fn=worker_init,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers > 0 else None,
+        pin_memory=pin,
+    )
+
+
+def make_demo_data(data: DataModuleConfig) -> None:
+    """Render the demo dataset where the config asks for it and it is not there yet."""
+    if data.name == "demo":
+        from mmdistill.data.demo import make_demo
+
+        make_demo(Path(data.target_data_dir), frame_size=(data.frame_size[0], data.frame_size[1]))
+
+
+def data_digest(data: DataModuleConfig, *, training: bool) -> str:
+    """sha256 over the annotation file and everything that decides which pixels a clip is made of."""
+    path = data_path(data, "unlabel_json_path" if training else "fewshot_eval_json_path")
+    digest = hashlib.sha256(path.read_bytes())
+    digest.update(repr(data).encode())
+    return digest.hexdigest()

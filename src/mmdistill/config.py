@@ -1,0 +1,425 @@
+"""The typed schema of every configuration, and the command line's edge.
+
+The only module that knows OmegaConf and Hydra's override grammar. The entrypoints compose a config, turn it into the
+frozen dataclasses below with `parse`, and pass those on. Nothing here imports torch, so a wrong key is reported at once.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdistill.modality import MODALITIES, MODALITY_SPECS, ModalitySpec
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the encoder and decoder (`model=tiny|small|base|large`)."""
+
+    name: str = MISSING
+    dim: int = MISSING  # encoder width
+    depth: int = MISSING  # encoder blocks
+    heads: int = MISSING  # attention heads
+    head_dim: int | None = None  # width of one head; null: dim / heads
+    mlp_ratio: float = 4.0  # hidden width of the MLPs over their width
+    learned_positions: bool = False  # false: fixed sin-cos
+    drop_path: float = 0.0  # stochastic depth rate of the last block
+    decoder_dim: int = MISSING
+    decoder_depth: int = MISSING
+    decoder_heads: int = MISSING
+
+
+@dataclass(frozen=True)
+class ModalityConfig:
+    """How one modality of a dataset becomes model input."""
+
+    scale: int = MISSING  # stored-frame px per input px and axis
+    mean: list[float] = MISSING  # per channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value serves all
+    std: list[float] = MISSING  # same units
+    target: str = MISSING  # what pretraining predicts: patch (per-patch normalised) | pixel
+    sigma: float = 0.6  # Gaussian of a joint, heat-map px
+
+
+@dataclass(frozen=True)
+class DataModuleConfig:
+    """Where clips come from, how they are cut and masked, and the few-shot protocol."""
+
+    name: str = MISSING  # "demo" is made on first use
+    target_data_dir: str = MISSING  # root folder; the folders below may be relative to it
+    frames_dir: str = MISSING  # {video}/{frame:06d}.jpg
+    flow_dir: str = MISSING  # {video}/pair_{frame:05d}.npy
+    skeleton_dir: str = MISSING  # {video}.pkl
+    unlabel_json_path: str = MISSING  # rallies to train on, labels unused
+    fewshot_eval_json_path: str = MISSING  # labelled rallies to evaluate on
+    frame_size: list[int] = MISSING  # stored frames, [height, width] px
+    crop_size: list[int] = MISSING  # what the model sees, [height, width] px
+    patch_size: int = 16  # px of the stored frame per token and axis
+    tubelet: int = 2  # frames per token
+    num_frames: int = 16  # frames per clip
+    sampling_rate: int = 1  # a clip takes every n-th frame
+    train_clips: str = "windows"  # windows | events | first
+    eval_clips: str = "events"  # events | first | windows
+    window_stride: int | None = None  # frames between windows; null: the clip's span
+    clip_anchor: str = "center"  # where in the clip its event lies: start | center
+    label: str = "event"  # event: the F3Set label | video: the rally's video
+    label_fields: list[str] | None = (
+        None  # subset of player court type side technique direction approach outcome; null: all
+    )
+    max_persons: int = 2  # persons kept per frame
+    missing: str = "error"  # unreadable frame, flow or skeleton: error | repeat | skip
+    flip: float = 0.0  # probability of a horizontal flip, training only
+    min_scale: float = 1.0  # smallest random crop, as a fraction of crop_size, training only
+    mask_type: str = "tube"  # tube | random
+    mask_ratio: float = 0.75  # fraction of tokens removed in training
+    n_masks: int = 0  # evaluation: masked views per clip; 0: the whole clip
+    eval_mask_ratio: float = 0.75  # evaluation: fraction removed in each masked view
+    views: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
+    n_way: int = 5  # classes per episode
+    k_shot: int = 1  # support clips per class
+    q_sample: int = 15  # query clips per class
+    episodes: int = 600
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Optimisation, the same keys in both phases."""
+
+    epochs: int = MISSING
+    lr: float = MISSING  # base learning rate per 256 clips; the rate used is lr * global batch / 256
+    min_lr: float = 0.0  # end of the cosine, per 256 clips
+    warmup_lr: float = 0.0  # start of the warm-up, per 256 clips
+    warmup_epochs: float = 5.0
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip_grad: float | None = None  # global gradient norm; null: no clipping
+    accumulate: int = 1  # batches per optimiser step
+    save_ckpt_freq: int = 5  # epochs between checkpoints; the last epoch is always saved
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class DistillTrainerConfig(TrainerConfig):
+    """Optimisation of the distillation, and its teachers."""
+
+    ckpt_path: Any = None  # pretrained teachers: a list in the order rgb, flow, skeleton, or a mapping by modality
+    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """Keys of both entrypoints."""
+
+    seed: int = 0
+    batch_size: int = MISSING  # clips per process and step
+    num_workers: int = 1  # loader processes; 0 reads in the training process
+    accelerator: str = "auto"  # auto | cpu | gpu
+    precision: str = "auto"  # auto: bf16 on a GPU that has it, else 32 | 32 | bf16 | 16
+    resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew
+    data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What is handed to DeepSpeed."""
+
+    zero_stage: int = 0  # 0 | 1 | 2 | 3
+    offload: bool = False  # keep optimiser state (stage 1-3) in host memory
+
+
+@dataclass(frozen=True)
+class PretrainConfig(CommonConfig):
+    """`pretrain_main.py`."""
+
+    modality: str = MISSING  # rgb | flow | skeleton
+    pretrain: str | None = None  # VideoMAE weights to start from
+    decoder_mask_ratio: float = 0.0  # fraction of removed tokens that are not reconstructed (VideoMAE V2 uses 0.5)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass(frozen=True)
+class DistillConfig(CommonConfig):
+    """`lit_main_mmdistill.py`."""
+
+    train: bool = True
+    test: bool = True
+    ckpt_path: str | None = None  # what test=True evaluates when train=False
+    devices: Any = 1  # processes (Lightning's meaning)
+    strategy: str = "auto"  # auto | ddp
+    run_name: str = "mmdistill"  # name of the run's folder
+    network: str = "student_rgb"  # part that is evaluated
+    head: str = "logistic"  # few-shot classifier: logistic | centroid
+    trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)
+
+
+def register_schemas() -> None:
+    """Make the schemas available to the `defaults` lists of configs/."""
+    store = ConfigStore.instance()
+    store.store(name="pretrain_schema", node=PretrainConfig)
+    store.store(name="distill_schema", node=DistillConfig)
+
+
+T = TypeVar("T", PretrainConfig, DistillConfig)
+
+
+def parse(cfg: DictConfig, schema: type[T]) -> T:
+    """The validated, frozen config. Raises `ConfigError` naming the key."""
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key or 'config'}: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, schema):
+        raise ConfigError(f"the config's defaults list must start with the schema of {schema.__name__}")
+    _validate(config)
+    return config
+
+
+def _choice(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{key}={value} must be at least {least}")
+
+
+def _fraction(key: str, value: float, *, below_one: bool = False) -> None:
+    if not 0 <= value <= 1 or (below_one and value == 1):
+        raise ConfigError(f"{key}={value} must lie in [0, 1{')' if below_one else ']'}")
+
+
+def _validate(config: PretrainConfig | DistillConfig) -> None:
+    _choice("accelerator", config.accelerator, ("auto", "cpu", "gpu"))
+    _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
+    _at_least("batch_size", config.batch_size, 1)
+    _at_least("num_workers", config.num_workers, 0)
+    _validate_data(config.data_module)
+    trainer = config.trainer
+    for key in ("epochs", "accumulate", "save_ckpt_freq"):
+        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
+    for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
+        _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    if len(trainer.betas) != 2:
+        raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers")
+    if isinstance(config, PretrainConfig):
+        _choice("modality", config.modality, MODALITIES)
+        _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
+        _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
+        model = config.model
+        if model.head_dim is None and model.dim % model.heads:
+            raise ConfigError(
+                f"model.dim={model.dim} is not divisible by model.heads={model.heads}; set model.head_dim"
+            )
+        if model.decoder_dim % model.decoder_heads:
+            raise ConfigError(
+                f"model.decoder_dim={model.decoder_dim} is not divisible by model.decoder_heads={model.decoder_heads}"
+            )
+    else:
+        _validate_distill(config)
+
+
+def _validate_distill(config: DistillConfig) -> None:
+    _choice("strategy", config.strategy, ("auto", "ddp"))
+    _choice("head", config.head, ("logistic", "centroid"))
+    for teacher in config.trainer.teachers:
+        _choice("trainer.teachers", teacher, MODALITIES)
+    if "rgb" not in config.trainer.teachers:
+        raise ConfigError("trainer.teachers must hold rgb: the student starts as a copy of the RGB teacher")
+    if config.train:
+        teacher_paths(config.trainer)
+    elif config.test and config.ckpt_path is None:
+        raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
+
+
+def _validate_data(data: DataModuleConfig) -> None:
+    key = "data_module."
+    _choice(key + "train_clips", data.train_clips, ("windows", "events", "first"))
+    _choice(key + "eval_clips", data.eval_clips, ("events", "first", "windows"))
+    _choice(key + "clip_anchor", data.clip_anchor, ("start", "center"))
+    _choice(key + "missing", data.missing, ("error", "repeat", "skip"))
+    _choice(key + "mask_type", data.mask_type, ("tube", "random"))
+    _choice(key + "views", data.views, ("shared", "per_clip"))
+    _choice(key + "label", data.label, ("event", "video"))
+    _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
+    _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
+    _fraction(key + "flip", data.flip)
+    for name in ("num_frames", "sampling_rate", "max_persons", "k_shot", "q_sample", "tubelet", "patch_size"):
+        _at_least(key + name, getattr(data, name), 1)
+    _at_least(key + "n_way", data.n_way, 2)
+    _at_least(key + "episodes", data.episodes, 2)  # one episode has no standard error
+    _at_least(key + "n_masks", data.n_masks, 0)
+    for name in ("frame_size", "crop_size"):
+        if len(getattr(data, name)) != 2:
+            raise ConfigError(f"{key}{name}={getattr(data, name)} must be [height, width] in px")
+    for axis, (frame, crop) in enumerate(zip(data.frame_size, data.crop_size, strict=True)):
+        if crop > frame:
+            raise ConfigError(f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}")
+        if crop % data.patch_size:
+            raise ConfigError(f"{key}crop_size[{axis}]={crop} is not a multiple of patch_size={data.patch_size}")
+    if data.num_frames % data.tubelet:
+        raise ConfigError(f"{key}num_frames={data.num_frames} is not a multiple of tubelet={data.tubelet}")
+    for name in data.modalities:
+        _choice(key + "modalities", name, MODALITIES)
+
+
+def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
+    """The dataset's modalities with its statistics. Raises `ConfigError` where a modality's values do not fit."""
+    specs = {}
+    for name, m in data.modalities.items():
+        if data.patch_size % m.scale or any(size % m.scale for size in data.crop_size):
+            raise ConfigError(f"data_module.modalities.{name}.scale={m.scale} must divide patch_size and crop_size")
+        channels = MODALITY_SPECS[name].channels
+        try:
+            specs[name] = ModalitySpec(name, channels, m.scale, tuple(m.mean), tuple(m.std), m.target, m.sigma)
+        except ValueError as error:
+            raise ConfigError(f"data_module.modalities.{error}") from error
+    return specs
+
+
+def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
+    """`trainer.ckpt_path` by modality: a list is in the order of `MODALITIES` (or of `trainer.teachers`)."""
+    given = trainer.ckpt_path
+    wanted = [m for m in MODALITIES if m in trainer.teachers]
+    how = (
+        f"trainer.ckpt_path must name a checkpoint for each of {', '.join(wanted)}: a list in this order, or a mapping"
+    )
+    if isinstance(given, dict):
+        unknown = set(given) - set(MODALITIES)
+        if unknown or any(m not in given for m in wanted):
+            raise ConfigError(f"{how}; got the keys {', '.join(map(str, given))}")
+        return {m: str(given[m]) for m in wanted}
+    if isinstance(given, list | tuple) and len(given) in (len(wanted), len(MODALITIES)):
+        names = wanted if len(given) == len(wanted) else list(MODALITIES)
+        paths = dict(zip(names, map(str, given), strict=True))
+        return {m: paths[m] for m in wanted}
+    raise ConfigError(f"{how}; got {given!r}. `python scripts/find_checkpoints.py output` prints one to paste")
+
+
+def to_plain(config: object) -> dict[str, Any]:
+    """A config as builtin containers, to store in a checkpoint."""
+    return {f.name: _plain(getattr(config, f.name)) for f in fields(cast(Any, config))}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_plain(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+_OVERRIDE = re.compile(r"^(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)$", re.DOTALL)
+
+
+def quote_overrides(argv: Sequence[str]) -> list[str]:
+    """Quote values that Hydra's grammar would refuse, and drop the launcher's ``--local_rank``.
+
+    Hydra reads ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` as a syntax error because of the second ``=``. Such values, also
+    as elements of a list, mapping or comma sweep, are put in single quotes. What is quoted already stays as it is.
+    """
+    out = []
+    for argument in argv:
+        if re.match(r"^--local[_-]rank(=|$)", argument):
+            continue
+        match = _OVERRIDE.match(argument)
+        if match and "=" in match[3]:
+            argument = f"{match[1]}{match[2]}={_quote_value(match[3])}"
+        out.append(argument)
+    return out
+
+
+def _quote_value(value: str) -> str:
+    value = value.strip()
+    if value[:1] in "'\"":
+        return value
+    parts = _split_top(value)
+    if len(parts) > 1:
+        return ",".join(_quote_value(part) for part in parts)
+    for opening, closing in ("[]", "{}"):
+        if value.startswith(opening) and value.endswith(closing):
+            return opening + ",".join(_quote_element(part, opening) for part in _split_top(value[1:-1])) + closing
+    if "=" not in value:
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _quote_element(part: str, opening: str) -> str:
+    if opening == "{" and ":" in part:
+        key, _, rest = part.partition(":")
+        return f"{key.strip()}:{_quote_value(rest)}"
+    return _quote_value(part)
+
+
+def _split_top(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes."""
+    parts, depth, quote, start = [], 0, "", 0
+    for i, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "[{(":
+            depth += 1
+        elif char in "]})":
+            depth -= 1
+        elif char == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema."""
+    keys = []
+    for f in fields(schema):
+        keys.append(prefix + f.name)
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            keys += known_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def explain(error: Exception, schema: type[Any]) -> str:
+    """One sentence for a Hydra or OmegaConf error, with the nearest known keys."""
+    text = str(error.__cause__ or error)
+    match = re.search(r"Key '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    detail = next((line for line in text.splitlines() if line.strip()), "")
+    message = first if detail in first else f"{first} ({detail})"
+    if match:
+        word = match[1]
+        leaves = known_keys(schema)
+        near = [
+            k
+            for k in leaves
+            if k.rsplit(".", 1)[-1] in difflib.get_close_matches(word, {k.rsplit(".", 1)[-1] for k in leaves}, n=3)
+        ]
+        if near:
+            message += f". Near matches: {', '.join(near[:3])}"
+    return message
+
+
+def die(error: Exception, schema: type[Any]) -> None:
+    """Print one clear line and end with status 2."""
+    print(f"mmdistill: error: {explain(error, schema)}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,24 @@
+"""The cross-modal transfer head of MM-CDFSL (Hatano et al., ECCV 2024, arXiv 2405.19917, section 3.3)."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+class CrossModalTransfer(nn.Module):
+    """One two-layer MLP per teacher, from the student's feature to that teacher's.
+
+    Args:
+        dim: width of the student's feature.
+        teacher_dims: width of each teacher's feature, by modality. Widths may differ.
+    """
+
+    def __init__(self, dim: int, teacher_dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.modalities = tuple(teacher_dims)
+        for modality, width in teacher_dims.items():
+            self.add_module(f"mlp_to_{modality}", nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width)))
+
+    def forward(self, feature: Tensor) -> dict[str, Tensor]:
+        """(B, D) -> for each modality (B, D of that teacher)"""
+        return {m: self.get_submodule(f"mlp_to_{m}")(feature) for m in self.modalities}

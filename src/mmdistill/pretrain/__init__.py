@@ -1,0 +1,5 @@
+"""Masked autoencoding of one modality on the DeepSpeed engine."""
+
+from mmdistill.pretrain.loop import pretrain
+
+__all__ = ["pretrain"]
