@@ -1,14 +1,15 @@
 """The typed schema of every configuration, and the command line's edge.
 
 The only module that knows OmegaConf and Hydra's override grammar. The entrypoints compose a config, turn it into the
-frozen dataclasses below with `parse`, and pass those on. Nothing here imports torch, so a wrong key is reported at once.
+dataclasses below with `parse`, which also makes them read-only, and pass those on. Nothing here imports torch, so a
+wrong key is reported at once.
 """
 
 import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
@@ -22,8 +23,27 @@ class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key and what to do."""
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+class _Sealable:
+    """A config is writable while Hydra composes it (a frozen dataclass would refuse that) and read-only once parsed."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_sealed" in self.__dict__:
+            raise FrozenInstanceError(f"{type(self).__name__}.{name}: a parsed config is never written to")
+        object.__setattr__(self, name, value)
+
+
+def _seal(config: object) -> None:
+    if isinstance(config, _Sealable):
+        for f in fields(cast(Any, config)):
+            _seal(getattr(config, f.name))
+        config.__dict__["_sealed"] = True
+    elif isinstance(config, dict):
+        for value in config.values():
+            _seal(value)
+
+
+@dataclass
+class ModelConfig(_Sealable):
     """Sizes of the encoder and decoder (`model=tiny|small|base|large`)."""
 
     name: str = MISSING
@@ -39,8 +59,8 @@ class ModelConfig:
     decoder_heads: int = MISSING
 
 
-@dataclass(frozen=True)
-class ModalityConfig:
+@dataclass
+class ModalityConfig(_Sealable):
     """How one modality of a dataset becomes model input."""
 
     scale: int = MISSING  # stored-frame px per input px and axis
@@ -50,8 +70,8 @@ class ModalityConfig:
     sigma: float = 0.6  # Gaussian of a joint, heat-map px
 
 
-@dataclass(frozen=True)
-class DataModuleConfig:
+@dataclass
+class DataModuleConfig(_Sealable):
     """Where clips come from, how they are cut and masked, and the few-shot protocol."""
 
     name: str = MISSING  # "demo" is made on first use
@@ -91,8 +111,8 @@ class DataModuleConfig:
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TrainerConfig:
+@dataclass
+class TrainerConfig(_Sealable):
     """Optimisation, the same keys in both phases."""
 
     epochs: int = MISSING
@@ -108,7 +128,7 @@ class TrainerConfig:
     activation_checkpointing: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistillTrainerConfig(TrainerConfig):
     """Optimisation of the distillation, and its teachers."""
 
@@ -116,8 +136,8 @@ class DistillTrainerConfig(TrainerConfig):
     teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
 
 
-@dataclass(frozen=True)
-class CommonConfig:
+@dataclass
+class CommonConfig(_Sealable):
     """Keys of both entrypoints."""
 
     seed: int = 0
@@ -129,15 +149,15 @@ class CommonConfig:
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
-@dataclass(frozen=True)
-class DeepSpeedConfig:
+@dataclass
+class DeepSpeedConfig(_Sealable):
     """What is handed to DeepSpeed."""
 
     zero_stage: int = 0  # 0 | 1 | 2 | 3
     offload: bool = False  # keep optimiser state (stage 1-3) in host memory
 
 
-@dataclass(frozen=True)
+@dataclass
 class PretrainConfig(CommonConfig):
     """`pretrain_main.py`."""
 
@@ -149,7 +169,7 @@ class PretrainConfig(CommonConfig):
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistillConfig(CommonConfig):
     """`lit_main_mmdistill.py`."""
 
@@ -184,6 +204,7 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     if not isinstance(config, schema):
         raise ConfigError(f"the config's defaults list must start with the schema of {schema.__name__}")
     _validate(config)
+    _seal(config)
     return config
 
 

@@ -36,7 +36,9 @@ class ModalitySpec:
             if len(values) == 1:
                 object.__setattr__(self, field, tuple(values) * self.channels)
             elif len(values) != self.channels:
-                raise ValueError(f"{self.name}: {field} has {len(values)} values, {self.channels} channels need as many (or 1)")
+                raise ValueError(
+                    f"{self.name}: {field} has {len(values)} values, {self.channels} channels need as many (or 1)"
+                )
         if min(self.std) <= 0:
             raise ValueError(f"{self.name}: std must be positive, got {self.std}")
         if self.target not in ("patch", "pixel"):
