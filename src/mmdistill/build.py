@@ -38,9 +38,9 @@ def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
     return DecoderGeometry(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
 
 
-def data_path(data: DataModuleConfig, key: str) -> Path:
-    """A file or folder of the dataset; relative ones lie under `target_data_dir`. Raises where it does not exist."""
-    path = Path(data.target_data_dir).expanduser() / Path(getattr(data, key)).expanduser()
+def data_path(data: DataModuleConfig, value: str, key: str) -> Path:
+    """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if it does not exist."""
+    path = Path(data.target_data_dir).expanduser() / Path(value).expanduser()
     if not path.exists():
         raise ConfigError(
             f"data_module.{key}: {path} does not exist; set data_module.target_data_dir or data_module.{key}"
@@ -48,11 +48,17 @@ def data_path(data: DataModuleConfig, key: str) -> Path:
     return path
 
 
+def annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
+    """The annotation file of one phase."""
+    if training:
+        return data_path(data, data.unlabel_json_path, "unlabel_json_path")
+    return data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
+
+
 def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     """Training clips (labels unused) or labelled evaluation clips."""
-    path = data_path(data, "unlabel_json_path" if training else "fewshot_eval_json_path")
     return build_index(
-        load_f3set(path),
+        load_f3set(annotation_path(data, training=training)),
         clips=data.train_clips if training else data.eval_clips,
         num_frames=data.num_frames,
         sampling_rate=data.sampling_rate,
@@ -66,10 +72,10 @@ def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
 def _readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
     size = (data.frame_size[0], data.frame_size[1])
     makers = {
-        "rgb": lambda: RgbReader(data_path(data, "frames_dir"), frame_size=size),
-        "flow": lambda: FlowReader(data_path(data, "flow_dir"), frame_size=size),
+        "rgb": lambda: RgbReader(data_path(data, data.frames_dir, "frames_dir"), frame_size=size),
+        "flow": lambda: FlowReader(data_path(data, data.flow_dir, "flow_dir"), frame_size=size),
         "skeleton": lambda: SkeletonReader(
-            data_path(data, "skeleton_dir"), frame_size=size, max_persons=data.max_persons
+            data_path(data, data.skeleton_dir, "skeleton_dir"), frame_size=size, max_persons=data.max_persons
         ),
     }
     return {m: makers[m]() for m in modalities}
@@ -127,7 +133,6 @@ def make_demo_data(data: DataModuleConfig) -> None:
 
 def data_digest(data: DataModuleConfig, *, training: bool) -> str:
     """sha256 over the annotation file and everything that decides which pixels a clip is made of."""
-    path = data_path(data, "unlabel_json_path" if training else "fewshot_eval_json_path")
-    digest = hashlib.sha256(path.read_bytes())
+    digest = hashlib.sha256(annotation_path(data, training=training).read_bytes())
     digest.update(repr(data).encode())
     return digest.hexdigest()

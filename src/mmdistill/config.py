@@ -104,8 +104,8 @@ class DataModuleConfig(_Sealable):
     n_masks: int = 0  # evaluation: masked views per clip; 0: the whole clip
     eval_mask_ratio: float = 0.75  # evaluation: fraction removed in each masked view
     views: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
-    n_way: int = 5  # classes per episode
-    k_shot: int = 1  # support clips per class
+    n_way: Any = 5  # classes per episode; a list evaluates each
+    k_shot: Any = 1  # support clips per class; a list evaluates each
     q_sample: int = 15  # query clips per class
     episodes: int = 600
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
@@ -179,8 +179,10 @@ class DistillConfig(CommonConfig):
     devices: Any = 1  # processes (Lightning's meaning)
     strategy: str = "auto"  # auto | ddp
     run_name: str = "mmdistill"  # name of the run's folder
-    network: str = "student_rgb"  # part that is evaluated
-    head: str = "logistic"  # few-shot classifier: logistic | centroid
+    network: str = "student_rgb"  # part of the checkpoint that is evaluated
+    # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
+    compare: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
+    head: str = "logistic"  # few-shot classifier, see mmdistill.fewshot.heads
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)
 
 
@@ -257,7 +259,6 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
 
 def _validate_distill(config: DistillConfig) -> None:
     _choice("strategy", config.strategy, ("auto", "ddp"))
-    _choice("head", config.head, ("logistic", "centroid"))
     for teacher in config.trainer.teachers:
         _choice("trainer.teachers", teacher, MODALITIES)
     if "rgb" not in config.trainer.teachers:
@@ -280,9 +281,11 @@ def _validate_data(data: DataModuleConfig) -> None:
     _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
     _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
     _fraction(key + "flip", data.flip)
-    for name in ("num_frames", "sampling_rate", "max_persons", "k_shot", "q_sample", "tubelet", "patch_size"):
+    for name in ("num_frames", "sampling_rate", "max_persons", "q_sample", "tubelet", "patch_size"):
         _at_least(key + name, getattr(data, name), 1)
-    _at_least(key + "n_way", data.n_way, 2)
+    for name, least in (("n_way", 2), ("k_shot", 1)):
+        for value in as_ints(key + name, getattr(data, name)):
+            _at_least(key + name, value, least)
     _at_least(key + "episodes", data.episodes, 2)  # one episode has no standard error
     _at_least(key + "n_masks", data.n_masks, 0)
     for name in ("frame_size", "crop_size"):
@@ -311,6 +314,14 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
         except ValueError as error:
             raise ConfigError(f"data_module.modalities.{error}") from error
     return specs
+
+
+def as_ints(key: str, value: Any) -> list[int]:
+    """A whole number or a list of them, as a list."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise ConfigError(f"{key}={value} must be a whole number or a list of whole numbers")
+    return list(values)
 
 
 def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
@@ -422,11 +433,18 @@ def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
 
 def explain(error: Exception, schema: type[Any]) -> str:
     """One sentence for a Hydra or OmegaConf error, with the nearest known keys."""
-    text = str(error.__cause__ or error)
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    text = "\n".join(str(e) for e in chain)
     match = re.search(r"Key '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    detail = next((line for line in text.splitlines() if line.strip()), "")
-    message = first if detail in first else f"{first} ({detail})"
+    firsts = [next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain]
+    message = firsts[0]
+    for detail in firsts[1:]:
+        if detail not in message:
+            message += f" ({detail})"
+    if "Missing mandatory value" in text:
+        message += ". Give it on the command line, for example modality=rgb"
     if match:
         word = match[1]
         leaves = known_keys(schema)
