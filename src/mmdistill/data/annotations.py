@@ -1,0 +1,210 @@
+"""Annotation files: which rallies there are and what happens in them.
+
+A reader turns one file into rallies, everything else is shared. `load_f3set` reads the JSON of F3Set (ICLR 2025,
+arXiv 2504.08222): a list of rallies, each with `video`, `num_frames`, `fps` and `events` (`frame`, `label`), the label
+being eight fields joined by ``_``. Frames count from 0.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
+SHOWN_PROBLEMS = 8
+
+
+class AnnotationError(ValueError):
+    """An annotation file that cannot be used as it is; the message names rally, event and field."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens at `frame` (counted from 0)."""
+
+    frame: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Rally:
+    """One video of `num_frames` frames. `video` names its files in every modality."""
+
+    video: str
+    num_frames: int
+    fps: float
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with an annotation file. `event` is its position in the rally; None: the rally itself."""
+
+    rally: str
+    event: int | None
+    message: str
+
+    def __str__(self) -> str:
+        where = self.rally if self.event is None else f"{self.rally}, event {self.event}"
+        return f"{where}: {self.message}"
+
+
+def load_f3set(path: Path | str) -> list[Rally]:
+    """The rallies of an F3Set JSON, in its order.
+
+    Raises:
+        AnnotationError: for a missing key, a label without eight fields, an event that is a duplicate, out of order or
+            out of range, a video that occurs twice: all of them are named, the first few in full.
+    """
+    rallies, problems = read_f3set(path)
+    if problems:
+        shown = "\n  ".join(str(p) for p in problems[:SHOWN_PROBLEMS])
+        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        raise AnnotationError(
+            f"{path}: {len(problems)} problems:\n  {shown}{more}\n"
+            "`python scripts/check_data.py ANNOTATIONS --write-clean FILE` writes a copy without them"
+        )
+    if not rallies:
+        raise AnnotationError(f"{path}: it holds no rally")
+    return rallies
+
+
+def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
+    """The usable rallies of an F3Set JSON with their usable events in order, and everything that was wrong.
+
+    Raises `AnnotationError` where the file is no JSON list at all.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}")
+    rallies: list[Rally] = []
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for number, entry in enumerate(entries):
+        name = entry.get("video") if isinstance(entry, dict) else None
+        name = name if isinstance(name, str) and name else f"rally {number}"
+        found = _rally_problems(name, entry, seen)
+        problems += found
+        if found:
+            continue
+        seen.add(name)
+        events, wrong = _events(name, entry["events"], entry["num_frames"])
+        problems += wrong
+        rallies.append(Rally(name, entry["num_frames"], float(entry["fps"]), events))
+    return rallies, problems
+
+
+def read_json(path: Path | str) -> Any:
+    """The content of a JSON file. Raises `AnnotationError` naming the file and the place."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AnnotationError(f"{path}: not JSON ({error})") from error
+
+
+def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
+    if not isinstance(entry, dict):
+        return [Problem(name, None, f"expected a JSON object, got {type(entry).__name__}")]
+    missing = [key for key in ("video", "num_frames", "fps", "events") if key not in entry]
+    if missing:
+        return [Problem(name, None, f"the key {key!r} is missing") for key in missing]
+    found = []
+    if not isinstance(entry["video"], str) or not safe_name(entry["video"]):
+        found.append(Problem(name, None, f"video={entry['video']!r} is not a file name"))
+    if not _whole(entry["num_frames"]) or entry["num_frames"] < 1:
+        found.append(Problem(name, None, f"num_frames={entry['num_frames']!r} is not a count of frames"))
+    fps = entry["fps"]
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
+        found.append(Problem(name, None, f"fps={fps!r} is not a frame rate"))
+    if not isinstance(entry["events"], list):
+        found.append(Problem(name, None, "events is not a list"))
+    if name in seen:
+        found.append(Problem(name, None, "this video occurs twice"))
+    return found
+
+
+def _events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[Problem]]:
+    """The usable events sorted by frame, and what was wrong with the others."""
+    events: list[Event] = []
+    problems: list[Problem] = []
+    last = -1
+    for number, entry in enumerate(entries):
+        message = _event_problem(entry, num_frames)
+        if not message:
+            frame, label = entry["frame"], entry["label"]
+            if Event(frame, label) in events:
+                message = f"a duplicate of frame {frame}, {label}"
+            else:
+                if frame < last:  # usable, but the file is not what it should be
+                    problems.append(Problem(rally, number, f"frame {frame} comes after frame {last}: out of order"))
+                events.append(Event(frame, label))
+                last = max(last, frame)
+        if message:
+            problems.append(Problem(rally, number, message))
+    return tuple(sorted(events, key=lambda e: e.frame)), problems
+
+
+def _event_problem(entry: Any, num_frames: int) -> str:
+    if not isinstance(entry, dict):
+        return f"expected a JSON object, got {type(entry).__name__}"
+    for key in ("frame", "label"):
+        if key not in entry:
+            return f"the key {key!r} is missing"
+    frame, label = entry["frame"], entry["label"]
+    if not _whole(frame):
+        return f"frame={frame!r} is not a whole number"
+    if not 0 <= frame < num_frames:
+        return f"frame={frame} is out of range, the rally has frames 0 to {num_frames - 1}"
+    if not isinstance(label, str):
+        return f"label={label!r} is not text"
+    count = len(label.split("_"))
+    if count != len(F3SET_FIELDS):
+        return f"label={label!r} has {count} fields, not {len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
+    return ""
+
+
+def safe_name(video: str) -> bool:
+    """Whether a video's name stays inside the data folder when it becomes part of a path (sub-folders are fine)."""
+    parts = video.replace("\\", "/").split("/")
+    return all(parts) and ".." not in parts and "\0" not in video
+
+
+def select_fields(label: str, fields: Sequence[str] | None) -> str:
+    """A label at a chosen granularity: the named F3Set fields, in F3Set's order, joined by ``_``. None keeps all.
+
+    Raises `ValueError` for an unknown field or a label without eight fields.
+    """
+    if fields is None:
+        return label
+    unknown = [f for f in fields if f not in F3SET_FIELDS]
+    if unknown or not fields:
+        raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(F3SET_FIELDS)}")
+    parts = label.split("_")
+    if len(parts) != len(F3SET_FIELDS):
+        raise ValueError(f"label {label!r} has {len(parts)} fields, label_fields needs {len(F3SET_FIELDS)}")
+    return "_".join(part for part, name in zip(parts, F3SET_FIELDS, strict=True) if name in fields)
+
+
+def match_of(video: str) -> str:
+    """The match of an F3Set rally: its video's name without the first and last frame number."""
+    parts = video.rsplit("_", 2)
+    return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else video
+
+
+def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
+    """Rallies as F3Set JSON entries (the keys that this package reads)."""
+    return [
+        {
+            "video": r.video,
+            "num_frames": r.num_frames,
+            "fps": r.fps,
+            "events": [{"frame": e.frame, "label": e.label} for e in r.events],
+        }
+        for r in rallies
+    ]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

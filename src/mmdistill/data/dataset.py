@@ -1,0 +1,194 @@
+"""Clips as samples: raw arrays, the tokens that are visible, and one view that all modalities share."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mmdistill.data.index import Clip, ClipIndex
+from mmdistill.data.masks import visible_tokens
+from mmdistill.data.readers import FrameError, Reader
+from mmdistill.data.sampler import stream
+
+MISSING_POLICIES = ("error", "repeat", "skip")
+REPLACEMENTS = 8  # other clips tried in place of one that cannot be read
+
+
+class ClipDataset(Dataset[dict[str, Any]]):
+    """``ds[(epoch, i)]`` is clip i as it looks in that epoch; ``ds[i]`` means epoch 0.
+
+    A sample depends on (seed, epoch, clip id) and the files alone, never on what was read before or by which worker.
+
+    What cannot be read is a policy:
+
+    - ``error``: raise, naming the file.
+    - ``repeat``: an unreadable frame shows the nearest readable one of its clip. Clips without any are left out.
+    - ``skip``: clips that lack a file are left out of `index` from the start.
+
+    What is found unreadable only later (a truncated JPEG, say) is replaced by another, seeded clip in training, and
+    raises in evaluation, where each clip counts. `missing_report` says what was done.
+
+    Args:
+        index: the clips. ``self.index`` is without those left out.
+        readers: by modality; each becomes a key of the sample.
+        grid: tokens (t, h, w).
+        crop: (height, width) of the view, in px of the stored frame.
+        frame_size: (height, width) of the stored frames.
+        mask_kind, mask_ratio: see `visible_tokens`.
+        augment: training: draw view and flip. Otherwise the centre crop.
+        min_scale: smallest view, as a fraction of `crop`.
+        flip: probability of a horizontal flip.
+        budget: largest share of clips that may be replaced before that is an error.
+
+    Raises:
+        ValueError: naming the argument; `FrameError` from ``ds[...]`` for files.
+    """
+
+    def __init__(
+        self,
+        index: ClipIndex,
+        readers: Mapping[str, Reader],
+        *,
+        grid: tuple[int, int, int],
+        crop: tuple[int, int],
+        frame_size: tuple[int, int],
+        mask_kind: str = "tube",
+        mask_ratio: float = 0.0,
+        seed: int = 0,
+        augment: bool = False,
+        min_scale: float = 1.0,
+        flip: float = 0.0,
+        missing: str = "error",
+        budget: float = 0.05,
+    ) -> None:
+        if missing not in MISSING_POLICIES:
+            raise ValueError(f"missing={missing!r} is not one of {', '.join(MISSING_POLICIES)}")
+        if crop[0] > frame_size[0] or crop[1] > frame_size[1]:
+            raise ValueError(f"crop {crop} is larger than the stored frame {frame_size}")
+        if not 0 < min_scale <= 1:
+            raise ValueError(f"min_scale={min_scale} must lie in (0, 1]")
+        visible_tokens(grid, ratio=mask_ratio, kind=mask_kind, rng=np.random.default_rng(0))  # refuse a bad mask now
+        self.readers = dict(readers)
+        self.grid, self.crop, self.frame_size = grid, crop, frame_size
+        self.mask_kind, self.mask_ratio = mask_kind, mask_ratio
+        self.seed, self.augment, self.min_scale, self.flip = seed, augment, min_scale, flip
+        self.missing, self.budget = missing, budget
+        self._left_out: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
+        self.index = index if missing == "error" else self._present(index)
+        # Workers write here what they did, one cell per clip and modality; the last column: clip replaced. Writing a
+        # cell again gives the same value, so no lock is needed, and the main process sees it.
+        self._done = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.index.clips)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"clip {i} of {len(self)}")
+        i %= len(self)
+        try:
+            return self._sample(epoch, i)
+        except FrameError as error:
+            if self.missing == "error" or not self.augment:
+                raise FrameError(f"clip {self.index.clips[i].id}: {error}") from error
+            return self._replacement(epoch, i, error)
+
+    def view(self, epoch: int, clip: Clip) -> np.ndarray:
+        """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a flip."""
+        (rows, columns), (height, width) = self.frame_size, self.crop
+        if not self.augment:
+            return np.array([(rows - height) // 2, (columns - width) // 2, height, width, 0], np.float32)
+        rng = stream(self.seed, epoch, clip.id, "view")
+        scale = rng.uniform(self.min_scale, 1.0)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        return np.array([top, left, height, width, rng.random() < self.flip], np.float32)
+
+    def missing_report(self) -> dict[str, Any]:
+        """What the policy did so far, counted per modality and rally, all workers together.
+
+        ``clips_left_out`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
+        each clip counts once, however often it was read.
+        """
+        repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
+        replaced: Counter[str] = Counter()
+        for i in self._done.any(dim=1).nonzero().flatten().tolist():
+            video = self.index.clips[i].video
+            *frames, whole = self._done[i].tolist()
+            for name, count in zip(self.readers, frames, strict=True):
+                if count:
+                    repeated[name][video] += count
+            if whole:
+                replaced[video] += 1
+        return {
+            "policy": self.missing,
+            "clips": len(self),
+            "clips_left_out": {name: dict(c) for name, c in self._left_out.items() if c},
+            "frames_repeated": {name: dict(c) for name, c in repeated.items() if c},
+            "clips_replaced": dict(replaced),
+        }
+
+    def _sample(self, epoch: int, i: int) -> dict[str, Any]:
+        clip = self.index.clips[i]
+        sample: dict[str, Any] = {}
+        for column, (name, reader) in enumerate(self.readers.items()):
+            if self.missing == "repeat":
+                sample[name], repeated = reader.read_repeating(clip.video, clip.frames)
+                if repeated:
+                    self._done[i, column] = len(repeated)
+            else:
+                sample[name] = reader.read(clip.video, clip.frames)
+        rng = stream(self.seed, epoch, clip.id, "mask")
+        sample["visible"] = visible_tokens(self.grid, ratio=self.mask_ratio, kind=self.mask_kind, rng=rng)
+        sample["view"] = self.view(epoch, clip)
+        sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
+        return sample
+
+    def _replacement(self, epoch: int, i: int, error: FrameError) -> dict[str, Any]:
+        """Another clip in place of one that cannot be read."""
+        self._done[i, -1] = 1
+        allowed = max(1, math.ceil(self.budget * len(self)))
+        if int(self._done[:, -1].sum()) <= allowed:
+            rng = stream(self.seed, epoch, self.index.clips[i].id, "replacement")
+            for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
+                try:
+                    return self._sample(epoch, other)
+                except FrameError:
+                    self._done[other, -1] = 1
+        raise FrameError(
+            f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}. "
+            "Run scripts/check_data.py"
+        ) from error
+
+    def _present(self, index: ClipIndex) -> ClipIndex:
+        """Without the clips that the policy leaves out."""
+        wanted: dict[str, set[int]] = {}
+        for clip in index.clips:
+            wanted.setdefault(clip.video, set()).update(clip.frames)
+        absent = {
+            (name, video): set(reader.absent(video, sorted(frames)))
+            for name, reader in self.readers.items()
+            for video, frames in wanted.items()
+        }
+        kept = []
+        for clip in index.clips:
+            limit = len(clip.frames) if self.missing == "repeat" else 1
+            lacking = [n for n in self.readers if len(absent[n, clip.video].intersection(clip.frames)) >= limit]
+            for name in lacking:
+                self._left_out[name][clip.video] += 1
+            if not lacking:
+                kept.append(clip)
+        report = {**index.report, "left_out_as_missing": len(index.clips) - len(kept)}
+        return ClipIndex(tuple(kept), index.classes, report)
+
+
+def worker_init(_worker: int) -> None:
+    """One thread per loader worker: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)

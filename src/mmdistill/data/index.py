@@ -1,0 +1,131 @@
+"""From rallies to clips: which frames make a clip, and which label it has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmdistill.data.annotations import Rally, select_fields
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sample.
+
+    Attributes:
+        id: unique in its index; seeds everything random about the clip.
+        video: names the files of every modality.
+        frames: frame numbers, counted from 0.
+        label: position in `ClipIndex.classes`, -1 without a label.
+        group: clips of one group come from one recording; few-shot episodes can keep them apart.
+    """
+
+    id: str
+    video: str
+    frames: tuple[int, ...]
+    label: int
+    group: str
+
+
+@dataclass(frozen=True)
+class ClipIndex:
+    """Clips, their class names, and a report of how they came about (plain containers, for the run's report)."""
+
+    clips: tuple[Clip, ...]
+    classes: tuple[str, ...]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    id: str
+    start: int
+    label: str | None
+
+
+def build_index(
+    rallies: Sequence[Rally],
+    *,
+    clips: str,
+    num_frames: int,
+    sampling_rate: int = 1,
+    stride: int | None = None,
+    anchor: str = "center",
+    label_fields: Sequence[str] | None = None,
+    label: str = "event",
+) -> ClipIndex:
+    """All clips of `rallies`.
+
+    A clip is `num_frames` frames, `sampling_rate` apart, and lies within frames 0 to ``rally.num_frames - 2``: flow
+    pair k leads from k to k + 1, so the last frame has none. A window that would leave the video is shifted, never
+    padded. A video shorter than a clip gives none and is listed in ``report["too_short"]``.
+
+    Args:
+        clips: ``events`` (a clip per event), ``first`` (only each rally's first event), ``windows`` (every `stride`
+            frames, label -1 unless ``label="video"``).
+        stride: frames between the starts of windows; None: the clip's span, so that windows do not overlap.
+        anchor: the event lies in the middle of its clip (``center``: position ``num_frames // 2``) or at its ``start``.
+        label_fields: F3Set fields that make the label; None: all.
+        label: ``event``, or ``video``: the video's name is the class of each of its clips.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value, allowed in (
+        ("clips", clips, ("events", "windows", "first")),
+        ("anchor", anchor, ("center", "start")),
+        ("label", label, ("event", "video")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+    for name, number in (("num_frames", num_frames), ("sampling_rate", sampling_rate), ("stride", stride or 1)):
+        if number < 1:
+            raise ValueError(f"{name}={number} must be at least 1")
+    span = (num_frames - 1) * sampling_rate + 1
+    before = num_frames // 2 * sampling_rate if anchor == "center" else 0
+    drafts: list[tuple[Rally, _Draft]] = []
+    too_short, without_events, shifted = [], [], 0
+    for rally in rallies:
+        last_start = rally.num_frames - 1 - span
+        if last_start < 0:
+            too_short.append(rally.video)
+            continue
+        if clips == "windows":
+            found = [_Draft(f"{rally.video}:{s:06d}", s, None) for s in range(0, last_start + 1, stride or span)]
+        else:
+            found = _event_clips(rally, first_only=clips == "first", before=before)
+            if not found:
+                without_events.append(rally.video)
+        for draft in found:
+            start = min(max(draft.start, 0), last_start)
+            shifted += start != draft.start
+            name = draft.label and select_fields(draft.label, label_fields)
+            drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else name)))
+    classes = sorted({d.label for _, d in drafts if d.label is not None})
+    number = {name: i for i, name in enumerate(classes)}
+    made = tuple(
+        Clip(
+            draft.id,
+            rally.video,
+            tuple(range(draft.start, draft.start + span, sampling_rate)),
+            -1 if draft.label is None else number[draft.label],
+            rally.video,
+        )
+        for rally, draft in drafts
+    )
+    ids = {c.id for c in made}
+    if len(ids) != len(made):
+        raise ValueError("two clips have the same id; videos must be named once")
+    report = {
+        "clips": len(made),
+        "rallies": len(rallies),
+        "classes": len(classes),
+        "shifted_into_the_video": shifted,
+        "too_short": too_short,
+        "without_events": without_events,
+    }
+    return ClipIndex(made, tuple(classes), report)
+
+
+def _event_clips(rally: Rally, *, first_only: bool, before: int) -> list[_Draft]:
+    events = rally.events[:1] if first_only else rally.events
+    return [_Draft(f"{rally.video}#{n}@{e.frame}", e.frame - before, e.label) for n, e in enumerate(events)]

@@ -1,0 +1,36 @@
+"""Which tokens a clip shows. The same number for every clip, so that batches stay rectangular.
+
+0 means keep and 1 means remove wherever a boolean mask appears; what is handed on here are the indices that are kept.
+"""
+
+import numpy as np
+
+
+def visible_tokens(grid: tuple[int, int, int], *, ratio: float, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """Sorted indices of the visible tokens of a (t, h, w) grid, t major, then h, then w.
+
+    `tube` removes ``round(ratio * h * w)`` places for all times (VideoMAE, arXiv 2203.12602, section 3.2); `random`
+    removes ``round(ratio * t * h * w)`` tokens. Halves round to even, as Python's `round` does.
+
+    Returns:
+        int64 [L_vis].
+
+    Raises:
+        ValueError: for another `kind`, a ratio outside [0, 1), or one that leaves nothing visible.
+    """
+    t, h, w = grid
+    if not 0 <= ratio < 1:
+        raise ValueError(f"mask ratio {ratio} must lie in [0, 1)")
+    if kind == "tube":
+        kept = _kept(h * w, ratio, rng)
+        return (np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept).reshape(-1)
+    if kind == "random":
+        return _kept(t * h * w, ratio, rng)
+    raise ValueError(f"mask kind {kind!r} is not one of tube, random")
+
+
+def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    removed = round(ratio * count)
+    if removed == count:
+        raise ValueError(f"mask ratio {ratio} leaves none of {count} tokens visible")
+    return np.sort(rng.permutation(count)[removed:]).astype(np.int64)
