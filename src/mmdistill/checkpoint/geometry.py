@@ -1,0 +1,139 @@
+"""Architecture of an encoder, from its metadata or from the shapes of its tensors."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, sincos_positions
+
+# Heads of VideoMAE's and VideoMAE V2's models by width; head_dim = width // heads.
+_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+_FREE_WIDTH_HEADS = (12, 16, 6, 3, 8)  # tried in order where heads * head_dim is not the width
+_FRAMES, _SIDE = 16, 14  # VideoMAE's clip length and 224 / 16, assumed where nothing in the file tells
+
+
+def geometry_from_meta(fields: Mapping[str, Any]) -> EncoderGeometry:
+    """The geometry that a checkpoint's metadata holds. Raises `CheckpointError` for unknown or missing fields."""
+    known = {f.name for f in dataclasses.fields(EncoderGeometry)}
+    try:
+        return EncoderGeometry(**{k: v for k, v in fields.items() if k in known})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the metadata's encoder geometry is incomplete ({error})") from error
+
+
+def _heads(dim: int, inner: int, heads: int | None) -> int:
+    if heads is not None:
+        if inner % heads:
+            raise CheckpointError(f"heads={heads} does not divide the attention width {inner}")
+        return heads
+    if inner == dim:
+        if dim in _HEADS:
+            return _HEADS[dim]
+        if dim % 64 == 0:
+            return dim // 64
+    for guess in _FREE_WIDTH_HEADS:
+        if inner != dim and dim // guess * guess == inner:
+            return guess
+    raise CheckpointError(
+        f"the number of heads cannot be told from width {dim} and attention width {inner}; give heads="
+    )
+
+
+def is_sincos(positions: Tensor) -> bool:
+    """Whether (1, L, D) is the fixed table rather than something learned."""
+    _, length, dim = positions.shape
+    return bool(torch.allclose(positions[0].float(), sincos_positions(length, dim), atol=1e-5))
+
+
+def token_grid(tokens: int, frames: int) -> tuple[int, int, int]:
+    """(t, h, w) of `tokens` positions over `frames` tubelets: a square if there is one, else nearest to 7 : 12."""
+    t = frames if tokens % frames == 0 else math.gcd(tokens, frames)
+    area = tokens // t
+    side = math.isqrt(area)
+    if side * side == area:
+        return t, side, side
+    pairs = [(h, area // h) for h in range(1, side + 1) if area % h == 0]
+    h, w = min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1] / (7 / 12))))
+    return t, h, w
+
+
+def geometry_from_tensors(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> tuple[EncoderGeometry, list[str]]:
+    """Geometry of an encoder's tensors (names without ``encoder.``), and what had to be assumed.
+
+    Args:
+        state: the tensors.
+        heads: where the tensors leave it open.
+        num_frames, height, width: the input size. Sin-cos positions are not stored, so nothing in such a file tells it:
+            VideoMAE's 16 frames of 14 x 14 patches are assumed.
+    """
+    notes = []
+    try:
+        conv, fc1 = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
+        qkv = state["blocks.0.attn.qkv.weight"]
+    except KeyError as error:
+        raise CheckpointError(f"no encoder here: {error} is missing") from error
+    if conv.ndim != 5 or conv.shape[3] != conv.shape[4]:
+        raise CheckpointError(
+            f"patch_embed.proj.weight has shape {list(conv.shape)}, a tubelet embedding has [D, C, t, p, p]"
+        )
+    dim, channels, tubelet, patch, _ = conv.shape
+    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    inner = qkv.shape[0] // 3
+    count = _heads(dim, inner, heads)
+    if heads is None and not (inner == dim and dim in _HEADS):
+        notes.append(f"{count} heads of {inner // count} inferred from the attention width {inner}")
+    positions = state.get("pos_embed")
+    learned = positions is not None and not is_sincos(positions)
+    if positions is not None:
+        frames = (num_frames or _FRAMES) // tubelet
+        t, h, w = token_grid(positions.shape[1], frames)
+    else:
+        t, h, w = _FRAMES // tubelet if tubelet <= _FRAMES else 1, _SIDE, _SIDE
+        if num_frames is None or height is None or width is None:
+            notes.append(
+                "input size not in the file: VideoMAE's 16 frames of 14 x 14 patches assumed where none was given"
+            )
+    return EncoderGeometry(
+        channels=channels,
+        num_frames=num_frames or t * tubelet,
+        height=height or h * patch,
+        width=width or w * patch,
+        patch=patch,
+        tubelet=tubelet,
+        dim=dim,
+        depth=depth,
+        heads=count,
+        head_dim=inner // count,
+        mlp_dim=fc1.shape[0],
+        learned_positions=learned,
+    ), notes
+
+
+def decoder_from_tensors(state: Mapping[str, Tensor]) -> DecoderGeometry | None:
+    """Geometry of ``decoder.*`` tensors, or None where there are none."""
+    if "decoder.blocks.0.attn.qkv.weight" not in state:
+        return None
+    inner, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
+    depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.blocks."))
+    heads = _heads(dim, inner // 3, None)
+    return DecoderGeometry(dim, depth, heads, inner // 3 // heads, state["decoder.blocks.0.mlp.fc1.weight"].shape[0])
+
+
+def resize_positions(positions: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:
+    """Learned positions on another token grid, trilinear in (T, H, W). (1, L, D) -> (1, L', D)"""
+    dim = positions.shape[2]
+    grid = positions.float().view(1, *source, dim).permute(0, 4, 1, 2, 3)
+    out = torch.nn.functional.interpolate(grid, size=target, mode="trilinear", align_corners=False)
+    return out.permute(0, 2, 3, 4, 1).reshape(1, -1, dim).to(positions.dtype)

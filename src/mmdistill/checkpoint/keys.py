@@ -1,0 +1,166 @@
+"""Names of tensors. Pure functions from names to names; nothing here opens a file.
+
+Canonical names are VideoMAE's: ``encoder.patch_embed.proj.weight``, ``encoder.blocks.0.attn.qkv.weight``, ...,
+``encoder_to_decoder.weight``, ``mask_token``, ``decoder.*`` for a pretrained model, and the same ``encoder.*`` under
+``student_rgb.`` or ``teacher_X.`` beside ``cmt.*`` for a distilled one.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from mmdistill.checkpoint.errors import CheckpointError
+
+WRAPPERS = ("module.", "_forward_module.", "model.", "_orig_mod.")
+PARTS = ("student_rgb", "teacher_rgb", "teacher_flow", "teacher_skeleton")
+_ENCODER_FIELDS = ("patch_embed.", "blocks.", "norm.", "pos_embed")
+_PROBE = "patch_embed.proj.weight"
+_HF_PROBE = "embeddings.patch_embeddings.projection.weight"
+
+_HF_LAYER = {
+    "attention.attention.q_bias": "attn.q_bias",
+    "attention.attention.v_bias": "attn.v_bias",
+    "attention.attention.query.bias": "attn.q_bias",
+    "attention.attention.value.bias": "attn.v_bias",
+    "attention.output.dense.weight": "attn.proj.weight",
+    "attention.output.dense.bias": "attn.proj.bias",
+    "intermediate.dense.weight": "mlp.fc1.weight",
+    "intermediate.dense.bias": "mlp.fc1.bias",
+    "output.dense.weight": "mlp.fc2.weight",
+    "output.dense.bias": "mlp.fc2.bias",
+    "layernorm_before.weight": "norm1.weight",
+    "layernorm_before.bias": "norm1.bias",
+    "layernorm_after.weight": "norm2.weight",
+    "layernorm_after.bias": "norm2.bias",
+}
+_HF_QKV = tuple(f"attention.attention.{name}.weight" for name in ("query", "key", "value"))
+
+
+def canonical_name(key: str) -> str:
+    """The name without what a wrapper put in front of it: DeepSpeed, Lightning's strategy, DDP or torch.compile.
+
+    Only whole prefixes are removed. ``_orig_mod`` is also dropped inside, where torch.compile wrapped a submodule.
+    """
+    while True:
+        shorter = key
+        for prefix in WRAPPERS:
+            shorter = shorter.removeprefix(prefix)
+        if shorter == key:
+            return ".".join(field for field in key.split(".") if field != "_orig_mod")
+        key = shorter
+
+
+def canonical_names(keys: Iterable[str]) -> dict[str, str]:
+    """Old name -> canonical name for a whole state_dict.
+
+    A bare encoder (``blocks.0...`` without ``encoder.``, as in VideoMAE's fine-tuned releases) gets its ``encoder.``;
+    other names at its level, such as classifier heads, stay where they are.
+
+    Raises:
+        CheckpointError: two names become one.
+    """
+    names = {key: canonical_name(key) for key in keys}
+    bare = [n.removesuffix(_PROBE) for n in names.values() if n.endswith(_PROBE)]
+    roots = [root for root in bare if not (root == "encoder." or root.endswith(".encoder."))]
+    for key, name in names.items():
+        for root in roots:
+            if name.startswith(root) and name.removeprefix(root).startswith(_ENCODER_FIELDS):
+                names[key] = f"{root}encoder.{name.removeprefix(root)}"
+                break
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise CheckpointError(
+                f"two tensors have the same name once wrappers are removed: '{seen[name]}' and '{key}'"
+            )
+        seen[name] = key
+    return names
+
+
+def encoder_roots(keys: Iterable[str]) -> list[str]:
+    """Prefixes of the encoders among canonical names: ``['encoder.']`` or ``['student_rgb.encoder.', ...]``."""
+    return [key.removesuffix(_PROBE) for key in keys if key == _PROBE or key.endswith("." + _PROBE)]
+
+
+def part_of(root: str) -> str:
+    """``student_rgb.encoder.`` -> ``student_rgb``; ``encoder.`` -> ``encoder``."""
+    return root.removesuffix("encoder.").removesuffix(".") or "encoder"
+
+
+def top_level(key: str) -> str:
+    """The part that a canonical name belongs to, for reports: ``student_rgb``, ``cmt``, ``encoder``, ``decoder``..."""
+    return key.split(".", 1)[0]
+
+
+def is_huggingface(keys: Iterable[str]) -> bool:
+    """Whether these are the names of ``transformers``' VideoMAE."""
+    return any(key.endswith(_HF_PROBE) for key in keys)
+
+
+def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's VideoMAE names to canonical ones; query, key and value become one ``qkv`` weight.
+
+    Reads VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, whose heads keep their names.
+    A key bias, which transformers does not have but some conversions carry, cannot change softmax attention.
+    """
+    probe = next(key for key in state if key.endswith(_HF_PROBE))
+    base = probe.removesuffix(_HF_PROBE)  # "" or "videomae."
+    decoder = any(key.startswith("decoder.decoder_layers.") for key in state)
+    out: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = key.removeprefix(base)
+        if layer := re.fullmatch(r"(encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)", name):
+            stack, index, field = layer.groups()
+            target = f"{'encoder' if stack == 'encoder.layer' else 'decoder'}.blocks.{index}."
+            if field in _HF_LAYER:
+                out[target + _HF_LAYER[field]] = tensor
+            elif field == _HF_QKV[0]:
+                parts = [state[key.removesuffix(field) + other] for other in _HF_QKV]
+                out[target + "attn.qkv.weight"] = torch.cat(parts)
+            elif field not in _HF_QKV[1:]:
+                out[key] = tensor
+        elif name.startswith("embeddings.patch_embeddings.projection."):
+            out["encoder.patch_embed.proj." + name.rsplit(".", 1)[1]] = tensor
+        elif name.startswith("layernorm."):
+            out["encoder.norm." + name.removeprefix("layernorm.")] = tensor
+        elif name == "embeddings.position_embeddings":
+            out["encoder.pos_embed"] = tensor
+        elif not (decoder and name == "position_embeddings"):  # the fixed table of the decoder
+            out[name] = tensor
+    return out
+
+
+def to_huggingface(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An encoder's tensors (names without ``encoder.``) under the names that VideoMAEModel reads from disk."""
+    back = {ours: theirs for theirs, ours in _HF_LAYER.items() if not theirs.endswith(("query.bias", "value.bias"))}
+    out: dict[str, Tensor] = {}
+    for key, tensor in encoder.items():
+        if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
+            base, field = f"encoder.layer.{block[1]}.", block[2]
+            if field == "attn.qkv.weight":
+                out.update({base + name: part.clone() for name, part in zip(_HF_QKV, tensor.chunk(3), strict=True)})
+            else:
+                out[base + back[field]] = tensor
+        elif key.startswith("patch_embed.proj."):
+            out["embeddings.patch_embeddings.projection." + key.rsplit(".", 1)[1]] = tensor
+        elif key.startswith("norm."):
+            out["layernorm." + key.removeprefix("norm.")] = tensor
+    return out
+
+
+def split_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``attn.qkv.bias`` (timm's ViT, LayerNorm-free conversions) to VideoMAE's ``q_bias`` and ``v_bias``.
+
+    The key bias is dropped: it adds one number to all logits of a query, which softmax does not see.
+    """
+    out: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if key.endswith("attn.qkv.bias"):
+            q, _, v = tensor.chunk(3)
+            base = key.removesuffix("qkv.bias")
+            out[base + "q_bias"], out[base + "v_bias"] = q.clone(), v.clone()
+        elif not key.endswith("attn.k_bias"):
+            out[key] = tensor
+    return out

@@ -1,0 +1,231 @@
+"""Any checkpoint to canonical names and metadata."""
+
+import hashlib
+import json
+import mmap
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdistill.checkpoint.archive import load_pickle
+from mmdistill.checkpoint.detect import META, CheckpointFormat, Location, is_safetensors, locate, read_json
+from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.keys import (
+    PARTS,
+    canonical_names,
+    encoder_roots,
+    from_huggingface,
+    is_huggingface,
+    part_of,
+    split_qkv_bias,
+)
+from mmdistill.checkpoint.manifest import verify_manifest
+from mmdistill.checkpoint.zero import read_zero
+
+EMBEDDED = "mmdistill"  # key of the metadata inside a file
+DATA_SHA256 = "mmdistill_data_sha256"
+_WEIGHT_KEYS = ("state_dict", "module", "model")
+_ST_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read.
+
+    Attributes:
+        path: the path as given.
+        format: its layout.
+        state_dict: tensors under canonical names, on the CPU, possibly mapped from the file (copy before changing them).
+        meta: the metadata that travels with our checkpoints; for others what could be found (``epoch``, ``step``, ``kind``).
+        stage, world_size: of a DeepSpeed directory, else None.
+        notes: what a reader should know about the source, a sentence each.
+        raw_keys: names in the file, for `inspect`.
+    """
+
+    path: Path
+    format: CheckpointFormat
+    state_dict: dict[str, Tensor]
+    meta: dict[str, Any]
+    stage: int | None = None
+    world_size: int | None = None
+    notes: tuple[str, ...] = ()
+    raw_keys: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the encoders inside: ``['encoder']`` or ``['student_rgb', 'teacher_rgb', ...]``."""
+        return [part_of(root) for root in encoder_roots(self.state_dict)]
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Entries, metadata and the offset of the data. Raises `CorruptCheckpointError` if cut off."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if len(head) < 8 or 8 + length > size:
+            expected = 8 + length if len(head) == 8 else "more"
+            raise CorruptCheckpointError(f"{path}: truncated: {size} bytes on disk, {expected} expected; copy it again")
+        try:
+            header = json.loads(file.read(length))
+            meta = header.pop("__metadata__", None) or {}
+            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptCheckpointError(
+                f"{path}: corrupt: its header is not that of a safetensors file ({error})"
+            ) from error
+    if 8 + length + end != size:
+        word = "truncated" if size < 8 + length + end else "corrupt"
+        raise CorruptCheckpointError(
+            f"{path}: {word}: {size} bytes on disk, {8 + length + end} expected; copy it again"
+        )
+    return header, meta, 8 + length
+
+
+def _read_safetensors(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    header, meta, start = safetensors_header(path)
+    if not header:
+        return {}, meta
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing can reach the file
+    if verify and DATA_SHA256 in meta:
+        with memoryview(mapped) as view, view[start:] as data:
+            if hashlib.sha256(data).hexdigest() != meta[DATA_SHA256]:
+                raise CorruptCheckpointError(f"{path}: corrupt: checksum of its tensors does not match; copy it again")
+    tensors = {}
+    for name, entry in header.items():
+        dtype = _ST_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(
+                f"{path}: '{name}' has dtype {entry['dtype']}, which is not read here; convert it first"
+            )
+        begin, end = entry["data_offsets"]
+        count = (end - begin) // torch.empty((), dtype=dtype).element_size()
+        flat = (
+            torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
+            if count
+            else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(entry["shape"])
+    return tensors, meta
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The state_dict inside whatever a ``.pt`` or ``.ckpt`` holds."""
+    if isinstance(content, Mapping):
+        for key in _WEIGHT_KEYS:
+            inner = content.get(key)
+            if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
+                return {k: v for k, v in inner.items() if isinstance(v, Tensor)}
+        bare = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if bare:
+            return bare
+        held = ", ".join(map(repr, list(content)[:8])) or "nothing"
+    else:
+        held = type(content).__name__
+    raise CheckpointError(f"{path}: no tensors under 'state_dict', 'module', 'model' or at its top (it holds {held})")
+
+
+def _found_meta(content: Any) -> dict[str, Any]:
+    """Metadata inside a pickle: ours whole, of others the epoch and step."""
+    if not isinstance(content, Mapping):
+        return {}
+    meta = dict(content[EMBEDDED]) if isinstance(content.get(EMBEDDED), Mapping) else {}
+    for ours, names in (("epoch", ("epoch",)), ("step", ("global_step", "global_steps", "step"))):
+        for name in names:
+            if ours not in meta and isinstance(content.get(name), int):
+                meta[ours] = content[name]
+    return meta
+
+
+def canonical_state(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Tensors under canonical names. Raises `CheckpointError` naming the file if two become one."""
+    try:
+        names = canonical_names(raw)
+        state = {names[key]: tensor for key, tensor in raw.items()}
+        if is_huggingface(state):
+            state = from_huggingface(state)
+        return split_qkv_bias(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path}: Hugging Face names without their partner {error}; the file is incomplete"
+        ) from error
+
+
+def _kind(state: Mapping[str, Tensor]) -> str:
+    if any(key.startswith(tuple(part + "." for part in PARTS)) or key.startswith("cmt.") for key in state):
+        return "distill"
+    return "pretrain" if any(key.startswith("decoder.") for key in state) else "weights"
+
+
+def read_meta(place: Location) -> dict[str, Any]:
+    """Only the metadata of a checkpoint, without its tensors where the layout allows that."""
+    if place.format is CheckpointFormat.DEEPSPEED:
+        if (place.root / META).exists():
+            return read_json(place.root / META)
+        return _found_meta(load_pickle(place.model_files[0], verify=False))
+    if is_safetensors(place.root):
+        return _safetensors_meta(safetensors_header(place.root)[1], place.root)
+    return _found_meta(load_pickle(place.root, verify=False))
+
+
+def _safetensors_meta(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if EMBEDDED not in metadata:
+        return {}
+    try:
+        meta = json.loads(metadata[EMBEDDED])
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path}: corrupt: its '{EMBEDDED}' metadata is not JSON ({error})") from error
+    return meta if isinstance(meta, dict) else {}
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+    """Read any checkpoint.
+
+    Args:
+        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``, ``.safetensors``, or a
+            Hugging Face folder.
+        verify: compare every byte with the checksums that the format carries (zip CRCs, manifest, safetensors sha256).
+
+    Raises:
+        CheckpointError: or a subclass; one sentence naming the file.
+    """
+    place = locate(path)
+    stage = world = None
+    notes: tuple[str, ...] = ()
+    if place.format is CheckpointFormat.DEEPSPEED:
+        # payloads are checked while they are read, by the CRCs that the manifest's digests name
+        verify_manifest(place.root, payload=False)
+        content = read_zero(place, verify=verify)
+        raw, stage, world, notes = content.weights, content.stage, content.world_size, tuple(content.notes)
+        meta = read_json(place.root / META) if (place.root / META).exists() else _found_meta(content.client)
+    elif is_safetensors(place.root):
+        raw, metadata = _read_safetensors(place.root, verify)
+        meta = _safetensors_meta(metadata, place.root)
+    else:
+        pickled = load_pickle(place.root, verify=verify)
+        raw, meta = _tensors(pickled, place.root), _found_meta(pickled)
+    state = canonical_state(raw, place.given)
+    if not state:
+        raise CheckpointError(f"{place.given}: holds no tensors")
+    meta.setdefault("kind", _kind(state))
+    return Checkpoint(place.given, place.format, state, meta, stage, world, notes, tuple(raw))

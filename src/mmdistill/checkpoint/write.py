@@ -1,0 +1,258 @@
+"""Files and directories that appear whole or not at all.
+
+Everything is written under a temporary name beside its target (never in ``$TMPDIR``, which may be another, full disk), synced,
+and renamed.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+
+from mmdistill.checkpoint.archive import load_pickle
+from mmdistill.checkpoint.detect import existing
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
+
+log = logging.getLogger(__name__)
+
+TMP_PREFIX, OLD_PREFIX = ".tmp-", ".old-"
+_CHUNK = 8 << 20  # from this size on, hashing runs in a second thread while the bytes are written
+_DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
+
+
+class HashingFile:
+    """A file opened for writing that computes the sha256 of what passes through, beside the write and not after it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1)
+
+    def write(self, data: Any) -> int:
+        """All of `data`; both the write and the hash are done when this returns."""
+        view = memoryview(data).cast("B")
+        if len(view) < _CHUNK:
+            self._digest.update(view)
+            self._write_all(view)
+        else:
+            hashing = self._pool.submit(self._digest.update, view)
+            try:
+                self._write_all(view)
+            finally:
+                hashing.result()
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            done = self._file.write(view)
+            view = view[done:]
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """Close without syncing."""
+        self._pool.shutdown()
+        self._file.close()
+
+    def finish(self) -> str:
+        """Bring the bytes to the disk; the hex sha256."""
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _staged(path: Path) -> Iterator[tuple[HashingFile, Path]]:
+    """A file beside `path` that takes its name when the block ends well, and disappears when it does not."""
+    staged = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = HashingFile(staged)
+    try:
+        yield file, staged
+        file.finish()
+        file.close()
+        os.replace(staged, path)
+        sync_directory(path.parent)
+    except BaseException:
+        file.close()
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> str:
+    """Write a small file, synced but not renamed, for use inside a directory that is itself staged; its sha256."""
+    file = HashingFile(path)
+    try:
+        file.write(data)
+        return file.finish()
+    finally:
+        file.close()
+
+
+def stream_torch(obj: Any, path: Path) -> str:
+    """``torch.save`` to a path as given, synced; its sha256. For files inside a staged directory."""
+    file = HashingFile(path)
+    try:
+        torch.save(obj, cast(IO[bytes], file))
+        return file.finish()
+    finally:
+        file.close()
+
+
+def _reason(error: BaseException) -> BaseException:
+    """torch hides a failed write behind a RuntimeError about the zip writer; the first cause says more."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
+def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
+    """Write ``torch.save(obj)`` atomically.
+
+    The file's own CRC-32 of every record is the checksum that `load_torch` compares, so the checkpoint stays one file. It
+    can be read by ``torch.load(weights_only=True)`` as long as `obj` holds tensors and plain containers only.
+
+    Raises:
+        CheckpointError: the disk is full or not writable. What stood at `path` before is untouched.
+    """
+    target = Path(path).expanduser()
+    try:
+        with _staged(target) as (file, _):
+            torch.save(obj, cast(IO[bytes], file))
+    except (OSError, RuntimeError) as error:
+        cause = _reason(error)
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(f"{target}: not saved ({cause}); what stood there before is unchanged") from error
+
+
+def load_torch(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
+    """Read a file of `save_torch` (or any ``torch.save`` of tensors and plain containers), checksums compared first.
+
+    Raises:
+        CorruptCheckpointError: truncated or damaged, with the bytes found and expected.
+        UnsafeCheckpointError: the pickle names anything else; it is named, and nothing was run.
+    """
+    return load_pickle(existing(path), verify=verify, mapped=False)
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
+    """Write tensors as ``.safetensors``, atomically, with `meta` as JSON and a sha256 of the data in the header.
+
+    Raises:
+        CheckpointError: not writable, or a dtype that the format lacks.
+    """
+    target = Path(path).expanduser()
+    # the widest elements first, so that every tensor is aligned to its element size
+    order = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    header: dict[str, Any] = {}
+    digest, offset = hashlib.sha256(), 0
+    for name in order:
+        tensor = state[name]
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"{target}: '{name}' has dtype {tensor.dtype}, which safetensors files do not hold")
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        digest.update(_raw(tensor))
+        offset = end
+    header["__metadata__"] = {
+        "format": "pt",
+        EMBEDDED: json.dumps(dict(meta), sort_keys=True),
+        DATA_SHA256: digest.hexdigest(),
+    }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    try:
+        with _staged(target) as (file, _):
+            file.write(struct.pack("<Q", len(head)) + head)
+            for name in order:
+                file.write(_raw(state[name]))
+    except OSError as error:
+        raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or directory; a failure is a warning, since the next clean-up will try again."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s: could not be removed (%s)", path, error)
+
+
+def publish_directory(staged: Path, target: Path) -> None:
+    """Give a finished, synced directory its name; a checkpoint that has that name is kept as ``.old-`` until then.
+
+    A kill between the two renames leaves ``.old-NAME``, which readers use and `recover` restores.
+    """
+    old = target.with_name(OLD_PREFIX + target.name)
+    if target.exists():
+        if old.exists():
+            discard(old)
+        os.rename(target, old)
+    os.rename(staged, target)
+    sync_directory(target.parent)
+    if old.exists():
+        discard(old)
+
+
+def recover(directory: Path) -> None:
+    """Finish or undo re-saves that were interrupted in a folder of checkpoints."""
+    for old in [p for p in directory.iterdir() if p.name.startswith(OLD_PREFIX)]:
+        target = old.with_name(old.name.removeprefix(OLD_PREFIX))
+        if target.exists():
+            discard(old)
+        else:
+            log.warning("%s: restored, a save over it was interrupted", target)
+            os.rename(old, target)
+
+
+def staged_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Build a directory under a temporary name with `fill`, then give it its own.
+
+    Raises:
+        CheckpointError: not writable. What stood at `target` is unchanged.
+    """
+    staged = target.with_name(TMP_PREFIX + target.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        discard(staged)
+        staged.mkdir()
+        fill(staged)
+        sync_directory(staged)
+        publish_directory(staged, target)
+    except OSError as error:
+        discard(staged)
+        raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
