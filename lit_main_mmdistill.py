@@ -8,14 +8,14 @@ def job(config: DistillConfig, run_dir: str) -> None:
     """One run, after its config is valid (torch is imported only here)."""
     from pathlib import Path
 
-    from mmdistill.evaluate import evaluate_checkpoint
-
-    from mmdistill.distill import distill
-
     checkpoint = config.ckpt_path
     if config.train:
+        from mmdistill.distill import distill
+
         checkpoint = str(distill(config, Path(run_dir)))
     if config.test and checkpoint:
+        from mmdistill.evaluate import evaluate_checkpoint
+
         evaluate_checkpoint(config, checkpoint, Path(run_dir))
 
 

@@ -23,14 +23,14 @@ from mmdistill.optim import LearningRates, make_optimizer, make_schedule
 
 
 class MMDistill(pl.LightningModule):
-    """Student, teachers and transfer head; keys as in the seed: ``student_rgb.encoder.*``, ``teacher_flow.encoder.*``, ``cmt.*``.
+    """Student, teachers and transfer head; keys ``student_rgb.encoder.*``, ``teacher_flow.encoder.*``, ``cmt.*`` ....
 
     Args:
         teachers: frozen encoders by modality; must hold ``rgb``, which the student starts as a copy of.
         specs: how each modality's raw clips become input.
         rates: learning rates of the schedule.
         weight_decay, betas: of AdamW.
-        warmup_epochs: length of the linear warm-up.
+        warmup_steps, total_steps: optimiser steps of the linear warm-up and of the whole schedule.
         meta: plain containers that travel with the weights (geometries, statistics, teachers' names and digests).
     """
 
@@ -42,12 +42,14 @@ class MMDistill(pl.LightningModule):
         rates: LearningRates,
         weight_decay: float,
         betas: tuple[float, float],
-        warmup_epochs: float,
+        warmup_steps: int,
+        total_steps: int,
         meta: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.specs, self.rates, self.meta = dict(specs), rates, dict(meta)
-        self.weight_decay, self.betas, self.warmup_epochs = weight_decay, betas, warmup_epochs
+        self.weight_decay, self.betas = weight_decay, betas
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.modalities = tuple(teachers)
         self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers["rgb"])})
         self.student_rgb.requires_grad_(True)
@@ -99,21 +101,20 @@ class MMDistill(pl.LightningModule):
                 f"distillation loss is {float(total)} at step {self.global_step}; clip numbers "
                 f"{batch['index'].tolist()}. Lower trainer.lr or set trainer.clip_grad"
             )
-        size = len(visible) if (visible := batch.get("visible")) is not None else None
         values = {"train_loss": total}
         for modality, (loss, trivial) in losses.items():
             values[f"train_loss_{modality}"] = loss
             values[f"trivial_loss_{modality}"] = trivial
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["index"]), sync_dist=True)
         return total
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on student and transfer head, cosine schedule by step."""
         trained = nn.ModuleDict({"student_rgb": self.student_rgb, "cmt": self.cmt})
         optimizer = make_optimizer(trained, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.warmup_epochs * total / (self.trainer.max_epochs or 1))
-        schedule = make_schedule(optimizer, self.rates, warmup_steps=warmup, total_steps=total)
+        schedule = make_schedule(
+            optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:

@@ -1,6 +1,7 @@
 """One distillation run: load the teachers, build the module and the Trainer, fit."""
 
 import hashlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     data = _Data(config, tuple(teachers), (process.rank, process.world_size), process.device.type == "cuda")
     t = config.trainer
     global_batch = config.batch_size * process.world_size * t.accumulate
+    steps = math.ceil(len(data.sampler) / t.accumulate)  # Lightning steps at an epoch's end even if fewer were accumulated
     rates = LearningRates.scaled(t.lr, t.min_lr, t.warmup_lr, global_batch=global_batch)
     module = MMDistill(
         teachers,
@@ -123,7 +125,8 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         rates=rates,
         weight_decay=t.weight_decay,
         betas=(t.betas[0], t.betas[1]),
-        warmup_epochs=t.warmup_epochs,
+        warmup_steps=round(t.warmup_epochs * steps),
+        total_steps=t.epochs * steps,
         meta=_meta(config, teachers, specs, sources),
     )
     module.student.checkpoint_activations = t.activation_checkpointing

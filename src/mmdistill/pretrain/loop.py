@@ -18,7 +18,7 @@ from mmdistill.config import PretrainConfig, modality_specs, to_plain
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
-from mmdistill.models.videomae import VideoMAE, patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.videomae import VideoMAE, complement, patch_targets, reconstruction_loss, trivial_loss
 from mmdistill.optim import LearningRates, make_schedule
 from mmdistill.pretrain.engine import any_rank, make_engine, mean_over_ranks, open_process_group
 from mmdistill.pretrain.start import find_resume, load_videomae
@@ -68,8 +68,7 @@ class _Run:
         self.geometry = encoder_geometry(config.model, data, self.spec)
         model = VideoMAE(self.geometry, decoder_geometry(config.model), drop_path=config.model.drop_path)
         model.encoder.checkpoint_activations = trainer.activation_checkpointing
-        if config.pretrain:
-            load_videomae(model, config.pretrain)
+        self.initialised = load_videomae(model.encoder, config.pretrain) if config.pretrain else None
         global_batch = config.batch_size * process.world_size * trainer.accumulate
         self.rates = LearningRates.scaled(trainer.lr, trainer.min_lr, trainer.warmup_lr, global_batch=global_batch)
         self.engine = make_engine(config, model, self.rates, process)
@@ -106,8 +105,6 @@ class _Run:
         ratio = self.config.decoder_mask_ratio
         if ratio == 0:
             return None
-        from mmdistill.models.videomae import complement
-
         removed = complement(visible, self.geometry.tokens)
         keep = max(1, round(removed.shape[1] * (1 - ratio)))
         order = torch.rand(removed.shape, device=removed.device).argsort(dim=1)[:, :keep]
@@ -186,6 +183,8 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
 
 
 def _say_start(log: RunLog, run: _Run) -> None:
+    if run.initialised:
+        log.say(f"initialised from {run.initialised}")
     parameters = sum(p.numel() for p in run.engine.module.parameters())
     log.say(
         f"pretrain {run.config.modality}: {len(run.dataset)} clips, {run.batches} batches of {run.config.batch_size} "
@@ -201,7 +200,6 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
     run.sampler.set_state(at.epoch, at.batch)
     began, clips, waited = time.monotonic(), 0, 0.0
     asked = time.monotonic()
-    norm = 0.0
     for batch in run.loader:
         waited += time.monotonic() - asked
         torch.manual_seed(hash((run.config.seed, at.epoch, at.batch, run.process.rank)) % 2**63)
@@ -225,23 +223,21 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         asked = time.monotonic()
     seconds = time.monotonic() - began
     mean, trivial_mean = at.loss_sum / at.batch, at.trivial_sum / at.batch
-    gradient_norm = run.engine.get_global_grad_norm()
-    norm = float(gradient_norm) if gradient_norm is not None else float("nan")
-    log.scalars(
-        run.step,
-        {
-            "epoch": at.epoch,
-            "loss": mean,
-            "trivial_loss": trivial_mean,
-            "grad_norm": norm,
-            "lr": float(run.schedule.optimizer.param_groups[0]["lr"]),
-            "clips_per_s": clips / seconds,
-            "data_wait_percent": 100 * waited / seconds,
-        },
-    )
+    values = {
+        "epoch": at.epoch,
+        "loss": mean,
+        "trivial_loss": trivial_mean,
+        "lr": float(run.schedule.optimizer.param_groups[0]["lr"]),
+        "clips_per_s": clips / seconds,
+        "data_wait_percent": 100 * waited / seconds,
+    }
+    norm = run.engine.get_global_grad_norm()  # DeepSpeed knows it only where it clips
+    if norm is not None:
+        values["grad_norm"] = float(norm)
+    log.scalars(run.step, values)
     log.say(
         f"epoch {at.epoch}: loss {mean:.4f}, trivial predictor {trivial_mean:.4f} (ratio {mean / trivial_mean:.3f}), "
-        f"gradient norm {norm:.3g}, {clips / seconds:.1f} clips/s, data wait {100 * waited / seconds:.0f} %"
+        f"{clips / seconds:.1f} clips/s, data wait {100 * waited / seconds:.0f} %"
     )
     saved = None
     if (at.epoch + 1) % trainer.save_ckpt_freq == 0 or at.epoch + 1 == trainer.epochs:

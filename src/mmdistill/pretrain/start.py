@@ -1,10 +1,12 @@
 """What a pretraining run starts from: a checkpoint to continue, or VideoMAE weights to initialise from."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from mmdistill.checkpoint import LoadReport, load_weights, newest_complete, read_checkpoint
-from mmdistill.config import PretrainConfig
-from mmdistill.models.videomae import VideoMAE
+from mmdistill.checkpoint import LoadReport, newest_complete, read_checkpoint
+from mmdistill.checkpoint.load import load_into
+from mmdistill.config import ConfigError, PretrainConfig
+from mmdistill.models.videomae import Encoder
 
 
 def find_resume(config: PretrainConfig, run_dir: Path) -> Path | None:
@@ -18,26 +20,27 @@ def find_resume(config: PretrainConfig, run_dir: Path) -> Path | None:
         return newest_complete(run_dir / "checkpoints")
     path = Path(config.resume).expanduser()
     if not path.exists():
-        raise ValueError(f"resume={path} does not exist; give a checkpoint directory, or resume=auto")
+        raise ConfigError(f"resume={path} does not exist; give a checkpoint directory, or resume=auto")
     return path
 
 
-def load_videomae(model: VideoMAE, path: str) -> LoadReport:
-    """Initialise from pretrained VideoMAE weights of another channel count.
+def load_videomae(encoder: Encoder, path: str) -> LoadReport:
+    """Initialise an encoder from pretrained VideoMAE weights, also of another channel count. The decoder starts anew.
 
     The patch embedding is adapted by one rule: the mean over the source's input channels, repeated for each channel of
-    the model and scaled by (source channels / own channels), so that a clip with equal channels gives the same tokens.
-    The decoder's head is left as initialised if its size differs; both are said in the report.
+    the encoder and scaled by (source channels / own channels), so that a clip with equal channels gives the same tokens.
+
+    Raises:
+        CheckpointError: the weights do not fit, with the list of tensors; the encoder is unchanged.
     """
-    source = read_checkpoint(path)
-    weight = source.state_dict["encoder.patch_embed.proj.weight"]
-    channels = model.encoder.geometry.channels
-    state = dict(source.state_dict)
-    if weight.shape[1] != channels:
-        mean = weight.float().mean(dim=1, keepdim=True).expand(-1, channels, -1, -1, -1)
-        state["encoder.patch_embed.proj.weight"] = (mean * (weight.shape[1] / channels)).contiguous()
-    encoder = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
-    missing = set(model.encoder.state_dict()) ^ set(encoder)
-    if missing:
-        raise ValueError(f"pretrain={path}: encoder tensors do not fit this model: {', '.join(sorted(missing)[:8])}")
-    return load_weights(model.encoder, path)
+    checkpoint = read_checkpoint(path)
+    state, note = dict(checkpoint.state_dict), None
+    channels = encoder.geometry.channels
+    for name in [k for k in state if k.endswith("patch_embed.proj.weight")]:
+        source = state[name].shape[1]
+        if source != channels:
+            mean = state[name].float().mean(dim=1, keepdim=True).expand(-1, channels, -1, -1, -1)
+            state[name] = (mean * (source / channels)).contiguous()
+            note = f"patch embedding adapted from {source} to {channels} channels: their mean, times {source}/{channels}"
+    notes = (*checkpoint.notes, note) if note else checkpoint.notes
+    return load_into(encoder, replace(checkpoint, state_dict=state, notes=notes))
