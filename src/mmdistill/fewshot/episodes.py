@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mmdistill.fewshot.errors import EpisodeError
+
 IntArray = NDArray[np.int64]
 
 _RANDOM_TRIES = 50
 _COMPACT_TRIES = 200
-
-
-class EpisodeError(ValueError):
-    """The labels do not hold the episodes that were asked for; the message gives the counts and what to change."""
 
 
 @dataclass(frozen=True)

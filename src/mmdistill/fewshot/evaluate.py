@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from mmdistill.fewshot.episodes import Episodes
+from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.heads import Head, find_head, predict_batched
 from mmdistill.fewshot.logistic import FloatArray, predict_logistic
 
@@ -43,16 +44,18 @@ def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
     """Features as finite float32 (clips, V, D); (clips, D) is one view.
 
     Raises:
-        ValueError: another shape, or values that are not finite (the first such clips are listed).
+        FeatureError: another shape, or values that are not finite (the first such clips are listed).
     """
     x = np.ascontiguousarray(features, dtype=np.float32)
     if x.ndim == 2:
         x = x[:, None]
     if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"{source} must be [clips, D] or [clips, views, D], got the shape {np.shape(features)}")
+        raise FeatureError(f"{source} must be [clips, D] or [clips, views, D], got the shape {np.shape(features)}")
     bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
     if len(bad):
-        raise ValueError(f"{source}: NaN or infinite values in {len(bad)} of {len(x)} clips, first {bad[:5].tolist()}")
+        raise FeatureError(
+            f"{source}: NaN or infinite values in {len(bad)} of {len(x)} clips, first {bad[:5].tolist()}"
+        )
     return x
 
 
@@ -82,15 +85,15 @@ def evaluate(
         advance: called with the number of episodes done, for a progress bar.
 
     Raises:
-        ValueError: features that are not finite, an unknown head, indices outside the features.
+        FewshotError: features that are not finite, an unknown head, indices outside the features.
     """
     x = as_views(features)
     spec = find_head(head)
     if support_views not in SUPPORT_VIEWS:
-        raise ValueError(f"support_views={support_views!r} is not one of {', '.join(SUPPORT_VIEWS)}")
+        raise FewshotError(f"support_views={support_views!r} is not one of {', '.join(SUPPORT_VIEWS)}")
     highest = max(int(episodes.support.max()), int(episodes.query.max()))
     if highest >= len(x):
-        raise ValueError(f"the episodes name clip {highest}, but there are features of {len(x)} clips only")
+        raise FewshotError(f"the episodes name clip {highest}, but there are features of {len(x)} clips only")
     first, stopped = support_views == "first", 0
     if spec.kind == "logistic":
         predictions, stopped = predict_logistic(
@@ -106,12 +109,12 @@ def merge_scores(parts: Sequence[EpisodeScores], whole: Episodes) -> EpisodeScor
     """Scores of the shards of `whole`, put together in its order.
 
     Raises:
-        ValueError: an episode is missing or occurs twice.
+        FewshotError: an episode is missing or occurs twice.
     """
     numbers = np.concatenate([p.episodes.numbers for p in parts])
     order = np.argsort(numbers, kind="stable")
     if not np.array_equal(numbers[order], np.sort(whole.numbers)):
-        raise ValueError(
+        raise FewshotError(
             f"the shards hold {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(whole)}"
         )
     back = order[np.argsort(np.argsort(whole.numbers))]
@@ -127,7 +130,7 @@ def merge_scores(parts: Sequence[EpisodeScores], whole: Episodes) -> EpisodeScor
 def _mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
     """Mean, standard deviation, standard error, half width of the 95 % interval (Student's t) of episode values."""
     if len(values) < 2:
-        raise ValueError(f"{len(values)} episode has no standard error; draw at least 2")
+        raise FewshotError(f"{len(values)} episode has no standard error; draw at least 2")
     std = float(values.std(ddof=1))
     error = std / float(np.sqrt(len(values)))
     return float(values.mean()), std, error, float(stats.t.ppf(0.975, len(values) - 1)) * error
@@ -169,10 +172,10 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
         difference, std_error, ci95 (half width), low, high: fractions.
 
     Raises:
-        ValueError: the episodes are not the same.
+        FewshotError: the episodes are not the same.
     """
     if not a.episodes.same_as(b.episodes):
-        raise ValueError("a paired difference needs the same episodes of the same clips on both sides")
+        raise FewshotError("a paired difference needs the same episodes of the same clips on both sides")
     mean, _, error, ci95 = _mean_interval(a.accuracy - b.accuracy)
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}
 

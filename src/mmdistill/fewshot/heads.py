@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdistill.fewshot.episodes import Episodes
+from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.logistic import FloatArray
 
 _COSINE_SCALE = 10.0  # softmax(10 s): a similarity s lies in [-1, 1] (Gidaris and Komodakis 2018, arXiv 1804.09458)
@@ -45,13 +46,13 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.kind not in ("logistic", "centroid", "knn"):
-            raise ValueError(f"head kind {self.kind!r} is not one of logistic, centroid, knn")
+            raise FewshotError(f"head kind {self.kind!r} is not one of logistic, centroid, knn")
         if self.metric not in ("cosine", "euclidean"):
-            raise ValueError(f"metric {self.metric!r} is not one of cosine, euclidean")
+            raise FewshotError(f"metric {self.metric!r} is not one of cosine, euclidean")
         if self.kind == "logistic" and self.centre:
-            raise ValueError("logistic has an intercept: centring would not change it; leave centre off")
+            raise FewshotError("logistic has an intercept: centring would not change it; leave centre off")
         if self.c <= 0 or self.neighbours < 0:
-            raise ValueError(f"c={self.c} must be positive and neighbours={self.neighbours} not negative")
+            raise FewshotError(f"c={self.c} must be positive and neighbours={self.neighbours} not negative")
 
 
 HEADS: dict[str, Head] = {
@@ -68,11 +69,11 @@ HEADS: dict[str, Head] = {
 
 
 def find_head(head: "str | Head") -> Head:
-    """The head of this name. Raises ValueError listing the known names."""
+    """The head of this name. Raises FewshotError listing the known names."""
     if isinstance(head, Head):
         return head
     if head not in HEADS:
-        raise ValueError(f"head {head!r} is not one of {', '.join(HEADS)}")
+        raise FewshotError(f"head {head!r} is not one of {', '.join(HEADS)}")
     return HEADS[head]
 
 

@@ -1,0 +1,252 @@
+"""Features of clips: what they hold, their files (`.safetensors`, `.npz`), and the cache.
+
+Shapes: N clips, V mask views, D width.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as safetensors_bytes
+
+from mmdistill.fewshot.errors import FeatureError
+from mmdistill.fewshot.evaluate import as_views
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # part of every cache key: raise it when the meaning of cached numbers changes
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one network on one set of clips.
+
+    Attributes:
+        features: float32 (N, V, D), finite.
+        labels: int64 (N,), positions in `classes`, -1 without a label.
+        ids: N clip ids, distinct.
+        groups: N names of the recording (rally) each clip is from.
+        classes: names of the label values.
+        info: where they come from, plain values: network, checkpoint, modality, views, seconds ...
+    """
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    classes: tuple[str, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.features)
+        if self.features.ndim != 3 or self.features.dtype != np.float32:
+            raise FeatureError(f"features must be float32 (clips, views, D), got {self.features.shape}")
+        if not n == len(self.labels) == len(self.ids) == len(self.groups):
+            sizes = f"{n} features, {len(self.labels)} labels, {len(self.ids)} ids, {len(self.groups)} groups"
+            raise FeatureError(f"clips do not match: {sizes}")
+        if len(set(self.ids)) != n:
+            raise FeatureError("two clips have the same id")
+        if n and not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise FeatureError(
+                f"labels reach from {self.labels.min()} to {self.labels.max()}, classes: {len(self.classes)}"
+            )
+
+    @property
+    def network(self) -> str:
+        """Name of the network that made them."""
+        return str(self.info.get("network", "features"))
+
+    @property
+    def readout(self) -> str:
+        """How the clips were shown to it."""
+        return str(self.info.get("readout", f"{self.features.shape[1]} view" + "s" * (self.features.shape[1] != 1)))
+
+    def same_clips(self, other: "Features") -> bool:
+        """Whether episodes drawn for one are valid for the other."""
+        return self.ids == other.ids and np.array_equal(self.labels, other.labels) and self.classes == other.classes
+
+
+def save_features(features: Features, path: str | Path) -> Path:
+    """Write a `.safetensors` or `.npz` file, whole or not at all.
+
+    Both hold `features` and `labels`; ids, groups, classes and info are string arrays in the `.npz` and JSON in the
+    metadata of the `.safetensors`, which also has a checksum.
+
+    Raises:
+        FeatureError: another ending.
+    """
+    path = Path(path)
+    texts = {"ids": features.ids, "groups": features.groups, "classes": features.classes}
+    arrays: dict[str, NDArray[Any]] = {"features": np.ascontiguousarray(features.features), "labels": features.labels}
+    if path.suffix == ".safetensors":
+        metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
+        metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
+        _write_whole(path, safetensors_bytes(arrays, metadata))
+    elif path.suffix == ".npz":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
+        with tempfile.TemporaryFile(dir=path.parent) as buffer:
+            np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
+            buffer.seek(0)
+            _write_whole(path, buffer.read())
+    else:
+        raise FeatureError(f"{path}: features are written as .safetensors or .npz")
+    return path
+
+
+def load_features(path: str | Path) -> Features:
+    """Read features that `save_features` or another program wrote.
+
+    An `.npz` needs `features` (N, D) or (N, V, D) and `labels` (N,) of integers or names; `groups`, `ids`, `classes`
+    are optional. Nothing in it is unpickled.
+
+    Raises:
+        FeatureError: naming the file and what is missing, damaged or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FeatureError(f"{path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return _load_safetensors(path)
+        if path.suffix == ".npz":
+            return _load_npz(path)
+    except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, EOFError, OSError) as error:
+        raise FeatureError(f"{path} is damaged: {error}") from error
+    except FeatureError as error:
+        raise FeatureError(f"{path}: {error}") from error
+    raise FeatureError(f"{path}: features are read from .safetensors or .npz")
+
+
+def _load_safetensors(path: Path) -> Features:
+    with safe_open(str(path), framework="numpy") as file:
+        metadata = dict(file.metadata() or {})
+        missing = {"features", "labels"} - set(file.keys()) | {"ids", "groups", "classes"} - set(metadata)
+        if missing:
+            raise FeatureError(f"no {', '.join(sorted(missing))}; it was not written by this program")
+        x, labels = file.get_tensor("features"), file.get_tensor("labels")
+    expected = metadata.pop("sha256", None)
+    if expected is not None and expected != _checksum(x, labels, metadata):
+        raise FeatureError("damaged: its checksum is wrong")
+    ids, groups, classes = (tuple(json.loads(metadata[name])) for name in ("ids", "groups", "classes"))
+    return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, json.loads(metadata.get("info", "{}")))
+
+
+def _load_npz(path: Path) -> Features:
+    with np.load(path, allow_pickle=False) as file:
+        missing = {"features", "labels"} - set(file.files)
+        if missing:
+            raise FeatureError(f"no array {', '.join(sorted(missing))}; it has {', '.join(file.files) or 'none'}")
+        try:
+            found = {name: file[name] for name in file.files}
+        except ValueError as error:
+            raise FeatureError(f"holds Python objects, which are not read: {error}") from error
+    x = as_views(found["features"])
+    labels, classes = _labels(found["labels"], found.get("classes"))
+    ids = found.get("ids", np.arange(len(x)))
+    groups = found.get("groups", np.arange(len(x)))  # without groups each clip stands for itself
+    info = json.loads(str(found["info"])) if "info" in found else {"network": path.stem}
+    info.setdefault("grouped", "groups" in found)
+    return Features(x, labels, tuple(map(str, ids)), tuple(map(str, groups)), classes, info)
+
+
+def _labels(given: NDArray[Any], names: NDArray[Any] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Integer labels and their names; labels that are themselves names are numbered alphabetically."""
+    if given.ndim != 1 or given.dtype.kind not in "iuU":
+        raise FeatureError(f"labels must be a vector of integers or names, got {given.dtype} of shape {given.shape}")
+    if given.dtype.kind == "U":
+        values, numbers = np.unique(given, return_inverse=True)
+        return numbers.astype(np.int64), tuple(map(str, values))
+    labels = np.maximum(given.astype(np.int64), -1)
+    if names is not None:
+        return labels, tuple(map(str, names))
+    values, numbers = np.unique(labels[labels >= 0], return_inverse=True)  # labels of others may be any numbers
+    labels[labels >= 0] = numbers
+    return labels, tuple(map(str, values))
+
+
+def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(x).data)
+    digest.update(np.ascontiguousarray(labels).data)
+    digest.update(json.dumps(sorted(metadata.items())).encode())
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write beside the target, force to disk, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def cache_key(**parts: object) -> str:
+    """sha256 over everything that the features depend on: weights, data, settings. Values must be JSON."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_file(folder: str | Path, key: str) -> Path:
+    """Where features of this key lie."""
+    return Path(folder) / key[:24] / "features.safetensors"
+
+
+def read_cache(folder: str | Path, key: str) -> Features | None:
+    """Cached features of this key; None where there are none. A damaged file is reported and counts as none."""
+    path = cache_file(folder, key)
+    if not path.exists():
+        return None
+    try:
+        found = load_features(path)
+    except FeatureError as error:
+        log.warning("%s; the features are computed again", error)
+        return None
+    return found if found.info.get("key") == key else None
+
+
+def write_cache(folder: str | Path, key: str, features: Features) -> Path:
+    """Keep features under this key."""
+    return save_features(replace(features, info={**features.info, "key": key}), cache_file(folder, key))
+
+
+def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
+    """Features of several ranks, in the order of `ids`.
+
+    Raises:
+        FeatureError: a clip is missing or occurs twice.
+    """
+    have = [i for part in parts for i in part.ids]
+    if len(set(have)) != len(have) or set(have) != set(ids):
+        absent = sorted(set(ids) - set(have))
+        raise FeatureError(
+            f"{len(have)} features, {len(set(have))} distinct, for {len(ids)} clips; missing {absent[:5]}"
+        )
+    row = {clip: i for i, clip in enumerate(have)}
+    order = [row[clip] for clip in ids]
+    groups = [g for part in parts for g in part.groups]
+    return Features(
+        np.concatenate([part.features for part in parts])[order],
+        np.concatenate([part.labels for part in parts])[order],
+        tuple(ids),
+        tuple(groups[i] for i in order),
+        parts[0].classes,
+        {**parts[0].info, "seconds": max(float(part.info.get("seconds", 0.0)) for part in parts)},
+    )

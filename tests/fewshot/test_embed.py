@@ -1,0 +1,178 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmdistill.data.index import Clip, ClipIndex
+from mmdistill.fewshot.embed import ClipEncoder, Job, Views, clips_digest, embed_cached, embed_clips, weights_digest
+from mmdistill.fewshot.errors import FeatureError, FewshotError
+from mmdistill.fewshot.features import cache_file, merge_features
+from mmdistill.modality import MODALITY_SPECS
+from mmdistill.models.inputs import prepare
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+
+N, GRID = 10, (2, 2, 3)
+INDEX = ClipIndex(
+    tuple(Clip(f"v{i // 2}#{i}", f"v{i // 2}", tuple(range(4)), i % 3, f"v{i // 2}") for i in range(N)),
+    ("serve", "return", "stroke"),
+)
+
+
+def tiny_encoder(seed: int = 0) -> Encoder:
+    torch.manual_seed(seed)
+    geometry = EncoderGeometry(3, 4, 32, 48, 16, 2, dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32)
+    assert geometry.grid == GRID
+    return Encoder(geometry)
+
+
+def loader(order: list[int] | None = None, batch: int = 4) -> list[dict[str, Tensor]]:
+    rng = np.random.default_rng(0)
+    clips = torch.from_numpy(rng.integers(0, 255, (N, 4, 32, 48, 3), dtype=np.uint8))
+    view = torch.tensor([0.0, 0.0, 32.0, 48.0, 0.0])
+    order = list(range(N)) if order is None else order
+    rows = [torch.tensor(order[i : i + batch]) for i in range(0, len(order), batch)]
+    return [{"rgb": clips[r], "view": view.expand(len(r), 5), "index": r} for r in rows]
+
+
+def job(views: Views = Views(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> Job:  # noqa: B008
+    encoder = encoder or tiny_encoder()
+    return Job(network, ClipEncoder(encoder, MODALITY_SPECS["rgb"]), GRID, views, weights_digest(encoder))
+
+
+def test_whole_clip_features_are_the_encoder_s():
+    encoder = tiny_encoder()
+    (found,) = embed_clips([job(encoder=encoder)], loader(), INDEX)
+    (batch,) = loader(batch=N)
+    with torch.no_grad():
+        expected = encoder.embed(prepare(batch["rgb"], batch["view"], MODALITY_SPECS["rgb"], (32, 48)))
+    assert found.features.shape == (N, 1, 16)
+    np.testing.assert_allclose(found.features[:, 0], expected.numpy(), atol=1e-5)
+    assert found.ids == tuple(c.id for c in INDEX.clips)
+    assert found.groups[3] == "v1"
+    assert found.labels.tolist() == [i % 3 for i in range(N)]
+    assert (found.info["network"], found.readout) == ("student_rgb", "whole clip")
+
+
+@pytest.mark.parametrize("sharing", ["shared", "per_clip"])
+def test_masks_do_not_depend_on_order_batch_or_ranks(sharing: str):
+    views = Views(3, 0.5, "tube", sharing, seed=7)
+    (whole,) = embed_clips([job(views)], loader(), INDEX)
+    (mixed,) = embed_clips([job(views)], loader([7, 2, 9, 0, 1, 5, 3, 8, 6, 4], batch=3), INDEX)
+    np.testing.assert_allclose(mixed.features, whole.features, atol=1e-5)
+    parts = [embed_clips([job(views)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
+    merged = merge_features(parts, whole.ids)
+    np.testing.assert_allclose(merged.features, whole.features, atol=1e-5)
+    assert merged.same_clips(whole)
+    assert np.abs(whole.features[:, 0] - whole.features[:, 1]).max() > 1e-3  # the views differ
+
+
+def test_shared_masks_are_equal_and_per_clip_masks_are_not():
+    clips = INDEX.clips
+    shared = Views(2, 0.5, "random", "shared").visible(clips, 0, (4, 4, 4))
+    assert shared is not None
+    assert shared.shape == (N, 32)
+    assert (shared == shared[0]).all()
+    per_clip = Views(2, 0.5, "random", "per_clip").visible(clips, 0, (4, 4, 4))
+    assert per_clip is not None
+    assert len({tuple(row.tolist()) for row in per_clip}) == N
+    assert torch.equal(per_clip[3], Views(9, 0.5, "random", "per_clip").visible(clips[3:4], 0, (4, 4, 4))[0])
+    assert not torch.equal(per_clip, Views(2, 0.5, "random", "per_clip", seed=1).visible(clips, 0, (4, 4, 4)))
+    assert Views(0).visible(clips, 0, GRID) is None
+
+
+def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
+    seen: list[int] = []
+
+    def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
+        seen.extend(batch["index"].tolist())
+        return batch["index"][:, None].float().expand(-1, 5)
+
+    made = embed_clips([Job("a", encode, GRID, Views(3, 0.5)), Job("b", encode, GRID)], loader(), INDEX)
+    assert sorted(seen) == sorted(list(range(N)) * 4)
+    assert [m.features.shape for m in made] == [(N, 3, 5), (N, 1, 5)]
+    assert made[0].features[:, 0, 0].tolist() == list(range(N))
+
+
+def test_nan_weights_fail_loudly_naming_network_and_clips():
+    encoder = tiny_encoder()
+    with torch.no_grad():
+        encoder.blocks[0].mlp.fc1.weight.fill_(float("nan"))
+    with pytest.raises(FeatureError, match=r"student_rgb: NaN.*4 of 4 clips.*v0#0, v0#1, v1#2"):
+        embed_clips([job(encoder=encoder)], loader(), INDEX)
+
+
+def test_one_bad_clip_is_named():
+    def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
+        return torch.where(batch["index"] == 5, torch.inf, 1.0)[:, None].expand(-1, 3)
+
+    with pytest.raises(FeatureError, match=r"teacher_flow.*1 of 4.*v2#5"):
+        embed_clips([Job("teacher_flow", encode, GRID)], loader(), INDEX)
+
+
+def test_collapsed_features_are_reported(caplog: pytest.LogCaptureFixture):
+    embed_clips([Job("student_rgb", lambda b, v: torch.ones(len(b["index"]), 3), GRID)], loader(), INDEX)
+    assert "student_rgb: all 10 clips have the same features" in caplog.text
+
+
+def test_clips_twice_or_never_are_an_error():
+    with pytest.raises(FeatureError, match="11 clips, of which only 10"):
+        embed_clips([job()], loader([*range(N), 0]), INDEX)
+    with pytest.raises(FeatureError, match=r"for 10 clips; missing \['v4#9'\]"):
+        embed_cached([job()], lambda: loader(list(range(9))), INDEX, data="d", cache=None)
+    with pytest.raises(FeatureError, match="no clip"):
+        embed_clips([job()], [], INDEX)
+
+
+def test_the_cache_saves_the_second_encoding(tmp_path: Path):
+    def never() -> list[dict[str, Tensor]]:
+        raise AssertionError("the data were read although everything is cached")
+
+    jobs = [job(), job(Views(2, 0.5))]
+    first = embed_cached(jobs, loader, INDEX, data="d", cache=tmp_path)
+    again = embed_cached(jobs, never, INDEX, data="d", cache=tmp_path)
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.features, b.features)
+        assert a.same_clips(b)
+        assert (a.info["cached"], b.info["cached"]) == (False, True)
+        assert b.info["seconds"] == a.info["seconds"]
+    (renamed,) = embed_cached([job(network="teacher_rgb")], never, INDEX, data="d", cache=tmp_path)
+    assert renamed.network == "teacher_rgb"  # same weights: no second encoding, but this run's name
+
+
+def test_the_cache_key_holds_weights_data_and_settings():
+    base = job(Views(2, 0.5))
+    others = [
+        job(Views(2, 0.5), encoder=tiny_encoder(1)).key("d"),
+        base.key("e"),
+        job(Views(3, 0.5)).key("d"),
+        job(Views(2, 0.25)).key("d"),
+        job(Views(2, 0.5, "random")).key("d"),
+        job(Views(2, 0.5, sharing="per_clip")).key("d"),
+        job(Views(2, 0.5, seed=1)).key("d"),
+        job().key("d"),
+    ]
+    assert len({base.key("d"), *others}) == 1 + len(others)
+    assert job(Views(0, seed=3)).key("d") == job().key("d")  # nothing is masked: the seed changes nothing
+    assert clips_digest(INDEX, "crop") != clips_digest(INDEX, "other crop")
+    assert clips_digest(INDEX) != clips_digest(ClipIndex(INDEX.clips[1:], INDEX.classes))
+
+
+def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (first,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path)
+    path = cache_file(tmp_path, job().key("d"))
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    (again,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path)
+    assert "computed again" in caplog.text
+    assert np.array_equal(first.features, again.features)
+    assert not again.info["cached"]
+
+
+def test_settings_are_checked():
+    with pytest.raises(FewshotError, match="views='clip'"):
+        Views(1, sharing="clip")
+    with pytest.raises(FewshotError, match="n_masks=-1"):
+        Views(-1)
