@@ -48,7 +48,7 @@ def write_flow(path: Path | str, flow: np.ndarray, *, dtype: str = "float16") ->
     if flow.ndim != 3 or flow.shape[0] != 2:
         raise ValueError(f"{path}: flow of shape {flow.shape}, expected (2, height, width)")
     largest = float(np.abs(flow).max(initial=0.0))
-    if not np.isfinite(largest) or (dtype == "float16" and largest > np.finfo(np.float16).max):
+    if not np.isfinite(largest) or (dtype == "float16" and largest > float(np.finfo(np.float16).max)):
         raise ValueError(f"{path}: flow that is not finite in {dtype}")
     if dtype.startswith("float"):
         stored = flow.astype(dtype)

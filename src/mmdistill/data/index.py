@@ -77,7 +77,11 @@ def build_index(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-    for name, number in (("num_frames", num_frames), ("sampling_rate", sampling_rate), ("stride", stride or 1)):
+    for name, number in (
+        ("num_frames", num_frames),
+        ("sampling_rate", sampling_rate),
+        ("stride", 1 if stride is None else stride),
+    ):
         if number < 1:
             raise ValueError(f"{name}={number} must be at least 1")
     span = (num_frames - 1) * sampling_rate + 1

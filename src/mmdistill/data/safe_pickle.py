@@ -56,6 +56,11 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """``bytes()``, with which old protocols write empty bytes."""
+    return b""
+
+
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): _dtype,
@@ -68,6 +73,7 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 for _module in ("builtins", "__builtin__"):
+    _ALLOWED[_module, "bytes"] = _no_bytes
     for _type in (list, dict, tuple, set, frozenset):
         _ALLOWED[_module, _type.__name__] = _type
 

@@ -1,0 +1,74 @@
+"""Clips stay inside their video, under every anchor and rate."""
+
+from itertools import pairwise
+
+import pytest
+
+from mmdistill.data.annotations import Event, Rally
+from mmdistill.data.index import build_index
+
+A = "near_deuce_serve_-_-_T_-_in"
+B = "far_ad_return_bh_gs_CC_-_in"
+
+
+def rally(frames: int = 60, *events: tuple[int, str]) -> Rally:
+    return Rally("r", frames, 25.0, tuple(Event(f, label) for f, label in events))
+
+
+def test_every_event_is_a_clip_around_or_from_its_frame() -> None:
+    rallies = [rally(60, (20, A), (40, B))]
+    center = build_index(rallies, clips="events", num_frames=8)
+    assert [c.frames for c in center.clips] == [tuple(range(16, 24)), tuple(range(36, 44))]
+    assert [center.classes[c.label] for c in center.clips] == [A, B]
+    start = build_index(rallies, clips="events", num_frames=8, anchor="start", sampling_rate=2)
+    assert start.clips[0].frames == tuple(range(20, 36, 2))
+    assert len(build_index(rallies, clips="first", num_frames=8).clips) == 1
+
+
+@pytest.mark.parametrize("anchor", ["center", "start"])
+@pytest.mark.parametrize("rate", [1, 3])
+@pytest.mark.parametrize("frames", [24, 25, 60])
+def test_no_clip_leaves_the_video_or_uses_its_last_frame(anchor: str, rate: int, frames: int) -> None:
+    rallies = [rally(frames, *((f, A) for f in range(frames)))]
+    index = build_index(rallies, clips="events", num_frames=8, sampling_rate=rate, anchor=anchor)
+    assert len(index.clips) == frames
+    for clip in index.clips:
+        assert min(clip.frames) >= 0
+        assert max(clip.frames) <= frames - 2
+        assert len(clip.frames) == 8
+        assert {b - a for a, b in pairwise(clip.frames)} == {rate}
+    assert index.report["shifted_into_the_video"] > 0
+
+
+def test_a_video_too_short_gives_no_clip_and_is_listed() -> None:
+    exactly = build_index([rally(9, (0, A))], clips="events", num_frames=8)
+    assert exactly.clips[0].frames == tuple(range(8))
+    short = build_index([rally(8, (0, A))], clips="events", num_frames=8)
+    assert (short.clips, short.report["too_short"]) == ((), ["r"])
+
+
+def test_windows_have_no_label_unless_the_video_is_the_class() -> None:
+    rallies = [rally(40), Rally("q", 40, 25.0, ())]
+    index = build_index(rallies, clips="windows", num_frames=8)
+    assert [c.frames[0] for c in index.clips] == [0, 8, 16, 24] * 2  # 39 usable frames, the last window ends at 31
+    assert {c.label for c in index.clips} == {-1}
+    assert index.classes == ()
+    by_video = build_index(rallies, clips="windows", num_frames=8, stride=4, label="video")
+    assert by_video.classes == ("q", "r")
+    assert {by_video.classes[c.label] == c.video == c.group for c in by_video.clips} == {True}
+    assert len({c.id for c in by_video.clips}) == len(by_video.clips) == 16
+
+
+def test_two_events_in_one_frame_are_two_clips() -> None:
+    index = build_index([rally(60, (20, A), (20, B))], clips="events", num_frames=8, label_fields=["type"])
+    assert index.classes == ("return", "serve")
+    assert len({c.id for c in index.clips}) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"clips": "all"}, {"anchor": "end"}, {"label": "x"}, {"num_frames": 0}, {"stride": 0}, {"label_fields": ["x"]}],
+)
+def test_wrong_arguments_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        build_index([rally(60, (20, A))], **{"clips": "events", "num_frames": 8, **wrong})

@@ -1,0 +1,53 @@
+"""Over all ranks nothing is repeated or lost, and a resumed sampler continues as if it had not stopped."""
+
+import pytest
+
+from mmdistill.data.sampler import EpochBatchSampler
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("n", [0, 5, 12, 25])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_ranks_share_an_epoch(world: int, n: int, drop_last: bool) -> None:
+    ranks = [
+        EpochBatchSampler(n, batch_size=2, seed=3, rank=r, world_size=world, drop_last=drop_last) for r in range(world)
+    ]
+    batches = [list(s) for s in ranks]
+    assert [len(b) for b in batches] == [len(s) for s in ranks]
+    seen = [i for rank in batches for batch in rank for _, i in batch]
+    assert len(seen) == len(set(seen)) == n - ranks[0].dropped
+    assert ranks[0].dropped == (n % (2 * world) if drop_last else 0)
+    if drop_last:
+        assert len({len(b) for b in batches}) == 1
+        assert all(len(batch) == 2 for rank in batches for batch in rank)
+
+
+def test_a_resumed_sampler_asks_for_the_same_batches() -> None:
+    whole = EpochBatchSampler(23, batch_size=2, seed=1, epoch=4, rank=1, world_size=2)
+    every = list(whole)
+    later = EpochBatchSampler(23, batch_size=2, seed=1, rank=1, world_size=2)
+    later.set_state(4, 3)
+    assert list(later) == every[3:]
+    assert len(later) == len(every)
+    later.set_state(5, 0)
+    assert [i for b in later for _, i in b] != [i for b in every for _, i in b]
+
+
+def test_in_order_without_shuffling() -> None:
+    assert list(EpochBatchSampler(5, batch_size=2, seed=0, shuffle=False, drop_last=False)) == [
+        [(0, 0), (0, 1)],
+        [(0, 2), (0, 3)],
+        [(0, 4)],
+    ]
+
+
+def test_the_order_is_fixed_for_all_time() -> None:
+    """Another order would change what a resumed run sees."""
+    assert [i for b in EpochBatchSampler(8, batch_size=2, seed=0, epoch=1) for _, i in b] == [2, 1, 6, 0, 7, 4, 5, 3]
+
+
+def test_wrong_places_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank=2"):
+        EpochBatchSampler(8, batch_size=2, seed=0, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="start_batch=9"):
+        EpochBatchSampler(8, batch_size=2, seed=0).set_state(0, 9)
