@@ -9,6 +9,7 @@ from mmdistill.checkpoint.errors import (
     UnsafeCheckpointError,
     WeightMismatchError,
 )
+from mmdistill.checkpoint.find import CheckpointInfo, find_checkpoints
 from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
 from mmdistill.checkpoint.retention import directory_lock, newest_complete, prune
@@ -18,6 +19,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointFormat",
+    "CheckpointInfo",
     "CorruptCheckpointError",
     "LoadReport",
     "ResumeMismatchError",
@@ -25,6 +27,7 @@ __all__ = [
     "WeightMismatchError",
     "detect_format",
     "directory_lock",
+    "find_checkpoints",
     "load_deepspeed",
     "load_encoder",
     "load_encoder_with_report",

@@ -222,6 +222,8 @@ def save_deepspeed(
             "stage": int(engine.zero_optimization_stage()),
             "step": int(engine.global_steps),
             "epoch": meta.get("epoch"),
+            "kind": meta.get("kind"),
+            "modality": meta.get("modality"),
             "loss": loss if loss is None or math.isfinite(loss) else None,
         }
         agree(lambda: _finish(staged, target, meta, files, facts) if rank == 0 else None, f"{target}: not saved")

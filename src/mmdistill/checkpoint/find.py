@@ -1,0 +1,275 @@
+"""Find the checkpoints below a folder, from names, small JSON files and the ends of archives. No tensor is read."""
+
+import datetime
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdistill.checkpoint.detect import FILE_SUFFIXES, LATEST, MANIFEST, MODEL_STATES, OPTIM_STATES, CheckpointFormat
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.modality import MODALITIES
+
+DISTILLED = "distilled"  # the group of distillation checkpoints, beside the modalities
+UNKNOWN = "unknown"
+_EPOCH = re.compile(r"epoch=(\d+)")
+_LOSS = re.compile(r"(?:^|[-_])(?:\w+_)?loss=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
+_RUN_TIME = re.compile(r"(\d{4}-\d\d-\d\d)/(\d\d-\d\d-\d\d)(?:/|$)")
+_PICKLED_EPOCH = re.compile(rb"X\x05\x00\x00\x00epoch(?:q.|r.{4})?(?:K(.)|M(..)|J(.{4}))", re.DOTALL)
+_HEADER = 1 << 17  # bytes of an archive's first record that are searched for the epoch
+_END_RECORD = 22
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One checkpoint on disk.
+
+    Attributes:
+        path: absolute.
+        format: ``deepspeed``, ``lightning`` or ``weights``.
+        modality: ``rgb``, ``flow``, ``skeleton``, ``distilled`` or ``unknown``.
+        epoch, loss: from the manifest or the name; None where neither says.
+        size: bytes.
+        complete: all files are there in full length (contents are not read: that is `inspect`'s work).
+        problem: why not.
+        modified: seconds since 1970.
+        started: seconds since 1970 of the run, from its folder's name if that is a date, else `modified`.
+    """
+
+    path: Path
+    format: str
+    modality: str
+    epoch: int | None
+    loss: float | None
+    size: int
+    complete: bool
+    problem: str
+    modified: float
+    started: float
+
+
+def _modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
+    if kind == "distill":
+        return DISTILLED
+    if modality in MODALITIES:
+        return modality
+    for field in reversed(path.split(os.sep)[:-1]):
+        lowered = field.lower()
+        if "distill" in lowered:
+            return DISTILLED
+        for name in MODALITIES:
+            if lowered == name or lowered.endswith("_" + name) or lowered.startswith(name + "_"):
+                return name
+    return UNKNOWN
+
+
+def _started(path: str, modified: float) -> float:
+    found = _RUN_TIME.findall(path.replace(os.sep, "/"))
+    if found:
+        try:
+            return datetime.datetime.strptime(" ".join(found[-1]), "%Y-%m-%d %H-%M-%S").timestamp()
+        except ValueError:
+            return modified
+    return modified
+
+
+def _named(name: str) -> tuple[int | None, float | None]:
+    epoch, losses = _EPOCH.search(name), _LOSS.findall(name)
+    loss = float(losses[-1]) if losses else None
+    return int(epoch[1]) if epoch else None, loss if loss is not None and math.isfinite(loss) else None
+
+
+def _archive_problem(path: str, size: int) -> str:
+    """Whether a zip's end is there; legacy pickles have none and pass."""
+    if size == 0:
+        return f"{os.path.basename(path)} is empty"
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return ""
+        file.seek(max(0, size - _END_RECORD))
+        return "" if file.read(4) == b"PK\x05\x06" else f"{os.path.basename(path)} is truncated at {size} bytes"
+
+
+def _safetensors_problem(path: str, size: int) -> str:
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            return "truncated"
+        try:
+            header = json.loads(file.read(min(struct.unpack("<Q", head)[0], 1 << 26)))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "its header is damaged"
+    expected = 8 + int(struct.unpack("<Q", head)[0]) + int(end)
+    return "" if expected == size else f"{size} bytes, {expected} expected"
+
+
+def _pickled_epoch(path: str) -> int | None:
+    """The epoch that a Lightning file without one in its name was saved at, from the first bytes of its pickle."""
+    with open(path, "rb") as file:
+        found = _PICKLED_EPOCH.search(file.read(_HEADER))
+    if not found:
+        return None
+    return int.from_bytes(next(group for group in found.groups() if group is not None), "little")
+
+
+def _file_info(entry: os.DirEntry[str]) -> CheckpointInfo:
+    stat = entry.stat()
+    epoch, loss = _named(entry.name)
+    if entry.name.endswith(".safetensors"):
+        problem, format_ = _safetensors_problem(entry.path, stat.st_size), CheckpointFormat.WEIGHTS
+    else:
+        problem = _archive_problem(entry.path, stat.st_size)
+        format_ = CheckpointFormat.LIGHTNING if entry.name.endswith(".ckpt") else CheckpointFormat.WEIGHTS
+        if epoch is None and not problem:
+            epoch = _pickled_epoch(entry.path)
+    return CheckpointInfo(
+        Path(entry.path),
+        str(format_),
+        _modality(entry.path),
+        epoch,
+        loss,
+        stat.st_size,
+        not problem,
+        problem,
+        stat.st_mtime,
+        _started(entry.path, stat.st_mtime),
+    )
+
+
+def _directory_info(path: str) -> CheckpointInfo:
+    """A DeepSpeed directory: by its manifest, or by its files where it has none."""
+    epoch, loss = _named(os.path.basename(path))
+    kind = modality = None
+    problem, size = "", 0
+    modified = os.stat(path).st_mtime
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:
+            manifest = json.loads(file.read())
+            modified = os.fstat(file.fileno()).st_mtime
+        epoch = manifest.get("epoch") if manifest.get("epoch") is not None else epoch
+        loss = manifest.get("loss") if manifest.get("loss") is not None else loss
+        kind, modality = manifest.get("kind"), manifest.get("modality")
+        for name, entry in manifest["files"].items():
+            try:
+                held = os.stat(os.path.join(path, name)).st_size
+            except FileNotFoundError:
+                held = -1
+            size += max(held, 0)
+            if held != entry["bytes"] and not problem:
+                problem = f"{name} is missing" if held < 0 else f"{name}: {held} bytes, {entry['bytes']} expected"
+    except FileNotFoundError:
+        size, problem = _unlisted(path)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        problem = f"{MANIFEST} is damaged"
+    return CheckpointInfo(
+        Path(path),
+        str(CheckpointFormat.DEEPSPEED),
+        _modality(path, kind, modality),
+        epoch,
+        loss,
+        size,
+        not problem,
+        problem,
+        modified,
+        _started(path, modified),
+    )
+
+
+def _unlisted(path: str) -> tuple[int, str]:
+    """Size of, and what is wrong with, a directory that has no manifest."""
+    tag = "checkpoint"
+    try:
+        with open(os.path.join(path, LATEST), encoding="utf-8") as file:
+            tag = file.read().strip()
+        if not tag:
+            return 0, f"{LATEST} is empty"
+    except (FileNotFoundError, UnicodeDecodeError):
+        tags = [e.name for e in os.scandir(path) if e.is_dir() and _is_tag(e.path)]
+        tag = tags[0] if len(tags) == 1 else tag
+    size, problem, models = 0, "", 0
+    try:
+        for entry in os.scandir(os.path.join(path, tag)):
+            held = entry.stat().st_size
+            size += held
+            if entry.name.endswith((MODEL_STATES, OPTIM_STATES)):
+                models += entry.name.endswith(MODEL_STATES)
+                problem = problem or _archive_problem(entry.path, held)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, f"its tag '{tag}' is missing"
+    return size, problem if models else f"no *{MODEL_STATES} in {tag}"
+
+
+def _is_tag(path: str) -> bool:
+    try:
+        return any(name.endswith(MODEL_STATES) for name in os.listdir(path))
+    except OSError:
+        return False
+
+
+def _is_checkpoint(names: set[str], path: str) -> bool:
+    if MANIFEST in names or LATEST in names:
+        return True
+    return "checkpoint" in names and _is_tag(os.path.join(path, "checkpoint"))
+
+
+def _walk(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        try:
+            with os.scandir(folder) as scan:
+                entries = list(scan)
+            if _is_checkpoint({entry.name for entry in entries}, folder):
+                yield _directory_info(folder)
+                continue
+        except OSError as error:
+            unreadable.append(f"{folder}: {error.strerror or error}")
+            continue
+        inside = os.path.basename(folder) == "checkpoints"
+        wanted = FILE_SUFFIXES if inside else (".ckpt", ".safetensors")
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    if not entry.is_symlink():  # a link may lead back up
+                        pending.append(entry.path)
+                elif entry.name.endswith(wanted):
+                    yield _file_info(entry)
+            except OSError as error:
+                unreadable.append(f"{entry.path}: {error.strerror or error}")
+
+
+def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | None = None) -> list[CheckpointInfo]:
+    """All checkpoints below a folder, newest first.
+
+    Args:
+        root: any depth above the run folders, or a checkpoint itself.
+        unreadable: receives a line for each folder or file that could not be read; they are not fatal.
+
+    Raises:
+        CheckpointError: `root` is not a directory.
+    """
+    top = Path(root).expanduser().absolute()
+    if not top.is_dir():
+        raise CheckpointError(f"{root}: no such directory")
+    found = list(_walk(str(top), unreadable if unreadable is not None else []))
+    return sorted(found, key=lambda i: (i.started, -1 if i.epoch is None else i.epoch, i.modified), reverse=True)
+
+
+def choose(found: Iterable[CheckpointInfo], *, best: bool = False) -> dict[str, CheckpointInfo]:
+    """Of each modality the newest complete checkpoint, or with `best` the one of lowest loss."""
+    chosen: dict[str, CheckpointInfo] = {}
+    for info in found:
+        held = chosen.get(info.modality)
+        if not info.complete or (best and info.loss is None):
+            continue
+        if held is None or (best and (info.loss or 0.0) < (held.loss or 0.0)):
+            chosen[info.modality] = info
+    return chosen
