@@ -176,7 +176,7 @@ def random_look(court: dict[str, Colour | float], rng: np.random.Generator, nuis
         tint=(warm, 1.0, 2 - warm),
         blur=float(0.25 + 0.4 * n * rng.uniform()),
         noise=float(1.2 * n * rng.uniform(0.5, 1)),
-        jpeg=int(round(90 - min(12 * n * rng.uniform(), 40))),
+        jpeg=round(90 - min(12 * n * float(rng.uniform()), 40)),
         jitter=float(0.35 * n * rng.uniform(0.3, 1)),
         shade=(float(rng.uniform(-6, 18)), float(0.35 * min(n, 1.5) * rng.uniform() * (rng.uniform() < 0.6))),
     )
@@ -264,8 +264,8 @@ def draw_court(camera: Camera, look: Look, rng: np.random.Generator, size: tuple
     canvas = Canvas.blank(size)
     height, width = canvas.image.shape[:2]
     # The crowd: coarse blobs, smooth enough that a masked autoencoder can guess them.
-    blobs = np.array(look.crowd) * (1 + 0.22 * rng.standard_normal((10, 22, 3)))
-    canvas.image[:] = cv2.resize(np.clip(blobs, 0, 255).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)  # fmt: skip
+    blobs = np.clip(np.array(look.crowd) * (1 + 0.22 * rng.standard_normal((10, 22, 3))), 0, 255).astype(np.float32)
+    canvas.image[:] = cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
 
     def world(*points: tuple[float, float, float]) -> np.ndarray:
         return camera.project(np.array(points))[0]
@@ -273,15 +273,12 @@ def draw_court(camera: Camera, look: Look, rng: np.random.Generator, size: tuple
     def flat(x0: float, x1: float, y0: float, y1: float, colour: Colour, alpha: float = 1.0) -> None:
         canvas.polygon(world((x0, y0, 0), (x1, y0, 0), (x1, y1, 0), (x0, y1, 0)), colour, alpha=alpha)
 
-    wall_height = float(rng.uniform(2.2, 3.0))
-    canvas.polygon(
-        world((-40, WALL_Y, 0), (40, WALL_Y, 0), (40, WALL_Y, wall_height), (-40, WALL_Y, wall_height)), look.wall
-    )
-    lighter = _mix(look.wall, (235.0, 235.0, 235.0), 0.5)
+    def upright(x0: float, x1: float, y: float, z0: float, z1: float, colour: Colour, alpha: float = 1.0) -> None:
+        canvas.polygon(world((x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)), colour, alpha=alpha)
+
+    upright(-40, 40, WALL_Y, 0, float(rng.uniform(2.2, 3.0)), look.wall)
     for x in np.arange(-9, 9, 4.5) + rng.uniform(0, 3):
-        canvas.polygon(
-            world((x, WALL_Y, 0.5), (x + 1.8, WALL_Y, 0.5), (x + 1.8, WALL_Y, 1.2), (x, WALL_Y, 1.2)), lighter
-        )
+        upright(x, x + 1.8, WALL_Y, 0.5, 1.2, _mix(look.wall, (235.0, 235.0, 235.0), 0.5))
 
     front = float(camera.position[1]) + 0.5
     flat(-40, 40, front, WALL_Y, look.surround)
@@ -299,9 +296,9 @@ def draw_court(camera: Camera, look: Look, rng: np.random.Generator, size: tuple
         flat(-40, 40, max(begin, front), max(begin + 9, front), (0.0, 0.0, 0.0), dark)
 
     reach, tape = 6.4, NET_HEIGHT - 0.09
-    canvas.polygon(world((-reach, NET_Y, 0), (reach, NET_Y, 0), (reach, NET_Y, tape), (-reach, NET_Y, tape)), look.net, alpha=0.5)  # fmt: skip
-    canvas.polygon(world((-reach, NET_Y, tape), (reach, NET_Y, tape), (reach, NET_Y, NET_HEIGHT), (-reach, NET_Y, NET_HEIGHT)), white)  # fmt: skip
-    canvas.polygon(world((-0.04, NET_Y, 0), (0.04, NET_Y, 0), (0.04, NET_Y, NET_HEIGHT), (-0.04, NET_Y, NET_HEIGHT)), white)  # fmt: skip
+    upright(-reach, reach, NET_Y, 0, tape, look.net, 0.5)
+    upright(-reach, reach, NET_Y, tape, NET_HEIGHT, white)
+    upright(-0.04, 0.04, NET_Y, 0, NET_HEIGHT, white)
     return canvas.image
 
 
