@@ -4,10 +4,11 @@ The compact form is one record ``[("scale", "<f4"), ("flow", "i1" | "<i2", (2, H
 ``px = scale * flow``: 2 to 4 times smaller than float32, within half a `scale` of it.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
+
+from mmdistill.data.atomic import whole_file
 
 FLOW_DTYPES = ("float32", "float16", "int16", "int8")
 
@@ -58,11 +59,5 @@ def write_flow(path: Path | str, flow: np.ndarray, *, dtype: str = "float16") ->
         whole = np.clip(np.rint(flow / scale), -limit, limit).astype(np.dtype(dtype).newbyteorder("<"))
         stored = np.zeros((), dtype=[("scale", "<f4"), ("flow", whole.dtype, flow.shape)])
         stored["scale"], stored["flow"] = scale, whole
-    target = Path(path)
-    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, stored, allow_pickle=False)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(Path(path)) as file:
+        np.save(file, stored, allow_pickle=False)

@@ -1,0 +1,32 @@
+"""Dense optical flow between consecutive frames, by OpenCV."""
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+FLOW_METHODS = {
+    "dis": "OpenCV DIS, medium preset (Kroeger et al., arXiv 1603.03590)",
+    "farneback": "OpenCV Farneback (pyramid 0.5, 3 levels, window 15, 3 iterations, polynomial 5 / 1.2)",
+}
+
+FlowFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def flow_function(method: str) -> FlowFunction:
+    """A function of two grey uint8 (H, W) pictures: float32 (2, H, W), where each pixel went, (x, y) in px.
+
+    Raises `ValueError` for an unknown method.
+    """
+    if method == "dis":
+        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        return lambda first, second: _channels_first(dis.calc(first, second, None))
+    if method == "farneback":
+        return lambda first, second: _channels_first(
+            cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+        )
+    raise ValueError(f"flow={method!r} is not one of {', '.join(FLOW_METHODS)}")
+
+
+def _channels_first(flow: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(flow.transpose(2, 0, 1), dtype=np.float32)

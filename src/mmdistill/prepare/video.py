@@ -1,0 +1,79 @@
+"""Video files, frame by frame, with the decoder's own timestamps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
+
+
+class VideoError(ValueError):
+    """A video that cannot be read to its end; the message names the file and the frame reached."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Frame `number` (from 0), shown at `seconds`; `pixels` is uint8 (H, W, 3) BGR."""
+
+    number: int
+    seconds: float
+    pixels: np.ndarray
+
+
+def decode(path: Path) -> Iterator[Frame]:
+    """Every frame of a video, in order, at whatever rate it has. No frame is repeated or left out.
+
+    Raises:
+        VideoError: where the file cannot be opened, or ends before the length that it promises. Half an ``.avi`` opens
+            like a whole one, so the promised length is compared at the end.
+    """
+    capture = cv2.VideoCapture(str(path))
+    try:
+        if not capture.isOpened():
+            raise VideoError(f"{path}: cannot be opened as a video; no frame was reached")
+        promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        number = 0
+        while True:
+            good, pixels = capture.read()
+            if not good:
+                break
+            yield Frame(number, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, pixels)
+            number += 1
+    finally:
+        capture.release()
+    if number == 0:
+        raise VideoError(f"{path}: no frame can be decoded")
+    if promised > 0 and number < promised * (1 - COUNT_TOLERANCE) - 1:
+        raise VideoError(
+            f"{path}: truncated or broken, it ends after frame {number - 1}, but promises {promised} frames"
+        )
+
+
+def frame_rate(seconds: list[float]) -> float:
+    """Frames per second from timestamps; the mean rate where they are irregular. 0 for fewer than two frames."""
+    if len(seconds) < 2 or seconds[-1] <= seconds[0]:
+        return 0.0
+    return (len(seconds) - 1) / (seconds[-1] - seconds[0])
+
+
+def find_videos(source: Path) -> dict[str, Path]:
+    """Video files of a folder and its sub-folders (or the one file), by name without suffix, sorted.
+
+    Raises `VideoError` where there is none, or two have the same name.
+    """
+    if source.is_file():
+        return {source.stem: source}
+    if not source.is_dir():
+        raise VideoError(f"{source}: no such file or folder")
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()):
+        if path.stem in found:
+            raise VideoError(f"{path} and {found[path.stem]} have the same name; rename one, frames are stored by it")
+        found[path.stem] = path
+    if not found:
+        raise VideoError(f"{source}: no video file ({', '.join(VIDEO_SUFFIXES)})")
+    return found
