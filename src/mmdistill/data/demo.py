@@ -9,7 +9,7 @@
 - ``train.json``, ``val.json`` (no shared player, no shared court), ``unlabel.json`` (the training rallies)
 - ``demo.json``: the parameters, written last
 
-A stroke's class is (type, side, technique, direction) of its F3Set label; see `demo_STROKES`. Every random
+A stroke's class is (type, side, technique, direction) of its F3Set label; see `demo_strokes.STROKES`. Every random
 number is a function of `seed` and the rally, so that rallies can be made in any order, in any process, again.
 """
 
@@ -49,7 +49,7 @@ from mmdistill.data.demo_scene import (
 from mmdistill.data.demo_strokes import STROKES
 from mmdistill.data.flowfile import write_flow
 
-FORMAT = 2  # raised when the same parameters give other bytes
+FORMAT = 3  # raised when the same parameters give other bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
 FPS = 11.0
 

@@ -70,7 +70,7 @@ class RallyPlan:
     player: int
     opponent: int
     court: int
-    strokes: tuple[int, ...]  # indices into `demo_STROKES`
+    strokes: tuple[int, ...]  # indices into `demo_strokes.STROKES`
     frames: tuple[int, ...]  # contacts
     num_frames: int
 
@@ -91,7 +91,10 @@ def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
             left[chosen] -= 1
             rng.shuffle(chosen)
             chosen.sort(key=lambda c: STROKES[c].fields[0] != "serve")  # serves open a rally
-            frames = LEAD_IN + np.concatenate([[0], np.cumsum(rng.choice([8, 9, 10], len(chosen) - 1))]).astype(int)
+            gaps = rng.choice([8, 9, 10], len(chosen) - 1)
+            # A second serve starts from its own stance: without the time for it, it would cut off the first one's end.
+            gaps[[STROKES[c].fields[0] == "serve" for c in chosen[1:]]] = 11
+            frames = LEAD_IN + np.concatenate([[0], np.cumsum(gaps)]).astype(int)
             turn = k // parameters.people
             plans.append(
                 RallyPlan(
@@ -99,7 +102,7 @@ def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
                     split=split,
                     number=1000 * s + k,
                     player=first + int(players[k % parameters.people]),
-                    opponent=first + int(players[(k + 1 + turn) % parameters.people]),
+                    opponent=first + int(players[(k + 1 + turn % (parameters.people - 1)) % parameters.people]),
                     court=first + int(courts[(k + 3 * turn) % parameters.people]),
                     strokes=tuple(chosen),
                     frames=tuple(int(f) for f in frames),
