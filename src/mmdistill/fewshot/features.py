@@ -91,14 +91,14 @@ def save_features(features: Features, path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
         metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
-        _write_whole(path, safetensors_bytes(arrays, metadata))
+        write_whole(path, safetensors_bytes(arrays, metadata))
     elif path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         with tempfile.TemporaryFile(dir=path.parent) as buffer:
             np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
             buffer.seek(0)
-            _write_whole(path, buffer.read())
+            write_whole(path, buffer.read())
     else:
         raise FeatureError(f"{path}: features are written as .safetensors or .npz")
     return path
@@ -182,7 +182,7 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write beside the target, force to disk, rename: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")

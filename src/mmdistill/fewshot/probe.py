@@ -1,0 +1,122 @@
+"""The full label set: a linear probe and k nearest neighbours on a seeded split of the clips.
+
+Shapes: N clips, V views, D width.
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.evaluate import as_views
+
+log = logging.getLogger(__name__)
+
+_NEIGHBOURS = 20
+_TEMPERATURE = 0.07
+_BLOCK = 1024
+
+
+def split_by_group(
+    labels: NDArray[np.int64], groups: Sequence[str], *, folds: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and test clips: one of `folds` stratified parts is the test, and no group lies on both sides.
+
+    Returns:
+        int64 positions of both; classes without training clips have no test clips either.
+
+    Raises:
+        FewshotError: fewer groups than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    videos = len(set(groups))
+    if videos < folds:
+        raise FewshotError(f"a probe splits the clips into {folds} parts by video, but there are {videos} videos")
+    labelled = np.flatnonzero(labels >= 0)
+    owners = np.asarray(groups)[labelled]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+    with warnings.catch_warnings():  # rare classes are expected here; those left out are counted below
+        warnings.filterwarnings("ignore", message="The least populated class")
+        train, test = next(splitter.split(labelled, labels[labelled], owners))
+    known = np.isin(labels[labelled[test]], labels[labelled[train]])
+    return labelled[train], labelled[test[known]]
+
+
+def probe_full_label_set(
+    features: ArrayLike,
+    labels: NDArray[np.int64],
+    *,
+    groups: Sequence[str],
+    seed: int = 0,
+    folds: int = 4,
+    c: float = 1.0,
+) -> dict[str, Any]:
+    """Accuracy over all classes at once, trained on 3/4 of the videos and tested on the rest.
+
+    The linear probe is scikit-learn's multinomial logistic regression on features scaled to zero mean and unit
+    variance (statistics of the training part); k-NN votes with weights exp(cos / 0.07) of the 20 nearest training clips
+    (Wu et al. 2018, arXiv 1805.01978; DINO, arXiv 2104.14294). Views are averaged before, so a clip counts once.
+
+    Args:
+        features: float (N, D) or (N, V, D).
+        labels: int64 (N,), -1 = none.
+        groups: N names of the recordings.
+        seed: of the split.
+        folds: the test is one of that many parts.
+        c: inverse L2 strength of the probe.
+
+    Returns:
+        `linear_top1`, `linear_macro` (mean over classes), `knn_top1`, `majority` (always the most frequent training
+        class): fractions; `train_clips`, `test_clips`, `classes`, `clips_left_out` (test clips of classes without
+        training clips).
+    """
+    x = as_views(features).mean(axis=1)
+    train, test = split_by_group(labels, groups, folds=folds, seed=seed)
+    y, truth = labels[train], labels[test]
+    if len(np.unique(y)) < 2 or not len(test):
+        raise FewshotError(f"a probe needs at least 2 classes and test clips; got {len(np.unique(y))} and {len(test)}")
+    linear = _linear(x[train], y, x[test], c)
+    nearest = _nearest(x[train], y, x[test])
+    right = linear == truth
+    values, counts = np.unique(y, return_counts=True)
+    return {
+        "linear_top1": float(right.mean()),
+        "linear_macro": float(np.mean([right[truth == v].mean() for v in np.unique(truth)])),
+        "knn_top1": float((nearest == truth).mean()),
+        "majority": float((truth == values[counts.argmax()]).mean()),
+        "train_clips": len(train),
+        "test_clips": len(test),
+        "classes": len(values),
+        "clips_left_out": int((labels >= 0).sum()) - len(train) - len(test),
+    }
+
+
+def _linear(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32], c: float) -> NDArray[np.int64]:
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
+    probe = LogisticRegression(C=c, max_iter=300, tol=1e-3).fit((x - mean) / std, y)
+    if int(max(probe.n_iter_)) >= 300:
+        log.warning("the linear probe stopped after 300 iterations, before it converged")
+    return np.asarray(probe.predict((ask - mean) / std), dtype=np.int64)
+
+
+def _nearest(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32]) -> NDArray[np.int64]:
+    values, position = np.unique(y, return_inverse=True)
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    k = min(_NEIGHBOURS, len(x))
+    out = []
+    for start in range(0, len(ask), _BLOCK):
+        q = ask[start : start + _BLOCK]
+        cosine = (q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-12)) @ unit.T
+        near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
+        weight = np.exp((np.take_along_axis(cosine, near, axis=1) - 1) / _TEMPERATURE)
+        votes = np.zeros((len(q), len(values)))
+        np.add.at(votes, (np.arange(len(q))[:, None], position[near]), weight)
+        out.append(values[votes.argmax(axis=1)])
+    return np.concatenate(out)

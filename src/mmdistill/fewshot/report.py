@@ -1,0 +1,85 @@
+"""What is written of an evaluation: a table on the terminal, `fewshot.json`, and one page, `report.html`.
+
+JSON has fractions in [0, 1]; the table and the page have percent.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmdistill.fewshot.episodes import class_name
+from mmdistill.fewshot.evaluate import per_class
+from mmdistill.fewshot.features import write_whole
+from mmdistill.fewshot.page import Picture, render_page
+from mmdistill.fewshot.protocol import Results
+from mmdistill.fewshot.tables import tables
+
+
+def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything as plain values.
+
+    At the top stand the keys of the headline row: `top1_action_ensemble`, `..._std`, `..._std_error`, `ci95` (half
+    width of the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. Then follow
+    `rows`, `differences` (paired, first minus second), `probes`, `per_class` (by class name) and `excluded_classes`
+    (clips by class name).
+
+    Args:
+        results: of `run_protocol`.
+        extra: further top-level keys, such as the configuration.
+    """
+    first = results.features[0]
+    headline = results.headline
+    excluded = headline.scores.episodes.eligibility.excluded
+    return {
+        **headline.summary,
+        "checkpoint": headline.summary.get("checkpoint"),
+        **(extra or {}),
+        "unit": "fraction",
+        "support_views": results.protocol.support_views,
+        "rows": [row.summary for row in results.rows],
+        "differences": list(results.differences),
+        "probes": list(results.probes),
+        "per_class": per_class(headline.scores, first.classes),
+        "excluded_classes": {class_name(c, first.classes): count for c, count in sorted(excluded.items())},
+    }
+
+
+def print_tables(results: Results, *, console: Console | None = None) -> None:
+    """The tables on standard output."""
+    console = console or Console()
+    for table in tables(results):
+        console.print(table)
+    scored = results.features[0]
+    source = f", checkpoint {scored.info['checkpoint']}" if scored.info.get("checkpoint") else ""
+    console.print(f"scored network: {scored.network}{source}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(
+    results: Results,
+    folder: str | Path,
+    *,
+    picture: Picture | None = None,
+    extra: Mapping[str, Any] | None = None,
+    embedding: str = "pca",
+) -> Path:
+    """Write `fewshot.json` and `report.html` into `folder`, each whole or not at all.
+
+    Args:
+        results: of `run_protocol`.
+        folder: made where it is missing.
+        picture: gives a frame of a clip, for the strip of one episode; without it there is no strip.
+        extra: further top-level keys of the JSON; shown at the end of the page.
+        embedding: "pca" or "tsne".
+
+    Returns:
+        the page.
+    """
+    folder = Path(folder)
+    text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
+    write_whole(folder / "fewshot.json", text.encode() + b"\n")
+    page = folder / "report.html"
+    write_whole(page, render_page(results, picture=picture, extra=extra or {}, embedding=embedding).encode())
+    return page

@@ -1,0 +1,26 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from mmdistill.fewshot.features import Features
+
+MakeFeatures = Callable[..., Features]
+NAMES = tuple(f"near_ad_stroke_fh_gs_{c}" for c in ("CC", "DL", "<b>&'\"", "网球", "IO", "T", "B", "W"))
+
+
+@pytest.fixture
+def make_features() -> MakeFeatures:
+    """Features of 8 classes x 30 clips around random class means; more noise makes a worse network."""
+
+    def make(network: str, noise: float, *, readout: str = "whole clip", views: int = 1, width: int = 12) -> Features:
+        labels = np.concatenate((np.repeat(np.arange(8), 30), [-1, -1]))
+        means = np.random.default_rng(1).normal(size=(8, width))
+        rng = np.random.default_rng(len(network) + int(10 * noise))
+        x = means[labels][:, None] + noise * rng.normal(size=(len(labels), views, width))
+        ids = tuple(f"clip{i}" for i in range(len(labels)))
+        groups = tuple(f"rally{i // 3}" for i in range(len(labels)))
+        info = {"network": network, "readout": readout, "checkpoint": f"/runs/{network}.ckpt", "seconds": 1.25}
+        return Features(x.astype(np.float32), labels, ids, groups, NAMES, info)
+
+    return make

@@ -1,0 +1,106 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mmdistill.fewshot.episodes import sample_episodes
+from mmdistill.fewshot.errors import EpisodeError, FewshotError
+from mmdistill.fewshot.evaluate import evaluate, paired_difference
+from mmdistill.fewshot.features import Features, load_features, save_features
+from mmdistill.fewshot.protocol import Protocol, run_protocol
+
+Make = Callable[..., Features]
+
+
+def test_every_combination_head_and_network_has_a_row(make_features: Make):
+    networks = [make_features("student_rgb", 1.0), make_features("teacher_rgb", 2.0), make_features("random", 9.0)]
+    protocol = Protocol(n_way=(5, 3), k_shot=(1, 5), q_sample=5, episodes=30, heads=("centroid", "knn"))
+    results = run_protocol(networks, protocol, show_progress=False)
+    assert len(results.rows) == 2 * 2 * 2 * 3
+    assert len(results.differences) == 2 * 2 * 2 * 3
+    head = results.headline
+    assert (head.network, head.summary["n_way"], head.summary["k_shot"]) == ("student_rgb", 5, 1)
+    assert head.summary["checkpoint"] == "/runs/student_rgb.ckpt"
+    means = [r.summary["top1_action_ensemble"] for r in results.rows[:3]]
+    assert means[0] > means[1] > means[2]
+    first = results.differences[0]
+    assert (first["first"], first["second"], first["n_way"], first["head"]) == (
+        "student_rgb",
+        "teacher_rgb",
+        5,
+        "centroid",
+    )
+    assert first["low"] > 0
+    assert first["difference"] == pytest.approx(means[0] - means[1])
+
+
+def test_rows_are_those_of_a_direct_evaluation(make_features: Make):
+    f = make_features("student_rgb", 2.0, views=2)
+    row = run_protocol([f], Protocol(q_sample=5, episodes=20, seed=3), show_progress=False).headline
+    episodes = sample_episodes(f.labels, n_way=5, k_shot=1, q_sample=5, episodes=20, seed=3)
+    direct = evaluate(f.features, episodes, "logistic", workers=1)
+    assert np.array_equal(row.scores.predictions, direct.predictions)
+    assert paired_difference(row.scores, direct)["difference"] == 0
+
+
+def test_the_check_needs_labels_only_and_names_small_classes(make_features: Make):
+    f = make_features("student_rgb", 1.0)
+    lines = Protocol(k_shot=(1, 5)).check(f.labels.tolist(), f.groups, f.classes)
+    assert lines[0] == "5-way 1-shot, 15 queries: 8 classes to draw from; no class is excluded"
+    assert len(lines) == 2
+    with pytest.raises(EpisodeError, match=r"only 0 of 8.*near_ad_stroke_fh_gs_CC \(30\)"):
+        Protocol(k_shot=(16,)).check(f.labels.tolist(), f.groups, f.classes)
+
+
+def test_probe_rows(make_features: Make):
+    networks = [make_features("student_rgb", 0.5), make_features("random", 30.0)]
+    protocol = Protocol(q_sample=5, episodes=5, heads=("centroid",), probe=True)
+    good, bad = run_protocol(networks, protocol, show_progress=False).probes
+    assert good["linear_top1"] > 0.95
+    assert good["knn_top1"] > 0.95
+    assert bad["linear_top1"] < 0.35
+    assert good["train_clips"] + good["test_clips"] == 240
+    assert good["majority"] == pytest.approx(1 / 8, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"k_shot": ()}, {"episodes": 1}, {"heads": ("svm",)}, {"n_way": (9,)}, {"disjoint": "rally"}]
+)
+def test_bad_protocols_are_refused(make_features: Make, wrong: dict[str, object]):
+    with pytest.raises(FewshotError):
+        run_protocol(
+            [make_features("a", 1.0)], Protocol(**{"episodes": 5, "q_sample": 5, **wrong}), show_progress=False
+        )
+
+
+def test_networks_must_have_the_same_clips_and_different_names(make_features: Make):
+    a = make_features("a", 1.0)
+    other = Features(a.features[1:], a.labels[1:], a.ids[1:], a.groups[1:], a.classes, {"network": "b"})
+    for networks, message in (([a, other], "different clips"), ([a, a], "same name"), ([], "no features")):
+        with pytest.raises(FewshotError, match=message):
+            run_protocol(networks, Protocol(episodes=5, q_sample=5), show_progress=False)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    f = load_features(Path(folder) / "f.safetensors")
+    protocol = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
+    results = run_protocol([f], protocol, show_progress=False)
+    np.save(f"{folder}/{rank}.npy", np.stack([row.scores.predictions for row in results.rows]))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_results_of_one(make_features: Make, tmp_path: Path):
+    f = make_features("student_rgb", 2.0)
+    save_features(f, tmp_path / "f.safetensors")
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    protocol = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
+    alone = run_protocol([f], protocol, show_progress=False)
+    expected = np.stack([row.scores.predictions for row in alone.rows])
+    for rank in (0, 1):
+        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), expected)

@@ -1,0 +1,157 @@
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mmdistill.fewshot import figures
+from mmdistill.fewshot.features import Features
+from mmdistill.fewshot.page import typical_episode
+from mmdistill.fewshot.protocol import Protocol, Results, run_protocol
+from mmdistill.fewshot.report import print_tables, to_json, write_report
+
+Make = Callable[..., Features]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def results(make_features: Make) -> Results:
+    networks = [
+        make_features("student_rgb", 1.5, views=2, readout="2 tube masks"),
+        make_features("student_rgb", 1.5),
+        make_features("<script>alert(1)</script>", 3.0),
+        make_features("random", 9.0),
+    ]
+    protocol = Protocol(k_shot=(1, 5), q_sample=6, episodes=40, heads=("centroid", "knn"), probe=True, disjoint="video")
+    return run_protocol(networks, protocol, show_progress=False)
+
+
+def picture(clip: int) -> np.ndarray:
+    return np.full((112, 199, 3), clip % 250, np.uint8)
+
+
+def test_json_has_the_promised_keys_and_fractions(results: Results, tmp_path: Path):
+    write_report(results, tmp_path, extra={"config": {"seed": 0}})
+    found = json.loads((tmp_path / "fewshot.json").read_text())
+    assert found["network"] == "student_rgb"
+    assert found["checkpoint"] == "/runs/student_rgb.ckpt"
+    for key in ("", "_std", "_std_error"):
+        assert 0 < found[f"top1_action_ensemble{key}"] < 1
+    assert found["top1_action_ensemble_std_error"] < found["ci95"] < 0.1
+    assert (found["episodes"], found["n_way"], found["k_shot"], found["q_sample"]) == (40, 5, 1, 6)
+    assert len(found["rows"]) == 16
+    assert len(found["differences"]) == 2 * 2 * 6
+    assert found["config"] == {"seed": 0}
+    assert set(found["per_class"]) == set(results.features[0].classes)
+    assert found["excluded_classes"] == {}
+    assert found["probes"][0]["network"] == "student_rgb"
+
+
+def test_excluded_classes_stand_in_the_json_and_on_the_page(make_features: Make, tmp_path: Path):
+    f = make_features("student_rgb", 1.0)
+    keep = np.flatnonzero((f.labels != 7) | (np.arange(len(f.labels)) % 3 == 0))
+    small = Features(
+        f.features[keep],
+        f.labels[keep],
+        tuple(f.ids[i] for i in keep),
+        tuple(f.groups[i] for i in keep),
+        f.classes,
+        f.info,
+    )
+    results = run_protocol([small], Protocol(episodes=10, heads=("centroid",)), show_progress=False)
+    assert to_json(results)["excluded_classes"] == {"near_ad_stroke_fh_gs_W": 10}
+    assert "near_ad_stroke_fh_gs_W (10)" in write_report(results, tmp_path).read_text()
+
+
+def test_tables_show_percent_network_and_paired_difference(results: Results):
+    console = Console(width=160, file=io.StringIO())
+    print_tables(results, console=console)
+    text = console.file.getvalue()
+    row = results.headline.summary
+    assert f"{100 * row['top1_action_ensemble']:.2f} ± {100 * row['ci95']:.2f}" in text
+    assert "scored network: student_rgb, checkpoint /runs/student_rgb.ckpt" in text
+    d = next(d for d in results.differences if d["second"] == "random" and d["first_readout"] == "2 tube masks")
+    assert f"+{100 * d['difference']:.2f} ± {100 * d['ci95']:.2f}" in text
+    assert text.count("student_rgb leads by") == 4
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag == "img":
+            assert dict(attrs).get("alt"), "a picture without a description"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_self_contained_and_escaped(results: Results, tmp_path: Path):
+    page = Page()
+    page.feed(write_report(results, tmp_path, picture=picture).read_text())
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.links
+    assert all(link.startswith("data:") for link in page.links)
+    assert page.tags.count("figure") == 6
+    assert page.tags.count("tr") > 30
+
+
+def test_the_same_results_give_the_same_page(results: Results, tmp_path: Path):
+    first = write_report(results, tmp_path / "a", picture=picture).read_bytes()
+    assert write_report(results, tmp_path / "b", picture=picture).read_bytes() == first
+
+
+def test_the_strip_is_a_typical_episode(results: Results):
+    row = results.headline
+    chosen = row.scores.accuracy[typical_episode(row)]
+    assert abs(chosen - row.scores.accuracy.mean()) == np.abs(row.scores.accuracy - row.scores.accuracy.mean()).min()
+
+
+def test_principal_components_are_those_of_the_covariance():
+    x = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32) * np.array([5, 3, 1, 1, 1, 1], np.float32)
+    plane = figures.project(x, method="pca")
+    _, singular, right = np.linalg.svd(x.astype(float) - x.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(plane), np.abs((x - x.mean(axis=0)) @ right[:2].T), atol=1e-4)
+    np.testing.assert_allclose((plane**2).sum(axis=0), singular[:2] ** 2, rtol=1e-5)
+    assert figures.project(x[:, :1], method="pca").shape == (50, 2)
+    assert figures.project(x, method="tsne").shape == (50, 2)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_real_browser_shows_the_page_without_errors_or_requests(results: Results, tmp_path: Path):
+    page = write_report(results, tmp_path, picture=picture)
+    log = tmp_path / "net.json"
+    browser = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
+    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--window-size=1150,3000"]
+    shot = tmp_path / "shot.png"
+    command = [*browser, *quiet, *where, f"--screenshot={shot}", page.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+    assert shot.stat().st_size > 20_000
+    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
+    outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # the browser's own
+    assert outside == set()
+
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
+    command = [*browser, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", broken.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" in run.stderr  # this test would see it: the page's policy refuses the picture
