@@ -29,6 +29,7 @@ def encoder_geometry(model: ModelConfig, data: DataModuleConfig, spec: ModalityS
         head_dim=model.head_dim or model.dim // model.heads,
         mlp_dim=int(model.dim * model.mlp_ratio),
         learned_positions=model.learned_positions,
+        separable_positions=model.separable_positions,
     )
 
 

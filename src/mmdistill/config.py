@@ -53,6 +53,7 @@ class ModelConfig(_Sealable):
     head_dim: int | None = None  # width of one head; null: dim / heads
     mlp_ratio: float = 4.0  # hidden width of the MLPs over their width
     learned_positions: bool = False  # false: fixed sin-cos
+    separable_positions: bool = False  # sin-cos of t, h and w apart; false: of the running token index, as in VideoMAE
     drop_path: float = 0.0  # stochastic depth rate of the last block
     decoder_dim: int = MISSING
     decoder_depth: int = MISSING
