@@ -1,0 +1,169 @@
+"""Loading is strict, atomic and reported; architectures are read from metadata or from the tensors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import (
+    CheckpointError,
+    WeightMismatchError,
+    load_encoder,
+    load_encoder_with_report,
+    load_weights,
+    save_safetensors,
+    save_torch,
+)
+from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+
+FIXTURES = Path(__file__).parent / "fixtures"
+GEOMETRY = EncoderGeometry(3, 2, 8, 8, 4, 2, 8, 1, 2, 4, 16)
+DECODER = DecoderGeometry(4, 1, 1, 4, 8)
+
+
+def encoders(**parts: Encoder) -> dict:
+    return {"encoders": {part: vars(encoder.geometry) for part, encoder in parts.items()}}
+
+
+def snapshot(module: torch.nn.Module) -> dict:
+    return {k: v.clone() for k, v in module.state_dict().items()}
+
+
+def unchanged(module: torch.nn.Module, before: dict) -> bool:
+    return all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_whole_model_and_encoder_alone() -> None:
+    net = VideoMAE(GEOMETRY, DECODER)
+    report = load_weights(net, FIXTURES / "plain" / "bare.pt")
+    assert report.tensors == len(net.state_dict())
+    assert report.parameters == sum(p.numel() for p in net.parameters())
+    encoder = Encoder(GEOMETRY)
+    report = load_weights(encoder, FIXTURES / "plain" / "bare.pt")
+    assert report.left_out == {"decoder": 17, "encoder_to_decoder": 1, "mask_token": 1}
+    assert all(torch.equal(v, net.encoder.state_dict()[k]) for k, v in encoder.state_dict().items())
+
+
+def test_shapes_missing_and_unexpected_are_listed(tmp_path: Path) -> None:
+    state = VideoMAE(GEOMETRY, DECODER).state_dict()
+    state["encoder.extra"] = torch.zeros(1)
+    state["encoder.norm.bias"] = torch.zeros(5)
+    del state["mask_token"]
+    save_torch(state, tmp_path / "odd.pt")
+    net = VideoMAE(GEOMETRY, DECODER)
+    before = snapshot(net)
+    with pytest.raises(WeightMismatchError) as caught:
+        load_weights(net, tmp_path / "odd.pt")
+    text = str(caught.value)
+    assert "odd.pt" in text
+    assert "1 missing: mask_token" in text
+    assert "1 unexpected: encoder.extra" in text
+    assert "encoder.norm.bias [5] in the file, [8] in the module" in text
+    assert unchanged(net, before)
+
+
+def test_nothing_matched_is_an_error_even_when_all_may_be_missing(tmp_path: Path) -> None:
+    save_torch({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    net = VideoMAE(GEOMETRY, DECODER)
+    with pytest.raises(WeightMismatchError, match="not one tensor matches"):
+        load_weights(net, tmp_path / "other.pt", allow_missing=["*"])
+    with pytest.raises(CheckpointError, match=r"holds no encoder.*other \(1\)"):
+        load_weights(net.encoder, tmp_path / "other.pt", allow_missing=["*"])
+
+
+def test_allowed_missing_is_counted(tmp_path: Path) -> None:
+    state = VideoMAE(GEOMETRY, DECODER).state_dict()
+    save_torch({k: v for k, v in state.items() if not k.startswith("decoder.norm")}, tmp_path / "part.pt")
+    net = VideoMAE(GEOMETRY, DECODER)
+    report = load_weights(net, tmp_path / "part.pt", allow_missing=["decoder.norm.*"])
+    assert report.missing == ("decoder.norm.weight", "decoder.norm.bias")
+    assert report.tensors == len(state) - 2
+
+
+def test_conversion_is_reported(tmp_path: Path) -> None:
+    state = {k: v.bfloat16() for k, v in Encoder(GEOMETRY).state_dict().items()}
+    save_torch({"model": state}, tmp_path / "half.pt")
+    report = load_weights(Encoder(GEOMETRY), tmp_path / "half.pt")
+    assert report.conversions == {"bfloat16 -> float32": len(state)}
+    assert "converted bfloat16 -> float32" in str(report)
+
+
+def test_parts_of_a_distilled_file(tmp_path: Path) -> None:
+    student, teacher = Encoder(GEOMETRY), Encoder(replace(GEOMETRY, channels=17, depth=2))
+    state = {f"student_rgb.encoder.{k}": v for k, v in student.state_dict().items()}
+    state |= {f"teacher_skeleton.encoder.{k}": v for k, v in teacher.state_dict().items()}
+    content = {"state_dict": state, "pytorch-lightning_version": "2", "epoch": 3, "global_step": 9}
+    content["mmdistill"] = {"kind": "distill", **encoders(student_rgb=student, teacher_skeleton=teacher)}
+    save_torch(content, tmp_path / "last.ckpt")
+    loaded = load_encoder(tmp_path / "last.ckpt")
+    assert loaded.geometry == student.geometry
+    assert torch.equal(loaded.norm.weight, student.norm.weight)
+    assert load_encoder(tmp_path / "last.ckpt", part="teacher_skeleton").geometry == teacher.geometry
+    with pytest.raises(CheckpointError, match="no part 'teacher_flow'; it holds student_rgb, teacher_skeleton"):
+        load_encoder(tmp_path / "last.ckpt", part="teacher_flow")
+
+
+def test_free_width_fixture_with_heads() -> None:
+    encoder, report = load_encoder_with_report(FIXTURES / "plain" / "free_width_sincos.pth", num_frames=4, height=8, width=12)
+    g = encoder.geometry
+    assert (g.dim, g.heads, g.head_dim, g.depth, g.mlp_dim, g.learned_positions) == (16, 3, 5, 2, 32, False)
+    assert report.left_out == {"head_action": 2, "head_verb": 2, "head_noun": 2}
+    encoder(torch.zeros(1, 3, 4, 8, 12))
+    learned = load_encoder(FIXTURES / "plain" / "free_width_learned.pth", num_frames=4, height=8, width=12)
+    assert learned.geometry.learned_positions
+    assert learned.pos_embed.shape == (1, 12, 16)
+
+
+def test_the_users_own_size(tmp_path: Path) -> None:
+    """Width 1024, 12 heads of 85: qkv [3060, 1024], proj [1024, 1020]."""
+    source = Encoder(EncoderGeometry(3, 16, 224, 384, 16, 2, 1024, 1, 12, 85, 64))
+    state = source.state_dict()
+    assert state["blocks.0.attn.qkv.weight"].shape == (3060, 1024)
+    save_torch({"state_dict": state | {"head_action.weight": torch.zeros(5, 1024)}}, tmp_path / "own.pth")
+    encoder = load_encoder(tmp_path / "own.pth", height=224, width=384)
+    assert encoder.geometry == source.geometry
+    assert torch.equal(encoder.blocks[0].attn.proj.weight, source.blocks[0].attn.proj.weight)
+
+
+def test_sincos_positions_are_recomputed(tmp_path: Path) -> None:
+    source = Encoder(GEOMETRY)
+    save_torch({**source.state_dict(), "pos_embed": source.pos_embed}, tmp_path / "table.pt")
+    longer = Encoder(replace(GEOMETRY, num_frames=8))
+    report = load_weights(longer, tmp_path / "table.pt")
+    assert any("recomputed" in note for note in report.notes)
+    assert torch.equal(longer.pos_embed, Encoder(longer.geometry).pos_embed)
+    learned = Encoder(replace(GEOMETRY, num_frames=8, learned_positions=True))
+    with torch.no_grad():
+        learned.pos_embed.zero_()
+    load_weights(learned, tmp_path / "table.pt")
+    assert torch.equal(learned.pos_embed, longer.pos_embed)
+
+
+def test_learned_positions_are_interpolated(tmp_path: Path) -> None:
+    source = Encoder(replace(GEOMETRY, learned_positions=True))
+    with torch.no_grad():
+        source.pos_embed.copy_(torch.arange(4.0)[None, :, None].expand(1, 4, 8))  # 2 x 2, constant over width
+    save_safetensors(
+        {f"encoder.{k}": v for k, v in source.state_dict().items()}, tmp_path / "e.safetensors", encoders(encoder=source)
+    )
+    encoder, report = load_encoder_with_report(tmp_path / "e.safetensors", num_frames=4)
+    assert encoder.pos_embed.shape == (1, 8, 8)
+    assert torch.equal(encoder.pos_embed[0, :4], source.pos_embed[0])  # repeated along time
+    assert any("interpolated from (1, 2, 2) to (2, 2, 2)" in note for note in report.notes)
+
+
+def test_positions_that_cannot_fit_are_refused(tmp_path: Path) -> None:
+    save_torch({**Encoder(GEOMETRY).state_dict(), "pos_embed": torch.randn(1, 4, 8)}, tmp_path / "learned.pt")
+    with pytest.raises(WeightMismatchError, match="1 unexpected: pos_embed"):
+        load_weights(Encoder(GEOMETRY), tmp_path / "learned.pt")
+
+
+def test_geometry_of_releases() -> None:
+    from mmdistill.checkpoint.geometry import geometry_from_tensors
+
+    for dim, heads in ((384, 6), (768, 12), (1024, 16), (1280, 16)):
+        with torch.device("meta"):
+            state = Encoder(EncoderGeometry(3, 16, 224, 224, 16, 2, dim, 2, heads, dim // heads, 4 * dim)).state_dict()
+        geometry, _ = geometry_from_tensors(state)
+        assert (geometry.heads, geometry.depth, geometry.grid) == (heads, 2, (8, 14, 14))

@@ -1,0 +1,115 @@
+"""Every format that users have, as its real writer wrote it, gives exactly the weights that the writer reports."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmdistill.checkpoint import CheckpointError, CheckpointFormat, detect_format, read_checkpoint
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NAME = "epoch=01-loss=0.5000"
+ZERO = [f"zero{stage}-w{world}-{precision}" for stage in range(4) for world in (1, 2) for precision in ("fp32", "bf16")]
+
+
+def same(state: dict, expected: dict) -> None:
+    """Same names, and values equal to the last bit once in fp32."""
+    assert sorted(state) == sorted(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name].float(), tensor.float()), name
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_directories(name: str) -> None:
+    checkpoint = read_checkpoint(FIXTURES / name / NAME)
+    same(checkpoint.state_dict, load_file(FIXTURES / name / "expected.safetensors"))
+    assert checkpoint.format is CheckpointFormat.DEEPSPEED
+    assert (checkpoint.stage, checkpoint.world_size) == (int(name[4]), int(name[7]))
+    assert checkpoint.meta["epoch"] == 1
+    assert checkpoint.meta["step"] == 2
+    trained = [t for n, t in checkpoint.state_dict.items() if not n.startswith("decoder.norm.")]
+    assert all(t.dtype is torch.float32 for t in trained)  # the masters, not the bf16 copies
+
+
+def test_masters_are_not_the_copies() -> None:
+    place = FIXTURES / "zero2-w2-bf16" / NAME
+    model = torch.load(place / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
+    state = read_checkpoint(place).state_dict
+    assert any(not torch.equal(state[name], copy.float()) for name, copy in model.items())
+    assert all(torch.equal(state[name].to(copy.dtype), copy) for name, copy in model.items())
+
+
+@pytest.mark.parametrize("name", ["zero0-w1-fp32", "zero1-w2-bf16", "zero3-w2-fp32"])
+def test_every_level_is_understood(name: str) -> None:
+    root = FIXTURES / name / NAME
+    expected = load_file(FIXTURES / name / "expected.safetensors")
+    inner = sorted((root / "checkpoint").iterdir())
+    for path in (root, root / "checkpoint", root / "latest", *inner):
+        assert detect_format(path) is CheckpointFormat.DEEPSPEED
+        same(read_checkpoint(path).state_dict, expected)
+
+
+def test_folder_of_checkpoints_is_listed() -> None:
+    with pytest.raises(CheckpointError, match=r"a folder of \d+ checkpoints, not one; give one of\n.*hf-model"):
+        read_checkpoint(FIXTURES)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "lightning-deepspeed"])
+def test_lightning_file_and_directory(kind: str) -> None:
+    path = FIXTURES / kind / "epoch=00-train_loss=0.5000.ckpt"
+    checkpoint = read_checkpoint(path)
+    same(checkpoint.state_dict, load_file(FIXTURES / kind / "expected.safetensors"))
+    assert checkpoint.format is (CheckpointFormat.LIGHTNING if kind == "lightning" else CheckpointFormat.DEEPSPEED)
+    assert checkpoint.meta["kind"] == "distill"
+    assert checkpoint.parts == ["student_rgb", "teacher_rgb"]
+    assert checkpoint.meta["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["bare.pt", "model.pth", "module.pt", "state_dict.pt", "legacy.pth"])
+def test_plain_files(name: str) -> None:
+    checkpoint = read_checkpoint(FIXTURES / "plain" / name)
+    same(checkpoint.state_dict, load_file(FIXTURES / "plain" / "expected.safetensors"))
+    assert checkpoint.format is CheckpointFormat.WEIGHTS
+
+
+@pytest.mark.parametrize("folder", ["hf-model", "hf-pretraining"])
+def test_huggingface_names(folder: str) -> None:
+    raw = load_file(FIXTURES / folder / "model.safetensors")
+    state = read_checkpoint(FIXTURES / folder).state_dict
+    assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in raw.values())
+    base = "videomae." if folder == "hf-pretraining" else ""
+    layer = f"{base}encoder.layer.0.attention.attention."
+    qkv = torch.cat([raw[f"{layer}{n}.weight"] for n in ("query", "key", "value")])
+    assert torch.equal(state["encoder.blocks.0.attn.qkv.weight"], qkv)
+    assert torch.equal(state["encoder.blocks.0.attn.v_bias"], raw[f"{layer}v_bias"])
+    assert torch.equal(state["encoder.norm.weight"], raw[f"{base}layernorm.weight"])
+    assert ("decoder.blocks.0.mlp.fc2.bias" in state) == (folder == "hf-pretraining")
+
+
+def test_inner_file_alone(tmp_path: Path) -> None:
+    """A model file that was copied out of its directory: complete at stages 0-2, said to be rounded under bf16."""
+    source = FIXTURES / "zero1-w2-bf16" / NAME / "checkpoint" / "mp_rank_00_model_states.pt"
+    alone = tmp_path / source.name
+    alone.write_bytes(source.read_bytes())
+    checkpoint = read_checkpoint(alone)
+    assert any("low-precision copies" in note for note in checkpoint.notes)
+    renamed = tmp_path / "rgb.pt"
+    renamed.write_bytes(source.read_bytes())
+    assert sorted(read_checkpoint(renamed).state_dict) == sorted(checkpoint.state_dict)
+    sharded = FIXTURES / "zero3-w1-fp32" / NAME / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / sharded.name).write_bytes(sharded.read_bytes())
+    with pytest.raises(CheckpointError, match="stage 3 keeps the weights in"):
+        read_checkpoint(tmp_path / "b")
+
+
+def test_deepspeed_is_not_imported() -> None:
+    code = (
+        "import sys; sys.modules['deepspeed'] = None\n"
+        "from mmdistill.checkpoint import read_checkpoint\n"
+        f"for name in {ZERO!r}: read_checkpoint({str(FIXTURES)!r} + '/' + name + '/{NAME}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
