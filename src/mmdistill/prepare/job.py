@@ -103,7 +103,7 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Ou
     try:
         state = output / STATES / f"{name}.json"
         known, wanted = _begin(name, path, output, settings)
-        if known.get("complete") and known["parts"] == wanted["parts"]:
+        if known.get("complete") and known["parts"] == wanted["parts"] and _all_there(name, output, known):
             return Outcome(name, known, None)
         record = {**wanted, **_frames_and_flow(name, path, output, settings)}
         if settings.skeleton == "mediapipe":
@@ -138,6 +138,17 @@ def _begin(name: str, path: Path, output: Path, settings: Settings) -> tuple[dic
     if not known.get("complete"):
         write_whole(state, json.dumps({**wanted, "complete": False}).encode())
     return known, wanted
+
+
+def _all_there(name: str, output: Path, record: dict[str, Any]) -> bool:
+    """Whether no file of a finished video was deleted since."""
+    count = record["num_frames"]
+    pictures = len(list((output / FRAMES / name).glob("*.jpg"))) == count
+    flows = record["parts"]["flow"]["method"] == "none" or (
+        len(list((output / FLOWS / name).glob("pair_*.npy"))) == count - 1
+    )
+    skeleton = record["parts"]["skeleton"]["method"] == "none" or (output / SKELETONS / f"{name}.pkl").exists()
+    return pictures and flows and skeleton
 
 
 def _fingerprint(path: Path) -> str:

@@ -1,11 +1,10 @@
 """Where the near and the far player are: what moves before a camera that stands still.
 
-Each frame is compared with the median of the video. What differs is grouped into blobs, blobs are linked into tracks,
-and in each part of the picture (feet above or below a dividing height) the track with the largest moving area is the
-player. A moving camera, or a person who never moves, is not found: that person is then absent, never guessed.
+Each frame is compared with the median of the video. What differs is grouped into blobs, and in each part of the picture
+(feet above or below a dividing height) the smooth path through the blobs with the largest moving area is the player. A
+moving camera, or a person who never moves, is not found: that person is then absent, never guessed.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -18,19 +17,10 @@ BACKGROUND_FRAMES = 25
 DIFFERENCE = 28  # grey levels, of the colour that differs most
 SMALLEST = 50  # px of the reduced picture
 PER_FRAME = 8  # blobs kept per frame and part
-GAP = 20  # frames a track may be invisible
-REACH = 0.07  # of the height, that a player moves between two frames at most
+GAP = 20  # frames a player may be invisible between two of a path
+REACH = 0.07  # picture heights that a player moves between two frames at the outside
+SHORTEST = 5  # frames of a path
 SMOOTH = 7  # frames, of the running median of a track's size
-
-
-@dataclass
-class _Track:
-    frames: list[int] = field(default_factory=list)
-    boxes: list[np.ndarray] = field(default_factory=list)
-
-    @property
-    def weight(self) -> float:
-        return float(sum(box[2] * box[3] for box in self.boxes))
 
 
 def find_players(path: Path, *, split: float) -> np.ndarray:
@@ -78,57 +68,76 @@ def _blobs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def _player(candidates: list[np.ndarray]) -> np.ndarray:
-    """(T, 4) box of the heaviest track, continued by others that begin or end where it is not."""
+    """(T, 4) boxes of the best path through the candidates, then of the best paths before and after it."""
     out = np.full((len(candidates), 4), np.nan)
-    for track in sorted(_link(candidates), key=lambda t: -t.weight):
-        first, last = track.frames[0], track.frames[-1]
-        if np.isnan(out).all() or _continues(out, track):
-            between = np.arange(first, last + 1)
-            boxes = np.stack(track.boxes)
-            out[first : last + 1] = np.stack([np.interp(between, track.frames, boxes[:, i]) for i in range(4)], axis=1)
+    areas = [float(c[0, 2] * c[0, 3]) for c in candidates if len(c)]
+    unit = float(np.median(areas)) if areas else 1.0
+    todo = [(0, len(candidates))]
+    while todo:
+        first, last = todo.pop()
+        path = _best_path(candidates[first:last], unit)
+        if len(path) < SHORTEST:
+            continue
+        frames = [first + k for k, _ in path]
+        boxes = np.stack([candidates[first + k][i] for k, i in path])
+        between = np.arange(frames[0], frames[-1] + 1)
+        out[between] = np.stack([np.interp(between, frames, boxes[:, i]) for i in range(4)], axis=1)
+        todo += [(first, frames[0]), (frames[-1] + 1, last)]
     return out
 
 
-def _link(candidates: list[np.ndarray]) -> list[_Track]:
-    tracks: list[_Track] = []
+def _best_path(candidates: list[np.ndarray], unit: float) -> list[tuple[int, int]]:
+    """(frame, candidate) of the path with the largest sum of areas (in units of `unit`) minus the cost of its jumps.
+
+    Dynamic programming. A step over g frames may skip up to `GAP` of them; a distance of `REACH` picture heights times
+    sqrt(g) costs as much as one box of `unit` brings, and twice that distance is impossible.
+    """
+    best: list[np.ndarray] = []
+    back: list[list[tuple[int, int] | None]] = []
+    end: tuple[float, tuple[int, int] | None] = (0.0, None)
     for k, boxes in enumerate(candidates):
-        free = list(boxes)
-        for track in sorted((t for t in tracks if k - t.frames[-1] <= GAP), key=lambda t: -t.weight):
-            reach = REACH * WORK_HEIGHT * (k - track.frames[-1]) ** 0.5 + 0.25 * track.boxes[-1][3]
-            distances = [float(np.hypot(*(_centre(box) - _centre(track.boxes[-1])))) for box in free]
-            if distances and min(distances) <= reach:
-                track.boxes.append(free.pop(int(np.argmin(distances))))
-                track.frames.append(k)
-        tracks += [_Track([k], [box]) for box in free]
-    return tracks
+        score = boxes[:, 2] * boxes[:, 3] / unit
+        origin: list[tuple[int, int] | None] = [None] * len(boxes)
+        gain = np.zeros(len(boxes))
+        for g in range(1, min(GAP, k) + 1):
+            if not len(boxes) or not len(candidates[k - g]):
+                continue
+            apart = _centres(boxes)[:, None] - _centres(candidates[k - g])[None]
+            distance = np.hypot(apart[..., 0], apart[..., 1]) / (REACH * WORK_HEIGHT * g**0.5)
+            value = np.where(distance <= 2, best[k - g][None] - distance**2, -np.inf)
+            for j in np.flatnonzero(value.max(axis=1) > gain):
+                origin[j], gain[j] = (k - g, int(value[j].argmax())), value[j].max()
+        best.append(score + gain)
+        back.append(origin)
+        if len(boxes) and best[k].max() > end[0]:
+            end = (float(best[k].max()), (k, int(best[k].argmax())))
+    path = []
+    at = end[1]
+    while at is not None:
+        path.append(at)
+        at = back[at[0]][at[1]]
+    return path[::-1]
 
 
-def _continues(out: np.ndarray, track: _Track) -> bool:
-    """Whether a track lies in time beside what was found, near it and of its size."""
-    first, last = track.frames[0], track.frames[-1]
-    if len(track.frames) < 5 or not np.isnan(out[first : last + 1]).all():
-        return False
-    known = np.flatnonzero(~np.isnan(out[:, 0]))
-    nearest = known[np.argmin(np.minimum(np.abs(known - first), np.abs(known - last)))]
-    own = track.boxes[0] if nearest < first else track.boxes[-1]
-    gap = first - nearest if nearest < first else nearest - last
-    distance = float(np.hypot(*(_centre(own) - _centre(out[nearest]))))
-    return distance <= REACH * WORK_HEIGHT * gap**0.5 + 0.5 * out[nearest][3] and own[3] > 0.4 * out[nearest][3]
+def _centres(boxes: np.ndarray) -> np.ndarray:
+    """(..., 4) left, top, width, height -> (..., 2) x, y"""
+    return boxes[..., :2] + boxes[..., 2:] / 2
 
 
-def _centre(box: np.ndarray) -> np.ndarray:
-    return box[:2] + box[2:] / 2
-
-
-def crops(boxes: np.ndarray, *, margin: float = 1.6) -> np.ndarray:
-    """Square crops around boxes: (T, 4) -> (T, 3) left, top, side in px; NaN stays NaN.
+def crops(boxes: np.ndarray, *, margin: float = 2.0) -> np.ndarray:
+    """Square crops around boxes: (T, 4) -> (T, 3) left, top, side in px; all NaN if there is no box at all.
 
     The side is `margin` times the running median of the box's longer side, so that a racket or a shadow that joins the
-    blob for a frame does not change it.
+    blob for a frame does not change it. A player who stands still becomes background: frames without a box look where
+    the nearest one in time was, and the pose model decides whether somebody is there.
     """
     longer = np.fmax(boxes[:, 2], boxes[:, 3])
+    known = np.flatnonzero(~np.isnan(longer))
     out = np.full((len(boxes), 3), np.nan)
-    for k in np.flatnonzero(~np.isnan(longer)):
-        side = margin * np.nanmedian(longer[max(0, k - SMOOTH) : k + SMOOTH + 1])
-        out[k] = *(_centre(boxes[k]) - side / 2), side
+    if len(known) == 0:
+        return out
+    for k in range(len(boxes)):
+        at = known[np.abs(known - k).argmin()]
+        side = margin * np.nanmedian(longer[max(0, at - SMOOTH) : at + SMOOTH + 1])
+        out[k] = *(_centres(boxes[at]) - side / 2), side
     return out

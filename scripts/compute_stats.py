@@ -1,0 +1,96 @@
+"""Mean and standard deviation of rgb, flow and skeleton of a training set, written as a dataset config.
+
+    python scripts/compute_stats.py --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \\
+        data_module.target_data_dir=data/mine
+
+then `dataset=mine` trains with it. The values are taken over what the model is given: the clips, crop, resizing and heat-maps of
+training with the same overrides. They travel inside each checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.progress import Progress
+
+from mmdistill.build import clip_dataset
+from mmdistill.cli import CONFIGS
+from mmdistill.config import (
+    DataModuleConfig,
+    PretrainConfig,
+    explain,
+    modality_specs,
+    parse,
+    quote_overrides,
+    register_schemas,
+    to_plain,
+)
+from mmdistill.prepare.statistics import dataset_statistics, usable
+
+
+def main() -> int:
+    """Parse, compute, write."""
+    options, overrides = _arguments()
+    console = Console(stderr=True)
+    register_schemas()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = parse(compose(options.config_name, ["modality=rgb", *quote_overrides(overrides)]), PretrainConfig)
+        data = config.data_module
+        specs = modality_specs(data)
+        names = tuple(options.modalities or specs)
+        dataset = clip_dataset(data, names, training=True, seed=config.seed)
+        with Progress(console=console) as bar:
+            task = bar.add_task("clips", total=min(options.clips or len(dataset), len(dataset)))
+            moments = dataset_statistics(
+                dataset,
+                specs,
+                num_workers=config.num_workers,
+                clips=options.clips,
+                progress=lambda done: bar.update(task, completed=done),
+            )
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        print(f"compute_stats: {explain(error, PretrainConfig)}", file=sys.stderr)
+        return 2
+    plain = to_plain(data)
+    for name, moment in moments.items():
+        mean, std, flat = usable(moment)
+        plain["modalities"][name] |= {"mean": list(mean), "std": list(std)}
+        console.print(f"{name}: mean {mean}, std {std}", markup=False, highlight=False, soft_wrap=True)
+        if flat:
+            console.print(f"{name}: channels {flat} never vary; their std is set to 1", markup=False, soft_wrap=True)
+    _write(options.output, plain, len(dataset) if options.clips is None else options.clips)
+    return 0
+
+
+def _arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config-name", default="config_pretrain")
+    parser.add_argument("--output", type=Path, help="dataset config to write; without it, standard output")
+    parser.add_argument("--modalities", nargs="+", choices=["rgb", "flow", "skeleton"], help="default: the dataset's")
+    parser.add_argument("--clips", type=int, help="use this many clips, evenly spread; default: all")
+    parser.add_argument("overrides", nargs="*", help="as for pretrain_main.py")
+    options = parser.parse_intermixed_args()
+    return options, options.overrides
+
+
+def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
+    defaults = to_plain(DataModuleConfig())
+    kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
+    text = "# @package data_module\n" + f"# statistics over {clips} clips, by scripts/compute_stats.py\n"
+    text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""An unlabelled training file: the rallies of annotation files, without their events.
+
+    python scripts/make_unlabel.py train.json [more.json ...] --output unlabel.json [--exclude val.json test.json]
+
+Rallies of the files after `--exclude` are left out, with `--by match` all rallies of their matches, so that nothing
+that is evaluated is trained on. Labels are not written at all.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from mmdistill.data.annotations import AnnotationError, load_f3set, match_of, to_json
+from mmdistill.data.atomic import write_whole
+
+
+def main() -> int:
+    """Parse, gather, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("annotations", type=Path, nargs="+", help="F3Set JSON files")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="files whose rallies are left out")
+    parser.add_argument("--by", choices=["rally", "match"], default="rally", help="what is excluded")
+    options = parser.parse_args()
+    try:
+        rallies = [rally for path in options.annotations for rally in load_f3set(path)]
+        excluded = [rally for path in options.exclude for rally in load_f3set(path)]
+    except (AnnotationError, OSError) as error:
+        print(f"make_unlabel: {error}", file=sys.stderr)
+        return 2
+    twice = [name for name, count in Counter(rally.video for rally in rallies).items() if count > 1]
+    if twice:
+        print(f"make_unlabel: {twice[0]} is in two of the files", file=sys.stderr)
+        return 2
+    key = match_of if options.by == "match" else str
+    out = {key(rally.video) for rally in excluded}
+    kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in out]
+    if not kept:
+        print("make_unlabel: no rally is left", file=sys.stderr)
+        return 2
+    write_whole(options.output, (json.dumps(to_json(kept)) + "\n").encode())
+    print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} left out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
