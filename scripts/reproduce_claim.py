@@ -19,11 +19,11 @@ ROWS = {  # label in the table -> name in fewshot.json
     "distilled student (RGB at test)": "student_rgb",
     "RGB pretrained": "teacher_rgb",
     "random init": "random",
-    "distilled from RGB alone": "rgb_only",
+    "distilled from RGB alone": "mmdistill_rgb_only",
     "flow teacher (flow at test)": "teacher_flow",
     "skeleton teacher (skeletons at test)": "teacher_skeleton",
 }
-DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("student_rgb", "rgb_only"))
+DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("student_rgb", "mmdistill_rgb_only"))
 
 
 def claim_stages(output: Path, seeds: list[int], extra: tuple[str, ...]) -> list[Stage]:
@@ -46,8 +46,18 @@ def collect(output: Path, seeds: list[int]) -> list[dict[str, Any]]:
     return [json.loads((output / f"seed{seed}" / "test" / "fewshot.json").read_text()) for seed in seeds]
 
 
-def _find(result: dict[str, Any], k_shot: int) -> dict[str, Any]:
-    return next(s for s in result["settings"] if s["k_shot"] == k_shot)
+def _row(result: dict[str, Any], network: str, k_shot: int) -> dict[str, Any]:
+    return next(r for r in result["rows"] if r["network"] == network and r["k_shot"] == k_shot)
+
+
+def _difference(result: dict[str, Any], a: str, b: str, k_shot: int) -> dict[str, Any]:
+    """The paired difference a - b; the file has each pair once, in one of the two orders."""
+    for d in result["differences"]:
+        if d["k_shot"] == k_shot and (d["first"], d["second"]) == (a, b):
+            return d
+        if d["k_shot"] == k_shot and (d["first"], d["second"]) == (b, a):
+            return {**d, "difference": -d["difference"], "low": -d["high"], "high": -d["low"]}
+    raise KeyError(f"no difference between {a} and {b}")
 
 
 def table(results: list[dict[str, Any]], seeds: list[int]) -> str:
@@ -59,13 +69,13 @@ def table(results: list[dict[str, Any]], seeds: list[int]) -> str:
         for label, name in ROWS.items():
             cells = []
             for result in results:
-                row = _find(result, k_shot)["rows"][name]
+                row = _row(result, name, k_shot)
                 cells.append(f"{100 * row['top1_action_ensemble']:.1f} ± {100 * row['ci95']:.1f}")
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         for a, b in DIFFERENCES:
             cells = []
             for result in results:
-                d = _find(result, k_shot)["differences"][f"{a} - {b}"]
+                d = _difference(result, a, b, k_shot)
                 cells.append(f"{100 * d['difference']:+.1f} ± {100 * d['ci95']:.1f}")
             lines.append(f"| *difference {a} − {b}* | " + " | ".join(cells) + " |")
         lines.append("")
@@ -75,7 +85,7 @@ def table(results: list[dict[str, Any]], seeds: list[int]) -> str:
 def holds(results: list[dict[str, Any]]) -> bool:
     """Whether student > RGB pretrained > random, with the whole interval above 0, for each seed and shot."""
     return all(
-        _find(result, k)["differences"][f"{a} - {b}"]["low"] > 0
+        _difference(result, a, b, k)["low"] > 0
         for result in results
         for k in (1, 5)
         for a, b in DIFFERENCES[:2]

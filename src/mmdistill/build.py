@@ -1,6 +1,5 @@
 """From a validated config to objects: geometries, datasets, loaders. Used by both trainings and the evaluation."""
 
-import hashlib
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -11,7 +10,7 @@ from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.index import ClipIndex, build_index
 from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
 from mmdistill.modality import ModalitySpec
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry
+from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry
 
 
 def encoder_geometry(model: ModelConfig, data: DataModuleConfig, spec: ModalitySpec) -> EncoderGeometry:
@@ -132,8 +131,17 @@ def make_demo_data(data: DataModuleConfig) -> None:
         make_demo(Path(data.target_data_dir), frame_size=(data.frame_size[0], data.frame_size[1]))
 
 
-def data_digest(data: DataModuleConfig, *, training: bool) -> str:
-    """sha256 over the annotation file and everything that decides which pixels a clip is made of."""
-    digest = hashlib.sha256(annotation_path(data, training=training).read_bytes())
-    digest.update(repr(data).encode())
-    return digest.hexdigest()
+def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
+    """Raise `ConfigError` unless the encoder takes the clips of this dataset: channels, frames, size, tubelet, patch."""
+    g = encoder.geometry
+    if g.channels != spec.channels:
+        raise ConfigError(
+            f"{source} takes {g.channels} channels, {spec.name} has {spec.channels}: is it of another modality?"
+        )
+    names = ("frames", "height", "width", "tubelet", "patch")
+    found = (g.num_frames, g.height, g.width, g.tubelet, g.patch)
+    height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
+    wanted = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.scale)
+    if found != wanted:
+        both = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, wanted, strict=True) if a != b)
+        raise ConfigError(f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {both}")

@@ -109,6 +109,7 @@ class DataModuleConfig(_Sealable):
     k_shot: Any = 1  # support clips per class; a list evaluates each
     q_sample: int = 15  # query clips per class
     episodes: int = 600
+    disjoint: str | None = None  # video: support and query clips of an episode come from different rallies
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
 
 
@@ -183,7 +184,9 @@ class DistillConfig(CommonConfig):
     network: str = "student_rgb"  # part of the checkpoint that is evaluated
     # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
     compare: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
-    head: str = "logistic"  # few-shot classifier, see mmdistill.fewshot.heads
+    head: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.heads; a list evaluates each
+    probe: bool = False  # also a linear probe and k-NN on the full label set
+    feature_cache: str | None = "output/features"  # folder of encoded clips, reused by later evaluations; null: none
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)
 
 
@@ -322,6 +325,14 @@ def as_ints(key: str, value: Any) -> list[int]:
     values = value if isinstance(value, list | tuple) else [value]
     if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise ConfigError(f"{key}={value} must be a whole number or a list of whole numbers")
+    return list(values)
+
+
+def as_names(key: str, value: Any) -> list[str]:
+    """A name or a list of them, as a list."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or any(not isinstance(v, str) for v in values):
+        raise ConfigError(f"{key}={value} must be a name or a list of names")
     return list(values)
 
 

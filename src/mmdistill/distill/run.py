@@ -1,6 +1,5 @@
 """One distillation run: load the teachers, build the module and the Trainer, fit."""
 
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -11,12 +10,13 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from mmdistill import __version__
-from mmdistill.build import clip_dataset, clip_loader, make_demo_data
+from mmdistill.build import check_token_grid, clip_dataset, clip_loader, make_demo_data
 from mmdistill.checkpoint import load_encoder, newest_complete, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, teacher_paths, to_plain
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.distill.callbacks import EpochCheckpoints, EpochLines, SetEpoch, StopOnSignal, VerifiedCheckpointIO
 from mmdistill.distill.module import MMDistill
+from mmdistill.fewshot.embed import weights_digest
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.videomae import Encoder
 from mmdistill.optim import LearningRates
@@ -31,7 +31,6 @@ def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tupl
     Raises `ConfigError` where a checkpoint was trained on another modality, other statistics or another token grid.
     """
     teachers, sources = {}, {}
-    data = config.data_module
     for modality, path in teacher_paths(config.trainer).items():
         checkpoint = read_checkpoint(path)
         found = checkpoint.meta.get("modality")
@@ -40,23 +39,8 @@ def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tupl
                 f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; check the order (rgb, flow, skeleton)"
             )
         encoder = load_encoder(path)
-        spec, g = specs[modality], encoder.geometry
-        if g.channels != spec.channels:
-            raise ConfigError(
-                f"trainer.ckpt_path: {path} takes {g.channels} channels, {modality} has {spec.channels}; is it of another modality?"
-            )
-        wanted = (
-            data.num_frames,
-            data.crop_size[0] // spec.scale,
-            data.crop_size[1] // spec.scale,
-            data.tubelet,
-            data.patch_size // spec.scale,
-        )
-        if wanted != (g.num_frames, g.height, g.width, g.tubelet, g.patch):
-            raise ConfigError(
-                f"trainer.ckpt_path: {path} was trained on (frames, height, width, tubelet, patch) = "
-                f"{(g.num_frames, g.height, g.width, g.tubelet, g.patch)}, this config has {wanted}"
-            )
+        spec = specs[modality]
+        check_token_grid(encoder, spec, config.data_module, path)
         stored = (checkpoint.meta.get("statistics") or {}).get(modality)
         if stored and (tuple(stored["mean"]), tuple(stored["std"])) != (spec.mean, spec.std):
             raise ConfigError(
@@ -64,17 +48,8 @@ def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tupl
                 f"trained with ({stored['mean']}/{stored['std']}); use the same dataset config in both phases"
             )
         teachers[modality] = encoder
-        sources[f"teacher_{modality}"] = {"path": str(path), "sha256": encoder_digest(encoder)}
+        sources[f"teacher_{modality}"] = {"path": str(path), "sha256": weights_digest(encoder)}
     return teachers, sources
-
-
-def encoder_digest(encoder: Encoder) -> str:
-    """sha256 over the names and bytes of an encoder's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _Data(pl.LightningDataModule):

@@ -1,0 +1,192 @@
+"""Score a checkpoint few-shot: which networks, on which clips, shown how. The protocol itself is `mmdistill.fewshot`."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+
+from mmdistill.build import check_token_grid, clip_dataset, clip_loader, data_path, make_demo_data
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
+from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
+from mmdistill.data.dataset import ClipDataset
+from mmdistill.fewshot.embed import ClipEncoder, Job, Views, clips_digest, embed_cached, weights_digest
+from mmdistill.fewshot.protocol import Protocol, run_protocol
+from mmdistill.fewshot.report import print_tables, to_json, write_report
+from mmdistill.modality import MODALITIES, ModalitySpec
+from mmdistill.models.videomae import Encoder
+from mmdistill.runtime import Process, autocast, resolve_precision, start_process
+
+
+@dataclass(frozen=True)
+class _Network:
+    """An encoder, what its inputs are, and the name under which it stands in every output."""
+
+    name: str
+    encoder: Encoder
+    spec: ModalitySpec
+    checkpoint: str
+
+
+def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
+    """Evaluate `config.network` of a checkpoint, and the networks of `config.compare` on the same episodes.
+
+    Args:
+        config: the validated config.
+        checkpoint: a distilled ``.ckpt`` (needs no other file), or a pretraining checkpoint, whose encoder is scored.
+        run_dir: ``fewshot.json`` and ``report.html`` go here.
+
+    Returns:
+        The content of ``fewshot.json``.
+
+    Raises:
+        ValueError: of this package, naming the key or the file.
+    """
+    process = start_process(accelerator=config.accelerator, seed=config.seed)
+    if process.world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    make_demo_data(config.data_module)
+    networks = _networks(config, checkpoint)
+    modalities = tuple(m for m in MODALITIES if any(n.spec.name == m for n in networks))
+    dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
+    protocol = _protocol(config)
+    clips = dataset.index.clips
+    lines = protocol.check([c.label for c in clips], [c.group for c in clips], dataset.index.classes)
+    if process.is_main:
+        print(f"{len(clips)} evaluation clips of {len(dataset.index.classes)} classes")
+        print("\n".join(lines), flush=True)
+    jobs = [_job(config, network, dataset, process) for network in networks]
+    data = clips_digest(dataset.index, *_pixel_settings(config, dataset, modalities))
+    features = embed_cached(
+        jobs,
+        lambda: _loader(config, dataset, process),
+        dataset.index,
+        data=data,
+        cache=config.feature_cache,
+        show_progress=process.is_main,
+    )
+    results = run_protocol(features, protocol, show_progress=process.is_main)
+    extra = {"config": to_plain(config), "missing": dataset.missing_report()}
+    if process.is_main:
+        print_tables(results)
+        page = write_report(results, run_dir, picture=_picture(dataset) if "rgb" in modalities else None, extra=extra)
+        print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
+    return to_json(results, extra=extra)
+
+
+def _networks(config: DistillConfig, path: str) -> list[_Network]:
+    """The scored network first, then those of `compare`."""
+    source = read_checkpoint(path)
+    specs = modality_specs(config.data_module)
+    distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
+    if distilled:
+        scored = _load(config, specs, source, config.network, config.network)
+    else:
+        modality = source.meta.get("modality", "rgb")
+        scored = _load(config, specs, source, None, f"pretrained_{modality}")
+    networks = [scored]
+    for entry in config.compare:
+        if entry == "random":
+            torch.manual_seed(config.seed)
+            networks.append(_Network("random", Encoder(scored.encoder.geometry), scored.spec, "none: untrained weights"))
+        elif entry in source.meta.get("encoders", {}) or entry.startswith(("teacher_", "student_")):
+            if distilled:
+                networks.append(_load(config, specs, source, entry, entry))
+            else:
+                print(f"compare: {path} is not a distilled checkpoint and has no {entry}; this row is left out")
+        else:
+            other = read_checkpoint(entry)
+            networks.append(_load(config, specs, other, None, _run_name(entry)))
+    if len({n.name for n in networks}) != len(networks):
+        raise ConfigError(f"compare: two rows have the same name: {', '.join(n.name for n in networks)}")
+    return networks
+
+
+def _run_name(path: str) -> str:
+    """The run folder's name: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``."""
+    parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "checkpoint")]
+    return parts[-2] if len(parts) > 2 else Path(path).name
+
+
+def _load(
+    config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Checkpoint, part: str | None, name: str
+) -> _Network:
+    """One encoder with the statistics that it was trained with."""
+    modality = part.rpartition("_")[2] if part else source.meta.get("modality", "rgb")
+    if modality not in specs:
+        raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
+    spec = specs[modality]
+    stored = (source.meta.get("statistics") or {}).get(modality)
+    if stored:
+        spec = spec.with_statistics(tuple(stored["mean"]), tuple(stored["std"]))
+    data = config.data_module
+    height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
+    try:
+        encoder = load_encoder(source.path, part=part, num_frames=data.num_frames, height=height, width=width)
+    except CheckpointError as error:
+        raise ConfigError(f"ckpt_path: {error}") from error
+    check_token_grid(encoder, spec, data, source.path)
+    return _Network(name, encoder, spec, str(source.path))
+
+
+def _protocol(config: DistillConfig) -> Protocol:
+    data = config.data_module
+    return Protocol(
+        n_way=tuple(as_ints("data_module.n_way", data.n_way)),
+        k_shot=tuple(as_ints("data_module.k_shot", data.k_shot)),
+        q_sample=data.q_sample,
+        episodes=data.episodes,
+        seed=config.seed,
+        heads=tuple(as_names("head", config.head)),
+        disjoint=data.disjoint,
+        probe=config.probe,
+    )
+
+
+def _job(config: DistillConfig, network: _Network, dataset: ClipDataset, process: Process) -> Job:
+    data = config.data_module
+    precision = resolve_precision(config.precision, process.device)
+    encode = ClipEncoder(
+        network.encoder,
+        network.spec,
+        device=process.device,
+        autocast=lambda: autocast(precision, process.device),
+    )
+    views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
+    info = {"checkpoint": network.checkpoint, "modality": network.spec.name, "precision": precision}
+    weights = f"{weights_digest(network.encoder)} {network.spec} {precision}"
+    return Job(network.name, encode, dataset.grid, views, weights, info)
+
+
+def _pixel_settings(config: DistillConfig, dataset: ClipDataset, modalities: tuple[str, ...]) -> list[object]:
+    """What decides the clips' pixels beside the index: the folders and the crop."""
+    data = config.data_module
+    keys = {"rgb": ("frames_dir", data.frames_dir), "flow": ("flow_dir", data.flow_dir), "skeleton": ("skeleton_dir", data.skeleton_dir)}
+    folders = {m: str(data_path(data, value, key).resolve()) for m, (key, value) in keys.items() if m in modalities}
+    return [folders, dataset.crop, dataset.frame_size, data.missing]
+
+
+def _loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> Iterable[Mapping[str, Tensor]]:
+    """This rank's share of the clips, in order."""
+    mine = range(process.rank, len(dataset), process.world_size)
+    return clip_loader(
+        Subset(dataset, mine),
+        num_workers=config.num_workers,
+        pin=process.device.type == "cuda",
+        batch_size=config.batch_size,
+    )
+
+
+def _picture(dataset: ClipDataset) -> Any:
+    """The middle frame of a clip, uint8 (H, W, 3)."""
+
+    def middle(index: int) -> np.ndarray:
+        clip = dataset.index.clips[index]
+        frame: np.ndarray = dataset.readers["rgb"].read(clip.video, [clip.frames[len(clip.frames) // 2]])[0]
+        return frame
+
+    return middle
