@@ -46,8 +46,24 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, tmp_path: Pa
         assert 0 < found[f"top1_action_ensemble{key}"] < 1
     assert found["top1_action_ensemble_std_error"] < found["ci95"] < 0.1
     assert (found["episodes"], found["n_way"], found["k_shot"], found["q_sample"]) == (40, 5, 1, 6)
-    assert len(found["rows"]) == 16
-    assert len(found["differences"]) == 2 * 2 * 6
+    assert [(s["k_shot"], s["head"]) for s in found["settings"]] == [
+        (1, "centroid"),
+        (1, "knn"),
+        (5, "centroid"),
+        (5, "knn"),
+    ]
+    last = found["settings"][-1]
+    assert list(last["rows"]) == [
+        "student_rgb (2 tube masks)",
+        "student_rgb (whole clip)",
+        "<script>alert(1)</script> (whole clip)",
+        "random (whole clip)",
+    ]
+    assert last["rows"]["random (whole clip)"] == results.rows[-1].summary
+    pair = last["differences"]["random (whole clip) - student_rgb (whole clip)"]
+    back = last["differences"]["student_rgb (whole clip) - random (whole clip)"]
+    assert pair["difference"] == -back["difference"] < 0
+    assert (pair["low"], pair["high"], pair["ci95"]) == (-back["high"], -back["low"], back["ci95"])
     assert found["config"] == {"seed": 0}
     assert set(found["per_class"]) == set(results.features[0].classes)
     assert found["excluded_classes"] == {}

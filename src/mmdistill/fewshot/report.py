@@ -13,18 +13,20 @@ from rich.console import Console
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.evaluate import per_class
 from mmdistill.fewshot.features import write_whole
+from mmdistill.fewshot.figures import label
 from mmdistill.fewshot.page import Picture, render_page
 from mmdistill.fewshot.protocol import Results
-from mmdistill.fewshot.tables import tables
+from mmdistill.fewshot.tables import select, tables
 
 
 def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything as plain values.
 
     At the top stand the keys of the headline row: `top1_action_ensemble`, `..._std`, `..._std_error`, `ci95` (half
-    width of the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. Then follow
-    `rows`, `differences` (paired, first minus second), `probes`, `per_class` (by class name) and `excluded_classes`
-    (clips by class name).
+    width of the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. `settings` has
+    one entry per combination and head, with `rows` by network and paired `differences` by "first - second" (the keys
+    name the readout too where a network has several). `probes`, `per_class` (by class name) and `excluded_classes`
+    (clips by class name) follow.
 
     Args:
         results: of `run_protocol`.
@@ -39,12 +41,41 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
         **(extra or {}),
         "unit": "fraction",
         "support_views": results.protocol.support_views,
-        "rows": [row.summary for row in results.rows],
-        "differences": list(results.differences),
+        "settings": _settings(results),
         "probes": list(results.probes),
         "per_class": per_class(headline.scores, first.classes),
         "excluded_classes": {class_name(c, first.classes): count for c, count in sorted(excluded.items())},
     }
+
+
+def _settings(results: Results) -> list[dict[str, Any]]:
+    protocol = results.protocol
+    several = len({(f.network, f.readout) for f in results.features}) > len({f.network for f in results.features})
+
+    def name(network: str, readout: str) -> str:
+        return label(network, readout, several=several)
+
+    out = []
+    for n_way, k_shot in protocol.combinations():
+        for head in protocol.heads:
+            setting = {"n_way": n_way, "k_shot": k_shot, "head": head}
+            differences: dict[str, dict[str, float]] = {}
+            for d in results.differences:
+                if all(d[key] == value for key, value in setting.items()):
+                    a, b = name(d["first"], d["first_readout"]), name(d["second"], d["second_readout"])
+                    differences[f"{a} - {b}"] = {key: d[key] for key in _DIFFERENCE}
+                    differences[f"{b} - {a}"] = _reversed(d)
+            rows = {name(r.network, r.readout): r.summary for r in select(results, n_way, k_shot, head)}
+            out.append({**setting, "rows": rows, "differences": differences})
+    return out
+
+
+_DIFFERENCE = ("difference", "std_error", "ci95", "low", "high")
+
+
+def _reversed(d: Mapping[str, Any]) -> dict[str, float]:
+    flipped = {"difference": -d["difference"], "low": -d["high"], "high": -d["low"]}
+    return {key: flipped.get(key, d[key]) for key in _DIFFERENCE}
 
 
 def print_tables(results: Results, *, console: Console | None = None) -> None:

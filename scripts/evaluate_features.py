@@ -1,0 +1,91 @@
+"""Evaluate features few-shot: ours or those of any other model.
+
+python scripts/evaluate_features.py features.npz --k-shot 1 5 --head logistic centroid --json result.json
+
+An .npz holds `features` [clips, D] or [clips, views, D], `labels` [clips] (integers or names) and, optionally `groups`
+[clips] (the rally or video of each clip). Several files of the same clips are put beside each other on the same
+episodes: the first is the scored one.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.features import Features, load_features
+from mmdistill.fewshot.heads import HEADS
+from mmdistill.fewshot.protocol import Protocol, run_protocol
+from mmdistill.fewshot.report import print_tables, to_json, write_report
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="+", type=Path, help=".npz or .safetensors")
+    parser.add_argument("--n-way", type=int, nargs="+", default=[5], help="classes per episode")
+    parser.add_argument("--k-shot", type=int, nargs="+", default=[1], help="support clips per class")
+    parser.add_argument("--q-sample", type=int, default=15, help="query clips per class")
+    parser.add_argument("--episodes", type=int, default=600)
+    parser.add_argument(
+        "--head", nargs="+", default=["logistic"], choices=list(HEADS), metavar="HEAD", help=", ".join(HEADS)
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
+    parser.add_argument("--disjoint", choices=["video"], help="support and query clips from different groups")
+    parser.add_argument("--support-views", choices=["each", "first"], default="each")
+    parser.add_argument("--probe", action="store_true", help="also classify all classes at once")
+    parser.add_argument("--workers", type=int, help="processes of the logistic head; default: all processors")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write fewshot.json and report.html here")
+    return parser.parse_args()
+
+
+def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
+    """Features whose network and readout stand twice are told apart by their file's name."""
+    keys = [(f.network, f.readout) for f in found]
+    return [
+        f if keys.count(key) == 1 else replace(f, info={**f.info, "network": f"{f.network} ({file.stem})"})
+        for f, key, file in zip(found, keys, files, strict=True)
+    ]
+
+
+def main() -> int:
+    """Command line. 0 when done, 2 when the features or the protocol are not usable."""
+    args = parse_arguments()
+    try:
+        protocol = Protocol(
+            n_way=tuple(args.n_way),
+            k_shot=tuple(args.k_shot),
+            q_sample=args.q_sample,
+            episodes=args.episodes,
+            seed=args.seed,
+            heads=tuple(args.head),
+            disjoint=args.disjoint,
+            support_views=args.support_views,
+            probe=args.probe,
+            workers=args.workers,
+        )
+        found = named_apart([load_features(file) for file in args.file], args.file)
+        if (args.disjoint or args.probe) and found[0].info.get("grouped") is False:
+            raise FewshotError(f"{args.file[0]}: --disjoint and --probe need an array `groups`")
+        for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
+            print(line, file=sys.stderr)
+        results = run_protocol(found, protocol)
+    except FewshotError as error:
+        print(f"evaluate_features: {error}", file=sys.stderr)
+        return 2
+    print_tables(results)
+    extra = {"files": [str(file) for file in args.file]}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(
+            json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        )
+    if args.report:
+        print(f"report: {write_report(results, args.report, extra=extra)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

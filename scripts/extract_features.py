@@ -1,0 +1,113 @@
+"""Write the features that a checkpoint gives the evaluation clips, as .npz or .safetensors.
+
+python scripts/extract_features.py PATH/TO/last.ckpt student.safetensors
+python scripts/extract_features.py PATH/TO/last.ckpt teacher.npz --part teacher_flow --n-masks 2 --views per_clip
+python scripts/extract_features.py PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
+
+Any checkpoint of any format, any part of it; what follows the options are Hydra overrides of the data.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdistill.config import ConfigError, DistillConfig, explain, parse, quote_overrides, register_schemas
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="file or folder")
+    parser.add_argument("out", type=Path, help=".npz or .safetensors")
+    parser.add_argument("--part", help="student_rgb, teacher_flow, encoder ...; default: the student, or the encoder")
+    parser.add_argument("--modality", help="where the checkpoint does not tell")
+    parser.add_argument("--split", choices=["eval", "unlabel"], default="eval", help="which annotation file")
+    parser.add_argument(
+        "--n-masks", type=int, help="masked views per clip, 0: the whole clip; default: as in the config"
+    )
+    parser.add_argument("--mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
+    parser.add_argument("--views", choices=["shared", "per_clip"], help="default: data_module.views")
+    parser.add_argument("--config-name", default="config_mmdistill")
+    parser.add_argument("--cache", type=Path, help="folder of the feature cache")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides")
+    return parser.parse_intermixed_args()
+
+
+def load_config(args: argparse.Namespace) -> DistillConfig:
+    """The composed and validated config."""
+    register_schemas()
+    fixed = ["train=False", "test=False"]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose(args.config_name, overrides=[*quote_overrides(args.overrides), *fixed]), DistillConfig)
+
+
+def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
+    """Encode and write."""
+    from mmdistill.build import clip_dataset, clip_loader, make_demo_data
+    from mmdistill.config import modality_specs
+    from mmdistill.fewshot.embed import Views, clips_digest, embed_cached
+    from mmdistill.fewshot.features import save_features
+    from mmdistill.fewshot.networks import load_network
+    from mmdistill.runtime import autocast, resolve_precision, start_process
+
+    if args.out.suffix not in (".npz", ".safetensors"):
+        raise ConfigError(f"{args.out}: features are written as .npz or .safetensors")
+    data = config.data_module
+    process = start_process(accelerator=config.accelerator, seed=config.seed)
+    specs = modality_specs(data)
+    sizes = {m: (data.num_frames, *(side // spec.scale for side in data.crop_size)) for m, spec in specs.items()}
+    network = load_network(args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes)
+    make_demo_data(data)
+    dataset = clip_dataset(data, (network.modality,), training=False, seed=config.seed)
+    index = dataset.index
+    views = Views(
+        data.n_masks if args.n_masks is None else args.n_masks,
+        data.eval_mask_ratio if args.mask_ratio is None else args.mask_ratio,
+        data.mask_type,
+        args.views or data.views,
+        config.seed,
+    )
+    precision = resolve_precision(config.precision, process.device)
+    context = partial(autocast, precision, process.device)
+    job = network.job(specs[network.modality], views, device=process.device, autocast=context, precision=precision)
+    pin = process.device.type == "cuda"
+    digest = clips_digest(
+        index, data.target_data_dir, data.frames_dir, data.flow_dir, data.skeleton_dir, data.crop_size
+    )
+    (features,) = embed_cached(
+        [job],
+        lambda: clip_loader(dataset, num_workers=config.num_workers, pin=pin, batch_size=config.batch_size),
+        index,
+        data=digest,
+        cache=args.cache,
+    )
+    path = save_features(features, args.out)
+    print(f"{path}: {features.network}, {features.readout}, features {list(features.features.shape)}")
+    return path
+
+
+def main() -> int:
+    """Command line. 0 when written, 2 when the input is not usable."""
+    args = parse_arguments()
+    try:
+        extract(args, load_config(args))
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"extract_features: {explain(error, DistillConfig)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if not type(error).__module__.startswith("mmdistill."):
+            raise  # not ours: a defect, which deserves its traceback
+        print(f"extract_features: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
