@@ -1,19 +1,53 @@
-"""The checkpoint layer: every format in, no weight lost, nothing half-written. See docs/checkpoint_formats.md."""
+"""The checkpoint layer: every format in, no weight lost, nothing half-written. See docs/checkpoint_formats.md.
 
-from mmdistill.checkpoint.detect import CheckpointFormat, detect_format
-from mmdistill.checkpoint.engine import load_deepspeed, save_deepspeed
-from mmdistill.checkpoint.errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    ResumeMismatchError,
-    UnsafeCheckpointError,
-    WeightMismatchError,
-)
-from mmdistill.checkpoint.find import CheckpointInfo, find_checkpoints
-from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
-from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
-from mmdistill.checkpoint.retention import directory_lock, newest_complete, prune
-from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
+Names are imported when they are first used, so that `find_checkpoints` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdistill.checkpoint.detect import detect_format
+    from mmdistill.checkpoint.engine import load_deepspeed, save_deepspeed
+    from mmdistill.checkpoint.errors import (
+        CheckpointError,
+        CorruptCheckpointError,
+        ResumeMismatchError,
+        UnsafeCheckpointError,
+        WeightMismatchError,
+    )
+    from mmdistill.checkpoint.find import CheckpointInfo, find_checkpoints
+    from mmdistill.checkpoint.layout import CheckpointFormat
+    from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
+    from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
+    from mmdistill.checkpoint.retention import directory_lock, newest_complete, prune
+    from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
+
+_HOME = {
+    "Checkpoint": "read",
+    "CheckpointError": "errors",
+    "CheckpointFormat": "layout",
+    "CheckpointInfo": "find",
+    "CorruptCheckpointError": "errors",
+    "LoadReport": "load",
+    "ResumeMismatchError": "errors",
+    "UnsafeCheckpointError": "errors",
+    "WeightMismatchError": "errors",
+    "detect_format": "detect",
+    "directory_lock": "retention",
+    "find_checkpoints": "find",
+    "load_deepspeed": "engine",
+    "load_encoder": "load",
+    "load_encoder_with_report": "load",
+    "load_torch": "write",
+    "load_weights": "load",
+    "newest_complete": "retention",
+    "prune": "retention",
+    "read_checkpoint": "read",
+    "save_deepspeed": "engine",
+    "save_safetensors": "write",
+    "save_torch": "write",
+}
 
 __all__ = [
     "Checkpoint",
@@ -40,3 +74,9 @@ __all__ = [
     "save_safetensors",
     "save_torch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

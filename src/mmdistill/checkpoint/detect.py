@@ -5,30 +5,26 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.archive import load_pickle
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.layout import (
+    FILE_SUFFIXES,
+    LATEST,
+    MANIFEST,
+    META,
+    MODEL_STATES,
+    OLD_PREFIX,
+    OPTIM_STATES,
+    TAG,
+    CheckpointFormat,
+)
 
 log = logging.getLogger(__name__)
 
-META, MANIFEST, LATEST, TAG = "meta.json", "manifest.json", "latest", "checkpoint"
-MODEL_STATES, OPTIM_STATES = "_model_states.pt", "_optim_states.pt"
-FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _LISTED = 12  # candidates named in an error
-
-
-class CheckpointFormat(str, Enum):  # noqa: UP042 - prints as its value on every Python
-    """How a checkpoint is laid out on disk."""
-
-    DEEPSPEED = "deepspeed"
-    LIGHTNING = "lightning"
-    WEIGHTS = "weights"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ def existing(path: str | os.PathLike[str]) -> Path:
     where = Path(path).expanduser()
     if where.exists():
         return where
-    kept = where.with_name(f".old-{where.name}")
+    kept = where.with_name(f"{OLD_PREFIX}{where.name}")
     if where.name and kept.exists():
         log.warning(
             "%s: a save over it was interrupted; using the checkpoint that stood there before (%s)", where, kept.name

@@ -17,19 +17,12 @@ import torch.distributed as dist
 
 from mmdistill import __version__
 from mmdistill.checkpoint.archive import load_pickle
-from mmdistill.checkpoint.detect import LATEST, MANIFEST, META, TAG, CheckpointFormat, Location, locate, read_json
+from mmdistill.checkpoint.detect import Location, locate, read_json
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
+from mmdistill.checkpoint.layout import LATEST, MANIFEST, META, TAG, TMP_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.manifest import describe, manifest_bytes, verify_manifest
 from mmdistill.checkpoint.read import EMBEDDED
-from mmdistill.checkpoint.write import (
-    TMP_PREFIX,
-    discard,
-    publish_directory,
-    recover,
-    stream_torch,
-    sync_directory,
-    write_bytes,
-)
+from mmdistill.checkpoint.write import discard, publish_directory, recover, stream_torch, sync_directory, write_bytes
 from mmdistill.checkpoint.zero import GROUP_NAMES, adam_step, check_shards, read_model_file
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmdistill.checkpoint.detect import FILE_SUFFIXES, LATEST, MANIFEST, MODEL_STATES, OPTIM_STATES, CheckpointFormat
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.layout import FILE_SUFFIXES, LATEST, MANIFEST, MODEL_STATES, OPTIM_STATES, CheckpointFormat
 from mmdistill.modality import MODALITIES
 
 DISTILLED = "distilled"  # the group of distillation checkpoints, beside the modalities

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.archive import directory_digest, is_zip, sha256_file, verify_zip
-from mmdistill.checkpoint.detect import MANIFEST, MODEL_STATES, OPTIM_STATES, read_json
+from mmdistill.checkpoint.detect import read_json
 from mmdistill.checkpoint.errors import CorruptCheckpointError
+from mmdistill.checkpoint.layout import MANIFEST, MODEL_STATES, OPTIM_STATES
 
 VERSION = 1
 _SELF = "manifest_sha256"

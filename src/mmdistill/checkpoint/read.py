@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdistill.checkpoint.archive import load_pickle
-from mmdistill.checkpoint.detect import META, CheckpointFormat, Location, is_safetensors, locate, read_json
+from mmdistill.checkpoint.detect import Location, is_safetensors, locate, read_json
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.keys import (
     PARTS,
@@ -25,6 +25,7 @@ from mmdistill.checkpoint.keys import (
     part_of,
     split_qkv_bias,
 )
+from mmdistill.checkpoint.layout import META, CheckpointFormat
 from mmdistill.checkpoint.manifest import verify_manifest
 from mmdistill.checkpoint.zero import read_zero
 

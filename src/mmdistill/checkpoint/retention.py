@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.archive import load_pickle, verify_zip
-from mmdistill.checkpoint.detect import CheckpointFormat, locate
+from mmdistill.checkpoint.detect import locate
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.layout import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.read import read_meta
-from mmdistill.checkpoint.write import TMP_PREFIX, discard, recover
+from mmdistill.checkpoint.write import discard, recover
 from mmdistill.checkpoint.zero import read_zero
 
 log = logging.getLogger(__name__)
 
-TRASH_PREFIX = ".trash-"
 LOCK = ".lock"
 
 

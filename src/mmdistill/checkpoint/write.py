@@ -23,11 +23,11 @@ from torch import Tensor
 from mmdistill.checkpoint.archive import load_pickle
 from mmdistill.checkpoint.detect import existing
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.layout import OLD_PREFIX, TMP_PREFIX
 from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
 
 log = logging.getLogger(__name__)
 
-TMP_PREFIX, OLD_PREFIX = ".tmp-", ".old-"
 _CHUNK = 8 << 20  # from this size on, hashing runs in a second thread while the bytes are written
 _DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
 

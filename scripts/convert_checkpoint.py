@@ -1,0 +1,34 @@
+"""Write a checkpoint's weights in another format, chosen by the name of the target.
+
+python scripts/convert_checkpoint.py SRC weights.safetensors
+python scripts/convert_checkpoint.py SRC model.ckpt            # a Lightning file
+python scripts/convert_checkpoint.py SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
+"""
+
+import argparse
+import sys
+
+from mmdistill.checkpoint.convert import convert_checkpoint
+from mmdistill.checkpoint.errors import CheckpointError
+
+
+def main() -> int:
+    """Command line. 0 if written, 2 if not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument(
+        "target", help="X.safetensors, X.ckpt, X.pt, or a name without such a suffix for a DeepSpeed directory"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the target if it exists")
+    args = parser.parse_args()
+    try:
+        written = convert_checkpoint(args.source, args.target, force=args.force)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"wrote {written}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
