@@ -104,7 +104,7 @@ def test_encoder_and_loss_equal_transformers() -> None:
         reference = theirs(x.transpose(1, 2), bool_masked_pos=removed)
         features = theirs.videomae(x.transpose(1, 2), bool_masked_pos=removed).last_hidden_state
         prediction, predict = ours(x, visible)
-        target = patch_targets(x, predict, ENCODER.grid, normalise=True)
+        target = patch_targets(x, predict, ENCODER.grid, kind="patch")
         loss = reconstruction_loss(prediction, target)
         tokens = ours.encoder(x, visible)
     torch.testing.assert_close(tokens, features, atol=1e-5, rtol=1e-5)
@@ -168,11 +168,15 @@ def test_targets_against_loops() -> None:
         [x[0, c, 2 + dt, 0 + dy, 4 + dx] for c in range(2)] for dt in range(2) for dy in range(2) for dx in range(4)
     ]
     block = np.array(values)  # (pt*ph*pw, C)
-    raw = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, normalise=False)
+    raw = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="pixel")
     np.testing.assert_allclose(raw[0, 0].numpy(), block.reshape(-1))
-    normal = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, normalise=True)
+    normal = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="patch")
     expected = (block - block.mean(0)) / (block.std(0, ddof=1) + 1e-6)
     np.testing.assert_allclose(normal[0, 0].numpy(), expected.reshape(-1), atol=1e-9)
+    centred = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centred")
+    np.testing.assert_allclose(centred[0, 0].numpy(), (block - block.mean(0)).reshape(-1), atol=1e-12)
+    with pytest.raises(ValueError, match="centered"):
+        patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centered")
 
 
 def test_trivial_loss_is_the_best_constant_per_channel() -> None:

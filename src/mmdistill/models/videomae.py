@@ -269,20 +269,28 @@ class VideoMAE(nn.Module):
         return self.decoder(torch.cat((seen, hidden), dim=1), predict.shape[1]), predict
 
 
-def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, normalise: bool) -> Tensor:
+def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind: str) -> Tensor:
     """Reconstruction targets of tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P), values in order (pt, ph, pw, C)
 
     Args:
-        x: the clip; for `normalise` any affine change of a channel's values leaves the result the same (up to eps).
+        x: the clip.
         index: int64 token indices.
         grid: tokens along (t, h, w).
-        normalise: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section 3.1);
-            otherwise the values of `x`.
+        kind: ``patch``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section
+            3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but it
+            does not blow up the noise of flat ones. ``pixel``: the values of `x`.
+
+    Raises:
+        ValueError: another kind.
     """
+    if kind not in ("patch", "centred", "pixel"):
+        raise ValueError(f"target {kind!r} is not one of patch, centred, pixel")
     patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)  # (B, N, pt*ph*pw, C)
-    if normalise:
+    if kind == "patch":
         std, mean = torch.std_mean(patches, dim=2, keepdim=True)
         patches = (patches - mean) / (std + 1e-6)
+    elif kind == "centred":
+        patches = patches - patches.mean(dim=2, keepdim=True)
     return patches.flatten(2)
 
 

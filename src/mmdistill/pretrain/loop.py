@@ -97,7 +97,7 @@ class _Run:
         x = prepare(clip, batch["view"], self.spec, (g.height, g.width))
         dtype = next(self.engine.module.parameters()).dtype
         prediction, predict = self.engine(x.to(dtype), visible, self._predicted(visible))
-        target = patch_targets(x, predict, g.grid, normalise=self.spec.target == "patch")
+        target = patch_targets(x, predict, g.grid, kind=self.spec.target)
         return reconstruction_loss(prediction, target), trivial_loss(target, g.channels)
 
     def _predicted(self, visible: torch.Tensor) -> torch.Tensor | None:
