@@ -171,6 +171,14 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
     assert not again.info["cached"]
 
 
+@pytest.mark.parametrize("views", [Views(), Views(3, 0.5, sharing="per_clip"), Views(2)])
+def test_the_alternatives_are_the_three_readouts_this_one_first(views: Views):
+    found = views.alternatives()
+    assert found[0] == views
+    assert len({v.readout for v in found}) == len(found) == 3
+    assert {(v.n_masks > 0) * v.sharing for v in found} == {"", "shared", "per_clip"}
+
+
 def test_settings_are_checked():
     with pytest.raises(FewshotError, match="views='clip'"):
         Views(1, sharing="clip")

@@ -1,16 +1,12 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.fewshot.evaluate import evaluate, paired_difference
-from mmdistill.fewshot.features import Features, load_features, save_features
+from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 
 Make = Callable[..., Features]
@@ -83,24 +79,3 @@ def test_networks_must_have_the_same_clips_and_different_names(make_features: Ma
     for networks, message in (([a, other], "different clips"), ([a, a], "same name"), ([], "no features")):
         with pytest.raises(FewshotError, match=message):
             run_protocol(networks, Protocol(episodes=5, q_sample=5), show_progress=False)
-
-
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    f = load_features(Path(folder) / "f.safetensors")
-    protocol = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
-    results = run_protocol([f], protocol, show_progress=False)
-    np.save(f"{folder}/{rank}.npy", np.stack([row.scores.predictions for row in results.rows]))
-    dist.destroy_process_group()
-
-
-def test_two_ranks_give_the_results_of_one(make_features: Make, tmp_path: Path):
-    f = make_features("student_rgb", 2.0)
-    save_features(f, tmp_path / "f.safetensors")
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
-    protocol = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
-    alone = run_protocol([f], protocol, show_progress=False)
-    expected = np.stack([row.scores.predictions for row in alone.rows])
-    for rank in (0, 1):
-        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), expected)

@@ -68,6 +68,12 @@ class Views:
             return "whole clip"
         return f"{self.n_masks} {self.kind} masks, {self.ratio:.0%} removed, {self.sharing.replace('_', ' ')}"
 
+    def alternatives(self) -> tuple["Views", ...]:
+        """This and the other two of: the whole clip, shared masks, masks per clip. To be shown beside each other."""
+        masked = replace(self, n_masks=self.n_masks or 2)
+        ways = [replace(masked, n_masks=0), replace(masked, sharing="shared"), replace(masked, sharing="per_clip")]
+        return (self, *(way for way in ways if way.readout != self.readout))
+
     def settings(self) -> dict[str, Any]:
         """What features depend on, for the cache key: nothing but the number of views where nothing is masked."""
         return asdict(self) if self.n_masks else {"n_masks": 0}

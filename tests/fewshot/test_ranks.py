@@ -1,0 +1,62 @@
+"""Two processes share the work, and agree. One spawn for all of it, because starting processes is what takes time."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from mmdistill.data.index import Clip, ClipIndex
+from mmdistill.fewshot.embed import Job, embed_cached
+from mmdistill.fewshot.errors import FeatureError
+from mmdistill.fewshot.features import Features, load_features, save_features
+from mmdistill.fewshot.protocol import Protocol, run_protocol
+
+INDEX = ClipIndex(tuple(Clip(f"c{i}", "v", (0,), 0, "v") for i in range(7)), ("a",))
+PROTOCOL = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
+
+
+def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
+    return batch["index"][:, None].float().expand(-1, 3)
+
+
+def broken_on_rank_one(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
+    return encode(batch, visible) * (torch.nan if dist.get_rank() == 1 else 1.0)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = run_protocol([load_features(Path(folder) / "f.safetensors")], PROTOCOL, show_progress=False)
+    np.save(f"{folder}/predictions{rank}.npy", np.stack([row.scores.predictions for row in results.rows]))
+
+    batches = [{"index": torch.tensor(rows)} for rows in ([0, 2], [4, 6]) if rank == 0] or [
+        {"index": torch.tensor([5, 3, 1])}
+    ]
+    options = {"data": "d", "cache": folder, "show_progress": False}
+    job = Job("student_rgb", encode, (1, 1, 1), weights="w")
+    (made,) = embed_cached([job], lambda: batches, INDEX, **options)
+    np.save(f"{folder}/features{rank}.npy", made.features)
+    dist.barrier()
+    (again,) = embed_cached([job], lambda: pytest.fail("everything is cached"), INDEX, **options)
+    assert np.array_equal(again.features, made.features)
+
+    broken = Job("teacher_flow", broken_on_rank_one, (1, 1, 1))
+    with pytest.raises(FeatureError, match="teacher_flow: NaN" if rank == 1 else r"rank 1 failed.*teacher_flow: NaN"):
+        embed_cached([broken], lambda: batches, INDEX, **options)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_results_of_one_and_fail_together(make_features: Callable[..., Features], tmp_path: Path):
+    f = make_features("student_rgb", 2.0)
+    save_features(f, tmp_path / "f.safetensors")
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    alone = run_protocol([f], PROTOCOL, show_progress=False)
+    expected = np.stack([row.scores.predictions for row in alone.rows])
+    for rank in (0, 1):
+        assert np.array_equal(np.load(tmp_path / f"predictions{rank}.npy"), expected)
+        assert np.load(tmp_path / f"features{rank}.npy")[:, 0, 0].tolist() == list(range(7))
