@@ -95,7 +95,8 @@ def test_printed_block_and_command(output: Path) -> None:
 
 
 def test_json_and_unreadable(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = json.loads(subprocess.run([sys.executable, str(SCRIPT), str(output), "--json"], capture_output=True).stdout)
+    command = [sys.executable, str(SCRIPT), str(output), "--json"]
+    data = json.loads(subprocess.run(command, capture_output=True).stdout)
     assert len(data["checkpoints"]) == 8
     assert all(data["ckpt_path"])
     import os
