@@ -3,8 +3,8 @@
     python scripts/compute_stats.py --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \\
         data_module.target_data_dir=data/mine
 
-then `dataset=mine` trains with it. The values are taken over what the model is given: the clips, crop, resizing and heat-maps of
-training with the same overrides. They travel inside each checkpoint.
+then `dataset=mine` trains with it. The values are taken over what the model is given: the clips, crop, resizing and
+heat-maps of training with the same overrides. They travel inside each checkpoint.
 """
 
 import argparse

@@ -73,7 +73,10 @@ def _line(outcome: Outcome) -> str:
     people = record.get("skeleton_frames")
     found = f", near player in {people['near']}, far in {people['far']}" if people else ""
     height, width = record["stored_size"]
-    return f"{outcome.video}: {record['num_frames']} frames at {record['fps']:.2f} fps, {height} x {width}{found}"
+    repeats = len(record["repeated_frames"])
+    repeated = f", {repeats} of them repeat the one before (their flow is zero)" if repeats else ""
+    size = f"{record['num_frames']} frames at {record['fps']:.2f} fps, {height} x {width}"
+    return f"{outcome.video}: {size}{repeated}{found}"
 
 
 def _what_next(console: Console, output: Path, outcomes: list[Outcome]) -> None:

@@ -22,7 +22,7 @@ from mmdistill.data.annotations import Rally, to_json
 from mmdistill.data.atomic import write_whole
 from mmdistill.data.flowfile import FLOW_DTYPES, write_flow
 from mmdistill.prepare.flow import FLOW_METHODS, flow_function
-from mmdistill.prepare.video import VideoError, decode, frame_rate
+from mmdistill.prepare.video import VideoError, decode, frame_rate, repeated_frames
 
 FRAMES, FLOWS, SKELETONS, STATES = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
 FINGERPRINT_BYTES = 1 << 20  # of the head and the tail of a video
@@ -118,7 +118,7 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Ou
 def _begin(name: str, path: Path, output: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what is recorded, what is wanted); removes parts that were made from another source or with other settings."""
     state = output / STATES / f"{name}.json"
-    state.parent.mkdir(exist_ok=True)
+    state.parent.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.parts()}
     known: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
     folders = {"frames": output / FRAMES / name, "flow": output / FLOWS / name}
@@ -173,6 +173,7 @@ def _frames_and_flow(name: str, path: Path, output: Path, settings: Settings) ->
         flows.mkdir(parents=True, exist_ok=True)
         flow = flow_function(settings.flow)
     seconds: list[float] = []
+    changes: list[float] = []
     source, stored = (0, 0), (0, 0)
     before: np.ndarray | None = None
     for frame in decode(path):
@@ -183,12 +184,13 @@ def _frames_and_flow(name: str, path: Path, output: Path, settings: Settings) ->
             raise VideoError(f"{path}: its size changes at frame {frame.number}")
         picture = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
         _write_jpeg(frames / f"{frame.number:06d}.jpg", picture, settings.quality)
-        if flow is not None:
-            grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+        grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+        if before is not None:
+            changes.append(float(cv2.absdiff(before, grey).mean()))
             target = flows / f"pair_{frame.number - 1:05d}.npy"
-            if before is not None and not target.exists():
+            if flow is not None and not target.exists():
                 write_flow(target, flow(before, grey), dtype=settings.flow_dtype)
-            before = grey
+        before = grey
         seconds.append(frame.seconds)
     rate = frame_rate(seconds)
     irregular = max((abs(s - seconds[0] - k / rate) for k, s in enumerate(seconds)), default=0.0) if rate else 0.0
@@ -196,6 +198,7 @@ def _frames_and_flow(name: str, path: Path, output: Path, settings: Settings) ->
         "num_frames": len(seconds),
         "fps": rate or 25.0,  # one frame has no rate; the annotation needs one
         "largest_timestamp_deviation_s": round(irregular, 6),
+        "repeated_frames": repeated_frames(changes),
         "source_size": list(source),
         "stored_size": list(stored),
     }

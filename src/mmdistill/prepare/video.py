@@ -60,6 +60,23 @@ def frame_rate(seconds: list[float]) -> float:
     return (len(seconds) - 1) / (seconds[-1] - seconds[0])
 
 
+def repeated_frames(changes: list[float]) -> list[int]:
+    """Frames that only repeat the one before, as when 25 fps footage is stored at 30 fps: their flow is zero.
+
+    Args:
+        changes: mean absolute difference of frame k + 1 to frame k, for each k.
+
+    A frame counts where it changes less than 0.4 times as much as is usual within three frames of it.
+    """
+    values = np.array(changes)
+    found = []
+    for k, change in enumerate(values):
+        usual = float(np.median(values[max(0, k - 3) : k + 4]))
+        if usual > 0 and change < 0.4 * usual:
+            found.append(k + 1)
+    return found
+
+
 def find_videos(source: Path) -> dict[str, Path]:
     """Video files of a folder and its sub-folders (or the one file), by name without suffix, sorted.
 
