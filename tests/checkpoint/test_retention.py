@@ -1,0 +1,121 @@
+"""What may be deleted, what a resume finds, and who owns a folder."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import CheckpointError, directory_lock, newest_complete, prune, read_checkpoint, save_torch
+from mmdistill.checkpoint import retention
+from mmdistill.checkpoint.convert import write_deepspeed
+
+
+def native(folder: Path, step: int, loss: float | None) -> Path:
+    path = folder / f"epoch={step:02d}-loss={loss}"
+    write_deepspeed({"encoder.norm.weight": torch.full((2,), float(step))}, path, {"step": step, "epoch": step, "loss": loss})
+    return path
+
+
+def names(folder: Path) -> list[int]:
+    return sorted(int(p.name[6:8]) for p in folder.iterdir() if p.name.startswith("epoch="))
+
+
+def test_last_best_and_protected_stay(tmp_path: Path) -> None:
+    losses = [5.0, 1.0, 4.0, 3.0, 2.0, 6.0, float("nan")]
+    paths = [native(tmp_path, step, loss) for step, loss in enumerate(losses)]
+    removed = prune(tmp_path, keep_last=2, save_top_k=2, protect=[paths[0]])
+    assert names(tmp_path) == [0, 1, 4, 5, 6]
+    assert sorted(removed) == [paths[2], paths[3]]
+    prune(tmp_path, keep_last=0, save_top_k=0, protect=[paths[0] / "checkpoint" / "mp_rank_00_model_states.pt"])
+    assert names(tmp_path) == [0, 1, 6]  # the newest, the best (NaN is never the best), the one resumed from
+    assert prune(tmp_path, keep_last=1, save_top_k=-1) == []
+
+
+def test_what_is_not_ours_to_judge_stays(tmp_path: Path) -> None:
+    for step in range(3):
+        native(tmp_path, step, 1.0 - step / 10)
+    (tmp_path / "epoch=00-loss=1.0" / "manifest.json").unlink()  # as others write
+    (tmp_path / "notes").mkdir()
+    (tmp_path / ".tmp-epoch=03").mkdir()
+    (tmp_path / ".trash-x").mkdir()
+    (tmp_path / "best.ckpt").write_bytes(b"x")
+    prune(tmp_path, keep_last=1, save_top_k=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "epoch=00-loss=1.0", "epoch=02-loss=0.8", "notes"]
+
+
+def test_a_damaged_newest_does_not_cost_the_one_before(tmp_path: Path) -> None:
+    old, new = native(tmp_path, 1, 0.5), native(tmp_path, 2, 0.4)
+    model = new / "checkpoint" / "mp_rank_00_model_states.pt"
+    model.write_bytes(model.read_bytes()[:-1])
+    assert prune(tmp_path, keep_last=1, save_top_k=1) == []
+    assert newest_complete(tmp_path) == old
+
+
+def test_failure_to_delete_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in range(3):
+        native(tmp_path, step, 1.0)
+    real = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        if str(source).endswith("epoch=01-loss=1.0"):
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(retention.os, "rename", refuse)
+    prune(tmp_path, keep_last=1, save_top_k=0)
+    assert "could not be removed" in caplog.text
+    assert 2 in names(tmp_path)
+
+
+def test_interrupted_resave_is_repaired(tmp_path: Path) -> None:
+    path = native(tmp_path, 1, 0.5)
+    kept = tmp_path / f".old-{path.name}"
+    path.rename(kept)  # killed between the two renames
+    assert read_checkpoint(path).meta["step"] == 1
+    assert newest_complete(tmp_path) == path
+    shutil.copytree(path, kept)  # killed before the old one was deleted
+    assert newest_complete(tmp_path) == path
+    assert not kept.exists()
+
+
+def test_newest_by_step_also_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_complete(tmp_path / "none") is None
+    assert newest_complete(tmp_path) is None
+    for step, name in ((30, "epoch=02-train_loss=0.1.ckpt"), (20, "last.ckpt")):
+        content = {"state_dict": {"a": torch.zeros(3)}, "global_step": step, "pytorch-lightning_version": "2"}
+        save_torch(content, tmp_path / name)
+    assert newest_complete(tmp_path) == tmp_path / "epoch=02-train_loss=0.1.ckpt"
+    (tmp_path / "epoch=02-train_loss=0.1.ckpt").write_bytes(b"")
+    assert newest_complete(tmp_path) == tmp_path / "last.ckpt"
+    assert "epoch=02-train_loss=0.1.ckpt: truncated" in caplog.text
+
+
+def test_second_job_is_refused(tmp_path: Path) -> None:
+    with directory_lock(tmp_path):
+        with pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints here"), directory_lock(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stale_lock_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    lock = tmp_path / ".lock"
+    lock.write_text(json.dumps({"pid": int(ended.stdout), "host": socket.gethostname(), "id": "x"}))
+    with directory_lock(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert "taken over" in caplog.text
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "id": "x"}))
+    with pytest.raises(CheckpointError, match="process 1 on elsewhere"), directory_lock(tmp_path):
+        pass
+    lock.write_text("{")
+    with pytest.raises(CheckpointError, match="unreadable lock"), directory_lock(tmp_path):
+        pass
