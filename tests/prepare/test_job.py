@@ -230,10 +230,10 @@ def test_flow_of_a_real_clip_explains_its_motion() -> None:
     flow = flow_function("dis")(*greys)
     ys, xs = np.mgrid[:224, :398].astype(np.float32)
     back = cv2.remap(greys[1], xs + flow[0], ys + flow[1], cv2.INTER_LINEAR).astype(float)
-    moving = np.hypot(*flow) > 2
+    moving = np.hypot(*flow) > 1
     assert moving.sum() > 30
     still = np.abs(greys[1].astype(float) - greys[0])[moving].mean()
-    assert np.abs(back - greys[0])[moving].mean() < 0.6 * still
+    assert np.abs(back - greys[0])[moving].mean() < 0.8 * still  # without flow the ratio is 1
 
 
 def test_flow_files_of_a_job_are_read_as_written(tmp_path: Path) -> None:

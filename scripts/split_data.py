@@ -1,0 +1,59 @@
+"""Split an annotation file into files that share no match, or no class.
+
+    python scripts/split_data.py all.json --output-dir splits --by match --fractions train=0.7 val=0.15 test=0.15
+    python scripts/split_data.py all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \\
+        --label-fields type side technique direction
+
+The same seed gives the same files on every machine.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mmdistill.data.annotations import F3SET_FIELDS, AnnotationError, load_f3set, to_json
+from mmdistill.data.atomic import write_whole
+from mmdistill.data.splits import split_by_class, split_by_match
+
+
+def main() -> int:
+    """Parse, split, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("annotations", type=Path, help="F3Set JSON")
+    parser.add_argument("--output-dir", type=Path, required=True, help="one NAME.json per split is written here")
+    parser.add_argument("--by", choices=["match", "class"], required=True)
+    parser.add_argument("--fractions", nargs="+", required=True, metavar="NAME=FRACTION")
+    parser.add_argument("--label-fields", nargs="+", choices=F3SET_FIELDS, help="what makes a class; default: all fields")
+    parser.add_argument("--min-events", type=int, default=1, help="leave out classes with fewer events (--by class)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    try:
+        fractions = {name: float(value) for name, _, value in (f.partition("=") for f in options.fractions)}
+        rallies = load_f3set(options.annotations)
+        if options.by == "match":
+            parts = split_by_match(rallies, fractions, seed=options.seed)
+        else:
+            parts = split_by_class(
+                rallies,
+                fractions,
+                seed=options.seed,
+                label_fields=options.label_fields,
+                min_events=options.min_events,
+            )
+    except (AnnotationError, OSError, ValueError) as error:
+        print(f"split_data: {error}", file=sys.stderr)
+        return 2
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        path = options.output_dir / f"{name}.json"
+        write_whole(path, (json.dumps(to_json(part)) + "\n").encode())
+        labels = len({e.label for r in part for e in r.events})
+        print(f"{path}: {len(part)} rallies, {sum(len(r.events) for r in part)} events, {labels} labels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
