@@ -40,7 +40,7 @@ def row(info: CheckpointInfo) -> str:
 
 
 def teachers_block(chosen: dict[str, CheckpointInfo]) -> str:
-    """The list that configs/trainer/mm_distill_trainer_*.yaml takes, in the order rgb, flow, skeleton."""
+    """The list that trainer.ckpt_path takes, in the order rgb, flow, skeleton."""
     lines = []
     for name in MODALITIES:
         if name in chosen:
@@ -85,9 +85,7 @@ def show(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreada
     if not found:
         print("No checkpoints found.\n")
     if any(name in chosen for name in MODALITIES):
-        print(
-            f"Teachers for the distillation ({which} of each modality), for configs/trainer/mm_distill_trainer_*.yaml:\n"
-        )
+        print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the configuration:\n")
         print(teachers_block(chosen) + "\n")
     if DISTILLED in chosen:
         print(f"Evaluate the student ({which}):\n\n{evaluation_command(chosen[DISTILLED])}\n")

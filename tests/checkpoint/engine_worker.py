@@ -1,6 +1,6 @@
 """Runs DeepSpeed engines for test_engine.py: one interpreter imports everything, then forks the ranks of each scenario.
 
-    python engine_worker.py FOLDER     # writes FOLDER/results.json
+python engine_worker.py FOLDER     # writes FOLDER/results.json
 """
 
 import json
@@ -35,7 +35,7 @@ META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
 def launch(
     world: int, scenario: Callable[..., None], *args: object, kill: tuple[int, Callable[[], None]] | None = None
 ) -> list[int]:
-    """Fork `world` ranks; exit codes. With `kill` = (rank, wait) that one gets SIGKILL after `wait`, the others after it."""
+    """Fork `world` ranks; exit codes. With `kill` = (rank, wait), that rank gets SIGKILL after `wait`, then the rest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,7 +43,13 @@ def launch(
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             os.environ.update({k: str(v) for k, v in place.items()})
             code = 1
             try:
@@ -107,11 +113,11 @@ def resume(rank: int, folder: Path, world: int) -> None:
         stock = build(stage, bf16)
         with layer._plain_path(path) as plain:
             stock.load_checkpoint(plain)
+        trained = [t for k, t in read_checkpoint(path).state_dict.items() if "decoder.norm" not in k]
         put(folder, f"resume-w{world}-{name}", rank, {
             "losses": losses, "resumed": train(again, 2, bf16, start=2), "stock": train(stock, 2, bf16, start=2),
             "position": restored["position"], "rng": torch.equal(restored["rng"], client["rng"]),
-            "steps": again.global_steps, "keys": sorted(restored), "read": len(read_checkpoint(path).state_dict),
-            "dtypes": sorted({str(t.dtype) for k, t in read_checkpoint(path).state_dict.items() if "decoder.norm" not in k}),
+            "steps": again.global_steps, "keys": sorted(restored), "dtypes": sorted({str(t.dtype) for t in trained}),
         })  # fmt: skip
 
 
@@ -190,7 +196,12 @@ def judge(folder: Path) -> dict:
     steps = [adam_step(s) for s in shards]
     counted = load_pickle(path / "checkpoint" / "mp_rank_00_model_states.pt")["global_steps"]
     complete = [n for n in os.listdir(folder) if not n.startswith(".")]
-    return {"found": True, "unfinished": unfinished, "steps": [manifest["step"], counted, *steps], "complete": len(complete)}
+    return {
+        "found": True,
+        "unfinished": unfinished,
+        "steps": [manifest["step"], counted, *steps],
+        "complete": len(complete),
+    }
 
 
 def loads(rank: int, folder: Path, path: Path) -> None:

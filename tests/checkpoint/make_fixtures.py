@@ -2,9 +2,9 @@
 
     python tests/checkpoint/make_fixtures.py            # everything, into tests/checkpoint/fixtures
 
-DeepSpeed, Lightning and transformers are run here, on a CPU; the tests read what they wrote and, except where they say so,
-import none of them. Beside each directory lies ``expected.safetensors``: the fp32 weights as the writer itself reports
-them (DeepSpeed: `safe_get_full_fp32_param`).
+DeepSpeed, Lightning and transformers are run here, on a CPU; the tests read what they wrote and, except where they
+say so, import none of them. Beside each directory lies ``expected.safetensors``: the fp32 weights as the writer
+itself reports them (DeepSpeed: `safe_get_full_fp32_param`).
 """
 
 import os
@@ -159,8 +159,15 @@ def lightning_worker(out: Path, deepspeed: bool) -> None:
     if deepspeed:
         settings["strategy"] = OnCpu(stage=2, process_group_backend="gloo", config=None, allgather_bucket_size=1000)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=str(out), **settings,
+        accelerator="cpu",
+        devices=1,
+        max_steps=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=str(out),
+        **settings,
     )
     module = lightning_module()
     data = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -202,7 +209,11 @@ def plain_files(out: Path) -> None:
     torch.manual_seed(2)
     encoder = Encoder(FREE_WIDTH)
     own = {k: v.clone() for k, v in encoder.state_dict().items()}
-    heads = {f"head_{k}.{f}": torch.randn((n, 16) if f == "weight" else (n,)) for k, n in (("action", 5), ("verb", 3), ("noun", 4)) for f in ("weight", "bias")}
+    heads = {
+        f"head_{k}.{f}": torch.randn((n, 16) if f == "weight" else (n,))
+        for k, n in (("action", 5), ("verb", 3), ("noun", 4))
+        for f in ("weight", "bias")
+    }
     torch.save({"model": {**own, **heads}}, out / "free_width_sincos.pth")
     torch.save({"model": {**own, **heads, "pos_embed": torch.randn(1, 12, 16)}}, out / "free_width_learned.pth")
 
@@ -212,7 +223,13 @@ def run(*words: str, processes: int = 1, port: int = 29711) -> None:
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         full = {**env, **{k: str(v) for k, v in place.items()}}
         ranks.append(subprocess.Popen([sys.executable, __file__, *words], env=full))
     if any(process.wait() for process in ranks):

@@ -41,7 +41,9 @@ def native(path: Path, step: int = 1, **meta: object) -> Path:
 
 
 def lightning(path: Path, step: int = 1) -> Path:
-    save_torch({"state_dict": net().state_dict(), "pytorch-lightning_version": "2", "epoch": 0, "global_step": step}, path)
+    save_torch(
+        {"state_dict": net().state_dict(), "pytorch-lightning_version": "2", "epoch": 0, "global_step": step}, path
+    )
     return path
 
 
@@ -59,7 +61,9 @@ FILES = ["checkpoint/mp_rank_00_model_states.pt", "latest", "meta.json", "manife
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_file_of_a_directory(tmp_path: Path, file: str, share: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_file_of_a_directory(
+    tmp_path: Path, file: str, share: float, caplog: pytest.LogCaptureFixture
+) -> None:
     old, new = native(tmp_path / "epoch=00-loss=2.0000", 1), native(tmp_path / "epoch=01-loss=1.0000", 2)
     data = (new / file).read_bytes()
     kept = int(len(data) * share)
@@ -253,7 +257,9 @@ def test_hydra_and_torch_gadgets_are_refused_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("data", [b"hello world", b"\x80\x04", b"PK\x03\x04" + bytes(50), bytes(100), b"\x80\x02}q\x00."])
+@pytest.mark.parametrize(
+    "data", [b"hello world", b"\x80\x04", b"PK\x03\x04" + bytes(50), bytes(100), b"\x80\x02}q\x00."]
+)
 def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     for name in ("x.pt", "x.ckpt", "x.safetensors"):
         (tmp_path / name).write_bytes(data)

@@ -45,7 +45,10 @@ def test_bare_encoder_gets_its_prefix_and_heads_do_not() -> None:
         "fc_norm.weight",
     ]
     inside = canonical_names(["student_rgb.patch_embed.proj.weight", "student_rgb.blocks.0.norm1.bias", "cmt.x"])
-    assert list(inside.values())[:2] == ["student_rgb.encoder.patch_embed.proj.weight", "student_rgb.encoder.blocks.0.norm1.bias"]
+    assert list(inside.values())[:2] == [
+        "student_rgb.encoder.patch_embed.proj.weight",
+        "student_rgb.encoder.blocks.0.norm1.bias",
+    ]
 
 
 def test_collision_is_an_error() -> None:

@@ -105,7 +105,9 @@ def test_parts_of_a_distilled_file(tmp_path: Path) -> None:
 
 
 def test_free_width_fixture_with_heads() -> None:
-    encoder, report = load_encoder_with_report(FIXTURES / "plain" / "free_width_sincos.pth", num_frames=4, height=8, width=12)
+    encoder, report = load_encoder_with_report(
+        FIXTURES / "plain" / "free_width_sincos.pth", num_frames=4, height=8, width=12
+    )
     g = encoder.geometry
     assert (g.dim, g.heads, g.head_dim, g.depth, g.mlp_dim, g.learned_positions) == (16, 3, 5, 2, 32, False)
     assert report.left_out == {"head_action": 2, "head_verb": 2, "head_noun": 2}
@@ -145,7 +147,9 @@ def test_learned_positions_are_interpolated(tmp_path: Path) -> None:
     with torch.no_grad():
         source.pos_embed.copy_(torch.arange(4.0)[None, :, None].expand(1, 4, 8))  # 2 x 2, constant over width
     save_safetensors(
-        {f"encoder.{k}": v for k, v in source.state_dict().items()}, tmp_path / "e.safetensors", encoders(encoder=source)
+        {f"encoder.{k}": v for k, v in source.state_dict().items()},
+        tmp_path / "e.safetensors",
+        encoders(encoder=source),
     )
     encoder, report = load_encoder_with_report(tmp_path / "e.safetensors", num_frames=4)
     assert encoder.pos_embed.shape == (1, 8, 8)

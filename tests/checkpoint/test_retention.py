@@ -11,14 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import CheckpointError, directory_lock, newest_complete, prune, read_checkpoint, save_torch
-from mmdistill.checkpoint import retention
+from mmdistill.checkpoint import (
+    CheckpointError,
+    directory_lock,
+    newest_complete,
+    prune,
+    read_checkpoint,
+    retention,
+    save_torch,
+)
 from mmdistill.checkpoint.convert import write_deepspeed
 
 
 def native(folder: Path, step: int, loss: float | None) -> Path:
     path = folder / f"epoch={step:02d}-loss={loss}"
-    write_deepspeed({"encoder.norm.weight": torch.full((2,), float(step))}, path, {"step": step, "epoch": step, "loss": loss})
+    write_deepspeed(
+        {"encoder.norm.weight": torch.full((2,), float(step))}, path, {"step": step, "epoch": step, "loss": loss}
+    )
     return path
 
 
@@ -46,7 +55,12 @@ def test_what_is_not_ours_to_judge_stays(tmp_path: Path) -> None:
     (tmp_path / ".trash-x").mkdir()
     (tmp_path / "best.ckpt").write_bytes(b"x")
     prune(tmp_path, keep_last=1, save_top_k=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.ckpt", "epoch=00-loss=1.0", "epoch=02-loss=0.8", "notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "best.ckpt",
+        "epoch=00-loss=1.0",
+        "epoch=02-loss=0.8",
+        "notes",
+    ]
 
 
 def test_a_damaged_newest_does_not_cost_the_one_before(tmp_path: Path) -> None:
@@ -100,7 +114,10 @@ def test_newest_by_step_also_of_files(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_second_job_is_refused(tmp_path: Path) -> None:
     with directory_lock(tmp_path):
-        with pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints here"), directory_lock(tmp_path):
+        with (
+            pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints here"),
+            directory_lock(tmp_path),
+        ):
             pass
         assert (tmp_path / ".lock").exists()
     assert list(tmp_path.iterdir()) == []

@@ -224,8 +224,8 @@ def _refusal(path: Path, error: BaseException) -> CheckpointError:
     )
     if names:
         return UnsafeCheckpointError(
-            f"{path}: refused: its pickle asks for '{names[0]}', and only tensors and plain containers are read; nothing "
-            "was run. If you trust the file, load it where it was made and save plain tensors"
+            f"{path}: refused: its pickle asks for '{names[0]}', and only tensors and plain containers are read; "
+            "nothing was run. If you trust the file, load it where it was made and save plain tensors"
         )
     reason = text.splitlines()[0][:160] if text else repr(error)
     return CorruptCheckpointError(f"{path}: not a torch file, or a damaged one ({reason}); use another checkpoint")

@@ -78,8 +78,8 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
 
     Args:
         source: anything that `read_checkpoint` reads.
-        target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name without any of
-            these suffixes: a DeepSpeed directory. Optimizer states are not converted.
+        target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name with
+            none of these suffixes: a DeepSpeed directory. Optimizer states are not converted.
         force: replace what is there.
 
     Raises:

@@ -172,8 +172,8 @@ def save_deepspeed(
         directory: the checkpoint's own directory, e.g. ``checkpoints/epoch=49-loss=0.6095``; ranks must agree.
         meta: plain primitives that describe the checkpoint (see docs/checkpoint_formats.md); goes to ``meta.json`` and
             into the model file.
-        client_state: this rank's state of the training loop (position, RNG states): tensors and primitives. Every rank's own
-            is kept and comes back to it.
+        client_state: this rank's state of the training loop (position, RNG states): tensors and primitives. Every
+            rank's own is kept and comes back to it.
 
     Returns:
         `directory`, expanded.
@@ -248,8 +248,8 @@ def _check_fit(engine: Any, place: Location, model: Mapping[str, Any]) -> None:
         return
     told = [f"ZeRO stage {s}, {w} process{'es' if w > 1 else ''}, {p}" for s, w, p in (found, wanted)]
     raise ResumeMismatchError(
-        f"{place.given}: written with {told[0]}, this run has {told[1]}; start with the first, or take its weights only "
-        "(scripts/convert_checkpoint.py makes a .safetensors of them)"
+        f"{place.given}: written with {told[0]}, this run has {told[1]}; start with the first, or take its weights "
+        "only (scripts/convert_checkpoint.py makes a .safetensors of them)"
     )
 
 
@@ -263,8 +263,8 @@ def _check_steps(place: Location, model: Mapping[str, Any]) -> None:
     done, counted = adam_step(shards[0]), model.get("global_steps")
     if done is not None and isinstance(counted, int) and done != counted - int(model.get("skipped_steps") or 0):
         raise CorruptCheckpointError(
-            f"{place.tag}: a mix of two saves: the model file is at step {counted}, the optimizer shards at step {done}; "
-            "use another checkpoint"
+            f"{place.tag}: a mix of two saves: the model file is at step {counted}, the optimizer shards at step "
+            f"{done}; use another checkpoint"
         )
 
 
@@ -291,11 +291,12 @@ def _client(states: Mapping[str, Any], rank: int) -> dict[str, Any]:
 def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, Any]:
     """Restore an engine: weights, optimizer, scheduler and counters. Collective.
 
-    The manifest is verified first, the work divided between ranks; directories of others get their own checks. Pickles are
-    read without running code.
+    The manifest is verified first, the work divided between ranks; directories of others get their own checks.
+    Pickles are read without running code.
 
     Args:
-        engine: as it was built for the run that saved: same ZeRO stage and precision, and for stages 1-3 the same world size.
+        engine: as it was built for the run that saved: same ZeRO stage and precision, and for stages 1-3 the same
+            world size.
         directory: the checkpoint at any level.
 
     Returns:

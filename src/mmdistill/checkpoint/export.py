@@ -47,13 +47,13 @@ def huggingface_config(encoder: Encoder) -> dict[str, Any]:
         )
     if g.separable_positions:
         raise CheckpointError(
-            "this encoder's positions are separable in (t, h, w), and transformers' VideoMAE numbers its tokens in one row; "
-            "use --to safetensors, onnx or torch_export"
+            "this encoder's positions are separable in (t, h, w), and transformers' VideoMAE numbers its tokens in one "
+            "row; use --to safetensors, onnx or torch_export"
         )
     if g.heads * g.head_dim != g.dim:
         raise CheckpointError(
-            f"this encoder has {g.heads} heads of {g.head_dim} in a width of {g.dim}, which transformers' VideoMAE cannot "
-            "have; use --to safetensors, onnx or torch_export"
+            f"this encoder has {g.heads} heads of {g.head_dim} in a width of {g.dim}, which transformers' VideoMAE "
+            "cannot have; use --to safetensors, onnx or torch_export"
         )
     return {
         "architectures": ["VideoMAEModel"],
@@ -148,8 +148,8 @@ def export_student(
     Args:
         path: a distilled (or pretrained) checkpoint in any format.
         target: the file, or for ``hf`` the folder, to write.
-        to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``), ``onnx`` or ``torch_export``
-            (clip in, feature out, any batch size).
+        to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``), ``onnx`` or
+            ``torch_export`` (clip in, feature out, any batch size).
         part: another encoder than the student.
         force: replace what is there.
 

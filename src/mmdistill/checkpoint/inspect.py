@@ -81,8 +81,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
         full: also compare sha256 of every file with the manifest.
 
     Returns:
-        ``path, format, kind, modality, epoch, step, loss, stage, world_size, size, parts, dtypes, geometry, notes, missing,
-        complete, problem``; where it cannot be read, ``complete`` is false and ``problem`` says why.
+        ``path, format, kind, modality, epoch, step, loss, stage, world_size, size, parts, dtypes, geometry, notes,
+        missing, complete, problem``; where it cannot be read, ``complete`` is false and ``problem`` says why.
 
     Raises:
         CheckpointError: nothing is there.

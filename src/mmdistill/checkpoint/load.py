@@ -41,7 +41,8 @@ class LoadReport:
         tensors, parameters: how many were copied, and the number of values in them.
         conversions: ``'bfloat16 -> float32'`` and the like, with the number of tensors.
         missing: names that `allow_missing` excused; they keep the module's values.
-        left_out: tensors of the file that are not the module's business, by part (``decoder``, ``teacher_rgb``, ``head``).
+        left_out: tensors of the file that are not the module's business, by part (``decoder``, ``teacher_rgb``,
+            ``head``).
         notes: positions interpolated, heads inferred, masters read; a sentence each.
     """
 
@@ -229,7 +230,8 @@ def load_weights(
         allow_missing: patterns (``fnmatch``) of names that may be absent from the file; they keep the module's values.
 
     Raises:
-        WeightMismatchError: a tensor is missing, unexpected or of another shape, or none matches. The module is unchanged.
+        WeightMismatchError: a tensor is missing, unexpected or of another shape, or none matches. The module then keeps
+            its values.
         CheckpointError: the path cannot be read.
     """
     return load_into(module, read_checkpoint(path), part=part, allow_missing=allow_missing)
@@ -283,8 +285,8 @@ def load_encoder(
     Args:
         path: anything that `read_checkpoint` reads.
         part: which encoder of a distilled checkpoint; None is the student.
-        num_frames, height, width: another input size than the checkpoint's. Sin-cos positions are recomputed, learned ones
-            interpolated, and the report (logged) says so.
+        num_frames, height, width: another input size than the checkpoint's. Sin-cos positions are recomputed, learned
+            ones interpolated, and the report (logged) says so.
         heads: number of attention heads, needed only for foreign files whose tensors leave it open.
 
     Returns:

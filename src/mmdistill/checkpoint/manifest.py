@@ -18,8 +18,8 @@ _SELF = "manifest_sha256"
 def describe(path: Path, sha256: str | None = None) -> dict[str, Any]:
     """A manifest's entry for one file: bytes, sha256, and of an archive the digest of its directory.
 
-    The directory holds the CRC-32 of every record. Comparing the digest and the CRCs proves the whole content at several
-    times the speed of sha256, and also that the file is not another good one that was put in its place.
+    The directory holds the CRC-32 of every record. Comparing the digest and the CRCs proves the whole content at
+    several times the speed of sha256, and also that the file is not another good one that was put in its place.
     """
     entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256 or sha256_file(path)}
     if is_zip(path):

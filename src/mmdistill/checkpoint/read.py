@@ -53,8 +53,10 @@ class Checkpoint:
     Attributes:
         path: the path as given.
         format: its layout.
-        state_dict: tensors under canonical names, on the CPU, possibly mapped from the file (copy before changing them).
-        meta: the metadata that travels with our checkpoints; for others what could be found (``epoch``, ``step``, ``kind``).
+        state_dict: tensors under canonical names, on the CPU, possibly mapped from the file (copy before changing
+            them).
+        meta: the metadata that travels with our checkpoints; for others what could be found (``epoch``, ``step``,
+            ``kind``).
         stage, world_size: of a DeepSpeed directory, else None.
         notes: what a reader should know about the source, a sentence each.
         raw_keys: names in the file, for `inspect`.
@@ -203,8 +205,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
     """Read any checkpoint.
 
     Args:
-        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``, ``.safetensors``, or a
-            Hugging Face folder.
+        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
+            ``.safetensors``, or a Hugging Face folder.
         verify: compare every byte with the checksums that the format carries (zip CRCs, manifest, safetensors sha256).
 
     Raises:

@@ -68,8 +68,8 @@ def verify(path: Path) -> None:
 def newest_complete(directory: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint of a folder that verifies, by step; for ``resume=auto``.
 
-    Directories of the native loop and ``.ckpt`` files. Interrupted re-saves are repaired, unfinished ``.tmp-*`` ignored. Each
-    checkpoint that is skipped gets a warning with the reason.
+    Directories of the native loop and ``.ckpt`` files. Interrupted re-saves are repaired, unfinished ``.tmp-*``
+    ignored. Each checkpoint that is skipped gets a warning with the reason.
 
     Returns:
         Its path, or None where there is none (also when the folder does not exist).
@@ -102,8 +102,9 @@ def prune(
 ) -> list[Path]:
     """Remove old checkpoint directories of ours; call on one rank, after a save.
 
-    Kept are the newest `keep_last` (at least one), the `save_top_k` of lowest loss (the best one always; -1 keeps all), and
-    `protect`. Directories without a sound manifest are not ours to judge and stay. Leftovers of killed saves are cleaned up.
+    Kept are the newest `keep_last` (at least one), the `save_top_k` of lowest loss (the best one always; -1 keeps
+    all), and `protect`. Directories without a sound manifest are not ours to judge and stay. Leftovers of killed
+    saves are cleaned up.
 
     Args:
         directory: the folder of checkpoints.
@@ -208,6 +209,6 @@ def _take_over(path: Path, mine: dict[str, Any]) -> None:
         path.unlink(missing_ok=True)
         return
     raise CheckpointError(
-        f"{path.parent}: process {pid} on {host} writes checkpoints here; wait for it, choose another folder, or remove "
-        f"{path} if that process is gone"
+        f"{path.parent}: process {pid} on {host} writes checkpoints here; wait for it, choose another folder, or "
+        f"remove {path} if that process is gone"
     )

@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all.
 
-Everything is written under a temporary name beside its target (never in ``$TMPDIR``, which may be another, full disk), synced,
-and renamed.
+Everything is written under a temporary name beside its target (never in ``$TMPDIR``, which may be another, full
+disk), synced, and renamed.
 """
 
 import contextlib
@@ -133,8 +133,8 @@ def _reason(error: BaseException) -> BaseException:
 def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write ``torch.save(obj)`` atomically.
 
-    The file's own CRC-32 of every record is the checksum that `load_torch` compares, so the checkpoint stays one file. It
-    can be read by ``torch.load(weights_only=True)`` as long as `obj` holds tensors and plain containers only.
+    The file's own CRC-32 of every record is the checksum that `load_torch` compares, so the checkpoint stays one
+    file. It can be read by ``torch.load(weights_only=True)`` as long as `obj` holds tensors and plain containers only.
 
     Raises:
         CheckpointError: the disk is full or not writable. What stood at `path` before is untouched.

@@ -1,13 +1,13 @@
 """Weights of a DeepSpeed directory of any ZeRO stage and world size, without DeepSpeed.
 
-Where training kept fp32 masters, those are the weights: bf16 copies differ from them by up to 5e-4. The layouts were read
-from directories that DeepSpeed 0.19 wrote. Per stage:
+Where training kept fp32 masters, those are the weights: bf16 copies differ from them by up to 5e-4. The layouts were
+read from directories that DeepSpeed 0.19 wrote. Per stage:
 
 * 0: everything in ``mp_rank_00_model_states.pt``; under bf16 the masters are in its ``optimizer`` entry, without names.
-* 1, 2: weights (bf16 or fp32) in the model file; each rank's optimizer shard holds an equal slice of one flat vector per
-  parameter group, padded at its end.
-* 3: only placeholders in the model files; each rank holds 1/world of every parameter, in order, each padded to a multiple of
-  the world size. Frozen parameters are sliced the same way, in the model files.
+* 1, 2: weights (bf16 or fp32) in the model file; each rank's optimizer shard holds an equal slice of one flat vector
+  per parameter group, padded at its end.
+* 3: only placeholders in the model files; each rank holds 1/world of every parameter, in order, each padded to a
+  multiple of the world size. Frozen parameters are sliced the same way, in the model files.
 """
 
 import math
@@ -34,7 +34,8 @@ class ZeroContent:
         weights: every parameter and persistent buffer, under the names in the file.
         stage: ZeRO stage.
         world_size: number of data-parallel ranks that wrote it.
-        client: entries of the first model file that are not weights (``global_steps``, what the training loop added, ...).
+        client: entries of the first model file that are not weights (``global_steps``, what the training loop added,
+            ...).
         notes: what a reader should know, a sentence each.
     """
 
@@ -88,7 +89,8 @@ def check_shards(tag: Path, shards: Sequence[Mapping[str, Any]], files: Sequence
     if world != len(shards):
         names = ", ".join(f.name for f in files)
         raise CorruptCheckpointError(
-            f"{tag}: written by {world} ranks but {len(shards)} optimizer shards are there ({names}); copy the missing ones"
+            f"{tag}: written by {world} ranks but {len(shards)} optimizer shards are there ({names}); "
+            "copy the missing ones"
         )
     steps = [adam_step(shard) for shard in shards]
     if len(set(steps)) > 1:

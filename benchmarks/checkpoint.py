@@ -1,0 +1,136 @@
+"""Speed and memory of the checkpoint layer against plain ``torch.save`` and ``torch.load`` of the same tensors.
+
+    python benchmarks/checkpoint.py [--megabytes 400] [--folder DIR] [--repeats 3] [--json]
+
+Saving includes checksums, fsync and rename; the plain save is followed by an fsync too, so that both end with the
+bytes on the disk. Loading includes the comparison of every checksum. Each measurement runs in a process of its own,
+which also reports its peak memory above the start; the best of the repeats counts. The files are in the page cache
+when they are read.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from mmdistill.checkpoint import load_torch, read_checkpoint, save_safetensors, save_torch
+from mmdistill.checkpoint.convert import write_deepspeed
+
+
+def tensors(megabytes: int) -> dict[str, torch.Tensor]:
+    """A ViT's mixture of large matrices and small vectors."""
+    generator = torch.Generator().manual_seed(0)
+    state, block, index = {}, 1024 * 4096 * 4 + 4096 * 4, 0
+    while index * block < megabytes * 10**6:
+        state[f"encoder.blocks.{index}.mlp.fc1.weight"] = torch.randn(4096, 1024, generator=generator)
+        state[f"encoder.blocks.{index}.mlp.fc1.bias"] = torch.randn(4096, generator=generator)
+        index += 1
+    return state
+
+
+def plain_save(state: dict[str, torch.Tensor], path: Path) -> None:
+    """``torch.save`` and fsync."""
+    torch.save({"state_dict": state}, path)
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def touch(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every byte copied once, as into a module: mapped tensors are not read before that."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def copied_load(path: Path) -> None:
+    """``torch.load`` and the copy into a module."""
+    touch(torch.load(path, weights_only=True)["state_dict"])
+
+
+WAYS = {
+    "save torch.save + fsync": lambda s, d: plain_save(s, d / "plain.pt"),
+    "save .ckpt": lambda s, d: save_torch({"state_dict": s}, d / "ours.ckpt"),
+    "save DeepSpeed directory": lambda s, d: write_deepspeed(s, d / "ours", {"kind": "weights"}),
+    "save .safetensors": lambda s, d: save_safetensors(s, d / "ours.safetensors", {"kind": "weights"}),
+    "load torch.load": lambda _, d: torch.load(d / "plain.pt", weights_only=True),
+    "load .ckpt for resuming": lambda _, d: load_torch(d / "ours.ckpt"),
+    "load torch.load + copy": lambda _, d: copied_load(d / "plain.pt"),
+    "load .ckpt weights + copy": lambda _, d: touch(read_checkpoint(d / "ours.ckpt").state_dict),
+    "load directory weights + copy": lambda _, d: touch(read_checkpoint(d / "ours").state_dict),
+    "load .safetensors + copy": lambda _, d: touch(read_checkpoint(d / "ours.safetensors").state_dict),
+}
+BASE = {"save": "save torch.save + fsync", "load": "load torch.load", "copy": "load torch.load + copy"}
+
+
+def anonymous_peak() -> float:
+    """Peak resident memory in MB. Mapped files count too, though they can be dropped at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def measure(name: str, folder: Path, megabytes: int) -> dict[str, float]:
+    """One measurement in this process."""
+    state = tensors(megabytes) if name.startswith("save") else {}
+    before = anonymous_peak()
+    start = time.perf_counter()
+    result = WAYS[name](state, folder)
+    seconds = time.perf_counter() - start
+    del result
+    return {"seconds": seconds, "peak_mb": anonymous_peak() - before}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=400)
+    parser.add_argument("--folder", help="where to write (default: a temporary folder)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, Path(args.folder), args.megabytes)))
+        return
+    folder = Path(tempfile.mkdtemp(dir=args.folder))
+    results: dict[str, dict[str, float]] = {}
+    try:
+        for _ in range(args.repeats):
+            for name in WAYS:
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--one",
+                    name,
+                    "--folder",
+                    str(folder),
+                    "--megabytes",
+                    str(args.megabytes),
+                ]
+                told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                if name not in results or told["seconds"] < results[name]["seconds"]:
+                    results[name] = told
+    finally:
+        shutil.rmtree(folder)
+    for name, told in results.items():
+        base = BASE["copy" if name.endswith("copy") else name.split()[0]]
+        told["mb_per_s"] = args.megabytes / told["seconds"]
+        told["share_of_torch"] = results[base]["seconds"] / told["seconds"]
+        told["memory_share"] = told["peak_mb"] / args.megabytes
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return
+    print(f"{args.megabytes} MB, torch {torch.__version__}, {os.cpu_count()} cores, best of {args.repeats}")
+    print(f"{'':<32}{'s':>8}{'MB/s':>8}{'of torch':>10}{'peak/size':>11}")
+    for name, told in results.items():
+        share, memory = told["share_of_torch"], told["memory_share"]
+        print(f"{name:<32}{told['seconds']:>8.3f}{told['mb_per_s']:>8.0f}{share:>10.0%}{memory:>11.2f}")
+
+
+if __name__ == "__main__":
+    main()
