@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.features import Features, load_features
+from mmdistill.fewshot.features import Features, load_features, write_whole
 from mmdistill.fewshot.heads import HEADS
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
@@ -78,10 +78,8 @@ def main() -> int:
     print_tables(results)
     extra = {"files": [str(file) for file in args.file]}
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
+        write_whole(args.json, text.encode() + b"\n")
     if args.report:
         print(f"report: {write_report(results, args.report, extra=extra)}")
     return 0

@@ -102,6 +102,7 @@ def test_disjoint_excludes_classes_that_live_in_one_group():
     groups = [str(i % 4) if label < 5 else "one" for i, label in enumerate(labels)]
     found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=5, groups=groups, disjoint="video")
     assert found.excluded == {5: 20}
+    assert found.describe() == "excluded, too few clips in different videos: 5 (20)"
     with pytest.raises(EpisodeError, match="needs `groups`"):
         draw(disjoint="video")
 

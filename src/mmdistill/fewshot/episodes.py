@@ -26,11 +26,13 @@ class Eligibility:
 
     Attributes:
         classes: label values with enough clips, ascending.
-        excluded: label value -> number of clips (at most that many can be used together), for all other classes.
+        excluded: label value -> number of clips, for all other classes.
+        disjoint: as asked; with "video" a class may have clips enough, but too few in different videos.
     """
 
     classes: tuple[int, ...]
     excluded: Mapping[int, int]
+    disjoint: str | None = None
 
     def describe(self, names: Sequence[str] | None = None, *, limit: int = 10) -> str:
         """One line naming the excluded classes and their clips, fewest first; `limit` names at most."""
@@ -39,7 +41,8 @@ class Eligibility:
         order = sorted(self.excluded.items(), key=lambda item: (item[1], item[0]))
         shown = ", ".join(f"{class_name(label, names)} ({count})" for label, count in order[:limit])
         more = f" and {len(order) - limit} more" if len(order) > limit else ""
-        return f"excluded, too few clips: {shown}{more}"
+        where = " in different videos" if self.disjoint else ""
+        return f"excluded, too few clips{where}: {shown}{more}"
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def eligible_classes(
             kept.append(label)
         else:
             excluded[label] = len(clips)
-    result = Eligibility(tuple(kept), excluded)
+    result = Eligibility(tuple(kept), excluded, disjoint)
     if len(kept) < n_way:
         what = " in different videos" if disjoint else ""
         raise EpisodeError(

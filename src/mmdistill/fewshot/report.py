@@ -4,7 +4,7 @@ JSON has fractions in [0, 1]; the table and the page have percent.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from mmdistill.fewshot.evaluate import per_class
 from mmdistill.fewshot.features import write_whole
 from mmdistill.fewshot.figures import label
 from mmdistill.fewshot.page import Picture, render_page
-from mmdistill.fewshot.protocol import Results
+from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.tables import select, tables
 
 
@@ -34,7 +34,6 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
     """
     first = results.features[0]
     headline = results.headline
-    excluded = headline.scores.episodes.eligibility.excluded
     return {
         **headline.summary,
         "checkpoint": headline.summary.get("checkpoint"),
@@ -44,8 +43,14 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
         "settings": _settings(results),
         "probes": list(results.probes),
         "per_class": per_class(headline.scores, first.classes),
-        "excluded_classes": {class_name(c, first.classes): count for c, count in sorted(excluded.items())},
+        "excluded_classes": _excluded(headline, first.classes),
     }
+
+
+def _excluded(row: Row, names: Sequence[str]) -> dict[str, int]:
+    """Clips of the classes that are too small, by name."""
+    excluded = row.scores.episodes.eligibility.excluded
+    return {class_name(value, names): count for value, count in sorted(excluded.items())}
 
 
 def _settings(results: Results) -> list[dict[str, Any]]:
@@ -65,8 +70,10 @@ def _settings(results: Results) -> list[dict[str, Any]]:
                     a, b = name(d["first"], d["first_readout"]), name(d["second"], d["second_readout"])
                     differences[f"{a} - {b}"] = {key: d[key] for key in _DIFFERENCE}
                     differences[f"{b} - {a}"] = _reversed(d)
-            rows = {name(r.network, r.readout): r.summary for r in select(results, n_way, k_shot, head)}
-            out.append({**setting, "rows": rows, "differences": differences})
+            found = select(results, n_way, k_shot, head)
+            rows = {name(r.network, r.readout): r.summary for r in found}
+            excluded = _excluded(found[0], results.features[0].classes)
+            out.append({**setting, "rows": rows, "differences": differences, "excluded_classes": excluded})
     return out
 
 
