@@ -1,0 +1,134 @@
+"""What loading costs: ms per clip by part on one core, rendering of heat-maps, clips per second against workers.
+
+    python benchmarks/data.py [--workers 0 1 2]
+
+Makes one rally of 16-frame material at 224 x 398 in a temporary folder: JPEG frames, float32 flow, a skeleton pickle.
+"""
+
+import argparse
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from torch.utils.data import DataLoader, default_collate
+
+from mmdistill.data.annotations import Rally
+from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.flowfile import write_flow
+from mmdistill.data.index import build_index
+from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.modality import MODALITY_SPECS
+from mmdistill.models.inputs import prepare
+
+SIZE, CROP, FRAMES = (224, 398), (224, 384), 64
+
+
+def main() -> None:
+    """Make the data, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    worker_init(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        _make(root)
+        dataset = _dataset(root)
+        _parts(root, dataset, options.repeats)
+        for workers in options.workers:
+            _throughput(dataset, workers)
+
+
+def _make(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    (root / "rgb/r").mkdir(parents=True)
+    (root / "flow/r").mkdir(parents=True)
+    scene = cv2.GaussianBlur(rng.integers(0, 255, (SIZE[0], SIZE[1] + FRAMES, 3), np.uint8), (0, 0), 3)
+    scene = cv2.normalize(scene, None, 0, 255, cv2.NORM_MINMAX)
+    for k in range(FRAMES):
+        picture = cv2.add(scene[:, k : k + SIZE[1]], rng.integers(0, 6, (*SIZE, 3), np.uint8))
+        cv2.imwrite(str(root / f"rgb/r/{k:06d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        flow = rng.normal(0, 2, (2, *SIZE)).astype(np.float32)
+        write_flow(root / f"flow/r/pair_{k:05d}.npy", flow, dtype="float32")
+    entry = {
+        "keypoint": rng.uniform(0, 200, (2, 400, 17, 2)).astype(np.float32),
+        "keypoint_score": np.ones((2, 400, 17), np.float32),
+        "total_frames": 400,
+        "img_shape": (720, 1280),
+    }
+    (root / "r.pkl").write_bytes(pickle.dumps(entry))
+
+
+def _readers(root: Path) -> dict[str, Reader]:
+    return {
+        "rgb": RgbReader(root / "rgb", frame_size=SIZE),
+        "flow": FlowReader(root / "flow", frame_size=SIZE),
+        "skeleton": SkeletonReader(root, frame_size=SIZE),
+    }
+
+
+def _dataset(root: Path) -> ClipDataset:
+    index = build_index([Rally("r", FRAMES, 25.0, ())], clips="windows", num_frames=16, stride=1)
+    grid = (8, 14, 24)
+    return ClipDataset(
+        index, _readers(root), grid=grid, crop=CROP, frame_size=SIZE, mask_ratio=0.9, augment=True, seed=0
+    )
+
+
+def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(median, fastest) ms of CPU time: what one core needs, whatever else the machine does."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        call()
+        times.append(1000 * (time.process_time() - start))
+    return statistics.median(times), min(times)
+
+
+def _parts(root: Path, dataset: ClipDataset, repeats: int) -> None:
+    readers, frames = _readers(root), range(8, 24)
+    calls: dict[str, Callable[[], object]] = {
+        "rgb, 16 JPEGs": lambda: readers["rgb"].read("r", frames),
+        "flow, 16 float32 files": lambda: readers["flow"].read("r", frames),
+        "skeleton, cached": lambda: readers["skeleton"].read("r", frames),
+        "skeleton, file read": lambda: SkeletonReader(root, frame_size=SIZE).read("r", frames),
+        "sample, three modalities": lambda: dataset[(1, 5)],
+    }
+    batch = default_collate([dataset[(1, 5)]])
+    calls["heat-maps 17 x 16 x 56 x 96"] = lambda: prepare(
+        batch["skeleton"], batch["view"], MODALITY_SPECS["skeleton"], (CROP[0] // 4, CROP[1] // 4)
+    )
+    print(f"{'part':32} {'median':>8} {'fastest':>8}  ms of CPU per clip, one core")
+    for name, call in calls.items():
+        median, fastest = _time(call, repeats)
+        print(f"{name:32} {median:8.2f} {fastest:8.2f}")
+    size = sum(value.numel() * value.element_size() for value in batch.values())
+    print(f"{'handed over by a worker':32} {size / 1e6:8.2f} MB")
+
+
+def _throughput(dataset: ClipDataset, workers: int) -> None:
+    sampler = EpochBatchSampler(len(dataset), batch_size=4, seed=0)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+    )
+    list(loader)  # start the workers
+    start, clips = time.perf_counter(), 0
+    for epoch in range(2):
+        sampler.set_state(epoch, 0)
+        clips += sum(len(batch["index"]) for batch in loader)
+    print(f"{workers} workers: {clips / (time.perf_counter() - start):.1f} clips/s")
+
+
+if __name__ == "__main__":
+    main()
