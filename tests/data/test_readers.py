@@ -207,6 +207,16 @@ def test_repeating_takes_the_nearest_readable_frame(dot: DotWorld) -> None:
         reader.read_repeating("dot", [2, 3])
 
 
+def test_padding_after_the_end_marker_is_no_damage(dot: DotWorld) -> None:
+    path = dot.root / "frames/dot/000002.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\0" * 40 + b"\n")
+    assert dot.readers()["rgb"].read("dot", [2]).shape == (1, 64, 96, 3)
+    path.write_bytes(whole[: len(whole) // 2] + b"\0" * (len(whole) // 2))  # a copy that stopped on a preallocated file
+    with pytest.raises(FrameError, match="truncated JPEG"):
+        dot.readers()["rgb"].read("dot", [2])
+
+
 def test_progressive_and_grey_jpegs_decode(tmp_path: Path) -> None:
     (tmp_path / "v").mkdir()
     picture = np.full((16, 24), 200, np.uint8)

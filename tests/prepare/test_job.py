@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -114,6 +116,34 @@ def test_a_second_run_only_does_what_is_missing(tmp_path: Path) -> None:
     files[4].unlink()
     assert prepare_video("a", video, out, SMALL).error is None
     assert files[4].exists()
+
+
+def _tree(root: Path) -> dict[str, bytes]:
+    kept = (p for p in root.rglob("*") if p.is_file() and not p.name.endswith(".json"))
+    return {str(p.relative_to(root)): p.read_bytes() for p in kept}
+
+
+def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.avi", frames=24)
+    arguments = ["--output", str(tmp_path / "out"), "--height", "48", "--workers", "1"]
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), str(tmp_path / "a.avi"), *arguments]
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    flows = tmp_path / "out/tennis_flows/a"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (flows.exists() and len(list(flows.iterdir())) > 3):
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert flows.exists()
+    (flows / ".tmp-1-pair_00009.npy").write_bytes(b"half")  # what a kill in the middle of a write leaves
+    run({"a": tmp_path / "a.avi"}, tmp_path / "out", Settings(height=48))
+    run({"a": tmp_path / "a.avi"}, tmp_path / "whole", Settings(height=48))
+    assert _tree(tmp_path / "out") == _tree(tmp_path / "whole")
 
 
 def test_another_source_or_setting_replaces_only_its_part(tmp_path: Path) -> None:

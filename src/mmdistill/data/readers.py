@@ -21,6 +21,7 @@ from mmdistill.data.safe_pickle import UnsafePickleError, load_pickle
 
 JOINTS = 17
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PADDING = b"\0\r\n "  # that some writers add after the end
 SKELETON_CACHE_BYTES = 64 << 20  # of converted skeleton files, per reader and process
 
 
@@ -138,7 +139,7 @@ def decode_jpeg(data: bytes, path: str) -> np.ndarray:
         raise FrameError(f"{path}: empty file")
     if not data.startswith(JPEG_START):
         raise FrameError(f"{path}: not a JPEG")
-    if not data.endswith(JPEG_END):
+    if not data.endswith(JPEG_END) and not data.rstrip(PADDING).endswith(JPEG_END):
         raise FrameError(f"{path}: truncated JPEG ({len(data)} bytes, no end marker)")
     picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if picture is None:

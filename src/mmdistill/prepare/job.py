@@ -135,6 +135,9 @@ def _begin(name: str, path: Path, output: Path, settings: Settings) -> tuple[dic
                 shutil.rmtree(folders[part], ignore_errors=True)
             else:
                 files[part].unlink(missing_ok=True)
+    for folder in folders.values():
+        for leftover in folder.glob(".tmp-*"):  # of a run that was killed in the middle of a write
+            leftover.unlink()
     if not known.get("complete"):
         write_whole(state, json.dumps({**wanted, "complete": False}).encode())
     return known, wanted
