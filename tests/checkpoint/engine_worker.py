@@ -35,7 +35,7 @@ META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
 def launch(
     world: int, scenario: Callable[..., None], *args: object, kill: tuple[int, Callable[[], None]] | None = None
 ) -> list[int]:
-    """Fork `world` ranks; exit codes. With `kill` = (rank, wait), that rank gets SIGKILL after `wait`, then the rest."""
+    """Fork `world` ranks; exit codes. With `kill` = (rank, wait), it gets SIGKILL after `wait`, then the rest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -253,15 +253,28 @@ def load_pickle(path: Path, *, verify: bool = True, mapped: bool = True, real_cl
     size = path.stat().st_size
     if size == 0:
         raise CorruptCheckpointError(f"{path}: truncated: the file is empty (0 bytes); use another checkpoint")
-    zipped = is_zip(path)
-    if zipped:
-        zip_records(path)
-        if verify:
-            verify_zip(path)
+    if not is_zip(path):
+        return _unpickle(path, False, real_classes)
+    zip_records(path)
+    if not verify:
+        return _unpickle(path, mapped, real_classes)
+    if mapped:  # mapping reads nothing, so there is nothing to overlap
+        verify_zip(path)
+        return _unpickle(path, True, real_classes)
+    with ThreadPoolExecutor(1) as pool:  # checksums are compared while the bytes are copied
+        checking = pool.submit(verify_zip, path)
+        try:
+            content = _unpickle(path, False, real_classes)
+        finally:
+            checking.result()  # damage is the better explanation of a failed read
+    return content
+
+
+def _unpickle(path: Path, mapped: bool, real_classes: list[Any] | None) -> Any:
     allowed = _standins() if real_classes is None else torch.serialization.safe_globals(real_classes)
     try:
         with allowed:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise

@@ -29,21 +29,30 @@ from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
 log = logging.getLogger(__name__)
 
 _CHUNK = 8 << 20  # from this size on, hashing runs in a second thread while the bytes are written
+_TO_COME = "0" * 64  # the sha256 of the data, which is known when the data has been written
 _DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
 
 
 class HashingFile:
-    """A file opened for writing that computes the sha256 of what passes through, beside the write and not after it."""
+    """A file opened for writing that computes the sha256 of what passes through, beside the write and not after it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        hashed: False leaves the sha256 out, for formats with checksums of their own.
+    """
+
+    def __init__(self, path: Path, *, hashed: bool = True) -> None:
         self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._hashed = hashed
         self._digest = hashlib.sha256()
         self._pool = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
         """All of `data`; both the write and the hash are done when this returns."""
         view = memoryview(data).cast("B")
-        if len(view) < _CHUNK:
+        if not self._hashed:
+            self._write_all(view)
+        elif len(view) < _CHUNK:
             self._digest.update(view)
             self._write_all(view)
         else:
@@ -61,6 +70,19 @@ class HashingFile:
 
     def flush(self) -> None:
         """Nothing is buffered."""
+
+    def restart(self) -> None:
+        """Forget what was hashed so far."""
+        self._digest = hashlib.sha256()
+
+    def hexdigest(self) -> str:
+        """sha256 of what was written since the start or `restart`."""
+        return self._digest.hexdigest()
+
+    def patch(self, position: int, data: bytes) -> None:
+        """Replace bytes that were written before; they are not hashed again."""
+        self._file.seek(position)
+        self._write_all(memoryview(data))
 
     def close(self) -> None:
         """Close without syncing."""
@@ -83,13 +105,13 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(path: Path) -> Iterator[tuple[HashingFile, Path]]:
+def _staged(path: Path, *, hashed: bool) -> Iterator[HashingFile]:
     """A file beside `path` that takes its name when the block ends well, and disappears when it does not."""
-    staged = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
+    staged = path.with_name(TMP_PREFIX + uuid.uuid4().hex)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = HashingFile(staged)
+    file = HashingFile(staged, hashed=hashed)
     try:
-        yield file, staged
+        yield file
         file.finish()
         file.close()
         os.replace(staged, path)
@@ -141,7 +163,7 @@ def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path).expanduser()
     try:
-        with _staged(target) as (file, _):
+        with _staged(target, hashed=False) as file:
             torch.save(obj, cast(IO[bytes], file))
     except (OSError, RuntimeError) as error:
         cause = _reason(error)
@@ -170,27 +192,28 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], 
     # the widest elements first, so that every tensor is aligned to its element size
     order = sorted(state, key=lambda name: (-state[name].element_size(), name))
     header: dict[str, Any] = {}
-    digest, offset = hashlib.sha256(), 0
+    offset = 0
     for name in order:
         tensor = state[name]
         if tensor.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{target}: '{name}' has dtype {tensor.dtype}, which safetensors files do not hold")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        digest.update(_raw(tensor))
         offset = end
     header["__metadata__"] = {
         "format": "pt",
         EMBEDDED: json.dumps(dict(meta), sort_keys=True),
-        DATA_SHA256: digest.hexdigest(),
+        DATA_SHA256: _TO_COME,
     }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     try:
-        with _staged(target) as (file, _):
+        with _staged(target, hashed=True) as file:
             file.write(struct.pack("<Q", len(head)) + head)
+            file.restart()
             for name in order:
                 file.write(_raw(state[name]))
+            file.patch(8 + head.index(_TO_COME.encode()), file.hexdigest().encode())
     except OSError as error:
         raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
 
