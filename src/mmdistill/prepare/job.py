@@ -10,6 +10,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,13 @@ def prepare_all(
     outcomes = []
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        jobs = [pool.submit(prepare_video, name, path, output, settings) for name, path in videos.items()]
+        jobs = {pool.submit(prepare_video, name, path, output, settings): name for name, path in videos.items()}
         for job in as_completed(jobs):
-            outcomes.append(job.result())
+            try:
+                outcomes.append(job.result())
+            except BrokenProcessPool:  # killed from outside, out of memory, or a decoder that crashed
+                message = "a worker process died; start again, with --workers 1 to see which video it was"
+                outcomes.append(Outcome(jobs[job], None, message))
             progress(outcomes[-1])
     write_annotations(output)
     return sorted(outcomes, key=lambda o: o.video)

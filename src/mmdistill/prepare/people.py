@@ -13,7 +13,7 @@ import numpy as np
 from mmdistill.prepare.video import decode
 
 WORK_HEIGHT = 360  # px, of the reduced picture that is searched
-BACKGROUND_FRAMES = 25
+BACKGROUND_FRAMES = 25  # at least, where the video has them; twice as many at most
 DIFFERENCE = 28  # grey levels, of the colour that differs most
 SMALLEST = 50  # px of the reduced picture
 PER_FRAME = 8  # blobs kept per frame and part
@@ -34,10 +34,8 @@ def find_players(path: Path, *, split: float) -> np.ndarray:
 
     Raises `VideoError` from decoding.
     """
-    reduced, scale = _reduced(path)
-    step = max(1, len(reduced) // BACKGROUND_FRAMES)
-    background = np.median(np.stack(reduced[::step][:BACKGROUND_FRAMES]), axis=0).astype(np.uint8)
-    blobs = [_blobs(picture, background) for picture in reduced]
+    background, scale = _background(path)
+    blobs = [_blobs(_reduce(frame.pixels), background) for frame in decode(path)]
     near, far = [], []
     for boxes in blobs:
         below = boxes[:, 1] + boxes[:, 3] > split * WORK_HEIGHT
@@ -46,14 +44,26 @@ def find_players(path: Path, *, split: float) -> np.ndarray:
     return np.stack([_player(boxes) for boxes in (near, far)]) * scale
 
 
-def _reduced(path: Path) -> tuple[list[np.ndarray], float]:
-    """All frames at `WORK_HEIGHT`, and source px per reduced px. 0.7 MB a frame at 16:9."""
-    pictures, scale = [], 1.0
+def _background(path: Path) -> tuple[np.ndarray, float]:
+    """Median of frames spread evenly over the video, at `WORK_HEIGHT`, and source px per reduced px.
+
+    The number of frames is not known beforehand: each `step`-th is kept, and when there are too many, every other one
+    is dropped and the step doubled. So memory does not grow with the video.
+    """
+    kept: list[np.ndarray] = []
+    step, scale = 1, 1.0
     for frame in decode(path):
-        height, width = frame.pixels.shape[:2]
-        scale = height / WORK_HEIGHT
-        pictures.append(cv2.resize(frame.pixels, (round(width / scale), WORK_HEIGHT), interpolation=cv2.INTER_AREA))
-    return pictures, scale
+        if frame.number % step == 0:
+            kept.append(_reduce(frame.pixels))
+            scale = frame.pixels.shape[0] / WORK_HEIGHT
+        if len(kept) > 2 * BACKGROUND_FRAMES:
+            kept, step = kept[::2], 2 * step
+    return np.median(np.stack(kept), axis=0).astype(np.uint8), scale
+
+
+def _reduce(pixels: np.ndarray) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    return cv2.resize(pixels, (round(width * WORK_HEIGHT / height), WORK_HEIGHT), interpolation=cv2.INTER_AREA)
 
 
 def _blobs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
