@@ -102,16 +102,16 @@ def build_index(
         for draft in found:
             start = min(max(draft.start, 0), last_start)
             shifted += start != draft.start
-            name = draft.label and select_fields(draft.label, label_fields)
-            drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else name)))
+            own = draft.label and select_fields(draft.label, label_fields)
+            drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else own)))
     classes = sorted({d.label for _, d in drafts if d.label is not None})
-    number = {name: i for i, name in enumerate(classes)}
+    position = {name: i for i, name in enumerate(classes)}
     made = tuple(
         Clip(
             draft.id,
             rally.video,
             tuple(range(draft.start, draft.start + span, sampling_rate)),
-            -1 if draft.label is None else number[draft.label],
+            -1 if draft.label is None else position[draft.label],
             rally.video,
         )
         for rally, draft in drafts

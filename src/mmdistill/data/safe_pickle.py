@@ -32,7 +32,7 @@ def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> np.ndarr
 
 def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
     """``numpy.core.numeric._frombuffer``. Object dtypes are refused by NumPy itself."""
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order if order in ("C", "F") else "C")
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _scalar(dtype: np.dtype, data: Any = None) -> Any:

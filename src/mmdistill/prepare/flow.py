@@ -19,7 +19,7 @@ def flow_function(method: str) -> FlowFunction:
     Raises `ValueError` for an unknown method.
     """
     if method == "dis":
-        dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         return lambda first, second: _channels_first(dis.calc(first, second, None))
     if method == "farneback":
         return lambda first, second: _channels_first(
