@@ -70,20 +70,8 @@ def build_index(
     Raises:
         ValueError: naming the argument.
     """
-    for name, value, allowed in (
-        ("clips", clips, ("events", "windows", "first")),
-        ("anchor", anchor, ("center", "start")),
-        ("label", label, ("event", "video")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
-    for name, number in (
-        ("num_frames", num_frames),
-        ("sampling_rate", sampling_rate),
-        ("stride", 1 if stride is None else stride),
-    ):
-        if number < 1:
-            raise ValueError(f"{name}={number} must be at least 1")
+    _check(clips=clips, anchor=anchor, label=label)
+    _check_counts(num_frames=num_frames, sampling_rate=sampling_rate, stride=1 if stride is None else stride)
     span = (num_frames - 1) * sampling_rate + 1
     before = num_frames // 2 * sampling_rate if anchor == "center" else 0
     drafts: list[tuple[Rally, _Draft]] = []
@@ -104,30 +92,40 @@ def build_index(
             shifted += start != draft.start
             own = draft.label and select_fields(draft.label, label_fields)
             drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else own)))
+    report = {"rallies": len(rallies), "shifted_into_the_video": shifted, "too_short": too_short}
+    return _finish(drafts, range(0, span, sampling_rate), {**report, "without_events": without_events})
+
+
+def _check(**choices: str) -> None:
+    allowed = {"clips": ("events", "windows", "first"), "anchor": ("center", "start"), "label": ("event", "video")}
+    for name, value in choices.items():
+        if value not in allowed[name]:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed[name])}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}={count} must be at least 1")
+
+
+def _finish(drafts: Sequence[tuple[Rally, _Draft]], offsets: range, report: dict[str, Any]) -> ClipIndex:
+    """Number the classes and make the clips; `offsets` are a clip's frames counted from its start."""
     classes = sorted({d.label for _, d in drafts if d.label is not None})
     position = {name: i for i, name in enumerate(classes)}
     made = tuple(
         Clip(
             draft.id,
             rally.video,
-            tuple(range(draft.start, draft.start + span, sampling_rate)),
+            tuple(draft.start + offset for offset in offsets),
             -1 if draft.label is None else position[draft.label],
             rally.video,
         )
         for rally, draft in drafts
     )
-    ids = {c.id for c in made}
-    if len(ids) != len(made):
-        raise ValueError("two clips have the same id; videos must be named once")
-    report = {
-        "clips": len(made),
-        "rallies": len(rallies),
-        "classes": len(classes),
-        "shifted_into_the_video": shifted,
-        "too_short": too_short,
-        "without_events": without_events,
-    }
-    return ClipIndex(made, tuple(classes), report)
+    if len({c.id for c in made}) != len(made):
+        raise ValueError("two clips have the same id; each video must occur once")
+    return ClipIndex(made, tuple(classes), {"clips": len(made), "classes": len(classes), **report})
 
 
 def _event_clips(rally: Rally, *, first_only: bool, before: int) -> list[_Draft]:
