@@ -9,7 +9,7 @@ MakeFeatures = Callable[..., Features]
 NAMES = tuple(f"near_ad_stroke_fh_gs_{c}" for c in ("CC", "DL", "<b>&'\"", "网球", "IO", "T", "B", "W"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_features() -> MakeFeatures:
     """Features of 8 classes x 30 clips around random class means; more noise makes a worse network."""
 

@@ -122,10 +122,10 @@ def test_the_scale_of_features_does_not_matter(head: str):
 
 
 def test_ensemble_averages_probabilities_and_beats_one_view():
-    features = noisy(noise=3.0, views=6)
+    features, episodes = noisy(noise=3.0, views=6), draw(25)
     for head in ("logistic", "centroid_euclidean"):
-        many = evaluate(features, draw(), head, workers=1)
-        one = evaluate(features[:, :1], draw(), head, workers=1)
+        many = evaluate(features, episodes, head, workers=1)
+        one = evaluate(features[:, :1], episodes, head, workers=1)
         assert paired_difference(many, one)["low"] > 0
 
 

@@ -21,7 +21,7 @@ Make = Callable[..., Features]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def results(make_features: Make) -> Results:
     networks = [
         make_features("student_rgb", 1.5, views=2, readout="2 tube masks"),
@@ -33,13 +33,18 @@ def results(make_features: Make) -> Results:
     return run_protocol(networks, protocol, show_progress=False)
 
 
+@pytest.fixture(scope="module")
+def page(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(results, folder, picture=picture, extra={"config": {"seed": 0}})
+
+
 def picture(clip: int) -> np.ndarray:
     return np.full((112, 199, 3), clip % 250, np.uint8)
 
 
-def test_json_has_the_promised_keys_and_fractions(results: Results, tmp_path: Path):
-    write_report(results, tmp_path, extra={"config": {"seed": 0}})
-    found = json.loads((tmp_path / "fewshot.json").read_text())
+def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
+    found = json.loads((page.parent / "fewshot.json").read_text())
     assert found["network"] == "student_rgb"
     assert found["checkpoint"] == "/runs/student_rgb.ckpt"
     for key in ("", "_std", "_std_error"):
@@ -117,20 +122,20 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_well_formed_self_contained_and_escaped(results: Results, tmp_path: Path):
-    page = Page()
-    page.feed(write_report(results, tmp_path, picture=picture).read_text())
-    assert page.open == []
-    assert "script" not in page.tags
-    assert page.links
-    assert all(link.startswith("data:") for link in page.links)
-    assert page.tags.count("figure") == 6
-    assert page.tags.count("tr") > 30
+def test_the_page_is_well_formed_self_contained_and_escaped(page: Path):
+    found = Page()
+    found.feed(page.read_text())
+    assert found.open == []
+    assert "script" not in found.tags
+    assert found.links
+    assert all(link.startswith("data:") for link in found.links)
+    assert found.tags.count("figure") == 6
+    assert found.tags.count("tr") > 30
 
 
-def test_the_same_results_give_the_same_page(results: Results, tmp_path: Path):
-    first = write_report(results, tmp_path / "a", picture=picture).read_bytes()
-    assert write_report(results, tmp_path / "b", picture=picture).read_bytes() == first
+def test_the_same_results_give_the_same_page(results: Results, page: Path, tmp_path: Path):
+    again = write_report(results, tmp_path, picture=picture, extra={"config": {"seed": 0}})
+    assert again.read_bytes() == page.read_bytes()
 
 
 def test_the_strip_is_a_typical_episode(results: Results):
@@ -150,8 +155,7 @@ def test_principal_components_are_those_of_the_covariance():
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_real_browser_shows_the_page_without_errors_or_requests(results: Results, tmp_path: Path):
-    page = write_report(results, tmp_path, picture=picture)
+def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tmp_path: Path):
     log = tmp_path / "net.json"
     browser = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
