@@ -35,6 +35,12 @@ def test_chance_without_signal_and_memory_of_the_video_does_not_help():
     assert found["knn_top1"] < 0.5
 
 
+def test_neighbours_are_no_more_than_a_class_has():
+    found = probe_full_label_set(np.eye(4)[LABELS[::5]], LABELS[::5], groups=GROUPS[:24])
+    assert found["knn_neighbours"] < 6
+    assert found["knn_top1"] == 1.0
+
+
 def test_too_few_videos_are_an_error():
     with pytest.raises(FewshotError, match="3 videos"):
         probe_full_label_set(np.eye(4)[LABELS], LABELS, groups=[str(i % 3) for i in range(120)])

@@ -187,7 +187,7 @@ def probe_bars(probes: Sequence[Mapping[str, float | str]]) -> str:
         axis = figure.subplots()
         place = np.arange(len(names))
         for shift, (key, title) in zip(
-            (-0.2, 0.2), (("linear_top1", "linear probe"), ("knn_top1", "20-NN")), strict=True
+            (-0.2, 0.2), (("linear_top1", "linear probe"), ("knn_top1", "nearest neighbours")), strict=True
         ):
             colour = COLOURS[0] if key == "linear_top1" else COLOURS[4]
             axis.barh(place + shift, [100 * float(p[key]) for p in probes], 0.38, color=colour, label=title)

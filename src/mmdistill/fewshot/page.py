@@ -83,7 +83,7 @@ _SHOTS_NOTE = (
 )
 _PROBE_NOTE = (
     "Trained on three quarters of the videos, tested on the others, all classes at once; logistic regression on "
-    "standardised features, and the 20 nearest neighbours."
+    "standardised features, and nearest neighbours by cosine."
 )
 
 
@@ -139,7 +139,14 @@ def _tables(results: Results) -> str:
         lines = [
             (str(p["network"]), str(p["readout"]), *(f"{100 * float(p[k]):.2f}" for k in keys)) for p in results.probes
         ]
-        titles = ("network", "clips shown as", "linear probe, %", "mean over classes", "20-NN", "most frequent class")
+        titles = (
+            "network",
+            "clips shown as",
+            "linear probe, %",
+            "mean over classes",
+            "nearest neighbours",
+            "most frequent class",
+        )
         parts.append(_table(titles, lines, caption="Full label set", text_columns=2))
     return "\n".join(parts)
 

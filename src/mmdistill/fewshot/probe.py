@@ -59,8 +59,9 @@ def probe_full_label_set(
     """Accuracy over all classes at once, trained on 3/4 of the videos and tested on the rest.
 
     The linear probe is scikit-learn's multinomial logistic regression on features scaled to zero mean and unit
-    variance (statistics of the training part); k-NN votes with weights exp(cos / 0.07) of the 20 nearest training clips
-    (Wu et al. 2018, arXiv 1805.01978; DINO, arXiv 2104.14294). Views are averaged before, so a clip counts once.
+    variance (statistics of the training part); k-NN votes with weights exp(cos / 0.07) of the nearest training clips
+    (Wu et al. 2018, arXiv 1805.01978; DINO, arXiv 2104.14294): 20, or as many as a class has on average if that is
+    less. Views are averaged before, so a clip counts once.
 
     Args:
         features: float (N, D) or (N, V, D).
@@ -72,8 +73,8 @@ def probe_full_label_set(
 
     Returns:
         `linear_top1`, `linear_macro` (mean over classes), `knn_top1`, `majority` (always the most frequent training
-        class): fractions; `train_clips`, `test_clips`, `classes`, `clips_left_out` (test clips of classes without
-        training clips).
+        class): fractions; `knn_neighbours`, `train_clips`, `test_clips`, `classes`, `clips_left_out` (test clips of
+        classes without training clips).
     """
     x = as_views(features).mean(axis=1)
     train, test = split_by_group(labels, groups, folds=folds, seed=seed)
@@ -81,14 +82,16 @@ def probe_full_label_set(
     if len(np.unique(y)) < 2 or not len(test):
         raise FewshotError(f"a probe needs at least 2 classes and test clips; got {len(np.unique(y))} and {len(test)}")
     linear = _linear(x[train], y, x[test], c)
-    nearest = _nearest(x[train], y, x[test])
-    right = linear == truth
     values, counts = np.unique(y, return_counts=True)
+    neighbours = max(1, min(_NEIGHBOURS, round(len(y) / len(values))))  # more would be clips of other classes by force
+    nearest = _nearest(x[train], y, x[test], neighbours)
+    right = linear == truth
     return {
         "linear_top1": float(right.mean()),
         "linear_macro": float(np.mean([right[truth == v].mean() for v in np.unique(truth)])),
         "knn_top1": float((nearest == truth).mean()),
         "majority": float((truth == values[counts.argmax()]).mean()),
+        "knn_neighbours": neighbours,
         "train_clips": len(train),
         "test_clips": len(test),
         "classes": len(values),
@@ -106,10 +109,9 @@ def _linear(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float3
     return np.asarray(probe.predict((ask - mean) / std), dtype=np.int64)
 
 
-def _nearest(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32]) -> NDArray[np.int64]:
+def _nearest(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     values, position = np.unique(y, return_inverse=True)
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    k = min(_NEIGHBOURS, len(x))
     out = []
     for start in range(0, len(ask), _BLOCK):
         q = ask[start : start + _BLOCK]

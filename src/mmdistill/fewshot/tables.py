@@ -27,7 +27,7 @@ def tables(results: Results) -> list[Table]:
             rows = select(results, n_way, k_shot, head)
             table = Table("network", "clips shown as", title=title_of(rows[0]), title_justify="left")
             for name in columns(results)[2:]:
-                table.add_column(name, justify="right")
+                table.add_column(name, justify="right", no_wrap=True)
             for row in rows:
                 table.add_row(*row_cells(results, row))
             out.append(table)
@@ -63,9 +63,9 @@ def title_of(row: Row) -> str:
 
 
 def columns(results: Results) -> tuple[str, ...]:
-    """Headings of `row_cells`."""
+    """Headings of `row_cells`; the lead is the paired difference on the same episodes."""
     scored = results.features[0].network
-    return "network", "clips shown as", "accuracy, % ± 95 %", "std", f"{scored} leads by (paired)", "encoding"
+    return "network", "clips shown as", "accuracy, % ± 95 %", "std", f"{scored} leads by", "encoding"
 
 
 def _probe_table(results: Results) -> Table:
@@ -73,7 +73,15 @@ def _probe_table(results: Results) -> Table:
     title = (
         f"full label set: {p['classes']} classes, {p['train_clips']} clips to train on, {p['test_clips']} to test, %"
     )
-    table = Table("network", "shown", "linear probe", "mean over classes", "20-NN", title=title, title_justify="left")
+    table = Table(
+        "network",
+        "clips shown as",
+        "linear probe",
+        "mean over classes",
+        f"{p['knn_neighbours']}-NN",
+        title=title,
+        title_justify="left",
+    )
     for p in results.probes:
         values = [f"{100 * p[key]:.2f}" for key in ("linear_top1", "linear_macro", "knn_top1")]
         table.add_row(p["network"], p["readout"], *values)
