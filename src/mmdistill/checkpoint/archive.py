@@ -6,7 +6,6 @@
 import contextlib
 import hashlib
 import io
-import mmap
 import os
 import pickle
 import pickletools
@@ -40,7 +39,7 @@ _UNREADABLE = (
     OverflowError,
     MemoryError,
 )
-_CHUNK = 16 << 20  # bytes hashed at a time: large enough that zlib and hashlib release the interpreter lock
+_CHUNK = 4 << 20  # bytes hashed at a time: large enough that zlib and hashlib release the interpreter lock
 THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -151,10 +150,16 @@ def directory_digest(path: Path) -> str:
         return hashlib.sha256(file.read(size - start)).hexdigest()
 
 
-def _crc_matches(view: memoryview, record: Record) -> bool:
-    crc = 0
-    for begin in range(record.start, record.start + record.size, _CHUNK):
-        crc = zlib.crc32(view[begin : min(begin + _CHUNK, record.start + record.size)], crc)
+def _crc_matches(handle: int, record: Record) -> bool:
+    """Read in chunks, not mapped: mapped pages would count as the process's memory."""
+    buffer = memoryview(bytearray(min(_CHUNK, max(record.size, 1))))
+    crc, at, end = 0, record.start, record.start + record.size
+    while at < end:
+        count = os.preadv(handle, [buffer[: min(end - at, len(buffer))]], at)
+        if not count:
+            return False
+        crc = zlib.crc32(buffer[:count], crc)
+        at += count
     return crc == record.crc
 
 
@@ -164,16 +169,11 @@ def verify_zip(path: Path) -> None:
     Raises:
         CorruptCheckpointError: truncated, or some byte of a record differs.
     """
-    records = zip_records(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if any(r.start + r.size > len(mapped) for r in records):
-            raise _cut_off(path)
-        view = memoryview(mapped)
-        try:
-            with ThreadPoolExecutor(THREADS) as pool:
-                good = list(pool.map(lambda record: _crc_matches(view, record), records))
-        finally:
-            view.release()
+    records, size = zip_records(path), path.stat().st_size
+    if any(record.start + record.size > size for record in records):
+        raise _cut_off(path)
+    with path.open("rb") as file, ThreadPoolExecutor(THREADS) as pool:
+        good = list(pool.map(lambda record: _crc_matches(file.fileno(), record), records))
     bad = [record.name for record, ok in zip(records, good, strict=True) if not ok]
     if bad:
         raise CorruptCheckpointError(

@@ -11,9 +11,9 @@ import logging
 import os
 import shutil
 import struct
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -28,13 +28,16 @@ from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 8 << 20  # from this size on, hashing runs in a second thread while the bytes are written
+_CHUNK = 4 << 20  # bytes hashed at a time; smaller files need no thread
 _TO_COME = "0" * 64  # the sha256 of the data, which is known when the data has been written
 _DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
 
 
 class HashingFile:
-    """A file opened for writing that computes the sha256 of what passes through, beside the write and not after it.
+    """A file opened for writing whose sha256 is computed beside the write and not after it.
+
+    A second thread reads behind the writer, from the page cache: hashing in step with the writes was
+    measured at half the speed.
 
     Args:
         path: the file.
@@ -42,25 +45,25 @@ class HashingFile:
     """
 
     def __init__(self, path: Path, *, hashed: bool = True) -> None:
-        self._file: IO[bytes] = path.open("wb", buffering=0)
+        self._file: IO[bytes] = path.open("w+b", buffering=0)
         self._hashed = hashed
         self._digest = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1)
+        self._written = self._done = 0  # bytes written, bytes hashed
+        self._ended = False
+        self._news = threading.Condition()
+        self._follower: threading.Thread | None = None
+        self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """All of `data`; both the write and the hash are done when this returns."""
+        """All of `data`."""
         view = memoryview(data).cast("B")
-        if not self._hashed:
-            self._write_all(view)
-        elif len(view) < _CHUNK:
-            self._digest.update(view)
-            self._write_all(view)
-        else:
-            hashing = self._pool.submit(self._digest.update, view)
-            try:
-                self._write_all(view)
-            finally:
-                hashing.result()
+        self._write_all(view)
+        with self._news:
+            self._written += len(view)
+            self._news.notify()
+        if self._hashed and self._follower is None and self._written - self._done >= _CHUNK:
+            self._follower = threading.Thread(target=self._follow, daemon=True)
+            self._follower.start()
         return len(view)
 
     def _write_all(self, view: memoryview) -> None:
@@ -68,15 +71,41 @@ class HashingFile:
             done = self._file.write(view)
             view = view[done:]
 
+    def _follow(self) -> None:
+        buffer = bytearray(_CHUNK)
+        while True:
+            with self._news:
+                while self._written == self._done and not self._ended:
+                    self._news.wait()
+                wanted = min(self._written - self._done, _CHUNK)
+            if not wanted:
+                return
+            try:
+                count = os.preadv(self._file.fileno(), [memoryview(buffer)[:wanted]], self._done)
+            except OSError as error:
+                self._failure = error
+                return
+            self._digest.update(memoryview(buffer)[:count])
+            self._done += count
+
     def flush(self) -> None:
         """Nothing is buffered."""
 
     def restart(self) -> None:
-        """Forget what was hashed so far."""
-        self._digest = hashlib.sha256()
+        """Leave out of the sha256 what was written so far (less than a chunk: no thread has started)."""
+        self._done = self._written
 
     def hexdigest(self) -> str:
-        """sha256 of what was written since the start or `restart`."""
+        """sha256 of all that was written since the start or `restart`; nothing may be written after it."""
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        if self._follower is None:
+            self._follow()
+        else:
+            self._follower.join()
+        if self._failure is not None:
+            raise self._failure
         return self._digest.hexdigest()
 
     def patch(self, position: int, data: bytes) -> None:
@@ -86,13 +115,17 @@ class HashingFile:
 
     def close(self) -> None:
         """Close without syncing."""
-        self._pool.shutdown()
+        with self._news:
+            self._ended = True
+            self._news.notify()
+        if self._follower is not None:
+            self._follower.join()
         self._file.close()
 
     def finish(self) -> str:
-        """Bring the bytes to the disk; the hex sha256."""
+        """Bring the bytes to the disk; the hex sha256, if this file is hashed."""
         os.fsync(self._file.fileno())
-        return self._digest.hexdigest()
+        return self.hexdigest() if self._hashed else ""
 
 
 def sync_directory(path: Path) -> None:
