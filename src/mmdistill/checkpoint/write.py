@@ -28,7 +28,7 @@ from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 4 << 20  # bytes hashed at a time; smaller files need no thread
+_CHUNK = 16 << 20  # bytes hashed at a time; smaller files need no thread
 _TO_COME = "0" * 64  # the sha256 of the data, which is known when the data has been written
 _DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
 
