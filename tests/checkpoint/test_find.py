@@ -114,6 +114,15 @@ def test_json_and_unreadable(output: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert unreadable == [f"{closed}: Permission denied"]
 
 
+def test_links_are_followed_once(output: Path, tmp_path: Path) -> None:
+    (output / "2026-01-09").rename(tmp_path / "elsewhere")
+    (output / "2026-01-09").symlink_to(tmp_path / "elsewhere")
+    (output / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(output)
+    (output / "2026-01-10" / "here").symlink_to(output / "2026-01-10")
+    assert len(find_checkpoints(output)) == 8
+
+
 def test_bad_root(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
         find_checkpoints(tmp_path / "none")

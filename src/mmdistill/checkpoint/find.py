@@ -218,8 +218,19 @@ def _is_checkpoint(names: set[str], path: str) -> bool:
     return "checkpoint" in names and _is_tag(os.path.join(path, "checkpoint"))
 
 
+def _leads_on(path: str, linked: set[str]) -> bool:
+    """Whether a link goes somewhere new, and not back up."""
+    real = os.path.realpath(path)
+    if real in linked or any(
+        other.startswith(real + os.sep) for other in (*linked, os.path.realpath(os.path.dirname(path)))
+    ):
+        return False
+    linked.add(real)
+    return True
+
+
 def _walk(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
-    pending = [root]
+    pending, linked = [root], {os.path.realpath(root)}
     while pending:
         folder = pending.pop()
         try:
@@ -238,7 +249,7 @@ def _walk(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
                 continue
             try:
                 if entry.is_dir():
-                    if not entry.is_symlink():  # a link may lead back up
+                    if not entry.is_symlink() or _leads_on(entry.path, linked):
                         pending.append(entry.path)
                 elif entry.name.endswith(wanted):
                     yield _file_info(entry)
@@ -260,6 +271,8 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
     if not top.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     found = list(_walk(str(top), unreadable if unreadable is not None else []))
+    if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
+        found = list({os.path.realpath(info.path): info for info in found}.values())
     return sorted(found, key=lambda i: (i.started, -1 if i.epoch is None else i.epoch, i.modified), reverse=True)
 
 

@@ -291,8 +291,9 @@ def recover(directory: Path) -> None:
         if target.exists():
             discard(old)
         else:
-            log.warning("%s: restored, a save over it was interrupted", target)
-            os.rename(old, target)
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                os.rename(old, target)
+                log.warning("%s: restored, a save over it was interrupted", target)
 
 
 def staged_directory(target: Path, fill: Callable[[Path], None]) -> None:
