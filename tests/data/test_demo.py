@@ -169,7 +169,7 @@ def test_only_what_is_missing_is_made_again(
 def test_other_parameters_are_refused(root: Path, tmp_path: Path, half_made: bool) -> None:
     name = "demo.partial.json" if half_made else "demo.json"
     shutil.copy(root / "demo.json", tmp_path / name)
-    with pytest.raises(demo.DemoError, match=r"nuisance is 0\.6, wanted 0\.1"):
+    with pytest.raises(demo.DemoError, match=r"nuisance is 0\.3, wanted 0\.1"):
         demo.make_demo(tmp_path, **TINY, nuisance=0.1)
 
 

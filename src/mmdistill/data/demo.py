@@ -49,7 +49,7 @@ from mmdistill.data.demo_scene import (
 from mmdistill.data.demo_strokes import STROKES
 from mmdistill.data.flowfile import write_flow
 
-FORMAT = 3  # raised when the same parameters give other bytes
+FORMAT = 4  # raised when the same parameters give other bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
 FPS = 11.0
 
@@ -203,7 +203,7 @@ def make_demo(
     nuisance: float = DEFAULT_NUISANCE,
     frame_size: tuple[int, int] = (64, 68),
     strokes_per_class: tuple[int, int] = (24, 24),
-    strokes_per_rally: int = 8,
+    strokes_per_rally: int = 6,
     workers: int | None = None,
     progress: bool = True,
 ) -> None:

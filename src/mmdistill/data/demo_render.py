@@ -176,7 +176,7 @@ def random_look(court: dict[str, Colour | float], rng: np.random.Generator, nuis
         tint=(warm, 1.0, 2 - warm),
         blur=float(0.25 + 0.4 * n * rng.uniform()),
         noise=float(1.2 * n * rng.uniform(0.5, 1)),
-        jpeg=round(90 - min(12 * n * float(rng.uniform()), 40)),
+        jpeg=round(88 - min(12 * n * float(rng.uniform()), 40)),
         jitter=float(0.35 * n * rng.uniform(0.3, 1)),
         shade=(float(rng.uniform(-6, 18)), float(0.35 * min(n, 1.5) * rng.uniform() * (rng.uniform() < 0.6))),
     )

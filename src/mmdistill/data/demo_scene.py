@@ -14,7 +14,7 @@ from mmdistill.data import demo_render as render
 from mmdistill.data.demo_strokes import STROKES
 
 SPLITS = ("train", "val")
-DEFAULT_NUISANCE = 0.6
+DEFAULT_NUISANCE = 0.3
 # Frames around a contact that its 8-frame window needs: 4 before, 3 after and one more for the last flow pair.
 LEAD_IN, LEAD_OUT = 5, 6
 _STREAMS = {"plan": 1, "player": 2, "court": 3, "look": 4, "near": 5, "far": 6, "camera": 7, "sensor": 8, "labels": 9}
@@ -41,8 +41,8 @@ class DemoParameters:
     nuisance: float = DEFAULT_NUISANCE
     frame_size: tuple[int, int] = (64, 68)
     strokes_per_class: tuple[int, int] = (24, 24)
-    strokes_per_rally: int = 8
-    people: int = 12
+    strokes_per_rally: int = 6
+    people: int = 16
 
     def __post_init__(self) -> None:
         if self.nuisance < 0:
@@ -91,7 +91,7 @@ def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
             left[chosen] -= 1
             rng.shuffle(chosen)
             chosen.sort(key=lambda c: STROKES[c].fields[0] != "serve")  # serves open a rally
-            gaps = rng.choice([8, 9, 10], len(chosen) - 1)
+            gaps = rng.choice([8, 8, 9, 10], len(chosen) - 1)
             # A second serve starts from its own stance: without the time for it, it would cut off the first one's end.
             gaps[[STROKES[c].fields[0] == "serve" for c in chosen[1:]]] = 11
             frames = LEAD_IN + np.concatenate([[0], np.cumsum(gaps)]).astype(int)
