@@ -172,12 +172,12 @@ def build_scene(plan: RallyPlan, parameters: DemoParameters) -> RallyScene:
 
     rng = parameters.rng("near", number)
     poses = motion.pose_track(list(plan.strokes), [float(f) for f in plan.frames], plan.num_frames, body, rng)
-    walk = motion.walk_track([float(f) for f in plan.frames], plan.num_frames, 0.32, rng)
+    walk = motion.walk_track([float(f) for f in plan.frames], plan.num_frames, 0.10, rng)
     near = motion.solve(poses, *walk, float(rng.uniform(-0.9, 0.1)), body, facing=1)
     rng = parameters.rng("far", number)
     strokes, contacts = _far_strokes(plan, rng)
     poses = motion.pose_track(strokes, contacts, plan.num_frames, other, rng)
-    walk = motion.walk_track(contacts, plan.num_frames, 1.5, rng)
+    walk = motion.walk_track(contacts, plan.num_frames, 0.4, rng)
     far = motion.solve(poses, *walk, render.COURT_LENGTH + float(rng.uniform(-1.5, 0.5)), other, facing=-1)
 
     rng = parameters.rng("camera", number)

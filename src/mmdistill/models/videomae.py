@@ -123,12 +123,16 @@ def complement(index: Tensor, length: int) -> Tensor:
     return free.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
 
 
-class _FreeWidthAttention(Attention):
-    """timm's attention where heads * head_dim differs from the width (timm 1.0.31 reshapes to the width and fails)."""
+class _Attention(Attention):
+    """timm's attention, of any head width and in any dtype.
+
+    timm 1.0.31 reshapes to the width, which fails where heads * head_dim differs from it; and its `k_bias` is a buffer
+    that DeepSpeed leaves in fp32 when it casts the parameters to bf16.
+    """
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         b, n, _ = x.shape
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias).view(b, n, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
         out = F.scaled_dot_product_attention(q, k, v)
@@ -137,8 +141,7 @@ class _FreeWidthAttention(Attention):
 
 def _block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
     block = Block(dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path)
-    if heads * head_dim != dim:
-        block.attn = _FreeWidthAttention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
+    block.attn = _Attention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
     return block
 
 
@@ -278,13 +281,16 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind:
         grid: tokens along (t, h, w).
         kind: ``patch``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section
             3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but it
-            does not blow up the noise of flat ones. ``pixel``: the values of `x`.
+            does not blow up the noise of flat ones. ``motion``: ``value - mean over the clip's frames`` of the same pixel,
+            0 where nothing moves (after MotionMAE's temporal difference, arXiv 2210.04154). ``pixel``: the values of `x`.
 
     Raises:
         ValueError: another kind.
     """
-    if kind not in ("patch", "centred", "pixel"):
-        raise ValueError(f"target {kind!r} is not one of patch, centred, pixel")
+    if kind not in ("patch", "centred", "motion", "pixel"):
+        raise ValueError(f"target {kind!r} is not one of patch, centred, motion, pixel")
+    if kind == "motion":
+        x = x - x.mean(dim=2, keepdim=True)
     patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)  # (B, N, pt*ph*pw, C)
     if kind == "patch":
         std, mean = torch.std_mean(patches, dim=2, keepdim=True)
