@@ -85,10 +85,7 @@ def table(results: list[dict[str, Any]], seeds: list[int]) -> str:
 def holds(results: list[dict[str, Any]]) -> bool:
     """Whether student > RGB pretrained > random, with the whole interval above 0, for each seed and shot."""
     return all(
-        _difference(result, a, b, k)["low"] > 0
-        for result in results
-        for k in (1, 5)
-        for a, b in DIFFERENCES[:2]
+        _difference(result, a, b, k)["low"] > 0 for result in results for k in (1, 5) for a, b in DIFFERENCES[:2]
     )
 
 
@@ -114,7 +111,9 @@ def main() -> int:
     verdict = "The claim holds" if holds(results) else "The claim does NOT hold"
     print(f"\n{text}\n{verdict} for seeds {args.seeds} ({(time.monotonic() - began) / 60:.0f} minutes in this call).")
     (args.output / "results.md").write_text(text)
-    (args.output / "results.json").write_text(json.dumps({"holds": holds(results), "seeds": args.seeds, "results": results}))
+    (args.output / "results.json").write_text(
+        json.dumps({"holds": holds(results), "seeds": args.seeds, "results": results})
+    )
     return 0
 
 

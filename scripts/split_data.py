@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, required=True, help="one NAME.json per split is written here")
     parser.add_argument("--by", choices=["match", "class"], required=True)
     parser.add_argument("--fractions", nargs="+", required=True, metavar="NAME=FRACTION")
-    parser.add_argument("--label-fields", nargs="+", choices=F3SET_FIELDS, help="what makes a class; default: all fields")
+    parser.add_argument(
+        "--label-fields", nargs="+", choices=F3SET_FIELDS, help="what makes a class; default: all fields"
+    )
     parser.add_argument("--min-events", type=int, default=1, help="leave out classes with fewer events (--by class)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -88,7 +88,7 @@ def test_parsed_config_is_read_only() -> None:
         (_pretrain, "trainer.epochs=0", "trainer.epochs=0 must be at least 1"),
         (_pretrain, "data_module.mask_ratio=1", "mask_ratio"),
         (_pretrain, "data_module.mask_type=tubes", "did you mean tube"),
-        (_pretrain, "data_module.crop_size=[64,60]", r"crop_size\[1\]=60 is not a multiple of patch_size=8"),
+        (_pretrain, "data_module.crop_size=[64,56]", r"crop_size\[1\]=56 is not a multiple of patch_size=16"),
         (_pretrain, "data_module.crop_size=[64,72]", "larger than frame_size"),
         (_pretrain, "data_module.num_frames=7", "num_frames=7"),
         (_pretrain, "model.heads=5", "model.dim=128 is not divisible by model.heads=5"),
@@ -141,7 +141,13 @@ def test_equals_signs_are_quoted(argument: str, quoted: str) -> None:
 
 
 def test_quoted_paths_arrive_unchanged() -> None:
-    for path in ("/p/epoch=49-train_loss=0.0081.ckpt", "/a b/epoch=1", "/x[1]/epoch=2", "/it's/epoch=3", "/数据/epoch=4"):
+    for path in (
+        "/p/epoch=49-train_loss=0.0081.ckpt",
+        "/a b/epoch=1",
+        "/x[1]/epoch=2",
+        "/it's/epoch=3",
+        "/数据/epoch=4",
+    ):
         assert _compose("config_mmdistill", PATHS, *quote_overrides([f"ckpt_path={path}"])).ckpt_path == path
     listed = _compose("config_mmdistill", *quote_overrides(["trainer.ckpt_path=[/a/epoch=1-loss=2,/b/c=d/e=f,/g]"]))
     assert list(listed.trainer.ckpt_path) == ["/a/epoch=1-loss=2", "/b/c=d/e=f", "/g"]
@@ -162,9 +168,7 @@ def test_misspelt_keys_fail_on_the_command_line_and_in_yaml(tmp_path: Path) -> N
     assert "trainer.epochs" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "bad.yaml").write_text("defaults:\n  - config_pretrain\n  - _self_\ntrainer:\n  epcohs: 3\n")
-    done = _run(
-        "pretrain_main.py", f"--config-dir={tmp_path}", "--config-name=bad", "modality=rgb"
-    )
+    done = _run("pretrain_main.py", f"--config-dir={tmp_path}", "--config-name=bad", "modality=rgb")
     assert done.returncode == 2
     assert "epcohs" in done.stderr
     assert "Traceback" not in done.stderr

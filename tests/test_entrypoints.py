@@ -1,4 +1,4 @@
-"""The real entrypoints as subprocesses, on a tiny dataset: train, stop, resume to the same last bit, distil, evaluate."""
+"""The real entrypoints as subprocesses on a tiny dataset: train, stop, resume to the last bit, distil, evaluate."""
 
 import json
 import os
@@ -55,7 +55,15 @@ def teachers(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(scope="module")
 def student(data: list[str], teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("distill")
-    _run("lit_main_mmdistill.py", _teachers(teachers), "test=False", *data, "trainer.epochs=4", "trainer.save_ckpt_freq=2", f"hydra.run.dir={run}")
+    _run(
+        "lit_main_mmdistill.py",
+        _teachers(teachers),
+        "test=False",
+        *data,
+        "trainer.epochs=4",
+        "trainer.save_ckpt_freq=2",
+        f"hydra.run.dir={run}",
+    )
     return run / "checkpoints"
 
 
@@ -68,7 +76,9 @@ def test_pretraining_writes_the_seeds_layout(teachers: dict[str, Path]) -> None:
     for modality, path in teachers.items():
         assert path.name.startswith("epoch=01-loss=")
         states = torch.load(path / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu")
-        assert {"encoder.patch_embed.proj.weight", "encoder.blocks.0.norm1.weight", "mask_token"} <= set(states["module"])
+        assert {"encoder.patch_embed.proj.weight", "encoder.blocks.0.norm1.weight", "mask_token"} <= set(
+            states["module"]
+        )
         checkpoint = read_checkpoint(path)
         assert checkpoint.meta["modality"] == modality
         assert checkpoint.meta["statistics"][modality]["std"]
@@ -120,7 +130,11 @@ def test_distilled_file_has_the_seeds_contents(student: Path) -> None:
     content = load_torch(student / "last.ckpt")
     assert {"state_dict", "epoch", "global_step", "lr_schedulers", "optimizer_states"} <= set(content)
     assert content["epoch"] == 3
-    for key in ("student_rgb.encoder.patch_embed.proj.weight", "teacher_flow.encoder.blocks.0.norm1.weight", "cmt.mlp_to_rgb.0.weight"):
+    for key in (
+        "student_rgb.encoder.patch_embed.proj.weight",
+        "teacher_flow.encoder.blocks.0.norm1.weight",
+        "cmt.mlp_to_rgb.0.weight",
+    ):
         assert key in content["state_dict"]
     assert content["state_dict"]["cmt.mlp_to_flow.2.weight"].shape == (48, 32)
 
@@ -139,11 +153,22 @@ def test_distillation_resumes_to_the_last_bit(
 ) -> None:
     first = next(student.glob("epoch=01-*"))
     run = tmp_path / "resumed"
-    _run("lit_main_mmdistill.py", _teachers(teachers), "test=False", *data, "trainer.epochs=4", "trainer.save_ckpt_freq=2", f"resume={first}", f"hydra.run.dir={run}")
+    _run(
+        "lit_main_mmdistill.py",
+        _teachers(teachers),
+        "test=False",
+        *data,
+        "trainer.epochs=4",
+        "trainer.save_ckpt_freq=2",
+        f"resume={first}",
+        f"hydra.run.dir={run}",
+    )
     a, b = (load_torch(p / "last.ckpt") for p in (student, run / "checkpoints"))
     assert a["global_step"] == b["global_step"]
     assert all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
-    for own, other in zip(a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True):
+    for own, other in zip(
+        a["optimizer_states"][0]["state"].values(), b["optimizer_states"][0]["state"].values(), strict=True
+    ):
         assert torch.equal(own["exp_avg_sq"], other["exp_avg_sq"])
 
 
@@ -160,7 +185,8 @@ def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path
     alone.write_bytes((student / "last.ckpt").read_bytes())
     run = tmp_path / "test"
     _run(
-        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={alone}", *data, *EVAL, "data_module.k_shot=[1,2]",
+        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={alone}", *data, *EVAL,
+        "data_module.k_shot=[1,2]",
         f"feature_cache={tmp_path / 'cache'}", f"hydra.run.dir={run}",
     )  # fmt: skip
     result = json.loads((run / "fewshot.json").read_text())
@@ -198,6 +224,8 @@ def test_nan_student_fails_loudly(data: list[str], student: Path, tmp_path: Path
 def test_missing_frame_is_named(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
     root = make_tiny(tmp_path / "broken", per_class=4)
     (root / "frames" / "rally_CC_0" / "000005.jpg").unlink()
-    done = _run("pretrain_main.py", "modality=rgb", *overrides(root), *MODEL, f"hydra.run.dir={tmp_path / 'run'}", expect=2)
+    done = _run(
+        "pretrain_main.py", "modality=rgb", *overrides(root), *MODEL, f"hydra.run.dir={tmp_path / 'run'}", expect=2
+    )
     assert "000005.jpg" in done.stderr
     assert "Traceback" not in done.stderr

@@ -26,7 +26,9 @@ def make_tiny(root: Path, *, per_class: int = 6) -> Path:
     return root
 
 
-def _rally(root: Path, video: str, direction: str, step: tuple[int, int], rng: np.random.Generator) -> dict[str, object]:
+def _rally(
+    root: Path, video: str, direction: str, step: tuple[int, int], rng: np.random.Generator
+) -> dict[str, object]:
     frames, flows = root / "frames" / video, root / "flow" / video
     frames.mkdir(parents=True)
     flows.mkdir(parents=True)
@@ -54,15 +56,31 @@ def _rally(root: Path, video: str, direction: str, step: tuple[int, int], rng: n
 def overrides(root: Path) -> list[str]:
     """What makes the entrypoints read it, with a model of a few thousand parameters."""
     return [
-        "data_module.name=tiny", f"data_module.target_data_dir={root}", "data_module.frames_dir=frames",
-        "data_module.flow_dir=flow", "data_module.skeleton_dir=skeletons", "data_module.unlabel_json_path=unlabel.json",
-        "data_module.fewshot_eval_json_path=val.json", f"data_module.frame_size=[{HEIGHT},{WIDTH}]",
-        "data_module.crop_size=[32,32]", "data_module.num_frames=4", "data_module.window_stride=3",
-        "data_module.label_fields=null", "num_workers=0", "batch_size=8", "trainer.warmup_epochs=0", "trainer.epochs=2",
+        "data_module.name=tiny",
+        f"data_module.target_data_dir={root}",
+        "data_module.frames_dir=frames",
+        "data_module.flow_dir=flow",
+        "data_module.skeleton_dir=skeletons",
+        "data_module.unlabel_json_path=unlabel.json",
+        "data_module.fewshot_eval_json_path=val.json",
+        f"data_module.frame_size=[{HEIGHT},{WIDTH}]",
+        "data_module.crop_size=[32,32]",
+        "data_module.num_frames=4",
+        "data_module.window_stride=3",
+        "data_module.label_fields=null",
+        "num_workers=0",
+        "batch_size=8",
+        "trainer.warmup_epochs=0",
+        "trainer.epochs=2",
     ]
 
 
 MODEL = [
-    "model.dim=32", "model.depth=2", "model.heads=2", "model.decoder_dim=16", "model.decoder_depth=1", "model.decoder_heads=1",
+    "model.dim=32",
+    "model.depth=2",
+    "model.heads=2",
+    "model.decoder_dim=16",
+    "model.decoder_depth=1",
+    "model.decoder_heads=1",
 ]
 EVAL = ["data_module.q_sample=3", "data_module.n_way=3", "data_module.episodes=20"]

@@ -39,7 +39,7 @@ def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
 
 
 def data_path(data: DataModuleConfig, value: str, key: str) -> Path:
-    """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if it does not exist."""
+    """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
     path = Path(data.target_data_dir).expanduser() / Path(value).expanduser()
     if not path.exists():
         raise ConfigError(
@@ -132,7 +132,7 @@ def make_demo_data(data: DataModuleConfig) -> None:
 
 
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
-    """Raise `ConfigError` unless the encoder takes the clips of this dataset: channels, frames, size, tubelet, patch."""
+    """Raise `ConfigError` unless the encoder takes this dataset's clips: channels, frames, size, tubelet, patch."""
     g = encoder.geometry
     if g.channels != spec.channels:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Score a checkpoint few-shot: which networks, on which clips, shown how. The protocol itself is `mmdistill.fewshot`."""
+"""Score a checkpoint few-shot: which networks, on which clips, shown how. The protocol is in `mmdistill.fewshot`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -92,7 +92,9 @@ def _networks(config: DistillConfig, path: str) -> list[_Network]:
     for entry in config.compare:
         if entry == "random":
             torch.manual_seed(config.seed)
-            networks.append(_Network("random", Encoder(scored.encoder.geometry), scored.spec, "none: untrained weights"))
+            networks.append(
+                _Network("random", Encoder(scored.encoder.geometry), scored.spec, "none: untrained weights")
+            )
         elif entry in source.meta.get("encoders", {}) or entry.startswith(("teacher_", "student_")):
             if distilled:
                 networks.append(_load(config, specs, source, entry, entry))
@@ -165,7 +167,11 @@ def _job(config: DistillConfig, network: _Network, dataset: ClipDataset, process
 def _pixel_settings(config: DistillConfig, dataset: ClipDataset, modalities: tuple[str, ...]) -> list[object]:
     """What decides the clips' pixels beside the index: the folders and the crop."""
     data = config.data_module
-    keys = {"rgb": ("frames_dir", data.frames_dir), "flow": ("flow_dir", data.flow_dir), "skeleton": ("skeleton_dir", data.skeleton_dir)}
+    keys = {
+        "rgb": ("frames_dir", data.frames_dir),
+        "flow": ("flow_dir", data.flow_dir),
+        "skeleton": ("skeleton_dir", data.skeleton_dir),
+    }
     folders = {m: str(data_path(data, value, key).resolve()) for m, (key, value) in keys.items() if m in modalities}
     return [folders, dataset.crop, dataset.frame_size, data.missing]
 

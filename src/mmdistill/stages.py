@@ -87,7 +87,9 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
                 print(f"[{len(done) + len(running) + 1}/{total}] {stage.name}", flush=True)
                 running[stage.name] = (stage, _start(stage, environment, quiet=parallel > 1), time.monotonic())
             if not running:
-                raise StageError(f"nothing can start: {', '.join(s.name for s in waiting)} wait for stages that do not exist")
+                raise StageError(
+                    f"nothing can start: {', '.join(s.name for s in waiting)} wait for stages that do not exist"
+                )
             finished = [name for name, (_, process, _) in running.items() if process.poll() is not None]
             for name in finished:
                 stage, process, began = running.pop(name)
@@ -136,7 +138,9 @@ def method_stages(
     shared = (f"seed={seed}", *common)
     runs = {m: output / f"pretrain_{m}" for m in ("rgb", "flow", "skeleton")}
     stages = [
-        Stage(f"{prefix}pretrain {m}", "pretrain_main.py", (f"modality={m}", *shared, *pretrain, "resume=auto"), runs[m])
+        Stage(
+            f"{prefix}pretrain {m}", "pretrain_main.py", (f"modality={m}", *shared, *pretrain, "resume=auto"), runs[m]
+        )
         for m in runs
     ]
     teachers = tuple((m, run / "checkpoints") for m, run in runs.items())

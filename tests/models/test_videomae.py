@@ -162,7 +162,7 @@ def test_positions_against_scalar_formula() -> None:
 def test_targets_against_loops() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 2, 4, 6, 8))
-    t, h, w = grid = (2, 3, 2)
+    grid = (2, 3, 2)
     token = 7  # t=1, h=0, w=1
     values = [
         [x[0, c, 2 + dt, 0 + dy, 4 + dx] for c in range(2)] for dt in range(2) for dy in range(2) for dx in range(4)
@@ -176,7 +176,9 @@ def test_targets_against_loops() -> None:
     centred = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centred")
     np.testing.assert_allclose(centred[0, 0].numpy(), (block - block.mean(0)).reshape(-1), atol=1e-12)
     still = x - x.mean(axis=2, keepdims=True)
-    moving = [[still[0, c, 2 + dt, dy, 4 + dx] for c in range(2)] for dt in range(2) for dy in range(2) for dx in range(4)]
+    moving = [
+        [still[0, c, 2 + dt, dy, 4 + dx] for c in range(2)] for dt in range(2) for dy in range(2) for dx in range(4)
+    ]
     motion = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="motion")
     np.testing.assert_allclose(motion[0, 0].numpy(), np.array(moving).reshape(-1), atol=1e-12)
     with pytest.raises(ValueError, match="centered"):

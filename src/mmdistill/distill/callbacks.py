@@ -104,7 +104,8 @@ class EpochLines(Callback):
             rate = self._clips / (now - self._began)
             total = trainer.num_training_batches
             print(
-                f"distil epoch {trainer.current_epoch}/{trainer.max_epochs} batch {batch_idx + 1}/{total} {rate:.0f} clips/s",
+                f"distil epoch {trainer.current_epoch}/{trainer.max_epochs} "
+                f"batch {batch_idx + 1}/{total} {rate:.0f} clips/s",
                 file=sys.stderr,
             )
 

@@ -112,9 +112,7 @@ class MMDistill(pl.LightningModule):
         """AdamW on student and transfer head, cosine schedule by step."""
         trained = nn.ModuleDict({"student_rgb": self.student_rgb, "cmt": self.cmt})
         optimizer = make_optimizer(trained, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas)
-        schedule = make_schedule(
-            optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps
-        )
+        schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:

@@ -36,7 +36,8 @@ def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tupl
         found = checkpoint.meta.get("modality")
         if found is not None and found != modality:
             raise ConfigError(
-                f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; check the order (rgb, flow, skeleton)"
+                f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
+                "check the order (rgb, flow, skeleton)"
             )
         encoder = load_encoder(path)
         spec = specs[modality]
@@ -92,7 +93,9 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     data = _Data(config, tuple(teachers), (process.rank, process.world_size), process.device.type == "cuda")
     t = config.trainer
     global_batch = config.batch_size * process.world_size * t.accumulate
-    steps = math.ceil(len(data.sampler) / t.accumulate)  # Lightning steps at an epoch's end even if fewer were accumulated
+    steps = math.ceil(
+        len(data.sampler) / t.accumulate
+    )  # Lightning steps at an epoch's end even if fewer were accumulated
     rates = LearningRates.scaled(t.lr, t.min_lr, t.warmup_lr, global_batch=global_batch)
     module = MMDistill(
         teachers,
@@ -109,8 +112,10 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         trainer = _trainer(config, run_dir, data, stop_signal, process.device)
         if trainer.is_global_zero:
             print(
-                f"distil {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, {len(data.sampler)} batches of "
-                f"{config.batch_size} ({data.sampler.dropped} clips left out each epoch), base_lr {t.lr:g} -> lr {rates.lr:g}"
+                f"distil {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, "
+                f"{len(data.sampler)} batches of "
+                f"{config.batch_size} ({data.sampler.dropped} clips left out each epoch), "
+                f"base_lr {t.lr:g} -> lr {rates.lr:g}"
             )
         trainer.fit(module, datamodule=data, ckpt_path=_resume(config, run_dir), weights_only=True)
     return run_dir / "checkpoints" / "last.ckpt"

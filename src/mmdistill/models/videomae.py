@@ -153,7 +153,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class _PatchEmbed(nn.Module):
-    """Holds the Conv3d of VideoMAE's tubelet embedding under its name; applied as one linear map to gathered patches."""
+    """VideoMAE's tubelet embedding: a Conv3d in name, applied as one linear map to gathered patches."""
 
     def __init__(self, g: EncoderGeometry) -> None:
         super().__init__()
@@ -280,9 +280,10 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind:
         index: int64 token indices.
         grid: tokens along (t, h, w).
         kind: ``patch``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section
-            3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but it
-            does not blow up the noise of flat ones. ``motion``: ``value - mean over the clip's frames`` of the same pixel,
-            0 where nothing moves (after MotionMAE's temporal difference, arXiv 2210.04154). ``pixel``: the values of `x`.
+            3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but
+            does not blow up the noise of flat ones. ``motion``: ``value - mean over the clip's frames`` of the same
+            pixel, 0 where nothing moves (after MotionMAE's temporal difference, arXiv 2210.04154).
+            ``pixel``: the values of `x`.
 
     Raises:
         ValueError: another kind.

@@ -28,7 +28,7 @@ from mmdistill.runtime import INTERRUPTED_EXIT_CODE, Process, resolve_precision,
 
 @dataclass
 class _Progress:
-    """Where the run stands: batches done in `epoch`, and the sums of the epoch so far (float32 values added in float64)."""
+    """Where the run stands: batches done in `epoch`, and the sums of the epoch so far."""
 
     epoch: int = 0
     batch: int = 0
@@ -101,7 +101,7 @@ class _Run:
         return reconstruction_loss(prediction, target), trivial_loss(target, g.channels)
 
     def _predicted(self, visible: torch.Tensor) -> torch.Tensor | None:
-        """Tokens to reconstruct under dual masking: a random part of the removed ones, seeded by the step; None: all."""
+        """Tokens to reconstruct under dual masking: a part of the removed ones, seeded by the step; None: all."""
         ratio = self.config.decoder_mask_ratio
         if ratio == 0:
             return None
@@ -189,7 +189,8 @@ def _say_start(log: RunLog, run: _Run) -> None:
     log.say(
         f"pretrain {run.config.modality}: {len(run.dataset)} clips, {run.batches} batches of {run.config.batch_size} "
         f"per process and epoch ({run.sampler.dropped} clips left out each epoch), {parameters:,} parameters, "
-        f"base_lr {run.config.trainer.lr:g} -> lr {run.rates.lr:g}, device {run.process.device}, target {run.spec.target}"
+        f"base_lr {run.config.trainer.lr:g} -> lr {run.rates.lr:g}, device {run.process.device}, "
+        f"target {run.spec.target}"
     )
 
 

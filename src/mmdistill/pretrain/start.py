@@ -27,8 +27,8 @@ def find_resume(config: PretrainConfig, run_dir: Path) -> Path | None:
 def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     """Initialise an encoder from pretrained VideoMAE weights, also of another channel count. The decoder starts anew.
 
-    The patch embedding is adapted by one rule: the mean over the source's input channels, repeated for each channel of
-    the encoder and scaled by (source channels / own channels), so that a clip with equal channels gives the same tokens.
+    The patch embedding is adapted by one rule: the mean over the source's channels, repeated for each channel of the
+    encoder and scaled by (source channels / own channels), so that a clip with equal channels gives the same tokens.
 
     Raises:
         CheckpointError: the weights do not fit, with the list of tensors; the encoder is unchanged.
@@ -41,6 +41,8 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
         if source != channels:
             mean = state[name].float().mean(dim=1, keepdim=True).expand(-1, channels, -1, -1, -1)
             state[name] = (mean * (source / channels)).contiguous()
-            note = f"patch embedding adapted from {source} to {channels} channels: their mean, times {source}/{channels}"
+            note = (
+                f"patch embedding adapted from {source} to {channels} channels: their mean, times {source}/{channels}"
+            )
     notes = (*checkpoint.notes, note) if note else checkpoint.notes
     return load_into(encoder, replace(checkpoint, state_dict=state, notes=notes))
