@@ -46,18 +46,19 @@ def collect(output: Path, seeds: list[int]) -> list[dict[str, Any]]:
     return [json.loads((output / f"seed{seed}" / "test" / "fewshot.json").read_text()) for seed in seeds]
 
 
+def _setting(result: dict[str, Any], k_shot: int) -> dict[str, Any]:
+    return next(s for s in result["settings"] if s["k_shot"] == k_shot)
+
+
 def _row(result: dict[str, Any], network: str, k_shot: int) -> dict[str, Any]:
-    return next(r for r in result["rows"] if r["network"] == network and r["k_shot"] == k_shot)
+    row: dict[str, Any] = _setting(result, k_shot)["rows"][network]
+    return row
 
 
 def _difference(result: dict[str, Any], a: str, b: str, k_shot: int) -> dict[str, Any]:
-    """The paired difference a - b; the file has each pair once, in one of the two orders."""
-    for d in result["differences"]:
-        if d["k_shot"] == k_shot and (d["first"], d["second"]) == (a, b):
-            return d
-        if d["k_shot"] == k_shot and (d["first"], d["second"]) == (b, a):
-            return {**d, "difference": -d["difference"], "low": -d["high"], "high": -d["low"]}
-    raise KeyError(f"no difference between {a} and {b}")
+    """The paired difference a - b on the same episodes."""
+    difference: dict[str, Any] = _setting(result, k_shot)["differences"][f"{a} - {b}"]
+    return difference
 
 
 def table(results: list[dict[str, Any]], seeds: list[int]) -> str:

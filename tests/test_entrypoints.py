@@ -194,9 +194,13 @@ def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path
     assert (result["episodes"], result["n_way"], result["k_shot"], result["q_sample"]) == (20, 3, 1, 3)
     assert result["network"] == "student_rgb"
     assert result["checkpoint"] == str(alone)
-    assert {(r["network"], r["k_shot"]) for r in result["rows"]} == {
-        (n, k) for n in ("student_rgb", "random", "teacher_rgb") for k in (1, 2)
-    }
+    assert [s["k_shot"] for s in result["settings"]] == [1, 2]
+    for setting in result["settings"]:
+        assert set(setting["rows"]) == {"student_rgb", "random", "teacher_rgb"}
+        assert (
+            setting["differences"]["student_rgb - random"]["low"]
+            <= setting["differences"]["student_rgb - random"]["high"]
+        )
     assert (run / "report.html").is_file()
 
 
