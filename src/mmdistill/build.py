@@ -5,9 +5,9 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
-from mmdistill.data.annotations import load_f3set
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.index import ClipIndex, build_index
+from mmdistill.data.layouts import load_annotations
 from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry
@@ -58,7 +58,12 @@ def annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
 def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     """Training clips (labels unused) or labelled evaluation clips."""
     return build_index(
-        load_f3set(annotation_path(data, training=training)),
+        load_annotations(
+            annotation_path(data, training=training),
+            annotations=data.annotations,
+            frames_dir=data_path(data, data.frames_dir, "frames_dir"),
+            first_number=data.first_number,
+        ),
         clips=data.train_clips if training else data.eval_clips,
         num_frames=data.num_frames,
         sampling_rate=data.sampling_rate,
@@ -72,8 +77,18 @@ def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
 def _readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
     size = (data.frame_size[0], data.frame_size[1])
     makers = {
-        "rgb": lambda: RgbReader(data_path(data, data.frames_dir, "frames_dir"), frame_size=size),
-        "flow": lambda: FlowReader(data_path(data, data.flow_dir, "flow_dir"), frame_size=size),
+        "rgb": lambda: RgbReader(
+            data_path(data, data.frames_dir, "frames_dir"),
+            frame_size=size,
+            pattern=data.frame_pattern,
+            first_number=data.first_number,
+        ),
+        "flow": lambda: FlowReader(
+            data_path(data, data.flow_dir, "flow_dir"),
+            frame_size=size,
+            pattern=data.flow_pattern,
+            first_number=data.first_number,
+        ),
         "skeleton": lambda: SkeletonReader(
             data_path(data, data.skeleton_dir, "skeleton_dir"), frame_size=size, max_persons=data.max_persons
         ),

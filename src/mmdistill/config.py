@@ -80,6 +80,10 @@ class DataModuleConfig(_Sealable):
     frames_dir: str = MISSING  # {video}/{frame:06d}.jpg
     flow_dir: str = MISSING  # {video}/pair_{frame:05d}.npy
     skeleton_dir: str = MISSING  # {video}.pkl
+    annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.layouts
+    frame_pattern: str | None = None  # file of a frame below frames_dir; null: {video}/{frame:06d}.jpg
+    flow_pattern: str | None = None  # file of a flow pair below flow_dir; null: {video}/pair_{frame:05d}.npy
+    first_number: int = 0  # number that frame 0 has in file names
     unlabel_json_path: str = MISSING  # rallies to train on, labels unused
     fewshot_eval_json_path: str = MISSING  # labelled rallies to evaluate on
     frame_size: list[int] = MISSING  # stored frames, [height, width] px

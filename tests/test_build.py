@@ -1,0 +1,53 @@
+"""Configs to datasets: another layout is values only."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+
+from mmdistill.build import clip_dataset
+from mmdistill.config import PretrainConfig, parse, register_schemas
+from tests.tiny_data import make_tiny, overrides
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def _config(*arguments: str) -> PretrainConfig:
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return parse(compose("config_pretrain", overrides=["modality=rgb", *arguments]), PretrainConfig)
+
+
+def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Path) -> None:
+    """The same pictures under EPIC-like names, counted from 1, with a clips[] annotation."""
+    root = make_tiny(tmp_path / "tiny", per_class=2)
+    plain = clip_dataset(_config(*overrides(root)).data_module, ("rgb",), training=False, seed=0)
+    clips = []
+    for number, clip in enumerate(plain.index.clips):
+        folder = root / "epic" / clip.video
+        folder.mkdir(parents=True)
+        for source in (root / "frames" / clip.video).glob("*.jpg"):
+            shutil.copy(source, folder / f"frame_{int(source.stem) + 1:010d}.jpg")
+        clips.append({"video_id": clip.video, "start_frame": clip.frames[0] + 1, "action_idx": number % 2})
+    (root / "epic.json").write_text(json.dumps({"clips": clips}))
+    other = clip_dataset(
+        _config(
+            *overrides(root),
+            "data_module.annotations=clips",
+            "data_module.frames_dir=epic",
+            "data_module.frame_pattern='{video}/frame_{frame:010d}.jpg'",
+            "data_module.first_number=1",
+            "data_module.clip_anchor=start",
+            "data_module.fewshot_eval_json_path=epic.json",
+        ).data_module,
+        ("rgb",),
+        training=False,
+        seed=0,
+    )
+    assert len(other) == len(plain) == 8
+    assert len(other.index.classes) == 2
+    by_video = {c.video: i for i, c in enumerate(other.index.clips)}
+    for i, clip in enumerate(plain.index.clips):
+        assert np.array_equal(plain[i]["rgb"], other[by_video[clip.video]]["rgb"])
