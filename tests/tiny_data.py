@@ -68,6 +68,9 @@ def overrides(root: Path) -> list[str]:
         "data_module.num_frames=4",
         "data_module.window_stride=3",
         "data_module.label_fields=null",
+        "data_module.patch_size=8",  # not the demo recipe's values, which may change
+        "data_module.mask_type=tube",
+        "data_module.mask_ratio=0.75",
         "num_workers=0",
         "batch_size=8",
         "trainer.warmup_epochs=0",

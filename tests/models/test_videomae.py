@@ -233,3 +233,12 @@ def test_wrong_clip_size_is_named() -> None:
         Encoder(ENCODER)(torch.zeros(1, 3, 4, 16, 32))
     with pytest.raises(ValueError, match="width=30"):
         EncoderGeometry(3, 4, 32, 30, 16, 2, 48, 2, 4, 12, 96)
+
+
+def test_every_dtype_runs() -> None:
+    """DeepSpeed casts parameters to bf16, but no buffers."""
+    model = VideoMAE(ENCODER, DECODER)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    prediction, _ = model(torch.randn(1, 3, 4, 32, 32).bfloat16(), torch.tensor([[0, 5]]))
+    assert prediction.dtype == torch.bfloat16
