@@ -1,7 +1,8 @@
 """Score a checkpoint few-shot: which networks, on which clips, shown how. The protocol is in `mmdistill.fewshot`."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,12 @@ from mmdistill.build import check_token_grid, clip_dataset, clip_loader, data_pa
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.fewshot.embed import ClipEncoder, Job, Views, clips_digest, embed_cached, weights_digest
+from mmdistill.fewshot.embed import Views, clips_digest, embed_cached
+from mmdistill.fewshot.networks import Network, random_network
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
 from mmdistill.modality import MODALITIES, ModalitySpec
-from mmdistill.models.videomae import Encoder
 from mmdistill.runtime import Process, autocast, resolve_precision, start_process
-
-
-@dataclass(frozen=True)
-class _Network:
-    """An encoder, what its inputs are, and the name under which it stands in every output."""
-
-    name: str
-    encoder: Encoder
-    spec: ModalitySpec
-    checkpoint: str
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
@@ -51,7 +42,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         torch.distributed.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
     make_demo_data(config.data_module)
     networks = _networks(config, checkpoint)
-    modalities = tuple(m for m in MODALITIES if any(n.spec.name == m for n in networks))
+    modalities = tuple(m for m in MODALITIES if any(n.modality == m for n in networks))
     dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     clips = dataset.index.clips
@@ -59,7 +50,13 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     if process.is_main:
         print(f"{len(clips)} evaluation clips of {len(dataset.index.classes)} classes")
         print("\n".join(lines), flush=True)
-    jobs = [_job(config, network, dataset, process) for network in networks]
+    specs = modality_specs(config.data_module)
+    precision = resolve_precision(config.precision, process.device)
+    context = partial(autocast, precision, process.device)
+    views = _views(config)
+    jobs = [
+        n.job(specs[n.modality], views, device=process.device, autocast=context, precision=precision) for n in networks
+    ]
     data = clips_digest(dataset.index, *_pixel_settings(config, dataset, modalities))
     features = embed_cached(
         jobs,
@@ -78,7 +75,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     return to_json(results, extra=extra)
 
 
-def _networks(config: DistillConfig, path: str) -> list[_Network]:
+def _networks(config: DistillConfig, path: str) -> list[Network]:
     """The scored network first, then those of `compare`."""
     source = read_checkpoint(path)
     specs = modality_specs(config.data_module)
@@ -91,10 +88,8 @@ def _networks(config: DistillConfig, path: str) -> list[_Network]:
     networks = [scored]
     for entry in config.compare:
         if entry == "random":
-            torch.manual_seed(config.seed)
-            networks.append(
-                _Network("random", Encoder(scored.encoder.geometry), scored.spec, "none: untrained weights")
-            )
+            untrained = random_network(scored, seed=config.seed)
+            networks.append(replace(untrained, checkpoint="none: untrained weights"))
         elif entry in source.meta.get("encoders", {}) or entry.startswith(("teacher_", "student_")):
             if distilled:
                 networks.append(_load(config, specs, source, entry, entry))
@@ -116,23 +111,21 @@ def _run_name(path: str) -> str:
 
 def _load(
     config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Checkpoint, part: str | None, name: str
-) -> _Network:
+) -> Network:
     """One encoder with the statistics that it was trained with."""
     modality = part.rpartition("_")[2] if part else source.meta.get("modality", "rgb")
     if modality not in specs:
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
-    spec = specs[modality]
-    stored = (source.meta.get("statistics") or {}).get(modality)
-    if stored:
-        spec = spec.with_statistics(tuple(stored["mean"]), tuple(stored["std"]))
-    data = config.data_module
+    spec, data = specs[modality], config.data_module
     height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
     try:
-        encoder = load_encoder(source.path, part=part, num_frames=data.num_frames, height=height, width=width)
+        encoder = load_encoder(source, part=part, num_frames=data.num_frames, height=height, width=width)
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)
-    return _Network(name, encoder, spec, str(source.path))
+    stored = (source.meta.get("statistics") or {}).get(modality)
+    statistics = (tuple(stored["mean"]), tuple(stored["std"])) if stored else None
+    return Network(name, encoder, modality, str(source.path), statistics)
 
 
 def _protocol(config: DistillConfig) -> Protocol:
@@ -149,19 +142,9 @@ def _protocol(config: DistillConfig) -> Protocol:
     )
 
 
-def _job(config: DistillConfig, network: _Network, dataset: ClipDataset, process: Process) -> Job:
+def _views(config: DistillConfig) -> Views:
     data = config.data_module
-    precision = resolve_precision(config.precision, process.device)
-    encode = ClipEncoder(
-        network.encoder,
-        network.spec,
-        device=process.device,
-        autocast=lambda: autocast(precision, process.device),
-    )
-    views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
-    info = {"checkpoint": network.checkpoint, "modality": network.spec.name, "precision": precision}
-    weights = f"{weights_digest(network.encoder)} {network.spec} {precision}"
-    return Job(network.name, encode, dataset.grid, views, weights, info)
+    return Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
 
 
 def _pixel_settings(config: DistillConfig, dataset: ClipDataset, modalities: tuple[str, ...]) -> list[object]:

@@ -238,7 +238,7 @@ def load_weights(
 
 
 def load_encoder_with_report(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     *,
     part: str | None = None,
     num_frames: int | None = None,
@@ -247,7 +247,7 @@ def load_encoder_with_report(
     heads: int | None = None,
 ) -> tuple[Encoder, LoadReport]:
     """`load_encoder`, and what it did."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     state, part, _ = select_encoder(checkpoint, part)
     notes: list[str] = []
     fields = (checkpoint.meta.get("encoders") or {}).get(part)
@@ -266,13 +266,13 @@ def load_encoder_with_report(
             )
         encoder = Encoder(geometry)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     report = load_into(encoder, replace(checkpoint, notes=(*checkpoint.notes, *notes)), part=part)
     return encoder, report
 
 
 def load_encoder(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     *,
     part: str | None = None,
     num_frames: int | None = None,
@@ -283,7 +283,7 @@ def load_encoder(
     """Build the encoder that a checkpoint holds and load it.
 
     Args:
-        path: anything that `read_checkpoint` reads.
+        source: anything that `read_checkpoint` reads, or what it returned.
         part: which encoder of a distilled checkpoint; None is the student.
         num_frames, height, width: another input size than the checkpoint's. Sin-cos positions are recomputed, learned
             ones interpolated, and the report (logged) says so.
@@ -295,4 +295,6 @@ def load_encoder(
     Raises:
         CheckpointError, WeightMismatchError: as `load_weights`.
     """
-    return load_encoder_with_report(path, part=part, num_frames=num_frames, height=height, width=width, heads=heads)[0]
+    return load_encoder_with_report(source, part=part, num_frames=num_frames, height=height, width=width, heads=heads)[
+        0
+    ]

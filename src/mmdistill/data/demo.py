@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmdistill.data import demo_render as render
+from mmdistill.data.atomic import write_whole
 from mmdistill.data.demo_scene import (
     DEFAULT_NUISANCE,
     SPLITS,
@@ -79,16 +80,6 @@ def rally_record(plan: RallyPlan, parameters: DemoParameters) -> dict[str, Any]:
     return {**head, **people, "events": events}
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _replace_folder(temporary: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
@@ -119,7 +110,7 @@ def make_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
     for folder, kind in zip(folders, (FRAME_DIR, FLOW_DIR), strict=True):
         _replace_folder(folder, root / kind / plan.video)
     (root / SKELETON_DIR).mkdir(parents=True, exist_ok=True)
-    _write_bytes(root / SKELETON_DIR / f"{plan.video}.pkl", skeleton_bytes(scene, plan, parameters))
+    write_whole(root / SKELETON_DIR / f"{plan.video}.pkl", skeleton_bytes(scene, plan, parameters))
     return plan.video
 
 
@@ -240,14 +231,14 @@ def make_demo(
         missing = [plan for plan in plans if not is_complete(root, plan)]
         if not missing and (root / "demo.json").is_file():
             return
-        _write_bytes(root / "demo.partial.json", json.dumps({"parameters": wanted}).encode())
+        write_whole(root / "demo.partial.json", json.dumps({"parameters": wanted}).encode())
         (root / "demo.json").unlink(missing_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _render_all(root, missing, parameters, min(workers or cores, max(len(missing), 1)), progress)
         records = {split: [rally_record(p, parameters) for p in plans if p.split == split] for split in SPLITS}
         for name, split in (("train", "train"), ("val", "val"), ("unlabel", "train")):
-            _write_bytes(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
-        _write_bytes(root / "demo.json", json.dumps({"parameters": wanted}, indent=2).encode())
+            write_whole(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
+        write_whole(root / "demo.json", json.dumps({"parameters": wanted}, indent=2).encode())
         (root / "demo.partial.json").unlink()
 
 

@@ -39,7 +39,7 @@ def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tupl
                 f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
                 "check the order (rgb, flow, skeleton)"
             )
-        encoder = load_encoder(path)
+        encoder = load_encoder(checkpoint)
         spec = specs[modality]
         check_token_grid(encoder, spec, config.data_module, path)
         stored = (checkpoint.meta.get("statistics") or {}).get(modality)

@@ -21,6 +21,7 @@ from mmdistill.data.masks import visible_tokens
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
 from mmdistill.fewshot.progress import progress
+from mmdistill.fewshot.ranks import grouped, rank
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import Encoder
@@ -293,7 +294,7 @@ def embed_cached(
         for number, i in enumerate(missing):
             whole = merge_features([part[number] for part in parts], ids)
             found[i] = whole
-            if usable[i] and cache is not None and _rank() == 0:
+            if usable[i] and cache is not None and rank() == 0:
                 write_cache(cache, keys[i], whole)
     made = set(missing)
     return [_note(f, job, i not in made) for i, (f, job) in enumerate(zip(found, jobs, strict=True)) if f is not None]
@@ -304,19 +305,11 @@ def _note(features: Features, job: Job, cached: bool) -> Features:
     return replace(features, info={**features.info, **_describe(job), "cached": cached})
 
 
-def _grouped() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _grouped() else 0
-
-
 def _from_rank_zero(make: Callable[[], list[Features | None]]) -> list[Features | None]:
     """Rank 0 looks, all ranks know: they must agree on what is encoded, even where they do not share a disk."""
-    if not _grouped():
+    if not grouped():
         return make()
-    box: list[Any] = [make() if _rank() == 0 else None]
+    box: list[Any] = [make() if rank() == 0 else None]
     torch.distributed.broadcast_object_list(box, src=0)
     result: list[Features | None] = box[0]
     return result
@@ -324,7 +317,7 @@ def _from_rank_zero(make: Callable[[], list[Features | None]]) -> list[Features 
 
 def _from_all_ranks(make: Callable[[], list[Features]]) -> list[list[Features]]:
     """What each rank made. Where one fails all raise: the others would wait for it for ever."""
-    if not _grouped():
+    if not grouped():
         return [make()]
     failure: Exception | None = None
     mine: list[Features] | str
@@ -336,7 +329,7 @@ def _from_all_ranks(make: Callable[[], list[Features]]) -> list[list[Features]]:
     torch.distributed.all_gather_object(parts, mine)
     if failure is not None:
         raise failure
-    for rank, part in enumerate(parts):
+    for number, part in enumerate(parts):
         if isinstance(part, str):
-            raise FeatureError(f"rank {rank} failed: {part}")
+            raise FeatureError(f"rank {number} failed: {part}")
     return parts

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from mmdistill.data.atomic import whole_file
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.evaluate import as_views
 
@@ -183,19 +184,12 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write beside the target, force to disk, rename: a reader sees the old file or the new one."""
+    """`whole_file`, forced to disk before it takes its name, in a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cache_key(**parts: object) -> str:

@@ -100,7 +100,7 @@ def load_network(
         raise FewshotError(f"{path}: {taken} is of the modality {found}, not {modality}")
     size = (input_sizes or {}).get(found)
     frames, height, width = size if size and not checkpoint.meta.get("encoders") else (None, None, None)
-    encoder = load_encoder(path, part=taken, num_frames=frames, height=height, width=width)
+    encoder = load_encoder(checkpoint, part=taken, num_frames=frames, height=height, width=width)
     g = encoder.geometry
     if size and size != (g.num_frames, g.height, g.width):
         raise FewshotError(

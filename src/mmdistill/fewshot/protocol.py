@@ -16,6 +16,7 @@ from mmdistill.fewshot.heads import Head, find_head
 from mmdistill.fewshot.logistic import default_workers
 from mmdistill.fewshot.probe import probe_full_label_set
 from mmdistill.fewshot.progress import progress
+from mmdistill.fewshot.ranks import grouped, rank
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +140,8 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
     rows: list[Row] = []
     differences: list[dict[str, Any]] = []
     total = len(protocol.combinations()) * len(protocol.heads) * len(features) * protocol.episodes
-    world = torch.distributed.get_world_size() if _grouped() else 1
-    with progress("episodes", total, enabled=show_progress and _rank() == 0) as advance:
+    world = torch.distributed.get_world_size() if grouped() else 1
+    with progress("episodes", total, enabled=show_progress and rank() == 0) as advance:
         for n_way, k_shot in protocol.combinations():
             episodes = _episodes(first, protocol, n_way, k_shot)
             for head in protocol.heads:
@@ -187,14 +188,14 @@ def _evaluate_over_ranks(
     f: Features, episodes: Episodes, head: str | Head, protocol: Protocol, advance: Any
 ) -> EpisodeScores:
     workers = protocol.workers
-    if workers is None and _grouped():  # the ranks of one machine share its processors
+    if workers is None and grouped():  # the ranks of one machine share its processors
         here = int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
         workers = max(1, default_workers() // here)
     options = {"workers": workers, "support_views": protocol.support_views, "advance": advance}
-    if not _grouped():
+    if not grouped():
         return evaluate(f.features, episodes, head, **options)
     world = torch.distributed.get_world_size()
-    share = episodes.shard(_rank(), world)
+    share = episodes.shard(rank(), world)
     parts: list[Any] = [None] * world
     mine = evaluate(f.features, share, head, **options) if len(share) else None
     torch.distributed.all_gather_object(parts, mine)
@@ -220,11 +221,3 @@ def _probe(f: Features, protocol: Protocol) -> dict[str, Any]:
 def class_table(row: Row, classes: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
     """Accuracy of each class, by name, for one row."""
     return per_class(row.scores, classes)
-
-
-def _grouped() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _grouped() else 0

@@ -4,6 +4,7 @@ Everything random is a pure function of (seed, epoch, clip) or (seed, step, rank
 state: it continues at the stored (epoch, batch) with the stored weights and moments, to the last bit on a CPU.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,7 +252,7 @@ def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float
     """Forward, backward, optimiser step; the losses averaged over ranks."""
     loss, trivial = run.losses(batch)
     mean, trivial_mean = mean_over_ranks([loss, trivial])
-    if not torch.isfinite(torch.tensor(mean)):
+    if not math.isfinite(mean):
         names = ", ".join(run.dataset.index.clips[i].id for i in batch["index"].tolist())
         raise FloatingPointError(
             f"loss is {mean} at step {run.step} (epoch {run.at.epoch}); weights were not changed. Clips of rank "
