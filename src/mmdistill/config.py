@@ -67,7 +67,7 @@ class ModalityConfig(_Sealable):
     scale: int = MISSING  # stored-frame px per input px and axis
     mean: list[float] = MISSING  # per channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value serves all
     std: list[float] = MISSING  # same units
-    target: str = MISSING  # what pretraining predicts: patch (normalised per patch) | centred | motion | pixel
+    target: str = MISSING  # what pretraining predicts: patch (normalised per patch) | centred | energy | pixel
     sigma: float = 0.6  # Gaussian of a joint, heat-map px
 
 

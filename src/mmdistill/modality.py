@@ -18,7 +18,7 @@ class ModalitySpec:
         mean, std: per channel, in the units above; the input is ``(value - mean) / std``. A single number serves all
             channels.
         target: what masked autoencoding predicts: ``patch`` (per-patch normalised values, VideoMAE section 3.1),
-            ``centred``, ``motion`` or ``pixel``; see `mmdistill.models.videomae.patch_targets`.
+            ``centred``, ``energy`` or ``pixel``; see `mmdistill.models.videomae.patch_targets`.
         sigma: standard deviation of a joint's Gaussian in heat-map pixels (skeleton only).
     """
 
@@ -41,8 +41,8 @@ class ModalitySpec:
                 )
         if min(self.std) <= 0:
             raise ValueError(f"{self.name}: std must be positive, got {self.std}")
-        if self.target not in ("patch", "centred", "motion", "pixel"):
-            raise ValueError(f"{self.name}: target is patch, centred, motion or pixel, got {self.target!r}")
+        if self.target not in ("patch", "centred", "energy", "pixel"):
+            raise ValueError(f"{self.name}: target is patch, centred, energy or pixel, got {self.target!r}")
 
     def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "ModalitySpec":
         """The same modality with the statistics of another dataset."""

@@ -281,17 +281,17 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind:
         grid: tokens along (t, h, w).
         kind: ``patch``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section
             3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but
-            does not blow up the noise of flat ones. ``motion``: ``value - mean over the clip's frames`` of the same
-            pixel, 0 where nothing moves (after MotionMAE's temporal difference, arXiv 2210.04154).
-            ``pixel``: the values of `x`.
+            does not blow up the noise of flat ones. ``energy``: ``|value - mean over the clip's frames|`` of the
+            same pixel and channel: where and when something moves, whatever its colour (after the motion-energy images
+            of Bobick and Davis, IEEE PAMI 2001). ``pixel``: the values of `x`.
 
     Raises:
         ValueError: another kind.
     """
-    if kind not in ("patch", "centred", "motion", "pixel"):
-        raise ValueError(f"target {kind!r} is not one of patch, centred, motion, pixel")
-    if kind == "motion":
-        x = x - x.mean(dim=2, keepdim=True)
+    if kind not in ("patch", "centred", "energy", "pixel"):
+        raise ValueError(f"target {kind!r} is not one of patch, centred, energy, pixel")
+    if kind == "energy":
+        x = (x - x.mean(dim=2, keepdim=True)).abs()
     patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)  # (B, N, pt*ph*pw, C)
     if kind == "patch":
         std, mean = torch.std_mean(patches, dim=2, keepdim=True)
