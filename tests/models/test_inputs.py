@@ -1,6 +1,7 @@
 """Raw clips to model inputs: exact crops, one view for all modalities, heat-maps against a float64 formula."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -62,34 +63,58 @@ def test_dot_flow_and_joint_stay_on_one_pixel(flip: int, crop: tuple[int, int, i
     assert prepare(joints, view, skeleton, size)[0, other].max() == 0
 
 
-def test_heatmaps_equal_a_direct_formula() -> None:
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("sigma", "mean", "std"), [(0.6, 0.0, 1.0), (0.5, 0.1, 0.2), (2.0, 0.0, 0.2), (9.0, -0.3, 3.0)]
+)
+def test_heatmaps_equal_a_direct_formula(sigma: float, mean: float, std: float, device: str) -> None:
+    """Joints inside, at the border, far outside, on half pixels, not finite, with a score below 0: in float64."""
     rng = np.random.default_rng(0)
-    spec = dataclasses.replace(SKELETON, scale=4, sigma=0.6)
-    joints = rng.uniform(-4, 60, size=(2, 3, 2, 17, 3))
-    joints[..., 2] = rng.uniform(0, 1, size=(2, 3, 2, 17))
+    spec = dataclasses.replace(SKELETON, scale=4, sigma=sigma, mean=(mean,), std=(std,))
+    joints = rng.uniform(-20, 80, size=(2, 3, 2, 17, 3))
+    joints[..., 2] = rng.uniform(-0.1, 1, size=(2, 3, 2, 17))
     joints[0, 0, 0, 0] = np.nan
+    joints[0, 1, 0, 1, 0], joints[0, 1, 0, 2, 1], joints[0, 1, 0, 3, 2] = np.inf, -np.inf, np.nan
+    joints[0, 2, :, 4, :2] = [[1e30, 20], [-1e9, 20]]  # finite, but no whole number that would fit an index
+    joints[1, 0, :, 5, :2] = [[1.5, 3.5], [3.5, 7.5]]  # half-way between heat-map pixels, and on them
     view = _view((0, 2, 48, 64, 0), (3, 1, 48, 64, 1))
-    out = prepare(torch.from_numpy(joints).float(), view, spec, (12, 16)).double().numpy()
+    given = torch.from_numpy(joints).float().to(device)
+    out = prepare(given, view, spec, (12, 16)).cpu().double().numpy()
+    expected = _heat_by_formula(given.cpu().double().numpy(), view, sigma)
+    np.testing.assert_allclose(out, (expected - mean) / std, atol=1e-5)
+    assert (out[expected == 0] == np.float32(0 - mean) / np.float32(std)).all()
+
+
+def _heat_by_formula(joints: np.ndarray, view: torch.Tensor, sigma: float) -> np.ndarray:
+    """float64 (2, 17, 3, 12, 16) for a heat-map scale of 4, one pixel at a time"""
     expected = np.zeros((2, 17, 3, 12, 16))
-    for b in range(2):
+    ys, xs = np.mgrid[:12, :16]
+    for b, t, m, j in np.ndindex(2, 3, 2, 17):
         top, left, flip = float(view[b, 0]), float(view[b, 1]), bool(view[b, 4])
-        for t in range(3):
-            for m in range(2):
-                for j in range(17):
-                    x, y, score = joints[b, t, m, j].astype(np.float32).astype(np.float64)
-                    if not np.isfinite([x, y, score]).all():
-                        continue
-                    x, y = (x + 0.5 - left) / 4 - 0.5, (y + 0.5 - top) / 4 - 0.5
-                    channel = j
-                    if flip:
-                        x, channel = 15 - x, FLIPPED_JOINTS[j]
-                    for row in range(12):
-                        for column in range(16):
-                            if abs(column - x) <= 1.8 and abs(row - y) <= 1.8:
-                                value = score * np.exp(-((column - x) ** 2 + (row - y) ** 2) / (2 * 0.6**2))
-                                expected[b, channel, t, row, column] = max(expected[b, channel, t, row, column], value)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
-    assert (out[expected == 0] == 0).all()
+        x, y, score = joints[b, t, m, j]
+        if not np.isfinite([x, y, score]).all():
+            continue
+        x, y = (x + 0.5 - left) / 4 - 0.5, (y + 0.5 - top) / 4 - 0.5
+        if flip:
+            x, j = 15 - x, FLIPPED_JOINTS[j]
+        value = max(score, 0) * np.exp(-((xs - x) ** 2 + (ys - y) ** 2) / (2 * sigma**2))
+        value[(abs(xs - x) > 3 * sigma) | (abs(ys - y) > 3 * sigma)] = 0
+        expected[b, j, t] = np.maximum(expected[b, j, t], value)
+    return expected
+
+
+def test_heatmaps_cost_at_most_5_ms_per_clip_and_core() -> None:
+    joints = torch.rand(1, 16, 2, 17, 3) * torch.tensor([384.0, 224.0, 1.0])
+    view = _view((0, 0, 224, 384, 0))
+    times = []
+    for _ in range(20):
+        start = time.process_time()  # of all threads: what one core would need
+        prepare(joints, view, SKELETON, (56, 96))
+        times.append(time.process_time() - start)
+    assert min(times) < 0.005
 
 
 def test_both_players_are_drawn() -> None:

@@ -6,6 +6,8 @@ every modality, so that a joint, its pixel and its displacement stay at the same
 Shapes: B batch, T frames, H x W stored frame, h x w model input, M persons, J = 17 joints.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,8 +33,8 @@ def prepare(clip: Tensor, view: Tensor, spec: ModalitySpec, size: tuple[int, int
     """
     view = view.to(clip.device, torch.float32)
     if spec.name == "skeleton":
-        x = _heatmaps(_view_joints(clip.float(), view, size, spec.scale), size, spec.sigma)
-    elif spec.name == "flow":
+        return _heatmaps(_view_joints(clip.float(), view, size), spec, size)
+    if spec.name == "flow":
         x = _view_pixels(clip.float().transpose(1, 2), view, size)
         zoom = (
             torch.tensor(size[::-1], device=x.device) / view[:, [3, 2]]
@@ -75,7 +77,7 @@ def _view_pixels(x: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
     return flat.view(b, c, t, h, w)
 
 
-def _view_joints(joints: Tensor, view: Tensor, size: tuple[int, int], scale: int) -> Tensor:
+def _view_joints(joints: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
     """Joints from stored-frame px to heat-map px; pixel centres are whole numbers in both. (B, T, M, J, 3) -> same"""
     top, left, height, width, flip = (v[:, None, None, None] for v in view.unbind(1))
     x = (joints[..., 0] + 0.5 - left) / width * size[1] - 0.5
@@ -85,27 +87,47 @@ def _view_joints(joints: Tensor, view: Tensor, size: tuple[int, int], scale: int
     return torch.where(flip[..., None].bool(), moved[..., FLIPPED_JOINTS, :], moved)
 
 
-def _heatmaps(joints: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
-    """Draw every joint of every person. (B, T, M, 17, 3) in heat-map px -> (B, 17, T, h, w)
+def _heatmaps(joints: Tensor, spec: ModalitySpec, size: tuple[int, int]) -> Tensor:
+    """Draw every joint of every person. (B, T, M, 17, 3) in heat-map px -> (B, 17, T, h, w), normalised
 
     ``score * exp(-(dx^2 + dy^2) / (2 sigma^2))``, the maximum over persons, and exactly 0 where |dx| or |dy| exceeds
     3 sigma: an infinite tail would dominate a per-patch normalised target. Joints that are not finite count as absent.
+
+    Only the pixels around each joint are computed (S of them on each axis); all others are the normalised zero, which
+    the picture is filled with. Normalising is monotonic, so the maximum may be taken after it.
     """
+    b, t, persons, channels, _ = joints.shape
+    if persons == 0:
+        raise ValueError("a skeleton clip has no person axis entries; readers pad with score 0")
     present = joints.isfinite().all(dim=-1)
     joints = torch.where(present[..., None], joints, 0.0)
-    profiles = []
-    for axis, length in ((1, size[0]), (0, size[1])):
-        distance = torch.arange(length, device=joints.device) - joints[..., axis, None]  # (B, T, M, 17, length)
-        value = torch.exp(-(distance**2) / (2 * sigma**2))
-        profiles.append(torch.where(distance.abs() <= 3 * sigma, value, 0.0))
-    rows, columns = profiles
+    rows, ys = _profile(joints[..., 1], size[0], spec.sigma)  # (B, T, M, 17, S)
+    columns, xs = _profile(joints[..., 0], size[1], spec.sigma)
     rows = rows * joints[..., 2, None].clamp(min=0)
-    heat = None
-    for m in range(
-        joints.shape[2]
-    ):  # one person at a time: M is 1 or 2, and the product over all M would be M times the output
-        one = rows[:, :, m, :, :, None] * columns[:, :, m, :, None, :]  # (B, T, 17, h, w)
-        heat = one if heat is None else torch.maximum(heat, one)
-    if heat is None:
-        raise ValueError("a skeleton clip has no person axis entries; readers pad with score 0")
-    return heat.transpose(1, 2)
+    mean = torch.tensor(spec.mean, device=joints.device)
+    std = torch.tensor(spec.std, device=joints.device)
+    value = rows[..., :, None] * columns[..., None, :]  # (B, T, M, 17, S, S)
+    value.sub_(mean[:, None, None]).div_(std[:, None, None])
+    picture = (
+        torch.arange(b, device=joints.device).view(-1, 1, 1, 1) * channels
+        + torch.arange(channels, device=joints.device)
+    ) * t + torch.arange(t, device=joints.device).view(-1, 1, 1)  # (B, T, 1, 17): its number in the output
+    place = ((picture[..., None] * size[0] + ys) * size[1])[..., :, None] + xs[..., None, :]
+    empty = (0 - mean) / std
+    heat = empty.view(-1, 1, 1, 1).expand(b, channels, t, *size).contiguous()
+    heat.view(-1).scatter_reduce_(0, place.flatten(), value.flatten(), "amax")
+    return heat
+
+
+def _profile(centre: Tensor, length: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """A Gaussian along one axis, around each centre. (...) px -> values (..., S), their int64 pixel numbers (..., S)
+
+    Beyond 3 sigma and outside 0 to length - 1 the value is 0, at a number inside: it changes no maximum.
+    """
+    reach = math.floor(3 * sigma + 0.5)  # from the nearest pixel, which is up to half a pixel away from the centre
+    nearest = centre.round().clamp(-reach - 1, length + reach)
+    at = nearest[..., None] + torch.arange(-reach, reach + 1, device=centre.device)
+    distance = at - centre[..., None]
+    drawn = (distance.abs() <= 3 * sigma) & (at >= 0) & (at < length)
+    value = torch.where(drawn, torch.exp(-(distance**2) / (2 * sigma**2)), 0.0)
+    return value, at.clamp(0, length - 1).long()
