@@ -1,0 +1,54 @@
+"""`pretrain=PATH`: an encoder initialised from VideoMAE weights of the same or another channel count."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import CheckpointError
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.pretrain.start import load_videomae
+
+
+def _encoder(channels: int, *, dim: int = 16) -> Encoder:
+    torch.manual_seed(channels)
+    return Encoder(EncoderGeometry(channels, 4, 16, 16, 8, 2, dim, 2, 2, dim // 2, 2 * dim))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A `.pth` as VideoMAE's repository writes it: under `model`, encoder prefix, with a decoder."""
+    state = {f"encoder.{k}": v for k, v in _encoder(3).state_dict().items()}
+    state["mask_token"] = torch.zeros(1, 1, 8)
+    state["encoder_to_decoder.weight"] = torch.zeros(8, 16)
+    torch.save({"model": state, "epoch": 7}, tmp_path / "videomae.pth")
+    return tmp_path / "videomae.pth"
+
+
+def test_same_channels_give_the_same_features(weights: Path) -> None:
+    source, encoder = _encoder(3), _encoder(3)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(1)
+    report = load_videomae(encoder, str(weights))
+    clip = torch.rand(2, 3, 4, 16, 16)
+    assert torch.equal(encoder(clip), source(clip))
+    assert "videomae.pth" in str(report)
+
+
+@pytest.mark.parametrize("channels", [2, 17])
+def test_other_channels_keep_the_tokens_of_equal_channels(weights: Path, channels: int) -> None:
+    source, encoder = _encoder(3), _encoder(channels)
+    report = load_videomae(encoder, str(weights))
+    grey = torch.rand(2, 1, 4, 16, 16)
+    expected = source(grey.expand(-1, 3, -1, -1, -1))
+    torch.testing.assert_close(encoder(grey.expand(-1, channels, -1, -1, -1)), expected, atol=1e-5, rtol=1e-5)
+    assert f"from 3 to {channels} channels" in str(report)
+
+
+def test_weights_that_do_not_fit_change_nothing(weights: Path) -> None:
+    encoder = _encoder(3, dim=32)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"patch_embed\.proj\.weight"):
+        load_videomae(encoder, str(weights))
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
