@@ -84,6 +84,8 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
 def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     defaults = to_plain(DataModuleConfig())
     kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
+    if output is not None and kept["name"] != "demo":  # "demo" is what makes the demo data
+        kept["name"] = output.stem
     text = "# @package data_module\n" + f"# statistics over {clips} clips, by scripts/compute_stats.py\n"
     text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)
     if output is None:

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from mmdistill.claim import claim_table, holds, read_results
 from mmdistill.stages import StageError, method_stages, run_stages
 
 
@@ -34,6 +35,10 @@ def main() -> int:
         print("demo: stopped; `make demo` goes on from here", file=sys.stderr)
         return 130
     report = args.output / "test"
+    results = read_results(report)
+    print("\n" + claim_table([results], [args.seed]))
+    verdict = "holds" if holds([results]) else "does NOT hold"
+    print(f"student > RGB pretrained > random init {verdict} in this {'one-epoch ' if args.short else ''}run")
     print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}")
     return 0
 

@@ -11,19 +11,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from mmdistill.claim import claim_table, holds, read_results
 from mmdistill.stages import Stage, StageError, method_stages, run_stages
-
-ROWS = {  # label in the table -> name in fewshot.json
-    "distilled student (RGB at test)": "student_rgb",
-    "RGB pretrained": "teacher_rgb",
-    "random init": "random",
-    "distilled from RGB alone": "mmdistill_rgb_only",
-    "flow teacher (flow at test)": "teacher_flow",
-    "skeleton teacher (skeletons at test)": "teacher_skeleton",
-}
-DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("student_rgb", "mmdistill_rgb_only"))
 
 
 def claim_stages(output: Path, seeds: list[int], extra: tuple[str, ...]) -> list[Stage]:
@@ -39,55 +29,6 @@ def claim_stages(output: Path, seeds: list[int], extra: tuple[str, ...]) -> list
             prefix=f"seed {seed}: ",
         )
     return stages
-
-
-def collect(output: Path, seeds: list[int]) -> list[dict[str, Any]]:
-    """Each seed's fewshot.json."""
-    return [json.loads((output / f"seed{seed}" / "test" / "fewshot.json").read_text()) for seed in seeds]
-
-
-def _setting(result: dict[str, Any], k_shot: int) -> dict[str, Any]:
-    return next(s for s in result["settings"] if s["k_shot"] == k_shot)
-
-
-def _row(result: dict[str, Any], network: str, k_shot: int) -> dict[str, Any]:
-    row: dict[str, Any] = _setting(result, k_shot)["rows"][network]
-    return row
-
-
-def _difference(result: dict[str, Any], a: str, b: str, k_shot: int) -> dict[str, Any]:
-    """The paired difference a - b on the same episodes."""
-    difference: dict[str, Any] = _setting(result, k_shot)["differences"][f"{a} - {b}"]
-    return difference
-
-
-def table(results: list[dict[str, Any]], seeds: list[int]) -> str:
-    """The results as Markdown, in percent with 95 % half widths."""
-    lines = []
-    for k_shot in (1, 5):
-        head = " | ".join(f"seed {s}" for s in seeds)
-        lines += [f"### 5-way {k_shot}-shot", "", f"| | {head} |", "|---|" + "---|" * len(seeds)]
-        for label, name in ROWS.items():
-            cells = []
-            for result in results:
-                row = _row(result, name, k_shot)
-                cells.append(f"{100 * row['top1_action_ensemble']:.1f} ± {100 * row['ci95']:.1f}")
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        for a, b in DIFFERENCES:
-            cells = []
-            for result in results:
-                d = _difference(result, a, b, k_shot)
-                cells.append(f"{100 * d['difference']:+.1f} ± {100 * d['ci95']:.1f}")
-            lines.append(f"| *difference {a} − {b}* | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def holds(results: list[dict[str, Any]]) -> bool:
-    """Whether student > RGB pretrained > random, with the whole interval above 0, for each seed and shot."""
-    return all(
-        _difference(result, a, b, k)["low"] > 0 for result in results for k in (1, 5) for a, b in DIFFERENCES[:2]
-    )
 
 
 def main() -> int:
@@ -107,8 +48,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("reproduce_claim: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    results = collect(args.output, args.seeds)
-    text = table(results, args.seeds)
+    results = [read_results(args.output / f"seed{seed}" / "test") for seed in args.seeds]
+    text = claim_table(results, args.seeds)
     verdict = "The claim holds" if holds(results) else "The claim does NOT hold"
     print(f"\n{text}\n{verdict} for seeds {args.seeds} ({(time.monotonic() - began) / 60:.0f} minutes in this call).")
     (args.output / "results.md").write_text(text)

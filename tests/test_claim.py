@@ -1,0 +1,38 @@
+"""The claim's table and verdict on results with known numbers."""
+
+from typing import Any
+
+from mmdistill.claim import claim_table, holds
+
+
+def _result(student: float, teacher: float, random: float, *, low: float) -> dict[str, Any]:
+    rows = {"student_rgb": student, "teacher_rgb": teacher, "random": random}
+    pairs = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"))
+    return {
+        "settings": [
+            {
+                "n_way": 4,
+                "k_shot": k,
+                "rows": {n: {"top1_action_ensemble": v / 100, "ci95": 0.004} for n, v in rows.items()},
+                "differences": {
+                    f"{a} - {b}": {"difference": (rows[a] - rows[b]) / 100, "ci95": 0.01, "low": low} for a, b in pairs
+                },
+            }
+            for k in (1, 5)
+        ]
+    }
+
+
+def test_table_has_a_column_per_seed_and_no_row_that_was_not_measured() -> None:
+    text = claim_table([_result(70, 60, 25, low=0.1), _result(50, 60, 25, low=-0.11)], [3, 8])
+    assert "| | seed 3 | seed 8 |" in text
+    assert text.count("### 4-way") == 2
+    assert "| distilled student (RGB at test) | 70.0 ± 0.4 | 50.0 ± 0.4 |" in text
+    assert "| *difference student_rgb − teacher_rgb* | +10.0 ± 1.0 | -10.0 ± 1.0 |" in text
+    assert "RGB alone" not in text and "flow" not in text
+
+
+def test_claim_needs_every_interval_above_zero() -> None:
+    good = _result(70, 60, 25, low=0.1)
+    assert holds([good, good])
+    assert not holds([good, _result(60, 60, 25, low=-0.001)])
