@@ -38,8 +38,10 @@ def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
     return DecoderGeometry(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
 
 
-def data_path(data: DataModuleConfig, value: str, key: str) -> Path:
+def data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
     """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
+    if value is None:
+        raise ConfigError(f"data_module.{key} is not set; dataset {data.name} has none, or give its folder")
     path = Path(data.target_data_dir).expanduser() / Path(value).expanduser()
     if not path.exists():
         raise ConfigError(

@@ -78,8 +78,8 @@ class DataModuleConfig(_Sealable):
     name: str = MISSING  # "demo" is made on first use
     target_data_dir: str = MISSING  # root folder; the folders below may be relative to it
     frames_dir: str = MISSING  # {video}/{frame:06d}.jpg
-    flow_dir: str = MISSING  # {video}/pair_{frame:05d}.npy
-    skeleton_dir: str = MISSING  # {video}.pkl
+    flow_dir: str | None = None  # {video}/pair_{frame:05d}.npy; null: the dataset has no flow
+    skeleton_dir: str | None = None  # {video}.pkl; null: the dataset has no skeletons
     annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.layouts
     frame_pattern: str | None = None  # file of a frame below frames_dir; null: {video}/{frame:06d}.jpg
     flow_pattern: str | None = None  # file of a flow pair below flow_dir; null: {video}/pair_{frame:05d}.npy

@@ -1,5 +1,6 @@
 """Other datasets: the layouts and annotation files of MM-CDFSL's targets and source, on small generated samples."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,23 +9,32 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
-from mmdistill.data.annotations import AnnotationError, Rally
-from mmdistill.data.dataset import ClipDataset
+from mmdistill.build import clip_dataset
+from mmdistill.config import (
+    ConfigError,
+    DataModuleConfig,
+    ModalityConfig,
+    PretrainConfig,
+    modality_specs,
+    parse,
+    register_schemas,
+)
+from mmdistill.data.annotations import AnnotationError, Event, Rally
 from mmdistill.data.flowfile import write_flow
 from mmdistill.data.index import build_index
 from mmdistill.data.layouts import ANNOTATION_READERS, annotation_reader, load_annotations
-from mmdistill.data.readers import FlowReader, RgbReader
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (16, 24)
-FRAMES = 12
+FRAMES = 64
 
-# (frames folder, frame file, flow file) of each dataset, then its clips; files are numbered from 1
-LAYOUTS: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
+# a frame's and a flow's file below the dataset's folder, {k} counted from 1; the two clips; their classes
+LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "epic": (
-        "P01/P01_01",
-        "{video}/frame_{frame:010d}.jpg",
-        "{video}/frame_{frame:010d}.npy",
+        "frames/rgb/train/P01/P01_01/frame_{k:010d}.jpg",
+        "frames/flow/train/P01/P01_01/frame_{k:010d}.npy",
         [
             {"uid": 7, "participant_id": "P01", "video_id": "P01_01", "start_frame": s, "stop_frame": 99, **labels}
             for s, labels in (
@@ -32,79 +42,95 @@ LAYOUTS: dict[str, tuple[str, str, str, list[dict[str, Any]]]] = {
                 ("5", {"verb_label": 2, "noun_label": 4, "action_idx": 8}),
             )
         ],
+        ("3", "8"),
     ),
     "meccano": (
-        "0001",
-        "{video}/{frame:05d}.jpg",
-        "{video}/{frame:05d}.npy",
+        "RGB_frames/0001/{k:05d}.jpg",
+        "flow_frames/0001/{k:05d}.npy",
         [
             {"video_id": "0001", "start_frame": 1, "action_idx": 3},
             {"video_id": "0001", "start_frame": 5, "action_idx": 8},
         ],
+        ("3", "8"),
     ),
     "wear": (
-        "sbj_0",
-        "{video}/{frame:06d}.jpg",
-        "{video}/{frame:06d}.npy",
+        "RGB_frames/sbj_0/{k:06d}.jpg",
+        "flow_frames/sbj_0/{k:06d}.npy",
         [
             {"video_id": "sbj_0", "label": "jogging", "label_id": 0, "start_frame": 1, "label_id_internal": 0},
             {"video_id": "sbj_0", "label": "lunges", "label_id": 5, "start_frame": 5, "label_id_internal": 1},
         ],
+        ("jogging (0)", "lunges (5)"),
     ),
     "ego4d": (
-        "uid-1",
-        "{video}/{frame:06d}.jpg",
-        "{video}/npy/{frame:06d}.npy",
+        "image_frame/uid-1/{k:06d}.jpg",
+        "optical_flow/uid-1/npy/{k:06d}.npy",
         [
             {"video_id": "v", "clip_uid": "uid-1", "clip_frame": 1, "verb_label": 3, "noun_label": 9},
             {"video_id": "v", "clip_uid": "uid-1", "clip_frame": 5, "verb_label": 3, "noun_label": 10},
         ],
+        ("3-10", "3-9"),
     ),
 }
-CLASSES = {
-    "epic": ("3", "8"),
-    "meccano": ("3", "8"),
-    "wear": ("jogging (0)", "lunges (5)"),
-    "ego4d": ("3-10", "3-9"),
-}
+ACTION_KEYS = ("action_idx", "label_id", "label", "verb_label", "noun_label")
 
 
-def write_layout(root: Path, name: str) -> Path:
-    """Frames and flow of brightness 10 k in frame k, under the dataset's own names, and its annotation file."""
-    folder, frame_pattern, flow_pattern, clips = LAYOUTS[name]
+def write_layout(root: Path, name: str, data: DataModuleConfig) -> None:
+    """Frames of brightness 3 k, flow of k px in frame k, under the dataset's own names, and its annotation files."""
+    frame_name, flow_name, clips, _ = LAYOUTS[name]
     for k in range(FRAMES):
-        frame = root / "rgb" / frame_pattern.format(video=folder, frame=k + 1)
-        flow = root / "flow" / flow_pattern.format(video=folder, frame=k + 1)
+        frame, flow = root / frame_name.format(k=k + 1), root / flow_name.format(k=k + 1)
         for path in (frame, flow):
             path.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(frame), np.full((*SIZE, 3), 10 * k, np.uint8))
+        cv2.imwrite(str(frame), np.full((*SIZE, 3), 3 * k, np.uint8))
         write_flow(flow, np.full((2, *SIZE), k, np.float32))
-    path = root / "annotations.json"
-    path.write_text(json.dumps({"version": 1.0, "split": "val", "num_actions": 2, "clips": clips}))
-    return path
+    (root / "annotations").mkdir()
+    unlabelled = [{key: v for key, v in clip.items() if key not in ACTION_KEYS} for clip in clips]
+    for path, content in ((data.unlabel_json_path, unlabelled), (data.fewshot_eval_json_path, clips)):
+        (root / path).write_text(json.dumps({"version": 1.0, "split": "val", "clips": content}))
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_dataset_is_read_with_its_own_names_and_numbers(tmp_path: Path, name: str) -> None:
-    path = write_layout(tmp_path, name)
-    _, frame_pattern, flow_pattern, _ = LAYOUTS[name]
-    rallies = load_annotations(path, annotations="clips", frames_dir=tmp_path / "rgb", first_number=1)
-    assert [r.num_frames for r in rallies] == [FRAMES]
-    index = build_index(rallies, clips="events", num_frames=4, anchor="start")
-    assert index.classes == CLASSES[name]
-    assert sorted(c.frames[0] for c in index.clips) == [0, 4]
-    readers = {
-        "rgb": RgbReader(tmp_path / "rgb", frame_size=SIZE, pattern=frame_pattern, first_number=1),
-        "flow": FlowReader(tmp_path / "flow", frame_size=SIZE, pattern=flow_pattern, first_number=1),
-    }
-    ds = ClipDataset(index, readers, grid=(2, 1, 1), crop=(16, 16), frame_size=SIZE)
+def test_a_dataset_is_its_yaml(tmp_path: Path, name: str, training: bool) -> None:
+    """`dataset=NAME` and sizes that fit the sample are all that it takes to index and to read every modality."""
+    data = _compose(name, tmp_path)
+    write_layout(tmp_path, name, data)
+    modalities = tuple(modality_specs(data))
+    assert modalities == ("rgb", "flow")
+    ds = clip_dataset(data, modalities, training=training, seed=0)
+    assert ds.index.classes == (() if training else LAYOUTS[name][3])
+    assert [c.frames[0] for c in ds.index.clips] == [0, 4]
+    assert {c.label for c in ds.index.clips} == ({-1} if training else {0, 1})
     for i, clip in enumerate(ds.index.clips):
+        assert clip.frames == tuple(range(clip.frames[0], clip.frames[0] + 4 * data.sampling_rate, data.sampling_rate))
         sample = ds[i]
-        np.testing.assert_allclose(sample["rgb"].mean(axis=(1, 2, 3)), [10 * k for k in clip.frames], atol=1)
+        np.testing.assert_allclose(sample["rgb"].mean(axis=(1, 2, 3)), [3 * k for k in clip.frames], atol=1)
         np.testing.assert_array_equal(sample["flow"][:, 0, 0, 0], clip.frames)
 
 
-def test_unlabelled_clips_are_windows(tmp_path: Path) -> None:
+def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
+    data = _compose("wear", tmp_path)
+    write_layout(tmp_path, "wear", data)
+    with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
+        clip_dataset(data, ("skeleton",), training=False, seed=0)
+    data = dataclasses.replace(data, modalities={**data.modalities, "skeleton": ModalityConfig(4, [0], [1], "pixel")})
+    with pytest.raises(ConfigError, match=r"data_module\.skeleton_dir is not set"):
+        clip_dataset(data, ("skeleton",), training=False, seed=0)
+
+
+def _compose(name: str, root: Path, *overrides: str) -> DataModuleConfig:
+    register_schemas()
+    sizes = [
+        f"data_module.{key}"
+        for key in (f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0")
+    ]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        chosen = [f"dataset={name}", "modality=rgb", f"data_module.target_data_dir={root}", *sizes, *overrides]
+        return parse(compose("config_pretrain", overrides=chosen), PretrainConfig).data_module
+
+
+def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     clips = [
         {"video_id": "a", "start_frame": 3, "num_frames": 40},
@@ -112,8 +138,16 @@ def test_unlabelled_clips_are_windows(tmp_path: Path) -> None:
     ]
     path.write_text(json.dumps({"split": "train (unlabel)", "clips": clips}))
     rallies = load_annotations(path, annotations="clips")
-    assert [(r.video, r.num_frames, r.events) for r in rallies] == [("a", 40, ()), ("b", 9, ())]
+    assert [(r.video, r.num_frames, r.events) for r in rallies] == [
+        ("a", 40, (Event(3, ""),)),
+        ("b", 9, (Event(0, ""),)),
+    ]
     assert len(build_index(rallies, clips="windows", num_frames=8).clips) == 4 + 1
+    listed = build_index(rallies, clips="events", num_frames=8, anchor="start")
+    assert [(c.frames[0], c.label) for c in listed.clips] == [(3, -1), (0, -1)]
+    assert listed.classes == ()
+    named = build_index(rallies, clips="events", num_frames=8, label="video")
+    assert (named.classes, [c.label for c in named.clips]) == (("a", "b"), [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -139,9 +173,10 @@ def test_what_is_wrong_with_a_clip_is_named(tmp_path: Path, clip: object, named:
 def test_duplicates_and_other_shapes_of_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     clip = {"video_id": "a", "start_frame": 1, "num_frames": 9, "action_idx": 1}
-    path.write_text(json.dumps({"clips": [clip, clip]}))
-    with pytest.raises(AnnotationError, match=r"clip 1 \(a\) is a duplicate"):
-        load_annotations(path, annotations="clips")
+    for twice in (clip, {k: v for k, v in clip.items() if k != "action_idx"}):
+        path.write_text(json.dumps({"clips": [twice, twice]}))
+        with pytest.raises(AnnotationError, match=r"clip 1 \(a\) is a duplicate"):
+            load_annotations(path, annotations="clips")
     path.write_text("[]")
     with pytest.raises(AnnotationError, match="a list 'clips'"):
         load_annotations(path, annotations="clips")

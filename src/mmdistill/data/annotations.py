@@ -22,7 +22,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens at `frame` (counted from 0)."""
+    """Something that happens at `frame` (counted from 0). `label` is "" where nobody said what."""
 
     frame: int
     label: str

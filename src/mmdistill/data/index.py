@@ -90,7 +90,7 @@ def build_index(
         for draft in found:
             start = min(max(draft.start, 0), last_start)
             shifted += start != draft.start
-            own = draft.label and select_fields(draft.label, label_fields)
+            own = select_fields(draft.label, label_fields) if draft.label else None
             drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else own)))
     report = {"rallies": len(rallies), "shifted_into_the_video": shifted, "too_short": too_short}
     return _finish(drafts, range(0, span, sampling_rate), {**report, "without_events": without_events})

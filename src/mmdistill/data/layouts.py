@@ -64,7 +64,8 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     starts (``start_frame`` or ``clip_frame``, as numbered in the file names) and, where it is labelled, its action:
     ``action_idx`` or ``label_id``, else the pair ``verb_label``, ``noun_label``. Clips of one folder become the events
     of one rally, at their start: use ``clip_anchor: start``. The label is the number, after the action's name where
-    there is one.
+    there is one; clips without an action are events without a label, so that ``train_clips: events`` takes the listed
+    parts of the videos and no others.
 
     The length of a video is ``num_frames`` of its clips, else what the frames folder holds.
 
@@ -80,10 +81,10 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     for number, clip in enumerate(clips):
         video, event = _clip_event(f"{path}: clip {number}", clip, first_number)
         known = events.setdefault(video, [])
-        if event is not None:
-            if event in known:
-                raise AnnotationError(f"{path}: clip {number} ({video}) is a duplicate: {event.label} at {event.frame}")
-            known.append(event)
+        if event in known:
+            what = f"{event.label} at {event.frame}" if event.label else f"frame {event.frame}"
+            raise AnnotationError(f"{path}: clip {number} ({video}) is a duplicate: {what}")
+        known.append(event)
         if "num_frames" in clip:
             lengths[video] = _number(f"{path}: clip {number} ({video})", "num_frames", clip["num_frames"])
     return [
@@ -92,8 +93,8 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     ]
 
 
-def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event | None]:
-    """(video, event); None without a label."""
+def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event]:
+    """(video, event)"""
     if not isinstance(clip, dict):
         raise AnnotationError(f"{where}: expected an object, got {type(clip).__name__}")
     video = clip.get("clip_uid") or clip.get("video_id")
@@ -112,7 +113,7 @@ def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event | 
     elif "verb_label" in clip and "noun_label" in clip:
         label = "-".join(str(_number(where, key, clip[key])) for key in ("verb_label", "noun_label"))
     else:
-        return video, None
+        return video, Event(frame, "")
     name = _first(clip, _NAME)
     return video, Event(frame, f"{name} ({label})" if isinstance(name, str) else label)
 
