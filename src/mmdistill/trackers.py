@@ -1,0 +1,132 @@
+"""Where a run's numbers go: ``logger=tensorboard``, ``csv``, ``wandb``, ``mlflow``, or a list of them.
+
+Each is a class with two methods. W&B and MLflow are optional packages, imported only when they are asked for.
+"""
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    """Takes numbers while a run lasts."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers after `step` optimiser steps."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class TensorBoard:
+    """Curves under ``tensorboard/``."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """A point of each curve."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.writer.close()
+
+
+class Csv:
+    """``metrics.csv``, which a resumed run goes on with. A new column has empty cells in the older rows."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        self.path = run_dir / "metrics.csv"
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row."""
+        row = {"step": step, **values}
+        rows: list[dict[str, Any]] = []
+        columns = list(row)
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                columns, rows = list(reader.fieldnames or []), list(reader)
+        new = [name for name in row if name not in columns]
+        whole = bool(new) or not self.path.exists()
+        with self.path.open("w" if whole else "a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=[*columns, *new], restval="")
+            if whole:
+                writer.writeheader()
+                writer.writerows(rows)
+            writer.writerow(row)
+
+    def close(self) -> None:
+        """Each row is written at once."""
+
+
+class Wandb:
+    """A run on Weights & Biases, named after the run's folder; its files lie under ``wandb/``."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(project="mmdistill", name=run_dir.name, dir=str(run_dir), config=dict(config))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve."""
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Upload the rest."""
+        self.run.finish()
+
+
+class MLflow:
+    """An MLflow run: at ``MLFLOW_TRACKING_URI``, else in ``mlruns/`` of the run's folder."""
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+        import mlflow
+
+        self.mlflow = mlflow
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            mlflow.set_tracking_uri((run_dir / "mlruns").absolute().as_uri())
+        mlflow.set_experiment("mmdistill")
+        mlflow.start_run(run_name=run_dir.name)
+        mlflow.log_params(_flat(config))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One point of each curve."""
+        self.mlflow.log_metrics({k: float(v) for k, v in values.items()}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self.mlflow.end_run()
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"trainer": {"lr": 1}}`` -> ``{"trainer.lr": "1"}``; MLflow takes at most 500 characters of a value."""
+    out: dict[str, str] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = str(value)[:500]
+    return out
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard, "csv": Csv, "wandb": Wandb, "mlflow": MLflow,
+}  # fmt: skip
+
+
+def open_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of one run.
+
+    Args:
+        names: keys of `TRACKERS`; a further one is an entry there.
+        run_dir: the run's folder; what is written to disk goes there.
+        config: the resolved config as builtin containers, for trackers that show it.
+    """
+    return [TRACKERS[name](run_dir, config) for name in names]
