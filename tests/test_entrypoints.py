@@ -196,7 +196,9 @@ def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path
     assert result["checkpoint"] == str(alone)
     assert [s["k_shot"] for s in result["settings"]] == [1, 2]
     for setting in result["settings"]:
-        assert set(setting["rows"]) == {"student_rgb", "random", "teacher_rgb"}
+        others = {n for n in setting["rows"] if n.startswith("student_rgb (2 tube masks, 75% removed, ")}
+        assert len(others) == 2  # shared and per clip
+        assert set(setting["rows"]) - others == {"student_rgb", "random", "teacher_rgb"}
         assert (
             setting["differences"]["student_rgb - random"]["low"]
             <= setting["differences"]["student_rgb - random"]["high"]

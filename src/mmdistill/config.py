@@ -109,6 +109,9 @@ class DataModuleConfig(_Sealable):
     n_masks: int = 0  # evaluation: masked views per clip; 0: the whole clip
     eval_mask_ratio: float = 0.75  # evaluation: fraction removed in each masked view
     views: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
+    # the scored network beside itself: all: as the whole clip, with shared masks and with masks per clip, whose cost is
+    # shown; the headline is what n_masks and views say | one: only that
+    readouts: str = "all"
     n_way: Any = 5  # classes per episode; a list evaluates each
     k_shot: Any = 1  # support clips per class; a list evaluates each
     q_sample: int = 15  # query clips per class
@@ -285,6 +288,7 @@ def _validate_data(data: DataModuleConfig) -> None:
     _choice(key + "missing", data.missing, ("error", "repeat", "skip"))
     _choice(key + "mask_type", data.mask_type, ("tube", "random"))
     _choice(key + "views", data.views, ("shared", "per_clip"))
+    _choice(key + "readouts", data.readouts, ("all", "one"))
     _choice(key + "label", data.label, ("event", "video"))
     _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
     _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)

@@ -15,7 +15,7 @@ from mmdistill.build import check_token_grid, clip_dataset, clip_loader, data_pa
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.fewshot.embed import Views, clips_digest, embed_cached
+from mmdistill.fewshot.embed import Job, Views, clips_digest, embed_cached
 from mmdistill.fewshot.networks import Network, random_network
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
@@ -50,13 +50,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     if process.is_main:
         print(f"{len(clips)} evaluation clips of {len(dataset.index.classes)} classes")
         print("\n".join(lines), flush=True)
-    specs = modality_specs(config.data_module)
-    precision = resolve_precision(config.precision, process.device)
-    context = partial(autocast, precision, process.device)
-    views = _views(config)
-    jobs = [
-        n.job(specs[n.modality], views, device=process.device, autocast=context, precision=precision) for n in networks
-    ]
+    jobs = _jobs(config, networks, process)
     data = clips_digest(dataset.index, *_pixel_settings(config, dataset, modalities))
     features = embed_cached(
         jobs,
@@ -142,9 +136,18 @@ def _protocol(config: DistillConfig) -> Protocol:
     )
 
 
-def _views(config: DistillConfig) -> Views:
-    data = config.data_module
-    return Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
+def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> list[Job]:
+    """Every network with the clips shown as configured; the scored one also in the other ways (`readouts=all`)."""
+    data, specs = config.data_module, modality_specs(config.data_module)
+    precision = resolve_precision(config.precision, process.device)
+    context = partial(autocast, precision, process.device)
+    views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
+    ways = views.alternatives() if data.readouts == "all" else (views,)
+    shown = [(networks[0], way) for way in ways] + [(network, views) for network in networks[1:]]
+    return [
+        network.job(specs[network.modality], way, device=process.device, autocast=context, precision=precision)
+        for network, way in shown
+    ]
 
 
 def _pixel_settings(config: DistillConfig, dataset: ClipDataset, modalities: tuple[str, ...]) -> list[object]:

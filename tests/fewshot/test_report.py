@@ -59,7 +59,7 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
     ]
     last = found["settings"][-1]
     assert list(last["rows"]) == [
-        "student_rgb (2 tube masks)",
+        "student_rgb",
         "student_rgb (whole clip)",
         "<script>alert(1)</script> (whole clip)",
         "random (whole clip)",

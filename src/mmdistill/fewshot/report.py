@@ -4,6 +4,7 @@ JSON has fractions in [0, 1]; the table and the page have percent.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mmdistill.fewshot.page import Picture, render_page
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.tables import select, tables
 
+_FILE_WIDTH = 140
+
 
 def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Everything as plain values.
@@ -25,7 +28,7 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
     At the top stand the keys of the headline row: `top1_action_ensemble`, `..._std`, `..._std_error`, `ci95` (half
     width of the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. `settings` has
     one entry per combination and head, with `rows` by network and paired `differences` by "first - second" (the keys
-    name the readout too where a network has several). `probes`, `per_class` (by class name) and `excluded_classes`
+    name the readout too where it is not the headline's). `probes`, `per_class` (by class name) and `excluded_classes`
     (clips by class name) follow.
 
     Args:
@@ -55,10 +58,9 @@ def _excluded(row: Row, names: Sequence[str]) -> dict[str, int]:
 
 def _settings(results: Results) -> list[dict[str, Any]]:
     protocol = results.protocol
-    several = len({(f.network, f.readout) for f in results.features}) > len({f.network for f in results.features})
 
     def name(network: str, readout: str) -> str:
-        return label(network, readout, several=several)
+        return label(network, readout, usual=results.headline.readout)
 
     out = []
     for n_way, k_shot in protocol.combinations():
@@ -87,7 +89,9 @@ def _reversed(d: Mapping[str, Any]) -> dict[str, float]:
 
 def print_tables(results: Results, *, console: Console | None = None) -> None:
     """The tables on standard output."""
-    console = console or Console()
+    if console is None:
+        terminal = sys.stdout.isatty()
+        console = Console() if terminal else Console(width=_FILE_WIDTH)  # 80 otherwise, too narrow for these tables
     for table in tables(results):
         console.print(table)
     scored = results.features[0]

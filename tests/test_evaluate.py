@@ -1,0 +1,89 @@
+"""The evaluation of a checkpoint in this process: readouts beside each other, and when cached features are stale."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from mmdistill.checkpoint import save_torch
+from mmdistill.config import DistillConfig, parse, register_schemas, to_plain
+from mmdistill.evaluate import evaluate_checkpoint
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from tests.tiny_data import EVAL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+GEOMETRY = EncoderGeometry(
+    channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_tiny(tmp_path / "data")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A distilled file: a student and a teacher with random weights."""
+    torch.manual_seed(7)
+    parts = {name: Encoder(GEOMETRY) for name in ("student_rgb", "teacher_rgb")}
+    state = {f"{name}.encoder.{key}": v for name, part in parts.items() for key, v in part.state_dict().items()}
+    meta = {"kind": "distill", "encoders": {name: to_plain(GEOMETRY) for name in parts}}
+    save_torch({"state_dict": state, "mmdistill": meta}, tmp_path / "student.ckpt")
+    return tmp_path / "student.ckpt"
+
+
+def _config(root: Path, *more: str) -> DistillConfig:
+    register_schemas()
+    test = ["train=False", "ckpt_path=x", "accelerator=cpu", "head=[centroid,logistic]"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        cfg = compose("config_mmdistill", overrides=[*overrides(root), *EVAL, *test, *more])
+    return parse(cfg, DistillConfig)
+
+
+def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:
+    return evaluate_checkpoint(_config(root, f"feature_cache={out / 'cache'}", *more), str(checkpoint), out)
+
+
+SHARED, PER_CLIP = "2 tube masks, 75% removed, shared", "2 tube masks, 75% removed, per clip"
+
+
+def test_the_three_readouts_stand_beside_each_other_with_their_cost(
+    data: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """By default; the headline and the other networks' rows are those of the configured readout."""
+    out = _evaluate(data, checkpoint, tmp_path)
+    assert json.loads((tmp_path / "fewshot.json").read_text()) == out
+    assert (out["network"], out["readout"]) == ("student_rgb", "whole clip")
+    masked = [f"student_rgb ({SHARED})", f"student_rgb ({PER_CLIP})"]
+    for setting in out["settings"]:
+        assert list(setting["rows"]) == ["student_rgb", *masked, "random", "teacher_rgb"]
+        for row in setting["rows"].values():
+            assert row["seconds"] > 0
+        for name in masked:
+            difference = setting["differences"][f"student_rgb - {name}"]["difference"]
+            own, other = (setting["rows"][n]["top1_action_ensemble"] for n in ("student_rgb", name))
+            assert difference == pytest.approx(own - other)
+    assert out["settings"][0]["rows"]["student_rgb"]["top1_action_ensemble"] == out["top1_action_ensemble"]
+    page = (tmp_path / "report.html").read_text()
+    assert all(text in page for text in ("whole clip", SHARED, PER_CLIP))
+
+
+def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    together = _evaluate(data, checkpoint, tmp_path / "all")["settings"][0]["rows"]
+    ways = {
+        "student_rgb": [],
+        f"student_rgb ({SHARED})": ["data_module.n_masks=2"],
+        f"student_rgb ({PER_CLIP})": ["data_module.n_masks=2", "data_module.views=per_clip"],
+    }
+    for number, (name, way) in enumerate(ways.items()):
+        alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.readouts=one", *way)
+        assert list(alone["settings"][0]["rows"]) == ["student_rgb", "random", "teacher_rgb"]
+        assert alone["readout"] == together[name]["readout"]
+        assert alone["top1_action_ensemble"] == together[name]["top1_action_ensemble"]
+    headline = _evaluate(data, checkpoint, tmp_path / "masked", "data_module.n_masks=2")
+    assert headline["readout"] == SHARED
+    assert "student_rgb (whole clip)" in headline["settings"][0]["rows"]
