@@ -44,7 +44,7 @@ def test_every_yaml_composes() -> None:
             pretrain, overrides = "pretrain" in file.stem, []
         else:
             pretrain = group in ("model", "deepspeed") or file.stem.startswith("pretrain")
-            overrides = [f"{group}={file.stem}"] if group != "experiment" else [f"+experiment={file.stem}"]
+            overrides = [f"{group}={file.stem}"]
         name = file.stem if group == "." else ("config_pretrain" if pretrain else "config_mmdistill")
         kind, needed = (PretrainConfig, "modality=rgb") if pretrain else (DistillConfig, PATHS)
         parse(_compose(name, needed, *overrides), kind)
