@@ -86,6 +86,9 @@ class DataModuleConfig(_Sealable):
     first_number: int = 0  # number that frame 0 has in file names
     unlabel_json_path: str = MISSING  # rallies to train on, labels unused
     fewshot_eval_json_path: str = MISSING  # labelled rallies to evaluate on
+    # labelled rallies of the validation during distillation; null: those of fewshot_eval_json_path, and then a
+    # checkpoint that is chosen by val_top1_action has been chosen on the test's clips
+    val_json_path: str | None = None
     frame_size: list[int] = MISSING  # stored frames, [height, width] px
     crop_size: list[int] = MISSING  # what the model sees, [height, width] px
     patch_size: int = 16  # px of the stored frame per token and axis
@@ -143,6 +146,8 @@ class DistillTrainerConfig(TrainerConfig):
 
     ckpt_path: Any = None  # pretrained teachers: a list in the order rgb, flow, skeleton, or a mapping by modality
     teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
+    check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
+    val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
 
 
 @dataclass
@@ -270,6 +275,8 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
 
 def _validate_distill(config: DistillConfig) -> None:
     _choice("strategy", config.strategy, ("auto", "ddp"))
+    _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
+    _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
     for teacher in config.trainer.teachers:
         _choice("trainer.teachers", teacher, MODALITIES)
     if "rgb" not in config.trainer.teachers:
