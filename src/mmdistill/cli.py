@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -9,10 +10,22 @@ from typing import TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.config import DistillConfig, PretrainConfig, die, parse, quote_overrides, register_schemas
+from mmdistill import launch, sweep
+from mmdistill.config import (
+    ConfigError,
+    DistillConfig,
+    PretrainConfig,
+    die,
+    explain,
+    parse,
+    quote_overrides,
+    register_schemas,
+    to_plain,
+)
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -21,23 +34,80 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_name: str) -> None:
     """Compose, validate, call ``job(config, run folder)``; wrong input ends with one line and status 2.
 
-    Other ranks than 0 make no folder of their own: their clocks may differ, and rank 0's run folder is the run's.
+    A job of a sweep (`-m`) that fails does not end the others, see `mmdistill.sweep`.
+
+    Other ranks than 0 make no folder of their own: their clocks may differ, and rank 0's run folder is the run's. With
+    ``devices=N`` under plain ``python`` this process starts the N ranks and waits for them.
     """
     sys.argv[1:] = quote_overrides(sys.argv[1:])
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) > 0:
-        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled"]
+    launch.adopt_slurm()
+    if launch.follower():
+        aside = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # multirun.yaml of a sweep; removed at exit
+        folders = ["hydra.run.dir=.", f"hydra.sweep.dir={aside.name}", "hydra.sweep.subdir=${hydra:job.num}"]
+        sys.argv += [*folders, "hydra.output_subdir=null", "hydra/job_logging=disabled"]
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing, so that we can add near matches
     register_schemas()
+    jobs = 0
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    def composed(cfg: DictConfig) -> None:
-        job(parse(cfg, schema), HydraConfig.get().runtime.output_dir)
+    def composed(cfg: DictConfig) -> float | None:
+        nonlocal jobs
+        jobs += 1
+        launch.adopt_slurm()  # a job that submitit started came here without a command line
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+            _place(job, parse(cfg, schema))
+            return None
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        return sweep.run_job(lambda: _place(job, parse(cfg, schema)), run_dir, lambda error: explain(error, schema))
 
     try:
         composed()
-    except (HydraException, OmegaConfBaseException) as error:
+        sweep.exit_if_failed()
+    except Exception as error:
+        _end(error, schema, jobs)
+
+
+def _place(job: Callable[[T, str], None], config: T) -> None:
+    """Run the job in this process, or in as many as `devices` asks for."""
+    hydra_config = HydraConfig.get()
+    run_dir = hydra_config.runtime.output_dir
+    count, gpus = launch.processes_to_start(config.devices, config.accelerator)
+    if gpus is not None:
+        launch.choose_gpus(gpus)
+    if count == 1:
+        if not launch.follower():
+            from mmdistill.runinfo import record_run  # imports torch, which a wrong config never gets to
+
+            world = int(os.environ["WORLD_SIZE"]) if launch.launched() else 1
+            record_run(Path(run_dir), to_plain(config), processes=world, accelerator=config.accelerator)
+        job(config, run_dir)
+        return
+    if hydra_config.mode is RunMode.MULTIRUN:
+        raise ConfigError(
+            f"devices={config.devices} with -m: a sweep starts no processes of its own; "
+            f"use torchrun --nproc_per_node={count} {Path(sys.argv[0]).name} -m ..., or devices=1"
+        )
+    status = launch.start_ranks(count, run_dir, cwd=hydra_config.runtime.cwd)
+    if status:
+        raise SystemExit(status)
+
+
+def _end(error: Exception, schema: type[T], job: int) -> None:
+    """Say what went wrong, once however many ranks there are, and end: status 2 for wrong input, else 1."""
+    own = isinstance(error, ValueError | FloatingPointError) and type(error).__module__.startswith("mmdistill.")
+    wrong_input = isinstance(error, HydraException | OmegaConfBaseException) or (own and isinstance(error, ValueError))
+    status = 2 if wrong_input else 1
+    first = launch.first_to_fail(job) if launch.launched() else None
+    if launch.launched():
+        launch.end_soon(status)
+        rank = int(os.environ["RANK"])
+        secondary = first is not None and first != rank
+        if secondary or (first is None and rank > 0 and isinstance(error, HydraException | ConfigError)):
+            raise SystemExit(status)  # every rank composes the same config; rank 0 says what is wrong with it
+        print(f"mmdistill: rank {rank} failed first:", file=sys.stderr, flush=True)
+    if wrong_input:
         die(error, schema)
-    except ValueError as error:
-        if not type(error).__module__.startswith("mmdistill."):
-            raise  # not ours: a defect, which deserves its traceback
-        die(error, schema)
+    if own:
+        print(f"mmdistill: error: {explain(error, schema)}", file=sys.stderr)
+        raise SystemExit(status)
+    raise error  # a defect, which deserves its traceback

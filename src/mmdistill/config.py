@@ -6,7 +6,9 @@ wrong key is reported at once.
 """
 
 import difflib
+import importlib.util
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass
@@ -17,6 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.modality import MODALITIES, MODALITY_SPECS, ModalitySpec
+
+DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_0": 0, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
 
 
 class ConfigError(ValueError):
@@ -135,19 +139,33 @@ class TrainerConfig(_Sealable):
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip_grad: float | None = None  # global gradient norm; null: no clipping
+    nonfinite: str = "raise"  # a loss or gradient that is not finite: raise | skip the step
+    nonfinite_budget: int = 10  # steps that may be skipped in the whole training
     accumulate: int = 1  # batches per optimiser step
     save_ckpt_freq: int = 5  # epochs between checkpoints; the last epoch is always saved
+    # which checkpoints stay: the newest keep_last and the save_top_k of lowest loss (-1: all). Both null keep all; one
+    # number alone keeps, beside its own, the best one or the newest one
+    keep_last: int | None = None
+    save_top_k: int | None = None
     activation_checkpointing: bool = False
+
+
+@dataclass
+class PretrainTrainerConfig(TrainerConfig):
+    """Optimisation of the pretraining."""
+
+    picture_freq: int = 5  # epochs between pictures of a reconstruction (pictures/, TensorBoard); 0: none
 
 
 @dataclass
 class DistillTrainerConfig(TrainerConfig):
     """Optimisation of the distillation, and its teachers."""
 
-    ckpt_path: Any = None  # pretrained teachers: a list in the order rgb, flow, skeleton, or a mapping by modality
+    ckpt_path: Any = None  # pretrained teachers: a list (rgb, flow, skeleton) or by modality; null: as the resumed file
     teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
     check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
     val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
+    save_teachers: bool = True  # false: checkpoints hold student and cmt only, and name the teachers with their sha256
 
 
 @dataclass
@@ -158,8 +176,14 @@ class CommonConfig(_Sealable):
     batch_size: int = MISSING  # clips per process and step
     num_workers: int = 1  # loader processes; 0 reads in the training process
     accelerator: str = "auto"  # auto | cpu | gpu
+    devices: Any = 1  # processes on this machine | auto or -1: all GPUs | a list of GPUs; a launcher's are used
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else 32 | 32 | bf16 | 16
     resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew
+    # these end a run after the step in hand, with a whole checkpoint and exit status 85
+    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
+    process_timeout_s: float = 1800.0  # a rank that waits longer for the others ends with an error
+    loader_timeout_s: float = 600.0  # a loader worker that needs longer for one batch ends the run; 0: no limit
+    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])  # also wandb, mlflow; one name or a list
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
@@ -177,10 +201,11 @@ class PretrainConfig(CommonConfig):
 
     modality: str = MISSING  # rgb | flow | skeleton
     pretrain: str | None = None  # VideoMAE weights to start from
+    strategy: str = "auto"  # auto: deepspeed.zero_stage | ddp: stage 0 | deepspeed: stage 2 | deepspeed_stage_N
     decoder_mask_ratio: float = 0.0  # fraction of removed tokens that are not reconstructed (VideoMAE V2 uses 0.5)
     model: ModelConfig = field(default_factory=ModelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: PretrainTrainerConfig = field(default_factory=PretrainTrainerConfig)
 
 
 @dataclass
@@ -190,8 +215,7 @@ class DistillConfig(CommonConfig):
     train: bool = True
     test: bool = True
     ckpt_path: str | None = None  # what test=True evaluates when train=False
-    devices: Any = 1  # processes (Lightning's meaning)
-    strategy: str = "auto"  # auto | ddp
+    strategy: str = "auto"  # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2
     run_name: str = "mmdistill"  # name of the run's folder
     network: str = "student_rgb"  # part of the checkpoint that is evaluated
     # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
@@ -248,17 +272,34 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
     _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
     _at_least("batch_size", config.batch_size, 1)
     _at_least("num_workers", config.num_workers, 0)
+    _at_least("process_timeout_s", config.process_timeout_s, 1)
+    _at_least("loader_timeout_s", config.loader_timeout_s, 0)
+    for name in config.stop_signals:
+        _choice("stop_signals", name, [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")])
+    for name in as_names("logger", config.logger):
+        _choice("logger", name, ("tensorboard", "csv", "wandb", "mlflow"))
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"logger={name}: {name} is not installed; pip install {name}, or leave it out of logger")
     _validate_data(config.data_module)
     trainer = config.trainer
     for key in ("epochs", "accumulate", "save_ckpt_freq"):
         _at_least(f"trainer.{key}", getattr(trainer, key), 1)
     for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
         _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    if trainer.keep_last is not None:
+        _at_least("trainer.keep_last", trainer.keep_last, 1)
+    if trainer.save_top_k is not None:
+        _at_least("trainer.save_top_k", trainer.save_top_k, -1)
+    _choice("trainer.nonfinite", trainer.nonfinite, ("raise", "skip"))
+    _at_least("trainer.nonfinite_budget", trainer.nonfinite_budget, 0)
     if len(trainer.betas) != 2:
         raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers")
     if isinstance(config, PretrainConfig):
         _choice("modality", config.modality, MODALITIES)
+        _at_least("trainer.picture_freq", config.trainer.picture_freq, 0)
         _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
+        if zero_stage(config) == 3 and trainer.nonfinite == "skip":
+            raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
         _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
         model = config.model
         if model.head_dim is None and model.dim % model.heads:
@@ -273,17 +314,36 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
         _validate_distill(config)
 
 
+def zero_stage(config: PretrainConfig) -> int:
+    """ZeRO's stage, of `strategy` where it names one, else of `deepspeed.zero_stage`. Raises where both differ."""
+    stages = {**DEEPSPEED_STAGES, "ddp": 0, "deepspeed_stage_3": 3}
+    _choice("strategy", config.strategy, ("auto", *stages))
+    stage = stages.get(config.strategy, config.deepspeed.zero_stage)
+    if config.deepspeed.zero_stage not in (0, stage):
+        raise ConfigError(
+            f"strategy={config.strategy} is ZeRO stage {stage}, deepspeed.zero_stage={config.deepspeed.zero_stage}; "
+            "give one of them"
+        )
+    return stage
+
+
 def _validate_distill(config: DistillConfig) -> None:
-    _choice("strategy", config.strategy, ("auto", "ddp"))
+    if config.strategy.startswith("deepspeed_stage_3"):
+        raise ConfigError(
+            f"strategy={config.strategy}: no process holds all the weights, so a checkpoint could not stay one file; "
+            "use strategy=deepspeed_stage_2"
+        )
+    _choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
     _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
     _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
     for teacher in config.trainer.teachers:
         _choice("trainer.teachers", teacher, MODALITIES)
     if "rgb" not in config.trainer.teachers:
         raise ConfigError("trainer.teachers must hold rgb: the student starts as a copy of the RGB teacher")
-    if config.train:
+    named = config.resume is not None and config.trainer.ckpt_path is None  # a checkpoint names its teachers
+    if config.train and not named:
         teacher_paths(config.trainer)
-    elif config.test and config.ckpt_path is None:
+    elif not config.train and config.test and config.ckpt_path is None:
         raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
 
 
@@ -370,6 +430,20 @@ def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
     raise ConfigError(f"{how}; got {given!r}. `python scripts/find_checkpoints.py output` prints one to paste")
 
 
+def stored_config(plain: dict[str, Any], schema: type[T], overrides: Sequence[str] = ()) -> T:
+    """The config that a checkpoint carries (`to_plain`), with ``key=value`` overrides; nothing is instantiated.
+
+    Raises:
+        ConfigError: a key is unknown to this version, or a value is wrong.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), plain, OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{key or 'config'}: {str(error).splitlines()[0]}") from error
+    return parse(cast(DictConfig, merged), schema)
+
+
 def to_plain(config: object) -> dict[str, Any]:
     """A config as builtin containers, to store in a checkpoint."""
     return {f.name: _plain(getattr(config, f.name)) for f in fields(cast(Any, config))}
@@ -397,8 +471,11 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
     as elements of a list, mapping or comma sweep, are put in single quotes. What is quoted already stays as it is.
     """
     out = []
-    for argument in argv:
+    given = iter(argv)
+    for argument in given:
         if re.match(r"^--local[_-]rank(=|$)", argument):
+            if "=" not in argument:
+                next(given, None)  # its value
             continue
         match = _OVERRIDE.match(argument)
         if match and "=" in match[3]:

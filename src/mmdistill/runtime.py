@@ -3,16 +3,21 @@
 import os
 import random
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 
-INTERRUPTED_EXIT_CODE = 85  # a whole checkpoint was written after SIGTERM, SIGINT or SIGUSR1; `resume=auto` goes on
+from mmdistill import launch
+from mmdistill.config import ConfigError
+from mmdistill.launch import INTERRUPTED_EXIT_CODE
+
+__all__ = ["INTERRUPTED_EXIT_CODE"]  # whose home is `launch`, which imports no torch
 
 
 @dataclass(frozen=True)
@@ -29,36 +34,60 @@ class Process:
         return self.rank == 0
 
 
-def start_process(*, accelerator: str, seed: int) -> Process:
-    """Choose the device, seed every generator, flush denormals.
+def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> Process:
+    """Choose the device, seed every generator, flush denormals, and join the other ranks where there are any.
 
-    Works under `torchrun`, `deepspeed`, SLURM with the usual variables, and plain `python`, for which the variables of
-    a world of one are set. Call it before any tensor work: threads inherit the denormal flag from their creator.
+    Works under `torchrun`, `deepspeed`, `srun`, and plain `python`, for which the variables of a world of one are set.
+    Call it before any tensor work: threads inherit the denormal flag from their creator.
+
+    Args:
+        accelerator: ``auto``, ``cpu`` or ``gpu``.
+        seed: of every generator.
+        timeout_s: seconds that a rank waits for the others before it raises.
     """
     torch.set_flush_denormal(True)  # a pretraining step spends 90 % of its time in denormals otherwise
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator=gpu, but torch sees no GPU; use accelerator=auto or cpu")
+        raise ConfigError("accelerator=gpu, but torch sees no GPU; use accelerator=auto or cpu")
     use_gpu = accelerator != "cpu" and torch.cuda.is_available()
     if not use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        world = {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        os.environ.update(world)
+        launch.world_of_one()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     seed_everything(seed)
     if use_gpu:
         torch.cuda.set_device(local_rank)
+    if world_size > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if use_gpu else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)
+
+
+def mean_over_ranks(values: Sequence[torch.Tensor]) -> list[float]:
+    """The average of each scalar over all ranks, in one all-reduce."""
+    stacked = torch.stack([v.detach().float() for v in values])
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(stacked)
+        stacked /= torch.distributed.get_world_size()
+    return [float(v) for v in stacked.tolist()]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every rank if `flag` is true on one."""
+    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return flag
+    seen = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+    return bool(seen.item())
+
+
+def common_folder(process: Process, folder: Path) -> Path:
+    """Rank 0's run folder, absolute, on every rank: the others have none of their own."""
+    told = [str(folder.absolute())]
+    if process.world_size > 1:
+        torch.distributed.broadcast_object_list(told, src=0)
+    return Path(told[0])
 
 
 def seed_everything(seed: int) -> None:
@@ -83,22 +112,27 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """While open, SIGTERM, SIGINT and SIGUSR1 only set a flag: the loop asks for it after each step.
+def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[Callable[[], int | None]]:
+    """While open, these signals only set a flag: the loop asks for it after each step.
 
-    Yields a function that returns the number of the signal received, or None. A second SIGINT acts at once.
+    Yields a function that returns the number of the signal received, or None. A launcher that has gone away counts as
+    SIGTERM. A second SIGINT acts at once.
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
+        if number == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(number)
 
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, note) for number in handled}
+    def asked() -> int | None:
+        if received:
+            return received[0]
+        return int(signal.SIGTERM) if launch.abandoned() else None
+
+    before = {number: signal.signal(number, note) for number in (signal.Signals[name] for name in names)}
     try:
-        yield lambda: received[0] if received else None
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,12 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 
 class Tracker(Protocol):
     """Takes numbers while a run lasts."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers after `step` optimiser steps."""
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture after `step` optimiser steps, uint8 (height, width, 3)."""
 
     def close(self) -> None:
         """The run is over."""
@@ -32,6 +37,10 @@ class TensorBoard:
         """A point of each curve."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Among the images."""
+        self.writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -62,6 +71,9 @@ class Csv:
                 writer.writerows(rows)
             writer.writerow(row)
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """A table shows none."""
+
     def close(self) -> None:
         """Each row is written at once."""
 
@@ -77,6 +89,12 @@ class Wandb:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
         self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Among the media."""
+        import wandb
+
+        self.run.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Upload the rest."""
@@ -99,6 +117,10 @@ class MLflow:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
         self.mlflow.log_metrics({k: float(v) for k, v in values.items()}, step=step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Among the artefacts."""
+        self.mlflow.log_image(image, f"{name}-{step}.png")
 
     def close(self) -> None:
         """End the run."""

@@ -1,0 +1,134 @@
+"""What a run leaves behind: its numbers by every tracker, its lines, and what is needed to do it again."""
+
+import csv
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmdistill.cli import CONFIGS
+from mmdistill.config import ConfigError, PretrainConfig, as_names, parse, register_schemas
+from mmdistill.runinfo import git_state, record_run
+from mmdistill.runlog import RunLog
+from mmdistill.trackers import TRACKERS, open_trackers
+
+
+def _parsed(*overrides: str) -> PretrainConfig:
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose("config_pretrain", ["modality=rgb", *overrides]), PretrainConfig)
+
+
+def test_default_trackers_get_the_same_numbers(tmp_path: Path) -> None:
+    names = as_names("logger", _parsed().logger)
+    with RunLog(tmp_path, total_steps=2, title="t", trackers=names) as log:
+        log.scalars(1, {"loss": 0.5})
+        log.scalars(2, {"loss": 0.25, "loss_scale": 1024.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "1", "loss": "0.5", "loss_scale": ""},
+        {"step": "2", "loss": "0.25", "loss_scale": "1024.0"},
+    ]
+
+
+def test_a_resumed_run_goes_on_with_its_csv(tmp_path: Path) -> None:
+    for step in (1, 2):
+        (tracker,) = open_trackers(["csv"], tmp_path, {})
+        tracker.scalars(step, {"loss": step / 4})
+        tracker.close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.25", "2,0.5"]
+
+
+def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="logger=wandb: wandb is not installed; pip install wandb"):
+        _parsed("logger=[csv,wandb]")
+    with pytest.raises(ConfigError, match="did you mean mlflow"):
+        _parsed("logger=mlfow")
+
+
+def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, object]] = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append(("wandb", (values, step))), finish=lambda: calls.append(("wandb", "end"))
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **given: calls.append(("wandb", given["config"])) or run  # type: ignore[attr-defined]
+    mlflow = types.ModuleType("mlflow")
+    for name in ("set_tracking_uri", "set_experiment", "log_params"):
+        setattr(mlflow, name, lambda given, _name=name: calls.append((_name, given)))
+    mlflow.start_run = lambda run_name: calls.append(("start", run_name))  # type: ignore[attr-defined]
+    mlflow.log_metrics = lambda values, step: calls.append(("mlflow", (values, step)))  # type: ignore[attr-defined]
+    mlflow.end_run = lambda: calls.append(("mlflow", "end"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = {"seed": 1, "trainer": {"lr": 0.5}}
+    with RunLog(tmp_path / "run", total_steps=1, title="t", trackers=["wandb", "mlflow"], config=config) as log:
+        log.scalars(3, {"loss": 0.5})
+    assert ("wandb", config) in calls
+    assert ("log_params", {"seed": "1", "trainer.lr": "0.5"}) in calls
+    assert ("set_tracking_uri", (tmp_path / "run" / "mlruns").as_uri()) in calls
+    assert ("start", "run") in calls
+    assert [c for c in calls if c[0] in ("wandb", "mlflow")][1:] == [
+        ("wandb", ({"loss": 0.5}, 3)), ("mlflow", ({"loss": 0.5}, 3)), ("wandb", "end"), ("mlflow", "end"),
+    ]  # fmt: skip
+    assert set(TRACKERS) == {"tensorboard", "csv", "wandb", "mlflow"}
+
+
+def test_plain_lines_have_the_time_left_and_the_memory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, total_steps=3, title="pretrain", trackers=[]) as log:
+        for done in (1, 2, 3):
+            log.step(done, "7 clips/s")
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]  # the first and the last; between them too little time
+    assert lines[0].endswith("GiB ETA ?")
+    assert lines[1].endswith("ETA 0:00:00")
+    assert (tmp_path / "run.log").read_text().count("7 clips/s") == 2
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run", total_steps=1, title="t", enabled=False) as log:
+        log.step(1, "")
+        log.say("x")
+        log.scalars(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/pretrain_main.py", "modality=rgb"])
+    for _ in range(2):
+        record_run(tmp_path, {"seed": 3}, processes=2, accelerator="cpu")
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert first["command"] == ["pretrain_main.py", "modality=rgb"]
+    assert second["config"] == {"seed": 3}
+    assert (first["environment"]["device"], first["environment"]["processes"]) == ("cpu", 2)
+    assert {"torch", "deepspeed", "hydra-core"} <= set(first["environment"]["packages"])
+
+
+def test_git_state_sees_changes(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        own = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *own, *words], check=True, capture_output=True)
+
+    assert git_state(tmp_path / "absent") is None
+    git("init")
+    (tmp_path / "a.txt").write_text("1")
+    git("add", "a.txt")
+    git("commit", "-m", "first")
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert (len(clean["commit"]), clean["dirty"]) == (40, False)
+    (tmp_path / "a.txt").write_text("2")
+    state = git_state(tmp_path)
+    assert state is not None
+    assert (state["dirty"], state["changed"]) == (True, ["a.txt"])
