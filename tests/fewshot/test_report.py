@@ -100,7 +100,11 @@ def test_tables_show_percent_network_and_paired_difference(results: Results):
     assert "scored network: student_rgb, checkpoint /runs/student_rgb.ckpt" in text
     d = next(d for d in results.differences if d["second"] == "random" and d["first_readout"] == "2 tube masks")
     assert f"+{100 * d['difference']:.2f} ± {100 * d['ci95']:.2f}" in text
-    assert text.count("student_rgb leads by") == 4
+    assert text.count("leads by") == 4
+    narrow = Console(width=80, file=io.StringIO())
+    print_tables(results, console=narrow)
+    assert "…" not in narrow.file.getvalue()
+    assert "teacher_skeleton" in narrow.file.getvalue() or "teacher_skeleton" not in text
 
 
 class Page(HTMLParser):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mmdistill.fewshot.protocol import Results, Row
@@ -25,9 +26,12 @@ def tables(results: Results) -> list[Table]:
     for n_way, k_shot in results.protocol.combinations():
         for head in results.protocol.heads:
             rows = select(results, n_way, k_shot, head)
-            table = Table("network", "clips shown as", title=title_of(rows[0]), title_justify="left")
-            for name in columns(results)[2:]:
-                table.add_column(name, justify="right", no_wrap=True)
+            table = Table(title=title_of(rows[0]), title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
+            for number, name in enumerate(columns(results)):
+                if number < 2:
+                    table.add_column(name, overflow="fold")  # a name is never cut short
+                else:
+                    table.add_column(name, justify="right", no_wrap=True)
             for row in rows:
                 table.add_row(*row_cells(results, row))
             out.append(table)
@@ -65,7 +69,7 @@ def title_of(row: Row) -> str:
 def columns(results: Results) -> tuple[str, ...]:
     """Headings of `row_cells`; the lead is the paired difference on the same episodes."""
     scored = results.features[0].network
-    return "network", "clips shown as", "accuracy, % ± 95 %", "std", f"{scored} leads by", "encoding"
+    return "network", "clips\nshown as", "accuracy, %\n± 95 %", "std", f"{scored}\nleads by", "encoding"
 
 
 def _probe_table(results: Results) -> Table:
