@@ -77,15 +77,10 @@ def _probe_table(results: Results) -> Table:
     title = (
         f"full label set: {p['classes']} classes, {p['train_clips']} clips to train on, {p['test_clips']} to test, %"
     )
-    table = Table(
-        "network",
-        "clips shown as",
-        "linear probe",
-        "mean over classes",
-        f"{p['knn_neighbours']}-NN",
-        title=title,
-        title_justify="left",
-    )
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    names = ("network", "clips\nshown as", "linear probe", "mean over\nclasses", f"{p['knn_neighbours']}-NN")
+    for name in names:
+        table.add_column(name, overflow="fold")
     for p in results.probes:
         values = [f"{100 * p[key]:.2f}" for key in ("linear_top1", "linear_macro", "knn_top1")]
         table.add_row(p["network"], p["readout"], *values)
