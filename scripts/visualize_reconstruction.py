@@ -1,0 +1,62 @@
+"""Pictures of what a pretraining checkpoint reconstructs: input, masked, reconstruction. One PNG per clip.
+
+python scripts/visualize_reconstruction.py output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
+python scripts/visualize_reconstruction.py CKPT --clips 8 --split val data_module.mask_ratio=0.5
+
+The data, the mask and the modality are those of the checkpoint's own config; further arguments override its
+data_module, for example where the data lie now.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import default_collate
+
+from mmdistill.build import clip_dataset
+from mmdistill.checkpoint import CheckpointError, load_weights, read_checkpoint
+from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
+from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
+from mmdistill.pretrain.pictures import draw, reconstruct, write
+
+
+def pictures(args: argparse.Namespace) -> None:
+    """Load, reconstruct, write."""
+    checkpoint = read_checkpoint(args.checkpoint)
+    if checkpoint.meta.get("kind") != "pretrain":
+        raise ConfigError(f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder to reconstruct with")
+    config = stored_config(checkpoint.meta["config"], PretrainConfig, args.overrides)
+    spec = modality_specs(config.data_module)[config.modality]
+    geometry = EncoderGeometry(**checkpoint.meta["encoders"]["encoder"])
+    model = VideoMAE(geometry, DecoderGeometry(**checkpoint.meta["decoder"]))
+    load_weights(model, args.checkpoint)
+    dataset = clip_dataset(config.data_module, (config.modality,), training=args.split == "train", seed=config.seed)
+    dataset.mask_ratio = config.data_module.mask_ratio
+    dataset.augment = False
+    out = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
+    for number in torch.linspace(0, len(dataset) - 1, min(args.clips, len(dataset))).long().tolist():
+        clip = dataset.index.clips[number]
+        found = reconstruct(model, default_collate([dataset[number]]), spec)
+        path = out / f"clip_{number:05d}.png"
+        write(draw(found, f"{config.modality}, {clip.id}, mask {config.data_module.mask_ratio:g}"), path)
+        print(f"{path}: loss {found.loss:.4f}, trivial predictor {found.trivial:.4f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="checkpoint directory of pretrain_main.py")
+    parser.add_argument("overrides", nargs="*", metavar="data_module.KEY=VALUE")
+    parser.add_argument("--clips", type=int, default=4, help="clips, spread over the split (default 4)")
+    parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
+    try:
+        pictures(parser.parse_args())
+    except (ConfigError, CheckpointError) as error:
+        print(f"visualize_reconstruction: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
