@@ -58,6 +58,9 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
             _place(job, parse(cfg, schema))
             return None
         run_dir = Path(HydraConfig.get().runtime.output_dir)
+        if launch.launched() and int(os.environ["WORLD_SIZE"]) > 1:
+            _place(job, parse(cfg, schema))
+            return _rank_zeros_objective(run_dir)
         return sweep.run_job(lambda: _place(job, parse(cfg, schema)), run_dir, lambda error: explain(error, schema))
 
     try:
@@ -90,6 +93,15 @@ def _place(job: Callable[[T, str], None], config: T) -> None:
     status = launch.start_ranks(count, run_dir, cwd=hydra_config.runtime.cwd)
     if status:
         raise SystemExit(status)
+
+
+def _rank_zeros_objective(run_dir: Path) -> float:
+    """What the job is judged by, on every rank: a sweeper that chooses by it must choose the same everywhere."""
+    import torch
+
+    told = [float("nan") if launch.follower() else sweep.objective(run_dir)]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _end(error: Exception, schema: type[T], job: int) -> None:
