@@ -125,10 +125,20 @@ def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, trainin
 
 
 def clip_loader(
-    dataset: Dataset, *, num_workers: int, pin: bool, batch_sampler: Sampler | None = None, batch_size: int = 1
+    dataset: Dataset,
+    *,
+    num_workers: int,
+    pin: bool,
+    batch_sampler: Sampler | None = None,
+    batch_size: int = 1,
+    timeout_s: float = 0.0,
+    kind: type[DataLoader] = DataLoader,
 ) -> DataLoader:
-    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs."""
-    return DataLoader(
+    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs. `kind` is its class.
+
+    One that needs more than `timeout_s` for a batch (0: no limit), or dies, makes the loader raise.
+    """
+    return kind(
         dataset,
         batch_sampler=batch_sampler,
         batch_size=1 if batch_sampler is not None else batch_size,
@@ -137,6 +147,7 @@ def clip_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,
         pin_memory=pin,
+        timeout=timeout_s if num_workers > 0 else 0,
     )
 
 

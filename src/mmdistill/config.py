@@ -148,6 +148,7 @@ class TrainerConfig(_Sealable):
     keep_last: int | None = None
     save_top_k: int | None = None
     activation_checkpointing: bool = False
+    layer_decay: float | None = None  # factor of the rate from each encoder block to the one below; null: one rate
 
 
 @dataclass
@@ -165,6 +166,9 @@ class DistillTrainerConfig(TrainerConfig):
     teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
     check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
     val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
+    ema: float | None = None  # decay per step of an average of the student, saved as student_ema_rgb; null: none
+    # N mask draws per clip, whose teacher features are kept: from epoch N on only frames are read; 0: none
+    teacher_cache: int = 0
     save_teachers: bool = True  # false: checkpoints hold student and cmt only, and name the teachers with their sha256
 
 
@@ -177,6 +181,7 @@ class CommonConfig(_Sealable):
     num_workers: int = 1  # loader processes; 0 reads in the training process
     accelerator: str = "auto"  # auto | cpu | gpu
     devices: Any = 1  # processes on this machine | auto or -1: all GPUs | a list of GPUs; a launcher's are used
+    compile: bool = False  # torch.compile of the encoders, teachers included; the first step takes minutes
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else 32 | 32 | bf16 | 16
     resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew
     # these end a run after the step in hand, with a whole checkpoint and exit status 85
@@ -292,6 +297,8 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
         _at_least("trainer.save_top_k", trainer.save_top_k, -1)
     _choice("trainer.nonfinite", trainer.nonfinite, ("raise", "skip"))
     _at_least("trainer.nonfinite_budget", trainer.nonfinite_budget, 0)
+    if trainer.layer_decay is not None and not 0 < trainer.layer_decay <= 1:
+        raise ConfigError(f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]")
     if len(trainer.betas) != 2:
         raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers")
     if isinstance(config, PretrainConfig):
@@ -300,6 +307,8 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
         _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
         if zero_stage(config) == 3 and trainer.nonfinite == "skip":
             raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
+        if zero_stage(config) == 3 and config.compile:
+            raise ConfigError("compile=true does not go with ZeRO stage 3, which gathers weights inside the encoder")
         _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
         model = config.model
         if model.head_dim is None and model.dim % model.heads:
@@ -336,6 +345,9 @@ def _validate_distill(config: DistillConfig) -> None:
     _choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
     _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
     _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
+    if config.trainer.ema is not None and not 0 <= config.trainer.ema < 1:
+        raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1)")
+    _at_least("trainer.teacher_cache", config.trainer.teacher_cache, 0)
     for teacher in config.trainer.teachers:
         _choice("trainer.teachers", teacher, MODALITIES)
     if "rgb" not in config.trainer.teachers:

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.build import check_token_grid, clip_dataset, clip_loader, data_path, make_demo_data
+from mmdistill.build import check_token_grid, clip_dataset, clip_loader, make_demo_data
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.fewshot.embed import Job, Views, clips_digest, embed_cached
+from mmdistill.data.version import data_version
+from mmdistill.fewshot.embed import Job, Views, embed_cached
 from mmdistill.fewshot.networks import Network, random_network
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
 from mmdistill.modality import MODALITIES, ModalitySpec
-from mmdistill.runtime import Process, autocast, resolve_precision, start_process
+from mmdistill.runtime import Process, autocast, common_folder, resolve_precision, start_process
+from mmdistill.teachers import named_teacher
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
@@ -37,9 +38,8 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     Raises:
         ValueError: of this package, naming the key or the file.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed)
-    if process.world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    run_dir = common_folder(process, run_dir)
     make_demo_data(config.data_module)
     networks = _networks(config, checkpoint)
     modalities = tuple(m for m in MODALITIES if any(n.modality == m for n in networks))
@@ -51,12 +51,12 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         print(f"{len(clips)} evaluation clips of {len(dataset.index.classes)} classes")
         print("\n".join(lines), flush=True)
     jobs = _jobs(config, networks, process)
-    data = clips_digest(dataset.index, *_pixel_settings(config, dataset, modalities))
+    versions = {m: data_version(dataset, m) for m in modalities} if config.feature_cache else ""
     features = embed_cached(
         jobs,
         lambda: _loader(config, dataset, process),
         dataset.index,
-        data=data,
+        data=versions,
         cache=config.feature_cache,
         show_progress=process.is_main,
     )
@@ -75,7 +75,9 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
     specs = modality_specs(config.data_module)
     distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
     if distilled:
-        scored = _load(config, specs, source, config.network, config.network)
+        named = config.network not in source.parts and config.network in (source.meta.get("teachers") or {})
+        held = named_teacher(source, config.network) if named else source
+        scored = _load(config, specs, held, config.network, config.network)
     else:
         modality = source.meta.get("modality", "rgb")
         scored = _load(config, specs, source, None, f"pretrained_{modality}")
@@ -86,7 +88,7 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
             networks.append(replace(untrained, checkpoint="none: untrained weights"))
         elif entry in source.meta.get("encoders", {}) or entry.startswith(("teacher_", "student_")):
             if distilled:
-                networks.append(_load(config, specs, source, entry, entry))
+                networks += _part(config, specs, source, entry)
             else:
                 print(f"compare: {path} is not a distilled checkpoint and has no {entry}; this row is left out")
         else:
@@ -95,6 +97,17 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
     if len({n.name for n in networks}) != len(networks):
         raise ConfigError(f"compare: two rows have the same name: {', '.join(n.name for n in networks)}")
     return networks
+
+
+def _part(config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Checkpoint, part: str) -> list[Network]:
+    """A part of a distilled checkpoint; of a slim one the teacher it names. Without either, say so and leave it out."""
+    if part in source.parts or part not in (source.meta.get("teachers") or {}):
+        return [_load(config, specs, source, part, part)]  # the latter is an error, which lists those there are
+    try:
+        return [_load(config, specs, named_teacher(source, part), part, part)]
+    except (ConfigError, CheckpointError) as error:
+        print(f"compare: {part} is not in {source.path}, a slim file; this row is left out: {error}")
+        return []
 
 
 def _run_name(path: str) -> str:
@@ -113,7 +126,8 @@ def _load(
     spec, data = specs[modality], config.data_module
     height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
     try:
-        encoder = load_encoder(source, part=part, num_frames=data.num_frames, height=height, width=width)
+        inside = None if part and source.parts == ["encoder"] else part  # a teacher's own checkpoint
+        encoder = load_encoder(source, part=inside, num_frames=data.num_frames, height=height, width=width)
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)
@@ -150,18 +164,6 @@ def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> l
     ]
 
 
-def _pixel_settings(config: DistillConfig, dataset: ClipDataset, modalities: tuple[str, ...]) -> list[object]:
-    """What decides the clips' pixels beside the index: the folders and the crop."""
-    data = config.data_module
-    keys = {
-        "rgb": ("frames_dir", data.frames_dir),
-        "flow": ("flow_dir", data.flow_dir),
-        "skeleton": ("skeleton_dir", data.skeleton_dir),
-    }
-    folders = {m: str(data_path(data, value, key).resolve()) for m, (key, value) in keys.items() if m in modalities}
-    return [folders, dataset.crop, dataset.frame_size, data.missing]
-
-
 def _loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> Iterable[Mapping[str, Tensor]]:
     """This rank's share of the clips, in order."""
     mine = range(process.rank, len(dataset), process.world_size)
@@ -170,6 +172,7 @@ def _loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> It
         num_workers=config.num_workers,
         pin=process.device.type == "cuda",
         batch_size=config.batch_size,
+        timeout_s=config.loader_timeout_s,
     )
 
 

@@ -1,6 +1,8 @@
 """AdamW on timm's parameter groups and timm's cosine schedule, the same for both phases."""
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -27,11 +29,41 @@ class LearningRates:
 
 
 def make_optimizer(
-    module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float]
+    module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], layer_decay: float | None = None
 ) -> torch.optim.AdamW:
-    """AdamW; biases, norms, mask token and positions are not decayed. Frozen parameters are left out."""
+    """AdamW; biases, norms, mask token and positions are not decayed. Frozen parameters are left out.
+
+    With `layer_decay` the rate of layer k is ``lr * layer_decay ** (n + 1 - k)``, as in BEiT (arXiv 2106.08254): the
+    patch embedding is layer 0, the n encoder blocks are 1 to n, and what lies above them has the whole rate. Groups
+    carry the factor as ``lr_scale``, which timm's schedule applies.
+    """
     groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("mask_token", "pos_embed"))
+    if layer_decay is not None:
+        groups = _layer_groups(module, groups, layer_decay)
+        groups = [{**g, "lr": lr * g["lr_scale"]} for g in groups]
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Layer of a parameter: patch embedding and positions 0, encoder block i (from 0) i + 1, all else depth + 1."""
+    block = re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if re.search(r"(?:^|\.)encoder\.(patch_embed|pos_embed)", name) else depth + 1
+
+
+def _layer_groups(module: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
+    """Split timm's groups by layer, the highest layer first, so that the first group has the whole rate."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    depth = max((layer_of(n, -1) for n in names.values()), default=0)
+    split: dict[tuple[int, int], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            layer = layer_of(names[id(parameter)], depth)
+            scale = decay ** (depth + 1 - layer)
+            empty = {**group, "params": [], "lr_scale": scale}
+            split.setdefault((-layer, number), empty)["params"].append(parameter)
+    return [split[key] for key in sorted(split)]
 
 
 def make_schedule(

@@ -41,9 +41,84 @@ def test_last_best_and_protected_stay(tmp_path: Path) -> None:
     removed = prune(tmp_path, keep_last=2, save_top_k=2, protect=[paths[0]])
     assert names(tmp_path) == [0, 1, 4, 5, 6]
     assert sorted(removed) == [paths[2], paths[3]]
+    assert prune(tmp_path, keep_last=None, save_top_k=None) == []
     prune(tmp_path, keep_last=0, save_top_k=0, protect=[paths[0] / "checkpoint" / "mp_rank_00_model_states.pt"])
     assert names(tmp_path) == [0, 1, 6]  # the newest, the best (NaN is never the best), the one resumed from
     assert prune(tmp_path, keep_last=1, save_top_k=-1) == []
+
+
+def lightning(folder: Path, step: int, loss: float | None, name: str = "") -> Path:
+    path = folder / (name or f"epoch={step:02d}-train_loss={loss}.ckpt")
+    meta = {"kind": "distill", "step": step, "epoch": step, "loss": loss}
+    content = {"state_dict": {"a": torch.full((3,), 1.5)}, "global_step": step, "pytorch-lightning_version": "2"}
+    save_torch({**content, "mmdistill": meta}, path)
+    return path
+
+
+def test_files_of_the_distillation(tmp_path: Path) -> None:
+    """The newest and the best of all folders; ``last.ckpt`` and names of users stay."""
+    old = tmp_path / "old"
+    best = lightning(old, 0, 0.1)
+    folder = tmp_path / "new"
+    paths = [lightning(folder, step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6))]
+    lightning(folder, 4, None, "last.ckpt")
+    lightning(folder, 0, 0.9, "mine.ckpt")
+    elsewhere = {str(p): loss for p, loss in ((best, 0.1), (old / "gone.ckpt", 0.0), (paths[0], 0.5))}
+    assert prune(folder, keep_last=1, save_top_k=2, elsewhere=elsewhere) == [paths[2], paths[0]]
+    assert names(folder) == [2, 4]
+    assert prune(folder, keep_last=None, save_top_k=1, elsewhere=elsewhere) == [paths[1]]
+    assert sorted(p.name for p in folder.iterdir()) == ["epoch=04-train_loss=0.6.ckpt", "last.ckpt", "mine.ckpt"]
+    assert best.exists()
+    assert retention.best_of(elsewhere) == best
+    assert retention.best_of({str(old / "gone.ckpt"): 0.0, str(best): float("nan")}) is None
+
+
+def test_nothing_goes_while_the_newest_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [lightning(tmp_path, step, 0.5) for step in range(3)]
+    flipped = bytearray(paths[2].read_bytes())
+    flipped[flipped.index(b"\0\0\xc0\x3f" * 3) + 4] ^= 1  # in its only tensor
+    paths[2].write_bytes(bytes(flipped))
+    assert prune(tmp_path, keep_last=1, save_top_k=1) == []
+    assert "damaged" in caplog.text
+
+
+def test_an_interrupted_epoch_is_never_the_best(tmp_path: Path) -> None:
+    part = native(tmp_path, 1, 0.1)
+    part = part.rename(tmp_path / "epoch=01-loss=0.1-step=7")
+    native(tmp_path, 2, 0.5)
+    assert prune(tmp_path, keep_last=1, save_top_k=1) == [part]
+
+
+def test_a_second_name_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(2):
+        path, last = lightning(tmp_path, step, 0.5), tmp_path / "last.ckpt"
+        retention.same_as(path, last)
+        assert last.samefile(path)
+    path.unlink()
+    assert last.stat().st_size > 0
+
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")  # FAT, some network disks
+
+    monkeypatch.setattr(retention.os, "link", refuse)
+    path = lightning(tmp_path, 3, 0.4)
+    retention.same_as(path, last)
+    assert last.read_bytes() == path.read_bytes()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_does_not_start_among_newer_checkpoints(tmp_path: Path) -> None:
+    assert retention.find_resume(None, tmp_path / "none") is None
+    assert retention.find_resume("auto", tmp_path / "none") is None
+    first, second = lightning(tmp_path, 1, 0.5), lightning(tmp_path, 2, 0.4)
+    with pytest.raises(CheckpointError, match=r"holds checkpoints of an earlier run .*resume=auto"):
+        retention.find_resume(None, tmp_path)
+    assert retention.find_resume("auto", tmp_path) == second
+    assert retention.find_resume(str(second), tmp_path) == second
+    with pytest.raises(CheckpointError, match=r"epoch=02.* of step 2, later than resume=.*epoch=01.*step 1"):
+        retention.find_resume(str(first), tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        retention.find_resume(str(tmp_path / "typo.ckpt"), tmp_path)
 
 
 def test_what_is_not_ours_to_judge_stays(tmp_path: Path) -> None:
@@ -130,6 +205,10 @@ def test_stale_lock_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with directory_lock(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert "taken over" in caplog.text
+    reused = {"pid": os.getpid(), "host": socket.gethostname(), "started": "1", "id": "x"}  # of an ended process
+    lock.write_text(json.dumps(reused))
+    with directory_lock(tmp_path):
+        pass
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "id": "x"}))
     with pytest.raises(CheckpointError, match="process 1 on elsewhere"), directory_lock(tmp_path):
         pass

@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 CLIENT = "mmdistill_client"  # one entry per rank: what the training loop asked to keep
 
 
-def _ranks() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def gather(value: Any) -> list[Any]:
     """`value` of every rank, on every rank."""
-    world = _ranks()[1]
+    world = rank_and_world()[1]
     if world == 1:
         return [value]
     values: list[Any] = [None] * world
@@ -54,7 +54,7 @@ def agree(action: Callable[[], Any], what: str) -> list[Any]:
         mine: tuple[Any, Exception | None] = (action(), None)
     except Exception as error:  # re-raised below, on every rank
         mine = (None, error)
-    rank, world = _ranks()
+    rank, world = rank_and_world()
     told = (mine[0], None if mine[1] is None else (type(mine[1]), _text(mine[1])))
     results = gather(told)
     for source, (_, failure) in enumerate(results):
@@ -183,7 +183,7 @@ def save_deepspeed(
     """
     target = Path(directory).expanduser()
     staged = target.with_name(TMP_PREFIX + target.name)
-    rank, world = _ranks()
+    rank, world = rank_and_world()
     meta = {"mmdistill_version": __version__, **meta}
 
     def prepare() -> dict[str, Any]:
@@ -307,7 +307,7 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         ResumeMismatchError: another stage, precision or world size: both are named, and the way out.
         CorruptCheckpointError, CheckpointError: the same on every rank; never a silent start from scratch.
     """
-    rank, world = _ranks()
+    rank, world = rank_and_world()
 
     def check() -> Location:
         place = locate(directory)

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def _geometries(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     return found, notes
 
 
-def _missing(place: Location, meta: Mapping[str, Any]) -> list[str]:
+def _missing(place: Location, meta: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
     """What a checkpoint of ours has and this one does not. Not errors: files of others are like that."""
     lines = []
     if place.format is CheckpointFormat.DEEPSPEED:
@@ -64,6 +64,9 @@ def _missing(place: Location, meta: Mapping[str, Any]) -> list[str]:
                 lines.append(f"{name} ({use})")
     elif "encoders" not in meta:
         lines.append("metadata (architecture and statistics)")
+    for part, named in (meta.get("teachers") or {}).items():
+        if part not in parts:
+            lines.append(f"{part} (slim file; it is in {named['path']}, sha256 of its encoder {named['sha256']})")
     return lines
 
 
@@ -110,7 +113,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
         dtypes=dict(dtypes),
         geometry=geometry,
         notes=[*checkpoint.notes, *notes],
-        missing=_missing(place, checkpoint.meta),
+        missing=_missing(place, checkpoint.meta, checkpoint.parts),
         complete=True,
     )
     return report

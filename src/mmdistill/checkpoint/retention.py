@@ -5,20 +5,22 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdistill.checkpoint.archive import load_pickle, verify_zip
-from mmdistill.checkpoint.detect import locate
+from mmdistill.checkpoint.detect import existing, locate
+from mmdistill.checkpoint.engine import agree, rank_and_world
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.layout import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.read import read_meta
-from mmdistill.checkpoint.write import discard, recover
+from mmdistill.checkpoint.write import discard, recover, sync_directory
 from mmdistill.checkpoint.zero import read_zero
 
 log = logging.getLogger(__name__)
@@ -88,29 +90,74 @@ def newest_complete(directory: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _loss(manifest: dict[str, Any]) -> float:
-    loss = manifest.get("loss")
-    return float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else math.inf
+def _loss(path: Path, facts: Mapping[str, Any]) -> float:
+    """inf where there is none, and where an epoch was interrupted: a part's mean is no rank among whole epochs."""
+    loss = facts.get("loss")
+    whole = "-step=" not in path.name
+    return float(loss) if whole and isinstance(loss, (int, float)) and math.isfinite(loss) else math.inf
+
+
+def _facts(path: Path) -> dict[str, Any] | None:
+    """Step and loss of a checkpoint that retention may judge: a directory with a sound manifest, or our ``epoch=``
+    file. None for everything else.
+
+    Raises:
+        CheckpointError: it should be one and is damaged.
+    """
+    if path.is_dir():
+        return verify_manifest(path, payload=False)
+    if path.suffix != ".ckpt" or not path.name.startswith("epoch="):
+        return None
+    meta = read_meta(locate(path))
+    return meta if meta.get("kind") == "distill" else None
+
+
+def _judged(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What retention may judge, newest first."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+    for path in [p for p in folder.iterdir() if not p.name.startswith(".")]:
+        try:
+            facts = _facts(path)
+        except (CheckpointError, OSError) as error:
+            log.warning("not counted, and left alone: %s", error)
+            continue
+        if facts is not None:
+            found.append((path, facts))
+    return sorted(found, key=lambda item: (float(item[1].get("step") or 0), item[0].name), reverse=True)
+
+
+def _remove(path: Path) -> bool:
+    trash = path.with_name(f"{TRASH_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
+    try:
+        os.rename(path, trash)  # gone at once: a half-deleted directory never looks like a checkpoint
+    except OSError as error:
+        log.warning("%s: could not be removed (%s)", path, error)
+        return False
+    discard(trash)
+    return True
 
 
 def prune(
     directory: str | os.PathLike[str],
     *,
-    keep_last: int,
-    save_top_k: int,
+    keep_last: int | None,
+    save_top_k: int | None,
     protect: Iterable[str | os.PathLike[str]] = (),
+    elsewhere: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Remove old checkpoint directories of ours; call on one rank, after a save.
+    """Remove old checkpoints of ours; call on one rank, after a save.
 
     Kept are the newest `keep_last` (at least one), the `save_top_k` of lowest loss (the best one always; -1 keeps
-    all), and `protect`. Directories without a sound manifest are not ours to judge and stay. Leftovers of killed
-    saves are cleaned up.
+    all), and `protect`. Nothing goes unless the newest one verifies, byte by byte. Directories without a sound
+    manifest and files that are not named ``epoch=`` are not ours to judge and stay. Leftovers of killed saves are
+    cleaned up.
 
     Args:
         directory: the folder of checkpoints.
-        keep_last: number of newest ones to keep, by step.
-        save_top_k: number of best ones to keep.
+        keep_last: number of newest ones to keep, by step; None: no number of its own.
+        save_top_k: number of best ones to keep; None: no number of its own. Both None: all stay.
         protect: never removed: the checkpoint that this run resumed from.
+        elsewhere: losses of checkpoints in other folders, by path: they rank among the best, and are not removed.
 
     Returns:
         What was removed. A failure to delete is a warning.
@@ -119,47 +166,115 @@ def prune(
     for leftover in [p for p in folder.iterdir() if p.name.startswith((TMP_PREFIX, TRASH_PREFIX))]:
         discard(leftover)
     recover(folder)
-    complete: list[tuple[Path, dict[str, Any]]] = []
-    for path in folder.iterdir():
-        if path.is_dir() and not path.name.startswith("."):
-            try:
-                manifest = verify_manifest(path, payload=False)
-            except CheckpointError as error:
-                log.warning("not counted, and left alone: %s", error)
-                continue
-            if manifest is not None:
-                complete.append((path, manifest))
-    if save_top_k < 0:
+    if (keep_last is None and save_top_k is None) or (save_top_k is not None and save_top_k < 0):
         return []
-    complete.sort(key=lambda item: (float(item[1].get("step") or 0), item[0].name), reverse=True)
-    kept = {path.resolve() for path, _ in complete[: max(keep_last, 1)]}
-    finite = [item for item in complete if _loss(item[1]) < math.inf]
-    kept |= {path.resolve() for path, _ in sorted(finite, key=lambda item: _loss(item[1]))[: max(save_top_k, 1)]}
+    complete = _judged(folder)
+    kept = {path.resolve() for path, _ in complete[: max(keep_last or 0, 1)]}
+    losses = {path.resolve(): _loss(path, facts) for path, facts in complete}
+    for other, loss in (elsewhere or {}).items():
+        if Path(other).exists():
+            losses.setdefault(Path(other).resolve(), loss)
+    finite = sorted((path for path, loss in losses.items() if math.isfinite(loss)), key=lambda path: losses[path])
+    kept |= set(finite[: max(save_top_k or 0, 1)])
     guarded = [Path(p).expanduser().resolve() for p in protect]
-    removed = []
-    for path, _ in complete:
-        real = path.resolve()
-        if real in kept or any(p == real or real in p.parents for p in guarded):
-            continue
-        trash = path.with_name(f"{TRASH_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
+    going = [
+        path
+        for path, _ in complete
+        if path.resolve() not in kept and not any(p == path.resolve() or path.resolve() in p.parents for p in guarded)
+    ]
+    if not going:
+        return []
+    try:
+        verify(complete[0][0])
+    except (CheckpointError, OSError) as error:
+        log.warning("no checkpoint was removed, since the newest one is damaged: %s", error)
+        return []
+    return [path for path in going if _remove(path)]
+
+
+def best_of(losses: Mapping[str, float]) -> Path | None:
+    """The checkpoint of lowest loss among those that still exist."""
+    there = [path for path, loss in losses.items() if math.isfinite(loss) and Path(path).exists()]
+    return Path(min(there, key=lambda path: losses[path])) if there else None
+
+
+def same_as(path: Path, name: Path) -> None:
+    """Make `name` a second name of the file `path`, replacing what had it; a copy where the disk has no links."""
+    staged = name.with_name(TMP_PREFIX + uuid.uuid4().hex)
+    try:
         try:
-            os.rename(path, trash)  # gone at once: a half-deleted directory never looks like a checkpoint
-        except OSError as error:
-            log.warning("%s: could not be removed (%s)", path, error)
+            os.link(path, staged)
+        except OSError:
+            shutil.copyfile(path, staged)
+        os.replace(staged, name)
+        sync_directory(name.parent)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def find_resume(resume: str | None, directory: Path) -> Path | None:
+    """The checkpoint that `resume` means: a path as given, or with ``auto`` the newest whole one of `directory`.
+
+    ``auto`` without any checkpoint starts from scratch, which is what the first start of a requeued job needs.
+    Collective: rank 0 alone searches and verifies, and tells the others.
+
+    Raises:
+        CheckpointError: the same on all ranks. The path does not exist; or `directory` holds checkpoints that would
+            look newer than what this run writes: any for a fresh run, later ones for a resumed one.
+    """
+
+    def search() -> Path | None:
+        if resume == "auto":
+            return newest_complete(directory)
+        source = existing(resume) if resume is not None else None
+        _refuse_stale(directory, source)
+        return source
+
+    return cast(Path | None, agree(lambda: search() if rank_and_world()[0] == 0 else None, "")[0])
+
+
+def _refuse_stale(directory: Path, source: Path | None) -> None:
+    done = float(read_meta(locate(source)).get("step") or 0) if source else -1.0
+    for held in _candidates(directory) if directory.is_dir() else ():
+        if not held.path.name.startswith(("epoch=", "last")) or held.step <= done:
             continue
-        discard(trash)
-        removed.append(path)
-    return removed
+        if source is None:
+            raise CheckpointError(
+                f"{directory}: holds checkpoints of an earlier run ({held.path.name}); continue it with resume=auto, "
+                "choose another hydra.run.dir, or move them away"
+            )
+        if math.isfinite(held.step):
+            raise CheckpointError(
+                f"{directory}: holds {held.path.name} of step {held.step:.0f}, later than resume={source} (step "
+                f"{done:.0f}); continue it with resume=auto, choose another hydra.run.dir, or move it away"
+            )
 
 
-def _alive(pid: int) -> bool:
+@contextlib.contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """`directory_lock` for a run of several ranks: rank 0 holds it, and all raise if it cannot. Collective."""
+    with contextlib.ExitStack() as stack:
+        agree(lambda: stack.enter_context(directory_lock(directory)) if rank_and_world()[0] == 0 else None, "")
+        yield
+
+
+def _started(pid: int) -> str | None:
+    """When a process of this host began, in the kernel's ticks: numbers of ended processes are given out again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(pid: int, started: str | None) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = _started(pid)
+    return started is None or now is None or started == now
 
 
 @contextlib.contextmanager
@@ -173,7 +288,8 @@ def directory_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     """
     folder = Path(directory).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    path, mine = folder / LOCK, {"pid": os.getpid(), "host": socket.gethostname(), "id": uuid.uuid4().hex}
+    path, pid = folder / LOCK, os.getpid()
+    mine = {"pid": pid, "host": socket.gethostname(), "started": _started(pid), "id": uuid.uuid4().hex}
     staged = folder / f"{TMP_PREFIX}lock-{mine['id']}"
     staged.write_text(json.dumps(mine), encoding="utf-8")
     try:
@@ -204,7 +320,7 @@ def _take_over(path: Path, mine: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: unreadable lock ({error}); remove it if no job writes to this folder"
         ) from error
-    if host == mine["host"] and not _alive(pid):
+    if host == mine["host"] and not _alive(pid, holder.get("started")):
         log.warning("%s: taken over from process %d, which has ended", path, pid)
         path.unlink(missing_ok=True)
         return

@@ -43,6 +43,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         augment: training: draw view and flip. Otherwise the centre crop.
         min_scale: smallest view, as a fraction of `crop`.
         flip: probability of a horizontal flip.
+        draws: with N > 0, epoch e looks like epoch ``e % N``, and from epoch N on only `lasting` modalities are read:
+            the others' features are kept, see `mmdistill.distill.teacher_cache`.
+        lasting: see `draws`.
         budget: largest share of clips that may be replaced before that is an error.
 
     Raises:
@@ -65,6 +68,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         flip: float = 0.0,
         missing: str = "error",
         budget: float = 0.05,
+        draws: int = 0,
+        lasting: tuple[str, ...] = ("rgb",),
     ) -> None:
         if missing not in MISSING_POLICIES:
             raise ValueError(f"missing={missing!r} is not one of {', '.join(MISSING_POLICIES)}")
@@ -78,6 +83,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.mask_kind, self.mask_ratio = mask_kind, mask_ratio
         self.seed, self.augment, self.min_scale, self.flip = seed, augment, min_scale, flip
         self.missing, self.budget = missing, budget
+        self.draws, self.lasting = draws, lasting
         self._left_out: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if missing == "error" else self._present(index)
         # Workers write here what they did, one cell per clip and modality; the last column: clip replaced. Writing a
@@ -92,12 +98,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
         i %= len(self)
+        cached = 0 < self.draws <= epoch
+        epoch = epoch % self.draws if self.draws else epoch
+        if cached and self._done[i, -1]:  # replaced when all of it was read: its features are not there
+            return self._replacement(epoch, i, FrameError("its files could not be read"), cached)
         try:
-            return self._sample(epoch, i)
+            return self._sample(epoch, i, cached)
         except FrameError as error:
             if self.missing == "error" or not self.augment:
                 raise FrameError(f"clip {self.index.clips[i].id}: {error}") from error
-            return self._replacement(epoch, i, error)
+            return self._replacement(epoch, i, error, cached)
 
     def view(self, epoch: int, clip: Clip) -> np.ndarray:
         """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a flip."""
@@ -110,17 +120,25 @@ class ClipDataset(Dataset[dict[str, Any]]):
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
         return np.array([top, left, height, width, rng.random() < self.flip], np.float32)
 
-    def missing_report(self) -> dict[str, Any]:
+    @property
+    def marks(self) -> torch.Tensor:
+        """int16 [clips, modalities + 1]: frames repeated of each clip, and whether it was replaced; a copy."""
+        return self._done.clone()
+
+    def missing_report(self, marks: torch.Tensor | None = None) -> dict[str, Any]:
         """What the policy did so far, counted per modality and rally, all workers together.
+
+        `marks` are those of several processes, merged; None: of this one.
 
         ``clips_left_out`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
         each clip counts once, however often it was read.
         """
         repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         replaced: Counter[str] = Counter()
-        for i in self._done.any(dim=1).nonzero().flatten().tolist():
+        done = self._done if marks is None else marks
+        for i in done.any(dim=1).nonzero().flatten().tolist():
             video = self.index.clips[i].video
-            *frames, whole = self._done[i].tolist()
+            *frames, whole = done[i].tolist()
             for name, count in zip(self.readers, frames, strict=True):
                 if count:
                     repeated[name][video] += count
@@ -134,10 +152,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
             "clips_replaced": dict(replaced),
         }
 
-    def _sample(self, epoch: int, i: int) -> dict[str, Any]:
+    def _sample(self, epoch: int, i: int, cached: bool = False) -> dict[str, Any]:
         clip = self.index.clips[i]
         sample: dict[str, Any] = {}
         for column, (name, reader) in enumerate(self.readers.items()):
+            if cached and name not in self.lasting:
+                continue
             if self.missing == "repeat":
                 sample[name], repeated = reader.read_repeating(clip.video, clip.frames)
                 if repeated:
@@ -150,15 +170,17 @@ class ClipDataset(Dataset[dict[str, Any]]):
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
         return sample
 
-    def _replacement(self, epoch: int, i: int, error: FrameError) -> dict[str, Any]:
+    def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool = False) -> dict[str, Any]:
         """Another clip in place of one that cannot be read."""
         self._done[i, -1] = 1
         allowed = max(1, math.ceil(self.budget * len(self)))
         if int(self._done[:, -1].sum()) <= allowed:
             rng = stream(self.seed, epoch, self.index.clips[i].id, "replacement")
             for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
+                if cached and self._done[other, -1]:
+                    continue
                 try:
-                    return self._sample(epoch, other)
+                    return self._sample(epoch, other, cached)
                 except FrameError:
                     self._done[other, -1] = 1
         raise FrameError(

@@ -1,18 +1,22 @@
-"""What Lightning is taught for this project: file format, stopping, plain progress."""
+"""What Lightning is taught for this project: file format, epochs, stopping, exact means."""
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, Checkpoint
 
-from mmdistill.checkpoint import load_torch, save_torch
-from mmdistill.runlog import PLAIN_LINE_SECONDS
+from mmdistill.checkpoint import load_torch, prune, save_torch
+from mmdistill.checkpoint.engine import agree, gather
+from mmdistill.checkpoint.retention import best_of, same_as
+from mmdistill.distill.module import position
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+
+LAST = "last.ckpt"
 
 
 class VerifiedCheckpointIO(CheckpointIO):
@@ -31,91 +35,172 @@ class VerifiedCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class EpochCheckpoints(ModelCheckpoint):
-    """``epoch=XX-train_loss=X.XXXX.ckpt`` every `save_ckpt_freq` epochs and at the end, and ``last.ckpt``."""
+class EpochCheckpoints(Checkpoint):
+    """``epoch=XX-train_loss=X.XXXX.ckpt`` every `save_ckpt_freq` epochs and at the end, and ``last.ckpt``.
 
-    def __init__(self, directory: Path, *, save_ckpt_freq: int) -> None:
-        super().__init__(
-            dirpath=directory,
-            filename="{epoch:02d}-{train_loss:.4f}",
-            save_top_k=-1,
-            save_last=True,
-            every_n_epochs=save_ckpt_freq,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
+    ``last.ckpt`` is the newest of them under a second name, so it costs no second write. The losses of all that were
+    saved travel with each checkpoint: a run that is resumed in another folder still knows which is the best.
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last epoch is saved whether or not it is a multiple of the interval."""
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            self._every_n_epochs = 1
-        super().on_train_epoch_end(trainer, pl_module)
-
-
-class SetEpoch(Callback):
-    """Tells the sampler which epoch begins; the first one of a run is set when its loader is made."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the epoch's iterator is made."""
-        self.sampler.set_state(trainer.current_epoch, 0)
-
-
-class StopOnSignal(Callback):
-    """After a signal, end at the end of the step: save ``last.ckpt`` and leave with `INTERRUPTED_EXIT_CODE`.
-
-    A step inside an epoch is saved as it is; `resume` then repeats this epoch from its first clip with those weights,
-    so stops at an epoch's end are the ones that continue to the same last bit.
+    Args:
+        directory: the folder of checkpoints.
+        save_ckpt_freq: epochs between files.
+        keep_last, save_top_k: see `checkpoint.prune`.
+        source: the checkpoint that the run resumed from, which is never removed.
+        stop_signal: a signal in an epoch's last step ends the run here.
     """
 
-    def __init__(self, stop_signal: Callable[[], int | None], path: Path) -> None:
-        self.stop_signal, self.path = stop_signal, path
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        save_ckpt_freq: int,
+        keep_last: int | None,
+        save_top_k: int | None,
+        source: Path | None,
+        stop_signal: Callable[[], int | None],
+    ) -> None:
+        self.directory, self.every = directory, save_ckpt_freq
+        self.keep_last, self.save_top_k, self.source = keep_last, save_top_k, source
+        self.stop_signal = stop_signal
+        self.losses: dict[str, float] = {}  # absolute path -> loss
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """All ranks agree on the stop."""
-        if trainer.strategy.reduce_boolean_decision(self.stop_signal() is not None, all=False):
-            trainer.save_checkpoint(self.path)
-            if trainer.is_global_zero:
-                print(f"stopped by a signal; whole checkpoint written: {self.path}", file=sys.stderr)
-            raise SystemExit(INTERRUPTED_EXIT_CODE)
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where it is time to; the last epoch always."""
+        epoch, loss = trainer.current_epoch, float(trainer.callback_metrics.get("train_loss", float("nan")))
+        ended = epoch + 1 == trainer.max_epochs
+        stop = not ended and asked_to_stop(trainer, self.stop_signal)
+        if ended or (epoch + 1) % self.every == 0:
+            path = (self.directory / f"epoch={epoch:02d}-train_loss={loss:.4f}.ckpt").absolute()
+            self.losses[str(path)] = loss
+            trainer.save_checkpoint(path)
+            agree(lambda: self._tidy(path) if trainer.is_global_zero else None, "")
+        elif stop:
+            trainer.save_checkpoint(self.directory / LAST)
+        if stop:  # Lightning logs the epoch's row before it leaves
+            trainer.should_stop = True
+            _say(trainer, f"stopped by a signal; whole checkpoint written: {self.directory / LAST}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Name the best one."""
+        best = best_of(self.losses)
+        if best is not None:
+            _say(trainer, f"best checkpoint: {best} (train_loss {self.losses[str(best)]:.4f})")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of all checkpoints of this training."""
+        return {"losses": dict(self.losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the list of the run that is continued."""
+        self.losses = {str(k): float(v) for k, v in state_dict["losses"].items()}
+
+    def _tidy(self, path: Path) -> None:
+        same_as(path, self.directory / LAST)
+        prune(
+            self.directory,
+            keep_last=self.keep_last,
+            save_top_k=self.save_top_k,
+            protect=[self.source] if self.source else [],
+            elsewhere=self.losses,
+        )
 
 
-class EpochLines(Callback):
-    """One line per epoch, and where standard error is no terminal also one every few seconds."""
+class FixedOrder(Callback):
+    """Tells the sampler which epoch begins (the first one of a run is set when its loader is made), and seeds steps.
 
-    def __init__(self) -> None:
-        self._began = self._said = 0.0
-        self._clips = 0
+    Anything random in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the epoch's clock."""
-        self._began, self._clips = time.monotonic(), 0
+        """Before the epoch's iterator is made; skipped by Lightning where a run resumes inside an epoch."""
+        self.sampler.set_state(trainer.current_epoch, 0)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Seed the step."""
+        torch.manual_seed(hash((self.seed, trainer.current_epoch, index, trainer.global_rank)) % 2**63)
+
+
+class EpochMeans(Callback):
+    """Means of the step's ``values`` over an epoch's clips, all ranks together, also when the epoch was interrupted.
+
+    Lightning's own means start anew at a resume. These sums (float64) are in the checkpoint, one list per rank, so
+    that the resumed epoch's means equal the uninterrupted ones to the last bit.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None  # of each value times the batch's clips; last: clips
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A new epoch."""
+        self.sums = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """A plain line now and then."""
-        self._clips += len(batch["index"]) * trainer.world_size
-        now = time.monotonic()
-        if trainer.is_global_zero and not sys.stderr.isatty() and now - self._said > PLAIN_LINE_SECONDS:
-            self._said = now
-            rate = self._clips / (now - self._began)
-            total = trainer.num_training_batches
-            print(
-                f"distil epoch {trainer.current_epoch}/{trainer.max_epochs} "
-                f"batch {batch_idx + 1}/{total} {rate:.0f} clips/s",
-                file=sys.stderr,
-            )
+        """Add a step; nothing waits for the device."""
+        values = outputs["values"]
+        if not values:  # the loss was not finite
+            return
+        self.names, clips = list(values), len(batch["index"])
+        step = torch.stack([v.detach().double() for v in values.values()] + [torch.ones_like(outputs["loss"]).double()])
+        step *= clips
+        self.sums = step if self.sums is None else self.sums.to(step.device) + step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Each teacher's loss beside its trivial predictor's."""
-        m = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        parts = ", ".join(
-            f"{name.removeprefix('train_loss_')} {m[name]:.4f} (trivial {m[name.replace('train', 'trivial', 1)]:.4f})"
-            for name in m
-            if name.startswith("train_loss_")
-        )
-        if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch}: loss {m['train_loss']:.4f}: {parts}", file=sys.stderr)
+        """Log the means."""
+        if self.sums is None:
+            return
+        total = trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        means = (total[:-1] / total[-1]).float()
+        self.log_dict(dict(zip(self.names, means, strict=True)), batch_size=1)
+        self.log_dict({"grad_norm": pl_module.grad_norm, "skipped_steps": float(pl_module.nonfinite.skipped)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's sums. Collective, as saving is."""
+        return {"names": self.names, "sums": gather([] if self.sums is None else self.sums.tolist())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """This rank's sums; under another number of ranks, all of them on rank 0."""
+        stored, ranks = state_dict["sums"], torch.distributed
+        rank, world = (ranks.get_rank(), ranks.get_world_size()) if ranks.is_initialized() else (0, 1)
+        if len(stored) != world:
+            lists = [s for s in stored if s]
+            stored = [[sum(column) for column in zip(*lists, strict=True)]] if lists else [[]]
+        self.names = list(state_dict["names"])
+        mine = stored[rank] if rank < len(stored) else []
+        self.sums = torch.tensor(mine, dtype=torch.float64) if mine else None
+
+
+class StopOnSignal(Callback):
+    """After a signal, end at the end of the optimiser step: save ``last.ckpt``, leave with `INTERRUPTED_EXIT_CODE`.
+
+    `resume` continues with the next batch of the epoch. A signal in an epoch's last step waits for the epoch's end,
+    where `EpochCheckpoints` sees it.
+    """
+
+    def __init__(self, stop_signal: Callable[[], int | None], path: Path, accumulate: int) -> None:
+        self.stop_signal, self.path, self.accumulate = stop_signal, path, accumulate
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """All ranks agree on the stop."""
+        done = position(trainer)[1]
+        if done == 0 or done % self.accumulate or not asked_to_stop(trainer, self.stop_signal):
+            return
+        pl_module.on_train_batch_end()  # the student's average, which Lightning would let follow only now
+        trainer.save_checkpoint(self.path)
+        _say(trainer, f"stopped by a signal; whole checkpoint written: {self.path}\ncontinue with resume=auto")
+        raise SystemExit(INTERRUPTED_EXIT_CODE)
+
+
+def asked_to_stop(trainer: pl.Trainer, stop_signal: Callable[[], int | None]) -> bool:
+    """Whether any rank got a signal to stop; the same answer on every rank."""
+    return bool(trainer.strategy.reduce_boolean_decision(stop_signal() is not None, all=False))
+
+
+def _say(trainer: pl.Trainer, text: str) -> None:
+    if trainer.is_global_zero:
+        print(text, file=sys.stderr, flush=True)

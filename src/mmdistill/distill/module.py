@@ -6,20 +6,28 @@ teacher's feature.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from mmdistill.checkpoint import CheckpointError
+from mmdistill.config import ConfigError
+from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.cmt import CrossModalTransfer
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import Encoder
+from mmdistill.nonfinite import NonFinite, grad_norm, zero_loss
 from mmdistill.optim import LearningRates, make_optimizer, make_schedule
+from mmdistill.runtime import mean_over_ranks
+from mmdistill.teachers import check_teachers
 
 
 class MMDistill(pl.LightningModule):
@@ -32,6 +40,10 @@ class MMDistill(pl.LightningModule):
         weight_decay, betas: of AdamW.
         warmup_steps, total_steps: optimiser steps of the linear warm-up and of the whole schedule.
         meta: plain containers that travel with the weights (geometries, statistics, teachers' names and digests).
+        save_teachers: False leaves the teachers out of checkpoints; `meta` names them.
+        layer_decay: see `make_optimizer`.
+        ema: decay per optimiser step of an average of the student, part ``student_ema_rgb``; None: no such part.
+        nonfinite: what happens when a loss or a gradient is not finite; None: it raises.
     """
 
     def __init__(
@@ -45,10 +57,18 @@ class MMDistill(pl.LightningModule):
         warmup_steps: int,
         total_steps: int,
         meta: Mapping[str, Any],
+        save_teachers: bool = True,
+        layer_decay: float | None = None,
+        ema: float | None = None,
+        nonfinite: NonFinite | None = None,
     ) -> None:
         super().__init__()
+        self.nonfinite = nonfinite or NonFinite("raise", 0, print)
+        self.grad_norm = 0.0  # of the last step, before clipping
+        self._usable = 0  # batches of the optimiser step at hand with a finite loss
+        self.save_teachers = save_teachers
         self.specs, self.rates, self.meta = dict(specs), rates, dict(meta)
-        self.weight_decay, self.betas = weight_decay, betas
+        self.weight_decay, self.betas, self.layer_decay = weight_decay, betas, layer_decay
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.modalities = tuple(teachers)
         self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers["rgb"])})
@@ -56,6 +76,10 @@ class MMDistill(pl.LightningModule):
         for modality, encoder in teachers.items():
             frozen = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
             self.add_module(f"teacher_{modality}", frozen)
+        self.ema, self._averaged = ema, 0
+        if ema is not None:
+            self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
+        self.cache: TeacherCache | None = None
         widths = {m: e.geometry.dim for m, e in teachers.items()}
         self.cmt = CrossModalTransfer(teachers["rgb"].geometry.dim, widths)
 
@@ -64,7 +88,14 @@ class MMDistill(pl.LightningModule):
         super().train(mode)
         for modality in self.modalities:
             self.teacher(modality).eval()
+        if self.ema is not None:
+            self.student_ema_rgb.eval()
         return self
+
+    def compile_encoders(self) -> None:
+        """torch.compile of student and teachers, at their next call; names and weights stay as they are."""
+        for encoder in (self.student, *map(self.teacher, self.modalities)):
+            encoder.compile(dynamic=False)
 
     @property
     def student(self) -> Encoder:
@@ -79,39 +110,100 @@ class MMDistill(pl.LightningModule):
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Per teacher: (mean squared error, error of the best constant feature on this batch); float32 scalars."""
-        visible = batch["visible"]
-        inputs = {}
-        for modality in self.modalities:
-            g = self.teacher(modality).geometry
-            inputs[modality] = prepare(batch[modality], batch["view"], self.specs[modality], (g.height, g.width))
-        with torch.no_grad():
-            targets = {m: self.teacher(m).embed(inputs[m], visible).float() for m in self.modalities}
-        predictions = self.cmt(self.student.embed(inputs["rgb"], visible))
+        visible, rgb = batch["visible"], self.input("rgb", batch)
+        if self.cache is not None and self.cache.serves(self.current_epoch):
+            targets = self.cache.features(self.current_epoch, batch["index"])
+        else:
+            targets = self.targets(batch, rgb)
+            if self.cache is not None:
+                self.cache.add(self.current_epoch, batch["index"], targets)
+        predictions = self.cmt(self.student.embed(rgb, visible))
         return {
             m: (F.mse_loss(predictions[m].float(), targets[m]), targets[m].var(dim=0, unbiased=False).mean())
             for m in self.modalities
         }
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """The sum of the teachers' losses."""
+    def input(self, modality: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """A modality of a batch, as its teacher takes it. (B, C, T, h, w)"""
+        g = self.teacher(modality).geometry
+        return prepare(batch[modality], batch["view"], self.specs[modality], (g.height, g.width))
+
+    @torch.no_grad()
+    def targets(self, batch: Mapping[str, Tensor], rgb: Tensor | None = None) -> dict[str, Tensor]:
+        """The teachers' features, by modality. (B, D) float32 each; `rgb` is the input where it is made already."""
+        inputs = {m: rgb if m == "rgb" and rgb is not None else self.input(m, batch) for m in self.modalities}
+        return {m: self.teacher(m).embed(x, batch["visible"]).float() for m, x in inputs.items()}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """The student's average moves after each optimiser step."""
+        if self.ema is None or self.global_step == self._averaged:
+            return
+        self._averaged = self.global_step
+        averages, current = list(self.student_ema_rgb.parameters()), list(self.student_rgb.parameters())
+        if averages[0].dtype != torch.float32:  # steps of a small rate would be lost in rounding
+            raise ConfigError("trainer.ema needs float32 weights: with strategy=deepspeed set precision=32")
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in current], 1 - self.ema)
+
+    def on_train_start(self) -> None:
+        """A resumed run has taken these steps already."""
+        self._averaged = self.global_step
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
+        """The sum of the teachers' losses as ``loss``; each of them, and its trivial predictor's, in ``values``."""
         losses = self.losses(batch)
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"distillation loss is {float(total)} at step {self.global_step}; clip numbers "
-                f"{batch['index'].tolist()}. Lower trainer.lr or set trainer.clip_grad"
-            )
+        mean = mean_over_ranks([total])[0]
+        accumulate = self.trainer.accumulate_grad_batches
+        usable = self.nonfinite.note_loss(total, mean, self.clip_names(batch), self._where)
+        self._usable = usable + (0 if batch_index % accumulate == 0 else self._usable)
+        if not usable:  # a backward pass all the same: DDP's ranks and DeepSpeed's engine count them
+            return {"loss": zero_loss(list(self.parameters())), "values": {}}
         values = {"train_loss": total}
         for modality, (loss, trivial) in losses.items():
             values[f"train_loss_{modality}"] = loss
             values[f"trivial_loss_{modality}"] = trivial
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(batch["index"]), sync_dist=True)
-        return total
+        return {"loss": total, "values": values}
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """The student's features of whole clips, (B, D); `distill.validate` scores them."""
+        g = self.student.geometry
+        return self.student.embed(prepare(batch["rgb"], batch["view"], self.specs["rgb"], (g.height, g.width)), None)
+
+    def clip_names(self, batch: Mapping[str, Tensor]) -> list[str]:
+        """Ids of a batch's clips."""
+        clips = self.trainer.datamodule.dataset.index.clips  # type: ignore[attr-defined]
+        return [clips[i].id for i in batch["index"].tolist()]
+
+    @property
+    def _where(self) -> str:
+        return f"step {self.global_step} (epoch {self.current_epoch})"
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before clipping: the gradient's norm, and no step without a usable gradient.
+
+        Raises:
+            NonFiniteError: the policy or the budget does not allow to skip this step.
+        """
+        reason = None if self._usable else "loss is not finite"
+        deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)  # its gradients are in buckets
+        if reason is None and not deepspeed:
+            self.grad_norm = grad_norm(list(self.parameters()))
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips by itself
+            reason = None if math.isfinite(self.grad_norm) or scaled else "gradient is not finite"
+        if reason:
+            for parameter in () if deepspeed else self.parameters():
+                parameter.grad = None
+            for group in optimizer.param_groups:  # the schedule sets it again
+                group["lr"] = 0.0
+            self.nonfinite.skip(self._where, reason=reason)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on student and transfer head, cosine schedule by step."""
         trained = nn.ModuleDict({"student_rgb": self.student_rgb, "cmt": self.cmt})
-        optimizer = make_optimizer(trained, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas)
+        optimizer = make_optimizer(
+            trained, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas, layer_decay=self.layer_decay
+        )
         schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -120,11 +212,53 @@ class MMDistill(pl.LightningModule):
         scheduler.step_update(self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Weights describe themselves: `meta` with epoch, step and loss."""
-        loss = self.trainer.callback_metrics.get("train_loss")
+        """Weights describe themselves: `meta` with epoch, step and loss; without the teachers if so wished.
+
+        ``batch`` is the number of batches done of the epoch, None at its end; an unfinished epoch has no ``loss``.
+        """
+        _, batch = position(self.trainer)
+        loss = None if batch else self.trainer.callback_metrics.get("train_loss")
         checkpoint["mmdistill"] = {
             **self.meta,
             "epoch": self.current_epoch,
             "step": self.global_step,
+            "batch": batch or None,
+            "skipped_steps": self.nonfinite.skipped,
             "loss": float(loss) if loss is not None else None,
         }
+        # the loop's own place would be refused by a loader that has none; ours travels with the data module
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        if not self.save_teachers:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher_")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A slim file gets this module's teachers, if they are the ones that it names.
+
+        Raises:
+            CheckpointError: they are others.
+        """
+        state, stored = checkpoint.get("state_dict"), checkpoint.get("mmdistill") or {}
+        self.nonfinite.skipped = int(stored.get("skipped_steps", 0))
+        if state is None:  # a directory of stock Lightning's DeepSpeed strategy: its engine has the weights
+            return
+        held = any(k.startswith("student_ema_rgb.") for k in state)
+        if held != (self.ema is not None):
+            raise CheckpointError(
+                f"the checkpoint has {'an' if held else 'no'} average of the student (student_ema_rgb), this run has "
+                f"trainer.ema={'null' if self.ema is None else self.ema}; set it as it was, or use resume=null"
+            )
+        parts = [f"teacher_{m}" for m in self.modalities]
+        absent = [p for p in parts if not any(k.startswith(p + ".") for k in state)]
+        check_teachers(stored.get("teachers") or {}, self.meta.get("teachers") or {}, absent)
+        own = self.state_dict()
+        checkpoint["state_dict"] = {
+            **state, **{k: v for k, v in own.items() if k.partition(".")[0] in absent}
+        }  # fmt: skip
+
+
+def position(trainer: pl.Trainer) -> tuple[int, int]:
+    """Where a training stands between two batches: (epoch, batches done of it); after an epoch (next epoch, 0)."""
+    loop = trainer.fit_loop
+    started, done = loop.epoch_progress.current.started, loop.epoch_loop.batch_progress.current.ready
+    return (started - 1, done) if 0 < done < trainer.num_training_batches else (started, 0)

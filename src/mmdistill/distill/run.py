@@ -6,74 +6,117 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import RichProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
 
 from mmdistill import __version__
-from mmdistill.build import check_token_grid, clip_dataset, clip_loader, make_demo_data
-from mmdistill.checkpoint import load_encoder, newest_complete, read_checkpoint
-from mmdistill.config import ConfigError, DistillConfig, modality_specs, teacher_paths, to_plain
+from mmdistill.build import clip_dataset, clip_loader, make_demo_data
+from mmdistill.checkpoint.retention import find_resume, run_lock
+from mmdistill.config import ConfigError, DistillConfig, as_names, modality_specs, to_plain
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.distill.callbacks import EpochCheckpoints, EpochLines, SetEpoch, StopOnSignal, VerifiedCheckpointIO
-from mmdistill.distill.module import MMDistill
-from mmdistill.fewshot.embed import weights_digest
+from mmdistill.data_report import DataReport
+from mmdistill.distill.callbacks import (
+    LAST,
+    EpochCheckpoints,
+    EpochMeans,
+    FixedOrder,
+    StopOnSignal,
+    VerifiedCheckpointIO,
+)
+from mmdistill.distill.module import MMDistill, position
+from mmdistill.distill.progress import Progress
+from mmdistill.distill.strategy import trainer_place
+from mmdistill.distill.teacher_cache import FillTeacherCache, TeacherCache, cache_key
+from mmdistill.distill.validate import make_validation, validation_line
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.videomae import Encoder
+from mmdistill.nonfinite import NonFinite
 from mmdistill.optim import LearningRates
-from mmdistill.runtime import resolve_precision, start_process, stop_signals
-
-_LIGHTNING_PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
-
-
-def load_teachers(config: DistillConfig, specs: dict[str, ModalitySpec]) -> tuple[dict[str, Encoder], dict[str, Any]]:
-    """The teachers by modality, and for each the path and the sha256 of its encoder's tensors.
-
-    Raises `ConfigError` where a checkpoint was trained on another modality, other statistics or another token grid.
-    """
-    teachers, sources = {}, {}
-    for modality, path in teacher_paths(config.trainer).items():
-        checkpoint = read_checkpoint(path)
-        found = checkpoint.meta.get("modality")
-        if found is not None and found != modality:
-            raise ConfigError(
-                f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
-                "check the order (rgb, flow, skeleton)"
-            )
-        encoder = load_encoder(checkpoint)
-        spec = specs[modality]
-        check_token_grid(encoder, spec, config.data_module, path)
-        stored = (checkpoint.meta.get("statistics") or {}).get(modality)
-        if stored and (tuple(stored["mean"]), tuple(stored["std"])) != (spec.mean, spec.std):
-            raise ConfigError(
-                f"data_module.modalities.{modality}: mean/std {spec.mean}/{spec.std} differ from those {path} was "
-                f"trained with ({stored['mean']}/{stored['std']}); use the same dataset config in both phases"
-            )
-        teachers[modality] = encoder
-        sources[f"teacher_{modality}"] = {"path": str(path), "sha256": weights_digest(encoder)}
-    return teachers, sources
+from mmdistill.runtime import (
+    INTERRUPTED_EXIT_CODE,
+    Process,
+    common_folder,
+    resolve_precision,
+    start_process,
+    stop_signals,
+)
+from mmdistill.teachers import load_teachers
 
 
-class _Data(pl.LightningDataModule):
-    def __init__(
-        self, config: DistillConfig, modalities: tuple[str, ...], sampler_place: tuple[int, int], pin: bool
-    ) -> None:
+class _PlacedLoader(DataLoader):
+    """Tells Lightning that it can resume inside an epoch: `DistillData` puts its sampler in place."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class DistillData(pl.LightningDataModule):
+    """The training clips in their fixed order; its place in it, (epoch, batch), is part of every checkpoint."""
+
+    def __init__(self, config: DistillConfig, modalities: tuple[str, ...], process: Process) -> None:
         super().__init__()
-        rank, world_size = sampler_place
+        self.validation = make_validation(config, process)
         self.dataset = clip_dataset(config.data_module, modalities, training=True, seed=config.seed)
         self.sampler = EpochBatchSampler(
-            len(self.dataset), batch_size=config.batch_size, seed=config.seed, rank=rank, world_size=world_size
+            len(self.dataset),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            rank=process.rank,
+            world_size=process.world_size,
         )
         if len(self.sampler) == 0:
             raise ConfigError(
                 f"{len(self.dataset)} clips are fewer than one batch of batch_size={config.batch_size}; lower it"
             )
-        self._workers, self._pin = config.num_workers, pin
+        # what decides which clips the batches before a place held
+        self._order = {
+            "seed": config.seed,
+            "clips": len(self.dataset),
+            "global_batch": config.batch_size * process.world_size,
+            "accumulate": config.trainer.accumulate,
+        }
+        self._config, self._pin = config, process.device.type == "cuda"
+        self._start: tuple[int, int] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the order, and what the order depends on."""
+        epoch, batch = position(self.trainer) if self.trainer else (0, 0)
+        return {**self._order, "epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at a place.
+
+        Raises:
+            ConfigError: it is inside an epoch, and this run's batches are others.
+        """
+        self._start = (int(state_dict["epoch"]), int(state_dict["batch"]))
+        other = {k: (state_dict[k], v) for k, v in self._order.items() if state_dict[k] != v}
+        if self._start[1] and other:
+            told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
+            raise ConfigError(
+                f"resume: the checkpoint was written inside epoch {self._start[0]}, whose batches are not those of "
+                f"this run (checkpoint / run): {told}; use the same settings, or resume from an epoch's end"
+            )
 
     def train_dataloader(self) -> Any:
-        """Called after a checkpoint's loop state is restored, so the first epoch is the right one."""
-        if self.trainer is not None:
-            self.sampler.set_state(self.trainer.current_epoch, 0)
-        return clip_loader(self.dataset, num_workers=self._workers, pin=self._pin, batch_sampler=self.sampler)
+        """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
+        done = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
+        self.sampler.set_state(*(self._start or (done, 0)))  # a file without a place was written at an epoch's end
+        return clip_loader(
+            self.dataset,
+            num_workers=self._config.num_workers,
+            pin=self._pin,
+            batch_sampler=self.sampler,
+            timeout_s=self._config.loader_timeout_s,
+            kind=_PlacedLoader,
+        )
+
+    def val_dataloader(self) -> Any:
+        """The clips of the validation's episodes; nothing where there is none."""
+        return self.validation.dataloader() if self.validation else []
 
 
 def distill(config: DistillConfig, run_dir: Path) -> Path:
@@ -86,60 +129,116 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     Returns:
         The last checkpoint.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed)
-    make_demo_data(config.data_module)
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    run_dir = common_folder(process, run_dir)
+    if process.is_main:
+        make_demo_data(config.data_module)
+    checkpoints = run_dir / "checkpoints"
+    with run_lock(checkpoints):
+        return _fit(config, run_dir, find_resume(config.resume, checkpoints), process)
+
+
+def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Process) -> Path:
+    """Train to the end; the last checkpoint."""
     specs = modality_specs(config.data_module)
-    teachers, sources = load_teachers(config, specs)
-    data = _Data(config, tuple(teachers), (process.rank, process.world_size), process.device.type == "cuda")
+    teachers, sources = load_teachers(config, specs, source)
+    data = DistillData(config, tuple(teachers), process)
+    module = _module(config, teachers, specs, sources, data, run_dir, process)
+    report = DataReport(data.dataset, run_dir, is_main=process.is_main)
+    with stop_signals(config.stop_signals) as stop_signal:
+        trainer = _trainer(config, run_dir, data, source, stop_signal, process.device)
+        if module.cache is not None:
+            fill = FillTeacherCache(
+                module.cache, data.dataset, batch_size=config.batch_size, num_workers=config.num_workers
+            )
+            trainer.callbacks.insert(0, fill)
+        # Lightning's own handler of SIGTERM broadcasts inside the handler, where another collective may be under way
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        lines = [_first_line(config, teachers, module, data), report.first_line()]
+        if data.validation:
+            lines.append(validation_line(data.validation, config))
+        if source:
+            lines.append(f"resume from {source}")
+        if process.is_main:
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=str(source) if source else None, weights_only=True)
+        except SystemExit:  # all ranks leave together
+            _say_end(report, process)
+            raise
+    _say_end(report, process)
+    if trainer.should_stop:
+        raise SystemExit(INTERRUPTED_EXIT_CODE)
+    return run_dir / "checkpoints" / LAST
+
+
+def _say_end(report: DataReport, process: Process) -> None:
+    _say(report.last_line(), process)
+
+
+def _say(line: str, process: Process) -> None:
+    if process.is_main:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _first_line(config: DistillConfig, teachers: dict[str, Encoder], module: MMDistill, data: DistillData) -> str:
+    return (
+        f"distil {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, {len(data.sampler)} batches of "
+        f"{config.batch_size} ({data.sampler.dropped} clips left out each epoch), base_lr {config.trainer.lr:g} -> "
+        f"lr {module.rates.lr:g}"
+    )
+
+
+def _module(
+    config: DistillConfig,
+    teachers: dict[str, Encoder],
+    specs: dict[str, ModalitySpec],
+    sources: dict[str, Any],
+    data: DistillData,
+    run_dir: Path,
+    process: Process,
+) -> MMDistill:
     t = config.trainer
     global_batch = config.batch_size * process.world_size * t.accumulate
-    steps = math.ceil(
-        len(data.sampler) / t.accumulate
-    )  # Lightning steps at an epoch's end even if fewer were accumulated
-    rates = LearningRates.scaled(t.lr, t.min_lr, t.warmup_lr, global_batch=global_batch)
+    steps = math.ceil(len(data.sampler) / t.accumulate)  # Lightning steps at an epoch's end even if fewer accumulated
     module = MMDistill(
         teachers,
         specs,
-        rates=rates,
+        rates=LearningRates.scaled(t.lr, t.min_lr, t.warmup_lr, global_batch=global_batch),
         weight_decay=t.weight_decay,
         betas=(t.betas[0], t.betas[1]),
         warmup_steps=round(t.warmup_epochs * steps),
         total_steps=t.epochs * steps,
         meta=_meta(config, teachers, specs, sources),
+        save_teachers=t.save_teachers,
+        layer_decay=t.layer_decay,
+        ema=t.ema,
+        nonfinite=NonFinite(t.nonfinite, t.nonfinite_budget, lambda line: _say(line, process)),
     )
     module.student.checkpoint_activations = t.activation_checkpointing
-    with stop_signals() as stop_signal:
-        trainer = _trainer(config, run_dir, data, stop_signal, process.device)
-        if trainer.is_global_zero:
-            print(
-                f"distil {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, "
-                f"{len(data.sampler)} batches of "
-                f"{config.batch_size} ({data.sampler.dropped} clips left out each epoch), "
-                f"base_lr {t.lr:g} -> lr {rates.lr:g}"
-            )
-        trainer.fit(module, datamodule=data, ckpt_path=_resume(config, run_dir), weights_only=True)
-    return run_dir / "checkpoints" / "last.ckpt"
-
-
-def _resume(config: DistillConfig, run_dir: Path) -> str | None:
-    if config.resume is None:
-        return None
-    if config.resume == "auto":
-        newest = newest_complete(run_dir / "checkpoints")
-        return str(newest) if newest else None
-    if not Path(config.resume).expanduser().exists():
-        raise ConfigError(f"resume={config.resume} does not exist; give a .ckpt file, or resume=auto")
-    return str(Path(config.resume).expanduser())
+    if config.compile:
+        module.compile_encoders()
+    if t.teacher_cache:
+        data.dataset.draws = t.teacher_cache
+        module.cache = TeacherCache(
+            run_dir,
+            draws=t.teacher_cache,
+            clips=len(data.dataset),
+            widths={m: e.geometry.dim for m, e in teachers.items()},
+            key=cache_key(data.dataset, sources, resolve_precision(config.precision, process.device)),
+        )
+    return module
 
 
 def _meta(
     config: DistillConfig, teachers: dict[str, Encoder], specs: dict[str, ModalitySpec], sources: dict[str, Any]
 ) -> dict[str, Any]:
+    students = ["student_rgb"] + ["student_ema_rgb"] * (config.trainer.ema is not None)
     geometries = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
     return {
         "mmdistill_version": __version__,
         "kind": "distill",
-        "encoders": {"student_rgb": to_plain(teachers["rgb"].geometry), **geometries},
+        "encoders": {**{part: to_plain(teachers["rgb"].geometry) for part in students}, **geometries},
         "decoder": None,
         "statistics": {m: {"mean": list(specs[m].mean), "std": list(specs[m].std)} for m in teachers},
         "config": to_plain(config),
@@ -147,32 +246,40 @@ def _meta(
     }
 
 
-def _trainer(config: DistillConfig, run_dir: Path, data: _Data, stop_signal: Any, device: Any) -> pl.Trainer:
+def _trainer(
+    config: DistillConfig, run_dir: Path, data: DistillData, source: Path | None, stop_signal: Any, device: Any
+) -> pl.Trainer:
     t = config.trainer
     checkpoints = run_dir / "checkpoints"
     callbacks: list[pl.Callback] = [
-        EpochCheckpoints(checkpoints, save_ckpt_freq=t.save_ckpt_freq),
-        SetEpoch(data.sampler),
-        StopOnSignal(stop_signal, checkpoints / "last.ckpt"),
-        EpochLines(),
+        FixedOrder(data.sampler, config.seed),
+        EpochMeans(),  # before all that read the epoch's means
+        Progress(run_dir, as_names("logger", config.logger), to_plain(config)),
+        StopOnSignal(stop_signal, checkpoints / LAST, t.accumulate),
+        EpochCheckpoints(
+            checkpoints,
+            save_ckpt_freq=t.save_ckpt_freq,
+            keep_last=t.keep_last,
+            save_top_k=t.save_top_k,
+            source=source,
+            stop_signal=stop_signal,
+        ),
     ]
-    terminal = sys.stderr.isatty()
-    if terminal:
-        callbacks.append(RichProgressBar())
+    if data.validation:
+        callbacks.append(data.validation)
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=config.devices,
-        strategy=config.strategy,
-        precision=_LIGHTNING_PRECISION[resolve_precision(config.precision, device)],
+        **trainer_place(config, resolve_precision(config.precision, device), plugins=[VerifiedCheckpointIO()]),
         max_epochs=t.epochs,
         accumulate_grad_batches=t.accumulate,
         gradient_clip_val=t.clip_grad,
-        logger=[CSVLogger(run_dir, name="", version=""), TensorBoardLogger(run_dir, name="tensorboard", version="")],
+        logger=False,  # `Progress` knows the trackers of both trainings
         callbacks=callbacks,
-        plugins=[VerifiedCheckpointIO()],
         use_distributed_sampler=False,
-        enable_progress_bar=terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
         num_sanity_val_steps=0,
+        check_val_every_n_epoch=t.check_val_every_n_epoch or 1,
+        limit_val_batches=1.0 if data.validation else 0,
     )

@@ -113,8 +113,12 @@ class Job:
     weights: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
 
-    def key(self, data: str) -> str:
-        """Cache key for clips with this digest."""
+    def key(self, data: str | Mapping[str, str]) -> str:
+        """Cache key for clips of this version (`data.version.data_version`; by modality).
+
+        Episodes, shots and heads do not belong here: they change nothing about the features.
+        """
+        data = data if isinstance(data, str) else data[str(self.info.get("modality"))]
         settings = {**self.views.settings(), "grid": list(self.grid), "modality": self.info.get("modality")}
         return cache_key(weights=self.weights, data=data, settings=settings)
 
@@ -159,18 +163,6 @@ def weights_digest(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def clips_digest(index: ClipIndex, *settings: object) -> str:
-    """sha256 over the clips and whatever else decides their pixels (folders, crop, statistics: anything with a repr).
-
-    Episodes, shots and heads do not belong here: they change nothing about the features.
-    """
-    digest = hashlib.sha256(repr(settings).encode())
-    for clip in index.clips:
-        digest.update(repr(clip).encode())
-    digest.update(repr(index.classes).encode())
     return digest.hexdigest()
 
 
@@ -265,7 +257,7 @@ def embed_cached(
     loader: Callable[[], Iterable[Mapping[str, Tensor]]],
     index: ClipIndex,
     *,
-    data: str,
+    data: str | Mapping[str, str],
     cache: str | Path | None,
     show_progress: bool = True,
 ) -> list[Features]:
@@ -275,7 +267,7 @@ def embed_cached(
         jobs: networks and views; those found in the cache are not encoded.
         loader: called only if something must be encoded; on several ranks each rank's loader holds its part.
         index: all clips.
-        data: digest of the clips (`clips_digest`).
+        data: version of the clips' pixels, one for all or by modality (`data.version.data_version`).
         cache: folder, or None for no cache.
 
     Returns:

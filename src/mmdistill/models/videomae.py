@@ -219,7 +219,7 @@ class Encoder(nn.Module):
         This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE's fc-norm is a LayerNorm whose affine
         weights start at 1 and 0 and are learned from labels; there are none here, so it has no parameters.
         """
-        return F.layer_norm(self.forward(x, visible).mean(dim=1), (self.geometry.dim,), eps=1e-6)
+        return F.layer_norm(self(x, visible).mean(dim=1), (self.geometry.dim,), eps=1e-6)
 
 
 class _Decoder(nn.Module):

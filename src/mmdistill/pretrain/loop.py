@@ -5,39 +5,76 @@ state: it continues at the stored (epoch, batch) with the stored weights and mom
 """
 
 import math
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import default_collate
 
 from mmdistill import __version__
 from mmdistill.build import clip_dataset, clip_loader, decoder_geometry, encoder_geometry, make_demo_data
-from mmdistill.checkpoint import load_deepspeed, save_deepspeed
-from mmdistill.config import PretrainConfig, modality_specs, to_plain
+from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
+from mmdistill.checkpoint.engine import agree
+from mmdistill.checkpoint.retention import find_resume, run_lock
+from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
 from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.data_report import DataReport
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import VideoMAE, complement, patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.nonfinite import NonFinite, grad_norm, zero_loss
 from mmdistill.optim import LearningRates, make_schedule
-from mmdistill.pretrain.engine import any_rank, make_engine, mean_over_ranks, open_process_group
-from mmdistill.pretrain.start import find_resume, load_videomae
+from mmdistill.pretrain.engine import make_engine, open_process_group
+from mmdistill.pretrain.start import load_videomae
 from mmdistill.runlog import RunLog
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE, Process, resolve_precision, start_process, stop_signals
+from mmdistill.runtime import (
+    INTERRUPTED_EXIT_CODE,
+    Process,
+    any_rank,
+    common_folder,
+    mean_over_ranks,
+    resolve_precision,
+    start_process,
+    stop_signals,
+)
 
 
 @dataclass
 class _Progress:
-    """Where the run stands: batches done in `epoch`, and the sums of the epoch so far."""
+    """Where the run stands: batches done in `epoch`, the sums of the epoch so far, and how many losses they lack."""
 
     epoch: int = 0
     batch: int = 0
     loss_sum: float = 0.0
     trivial_sum: float = 0.0
+    unusable: int = 0
+
+    def add(self, losses: tuple[float, float] | None) -> None:
+        """One more batch; None where its loss was not finite."""
+        self.batch += 1
+        if losses is None:
+            self.unusable += 1
+        else:
+            self.loss_sum += losses[0]
+            self.trivial_sum += losses[1]
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """(loss, trivial loss) of the epoch so far; NaN before the first usable batch."""
+        count = self.batch - self.unusable
+        return (self.loss_sum / count, self.trivial_sum / count) if count else (math.nan, math.nan)
 
     def restart(self) -> None:
-        self.epoch, self.batch, self.loss_sum, self.trivial_sum = self.epoch + 1, 0, 0.0, 0.0
+        self.epoch, self.batch, self.loss_sum, self.trivial_sum, self.unusable = self.epoch + 1, 0, 0.0, 0.0, 0
+
+
+def _say_on(process: Process) -> Callable[[str], None]:
+    """Prints lines on rank 0."""
+    return lambda text: print(text, file=sys.stderr, flush=True) if process.is_main else None
 
 
 class _Run:
@@ -56,26 +93,32 @@ class _Run:
             world_size=process.world_size,
         )
         self.loader = clip_loader(
-            self.dataset, num_workers=config.num_workers, pin=process.device.type == "cuda", batch_sampler=self.sampler
+            self.dataset,
+            num_workers=config.num_workers,
+            pin=process.device.type == "cuda",
+            batch_sampler=self.sampler,
+            timeout_s=config.loader_timeout_s,
         )
         # an optimiser step never spans two epochs
         self.batches = len(self.sampler) // trainer.accumulate * trainer.accumulate
         if self.batches == 0:
             clips = config.batch_size * process.world_size * trainer.accumulate
-            raise ValueError(
+            raise ConfigError(
                 f"{len(self.dataset)} clips are fewer than one optimiser step of {clips}; lower batch_size"
             )
         torch.manual_seed(config.seed)
         self.geometry = encoder_geometry(config.model, data, self.spec)
         model = VideoMAE(self.geometry, decoder_geometry(config.model), drop_path=config.model.drop_path)
         model.encoder.checkpoint_activations = trainer.activation_checkpointing
+        if config.compile:
+            model.encoder.compile(dynamic=False)
         self.initialised = load_videomae(model.encoder, config.pretrain) if config.pretrain else None
         global_batch = config.batch_size * process.world_size * trainer.accumulate
         self.rates = LearningRates.scaled(trainer.lr, trainer.min_lr, trainer.warmup_lr, global_batch=global_batch)
         self.engine = make_engine(config, model, self.rates, process)
         steps = self.batches // trainer.accumulate
         self.schedule = make_schedule(
-            self.engine.optimizer if config.deepspeed.zero_stage else self.engine.basic_optimizer,
+            self.engine.optimizer if zero_stage(config) else self.engine.basic_optimizer,
             self.rates,
             warmup_steps=round(trainer.warmup_epochs * steps),
             total_steps=trainer.epochs * steps,
@@ -83,11 +126,33 @@ class _Run:
         self.total_steps = trainer.epochs * steps
         self.autocast_inputs = resolve_precision(config.precision, process.device)
         self.at = _Progress()
+        self.source: Path | None = None
+        self.saved: dict[str, float] = {}  # losses of this training's checkpoints, also those in other folders
+        self.report = DataReport(self.dataset, run_dir, is_main=process.is_main)
+        self.nonfinite = NonFinite(trainer.nonfinite, trainer.nonfinite_budget, _say_on(process))
+        self.usable = 0  # batches of the optimiser step at hand with a finite loss
+        self.grad_norm = 0.0  # of the last step, before clipping
+        # at stage 0 in float32 the gradients are the parameters' own; elsewhere DeepSpeed's optimiser looks after them
+        self.plain_gradients = zero_stage(config) == 0 and self.autocast_inputs == "32"
 
     @property
     def step(self) -> int:
         """Optimiser steps done."""
-        return (self.at.epoch * self.batches + self.at.batch) // self.config.trainer.accumulate
+        return self.step_after(0)
+
+    def step_after(self, batches: int) -> int:
+        """Optimiser steps done after `batches` more."""
+        return (self.at.epoch * self.batches + self.at.batch + batches) // self.config.trainer.accumulate
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"step {self.step} (epoch {self.at.epoch})"
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The dynamic loss scale of precision=16."""
+        return float(self.engine.optimizer.loss_scale) if self.autocast_inputs == "16" else None
 
     def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, trivial loss) of one batch; float32 scalars."""
@@ -127,18 +192,36 @@ class _Run:
         }
 
     def save(self, name: str, loss: float) -> Path:
-        """Write a checkpoint directory; all ranks call this."""
+        """Write a checkpoint directory, then remove what retention gives up; all ranks call this."""
         state = {
             "epoch": self.at.epoch,
             "batch": self.at.batch,
             "loss_sum": self.at.loss_sum,
             "trivial_sum": self.at.trivial_sum,
+            "unusable": self.at.unusable,
         }
-        return save_deepspeed(self.engine, self.run_dir / "checkpoints" / name, self.meta(loss), {"progress": state})
+        target = (self.run_dir / "checkpoints" / name).absolute()
+        self.saved[str(target)] = loss
+        client = {"progress": state, "saved": dict(self.saved), "skipped_steps": self.nonfinite.skipped}
+        path = save_deepspeed(self.engine, target, self.meta(loss), client)
+        agree(self._prune if self.process.is_main else lambda: None, "")
+        return path
+
+    def _prune(self) -> None:
+        trainer = self.config.trainer
+        prune(
+            self.run_dir / "checkpoints",
+            keep_last=trainer.keep_last,
+            save_top_k=trainer.save_top_k,
+            protect=[self.source] if self.source else [],
+            elsewhere={path: loss for path, loss in self.saved.items() if "-step=" not in Path(path).name},
+        )
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint directory."""
         state = load_deepspeed(self.engine, path)
+        self.source, self.saved = path, dict(state.get("saved", {}))
+        self.nonfinite.skipped = int(state.get("skipped_steps", 0))
         self.at = _Progress(**state["progress"])
         if self.at.batch >= self.batches:
             self.at.restart()
@@ -157,18 +240,33 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
 
     Raises:
         SystemExit: with `INTERRUPTED_EXIT_CODE` after a signal, when a whole checkpoint of the step in hand is written.
-        FloatingPointError: the loss is not finite; names the step and the clips.
+        NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed)
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
     open_process_group(process)
+    run_dir = common_folder(process, run_dir)
     if process.is_main:
         make_demo_data(config.data_module)
     torch.distributed.barrier()
-    run = _Run(config, run_dir, process)
-    source = find_resume(config, run_dir)
-    log = RunLog(run_dir, total_steps=run.total_steps, title=f"pretrain {config.modality}", enabled=process.is_main)
-    with log, stop_signals() as stop_signal:
+    with run_lock(run_dir / "checkpoints"):
+        source = find_resume(config.resume, run_dir / "checkpoints")
+        return _train(_Run(config, run_dir, process), source)
+
+
+def _train(run: _Run, source: Path | None) -> Path:
+    """All epochs; the last checkpoint."""
+    config, run_dir, process = run.config, run.run_dir, run.process
+    log = RunLog(
+        run_dir,
+        total_steps=run.total_steps,
+        title=f"pretrain {config.modality}",
+        enabled=process.is_main,
+        trackers=as_names("logger", config.logger),
+        config=to_plain(config),
+    )
+    with log, stop_signals(config.stop_signals) as stop_signal:
         _say_start(log, run)
+        log.say(run.report.first_line())
         saved = None
         if source:
             run.resume(source)
@@ -176,9 +274,10 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
             log.say(f"resumed {source} at epoch {run.at.epoch}, step {run.step}")
         while run.at.epoch < config.trainer.epochs:
             saved = _epoch(run, log, stop_signal) or saved
+        log.say(run.report.last_line())
     run.engine.destroy()
     if saved is None:
-        raise ValueError("nothing was trained: trainer.epochs is smaller than the epoch of the checkpoint resumed from")
+        raise ConfigError("nothing was trained: the checkpoint resumed from is at or past trainer.epochs")
     log.say(f"last checkpoint: {saved}")
     return saved
 
@@ -205,26 +304,22 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
     for batch in run.loader:
         waited += time.monotonic() - asked
         torch.manual_seed(hash((run.config.seed, at.epoch, at.batch, run.process.rank)) % 2**63)
-        loss, trivial = _train_step(run, batch)
-        at.loss_sum += loss
-        at.trivial_sum += trivial
-        at.batch += 1
+        losses = _train_step(run, batch)
+        at.add(losses)
         clips += len(batch["index"]) * run.process.world_size
-        rate = clips / (time.monotonic() - began)
-        log.step(run.step, f"epoch {at.epoch} loss {loss:.4f} trivial {trivial:.4f} {rate:.0f} clips/s")
-        boundary = at.batch % trainer.accumulate == 0
-        if boundary and any_rank(stop_signal() is not None, run.process.device):
-            name = f"epoch={at.epoch:02d}-loss={at.loss_sum / at.batch:.4f}-step={run.step}"
-            path = run.save(name, at.loss_sum / at.batch)
-            log.say(
-                f"stopped by a signal; whole checkpoint written: {path}\ncontinue with resume={path} or resume=auto"
-            )
-            raise SystemExit(INTERRUPTED_EXIT_CODE)
+        seconds = time.monotonic() - began
+        note = f"loss {losses[0]:.4f} trivial {losses[1]:.4f}" if losses else "loss not finite"
+        wait = f"data wait {100 * waited / seconds:.0f} %"
+        log.step(run.step, f"epoch {at.epoch} {note} {clips / seconds:.0f} clips/s {wait}")
         if at.batch >= run.batches:
             break
+        boundary = at.batch % trainer.accumulate == 0
+        if boundary and any_rank(stop_signal() is not None, run.process.device):
+            name = f"epoch={at.epoch:02d}-loss={at.means[0]:.4f}-step={run.step}"
+            _stop(run, log, run.save(name, at.means[0]))
         asked = time.monotonic()
     seconds = time.monotonic() - began
-    mean, trivial_mean = at.loss_sum / at.batch, at.trivial_sum / at.batch
+    mean, trivial_mean = at.means
     values = {
         "epoch": at.epoch,
         "loss": mean,
@@ -233,34 +328,84 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         "clips_per_s": clips / seconds,
         "data_wait_percent": 100 * waited / seconds,
     }
-    norm = run.engine.get_global_grad_norm()  # DeepSpeed knows it only where it clips
-    if norm is not None:
-        values["grad_norm"] = float(norm)
+    values |= {"grad_norm": run.grad_norm, "skipped_steps": run.nonfinite.skipped}
+    if run.loss_scale is not None:
+        values |= {"loss_scale": run.loss_scale, "overflow_steps": run.engine.skipped_steps}
     log.scalars(run.step, values)
     log.say(
         f"epoch {at.epoch}: loss {mean:.4f}, trivial predictor {trivial_mean:.4f} (ratio {mean / trivial_mean:.3f}), "
         f"{clips / seconds:.1f} clips/s, data wait {100 * waited / seconds:.0f} %"
     )
+    if trainer.picture_freq and (at.epoch + 1) % trainer.picture_freq == 0:
+        _picture(run, log)
     saved = None
-    if (at.epoch + 1) % trainer.save_ckpt_freq == 0 or at.epoch + 1 == trainer.epochs:
+    ended = at.epoch + 1 == trainer.epochs
+    stop = not ended and any_rank(stop_signal() is not None, run.process.device)
+    if ended or stop or (at.epoch + 1) % trainer.save_ckpt_freq == 0:
         saved = run.save(f"epoch={at.epoch:02d}-loss={mean:.4f}", mean)
+        run.report.write()
+        if stop:
+            _stop(run, log, saved)
     at.restart()
     return saved
 
 
-def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Forward, backward, optimiser step; the losses averaged over ranks."""
+def _picture(run: _Run, log: RunLog) -> None:
+    """What the network makes of the first clip and its mask, always the same ones; all ranks call this."""
+    from mmdistill.pretrain.pictures import draw, reconstruct, write
+
+    found = reconstruct(run.engine.module, default_collate([run.dataset[0]]), run.spec)
+    if run.process.is_main:
+        image = draw(found, f"{run.config.modality}, epoch {run.at.epoch}, {run.dataset.index.clips[0].id}")
+        write(image, run.run_dir / "pictures" / f"epoch={run.at.epoch:02d}.png")
+        log.picture(run.step, "reconstruction", image)
+
+
+def _stop(run: _Run, log: RunLog, path: Path) -> None:
+    """Leave after a signal; all ranks do."""
+    log.say(run.report.last_line())
+    log.say(f"stopped by a signal; whole checkpoint written: {path}\ncontinue with resume={path} or resume=auto")
+    raise SystemExit(INTERRUPTED_EXIT_CODE)
+
+
+def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
+    """Forward, backward, optimiser step; the losses averaged over ranks, None where they are not finite."""
+    accumulate = run.config.trainer.accumulate
     loss, trivial = run.losses(batch)
     mean, trivial_mean = mean_over_ranks([loss, trivial])
-    if not math.isfinite(mean):
-        names = ", ".join(run.dataset.index.clips[i].id for i in batch["index"].tolist())
-        raise FloatingPointError(
-            f"loss is {mean} at step {run.step} (epoch {run.at.epoch}); weights were not changed. Clips of rank "
-            f"{run.process.rank}: {names}. Lower trainer.lr or set trainer.clip_grad"
-        )
-    run.engine.backward(loss)
-    run.engine.step()
-    done = run.at.epoch * run.batches + run.at.batch + 1
-    if done % run.config.trainer.accumulate == 0:
-        run.schedule.step_update(done // run.config.trainer.accumulate)
-    return mean, trivial_mean
+    names = [run.dataset.index.clips[i].id for i in batch["index"].tolist()]
+    usable = run.nonfinite.note_loss(loss, mean, names, run.where)
+    first, last = run.at.batch % accumulate == 0, (run.at.batch + 1) % accumulate == 0
+    run.usable = usable if first else run.usable + usable
+    if usable or accumulate > 1:
+        run.engine.backward(loss if usable else zero_loss(list(run.engine.module.parameters())))
+        _optimise(run, last)
+    elif not usable:
+        run.nonfinite.skip(run.where)
+    if last:
+        run.schedule.step_update(run.step_after(1))
+    return (mean, trivial_mean) if usable else None
+
+
+def _optimise(run: _Run, last: bool) -> None:
+    """DeepSpeed's step. One without a usable gradient changes no weight."""
+    engine, plain = run.engine, run.plain_gradients
+    reason = "loss is not finite" if last and not run.usable else None
+    if last and plain and reason is None:
+        run.grad_norm = grad_norm(list(engine.module.parameters()))
+        if not math.isfinite(run.grad_norm):
+            reason = "gradient is not finite"
+    if reason:  # a step of zero gradients at rate 0 keeps DeepSpeed's counts in order
+        for group in run.schedule.optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in engine.module.parameters():
+            if plain and parameter.grad is not None:
+                parameter.grad.zero_()
+    before = engine.skipped_steps
+    engine.step()
+    if last and not plain:
+        run.grad_norm = float(engine.get_global_grad_norm() or 0.0)
+        if engine.skipped_steps > before and run.loss_scale is None:
+            reason = "gradient is not finite"  # under a loss scale that is how the scale is found
+    if reason:
+        run.nonfinite.skip(run.where, reason=reason)

@@ -1,27 +1,10 @@
-"""What a pretraining run starts from: a checkpoint to continue, or VideoMAE weights to initialise from."""
+"""What a pretraining run starts from: VideoMAE weights to initialise from."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from mmdistill.checkpoint import LoadReport, newest_complete, read_checkpoint
+from mmdistill.checkpoint import LoadReport, read_checkpoint
 from mmdistill.checkpoint.load import load_into
-from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.models.videomae import Encoder
-
-
-def find_resume(config: PretrainConfig, run_dir: Path) -> Path | None:
-    """The checkpoint that `resume` means: a path as given, or with ``auto`` the newest whole one of this run's folder.
-
-    ``auto`` without any checkpoint starts from scratch, which is what the first start of a requeued job needs.
-    """
-    if config.resume is None:
-        return None
-    if config.resume == "auto":
-        return newest_complete(run_dir / "checkpoints")
-    path = Path(config.resume).expanduser()
-    if not path.exists():
-        raise ConfigError(f"resume={path} does not exist; give a checkpoint directory, or resume=auto")
-    return path
 
 
 def load_videomae(encoder: Encoder, path: str) -> LoadReport:

@@ -1,0 +1,123 @@
+"""Frozen teachers: which file each comes from, and proof that it is the one a student was distilled with."""
+
+from pathlib import Path
+from typing import Any
+
+from mmdistill.build import check_token_grid
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
+from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
+from mmdistill.fewshot.embed import weights_digest
+from mmdistill.modality import MODALITIES, ModalitySpec
+from mmdistill.models.videomae import Encoder
+
+
+def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleConfig) -> Encoder:
+    """The encoder of a pretraining checkpoint.
+
+    Raises:
+        ConfigError: it was trained on another modality, other statistics or another token grid.
+    """
+    checkpoint = read_checkpoint(path)
+    found = checkpoint.meta.get("modality")
+    if found is not None and found != modality:
+        raise ConfigError(
+            f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
+            "check the order (rgb, flow, skeleton)"
+        )
+    encoder = load_encoder(checkpoint)
+    check_token_grid(encoder, spec, data, path)
+    stored = (checkpoint.meta.get("statistics") or {}).get(modality)
+    if stored and (tuple(stored["mean"]), tuple(stored["std"])) != (spec.mean, spec.std):
+        raise ConfigError(
+            f"data_module.modalities.{modality}: mean/std {spec.mean}/{spec.std} differ from those {path} was "
+            f"trained with ({stored['mean']}/{stored['std']}); use the same dataset config in both phases"
+        )
+    return encoder
+
+
+def load_teachers(
+    config: DistillConfig, specs: dict[str, ModalitySpec], resume: Path | None
+) -> tuple[dict[str, Encoder], dict[str, Any]]:
+    """The teachers by modality, and for each the path and the sha256 of its encoder's tensors.
+
+    A fresh run reads `trainer.ckpt_path`. A resumed one takes the teachers out of a full file; for a slim one it reads
+    `trainer.ckpt_path`, or without it the paths that the file names, and compares their sha256.
+
+    Raises:
+        ConfigError: of `read_teacher`; or a slim file's teacher is missing or has changed.
+    """
+    wanted = [m for m in MODALITIES if m in config.trainer.teachers]
+    resumed = read_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
+    named: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
+    if named and set(named) != {f"teacher_{m}" for m in wanted}:
+        raise ConfigError(
+            f"trainer.teachers={config.trainer.teachers}: {resume} was distilled from {', '.join(named)}; "
+            "set the same teachers, or start anew with resume=null"
+        )
+    given = teacher_paths(config.trainer) if config.trainer.ckpt_path is not None or not named else {}
+    teachers: dict[str, Encoder] = {}
+    sources: dict[str, Any] = {}
+    for modality in wanted:
+        part = f"teacher_{modality}"
+        if resumed and part in named and part in resumed.parts:
+            teachers[modality] = load_encoder(resumed, part=part)
+            check_token_grid(teachers[modality], specs[modality], config.data_module, resume)
+            sources[part] = named[part]
+            continue
+        path = given.get(modality) or str(named[part]["path"])
+        if part in named:
+            _check_there(path, part, named[part], resume)
+        teachers[modality] = read_teacher(path, modality, specs[modality], config.data_module)
+        digest = weights_digest(teachers[modality])
+        if part in named:
+            _check_same(path, digest, part, named[part], resume)
+        sources[part] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
+    return teachers, sources
+
+
+def named_teacher(source: Checkpoint, part: str) -> Checkpoint:
+    """The checkpoint that a slim file names as its teacher `part`, read and compared.
+
+    Raises:
+        ConfigError: the file names none, or what it names is missing or has changed.
+        CheckpointError: what it names cannot be read.
+    """
+    named = (source.meta.get("teachers") or {}).get(part)
+    if not named:
+        raise ConfigError(f"{source.path} holds {', '.join(source.parts)} and names no {part}")
+    _check_there(named["path"], part, named, source.path)
+    checkpoint = read_checkpoint(named["path"])
+    _check_same(named["path"], weights_digest(load_encoder(checkpoint)), part, named, source.path)
+    return checkpoint
+
+
+def check_teachers(found: dict[str, Any], own: dict[str, Any], parts: list[str]) -> None:
+    """Compare the sha256 of teachers that a checkpoint names (`found`) with those of a module (`own`).
+
+    Raises:
+        CheckpointError: another teacher, with both digests.
+    """
+    for part in parts:
+        stored = (found.get(part) or {}).get("sha256")
+        mine = (own.get(part) or {}).get("sha256")
+        if stored is None or stored != mine:
+            raise CheckpointError(
+                f"the checkpoint is slim and was distilled with {part} of sha256 {stored}; this module's {part} has "
+                f"{mine}; give that checkpoint in trainer.ckpt_path"
+            )
+
+
+def _check_there(path: str, part: str, named: dict[str, Any], slim: object) -> None:
+    if not Path(path).expanduser().exists():
+        raise ConfigError(
+            f"{path}: does not exist; {slim} is slim and was distilled with this {part} (sha256 {named['sha256']}): "
+            "put it back, or give a checkpoint with these weights in trainer.ckpt_path"
+        )
+
+
+def _check_same(path: str, digest: str, part: str, named: dict[str, Any], slim: object) -> None:
+    if digest != named["sha256"]:
+        raise ConfigError(
+            f"{path}: its weights have sha256 {digest}, but {slim} was distilled with {part} of sha256 "
+            f"{named['sha256']} (then at {named['path']}); give a checkpoint with those weights in trainer.ckpt_path"
+        )

@@ -1,0 +1,224 @@
+"""Both training loops, run whole and run in two parts: the same clips, losses and weights to the last bit.
+
+resume_worker.py runs the real entrypoints on tiny data; the tests judge what they wrote.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import inspect, load_torch, newest_complete, read_checkpoint
+from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
+from mmdistill.checkpoint.export import export_student
+from mmdistill.checkpoint.manifest import verify_manifest
+from mmdistill.config import to_plain
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from tests.tiny_data import MODEL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = [(2, 0), (2, 1), (2, 2), (1, 1), (1, 2)]  # processes, ZeRO stage; (1, 0) is in test_entrypoints.py
+DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
+
+
+def teacher(path: Path, modality: str, seed: int) -> Path:
+    """An untrained pretraining checkpoint of the tiny data's token grid."""
+    channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
+    geometry = EncoderGeometry(
+        channels=channels, num_frames=4, height=32 // scale, width=32 // scale, patch=8 // scale, tubelet=2,
+        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, learned_positions=False, separable_positions=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}, "epoch": 0}
+    write_deepspeed(state, path, meta)
+    return path
+
+
+class Runs:
+    """Runs of the worker, planned by name; afterwards their codes, logs and records."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plan: list[dict[str, Any]] = []
+        self.codes: dict[str, list[int]] = {}
+
+    def add(self, name: str, script: str, arguments: list[str], *, world: int = 1, **more: Any) -> Path:
+        """Plan a run in the folder ``name``, or ``into``; its folder."""
+        folder = self.root / str(more.pop("into", name))
+        more |= {"name": name, "script": script, "world": world, "record": str(self.root / f"{name}.run")}
+        self.plan.append({**more, "arguments": [*arguments, f"hydra.run.dir={folder}"]})
+        return folder
+
+    def run(self) -> None:
+        """All planned runs."""
+        plan = self.root / "plan.json"
+        plan.write_text(json.dumps({"runs": self.plan}))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.resume_worker", str(plan)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        codes = json.loads((self.root / "plan.json.codes").read_text())
+        self.codes |= {run["name"]: code for run, code in zip(self.plan, codes, strict=True)}
+        self.plan = []
+
+    def log(self, name: str, rank: int = 0) -> str:
+        """What a rank printed."""
+        return (self.root / f"{name}.run.{rank}.log").read_text()
+
+    def steps(self, name: str, rank: int = 0) -> list[Any]:
+        """[epoch, clips, loss] of each batch."""
+        return [json.loads(line) for line in (self.root / f"{name}.run.{rank}.jsonl").read_text().splitlines()]
+
+
+def _plan_distill(runs: Runs, data: list[str]) -> None:
+    paths = {m: teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
+    given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
+    common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
+    slim = [*common, "trainer.save_teachers=false", "trainer.accumulate=2", "num_workers=1"]
+    runs.add("slim_whole", DISTILL, [given, *slim])
+    runs.add("slim_first", DISTILL, [given, *slim], into="slim", stop_at=13)  # the 4th of 9 batches of epoch 1
+    runs.add("slim_rest", DISTILL, [*slim, "resume=auto"], into="slim")  # the teachers are those that the file names
+    two = [given, *common, "strategy=ddp", "devices=2"]
+    runs.add("ddp_whole", DISTILL, two, world=2)
+    runs.add("ddp_first", DISTILL, two, world=2, stop_at=6, stop_rank=1)  # the 2nd of 4 batches of epoch 1
+    last = runs.root / "ddp_first" / "checkpoints" / "last.ckpt"
+    runs.add("ddp_rest", DISTILL, [*two, f"resume={last}", "trainer.keep_last=1"], world=2)
+    runs.add("ddp_other", DISTILL, [given, *common, f"resume={last}"])  # other batches inside an epoch: refused
+    runs.add("end_first", DISTILL, [given, *common, "num_workers=1"], stop_at=9)  # an epoch's last batch
+    runs.add("end_rest", DISTILL, [given, *common, "num_workers=1", "resume=auto"], into="end_first")
+    runs.add("end_whole", DISTILL, [given, *common])
+
+
+def _plan_native(runs: Runs, data: list[str]) -> None:
+    for world, stage in STAGES:
+        common = ["modality=skeleton", *data, *MODEL, f"deepspeed=zero{stage}", "num_workers=1"]
+        name = f"native{world}{stage}"
+        runs.add(f"{name}_whole", NATIVE, common, world=world)
+        batches = {1: 9, 2: 4}[world]
+        runs.add(f"{name}_first", NATIVE, common, world=world, stop_at=batches + 2, stop_rank=world - 1, into=name)
+        runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    done = Runs(tmp_path_factory.mktemp("resume"))
+    data = overrides(make_tiny(done.root / "data"))
+    _plan_distill(done, data)
+    _plan_native(done, data)
+    done.run()
+    return done
+
+
+def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if "_per_s" not in k and "wait" not in k} for row in csv.DictReader(file)]
+
+
+def _same_moments(a: Path, b: Path) -> bool:
+    states = [load_torch(p)["optimizer_states"][0]["state"] for p in (a, b)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][n][key], states[1][n][key]) for n in states[0] for key in ("exp_avg", "exp_avg_sq")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "folder", "world"),
+    [("slim", "slim_rest", "slim", 1), ("ddp", "ddp_rest", "ddp_rest", 2), ("end", "end_rest", "end_first", 1)],
+)
+def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
+    """Inside an epoch with accumulated gradients, workers 1 and slim files; under ddp; in an epoch's last step."""
+    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
+    assert runs.codes[rest] == [0] * world, runs.log(rest)
+    for rank in range(world):
+        parts = runs.steps(f"{name}_first", rank) + runs.steps(rest, rank)
+        assert parts == runs.steps(f"{name}_whole", rank)
+    a, b = (runs.root / f / "checkpoints" / "last.ckpt" for f in (f"{name}_whole", folder))
+    assert _same_tensors(load_torch(a)["state_dict"], load_torch(b)["state_dict"])
+    assert _same_moments(a, b)
+    assert load_torch(a)["global_step"] == load_torch(b)["global_step"]
+    assert "not resumable" not in runs.log(rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "first"), [("slim", "slim", 0), ("ddp", "ddp_rest", 1), ("end", "end_first", 0)]
+)
+def test_logged_means_are_those_of_whole_epochs(runs: Runs, name: str, folder: str, first: int) -> None:
+    """Also of the epoch that was interrupted; in the same folder the earlier rows stay."""
+    whole, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_whole", folder))
+    assert len(whole) == 3
+    assert parts == whole[first:]
+    names = [sorted(p.name for p in (runs.root / f / "checkpoints").glob("epoch=*")) for f in (f"{name}_whole", folder)]
+    if name != "ddp":  # where only the newest and the best of the new folder were kept
+        assert names[0] == names[1]
+
+
+def test_slim_files_name_their_teachers(runs: Runs) -> None:
+    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    assert {k.split(".")[0] for k in checkpoint.state_dict} == {"student_rgb", "cmt"}
+    assert checkpoint.meta["teachers"]["teacher_flow"]["path"] == str(runs.root / "teacher_flow")
+    report = inspect.inspect_checkpoint(path)
+    assert report["complete"]
+    assert any("teacher_flow" in line and "sha256" in line for line in report["missing"])
+    assert set(report["parts"]) == {"student_rgb", "cmt"}
+
+
+def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
+    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+    back = convert_checkpoint(convert_checkpoint(path, tmp_path / "a.safetensors"), tmp_path / "b.ckpt")
+    assert _same_tensors(read_checkpoint(path).state_dict, read_checkpoint(back).state_dict)
+    assert read_checkpoint(back).meta["teachers"] == read_checkpoint(path).meta["teachers"]
+    alone = export_student(path, tmp_path / "s.safetensors", to="safetensors")
+    exported = read_checkpoint(tmp_path / "s.safetensors").state_dict
+    own = {k: v for k, v in read_checkpoint(path).state_dict.items() if k.startswith("student_rgb.")}
+    assert len(own) == len(exported), alone
+    assert all(torch.equal(a, b) for a, b in zip(own.values(), exported.values(), strict=True))
+
+
+def test_other_batches_inside_an_epoch_are_refused(runs: Runs) -> None:
+    assert runs.codes["ddp_other"] == [2]
+    assert "inside epoch 1" in runs.log("ddp_other")
+    assert "global_batch 16 / 8" in runs.log("ddp_other")
+
+
+def test_retention_goes_on_in_a_new_folder(runs: Runs) -> None:
+    """keep_last=1 and no top k: the newest and the best of the whole training stay, the source is untouched."""
+    held = sorted(p.name for p in (runs.root / "ddp_rest" / "checkpoints").glob("epoch=*"))
+    losses = load_torch(runs.root / "ddp_rest" / "checkpoints" / "last.ckpt")["callbacks"]["EpochCheckpoints"]["losses"]
+    assert [Path(p).name.split("-")[0] for p in losses] == ["epoch=00", "epoch=01", "epoch=02"]
+    best = min(losses, key=lambda p: losses[p])
+    assert set(held) == {Path(list(losses)[-1]).name} | ({Path(best).name} if "ddp_rest" in best else set())
+    assert (runs.root / "ddp_first" / "checkpoints" / "last.ckpt").is_file()
+    assert Path(next(iter(losses))).is_file()
+    assert f"best checkpoint: {best}" in runs.log("ddp_rest")
+
+
+@pytest.mark.parametrize(("world", "stage"), STAGES)
+def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
+    name = f"native{world}{stage}"
+    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
+    assert runs.codes[f"{name}_rest"] == [0] * world, runs.log(f"{name}_rest")
+    for rank in range(world):
+        parts = runs.steps(f"{name}_first", rank) + runs.steps(f"{name}_rest", rank)
+        assert parts == runs.steps(f"{name}_whole", rank)
+    whole, parts = (newest_complete(runs.root / f / "checkpoints") for f in (f"{name}_whole", name))
+    assert whole is not None
+    assert parts is not None
+    assert whole.name == parts.name
+    assert _same_tensors(read_checkpoint(whole).state_dict, read_checkpoint(parts).state_dict)
+    assert (verify_manifest(parts) or {})["stage"] == stage
+    assert _rows(runs.root / f"{name}_whole" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
