@@ -52,7 +52,8 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode and write."""
     from mmdistill.build import clip_dataset, clip_loader, make_demo_data
     from mmdistill.config import modality_specs
-    from mmdistill.fewshot.embed import Views, clips_digest, embed_cached
+    from mmdistill.data.version import data_version
+    from mmdistill.fewshot.embed import Views, embed_cached
     from mmdistill.fewshot.features import save_features
     from mmdistill.fewshot.networks import load_network
     from mmdistill.runtime import autocast, resolve_precision, start_process
@@ -78,14 +79,11 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     context = partial(autocast, precision, process.device)
     job = network.job(specs[network.modality], views, device=process.device, autocast=context, precision=precision)
     pin = process.device.type == "cuda"
-    digest = clips_digest(
-        index, data.target_data_dir, data.frames_dir, data.flow_dir, data.skeleton_dir, data.crop_size
-    )
     (features,) = embed_cached(
         [job],
         lambda: clip_loader(dataset, num_workers=config.num_workers, pin=pin, batch_size=config.batch_size),
         index,
-        data=digest,
+        data=data_version(dataset, network.modality) if args.cache else "",
         cache=args.cache,
     )
     path = save_features(features, args.out)

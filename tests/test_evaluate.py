@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -38,7 +40,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def _config(root: Path, *more: str) -> DistillConfig:
     register_schemas()
-    test = ["train=False", "ckpt_path=x", "accelerator=cpu", "head=[centroid,logistic]"]
+    test = ["train=False", "ckpt_path=x", "accelerator=cpu", "head=[centroid,knn]"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
         cfg = compose("config_mmdistill", overrides=[*overrides(root), *EVAL, *test, *more])
     return parse(cfg, DistillConfig)
@@ -87,3 +89,19 @@ def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path
     headline = _evaluate(data, checkpoint, tmp_path / "masked", "data_module.n_masks=2")
     assert headline["readout"] == SHARED
     assert "student_rgb (whole clip)" in headline["settings"][0]["rows"]
+
+
+def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    def cached() -> tuple[bool, float]:
+        out = _evaluate(data, checkpoint, tmp_path, "compare=[]", "data_module.readouts=one")
+        return out["cached"], out["top1_action_ensemble"]
+
+    assert not cached()[0]
+    used, before = cached()
+    assert used
+    for frame in (data / "frames").glob("*/*.jpg"):  # rendered again under the same names: all the same picture now
+        cv2.imwrite(str(frame), np.full((32, 36, 3), 90, np.uint8))
+    used, after = cached()
+    assert not used
+    assert before != after == pytest.approx(1 / 3)  # nothing to tell the classes apart
+    assert cached() == (True, after)

@@ -45,6 +45,15 @@ class Reader(ABC):
     def absent(self, video: str, frames: Sequence[int]) -> list[int]:
         """Those of `frames` for which there is no file. Looks at names only: a file may still turn out unreadable."""
 
+    @abstractmethod
+    def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        """Paths of the files that `read` opens, each once, whether they are there or not."""
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What else decides the arrays, besides the files and the stored frame's size."""
+        return ()
+
     def read_repeating(self, video: str, frames: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         """Like `read`, but an unreadable frame is replaced by the nearest readable one (the earlier of two).
 
@@ -87,6 +96,9 @@ class _FileReader(Reader):
     def path(self, video: str, frame: int) -> str:
         """Where the file of `frame` lies."""
         return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.first_number)}"
+
+    def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        return [self.path(video, k) for k in frames]
 
     def absent(self, video: str, frames: Sequence[int]) -> list[int]:
         paths = [self.path(video, k).rpartition("/") for k in frames]
@@ -201,6 +213,13 @@ class SkeletonReader(Reader):
     def path(self, video: str) -> str:
         """Where the file of `video` lies."""
         return f"{self.root}/{self.pattern.format(video=video)}"
+
+    def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        return [self.path(video)]
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        return (self.max_persons,)
 
     def absent(self, video: str, frames: Sequence[int]) -> list[int]:
         return [] if os.path.exists(self.path(video)) else list(frames)

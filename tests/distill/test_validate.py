@@ -1,0 +1,168 @@
+"""Few-shot validation during distillation: an independent evaluation agrees, a ModelCheckpoint can monitor it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from mmdistill.build import clip_dataset, clip_loader
+from mmdistill.checkpoint import load_encoder, save_torch
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse, register_schemas, to_plain
+from mmdistill.distill import run
+from mmdistill.distill.validate import METRIC, make_validation
+from mmdistill.fewshot.embed import embed_clips
+from mmdistill.fewshot.episodes import sample_episodes
+from mmdistill.fewshot.evaluate import evaluate
+from mmdistill.fewshot.networks import Network
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.runtime import Process
+from tests.tiny_data import EVAL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data and an RGB teacher with random weights."""
+    root = tmp_path_factory.mktemp("validate")
+    make_tiny(root / "data")
+    torch.manual_seed(3)
+    geometry = EncoderGeometry(
+        channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16,
+        mlp_dim=64,
+    )  # fmt: skip
+    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": "rgb", "encoders": {"encoder": to_plain(geometry)}}
+    save_torch({"state_dict": state, "mmdistill": meta}, root / "rgb.ckpt")
+    return root
+
+
+def _config(folder: Path, *more: str) -> DistillConfig:
+    register_schemas()
+    fixed = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{folder / 'rgb.ckpt'}]", "accelerator=cpu", "test=False"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        cfg = compose("config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, "trainer.lr=1.0", *more])
+    return parse(cfg, DistillConfig)
+
+
+class _Noted(pl.Callback):
+    """What callbacks see at the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
+    """Three epochs, validated after each, with a stock ModelCheckpoint that keeps the two best."""
+    config = _config(folder, "trainer.check_val_every_n_epoch=1", "trainer.epochs=3", "trainer.save_ckpt_freq=1")
+    best = ModelCheckpoint(folder / "best", "{epoch}-{val_top1_action:.6f}", monitor=METRIC, mode="max", save_top_k=2)
+    noted, make = _Noted(), run._trainer
+
+    def with_monitor(*args: Any) -> pl.Trainer:
+        trainer = make(*args)
+        trainer.callbacks += [noted, best]
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_trainer", with_monitor)
+        run.distill(config, folder / "run")
+    return config, folder, noted.seen
+
+
+def _independent(config: DistillConfig, path: Path, **changes: Any) -> float:
+    """All evaluation clips through the evaluation's own encoding, then the same episodes."""
+    student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
+    dataset = clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
+    from mmdistill.fewshot.embed import Views
+
+    job = student.job(modality_specs(config.data_module)["rgb"], Views())
+    loader = clip_loader(dataset, num_workers=0, pin=False, batch_size=5)
+    (features,) = embed_clips([job], loader, dataset.index, show_progress=False)
+    episodes = sample_episodes(
+        features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups
+    )
+    return float(evaluate(features.features, episodes, "centroid").accuracy.mean())
+
+
+def test_the_logged_value_is_an_independent_evaluation_of_the_student(
+    trained: tuple[DistillConfig, Path, list[dict[str, float]]],
+) -> None:
+    config, folder, seen = trained
+    assert len(seen) == 3
+    for epoch, metrics in enumerate(seen):
+        (path,) = (folder / "run" / "checkpoints").glob(f"epoch={epoch:02d}-*")
+        assert metrics[METRIC] == pytest.approx(_independent(config, path), abs=1e-6)
+    rows = (folder / "run" / "metrics.csv").read_text().splitlines()
+    assert METRIC in rows[0].split(",")
+
+
+def test_a_model_checkpoint_keeps_the_best_by_it(trained: tuple[DistillConfig, Path, list[dict[str, float]]]) -> None:
+    config, folder, seen = trained
+    values = [metrics[METRIC] for metrics in seen]
+    kept = {float(p.stem.rpartition("=")[2]): p for p in (folder / "best").glob("*.ckpt")}
+    assert len(kept) == 2
+    assert max(kept) == pytest.approx(max(values), abs=1e-6)
+    assert _independent(config, kept[max(kept)]) == pytest.approx(max(values), abs=1e-6)
+
+
+def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -> None:
+    config = _config(folder, "trainer.check_val_every_n_epoch=2", "trainer.val_episodes=3", "data_module.n_way=2")
+    parts = [make_validation(config, Process(torch.device("cpu"), rank, 5)) for rank in range(5)]
+    assert len({len(p.mine) for p in parts}) == 1
+    assert set().union(*(p.mine for p in parts)) == set(parts[0].clips.tolist())
+    assert len(parts[0].clips) < len(parts[0].dataset)  # clips outside the episodes are not encoded
+    assert all(p.episodes.same_as(parts[0].episodes) for p in parts)
+
+
+def test_other_clips_can_be_validated_on(folder: Path) -> None:
+    data = folder / "data"
+    (data / "other.json").write_text((data / "val.json").read_text().replace("rally_CC_0", "rally_absent"))
+    config = _config(folder, "trainer.check_val_every_n_epoch=1", "data_module.val_json_path=other.json")
+    made = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    assert "rally_absent" in {c.video for c in made.dataset.index.clips}
+    assert make_validation(_config(folder), Process(torch.device("cpu"), 0, 1)) is None
+    with pytest.raises(ConfigError, match="val_episodes=1 must be at least 2"):
+        _config(folder, "trainer.val_episodes=1")
+
+
+def _rank(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    torch.set_num_threads(1)
+    values: list[float] = []
+    note = pl.Callback()
+    note.on_train_epoch_end = lambda trainer, module: values.append(float(trainer.callback_metrics[METRIC]))
+    make = run._trainer
+
+    def with_note(*args: Any) -> pl.Trainer:
+        trainer = make(*args)
+        trainer.callbacks.append(note)
+        return trainer
+
+    run._trainer = with_note
+    more = ["trainer.check_val_every_n_epoch=1", "trainer.epochs=1", "trainer.save_ckpt_freq=1", "batch_size=4"]
+    run.distill(_config(Path(folder), *more, "devices=2"), Path(folder) / "two")
+    np.save(f"{folder}/value{rank}.npy", values)
+
+
+def test_two_ranks_log_one_value_that_is_the_students(folder: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (str(folder), port), nprocs=2)
+    values = [np.load(folder / f"value{rank}.npy") for rank in range(2)]
+    assert values[0] == values[1]
+    (path,) = (folder / "two" / "checkpoints").glob("epoch=*")
+    assert float(values[0][0]) == pytest.approx(_independent(_config(folder), path), abs=1e-6)
