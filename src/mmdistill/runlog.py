@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mmdistill.progress import Display
 from mmdistill.trackers import Tracker, open_trackers
 
-PLAIN_LINE_SECONDS = 15.0
 LOG_FILE = "run.log"
 DEFAULT_TRACKERS = ("tensorboard", "csv")
 
@@ -48,58 +46,28 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = run_dir / LOG_FILE
         self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {})
-        self._title = title
-        self._total = total_steps
-        self._console = Console(file=sys.stderr)
-        self._last_line = 0.0
-        self._first: tuple[float, int] | None = None  # time and step of the first call of `step`
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total_steps, note="")
+        self._display = Display(title, total_steps, ends=True, say=self.say)
 
     def __enter__(self) -> "RunLog":
         if self.enabled:
-            self._bar.start()
+            self._display.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.enabled:
-            self._bar.stop()
+            self._display.__exit__(kind, error, tb)
             for tracker in self._trackers:
                 tracker.close()
 
     def step(self, done: int, note: str) -> None:
-        """Show that `done` steps are finished; a plain line, now and then, has the time left and the memory too."""
-        if not self.enabled:
-            return
-        note = f"{note} {memory()}"
-        self._bar.update(self._task, completed=done, note=note)
-        now = time.monotonic()
-        self._first = self._first or (now, done)
-        if not self._console.is_terminal and (now - self._last_line > PLAIN_LINE_SECONDS or done == self._total):
-            self._last_line = now
-            self.say(f"{self._title} {done}/{self._total} {note} {self._left(now, done)}")
-
-    def _left(self, now: float, done: int) -> str:
-        assert self._first is not None
-        began, first = self._first
-        if done == first:
-            return "ETA ?"
-        seconds = round((now - began) / (done - first) * (self._total - done))
-        return f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        """Show that `done` steps are finished, and the memory."""
+        if self.enabled:
+            self._display.update(done, f"{note} {memory()}")
 
     def say(self, text: str) -> None:
         """One line above the bar, on standard error, and in ``run.log``."""
         if self.enabled:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._display.say(text)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -276,5 +276,5 @@ def test_without_nuisance_all_courts_look_alike_and_with_it_they_do_not() -> Non
 
 def test_lines_instead_of_a_bar_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     demo.make_demo(tmp_path, strokes_per_class=(1, 1), strokes_per_rally=12, workers=1)
-    assert "demo data: 2/2 rallies" in capfd.readouterr().err
+    assert "demo data, rallies 2/2" in capfd.readouterr().err
     assert os.listdir(tmp_path / "vid_frames_224")

@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mmdistill.data import demo_render as render
 from mmdistill.data.atomic import write_whole
@@ -49,6 +46,7 @@ from mmdistill.data.demo_scene import (
 )
 from mmdistill.data.demo_strokes import STROKES
 from mmdistill.data.flowfile import write_flow
+from mmdistill.progress import progress as show_progress
 
 FORMAT = 5  # raised when the same parameters give other bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
@@ -173,29 +171,17 @@ def _check_parameters(root: Path, wanted: dict[str, Any]) -> None:
 
 
 def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, workers: int, progress: bool) -> None:
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("demo data"), BarColumn(), MofNCompleteColumn(), TextColumn("rallies"), TimeElapsedColumn(),
-        TimeRemainingColumn(), console=console, disable=not (progress and console.is_terminal),
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task("demo data", total=len(plans))
-
-        def count(done: int) -> None:
-            bar.update(task, completed=done)
-            if progress and not console.is_terminal and (done % 10 == 0 or done == len(plans)):
-                print(f"demo data: {done}/{len(plans)} rallies", file=sys.stderr, flush=True)
-
+    with show_progress("demo data, rallies", len(plans), enabled=progress, ends=True) as advance:
         if workers == 1:
-            for done, plan in enumerate(plans, 1):
+            for plan in plans:
                 make_rally(root, plan, parameters)
-                count(done)
+                advance(1)
             return
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             jobs = [pool.submit(make_rally, root, plan, parameters) for plan in plans]
-            for done, job in enumerate(as_completed(jobs), 1):
+            for job in as_completed(jobs):
                 job.result()
-                count(done)
+                advance(1)
 
 
 def make_demo(

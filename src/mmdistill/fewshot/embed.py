@@ -20,11 +20,11 @@ from mmdistill.data.index import Clip, ClipIndex
 from mmdistill.data.masks import visible_tokens
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
-from mmdistill.fewshot.progress import progress
 from mmdistill.fewshot.ranks import grouped, rank
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import Encoder
+from mmdistill.progress import progress
 
 log = logging.getLogger(__name__)
 

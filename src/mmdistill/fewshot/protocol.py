@@ -15,8 +15,8 @@ from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.heads import Head, find_head
 from mmdistill.fewshot.logistic import default_workers
 from mmdistill.fewshot.probe import probe_full_label_set
-from mmdistill.fewshot.progress import progress
 from mmdistill.fewshot.ranks import grouped, rank
+from mmdistill.progress import progress
 
 log = logging.getLogger(__name__)
 
