@@ -40,7 +40,6 @@ def make_optimizer(
     groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("mask_token", "pos_embed"))
     if layer_decay is not None:
         groups = _layer_groups(module, groups, layer_decay)
-        groups = [{**g, "lr": lr * g["lr_scale"]} for g in groups]
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 

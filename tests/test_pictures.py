@@ -19,7 +19,7 @@ from mmdistill.pretrain.pictures import _rows, draw, reconstruct, scatter_patche
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 GRID = (2, 2, 3)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def _spec(name: str, target: str) -> ModalitySpec:

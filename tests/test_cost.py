@@ -1,0 +1,382 @@
+"""Keys that trade time, memory and smoothness: each does what it says, and nothing else."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from mmdistill.checkpoint import CheckpointError, load_encoder, load_torch, save_torch
+from mmdistill.config import (
+    ConfigError,
+    DistillConfig,
+    PretrainConfig,
+    modality_specs,
+    parse,
+    register_schemas,
+    to_plain,
+)
+from mmdistill.distill import run
+from mmdistill.distill.module import MMDistill
+from mmdistill.distill.teacher_cache import TeacherCache
+from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+from mmdistill.optim import LearningRates, layer_of, make_optimizer, make_schedule
+from tests.tiny_data import MODEL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _compose(name: str, arguments: list[str], schema: type) -> Any:
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        return parse(compose(name, arguments), schema)
+
+
+def _config(folder: Path, *more: str) -> DistillConfig:
+    teachers = ",".join(f"{m}:{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
+    fixed = [f"trainer.ckpt_path={{{teachers}}}", "accelerator=cpu", "test=False", "trainer.lr=0.3"]
+    return _compose("config_mmdistill", [*overrides(folder / "data"), *fixed, *more], DistillConfig)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data, 72 clips, and three teachers with random weights, of different widths."""
+    root = tmp_path_factory.mktemp("cost")
+    make_tiny(root / "data")
+    specs = modality_specs(_config(root).data_module)
+    for number, (name, spec) in enumerate(specs.items()):
+        torch.manual_seed(number)
+        size, width = 32 // spec.scale, 16 * (1 + (name == "flow"))
+        geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, width, 2, 2, width // 2, 32)
+        state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+        meta = {"kind": "pretrain", "modality": name, "encoders": {"encoder": to_plain(geometry)}}
+        save_torch({"state_dict": state, "mmdistill": meta}, root / f"{name}.ckpt")
+    return root
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each training step saw: epoch, clips, masks, loss, and the student's weights after it."""
+    seen: list[dict[str, Any]] = []
+    end = MMDistill.on_train_batch_end
+
+    def note(self: MMDistill, outputs: Any, batch: Any, index: int) -> None:
+        end(self, outputs, batch, index)
+        weights = torch.cat([p.detach().flatten() for p in self.student_rgb.parameters()])
+        seen.append(
+            {"epoch": self.current_epoch, "clips": batch["index"].tolist(), "visible": batch["visible"].clone(),
+             "loss": float(outputs["loss"].detach()), "weights": weights.clone(), "step": self.global_step}
+        )  # fmt: skip
+
+    monkeypatch.setattr(MMDistill, "on_train_batch_end", note)
+    return seen
+
+
+def _state(run_dir: Path, part: str) -> dict[str, torch.Tensor]:
+    state = load_torch(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
+    return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
+
+
+# Rates by layer ------------------------------------------------------------------------------------------------------
+
+
+def test_layers_of_names() -> None:
+    names = {
+        "encoder.patch_embed.proj.weight": 0,
+        "student_rgb.encoder.pos_embed": 0,
+        "encoder.blocks.0.attn.qkv.weight": 1,
+        "student_rgb.encoder.blocks.11.mlp.fc1.bias": 12,
+        "encoder.norm.weight": 13,
+        "decoder.blocks.0.attn.qkv.weight": 13,
+        "cmt.mlp_to_rgb.0.weight": 13,
+        "mask_token": 13,
+    }
+    assert {name: layer_of(name, 12) for name in names} == names
+
+
+def test_layer_decay_sets_the_rates_and_keeps_them_in_proportion() -> None:
+    model = VideoMAE(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32), DecoderGeometry(8, 1, 1, 8, 16))
+    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
+    schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
+
+    def rates() -> dict[str, tuple[float, float]]:
+        of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        return {name: of[id(p)] for name, p in model.named_parameters()}
+
+    schedule.step_update(4)
+    full = rates()
+    assert full["encoder.patch_embed.proj.weight"] == pytest.approx((full["mask_token"][0] / 8, 0.1))
+    assert full["encoder.blocks.0.norm1.weight"] == pytest.approx((full["mask_token"][0] / 4, 0.0))
+    assert full["encoder.blocks.1.mlp.fc1.weight"] == pytest.approx((full["mask_token"][0] / 2, 0.1))
+    assert full["encoder.norm.weight"] == full["mask_token"] == full["decoder.blocks.0.norm1.weight"]
+    assert full["decoder.head.weight"][1] == 0.1
+    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # what is logged as the rate
+    schedule.step_update(2)
+    assert rates()["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.5 / 8)
+
+
+def test_layer_decay_of_one_changes_nothing() -> None:
+    weights = []
+    for decay in (None, 1.0):
+        torch.manual_seed(0)
+        encoder = nn.ModuleDict({"encoder": Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32))})
+        optimizer = make_optimizer(encoder, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=decay)
+        for _ in range(3):
+            optimizer.zero_grad()
+            encoder["encoder"](torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
+            optimizer.step()
+        weights.append({n: p.detach().clone() for n, p in encoder.named_parameters()})
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+# The student's average -----------------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_average_and_leaves_the_student_alone(folder: Path, steps: list, tmp_path: Path) -> None:
+    config = _config(folder, "trainer.ema=0.7", "trainer.accumulate=2")
+    run.distill(config, tmp_path / "ema")
+    averaged = list(steps)
+    steps.clear()
+    run.distill(_config(folder, "trainer.accumulate=2"), tmp_path / "plain")
+    assert [s["loss"] for s in averaged] == [s["loss"] for s in steps]
+    assert torch.equal(averaged[-1]["weights"], steps[-1]["weights"])
+    start = load_encoder(folder / "rgb.ckpt")
+    expected = torch.cat([p.detach().flatten() for p in start.parameters()])
+    after = {s["step"]: s["weights"] for s in averaged}  # the last batch of each step
+    for step in sorted(after)[:]:
+        if step:
+            expected = 0.7 * expected + 0.3 * after[step]
+    saved = load_encoder(tmp_path / "ema" / "checkpoints" / "last.ckpt", part="student_ema_rgb")
+    found = torch.cat([p.detach().flatten() for p in saved.parameters()])
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert not torch.allclose(found, averaged[-1]["weights"], atol=1e-4)
+    assert not _state(tmp_path / "plain", "student_ema_rgb")
+
+
+def test_ema_resumes_to_the_last_bit_and_must_stay_as_it_was(folder: Path, tmp_path: Path) -> None:
+    options = ["trainer.ema=0.7", "trainer.save_ckpt_freq=1"]
+    run.distill(_config(folder, *options), tmp_path / "whole")
+    first = next((tmp_path / "whole" / "checkpoints").glob("epoch=00-*"))
+    run.distill(_config(folder, *options, f"resume='{first}'"), tmp_path / "rest")
+    for part in ("student_rgb", "student_ema_rgb"):
+        a, b = (_state(tmp_path / name, part) for name in ("whole", "rest"))
+        assert a
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(CheckpointError, match=r"student_ema_rgb.*trainer\.ema=null"):
+        run.distill(_config(folder, f"resume='{first}'"), tmp_path / "other")
+
+
+# Accumulation, clipping, activation checkpointing --------------------------------------------------------------------
+
+
+def test_two_half_batches_are_one_batch(folder: Path, steps: list, tmp_path: Path) -> None:
+    run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "whole")
+    whole = list(steps)
+    steps.clear()
+    run.distill(_config(folder, "trainer.epochs=1", "batch_size=4", "trainer.accumulate=2"), tmp_path / "halves")
+    assert whole[0]["clips"] == steps[0]["clips"] + steps[1]["clips"]
+    assert len(steps) == 2 * len(whole)
+    assert torch.allclose(whole[-1]["weights"], steps[-1]["weights"], atol=2e-4)
+
+
+def test_clip_grad_bounds_the_norm_that_the_optimiser_sees(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def note(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        loss = closure() if closure else None
+        grads = [p.grad.norm() for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norms.append(float(torch.stack(grads).norm()))
+        step(self)
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
+    run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "free")
+    assert max(norms) > 0.02
+    norms.clear()
+    run.distill(_config(folder, "trainer.epochs=1", "trainer.clip_grad=0.01"), tmp_path / "clipped")
+    assert norms
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, calls = [], []
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)).train()
+        encoder.checkpoint_activations = wanted
+        count = [0]
+        encoder.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        encoder(torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
+        found.append([p.grad.clone() for p in encoder.parameters()])
+        calls.append(count[0])
+    assert calls == [1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# Compiling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The encoders that were compiled; by tracing alone, without a compiler, which would take a minute each."""
+    modules: list[nn.Module] = []
+    original = nn.Module.compile
+
+    def note(self: nn.Module, **options: Any) -> None:
+        modules.append(self)
+        original(self, **options, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    return modules
+
+
+def test_compile_covers_student_and_teachers(folder: Path, steps: list, compiled: list, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "plain")
+    plain = [s["loss"] for s in steps]
+    assert not compiled
+    steps.clear()
+    counters.clear()
+    run.distill(_config(folder, "trainer.epochs=1", "compile=true"), tmp_path / "compiled")
+    assert len(compiled) == 4
+    assert counters["stats"]["unique_graphs"] >= 4
+    assert not counters["graph_break"]
+    assert [s["loss"] for s in steps] == pytest.approx(plain, rel=1e-5)
+    assert _state(tmp_path / "compiled", "student_rgb").keys() == _state(tmp_path / "plain", "student_rgb").keys()
+
+
+def test_pretraining_compiles_its_encoder(folder: Path, compiled: list, tmp_path: Path) -> None:
+    from mmdistill.pretrain import pretrain
+
+    names = []
+    for wanted in (False, True):
+        arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={wanted}"]
+        names.append(pretrain(_compose("config_pretrain", arguments, PretrainConfig), tmp_path / str(wanted)).name)
+    assert len(compiled) == 1
+    assert isinstance(compiled[0], Encoder)
+    assert names[0] == names[1]  # the loss to four digits
+    with pytest.raises(ConfigError, match="stage 3"):
+        _compose("config_pretrain", ["modality=rgb", "compile=true", "deepspeed=zero3"], PretrainConfig)
+
+
+def test_inductor_agrees_with_eager() -> None:
+    """The real compiler, forward and backward, on one small block."""
+    torch.manual_seed(0)
+    encoder = Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 1, 2, 8, 32))
+    x, visible = torch.randn(2, 3, 4, 16, 16), torch.tensor([[0, 3, 5], [1, 2, 7]])
+    encoder.embed(x, visible).sum().backward()
+    eager = [p.grad.clone() for p in encoder.parameters()]
+    names = list(encoder.state_dict())
+    encoder.zero_grad()
+    encoder.compile(dynamic=False)
+    encoder.embed(x, visible).sum().backward()
+    assert list(encoder.state_dict()) == names
+    for a, p in zip(eager, encoder.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, atol=1e-4)
+
+
+# The teacher cache ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
+    """Clips read of each modality, per epoch; the loader runs in this process."""
+    counts: dict[str, list[int]] = {}
+    make = run._trainer
+
+    def watched(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
+        trainer = make(config, run_dir, data, *rest)
+        for name, reader in data.dataset.readers.items():
+            counts[name] = [0] * config.trainer.epochs
+
+            def read(*args: Any, original: Any = reader.read, row: list[int] = counts[name]) -> Any:
+                row[trainer.current_epoch] += 1
+                return original(*args)
+
+            reader.read = read
+        return trainer
+
+    monkeypatch.setattr(run, "_trainer", watched)
+    return counts
+
+
+CACHED = ["trainer.teacher_cache=2", "trainer.epochs=5", "trainer.save_ckpt_freq=1", "batch_size=7"]
+
+
+def _uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same masks, but teachers run in every epoch."""
+    make = run._trainer
+
+    def everything(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
+        data.dataset.lasting = ("rgb", "flow", "skeleton")
+        return make(config, run_dir, data, *rest)
+
+    monkeypatch.setattr(run, "_trainer", everything)
+    monkeypatch.setattr(TeacherCache, "serves", lambda self, epoch: False)
+
+
+def test_cached_features_give_the_same_losses_and_flow_is_not_read(
+    folder: Path, steps: list, reads: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.distill(_config(folder, *CACHED), tmp_path / "cached")
+    cached = list(steps)
+    assert reads["rgb"][:2] == reads["flow"][:2] == reads["skeleton"][:2] == [70, 70]
+    assert reads["flow"][2:] == reads["skeleton"][2:] == [2, 2, 0]  # the two clips that each draw's epoch left out
+    assert reads["rgb"][2:] == [72, 72, 70]
+    steps.clear()
+    _uncached(monkeypatch)
+    run.distill(_config(folder, *CACHED), tmp_path / "uncached")
+    assert reads["flow"] == [70] * 5
+    assert [s["clips"] for s in cached] == [s["clips"] for s in steps]
+    assert all(torch.equal(a["visible"], b["visible"]) for a, b in zip(cached, steps, strict=True))
+    assert [s["loss"] for s in cached] == pytest.approx([s["loss"] for s in steps], rel=1e-5)
+    assert torch.allclose(cached[-1]["weights"], steps[-1]["weights"], atol=1e-4)
+    by_epoch: list[dict[int, torch.Tensor]] = [{} for _ in range(5)]
+    for s in cached:
+        by_epoch[s["epoch"]].update(zip(s["clips"], s["visible"], strict=True))
+    both = by_epoch[0].keys() & by_epoch[2].keys()
+    assert all(torch.equal(by_epoch[0][c], by_epoch[2][c]) for c in both)
+    assert not all(torch.equal(by_epoch[0][c], by_epoch[1][c]) for c in by_epoch[0].keys() & by_epoch[1].keys())
+
+
+def test_the_cache_survives_a_resume_and_its_own_loss(folder: Path, steps: list, reads: dict, tmp_path: Path) -> None:
+    run.distill(_config(folder, *CACHED), tmp_path / "whole")
+    final = steps[-1]["weights"]
+    source = next((tmp_path / "whole" / "checkpoints").glob("epoch=02-*"))
+    kept, lost = tmp_path / "kept", tmp_path / "lost"
+    shutil.copytree(tmp_path / "whole" / "teacher_features", kept / "teacher_features")
+    for place, computed in ((kept, 0), (lost, 72)):
+        run.distill(_config(folder, *CACHED, f"resume='{source}'"), place)
+        assert reads["flow"][3:] == [computed, computed]
+        assert torch.allclose(steps[-1]["weights"], final, atol=1e-4)
+    assert torch.equal(_weights(kept), _weights(tmp_path / "whole"))
+
+
+def _weights(place: Path) -> torch.Tensor:
+    return torch.cat([v.flatten() for v in _state(place, "student_rgb").values()])
+
+
+def test_features_of_another_mask_ratio_are_not_taken(folder: Path, reads: dict, tmp_path: Path) -> None:
+    options = ["trainer.teacher_cache=1", "trainer.epochs=1"]
+    run.distill(_config(folder, *options), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    run.distill(_config(folder, *options, "data_module.mask_ratio=0.5"), tmp_path)
+    assert len(list((tmp_path / "teacher_features").iterdir())) == 2
+
+
+def test_a_clip_without_features_is_an_error(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, draws=1, clips=3, widths={"rgb": 2}, key={})
+    cache.add(0, torch.tensor([0, 2]), {"rgb": torch.ones(2, 2)})
+    cache.write(0)
+    cache.open(0)
+    assert cache.features(1, torch.tensor([2]))["rgb"].tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match="lacks features"):
+        cache.features(1, torch.tensor([1]))
