@@ -5,6 +5,8 @@ resume_worker.py runs the real entrypoints on tiny data; the tests judge what th
 
 import csv
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmdistill.checkpoint import inspect, load_torch, newest_complete, read_checkpoint
+from mmdistill.checkpoint import directory_lock, inspect, load_torch, newest_complete, read_checkpoint
 from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.manifest import verify_manifest
@@ -107,13 +109,37 @@ def _plan_native(runs: Runs, data: list[str]) -> None:
         runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
 
 
+def _plan_folders(runs: Runs, data: list[str]) -> None:
+    """Rows 20 and 21 of the fault matrix: what is kept, used folders, locks; and data with a hole."""
+    common = ["modality=skeleton", *data, *MODEL, "trainer.save_ckpt_freq=1"]
+    kept = runs.add("kept", NATIVE, [*common, "trainer.epochs=5", "trainer.keep_last=2", "trainer.save_top_k=1"])
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (kept / "checkpoints").mkdir(parents=True)
+    stale = {"pid": int(ended.stdout), "host": socket.gethostname(), "id": "x"}
+    (kept / "checkpoints" / ".lock").write_text(json.dumps(stale))
+    runs.add("used", NATIVE, common, into="kept", world=2)
+    runs.add("locked", NATIVE, common, into="held", world=2)
+    given = ",".join(str(runs.root / f"teacher_{m}") for m in ("rgb", "flow", "skeleton"))
+    distil = ["test=False", f"trainer.ckpt_path=[{given}]", *data]
+    runs.add("used_distill", DISTILL, distil, into="slim_whole")
+    runs.add("locked_distill", DISTILL, distil, into="held")
+    hole = make_tiny(runs.root / "hole")
+    (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
+    broken = ["modality=rgb", *overrides(hole), *MODEL, "trainer.epochs=1", "batch_size=4"]
+    runs.add("repeat", NATIVE, [*broken, "data_module.missing=repeat", "num_workers=1"], world=2)
+    skip = [*distil, *overrides(hole), "trainer.epochs=1", "data_module.missing=skip"]
+    runs.add("skip", DISTILL, skip)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     done = Runs(tmp_path_factory.mktemp("resume"))
     data = overrides(make_tiny(done.root / "data"))
     _plan_distill(done, data)
     _plan_native(done, data)
-    done.run()
+    _plan_folders(done, data)
+    with directory_lock(done.root / "held" / "checkpoints"):  # this test is another job in that folder
+        done.run()
     return done
 
 
@@ -181,11 +207,10 @@ def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
     back = convert_checkpoint(convert_checkpoint(path, tmp_path / "a.safetensors"), tmp_path / "b.ckpt")
     assert _same_tensors(read_checkpoint(path).state_dict, read_checkpoint(back).state_dict)
     assert read_checkpoint(back).meta["teachers"] == read_checkpoint(path).meta["teachers"]
-    alone = export_student(path, tmp_path / "s.safetensors", to="safetensors")
-    exported = read_checkpoint(tmp_path / "s.safetensors").state_dict
-    own = {k: v for k, v in read_checkpoint(path).state_dict.items() if k.startswith("student_rgb.")}
-    assert len(own) == len(exported), alone
-    assert all(torch.equal(a, b) for a, b in zip(own.values(), exported.values(), strict=True))
+    export_student(path, tmp_path / "s.safetensors", to="safetensors")
+    own = read_checkpoint(path).state_dict
+    own = {k.removeprefix("student_rgb."): v for k, v in own.items() if k.startswith("student_rgb.")}
+    assert _same_tensors(own, read_checkpoint(tmp_path / "s.safetensors").state_dict)
 
 
 def test_other_batches_inside_an_epoch_are_refused(runs: Runs) -> None:
@@ -222,3 +247,43 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     assert _same_tensors(read_checkpoint(whole).state_dict, read_checkpoint(parts).state_dict)
     assert (verify_manifest(parts) or {})["stage"] == stage
     assert _rows(runs.root / f"{name}_whole" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
+
+
+def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
+    assert runs.codes["kept"] == [0], runs.log("kept")
+    losses = [float(row["loss"]) for row in _rows(runs.root / "kept" / "metrics.csv")]
+    held = sorted(int(p.name[6:8]) for p in (runs.root / "kept" / "checkpoints").glob("epoch=*"))
+    assert len(losses) == 5
+    assert held == sorted({3, 4, losses.index(min(losses))})
+    assert "taken over from process" in runs.log("kept")
+    assert not (runs.root / "kept" / "checkpoints" / ".lock").exists()
+
+
+@pytest.mark.parametrize(("name", "world"), [("used", 2), ("used_distill", 1)])
+def test_a_fresh_run_in_a_used_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+    assert runs.codes[name] == [2] * world, runs.log(name)
+    assert "holds checkpoints of an earlier run" in runs.log(name)
+    assert "resume=auto" in runs.log(name)
+
+
+@pytest.mark.parametrize(("name", "world"), [("locked", 2), ("locked_distill", 1)])
+def test_a_second_job_in_a_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+    assert runs.codes[name] == [2] * world, runs.log(name)
+    assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints here" in runs.log(name)
+    assert list((runs.root / "held" / "checkpoints").iterdir()) == []
+
+
+def test_the_log_says_what_the_missing_policy_did(runs: Runs) -> None:
+    assert runs.codes["repeat"] == [0, 0], runs.log("repeat")
+    report = json.loads((runs.root / "repeat" / "data_report.json").read_text())
+    assert report["index"]["clips"] == 72
+    assert report["modalities"] == {"rgb": {"clips_left_out": 0, "frames_repeated": 1}}  # by one rank's worker
+    assert report["missing"]["frames_repeated"] == {"rgb": {"rally_CC_0": 1}}
+    assert "data: 72 clips of 24 rallies" in runs.log("repeat")
+    assert "missing=repeat: rgb 0 clips left out, 1 frames repeated; 0 clips replaced" in runs.log("repeat")
+    assert runs.codes["skip"] == [0], runs.log("skip")
+    report = json.loads((runs.root / "skip" / "data_report.json").read_text())
+    assert report["modalities"]["rgb"]["clips_left_out"] == 1
+    assert report["modalities"]["flow"]["clips_left_out"] == 0
+    assert report["missing"]["clips"] == 71
+    assert runs.log("skip").count("missing=skip: rgb 1 clips left out") == 2  # at the start and at the end

@@ -47,6 +47,18 @@ def test_a_resumed_run_goes_on_with_its_csv(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.25", "2,0.5"]
 
 
+def test_repeated_epochs_replace_their_rows(tmp_path: Path) -> None:
+    """A run killed after step 30 goes on from its checkpoint of step 10."""
+    [log] = open_trackers(["csv"], tmp_path, {})
+    for step in (10, 20, 30, 20):
+        log.scalars(step, {"epoch": step // 10, "loss": 1.0 / step})
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20]
+    log.scalars(20, {"top1": 0.5})  # other numbers of the same step are no repetition
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20, 20]
+
+
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="logger=wandb: wandb is not installed; pip install wandb"):

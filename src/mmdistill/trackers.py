@@ -48,7 +48,10 @@ class TensorBoard:
 
 
 class Csv:
-    """``metrics.csv``, which a resumed run goes on with. A new column has empty cells in the older rows."""
+    """``metrics.csv``, which a resumed run goes on with. A new column has empty cells in the older rows.
+
+    A run that was killed repeats what came after its last checkpoint; its rows then take the place of the older ones.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         self.path = run_dir / "metrics.csv"
@@ -63,7 +66,9 @@ class Csv:
                 reader = csv.DictReader(file)
                 columns, rows = list(reader.fieldnames or []), list(reader)
         new = [name for name in row if name not in columns]
-        whole = bool(new) or not self.path.exists()
+        held = len(rows)
+        rows = [r for r in rows if not _repeated(r, step, values)]
+        whole = bool(new) or len(rows) < held or not self.path.exists()
         with self.path.open("w" if whole else "a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=[*columns, *new], restval="")
             if whole:
@@ -76,6 +81,12 @@ class Csv:
 
     def close(self) -> None:
         """Each row is written at once."""
+
+
+def _repeated(row: Mapping[str, Any], step: int, values: Mapping[str, float]) -> bool:
+    """Whether a stored row is of a later step, or of this one with the same numbers in it."""
+    stored = int(row["step"])
+    return stored > step or (stored == step and all(row.get(name) not in (None, "") for name in values))
 
 
 class Wandb:
