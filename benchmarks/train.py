@@ -1,0 +1,270 @@
+"""Speed of the training steps, in one run on one machine, with the arithmetic counted.
+
+    python benchmarks/train.py [--rounds 5] [--json] [--tiny]
+
+- the pretraining step (forward, backward, AdamW) against ``transformers.VideoMAEForPreTraining`` of the same geometry
+  with the same weights and mask: 16 x 224 x 384, ViT-S, mask 0.9, batch 1; with the full decoder, and with
+  ``decoder_mask_ratio=0.5``;
+- the distillation step (raw clip to optimiser; three teachers and the student, all ViT-S; mask 0.75, batch 1) against
+  the rate of a float32 matrix product on the same threads, and with ``trainer.teacher_cache``.
+
+Each round times everything once, one after the other, so that a change of the machine's speed meets all alike; medians
+count. Denormals are flushed for all. FLOPs are those of matrix products and attention, 2 per multiply-add, the backward
+pass twice the forward one; what a method recomputes is not counted, so the rates are of useful arithmetic.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+from mmdistill.checkpoint.keys import from_huggingface
+from mmdistill.data.masks import visible_tokens
+from mmdistill.data.sampler import stream
+from mmdistill.distill.module import MMDistill
+from mmdistill.distill.teacher_cache import TeacherCache
+from mmdistill.modality import MODALITY_SPECS, ModalitySpec
+from mmdistill.models.videomae import (
+    DecoderGeometry,
+    Encoder,
+    EncoderGeometry,
+    VideoMAE,
+    complement,
+    patch_targets,
+    reconstruction_loss,
+    trivial_loss,
+)
+from mmdistill.optim import LearningRates, make_optimizer
+
+FULL = {"frames": 16, "size": (224, 384), "patch": 16, "dim": 384, "depth": 12, "heads": 6, "decoder": (192, 4, 3)}
+TINY = {"frames": 4, "size": (64, 64), "patch": 16, "dim": 32, "depth": 2, "heads": 2, "decoder": (16, 1, 1)}
+
+
+def geometry(sizes: dict, spec: ModalitySpec) -> EncoderGeometry:
+    """An encoder of the benchmark."""
+    (height, width), scale, dim, heads = sizes["size"], spec.scale, sizes["dim"], sizes["heads"]
+    return EncoderGeometry(
+        spec.channels, sizes["frames"], height // scale, width // scale, sizes["patch"] // scale, 2,
+        dim, sizes["depth"], heads, dim // heads, 4 * dim,
+    )  # fmt: skip
+
+
+# Arithmetic ----------------------------------------------------------------------------------------------------------
+
+
+def block_flops(n: int, dim: int, inner: int, hidden: int) -> int:
+    """One transformer block on n tokens, forward: qkv, both attention products, projection, MLP."""
+    return 2 * n * dim * 3 * inner + 4 * n * n * inner + 2 * n * inner * dim + 4 * n * dim * hidden
+
+
+def encoder_flops(g: EncoderGeometry, n: int, *, backward: bool) -> int:
+    """An encoder on n visible tokens; the input's gradient is not needed, so the embedding counts twice, not thrice."""
+    embed, blocks = 2 * n * g.token_values * g.dim, g.depth * block_flops(n, g.dim, g.heads * g.head_dim, g.mlp_dim)
+    return 2 * embed + 3 * blocks if backward else embed + blocks
+
+
+def pretrain_flops(g: EncoderGeometry, d: DecoderGeometry, visible: int, predicted: int) -> int:
+    """One pretraining step on one clip."""
+    tokens = visible + predicted
+    decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.token_values
+    decoder += d.depth * block_flops(tokens, d.dim, d.heads * d.head_dim, d.mlp_dim)
+    return encoder_flops(g, visible, backward=True) + 3 * decoder
+
+
+def distill_flops(geometries: dict[str, EncoderGeometry], visible: int, *, cached: bool) -> int:
+    """One distillation step on one clip; the transfer head on one feature is left out."""
+    teachers = 0 if cached else sum(encoder_flops(g, visible, backward=False) for g in geometries.values())
+    return teachers + encoder_flops(geometries["rgb"], visible, backward=True)
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def mask(g: EncoderGeometry, ratio: float) -> Tensor:
+    """(1, Lv)"""
+    return torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=stream(0)))[None]
+
+
+def stepper(module: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """Forward, backward, AdamW."""
+    optimizer = make_optimizer(module, lr=1e-9, weight_decay=0.05, betas=(0.9, 0.95))
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(value)
+
+    return step
+
+
+def huggingface(sizes: dict, g: EncoderGeometry) -> VideoMAEForPreTraining:
+    """transformers' model of this geometry, as it comes."""
+    dim, depth, heads = sizes["decoder"]
+    config = VideoMAEConfig(
+        image_size=sizes["size"], patch_size=g.patch, num_frames=g.num_frames, tubelet_size=2,
+        hidden_size=g.dim, num_hidden_layers=g.depth, num_attention_heads=g.heads, intermediate_size=g.mlp_dim,
+        decoder_hidden_size=dim, decoder_num_hidden_layers=depth, decoder_num_attention_heads=heads,
+        decoder_intermediate_size=4 * dim, use_mean_pooling=False, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    return VideoMAEForPreTraining(config).train()
+
+
+def pretraining(sizes: dict) -> tuple[dict[str, tuple[int, Callable[[], float]]], dict[str, float]]:
+    """name -> (FLOPs, step), and the losses of both implementations with the same weights."""
+    spec = MODALITY_SPECS["rgb"]
+    g, (width, depth, heads) = geometry(sizes, spec), sizes["decoder"]
+    d = DecoderGeometry(width, depth, heads, width // heads, 4 * width)
+    theirs = huggingface(sizes, g)
+    ours = VideoMAE(g, d)
+    state = from_huggingface(theirs.state_dict())
+    ours.load_state_dict({k: state[k] for k in ours.state_dict()})  # raises where one is missing
+    x = torch.randn(1, 3, g.num_frames, g.height, g.width)
+    visible = mask(g, 0.9)
+    removed = complement(visible, g.tokens)
+    half = removed[:, torch.randperm(removed.shape[1])[: removed.shape[1] // 2].sort().values]
+    hidden = torch.ones(1, g.tokens, dtype=torch.bool).scatter(1, visible, False)
+
+    def our_loss(predict: Tensor | None) -> Tensor:
+        prediction, index = ours(x, visible, predict)
+        target = patch_targets(x, index, g.grid, kind="patch")
+        trivial_loss(target, g.channels)  # which a run logs too
+        return reconstruction_loss(prediction, target)
+
+    def their_loss() -> Tensor:
+        return theirs(x.transpose(1, 2), bool_masked_pos=hidden).loss
+
+    with torch.no_grad():
+        losses = {"ours": float(our_loss(None)), "transformers": float(their_loss())}
+    n, all_, some = visible.shape[1], removed.shape[1], half.shape[1]
+    full = pretrain_flops(g, d, n, all_)
+    more = 2 * (g.tokens - n) * g.token_values * g.dim * 2  # transformers embeds the removed patches too
+    return {
+        "pretrain, transformers": (full + more, stepper(theirs, their_loss)),
+        "pretrain, full decoder": (full, stepper(ours, lambda: our_loss(None))),
+        "pretrain, decoder_mask_ratio=0.5": (pretrain_flops(g, d, n, some), stepper(ours, lambda: our_loss(half))),
+    }, losses
+
+
+def distillation(sizes: dict, folder: Path) -> tuple[dict[str, tuple[int, Callable[[], float]]], dict[str, float]]:
+    """name -> (FLOPs, step), and the losses with teachers and with their kept features on the same mask."""
+    specs = MODALITY_SPECS
+    geometries = {m: geometry(sizes, s) for m, s in specs.items()}
+    module = MMDistill(
+        {m: Encoder(g) for m, g in geometries.items()}, specs, rates=LearningRates(1e-9, 0, 0), weight_decay=0.05,
+        betas=(0.9, 0.95), warmup_steps=0, total_steps=1, meta={},
+    ).train()  # fmt: skip
+    t, (h, w) = sizes["frames"], sizes["size"]
+    batch = {
+        "rgb": torch.randint(0, 256, (1, t, h, w + 14, 3), dtype=torch.uint8),
+        "flow": torch.randn(1, t, 2, h, w + 14).half(),
+        "skeleton": torch.rand(1, t, 2, 17, 3) * h,
+        "visible": mask(geometries["rgb"], 0.75),
+        "view": torch.tensor([[0.0, 7, h, w, 0]]),
+        "index": torch.tensor([0]),
+    }
+    kept = TeacherCache(folder, draws=1, clips=1, widths={m: g.dim for m, g in geometries.items()}, key={})
+    kept.add(0, batch["index"], module.targets(batch))
+    kept.write(0)
+    kept.open(0)
+    kept.serves = lambda epoch: True  # type: ignore[method-assign]
+    small = {k: v for k, v in batch.items() if k not in ("flow", "skeleton")}
+
+    def loss(cache: TeacherCache | None) -> Tensor:
+        module.cache = cache
+        found = module.losses(small if cache else batch)
+        return torch.stack([value for value, _ in found.values()]).sum()
+
+    with torch.no_grad():
+        losses = {"uncached": float(loss(None)), "cached": float(loss(kept))}
+    trained = torch.nn.ModuleDict({"student_rgb": module.student_rgb, "cmt": module.cmt})
+    n = batch["visible"].shape[1]
+    return {
+        "distill": (distill_flops(geometries, n, cached=False), stepper(trained, lambda: loss(None))),
+        "distill, teacher_cache": (distill_flops(geometries, n, cached=True), stepper(trained, lambda: loss(kept))),
+    }, losses
+
+
+def product(size: int) -> tuple[int, Callable[[], float]]:
+    """A square float32 matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    return 2 * size**3, lambda: float(torch.mm(a, b, out=out)[0, 0])
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def measure(steps: dict[str, tuple[int, Callable[[], float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds and rate of each, all of them timed once per round after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, (_, step) in steps.items():
+            began = time.perf_counter()
+            step()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {"gflop": flops / 1e9, "seconds": (s := statistics.median(seconds[name])), "gflop_per_s": flops / 1e9 / s}
+        for name, (flops, _) in steps.items()
+    }
+
+
+def targets(found: dict[str, dict[str, float]]) -> list[tuple[str, float, str, float]]:
+    """(what, value, relation, bound)"""
+    seconds = {name: row["seconds"] for name, row in found.items()}
+    whole, rate = seconds["pretrain, transformers"], found["matrix product"]["gflop_per_s"]
+    return [
+        ("pretrain, full decoder / transformers, time", seconds["pretrain, full decoder"] / whole, "<=", 0.8),
+        (
+            "pretrain, decoder_mask_ratio=0.5 / transformers",
+            seconds["pretrain, decoder_mask_ratio=0.5"] / whole,
+            "<=",
+            0.5,
+        ),
+        ("distill / matrix product, rate", found["distill"]["gflop_per_s"] / rate, ">=", 0.8),
+        ("distill, teacher_cache / distill, time", seconds["distill, teacher_cache"] / seconds["distill"], "<=", 0.6),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    sizes = TINY if args.tiny else FULL
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain, losses = pretraining(sizes)
+        distill, more = distillation(sizes, Path(folder))
+        found = measure({"matrix product": product(256 if args.tiny else 2048), **pretrain, **distill}, args.rounds)
+    rows = targets(found)
+    if args.json:
+        print(
+            json.dumps({"steps": found, "targets": rows, "losses": losses | more, "threads": torch.get_num_threads()})
+        )
+        return 0
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, medians of {args.rounds} rounds")
+    print(f"{'':36}{'GFLOP':>9}{'seconds':>10}{'GFLOP/s':>10}")
+    for name, row in found.items():
+        print(f"{name:36}{row['gflop']:>9.1f}{row['seconds']:>10.3f}{row['gflop_per_s']:>10.1f}")
+    for what, value, relation, bound in rows:
+        met = value <= bound if relation == "<=" else value >= bound
+        print(f"{what}: {value:.2f} (wanted {relation} {bound}: {'met' if met else 'missed'})")
+    print(f"same weights and mask: loss {losses['ours']:.6f}, transformers {losses['transformers']:.6f}")
+    print(f"same mask: loss {more['uncached']:.6f}, from kept features {more['cached']:.6f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
