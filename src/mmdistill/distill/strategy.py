@@ -9,7 +9,8 @@ is no second, rounded copy of the weights that could be saved by mistake.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,11 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
         loss: Tensor = super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
         return loss
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Nothing: the engine waits for the last batch of a step by itself, and stage 2 cannot be told to."""
+        yield
+
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """The last batch of a step: its backward pass, which the closure runs, ends the accumulation."""
         engine = self.deepspeed_engine
@@ -194,6 +200,7 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
             plain: dict[str, Any] = wrapped.state_dict()
             return plain
         inner = wrapped.optimizer
+        _link_moments(wrapped)
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         first = 0
@@ -244,7 +251,11 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
             safe_set_full_fp32_param(parameter, parameter.detach())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """AdamW's state from torch's layout into this rank's flat tensors. Raises `CheckpointError` if it does not fit."""
+        """AdamW's state from torch's layout into this rank's flat tensors.
+
+        Raises:
+            CheckpointError: it is of other parameters, or ZeRO cannot hold it.
+        """
         saved = checkpoint["optimizer_states"][0]
         self._check(saved)
         if self.stage == 0:
@@ -265,8 +276,7 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
     def _fill_moments(self, wrapped: Any, saved: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        wrapped._hp_optimizer_states_linked = False
-        wrapped._lazy_init_hp_params_optimizer_state()  # DeepSpeed links them after the first step otherwise
+        _link_moments(wrapped)
         for parameters, stored in zip(self._groups, saved["param_groups"], strict=True):
             for parameter, number in zip(parameters, stored["params"], strict=True):
                 for key, value in saved["state"][number].items():
@@ -292,3 +302,9 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
                     "its optimizer's parameters are at different steps, which ZeRO cannot hold; "
                     "resume with strategy=auto, ddp or deepspeed_stage_0"
                 )
+
+
+def _link_moments(wrapped: Any) -> None:
+    """Tell each parameter where its moments lie. DeepSpeed does so after its first step, for the first group only."""
+    wrapped._hp_optimizer_states_linked = False
+    wrapped._lazy_init_hp_params_optimizer_state()
