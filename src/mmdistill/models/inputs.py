@@ -42,10 +42,10 @@ def prepare(clip: Tensor, view: Tensor, spec: ModalitySpec, size: tuple[int, int
         zoom[:, 0] *= 1 - 2 * view[:, 4]  # and its x turns round with a flip
         x = x * zoom[:, :, None, None, None]
     else:
-        x = _view_pixels(clip.permute(0, 4, 1, 2, 3), view, size).float() / 255
+        x = _view_pixels(clip.permute(0, 4, 1, 2, 3), view, size).float().div_(255)
     mean = torch.tensor(spec.mean, device=x.device).view(-1, 1, 1, 1)
     std = torch.tensor(spec.std, device=x.device).view(-1, 1, 1, 1)
-    return (x - mean) / std
+    return x.sub_(mean).div_(std)  # in place: x is a fresh tensor here, and memory is what this costs
 
 
 def _view_pixels(x: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
