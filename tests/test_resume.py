@@ -94,6 +94,10 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     last = runs.root / "ddp_first" / "checkpoints" / "last.ckpt"
     runs.add("ddp_rest", DISTILL, [*two, f"resume={last}", "trainer.keep_last=1"], world=2)
     runs.add("ddp_other", DISTILL, [given, *common, f"resume={last}"])  # other batches inside an epoch: refused
+    zero = [given, *common, "strategy=deepspeed_stage_2", "devices=2", "trainer.save_ckpt_freq=2", "trainer.epochs=2"]
+    runs.add("zero_whole", DISTILL, zero, world=2)
+    runs.add("zero_first", DISTILL, zero, world=2, stop_at=6, into="zero")
+    runs.add("zero_rest", DISTILL, [*zero, "resume=auto"], world=2, into="zero")
     runs.add("end_first", DISTILL, [given, *common, "num_workers=1"], stop_at=9)  # an epoch's last batch
     runs.add("end_rest", DISTILL, [given, *common, "num_workers=1", "resume=auto"], into="end_first")
     runs.add("end_whole", DISTILL, [given, *common])
@@ -161,10 +165,15 @@ def _same_moments(a: Path, b: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "rest", "folder", "world"),
-    [("slim", "slim_rest", "slim", 1), ("ddp", "ddp_rest", "ddp_rest", 2), ("end", "end_rest", "end_first", 1)],
+    [
+        ("slim", "slim_rest", "slim", 1),
+        ("ddp", "ddp_rest", "ddp_rest", 2),
+        ("zero", "zero_rest", "zero", 2),
+        ("end", "end_rest", "end_first", 1),
+    ],
 )
 def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
-    """Inside an epoch with accumulated gradients, workers 1 and slim files; under ddp; in an epoch's last step."""
+    """Inside an epoch: accumulated gradients, workers 1 and slim files; ddp; ZeRO 2. And in an epoch's last step."""
     assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[rest] == [0] * world, runs.log(rest)
