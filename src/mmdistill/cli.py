@@ -19,6 +19,7 @@ from mmdistill.config import (
     ConfigError,
     DistillConfig,
     PretrainConfig,
+    add_overrides,
     die,
     explain,
     parse,
@@ -44,7 +45,8 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
     if launch.follower():
         aside = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # multirun.yaml of a sweep; removed at exit
         folders = ["hydra.run.dir=.", f"hydra.sweep.dir={aside.name}", "hydra.sweep.subdir=${hydra:job.num}"]
-        sys.argv += [*folders, "hydra.output_subdir=null", "hydra/job_logging=disabled"]
+        quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
+        sys.argv[1:] = add_overrides(sys.argv[1:], [*folders, *quiet])
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing, so that we can add near matches
     register_schemas()
     jobs = 0
@@ -116,7 +118,8 @@ def _end(error: Exception, schema: type[T], job: int) -> None:
         secondary = first is not None and first != rank
         if secondary or (first is None and rank > 0 and isinstance(error, HydraException | ConfigError)):
             raise SystemExit(status)  # every rank composes the same config; rank 0 says what is wrong with it
-        print(f"mmdistill: rank {rank} failed first:", file=sys.stderr, flush=True)
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            print(f"mmdistill: rank {rank} failed first:", file=sys.stderr, flush=True)
     if wrong_input:
         die(error, schema)
     if own:

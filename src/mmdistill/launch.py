@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mmdistill.config import ConfigError
+from mmdistill.config import ConfigError, add_overrides
 
 INTERRUPTED_EXIT_CODE = 85  # a whole checkpoint was written after a stop signal; `resume=auto` goes on
 _GRACE = 10.0  # seconds that ranks get to end by themselves after one has failed; those stopped by a signal get more
@@ -119,7 +119,8 @@ def start_ranks(count: int, run_dir: str, *, cwd: str) -> int:
     Signals are passed on. When one rank fails the others get some seconds, then they are killed: none is left behind.
     """
     escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
-    command = [sys.executable, str(Path(cwd) / sys.argv[0]), *sys.argv[1:], f"hydra.run.dir='{escaped}'"]
+    arguments = add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])
+    command = [sys.executable, str(Path(cwd) / sys.argv[0]), *arguments]
     place = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
