@@ -497,7 +497,7 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
 
 
 def add_overrides(argv: Sequence[str], more: Sequence[str]) -> list[str]:
-    """`more` behind the last override of a command line: Hydra takes them in one block only, and the last one counts."""
+    """`more` behind the last override of a command line: Hydra takes them in one block, and the last one counts."""
     at = max((i + 1 for i, argument in enumerate(argv) if _OVERRIDE.match(argument)), default=len(argv))
     return [*argv[:at], *more, *argv[at:]]
 
