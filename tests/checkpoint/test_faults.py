@@ -1,5 +1,6 @@
 """Bad bytes and bad pickles: an error that names the file and what is wrong, nothing loaded, nothing run."""
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mmdistill.checkpoint import (
     CheckpointError,
@@ -22,8 +24,9 @@ from mmdistill.checkpoint import (
     save_torch,
 )
 from mmdistill.checkpoint import write as writing
-from mmdistill.checkpoint.archive import zip_records
+from mmdistill.checkpoint.archive import sha256_file, zip_records
 from mmdistill.checkpoint.convert import write_deepspeed
+from mmdistill.checkpoint.manifest import manifest_bytes, read_manifest, verify_manifest
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -277,18 +280,45 @@ def test_zip_bombs_and_foreign_zips(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "x.ckpt")
 
 
+def test_checksums_of_older_versions_are_still_compared(tmp_path: Path) -> None:
+    """Directories whose manifest holds the sha256 of an archive, and .safetensors with one sha256 of all tensors."""
+    root = native(tmp_path / "d")
+    content = read_manifest(root)
+    assert content is not None
+    file = root / FILES[0]
+    assert "sha256" not in content["files"][FILES[0]]
+    content["files"][FILES[0]]["sha256"] = sha256_file(file)
+    facts = {k: v for k, v in content.items() if k not in ("files", "version", "manifest_sha256")}
+    (root / "manifest.json").write_bytes(manifest_bytes(content["files"], **facts))
+    assert verify_manifest(root, full=True) is not None
+    with zipfile.ZipFile(file) as archive:
+        local = archive.infolist()[0].header_offset + 10  # the header's time: no record's CRC sees it
+    flip(file, local)
+    with pytest.raises(CorruptCheckpointError, match="does not match its manifest"):
+        verify_manifest(root, full=True)
+
+    data = torch.arange(6.0)
+    held = {"format": "pt", "mmdistill_data_sha256": hashlib.sha256(data.numpy().tobytes()).hexdigest()}
+    path = tmp_path / "old.safetensors"
+    save_file({"encoder.norm.weight": data}, path, held)
+    assert torch.equal(read_checkpoint(path).state_dict["encoder.norm.weight"], data)
+    flip(path, path.stat().st_size - 1)
+    with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
+        read_checkpoint(path)
+
+
 def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lightning(tmp_path / "last.ckpt")
     before = path.read_bytes()
     written = []
 
-    def full(self: writing.HashingFile, view: memoryview) -> None:
+    def full(self: writing.DirectFile, view: memoryview) -> None:
         written.append(len(view))
         if len(written) > 5:
             raise OSError(28, "No space left on device")
         self._file.write(view)
 
-    monkeypatch.setattr(writing.HashingFile, "_write_all", full)
+    monkeypatch.setattr(writing.DirectFile, "_write_all", full)
     with pytest.raises(CheckpointError, match=r"last.ckpt: not saved .*No space left"):
         lightning(path, step=9)
     with pytest.raises(CheckpointError, match="No space left"):

@@ -55,7 +55,8 @@ def write_deepspeed(state: Mapping[str, Tensor], target: Path, meta: Mapping[str
     def fill(folder: Path) -> None:
         (folder / TAG).mkdir()
         name = f"{TAG}/mp_rank_00_model_states.pt"
-        files = {name: describe(folder / name, stream_torch(content, folder / name))}
+        stream_torch(content, folder / name)
+        files = {name: describe(folder / name)}
         text = json.dumps(dict(meta), indent=1, sort_keys=True) + "\n"
         for small, data in ((LATEST, TAG.encode()), (META, text.encode())):
             files[small] = describe(folder / small, write_bytes(folder / small, data))

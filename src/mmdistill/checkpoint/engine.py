@@ -84,7 +84,7 @@ class _Recorder:
 
     def __init__(self, engine: Any) -> None:
         self._inner = engine.checkpoint_engine
-        self.files: dict[str, str] = {}
+        self.files: list[str] = []
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -102,10 +102,11 @@ class _Recorder:
         self._guard(lambda: os.makedirs(path, exist_ok=exist_ok))
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write, sync and hash one file of this rank."""
+        """Write and sync one file of this rank."""
 
         def write() -> None:
-            self.files[path] = stream_torch(state_dict, Path(path))
+            stream_torch(state_dict, Path(path))
+            self.files.append(path)
 
         self._guard(write)
 
@@ -148,9 +149,9 @@ def _master_names(engine: Any) -> list[list[str]] | None:
         return None
 
 
-def _finish(staged: Path, target: Path, meta: Mapping[str, Any], files: dict[str, str], facts: dict[str, Any]) -> None:
+def _finish(staged: Path, target: Path, meta: Mapping[str, Any], files: list[str], facts: dict[str, Any]) -> None:
     """Rank 0: metadata, manifest, name."""
-    entries = {os.path.relpath(path, staged): describe(Path(path), sha) for path, sha in files.items()}
+    entries = {os.path.relpath(path, staged): describe(Path(path)) for path in files}
     for name, data in (
         (LATEST, TAG.encode()),
         (META, (json.dumps(dict(meta), indent=1, sort_keys=True) + "\n").encode()),
@@ -203,12 +204,12 @@ def save_deepspeed(
         with _recording(engine) as recorder:
             engine.save_checkpoint(str(staged), tag=TAG, client_state=extra, save_latest=False)
 
-        def report() -> dict[str, str]:
+        def report() -> list[str]:
             if recorder.error is not None:
                 raise recorder.error
             return recorder.files
 
-        files = {path: sha for part in agree(report, f"{target}: not saved") for path, sha in part.items()}
+        files = [path for part in agree(report, f"{target}: not saved") for path in part]
         loss = meta.get("loss")
         facts = {
             "world_size": world,

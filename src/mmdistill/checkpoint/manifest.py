@@ -16,14 +16,17 @@ _SELF = "manifest_sha256"
 
 
 def describe(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """A manifest's entry for one file: bytes, sha256, and of an archive the digest of its directory.
+    """A manifest's entry for one file: bytes, and its sha256 or, of an archive, that of its directory.
 
-    The directory holds the CRC-32 of every record. Comparing the digest and the CRCs proves the whole content at
-    several times the speed of sha256, and also that the file is not another good one that was put in its place.
+    The directory holds the CRC-32 of every record, which torch has computed anyway. Comparing the digest and the CRCs
+    finds any flipped bit at several times the speed of a sha256 of the whole, and also tells another good file that was
+    put in its place. (Manifests of older versions also hold an archive's whole sha256.)
     """
-    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256 or sha256_file(path)}
+    entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if is_zip(path):
         entry["zip_directory_sha256"] = directory_digest(path)
+    else:
+        entry["sha256"] = sha256 or sha256_file(path)
     return entry
 
 
@@ -68,12 +71,12 @@ def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -
             f"{path}: {word}: {size} bytes on disk, {entry['bytes']} expected; use another checkpoint"
         )
     digest = entry.get("zip_directory_sha256")
-    if digest and not full:
+    if digest and not (full and "sha256" in entry):
         try:
             good = directory_digest(path) == digest
         except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
             raise CorruptCheckpointError(f"{path}: corrupt: checksum of its directory ({error})") from error
-        if good and payload:
+        if good and (payload or full):
             verify_zip(path)
     else:
         good = sha256_file(path) == entry["sha256"]
@@ -89,7 +92,7 @@ def verify_manifest(
     Args:
         root: the checkpoint directory.
         payload: also check the CRC of every record; False leaves that to whoever reads the file.
-        full: sha256 of every byte instead.
+        full: every byte of every file, whatever `payload` and `rank` leave to others; sha256 where there is one.
         rank, world_size: payloads are divided between processes that call this together.
 
     Raises:

@@ -5,7 +5,9 @@ import json
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdistill.checkpoint.archive import load_pickle
+from mmdistill.checkpoint.archive import THREADS, load_pickle
 from mmdistill.checkpoint.detect import Location, is_safetensors, locate, read_json
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.keys import (
@@ -30,7 +32,8 @@ from mmdistill.checkpoint.manifest import verify_manifest
 from mmdistill.checkpoint.zero import read_zero
 
 EMBEDDED = "mmdistill"  # key of the metadata inside a file
-DATA_SHA256 = "mmdistill_data_sha256"
+TENSOR_CRCS = "mmdistill_crc32"  # of a .safetensors file: 8 hex digits for each tensor, in the order of the data
+DATA_SHA256 = "mmdistill_data_sha256"  # what older versions wrote in its place
 _WEIGHT_KEYS = ("state_dict", "module", "model")
 _ST_DTYPES = {
     "F64": torch.float64,
@@ -108,10 +111,9 @@ def _read_safetensors(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict
         return {}, meta
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing can reach the file
-    if verify and DATA_SHA256 in meta:
+    if verify:
         with memoryview(mapped) as view, view[start:] as data:
-            if hashlib.sha256(data).hexdigest() != meta[DATA_SHA256]:
-                raise CorruptCheckpointError(f"{path}: corrupt: checksum of its tensors does not match; copy it again")
+            _verify_tensors(path, header, meta, data)
     tensors = {}
     for name, entry in header.items():
         dtype = _ST_DTYPES.get(entry["dtype"])
@@ -128,6 +130,23 @@ def _read_safetensors(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict
         )
         tensors[name] = flat.view(entry["shape"])
     return tensors, meta
+
+
+def _verify_tensors(path: Path, header: Mapping[str, Any], meta: Mapping[str, str], data: memoryview) -> None:
+    """Compare the checksums that our ``.safetensors`` carry. Raises `CorruptCheckpointError` naming the tensor."""
+    if DATA_SHA256 in meta and hashlib.sha256(data).hexdigest() != meta[DATA_SHA256]:
+        raise CorruptCheckpointError(f"{path}: corrupt: checksum of its tensors does not match; copy it again")
+    if TENSOR_CRCS not in meta:
+        return
+    places = sorted((entry["data_offsets"], name) for name, entry in header.items())
+    stored = [meta[TENSOR_CRCS][8 * i : 8 * i + 8] for i in range(len(places))]
+    if len(meta[TENSOR_CRCS]) != 8 * len(places):
+        raise CorruptCheckpointError(f"{path}: corrupt: checksum missing of some of its tensors; copy it again")
+    with ThreadPoolExecutor(THREADS) as pool:  # zlib releases the interpreter lock
+        found = list(pool.map(lambda place: f"{zlib.crc32(data[slice(*place[0])]):08x}", places))
+    bad = [name for (_, name), crc, wanted in zip(places, found, stored, strict=True) if crc != wanted]
+    if bad:
+        raise CorruptCheckpointError(f"{path}: corrupt: checksum of '{bad[0]}' does not match; copy it again")
 
 
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
@@ -207,7 +226,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
     Args:
         path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
             ``.safetensors``, or a Hugging Face folder.
-        verify: compare every byte with the checksums that the format carries (zip CRCs, manifest, safetensors sha256).
+        verify: compare every byte with the checksums that the format carries (zip CRCs, manifest, safetensors CRCs).
 
     Raises:
         CheckpointError: or a subclass; one sentence naming the file.

@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import struct
-import threading
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -24,46 +25,24 @@ from mmdistill.checkpoint.archive import load_pickle
 from mmdistill.checkpoint.detect import existing
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.layout import OLD_PREFIX, TMP_PREFIX
-from mmdistill.checkpoint.read import _ST_DTYPES, DATA_SHA256, EMBEDDED
+from mmdistill.checkpoint.read import _ST_DTYPES, EMBEDDED, TENSOR_CRCS
 
 log = logging.getLogger(__name__)
 
-_CHUNK = 16 << 20  # bytes hashed at a time; smaller files need no thread
-_TO_COME = "0" * 64  # the sha256 of the data, which is known when the data has been written
+_TO_COME = "0" * 8  # the CRC-32 of a tensor in hex, which is known when the tensor has been written
 _DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
 
 
-class HashingFile:
-    """A file opened for writing whose sha256 is computed beside the write and not after it.
+class DirectFile:
+    """A file opened for writing without a buffer, whose bytes are on the disk when it is finished."""
 
-    A second thread reads behind the writer, from the page cache: hashing in step with the writes was
-    measured at half the speed.
-
-    Args:
-        path: the file.
-        hashed: False leaves the sha256 out, for formats with checksums of their own.
-    """
-
-    def __init__(self, path: Path, *, hashed: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("w+b", buffering=0)
-        self._hashed = hashed
-        self._digest = hashlib.sha256()
-        self._written = self._done = 0  # bytes written, bytes hashed
-        self._ended = False
-        self._news = threading.Condition()
-        self._follower: threading.Thread | None = None
-        self._failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """All of `data`."""
         view = memoryview(data).cast("B")
         self._write_all(view)
-        with self._news:
-            self._written += len(view)
-            self._news.notify()
-        if self._hashed and self._follower is None and self._written - self._done >= _CHUNK:
-            self._follower = threading.Thread(target=self._follow, daemon=True)
-            self._follower.start()
         return len(view)
 
     def _write_all(self, view: memoryview) -> None:
@@ -71,61 +50,21 @@ class HashingFile:
             done = self._file.write(view)
             view = view[done:]
 
-    def _follow(self) -> None:
-        buffer = bytearray(_CHUNK)
-        while True:
-            with self._news:
-                while self._written == self._done and not self._ended:
-                    self._news.wait()
-                wanted = min(self._written - self._done, _CHUNK)
-            if not wanted:
-                return
-            try:
-                count = os.preadv(self._file.fileno(), [memoryview(buffer)[:wanted]], self._done)
-            except OSError as error:
-                self._failure = error
-                return
-            self._digest.update(memoryview(buffer)[:count])
-            self._done += count
-
     def flush(self) -> None:
         """Nothing is buffered."""
 
-    def restart(self) -> None:
-        """Leave out of the sha256 what was written so far (less than a chunk: no thread has started)."""
-        self._done = self._written
-
-    def hexdigest(self) -> str:
-        """sha256 of all that was written since the start or `restart`; nothing may be written after it."""
-        with self._news:
-            self._ended = True
-            self._news.notify()
-        if self._follower is None:
-            self._follow()
-        else:
-            self._follower.join()
-        if self._failure is not None:
-            raise self._failure
-        return self._digest.hexdigest()
-
     def patch(self, position: int, data: bytes) -> None:
-        """Replace bytes that were written before; they are not hashed again."""
+        """Replace bytes that were written before."""
         self._file.seek(position)
         self._write_all(memoryview(data))
 
+    def finish(self) -> None:
+        """Bring the bytes to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close without syncing."""
-        with self._news:
-            self._ended = True
-            self._news.notify()
-        if self._follower is not None:
-            self._follower.join()
         self._file.close()
-
-    def finish(self) -> str:
-        """Bring the bytes to the disk; the hex sha256, if this file is hashed."""
-        os.fsync(self._file.fileno())
-        return self.hexdigest() if self._hashed else ""
 
 
 def sync_directory(path: Path) -> None:
@@ -138,11 +77,11 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(path: Path, *, hashed: bool) -> Iterator[HashingFile]:
+def _staged(path: Path) -> Iterator[DirectFile]:
     """A file beside `path` that takes its name when the block ends well, and disappears when it does not."""
     staged = path.with_name(TMP_PREFIX + uuid.uuid4().hex)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = HashingFile(staged, hashed=hashed)
+    file = DirectFile(staged)
     try:
         yield file
         file.finish()
@@ -157,20 +96,21 @@ def _staged(path: Path, *, hashed: bool) -> Iterator[HashingFile]:
 
 def write_bytes(path: Path, data: bytes) -> str:
     """Write a small file, synced but not renamed, for use inside a directory that is itself staged; its sha256."""
-    file = HashingFile(path)
+    file = DirectFile(path)
     try:
         file.write(data)
-        return file.finish()
+        file.finish()
     finally:
         file.close()
+    return hashlib.sha256(data).hexdigest()
 
 
-def stream_torch(obj: Any, path: Path) -> str:
-    """``torch.save`` to a path as given, synced; its sha256. For files inside a staged directory."""
-    file = HashingFile(path)
+def stream_torch(obj: Any, path: Path) -> None:
+    """``torch.save`` to a path as given, synced. For files inside a staged directory. Its checksums are the zip's."""
+    file = DirectFile(path)
     try:
         torch.save(obj, cast(IO[bytes], file))
-        return file.finish()
+        file.finish()
     finally:
         file.close()
 
@@ -196,7 +136,7 @@ def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path).expanduser()
     try:
-        with _staged(target, hashed=False) as file:
+        with _staged(target) as file:
             torch.save(obj, cast(IO[bytes], file))
     except (OSError, RuntimeError) as error:
         cause = _reason(error)
@@ -216,7 +156,7 @@ def load_torch(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
-    """Write tensors as ``.safetensors``, atomically, with `meta` as JSON and a sha256 of the data in the header.
+    """Write tensors as ``.safetensors``, atomically, with `meta` as JSON and the CRC-32 of each tensor in the header.
 
     Raises:
         CheckpointError: not writable, or a dtype that the format lacks.
@@ -236,17 +176,21 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], 
     header["__metadata__"] = {
         "format": "pt",
         EMBEDDED: json.dumps(dict(meta), sort_keys=True),
-        DATA_SHA256: _TO_COME,
+        TENSOR_CRCS: _TO_COME * len(order),
     }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     try:
-        with _staged(target, hashed=True) as file:
+        with _staged(target) as file, ThreadPoolExecutor(1) as beside:
             file.write(struct.pack("<Q", len(head)) + head)
-            file.restart()
+            crcs = []
             for name in order:
-                file.write(_raw(state[name]))
-            file.patch(8 + head.index(_TO_COME.encode()), file.hexdigest().encode())
+                raw = _raw(state[name])
+                crc = beside.submit(zlib.crc32, raw)  # zlib releases the interpreter lock
+                file.write(raw)
+                crcs.append(f"{crc.result():08x}")
+            if crcs:
+                file.patch(8 + head.index((_TO_COME * len(order)).encode()), "".join(crcs).encode())
     except OSError as error:
         raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
 
