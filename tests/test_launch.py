@@ -1,0 +1,219 @@
+"""Real launchers with two processes, and what happens to them: signals, a killed rank, a hung rank, a dead worker."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mmdistill import launch
+from mmdistill.config import ConfigError, add_overrides, quote_overrides
+from mmdistill.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
+from tests.tiny_data import MODEL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+LAUNCHERS = {
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2"],
+    "deepspeed --no_local_rank": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"],
+    "devices=2": [sys.executable],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return overrides(make_tiny(tmp_path_factory.mktemp("tiny") / "data"))
+
+
+def _command(launcher: str, data: list[str], folder: str, *arguments: str) -> list[str]:
+    own = ["devices=2"] if launcher == "devices=2" else []
+    common = ["modality=flow", *data, *MODEL, "batch_size=4", "trainer.epochs=1", "accelerator=cpu", *own]
+    return [*LAUNCHERS[launcher], "pretrain_main.py", *common, *arguments, f"hydra.run.dir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def alone(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Loss of one process with the same global batch."""
+    run = tmp_path_factory.mktemp("alone")
+    command = [a for a in _command("devices=2", data, str(run)) if a not in ("devices=2", "batch_size=4")]
+    subprocess.run([*command, "batch_size=8"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=300)
+    return _loss(run)
+
+
+def _loss(run: Path) -> float:
+    with (run / "metrics.csv").open(newline="") as file:
+        return float(next(csv.DictReader(file))["loss"])
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_launcher_gives_one_folder_and_the_loss_of_one_process(
+    launcher: str, data: list[str], alone: float, tmp_path: Path
+) -> None:
+    folder = f"{tmp_path}/${{now:%S-%f}}"  # each rank would choose another one
+    done = subprocess.run(
+        _command(launcher, data, folder), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = tmp_path.iterdir()
+    assert _loss(run) == pytest.approx(alone, rel=1e-5)
+    assert (run / "run.log").read_text().count("epoch 0: loss") == 1
+    assert (run / "run.json").is_file()
+
+
+class _Running:
+    """A run of two ranks in the background, its processes found by its folder, which all their commands name."""
+
+    def __init__(self, command: list[str], run: Path) -> None:
+        self.run = run
+        self.errors = run.with_name(run.name + ".err").open("w+")
+        self.process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=self.errors, stderr=self.errors)
+        deadline = time.monotonic() + 300
+        while not (run / "metrics.csv").exists():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes, rank 0 first."""
+        found = psutil.Process(self.process.pid).children(recursive=True)
+        own = [p for p in found if "pretrain_main.py" in " ".join(p.cmdline()) and p.environ().get("RANK")]
+        top = [p for p in own if p.ppid() not in {o.pid for o in own}]
+        return sorted(top, key=lambda p: int(p.environ()["RANK"]))
+
+    def wait(self, seconds: float) -> int:
+        """The exit status; afterwards nobody is left."""
+        everyone = psutil.Process(self.process.pid).children(recursive=True)
+        status = self.process.wait(timeout=seconds)
+        _, alive = psutil.wait_procs(everyone, timeout=15)
+        assert not alive, f"left behind: {alive}"
+        return status
+
+    def text(self) -> str:
+        """What it printed."""
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def end(self) -> None:
+        """Kill whatever a failed test left."""
+        if self.process.poll() is None:
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+            self.process.kill()
+            self.process.wait()
+        self.errors.close()
+
+
+_LONG = ("trainer.epochs=1000", "trainer.save_ckpt_freq=1000")
+
+
+@pytest.fixture
+def running(request: pytest.FixtureRequest, data: list[str], tmp_path: Path) -> Iterator[_Running]:
+    launcher, *arguments = request.param
+    run = tmp_path / "run"
+    started = _Running(_command(launcher, data, str(run), *_LONG, *arguments), run)
+    yield started
+    started.end()
+
+
+@pytest.mark.parametrize("running", [("devices=2",), ("torchrun",)], indirect=True)
+def test_sigterm_to_the_launcher_stops_all_ranks_with_a_checkpoint(running: _Running) -> None:
+    running.process.send_signal(signal.SIGTERM)
+    status = running.wait(120)
+    # torchrun has an exit status of its own; its ranks' is in its report
+    expected = INTERRUPTED_EXIT_CODE if "devices=2" in " ".join(running.process.args) else 1
+    assert status == expected, running.text()
+    assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
+    assert running.text().count("stopped by a signal") == 1
+
+
+@pytest.mark.parametrize("running", [("devices=2", "num_workers=1")], indirect=True)
+def test_a_dead_loader_worker_ends_all_ranks(running: _Running) -> None:
+    worker = running.ranks()[1].children()[-1]
+    worker.kill()
+    assert running.wait(90) == 1
+    shown = running.text()
+    assert "rank 1 failed first" in shown
+    assert shown.count("Traceback (most recent call last)") <= 2  # torch's own chain of two, on one rank
+    assert "DataLoader worker" in shown
+
+
+@pytest.mark.parametrize("running", [("devices=2", "process_timeout_s=5")], indirect=True)
+def test_a_hung_rank_ends_all_ranks(running: _Running) -> None:
+    running.ranks()[1].suspend()
+    assert running.wait(90) not in (0, INTERRUPTED_EXIT_CODE)
+    assert "rank 0 failed first" in running.text()
+
+
+@pytest.mark.parametrize("running", [("devices=2",)], indirect=True)
+def test_a_killed_rank_ends_all_ranks(running: _Running) -> None:
+    running.ranks()[1].kill()
+    assert running.wait(90) not in (0, INTERRUPTED_EXIT_CODE)
+
+
+@pytest.mark.parametrize("running", [("torchrun",)], indirect=True)
+def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(running: _Running) -> None:
+    ranks = running.ranks()
+    running.process.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
+
+
+def test_slurm_variables_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "x")  # so that monkeypatch restores what adopt_slurm sets
+        monkeypatch.delenv(name)
+    slurm = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)", "JOB_ID": "12345"}
+    for name, value in {**slurm, "STEP_NODELIST": "gpu[003-004],login"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    adopt_slurm()
+    assert [os.environ[n] for n in names] == ["5", "8", "1", "4", "gpu003", "32345"]
+
+
+def test_devices_as_lightnings_users_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(launch, "_solo", False)
+    assert processes_to_start(1, "cpu") == (1, None)
+    assert processes_to_start(3, "cpu") == (3, None)
+    assert processes_to_start("auto", "cpu") == (1, None)
+    assert processes_to_start([2, 3], "gpu") == (2, [2, 3])
+    for wrong in (0, "two", [], [True], -2):
+        with pytest.raises(ConfigError, match="devices="):
+            processes_to_start(wrong, "auto")
+    with pytest.raises(ConfigError, match="accelerator=cpu"):
+        processes_to_start([0], "cpu")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert processes_to_start(2, "cpu") == (1, None)
+    with pytest.raises(ConfigError, match="launcher started 2"):
+        processes_to_start(4, "cpu")
+
+
+def test_local_rank_is_dropped_in_each_spelling() -> None:
+    for given in (["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"], ["--local-rank", "1"]):
+        assert quote_overrides(["a=1", *given, "b=2"]) == ["a=1", "b=2"]
+
+
+def test_added_overrides_stay_with_the_others() -> None:
+    assert add_overrides(["--config-name", "x", "a=1", "-m"], ["b=2"]) == ["--config-name", "x", "a=1", "b=2", "-m"]
+    assert add_overrides(["-m", "a=1"], ["b=2"]) == ["-m", "a=1", "b=2"]
+    assert add_overrides(["--config-name=x"], ["b=2"]) == ["--config-name=x", "b=2"]
+
+
+def test_devices_with_a_sweep_is_refused(data: list[str], tmp_path: Path) -> None:
+    command = _command("devices=2", data, str(tmp_path / "run"))
+    command = [*command[:2], "-m", *command[2:], f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "use torchrun --nproc_per_node=2 pretrain_main.py -m" in done.stderr
+    assert "Traceback" not in done.stderr
