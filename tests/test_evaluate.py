@@ -91,6 +91,17 @@ def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path
     assert "student_rgb (whole clip)" in headline["settings"][0]["rows"]
 
 
+def test_masks_that_leave_nothing_visible_are_left_out_unless_asked_for(
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hidden = "data_module.eval_mask_ratio=0.99"
+    out = _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]")
+    assert list(out["settings"][0]["rows"]) == ["student_rgb"]
+    assert "2 tube masks, 99% removed, shared is left out, mask ratio 0.99 leaves none" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"mask ratio 0\.99 leaves none of 16 tokens visible"):
+        _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]", "data_module.n_masks=2")
+
+
 def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     def cached() -> tuple[bool, float]:
         out = _evaluate(data, checkpoint, tmp_path, "compare=[]", "data_module.readouts=one")

@@ -14,6 +14,7 @@ from mmdistill.build import check_token_grid, clip_dataset, clip_loader, make_de
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
 from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.index import Clip
 from mmdistill.data.version import data_version
 from mmdistill.fewshot.embed import Job, Views, embed_cached
 from mmdistill.fewshot.networks import Network, random_network
@@ -156,12 +157,23 @@ def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> l
     precision = resolve_precision(config.precision, process.device)
     context = partial(autocast, precision, process.device)
     views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
-    ways = views.alternatives() if data.readouts == "all" else (views,)
+    grid = networks[0].encoder.geometry.grid
+    ways = [views, *(way for way in views.alternatives()[1:] if data.readouts == "all" and _masks_exist(way, grid))]
     shown = [(networks[0], way) for way in ways] + [(network, views) for network in networks[1:]]
     return [
         network.job(specs[network.modality], way, device=process.device, autocast=context, precision=precision)
         for network, way in shown
     ]
+
+
+def _masks_exist(way: Views, grid: tuple[int, int, int]) -> bool:
+    """Whether a readout that nobody asked for leaves a token visible; if not, say that it is left out."""
+    try:
+        way.visible([Clip("", "", (), -1, "")], 0, grid)
+    except ValueError as error:
+        print(f"readouts=all: {way.readout} is left out, {error}")
+        return False
+    return True
 
 
 def _loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> Iterable[Mapping[str, Tensor]]:

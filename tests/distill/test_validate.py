@@ -1,6 +1,7 @@
 """Few-shot validation during distillation: an independent evaluation agrees, a ModelCheckpoint can monitor it."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmdistill.checkpoint import load_encoder, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse, register_schemas, to_plain
 from mmdistill.distill import run
 from mmdistill.distill.validate import METRIC, make_validation
-from mmdistill.fewshot.embed import embed_clips
+from mmdistill.fewshot.embed import Views, embed_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.evaluate import evaluate
 from mmdistill.fewshot.networks import Network
@@ -63,28 +64,30 @@ class _Noted(pl.Callback):
 
 @pytest.fixture(scope="module")
 def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
-    """Three epochs, validated after each, with a stock ModelCheckpoint that keeps the two best."""
+    """Three epochs, validated after each and at the end, with a stock ModelCheckpoint that keeps the two best."""
     config = _config(folder, "trainer.check_val_every_n_epoch=1", "trainer.epochs=3", "trainer.save_ckpt_freq=1")
     best = ModelCheckpoint(folder / "best", "{epoch}-{val_top1_action:.6f}", monitor=METRIC, mode="max", save_top_k=2)
     noted, make = _Noted(), run._trainer
 
+    made: list[pl.Trainer] = []
+
     def with_monitor(*args: Any) -> pl.Trainer:
-        trainer = make(*args)
-        trainer.callbacks += [noted, best]
-        return trainer
+        made.append(make(*args))
+        made[0].callbacks += [noted, best]
+        return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_trainer", with_monitor)
         run.distill(config, folder / "run")
+    (again,) = made[0].validate(made[0].lightning_module, datamodule=made[0].datamodule, verbose=False)
+    noted.seen.append(again)
     return config, folder, noted.seen
 
 
-def _independent(config: DistillConfig, path: Path, **changes: Any) -> float:
+def _independent(config: DistillConfig, path: Path) -> float:
     """All evaluation clips through the evaluation's own encoding, then the same episodes."""
     student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
     dataset = clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
-    from mmdistill.fewshot.embed import Views
-
     job = student.job(modality_specs(config.data_module)["rgb"], Views())
     loader = clip_loader(dataset, num_workers=0, pin=False, batch_size=5)
     (features,) = embed_clips([job], loader, dataset.index, show_progress=False)
@@ -98,10 +101,12 @@ def test_the_logged_value_is_an_independent_evaluation_of_the_student(
     trained: tuple[DistillConfig, Path, list[dict[str, float]]],
 ) -> None:
     config, folder, seen = trained
-    assert len(seen) == 3
-    for epoch, metrics in enumerate(seen):
+    *epochs, again = seen
+    assert len(epochs) == 3
+    for epoch, metrics in enumerate(epochs):
         (path,) = (folder / "run" / "checkpoints").glob(f"epoch={epoch:02d}-*")
         assert metrics[METRIC] == pytest.approx(_independent(config, path), abs=1e-6)
+    assert again[METRIC] == epochs[-1][METRIC]  # `Trainer.validate`
     rows = (folder / "run" / "metrics.csv").read_text().splitlines()
     assert METRIC in rows[0].split(",")
 
@@ -156,8 +161,6 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_ranks_log_one_value_that_is_the_students(folder: Path) -> None:
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,7 +1,7 @@
 """Few-shot validation while the student is trained: `val_top1_action`, on a small fixed set of episodes.
 
 Lightning calls it every `trainer.check_val_every_n_epoch` epochs, or at `Trainer.validate`. Any `ModelCheckpoint` or
-`EarlyStopping` may monitor it.
+`EarlyStopping` may monitor it; in epochs without a validation Lightning shows them the last value.
 
 Shapes: B batch, N clips of the episodes, D width.
 """
@@ -73,7 +73,7 @@ class Validation(pl.Callback):
             FeatureError: the student's features are not finite; on every rank.
         """
         value = self.score(_gathered(self._features))
-        self.log(METRIC, torch.tensor(value, device=pl_module.device))  # the same on every rank
+        self.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
         if trainer.is_global_zero:
             e = self.episodes
             asked = f"{len(e)} episodes, {e.n_way}-way {e.k_shot}-shot, {HEAD}"
