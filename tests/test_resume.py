@@ -71,9 +71,9 @@ class Runs:
         self.codes |= {run["name"]: code for run, code in zip(self.plan, codes, strict=True)}
         self.plan = []
 
-    def log(self, name: str, rank: int = 0) -> str:
-        """What a rank printed."""
-        return (self.root / f"{name}.run.{rank}.log").read_text()
+    def log(self, name: str) -> str:
+        """What the ranks printed."""
+        return "".join(path.read_text() for path in sorted(self.root.glob(f"{name}.run.*.log")))
 
     def steps(self, name: str, rank: int = 0) -> list[Any]:
         """[epoch, clips, loss] of each batch."""

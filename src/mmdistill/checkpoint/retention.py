@@ -293,12 +293,8 @@ def directory_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     staged = folder / f"{TMP_PREFIX}lock-{mine['id']}"
     staged.write_text(json.dumps(mine), encoding="utf-8")
     try:
-        while True:
-            try:
-                os.link(staged, path)  # fails if it exists, and shows no half-written lock to others
-                break
-            except FileExistsError:
-                _take_over(path, mine)
+        while not _linked(staged, path):
+            _take_over(path, mine)
     finally:
         staged.unlink(missing_ok=True)
     try:
@@ -307,6 +303,15 @@ def directory_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text(encoding="utf-8")).get("id") == mine["id"]:
                 path.unlink()
+
+
+def _linked(staged: Path, path: Path) -> bool:
+    """Whether `path` was free, and is a second name of `staged` now: others see no half-written lock."""
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _take_over(path: Path, mine: dict[str, Any]) -> None:
