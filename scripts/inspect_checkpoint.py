@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("path")
     parser.add_argument("--json", action="store_true", help="print data instead of text")
     parser.add_argument(
-        "--full", action="store_true", help="compare sha256 of every file too, not only record checksums"
+        "--full",
+        action="store_true",
+        help="check every byte of every file, also those that are not needed to describe it",
     )
     args = parser.parse_args()
     try:
