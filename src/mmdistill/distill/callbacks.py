@@ -190,7 +190,6 @@ class StopOnSignal(Callback):
         done = position(trainer)[1]
         if done == 0 or done % self.accumulate or not asked_to_stop(trainer, self.stop_signal):
             return
-        pl_module.on_train_batch_end()  # the student's average, which Lightning would let follow only now
         trainer.save_checkpoint(self.path)
         _say(trainer, f"stopped by a signal; whole checkpoint written: {self.path}\ncontinue with resume=auto")
         raise SystemExit(INTERRUPTED_EXIT_CODE)

@@ -76,7 +76,7 @@ class MMDistill(pl.LightningModule):
         for modality, encoder in teachers.items():
             frozen = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
             self.add_module(f"teacher_{modality}", frozen)
-        self.ema, self._averaged = ema, 0
+        self.ema = ema
         if ema is not None:
             self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
         self.cache: TeacherCache | None = None
@@ -134,20 +134,13 @@ class MMDistill(pl.LightningModule):
         inputs = {m: rgb if m == "rgb" and rgb is not None else self.input(m, batch) for m in self.modalities}
         return {m: self.teacher(m).embed(x, batch["visible"]).float() for m, x in inputs.items()}
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """The student's average moves after each optimiser step."""
-        if self.ema is None or self.global_step == self._averaged:
-            return
-        self._averaged = self.global_step
+    def _average(self) -> None:
+        """Move the student's average after an optimiser step."""
         averages, current = list(self.student_ema_rgb.parameters()), list(self.student_rgb.parameters())
         if averages[0].dtype != torch.float32:  # steps of a small rate would be lost in rounding
             raise ConfigError("trainer.ema needs float32 weights: with strategy=deepspeed set precision=32")
         with torch.no_grad():
-            torch._foreach_lerp_(averages, [p.detach() for p in current], 1 - self.ema)
-
-    def on_train_start(self) -> None:
-        """A resumed run has taken these steps already."""
-        self._averaged = self.global_step
+            torch._foreach_lerp_(averages, [p.detach() for p in current], 1 - (self.ema or 0))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
         """The sum of the teachers' losses as ``loss``; each of them, and its trivial predictor's, in ``values``."""
@@ -208,8 +201,10 @@ class MMDistill(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
-        """timm's schedules are told the number of steps done."""
+        """After each optimiser step. timm's schedules are told the number of steps done."""
         scheduler.step_update(self.global_step)
+        if self.ema is not None:  # here, and not in a hook that a stop by a signal would leave out
+            self._average()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights describe themselves: `meta` with epoch, step and loss; without the teachers if so wished.
