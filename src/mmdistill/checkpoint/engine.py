@@ -31,6 +31,7 @@ CLIENT = "mmdistill_client"  # one entry per rank: what the training loop asked 
 
 
 def rank_and_world() -> tuple[int, int]:
+    """This process's rank, and how many there are; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
