@@ -55,6 +55,9 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
     def composed(cfg: DictConfig) -> float | None:
         nonlocal jobs
         jobs += 1
+        os.chdir(
+            HydraConfig.get().runtime.cwd
+        )  # paths start where the command was typed, also with hydra.job.chdir=true
         launch.adopt_slurm()  # a job that submitit started came here without a command line
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             _place(job, parse(cfg, schema))
@@ -115,6 +118,9 @@ def _end(error: Exception, schema: type[T], job: int) -> None:
     if launch.launched():
         launch.end_soon(status)
         rank = int(os.environ["RANK"])
+        if first == launch.UNKNOWN_RANK:
+            print(f"mmdistill: rank {rank} lost the others: {type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(status)
         secondary = first is not None and first != rank
         if secondary or (first is None and rank > 0 and isinstance(error, HydraException | ConfigError)):
             raise SystemExit(status)  # every rank composes the same config; rank 0 says what is wrong with it

@@ -23,6 +23,7 @@ INTERRUPTED_EXIT_CODE = 85  # a whole checkpoint was written after a stop signal
 _GRACE = 10.0  # seconds that ranks get to end by themselves after one has failed; those stopped by a signal get more
 _STOP_GRACE = 120.0
 _EXIT_SECONDS = 20.0  # after an error a process that still has not ended, say in a library's exit handler, is cut off
+UNKNOWN_RANK = -1
 _solo = False  # this process made itself a world of one
 _PARENT = os.getppid()
 
@@ -114,7 +115,7 @@ def choose_gpus(gpus: Sequence[int]) -> None:
 
 
 def start_ranks(count: int, run_dir: str, *, cwd: str) -> int:
-    """Run this very command as `count` ranks in the folder `run_dir`; the exit status of the first that failed, else 0.
+    """Run this very command as `count` ranks in the folder `run_dir`; the exit status of the first that failed, or 0.
 
     Signals are passed on. When one rank fails the others get some seconds, then they are killed: none is left behind.
     """
@@ -159,7 +160,12 @@ def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
     while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
         bad = [p.returncode for p in ranks if p.returncode]
         if bad and not failed:
-            failed = bad[0]
+            failed = min(bad)  # a killed rank (negative) is why the others failed
+            if failed < 0:
+                number = [p.returncode for p in ranks].index(failed)
+                print(
+                    f"mmdistill: rank {number} was ended by {signal.Signals(-failed).name}", file=sys.stderr, flush=True
+                )
             deadline = time.monotonic() + (_STOP_GRACE if failed == INTERRUPTED_EXIT_CODE else _GRACE)
         time.sleep(0.1)
     failed = failed or next((p.returncode for p in ranks if p.returncode), 0)
@@ -172,10 +178,12 @@ def abandoned() -> bool:
 
 
 def first_to_fail(job: int) -> int | None:
-    """The rank that failed first in this process's `job`-th run; this rank claims that if none did. None: not known.
+    """The rank that failed first in this process's `job`-th run; this rank claims that if none did.
 
-    Ranks that lose their peer fail too, later and with an error that explains nothing.
+    Ranks that lose their peer fail too, later and with an error that explains nothing. None: there is no process group
+    yet; `UNKNOWN_RANK`: the rank that keeps the record has ended without one.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a dead loader worker, also in here
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_initialized():
         return None
@@ -184,7 +192,7 @@ def first_to_fail(job: int) -> int | None:
         store = torch.distributed.distributed_c10d._get_default_store()
         return int(store.compare_set(f"mmdistill/failed/{job}", "", rank))
     except (RuntimeError, ValueError):
-        return -1  # the store's owner has ended before us
+        return UNKNOWN_RANK
 
 
 def end_soon(status: int) -> None:
