@@ -101,7 +101,7 @@ def stepper(module: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[],
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(value)
+        return float(value.detach())
 
     return step
 
