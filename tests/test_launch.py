@@ -168,6 +168,28 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(running: _Runnin
     assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("ranks", "status"),
+    [
+        (("pass", "time.sleep(0.3)"), 0),
+        (("time.sleep(100)", "sys.exit(3)"), 3),  # the first one hangs: it is not waited for
+        (("time.sleep(1); sys.exit(1)", "os.kill(os.getpid(), 9)"), 137),  # the first fails because of the second
+        (("sys.exit(85)", "time.sleep(1); sys.exit(85)"), 85),
+    ],
+)
+def test_the_launcher_waits_for_all_but_not_for_ever(
+    ranks: tuple[str, str], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_GRACE", 2.0)
+    started = [subprocess.Popen([sys.executable, "-c", f"import os, sys, time; {code}"]) for code in ranks]
+    try:
+        assert launch._wait(started) == status
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
 def test_slurm_variables_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:

@@ -157,18 +157,18 @@ def start_ranks(count: int, run_dir: str, *, cwd: str) -> int:
 
 def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
     failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-        bad = [p.returncode for p in ranks if p.returncode]
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in ranks]  # of all: the second may have ended while the first waits for it
+        bad = [code for code in codes if code]
         if bad and not failed:
             failed = min(bad)  # a killed rank (negative) is why the others failed
-            if failed < 0:
-                number = [p.returncode for p in ranks].index(failed)
-                print(
-                    f"mmdistill: rank {number} was ended by {signal.Signals(-failed).name}", file=sys.stderr, flush=True
-                )
             deadline = time.monotonic() + (_STOP_GRACE if failed == INTERRUPTED_EXIT_CODE else _GRACE)
+            if failed < 0:
+                cause = f"rank {codes.index(failed)} was ended by {signal.Signals(-failed).name}"
+                print(f"mmdistill: {cause}", file=sys.stderr, flush=True)
+        if None not in codes:
+            break
         time.sleep(0.1)
-    failed = failed or next((p.returncode for p in ranks if p.returncode), 0)
     return 128 - failed if failed < 0 else failed
 
 
