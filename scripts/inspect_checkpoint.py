@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="check every byte of every file, also those that are not needed to describe it",
+        help="also compare the sha256 that manifests of older versions hold",
     )
     args = parser.parse_args()
     try:

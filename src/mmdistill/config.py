@@ -473,14 +473,17 @@ def _plain(value: Any) -> Any:
 
 # The command line ---------------------------------------------------------------------------------------------------
 
+_BARE = re.compile(r"[\w\s/+.$%*@?|:\\-]*", re.ASCII)  # what Hydra takes without quotes
+_CALL = re.compile(r"[A-Za-z_]\w*\(.*\)", re.DOTALL)  # range(1,5), choice(a,b)
 _OVERRIDE = re.compile(r"^(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)$", re.DOTALL)
 
 
 def quote_overrides(argv: Sequence[str]) -> list[str]:
     """Quote values that Hydra's grammar would refuse, and drop the launcher's ``--local_rank``.
 
-    Hydra reads ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` as a syntax error because of the second ``=``. Such values, also
-    as elements of a list, mapping or comma sweep, are put in single quotes. What is quoted already stays as it is.
+    Hydra reads ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` as a syntax error because of the second ``=``, and likewise
+    ``~``, brackets inside a path and letters beyond ASCII. Such values, also as elements of a list, mapping or comma
+    sweep, are put in single quotes. What is quoted already stays as it is; a comma outside quotes stays a sweep.
     """
     out = []
     given = iter(argv)
@@ -490,7 +493,7 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
                 next(given, None)  # its value
             continue
         match = _OVERRIDE.match(argument)
-        if match and "=" in match[3]:
+        if match:
             argument = f"{match[1]}{match[2]}={_quote_value(match[3])}"
         out.append(argument)
     return out
@@ -512,7 +515,7 @@ def _quote_value(value: str) -> str:
     for opening, closing in ("[]", "{}"):
         if value.startswith(opening) and value.endswith(closing):
             return opening + ",".join(_quote_element(part, opening) for part in _split_top(value[1:-1])) + closing
-    if "=" not in value:
+    if "=" not in value and (_BARE.fullmatch(value) or _CALL.fullmatch(value) or "${" in value):
         return value
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
@@ -565,6 +568,8 @@ def explain(error: Exception, schema: type[Any]) -> str:
     for detail in firsts[1:]:
         if detail not in message:
             message += f" ({detail})"
+    if "Ambiguous value for argument" in text:
+        message += ": a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\""
     if "Missing mandatory value" in text:
         message += ". Give it on the command line, for example modality=rgb"
     if match:

@@ -81,7 +81,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
 
     Args:
         path: as `read_checkpoint`.
-        full: also compare sha256 of every file with the manifest.
+        full: also compare the sha256 of archives that manifests of older versions hold.
 
     Returns:
         ``path, format, kind, modality, epoch, step, loss, stage, world_size, size, parts, dtypes, geometry, notes,
