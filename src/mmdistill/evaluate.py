@@ -58,7 +58,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         lambda: _loader(config, dataset, process),
         dataset.index,
         data=versions,
-        cache=config.feature_cache,
+        cache=Path(config.feature_cache).expanduser() if config.feature_cache else None,
         show_progress=process.is_main,
     )
     results = run_protocol(features, protocol, show_progress=process.is_main)
