@@ -124,7 +124,7 @@ def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path) -
     _run("pretrain_main.py", "modality=rgb", *arguments)
     assert [p.name for p in (run / "pictures").iterdir()] == ["epoch=01.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert [e.step for e in events.Images("reconstruction")] == [2]
+    assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
     checkpoint = next((run / "checkpoints").glob("epoch=01-*"))
     moved = data.rename(tmp_path / "moved")
     script = ["scripts/visualize_reconstruction.py", checkpoint, f"data_module.target_data_dir={moved}"]
