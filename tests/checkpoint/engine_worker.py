@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -161,7 +162,9 @@ def full_disk(rank: int, folder: Path) -> None:
     torch.distributed.barrier()  # rank 0 cleans up after all have been told
     told["left"] = sorted(os.listdir(path.parent))
     torch.distributed.barrier()
+    tempfile.tempdir = str(folder / "no such folder")  # and needs no $TMPDIR
     save_deepspeed(engine, path, META, {})  # the engine still works
+    tempfile.tempdir = None
     told["step"] = (verify_manifest(path) or {})["step"]
     put(folder, "full", rank, told)
 

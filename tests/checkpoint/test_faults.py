@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -329,10 +331,39 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_tmpdir_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    lightning(tmp_path / "a.ckpt")
-    native(tmp_path / "b")
-    save_safetensors(net().state_dict(), tmp_path / "c.safetensors", {})
-    for name in ("a.ckpt", "b", "c.safetensors"):
-        read_checkpoint(tmp_path / name)
+IN_A_FULL_TMPDIR = """
+import os, sys, tempfile
+from pathlib import Path
+from tests.checkpoint.test_faults import lightning, native, net, read_checkpoint, save_safetensors
+from mmdistill.distill.callbacks import VerifiedCheckpointIO
+tempfile.tempdir = os.environ["TMPDIR"]  # Python would look for another one by itself
+try:
+    tempfile.TemporaryFile().write(b"0" * 100000)
+except OSError as error:
+    assert error.errno == 28, error
+else:
+    raise SystemExit("not full")
+folder = Path(sys.argv[1])
+lightning(folder / "a.ckpt")
+VerifiedCheckpointIO().save_checkpoint({"state_dict": net().state_dict()}, folder / "b.ckpt")
+native(folder / "c")
+save_safetensors(net().state_dict(), folder / "d.safetensors", {})
+for name in ("a.ckpt", "b.ckpt", "c", "d.safetensors"):
+    read_checkpoint(folder / name)
+"""
+
+
+def test_full_tmpdir_does_not_matter(tmp_path: Path) -> None:
+    """``$TMPDIR`` is a file system of its own, and full: files are staged beside their targets."""
+    tmpdir, root = tmp_path / "tmpdir", Path(__file__).resolve().parents[2]
+    tmpdir.mkdir()
+    mount = ["unshare", "-rm", "sh", "-ec", 'mount -t tmpfs -o size=64k none "$TMPDIR"; "$@"', "sh"]
+    environment = {**os.environ, "TMPDIR": str(tmpdir)}
+    try:
+        subprocess.run([*mount, "true"], check=True, capture_output=True, env=environment)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    fill = 'head -c 100000 /dev/zero > "$TMPDIR/fill" 2> /dev/null || true; exec "$@"'
+    command = [*mount, "sh", "-c", fill, "sh", sys.executable, "-c", IN_A_FULL_TMPDIR, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
