@@ -129,7 +129,7 @@ def draw(found: Reconstruction, title: str) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(found.rows), len(frames), squeeze=False)
     scale = _scale(found)
-    for (name, clip), line in zip(found.rows.items(), axes, strict=True):
+    for number, ((name, clip), line) in enumerate(zip(found.rows.items(), axes, strict=True)):
         energy = "energy" in name or name == "prediction of it"
         images = to_colours(clip, spec, energy=energy, scale=scale["energy" if energy else "input"])
         for column, (ax, frame) in enumerate(zip(line, frames, strict=True)):
@@ -138,7 +138,7 @@ def draw(found: Reconstruction, title: str) -> np.ndarray:
             ax.set_yticks([])
             if column == 0:
                 ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-            if line is axes[0]:
+            if number == 0:
                 ax.set_title(f"frame {frame}", fontsize=8)
     ratio = found.loss / found.trivial if found.trivial else float("nan")
     figure.suptitle(f"{title}; target {spec.target}, loss {found.loss:.4f} ({ratio:.2f} of trivial)", fontsize=9)
