@@ -529,12 +529,12 @@ def _quote_element(part: str, opening: str) -> str:
 
 
 def _split_top(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes."""
+    """Split at commas outside brackets and quotes; a quote opens only where a value begins, not inside a word."""
     parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"":
+        elif char in "'\"" and text[:i].rstrip()[-1:] in ("", ",", ":", "[", "{", "("):
             quote = char
         elif char in "[{(":
             depth += 1
