@@ -13,22 +13,10 @@ import torch
 
 from mmdistill.checkpoint import load_torch, read_checkpoint
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from tests.commands import run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def _run(script: str, *arguments: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 def _newest(run: Path) -> Path:
@@ -45,17 +33,17 @@ def teachers(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[
     """One pretraining of each modality, by a multirun as in the README; the flow teacher is wider."""
     root = tmp_path_factory.mktemp("pretrain")
     arguments = ["-m", "modality=rgb,flow,skeleton", *data, *MODEL, f"hydra.sweep.dir={root}"]
-    _run("pretrain_main.py", *arguments)
+    run_python("pretrain_main.py", *arguments)
     runs = {m: next(root.glob(f"pretrain_{m}_*")) for m in ("rgb", "flow", "skeleton")}
     wide = root / "wide_flow"
-    _run("pretrain_main.py", "modality=flow", *data, *MODEL, "model.dim=48", f"hydra.run.dir={wide}")
+    run_python("pretrain_main.py", "modality=flow", *data, *MODEL, "model.dim=48", f"hydra.run.dir={wide}")
     return {"rgb": _newest(runs["rgb"]), "flow": _newest(wide), "skeleton": _newest(runs["skeleton"])}
 
 
 @pytest.fixture(scope="module")
 def student(data: list[str], teachers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("distill")
-    _run(
+    run_python(
         "lit_main_mmdistill.py",
         _teachers(teachers),
         "test=False",
@@ -91,15 +79,15 @@ def test_pretraining_writes_the_seeds_layout(teachers: dict[str, Path]) -> None:
 def test_pretraining_resumes_to_the_last_bit(data: list[str], tmp_path: Path, stop_in: str) -> None:
     common = ["modality=skeleton", *data, *MODEL, "trainer.epochs=3", "trainer.save_ckpt_freq=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    _run("pretrain_main.py", *common, f"hydra.run.dir={whole}")
+    run_python("pretrain_main.py", *common, f"hydra.run.dir={whole}")
     if stop_in == "epoch end":
         first = next((whole / "checkpoints").glob("epoch=00-*"))
-        _run("pretrain_main.py", *common, f"resume={first}", f"hydra.run.dir={parts}")
+        run_python("pretrain_main.py", *common, f"resume={first}", f"hydra.run.dir={parts}")
     else:
         code = _interrupt(["pretrain_main.py", *common, f"hydra.run.dir={parts}"], parts / "checkpoints")
         assert code == INTERRUPTED_EXIT_CODE
         assert len(list((parts / "checkpoints").glob("*-step=*"))) == 1
-        _run("pretrain_main.py", *common, "resume=auto", f"hydra.run.dir={parts}")
+        run_python("pretrain_main.py", *common, "resume=auto", f"hydra.run.dir={parts}")
     a = torch.load(_newest(whole) / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     b = torch.load(_newest(parts) / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
     assert _newest(whole).name == _newest(parts).name  # the losses of the last epoch, to four digits
@@ -153,7 +141,7 @@ def test_distillation_resumes_to_the_last_bit(
 ) -> None:
     first = next(student.glob("epoch=01-*"))
     run = tmp_path / "resumed"
-    _run(
+    run_python(
         "lit_main_mmdistill.py",
         _teachers(teachers),
         "test=False",
@@ -174,7 +162,7 @@ def test_distillation_resumes_to_the_last_bit(
 
 def test_wrong_modality_is_refused_by_name(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
     swapped = {"rgb": teachers["flow"], "flow": teachers["rgb"], "skeleton": teachers["skeleton"]}
-    done = _run("lit_main_mmdistill.py", _teachers(swapped), *data, f"hydra.run.dir={tmp_path}", expect=2)
+    done = run_python("lit_main_mmdistill.py", _teachers(swapped), *data, f"hydra.run.dir={tmp_path}", expect=2)
     assert "is a flow checkpoint, given as the rgb teacher" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -184,7 +172,7 @@ def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path
     alone.parent.mkdir()
     alone.write_bytes((student / "last.ckpt").read_bytes())
     run = tmp_path / "test"
-    _run(
+    run_python(
         "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={alone}", *data, *EVAL,
         "data_module.k_shot=[1,2]",
         f"feature_cache={tmp_path / 'cache'}", f"hydra.run.dir={run}",
@@ -207,7 +195,7 @@ def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path
 
 
 def test_evaluation_of_a_pretraining_directory(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
-    _run(
+    run_python(
         "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={teachers['rgb']}", *data, *EVAL,
         "feature_cache=null", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
@@ -220,7 +208,7 @@ def test_nan_student_fails_loudly(data: list[str], student: Path, tmp_path: Path
         if key.startswith("student_rgb."):
             value.fill_(float("nan"))
     torch.save(content, tmp_path / "nan.ckpt")
-    done = _run(
+    done = run_python(
         "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={tmp_path / 'nan.ckpt'}", *data, *EVAL,
         "feature_cache=null", f"hydra.run.dir={tmp_path}", expect=2,
     )  # fmt: skip
@@ -230,7 +218,7 @@ def test_nan_student_fails_loudly(data: list[str], student: Path, tmp_path: Path
 def test_missing_frame_is_named(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
     root = make_tiny(tmp_path / "broken", per_class=4)
     (root / "frames" / "rally_CC_0" / "000005.jpg").unlink()
-    done = _run(
+    done = run_python(
         "pretrain_main.py", "modality=rgb", *overrides(root), *MODEL, f"hydra.run.dir={tmp_path / 'run'}", expect=2
     )
     assert "000005.jpg" in done.stderr

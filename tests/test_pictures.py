@@ -1,8 +1,5 @@
 """Pictures of a reconstruction: the arithmetic of each row, the file, the script."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,6 +13,7 @@ from mmdistill.config import ConfigError, PretrainConfig, parse, register_schema
 from mmdistill.modality import MODALITY_SPECS, ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement, patch_targets
 from mmdistill.pretrain.pictures import _rows, draw, reconstruct, scatter_patches, to_colours, write
+from tests.commands import run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 GRID = (2, 2, 3)
@@ -109,26 +107,17 @@ def test_colours_of_known_values() -> None:
     )
 
 
-def _run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done
-
-
 def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path) -> None:
     data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
     arguments = [*overrides(data), *MODEL, "trainer.picture_freq=2", f"hydra.run.dir={run}"]
-    _run("pretrain_main.py", "modality=rgb", *arguments)
+    run_python("pretrain_main.py", "modality=rgb", *arguments, timeout=400)
     assert [p.name for p in (run / "pictures").iterdir()] == ["epoch=01.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
     checkpoint = next((run / "checkpoints").glob("epoch=01-*"))
     moved = data.rename(tmp_path / "moved")
     script = ["scripts/visualize_reconstruction.py", checkpoint, f"data_module.target_data_dir={moved}"]
-    said = _run(*script, "--clips", 2, "--split", "val", "--out", tmp_path / "out").stdout
+    said = run_python(*script, "--clips", 2, "--split", "val", "--out", tmp_path / "out", timeout=400).stdout
     assert len(list((tmp_path / "out").glob("clip_*.png"))) == 2
     assert said.count("trivial predictor") == 2
 

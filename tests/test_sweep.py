@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from omegaconf import OmegaConf
 
 from mmdistill.config import DistillConfig, PretrainConfig, parse, register_schemas
 from mmdistill.sweep import last_metrics, objective, read_sweep, swept_keys
+from tests.commands import run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,19 +37,6 @@ def job(config, run_dir):
 if __name__ == "__main__":
     run_entrypoint(job, PretrainConfig, config_name="config_pretrain")
 """
-
-
-def _run(*arguments: object, expect: int = 0, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -102,33 +87,33 @@ def _launcher(name: str) -> list[str]:
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_one_failing_job_does_not_end_the_others(toy: Path, tmp_path: Path, launcher: str) -> None:
     common = [toy, "-m", "modality=rgb", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}"]
-    done = _run(*common, "seed=12,13,14", expect=1)
+    done = run_python(*common, "seed=12,13,14", expect=1)
     assert "1 jobs of the sweep failed" in done.stderr
     assert f"{tmp_path}/pretrain_rgb_1: RuntimeError: thirteen" in done.stderr
     rows = read_sweep(tmp_path)
     assert [(r.job, r.overrides["seed"]) for r in rows] == [(f"pretrain_rgb_{i}", str(12 + i)) for i in range(3)]
     assert [r.error for r in rows] == ["", "RuntimeError: thirteen", ""]
     assert [round(r.values["loss"]) for r in rows if not r.error] == [12, 14]
-    _run(*common, "seed=12,15,14")  # the record of the repaired job is gone
+    run_python(*common, "seed=12,15,14")  # the record of the repaired job is gone
     assert not any(r.error for r in read_sweep(tmp_path))
 
 
 def test_a_wrong_value_is_one_line_and_not_the_end(toy: Path, tmp_path: Path) -> None:
-    done = _run(toy, "-m", "modality=rgb", "trainer.accumulate=0,1", f"hydra.sweep.dir={tmp_path}", expect=1)
+    done = run_python(toy, "-m", "modality=rgb", "trainer.accumulate=0,1", f"hydra.sweep.dir={tmp_path}", expect=1)
     assert "trainer.accumulate=0 must be at least 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [bool(r.error) for r in read_sweep(tmp_path)] == [True, False]
 
 
 def test_a_failing_single_run_still_raises(toy: Path, tmp_path: Path) -> None:
-    done = _run(toy, "modality=rgb", "seed=13", f"hydra.run.dir={tmp_path}", expect=1)
+    done = run_python(toy, "modality=rgb", "seed=13", f"hydra.run.dir={tmp_path}", expect=1)
     assert "RuntimeError: thirteen" in done.stderr
     assert not (tmp_path / "failed.json").exists()
 
 
 def test_optuna_minimises_the_loss_and_survives_a_failed_trial(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    _run(
+    run_python(
         toy, "-m", "modality=rgb", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1",
         "hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=0", f"hydra.sweep.dir={tmp_path}",
         "seed=choice(13,0)", "trainer.lr=interval(0.01,1.0)", expect=1,
@@ -146,14 +131,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     root = tmp_path_factory.mktemp("alone")
     arguments = ["modality=skeleton", *overrides(make_tiny(root / "data", per_class=2)), *MODEL, "trainer.lr=0.05"]
     for seed in (1, 2):
-        _run("pretrain_main.py", *arguments, f"seed={seed}", f"hydra.run.dir={root / str(seed)}")
+        run_python("pretrain_main.py", *arguments, f"seed={seed}", f"hydra.run.dir={root / str(seed)}")
     return arguments, root
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_each_job_equals_itself_run_alone(alone: tuple[list[str], Path], tmp_path: Path, launcher: str) -> None:
     arguments, root = alone
-    _run("pretrain_main.py", "-m", *arguments, "seed=1,2", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}")
+    run_python("pretrain_main.py", "-m", *arguments, "seed=1,2", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}")
     for number, seed in enumerate((1, 2)):
         folders = root / str(seed), tmp_path / f"pretrain_skeleton_{number}"
         a, b = (next(f.glob("checkpoints/epoch=01-*/checkpoint/mp_rank_00_model_states.pt")) for f in folders)
@@ -195,7 +180,7 @@ def _table(root: Path) -> list[dict[str, str]]:
 
 
 def _summarize(root: Path) -> str:
-    return _run("scripts/summarize_sweep.py", root).stdout
+    return run_python("scripts/summarize_sweep.py", root).stdout
 
 
 def test_last_number_of_each_column_counts(tmp_path: Path) -> None:
@@ -249,7 +234,7 @@ def test_a_list_of_shots_in_one_job_is_a_key_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_job_and_an_empty_folder_are_said(tmp_path: Path) -> None:
-    done = _run("scripts/summarize_sweep.py", tmp_path, expect=2)
+    done = run_python("scripts/summarize_sweep.py", tmp_path, expect=2)
     assert "holds no job" in done.stderr
     _job(tmp_path, 0, ["seed=1"])
     assert "unfinished" in _summarize(tmp_path)

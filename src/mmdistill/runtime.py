@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,11 @@ class Process:
     def is_main(self) -> bool:
         """True on rank 0, which logs and writes single files."""
         return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """A line on standard error, from rank 0 only."""
+        if self.is_main:
+            print(text, file=sys.stderr, flush=True)
 
 
 def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> Process:
@@ -88,6 +94,11 @@ def common_folder(process: Process, folder: Path) -> Path:
     if process.world_size > 1:
         torch.distributed.broadcast_object_list(told, src=0)
     return Path(told[0])
+
+
+def seed_step(seed: int, epoch: int, batch: int, rank: int) -> None:
+    """Make what a training step draws a function of its place alone, so a resumed run needs no generator state."""
+    torch.manual_seed(hash((seed, epoch, batch, rank)) % 2**63)
 
 
 def seed_everything(seed: int) -> None:

@@ -14,7 +14,7 @@ from mmdistill.checkpoint import load_torch, prune, save_torch
 from mmdistill.checkpoint.engine import agree, gather
 from mmdistill.checkpoint.retention import best_of, same_as
 from mmdistill.distill.module import position
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from mmdistill.runtime import INTERRUPTED_EXIT_CODE, seed_step
 
 LAST = "last.ckpt"
 
@@ -120,7 +120,7 @@ class FixedOrder(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         """Seed the step."""
-        torch.manual_seed(hash((self.seed, trainer.current_epoch, index, trainer.global_rank)) % 2**63)
+        seed_step(self.seed, trainer.current_epoch, index, trainer.global_rank)
 
 
 class EpochMeans(Callback):

@@ -1,7 +1,6 @@
 """One distillation run: load the teachers, build the module and the Trainer, fit."""
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,26 +158,16 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
             lines.append(validation_line(data.validation, config))
         if source:
             lines.append(f"resume from {source}")
-        if process.is_main:
-            print("\n".join(lines), file=sys.stderr, flush=True)
+        process.say("\n".join(lines))
         try:
             trainer.fit(module, datamodule=data, ckpt_path=str(source) if source else None, weights_only=True)
         except SystemExit:  # all ranks leave together
-            _say_end(report, process)
+            process.say(report.last_line())
             raise
-    _say_end(report, process)
+    process.say(report.last_line())
     if trainer.should_stop:
         raise SystemExit(INTERRUPTED_EXIT_CODE)
     return run_dir / "checkpoints" / LAST
-
-
-def _say_end(report: DataReport, process: Process) -> None:
-    _say(report.last_line(), process)
-
-
-def _say(line: str, process: Process) -> None:
-    if process.is_main:
-        print(line, file=sys.stderr, flush=True)
 
 
 def _first_line(config: DistillConfig, teachers: dict[str, Encoder], module: MMDistill, data: DistillData) -> str:
@@ -213,7 +202,7 @@ def _module(
         save_teachers=t.save_teachers,
         layer_decay=t.layer_decay,
         ema=t.ema,
-        nonfinite=NonFinite(t.nonfinite, t.nonfinite_budget, lambda line: _say(line, process)),
+        nonfinite=NonFinite(t.nonfinite, t.nonfinite_budget, process.say),
     )
     module.student.checkpoint_activations = t.activation_checkpointing
     if config.compile:

@@ -5,9 +5,7 @@ state: it continues at the stored (epoch, batch) with the stored weights and mom
 """
 
 import math
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from mmdistill.runtime import (
     common_folder,
     mean_over_ranks,
     resolve_precision,
+    seed_step,
     start_process,
     stop_signals,
 )
@@ -70,11 +69,6 @@ class _Progress:
 
     def restart(self) -> None:
         self.epoch, self.batch, self.loss_sum, self.trivial_sum, self.unusable = self.epoch + 1, 0, 0.0, 0.0, 0
-
-
-def _say_on(process: Process) -> Callable[[str], None]:
-    """Prints lines on rank 0."""
-    return lambda text: print(text, file=sys.stderr, flush=True) if process.is_main else None
 
 
 class _Run:
@@ -129,7 +123,7 @@ class _Run:
         self.source: Path | None = None
         self.saved: dict[str, float] = {}  # losses of this training's checkpoints, also those in other folders
         self.report = DataReport(self.dataset, run_dir, is_main=process.is_main)
-        self.nonfinite = NonFinite(trainer.nonfinite, trainer.nonfinite_budget, _say_on(process))
+        self.nonfinite = NonFinite(trainer.nonfinite, trainer.nonfinite_budget, process.say)
         self.usable = 0  # batches of the optimiser step at hand with a finite loss
         self.grad_norm = 0.0  # of the last step, before clipping
         # at stage 0 in float32 the gradients are the parameters' own; elsewhere DeepSpeed's optimiser looks after them
@@ -303,7 +297,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
     asked = time.monotonic()
     for batch in run.loader:
         waited += time.monotonic() - asked
-        torch.manual_seed(hash((run.config.seed, at.epoch, at.batch, run.process.rank)) % 2**63)
+        seed_step(run.config.seed, at.epoch, at.batch, run.process.rank)
         losses = _train_step(run, batch)
         at.add(losses)
         clips += len(batch["index"]) * run.process.world_size
