@@ -24,7 +24,7 @@ def main() -> int:
         seed=args.seed,
         pretrain=short if args.short else (),
         distill=short if args.short else (),
-        test=("data_module.episodes=100" if args.short else "data_module.episodes=1000", "data_module.k_shot=[1,5]"),
+        test=(f"data_module.episodes={100 if args.short else 600}", "data_module.k_shot=[1,5]"),
     )
     try:
         run_stages(stages)
