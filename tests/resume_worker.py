@@ -11,7 +11,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -111,9 +110,7 @@ def _rank(run: dict[str, Any], rank: int, port: int) -> int:
 
 
 def _run(run: dict[str, Any]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = launch.free_port()
     pids = []
     for rank in range(run["world"]):
         pid = os.fork()

@@ -4,7 +4,9 @@
 plain ``python`` with ``devices=N`` this module starts the ranks. Imports no torch.
 """
 
+import contextlib
 import os
+import random
 import re
 import signal
 import socket
@@ -24,6 +26,7 @@ _GRACE = 10.0  # seconds that ranks get to end by themselves after one has faile
 _STOP_GRACE = 120.0
 _EXIT_SECONDS = 20.0  # after an error a process that still has not ended, say in a library's exit handler, is cut off
 UNKNOWN_RANK = -1
+_PORTS = range(10_000, 30_000)
 _solo = False  # this process made itself a world of one
 _PARENT = os.getppid()
 
@@ -63,14 +66,22 @@ def world_of_one() -> None:
     """Set the variables that libraries ask for where no launcher did."""
     global _solo
     _solo = True
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+def free_port() -> int:
+    """A free port for rank 0, below the range that systems hand out for connections: none takes it until it is bound.
+
+    Raises:
+        ConfigError: a hundred ports were tried and all are in use.
+    """
+    for port in random.SystemRandom().sample(_PORTS, 100):  # not the seeded generator: jobs would choose the same one
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError(
+        f"of ports {_PORTS.start} to {_PORTS.stop - 1} of 127.0.0.1 a hundred were tried, and all are in use"
+    )
 
 
 def processes_to_start(devices: Any, accelerator: str) -> tuple[int, list[int] | None]:
@@ -126,7 +137,7 @@ def start_ranks(count: int, run_dir: str, *, cwd: str) -> int:
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     ranks = [
         subprocess.Popen(  # a session of its own: the terminal's Ctrl-C comes once, through us

@@ -76,8 +76,8 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
 def _leave_group() -> None:
     """End the group's threads while Python still runs.
 
-    A gloo thread that lets go of a tensor while the interpreter shuts down aborts the process: 11 of 50 that ended right
-    after an all-reduce.
+    A gloo thread that lets go of a tensor while the interpreter shuts down aborts the process: 11 of 50 that ended
+    right after an all-reduce.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

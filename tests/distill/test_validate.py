@@ -1,7 +1,6 @@
 """Few-shot validation during distillation: an independent evaluation agrees, a ModelCheckpoint can monitor it."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mmdistill.fewshot.embed import Views, embed_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.evaluate import evaluate
 from mmdistill.fewshot.networks import Network
+from mmdistill.launch import free_port
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from mmdistill.runtime import Process
 from tests.tiny_data import EVAL, make_tiny, overrides
@@ -161,10 +161,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_ranks_log_one_value_that_is_the_students(folder: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (str(folder), port), nprocs=2)
+    torch.multiprocessing.spawn(_rank, (str(folder), free_port()), nprocs=2)
     values = [np.load(folder / f"value{rank}.npy") for rank in range(2)]
     assert values[0] == values[1]
     (path,) = (folder / "two" / "checkpoints").glob("epoch=*")
