@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint, save_torch
+from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint, save_safetensors, save_torch
 from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.inspect import inspect_checkpoint
@@ -63,6 +64,18 @@ def test_any_round_trip_is_bitwise(source: str, tmp_path: Path) -> None:
         here = convert_checkpoint(here, tmp_path / str(index) / target)
         identical(start, here)
     assert read_checkpoint(here).meta["epoch"] == read_checkpoint(start).meta["epoch"]
+
+
+def test_tensors_of_many_pieces_are_written_whole(tmp_path: Path) -> None:
+    """Larger than what is handed to the disk at a time, and not a multiple of it."""
+    state = {"a": torch.randn(5_000_003), "b": torch.randn(7_000_001).half(), "c": torch.tensor(3)}
+    save_torch(state, tmp_path / "w.pt")
+    torch.save(state, tmp_path / "theirs.pt")
+    save_safetensors(state, tmp_path / "w.safetensors", {})
+    for read in (torch.load(tmp_path / "w.pt"), load_file(tmp_path / "w.safetensors")):
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    for name in ("w.pt", "w.safetensors"):
+        identical(tmp_path / "theirs.pt", tmp_path / name)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
