@@ -3,22 +3,31 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+TIMEOUT = 600.0  # seconds until a command counts as hung, on a machine that has other work too
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What a user's shell gives: one thread, 160 columns, and no place among other ranks."""
+    own = {name: value for name, value in os.environ.items() if name not in PLACE}
+    return {**own, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
 
 
 def run_python(
-    *arguments: object, expect: int = 0, cwd: Path = ROOT, timeout: float = 300
+    *arguments: object, expect: int = 0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
 ) -> "subprocess.CompletedProcess[str]":
-    """``python arguments...`` with one thread; fails with the end of its output unless its status is `expect`."""
+    """``python arguments...`` in `environment`; fails with the end of its output unless its status is `expect`."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=TIMEOUT,
+        env=environment(**(env or {})),
     )
     assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from mmdistill import config as schema
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, quote_overrides, teacher_paths
+from tests.commands import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -158,7 +159,7 @@ def test_launcher_flags_are_dropped() -> None:
 
 
 def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def test_misspelt_keys_fail_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:

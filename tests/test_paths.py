@@ -1,26 +1,21 @@
 """Folders with ``=``, spaces, brackets, commas, ``~`` and letters beyond ASCII, from the command line, everywhere."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmdistill.config import quote_overrides
+from tests.commands import run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 ODD = "a=b [1], c é ü~"
 
 
-def _run(script: str, *arguments: str, cwd: Path, home: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home)}
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+def _run(script: str, *arguments: str, home: Path) -> None:
+    run_python(ROOT / script, *arguments, cwd=home, env={"HOME": str(home)})
 
 
 def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
@@ -33,22 +28,22 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     data = ["data_module.target_data_dir=~/data" if "target_data_dir" in o else o for o in data]
     small = [*data, "trainer.epochs=1", "hydra.job.chdir=true"]
     pretrain = ["modality=rgb", *small, *MODEL, f"hydra.run.dir='{home / 'pre=1'}'"]
-    _run("pretrain_main.py", *pretrain, cwd=home, home=home)
+    _run("pretrain_main.py", *pretrain, home=home)
     teacher = next((home / "pre=1" / "checkpoints").glob("epoch=00-*")).relative_to(home)
-    _run("pretrain_main.py", *pretrain, "trainer.epochs=2", f"resume={teacher}", cwd=home, home=home)
+    _run("pretrain_main.py", *pretrain, "trainer.epochs=2", f"resume={teacher}", home=home)
     assert list((home / "pre=1" / "checkpoints").glob("epoch=01-*"))
     run = home / "distil [2]"
     _run(
         "lit_main_mmdistill.py", "trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", *small, *EVAL,
         "compare=[random]", "feature_cache='~/cache, 1'",
-        f"hydra.run.dir='{run}'", cwd=home, home=home,
+        f"hydra.run.dir='{run}'", home=home,
     )  # fmt: skip
     assert json.loads((run / "fewshot.json").read_text())["network"] == "student_rgb"
     assert list((home / "cache, 1").iterdir())
     student = f"~/{run.name}/checkpoints/last.ckpt"
     _run(
         "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={student}", *data, *EVAL, "compare=[random]",
-        "feature_cache=null", "hydra.job.chdir=true", f"hydra.run.dir='{home / 'test é'}'", cwd=home, home=home,
+        "feature_cache=null", "hydra.job.chdir=true", f"hydra.run.dir='{home / 'test é'}'", home=home,
     )  # fmt: skip
     assert (home / "test é" / "report.html").is_file()
 
@@ -73,9 +68,5 @@ def test_sweeps_stay_sweeps(value: str) -> None:
 
 
 def test_an_unquoted_comma_is_explained(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "pretrain_main.py"), "modality=rgb", "resume=/p/a, b/x"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode != 0
+    done = run_python(ROOT / "pretrain_main.py", "modality=rgb", "resume=/p/a, b/x", cwd=tmp_path, expect=2)
     assert "a comma outside quotes makes a sweep" in done.stderr

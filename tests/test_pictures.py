@@ -110,14 +110,14 @@ def test_colours_of_known_values() -> None:
 def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path) -> None:
     data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
     arguments = [*overrides(data), *MODEL, "trainer.picture_freq=2", f"hydra.run.dir={run}"]
-    run_python("pretrain_main.py", "modality=rgb", *arguments, timeout=400)
+    run_python("pretrain_main.py", "modality=rgb", *arguments)
     assert [p.name for p in (run / "pictures").iterdir()] == ["epoch=01.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
     checkpoint = next((run / "checkpoints").glob("epoch=01-*"))
     moved = data.rename(tmp_path / "moved")
     script = ["scripts/visualize_reconstruction.py", checkpoint, f"data_module.target_data_dir={moved}"]
-    said = run_python(*script, "--clips", 2, "--split", "val", "--out", tmp_path / "out", timeout=400).stdout
+    said = run_python(*script, "--clips", 2, "--split", "val", "--out", tmp_path / "out").stdout
     assert len(list((tmp_path / "out").glob("clip_*.png"))) == 2
     assert said.count("trivial predictor") == 2
 

@@ -1,10 +1,7 @@
 """The full-size tennis configs: one epoch of three clips through each stage, 16 frames of 224 x 384, ViT-S."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmdistill.checkpoint import read_checkpoint
+from tests.commands import run_python
 
 ROOT = Path(__file__).resolve().parents[1]
 ANNOTATIONS = ROOT.parent / "shared" / "data" / "f3set-tennis" / "val.json"
@@ -50,20 +48,13 @@ def _render(root: Path) -> None:
     (root / "unlabel.json").write_text(json.dumps(rallies))
 
 
-def _run(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=500, env=os.environ
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-
-
 @pytest.mark.skipif(not ANNOTATIONS.exists(), reason="the F3Set annotations are not beside the repository")
 def test_one_step_of_each_stage_at_full_size(tmp_path: Path) -> None:
     _render(tmp_path)
     small = [f"data_module.target_data_dir={tmp_path}", "batch_size=1", "num_workers=0", "trainer.epochs=1"]
     runs = tmp_path / "runs"
     name = "--config-name=config_pretrain_tennis"
-    _run("pretrain_main.py", "-m", name, "modality=rgb,flow,skeleton", *small, f"hydra.sweep.dir={runs}")
+    run_python("pretrain_main.py", "-m", name, "modality=rgb,flow,skeleton", *small, f"hydra.sweep.dir={runs}")
     found = {m: next(runs.glob(f"pretrain_{m}_*/checkpoints/epoch=00-*")) for m in ("rgb", "flow", "skeleton")}
     for modality, size, patch in (("rgb", (224, 384), 16), ("flow", (224, 384), 16), ("skeleton", (56, 96), 4)):
         geometry = read_checkpoint(found[modality]).meta["encoders"]["encoder"]
@@ -72,7 +63,9 @@ def test_one_step_of_each_stage_at_full_size(tmp_path: Path) -> None:
     paths = ",".join(str(found[m]) for m in ("rgb", "flow", "skeleton"))
     name = "--config-name=config_mmdistill_tennis"
     run = tmp_path / "distill"
-    _run("lit_main_mmdistill.py", name, f"trainer.ckpt_path=[{paths}]", "test=False", *small, f"hydra.run.dir={run}")
+    run_python(
+        "lit_main_mmdistill.py", name, f"trainer.ckpt_path=[{paths}]", "test=False", *small, f"hydra.run.dir={run}"
+    )
     state = read_checkpoint(run / "checkpoints" / "last.ckpt").state_dict
     assert state["student_rgb.encoder.patch_embed.proj.weight"].shape == (384, 3, 2, 16, 16)
     assert state["teacher_skeleton.encoder.patch_embed.proj.weight"].shape == (384, 17, 2, 4, 4)

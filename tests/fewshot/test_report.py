@@ -165,7 +165,7 @@ def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tm
     where = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--window-size=1150,3000"]
     shot = tmp_path / "shot.png"
     command = [*browser, *quiet, *where, f"--screenshot={shot}", page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
     assert shot.stat().st_size > 20_000
@@ -176,5 +176,5 @@ def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tm
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
     command = [*browser, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", broken.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert "CONSOLE" in run.stderr  # this test would see it: the page's policy refuses the picture
