@@ -275,6 +275,8 @@ def _fraction(key: str, value: float, *, below_one: bool = False) -> None:
 def _validate(config: PretrainConfig | DistillConfig) -> None:
     _choice("accelerator", config.accelerator, ("auto", "cpu", "gpu"))
     _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
+    if config.precision == "16" and config.accelerator == "cpu":
+        raise ConfigError("precision=16 needs a GPU, and accelerator=cpu; use precision=32 (or bf16)")
     _at_least("batch_size", config.batch_size, 1)
     _at_least("num_workers", config.num_workers, 0)
     _at_least("process_timeout_s", config.process_timeout_s, 1)
@@ -556,8 +558,17 @@ def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+# what a DataLoader makes of an exception in a worker: the traceback there, and the message at its end
+_FROM_WORKER = re.compile(
+    r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback.*\n[\w.]*\1: (.*?)\n?", re.DOTALL
+)
+
+
 def explain(error: Exception, schema: type[Any]) -> str:
-    """One sentence for a Hydra or OmegaConf error, with the nearest known keys."""
+    """One sentence for a Hydra or OmegaConf error, with the nearest known keys; our own errors say it themselves."""
+    if type(error).__module__.startswith("mmdistill.") and not isinstance(error.__cause__, OmegaConfBaseException):
+        worker = _FROM_WORKER.fullmatch(str(error))
+        return worker[2] if worker else str(error)  # whole: the lines below the first list what is wrong
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

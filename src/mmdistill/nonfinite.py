@@ -2,14 +2,21 @@
 
 The mean loss over all ranks is looked at before the backward pass, so NaN on one rank is known to all and no weight has
 been touched. A gradient can overflow under a finite loss: its norm is looked at before the optimiser's step.
+
+A skipped step changes neither weights nor moments nor averages; the schedule and the count of steps go on. Under
+``precision=16`` an overflow is how the loss scale is found: such steps are counted apart, as ``overflow_steps``, and
+cost none of the budget, unless the scale is at 1 already.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 POLICIES = ("raise", "skip")
+LEAST_SCALE = 1.0  # a gradient that overflows under this loss scale is not finite by itself
 
 
 class NonFiniteError(FloatingPointError):
@@ -92,6 +99,20 @@ def _gather(names: list[str] | None) -> list[list[str] | None]:
 def zero_loss(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """A loss whose gradient is exactly zero for every parameter, so that ranks stay in step through a backward pass."""
     return torch.stack([(p * 0).sum() for p in parameters if p.requires_grad]).sum()
+
+
+@contextmanager
+def frozen(optimizer: Any) -> Iterator[None]:
+    """While open, a step of the optimiser, or of the one that DeepSpeed has wrapped, changes nothing.
+
+    A step with zero gradients would let Adam's moments fade, and count.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    inner.step = lambda *_, **__: None  # shadows the method of the class
+    try:
+        yield
+    finally:
+        del inner.step
 
 
 def grad_norm(parameters: Sequence[torch.Tensor]) -> float:

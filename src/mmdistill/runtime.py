@@ -122,10 +122,21 @@ def seed_everything(seed: int) -> None:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU that has it, else fp32: bf16 on a plain CPU is hundreds of times slower."""
+    """``auto`` is bf16 on a GPU that has it, else fp32: bf16 on a plain CPU is hundreds of times slower.
+
+    Raises:
+        ConfigError: ``16`` on a CPU. DeepSpeed has no fp16 there, and Lightning would take bf16 instead.
+    """
+    if precision == "16" and not has_fp16(device):
+        raise ConfigError("precision=16 needs a GPU, and this run is on a CPU; use precision=32 (or bf16)")
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
+
+
+def has_fp16(device: torch.device) -> bool:
+    """Whether trainings in fp16 work there."""
+    return device.type == "cuda"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

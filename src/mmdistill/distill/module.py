@@ -8,6 +8,7 @@ teacher's feature.
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +25,7 @@ from mmdistill.modality import ModalitySpec
 from mmdistill.models.cmt import CrossModalTransfer
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import Encoder
-from mmdistill.nonfinite import NonFinite, grad_norm, zero_loss
+from mmdistill.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
 from mmdistill.optim import LearningRates, make_optimizer, make_schedule
 from mmdistill.runtime import mean_over_ranks
 from mmdistill.teachers import check_teachers
@@ -66,6 +67,9 @@ class MMDistill(pl.LightningModule):
         self.nonfinite = nonfinite or NonFinite("raise", 0, print)
         self.grad_norm = 0.0  # of the last step, before clipping
         self._usable = 0  # batches of the optimiser step at hand with a finite loss
+        self.overflow_steps = 0  # under precision=16: steps left out to find the loss scale
+        self._skipped = False  # whether the last step was left out, for whatever reason
+        self._step = ExitStack()  # open while the optimiser steps
         self.save_teachers = save_teachers
         self.specs, self.rates, self.meta = dict(specs), rates, dict(meta)
         self.weight_decay, self.betas, self.layer_decay = weight_decay, betas, layer_decay
@@ -179,17 +183,39 @@ class MMDistill(pl.LightningModule):
             NonFiniteError: the policy or the budget does not allow to skip this step.
         """
         reason = None if self._usable else "loss is not finite"
-        deepspeed = isinstance(self.trainer.strategy, DeepSpeedStrategy)  # its gradients are in buckets
-        if reason is None and not deepspeed:
+        self._skipped = reason is not None
+        strategy = self.trainer.strategy
+        deepspeed = isinstance(strategy, DeepSpeedStrategy)
+        if reason is None and not (deepspeed and strategy.stage):  # whose gradients are in buckets
             self.grad_norm = grad_norm(list(self.parameters()))
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None  # which skips by itself
-            reason = None if math.isfinite(self.grad_norm) or scaled else "gradient is not finite"
+            if not math.isfinite(self.grad_norm):
+                self._skipped = True
+                scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # which leaves such a step out
+                if scaler is not None:
+                    self.overflow_steps += 1
+                if scaler is None or scaler.get_scale() <= LEAST_SCALE:
+                    reason = "gradient is not finite"
         if reason:
-            for parameter in () if deepspeed else self.parameters():
-                parameter.grad = None
-            for group in optimizer.param_groups:  # the schedule sets it again
-                group["lr"] = 0.0
+            if deepspeed:
+                self._step.enter_context(frozen(optimizer))
+            else:  # AdamW, which has called us, passes parameters without a gradient over
+                for parameter in self.parameters():
+                    parameter.grad = None
             self.nonfinite.skip(self._where, reason=reason)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's. A step that ZeRO left out, because its gradient was not finite, is counted too.
+
+        Raises:
+            NonFiniteError: see `on_before_optimizer_step`.
+        """
+        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
+        before = engine.skipped_steps if engine else 0
+        with self._step:
+            super().optimizer_step(*args, **kwargs)
+        if engine and engine.skipped_steps > before and not self._skipped:
+            self._skipped = True
+            self.nonfinite.skip(self._where, reason="gradient is not finite")
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW on student and transfer head, cosine schedule by step."""
@@ -203,7 +229,8 @@ class MMDistill(pl.LightningModule):
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         """After each optimiser step. timm's schedules are told the number of steps done."""
         scheduler.step_update(self.global_step)
-        if self.ema is not None:  # here, and not in a hook that a stop by a signal would leave out
+        # here, and not in a hook that a stop by a signal would leave out
+        if self.ema is not None and not self._skipped:
             self._average()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -219,6 +246,7 @@ class MMDistill(pl.LightningModule):
             "step": self.global_step,
             "batch": batch or None,
             "skipped_steps": self.nonfinite.skipped,
+            "overflow_steps": self.overflow_steps,
             "loss": float(loss) if loss is not None else None,
         }
         # the loop's own place would be refused by a loader that has none; ours travels with the data module
@@ -235,6 +263,7 @@ class MMDistill(pl.LightningModule):
         """
         state, stored = checkpoint.get("state_dict"), checkpoint.get("mmdistill") or {}
         self.nonfinite.skipped = int(stored.get("skipped_steps", 0))
+        self.overflow_steps = int(stored.get("overflow_steps", 0))
         if state is None:  # a directory of stock Lightning's DeepSpeed strategy: its engine has the weights
             return
         held = any(k.startswith("student_ema_rgb.") for k in state)

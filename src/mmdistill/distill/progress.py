@@ -82,7 +82,7 @@ class Progress(Callback):
         }
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            values["loss_scale"] = float(scaler.get_scale())
+            values |= {"loss_scale": float(scaler.get_scale()), "overflow_steps": pl_module.overflow_steps}
         self._log.scalars(trainer.global_step, values)
         parts = ", ".join(
             f"{name.removeprefix('train_loss_')} {value:.4f} (trivial {means[name.replace('train', 'trivial', 1)]:.4f})"

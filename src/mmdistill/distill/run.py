@@ -129,6 +129,7 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         The last checkpoint.
     """
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    resolve_precision(config.precision, process.device)  # refused before anything is made
     run_dir = common_folder(process, run_dir)
     if process.is_main:
         make_demo_data(config.data_module)

@@ -6,6 +6,7 @@ state: it continues at the stored (epoch, batch) with the stored weights and mom
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mmdistill.data_report import DataReport
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import VideoMAE, complement, patch_targets, reconstruction_loss, trivial_loss
-from mmdistill.nonfinite import NonFinite, grad_norm, zero_loss
+from mmdistill.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
 from mmdistill.optim import LearningRates, make_schedule
 from mmdistill.pretrain.engine import make_engine, open_process_group
 from mmdistill.pretrain.start import load_videomae
@@ -237,6 +238,7 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    resolve_precision(config.precision, process.device)  # refused before anything is made
     open_process_group(process)
     run_dir = common_folder(process, run_dir)
     if process.is_main:
@@ -389,17 +391,12 @@ def _optimise(run: _Run, last: bool) -> None:
         run.grad_norm = grad_norm(list(engine.module.parameters()))
         if not math.isfinite(run.grad_norm):
             reason = "gradient is not finite"
-    if reason:  # a step of zero gradients at rate 0 keeps DeepSpeed's counts in order
-        for group in run.schedule.optimizer.param_groups:
-            group["lr"] = 0.0
-        for parameter in engine.module.parameters():
-            if plain and parameter.grad is not None:
-                parameter.grad.zero_()
-    before = engine.skipped_steps
-    engine.step()
+    before, scale = engine.skipped_steps, run.loss_scale
+    with frozen(engine.optimizer) if reason else nullcontext():  # DeepSpeed's counts stay in order
+        engine.step()
     if last and not plain:
         run.grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        if engine.skipped_steps > before and run.loss_scale is None:
-            reason = "gradient is not finite"  # under a loss scale that is how the scale is found
+        if engine.skipped_steps > before and (scale is None or scale <= LEAST_SCALE):
+            reason = "gradient is not finite"
     if reason:
         run.nonfinite.skip(run.where, reason=reason)
