@@ -1,0 +1,52 @@
+"""What a user is told about wrong input, by the commands' own last word, `config.explain`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader
+
+from mmdistill.config import PretrainConfig, explain
+from mmdistill.data.annotations import AnnotationError, load_f3set
+from mmdistill.data.readers import FrameError, RgbReader
+from tests.tiny_data import make_tiny
+
+
+def test_every_problem_of_an_annotation_file_is_told(tmp_path: Path) -> None:
+    """Rally and event, not only how many there are."""
+    label = "near_deuce_stroke_fh_gs_CC_-_in"
+    event = {"frame": 3, "label": label}
+    rallies = [
+        {"video": "a", "num_frames": 9, "fps": 25, "events": [event, event]},
+        {"video": "b", "num_frames": 9, "events": [event]},
+        {"video": "c", "num_frames": 9, "fps": 25, "events": [{"frame": 3, "label": "a_b"}]},
+    ]
+    (tmp_path / "bad.json").write_text(json.dumps(rallies))
+    with pytest.raises(AnnotationError) as caught:
+        load_f3set(tmp_path / "bad.json")
+    told = explain(caught.value, PretrainConfig)
+    for part in ("bad.json: 3 problems", "a, event 1: a duplicate", "b: the key 'fps'", "c, event 0", "check_data.py"):
+        assert part in told
+
+
+class _Frames:
+    """A map-style dataset over one frame that is not there."""
+
+    def __init__(self, root: Path) -> None:
+        self.reader = RgbReader(root / "frames", frame_size=(32, 36))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> object:
+        return self.reader.read("rally_T_0", [999])
+
+
+def test_an_error_in_a_loader_worker_names_the_file(tmp_path: Path) -> None:
+    """The loader hides a worker's message behind the traceback there."""
+    make_tiny(tmp_path, per_class=1)
+    with pytest.raises(FrameError) as caught:
+        next(iter(DataLoader(_Frames(tmp_path), num_workers=1)))
+    assert str(caught.value).startswith("Caught FrameError in DataLoader worker")
+    told = explain(caught.value, PretrainConfig)
+    assert told == f"{tmp_path}/frames/rally_T_0/000999.jpg: no such rgb file"
