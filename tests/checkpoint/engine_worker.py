@@ -1,6 +1,6 @@
 """Runs DeepSpeed engines for test_engine.py: one interpreter imports everything, then forks the ranks of each scenario.
 
-python engine_worker.py FOLDER     # writes FOLDER/results.json
+python -m tests.checkpoint.engine_worker FOLDER     # writes FOLDER/results.json
 """
 
 import json
@@ -8,11 +8,9 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +19,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import deepspeed
 import torch
-from make_fixtures import cast_key_bias, engine_for, model, train
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed, newest_complete, read_checkpoint, save_deepspeed
 from mmdistill.checkpoint import engine as layer
 from mmdistill.checkpoint.archive import load_pickle
 from mmdistill.checkpoint.manifest import verify_manifest
 from mmdistill.checkpoint.zero import adam_step
+from tests.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
+from tests.ranks import fork_ranks, wait_for
 
 KINDS = [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False)]
 META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
@@ -37,34 +36,13 @@ def launch(
     world: int, scenario: Callable[..., None], *args: object, kill: tuple[int, Callable[[], None]] | None = None
 ) -> list[int]:
     """Fork `world` ranks; exit codes. With `kill` = (rank, wait), it gets SIGKILL after `wait`, then the rest."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            place = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            os.environ.update({k: str(v) for k, v in place.items()})
-            code = 1
-            try:
-                deepspeed.init_distributed("gloo")
-                scenario(rank, *args)
-                torch.distributed.barrier()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        ranks.append(pid)
+
+    def job(rank: int) -> None:
+        deepspeed.init_distributed("gloo")
+        scenario(rank, *args)
+        torch.distributed.barrier()
+
+    ranks = fork_ranks(world, job)
     if kill:
         kill[1]()
         os.kill(ranks[kill[0]], signal.SIGKILL)
@@ -73,8 +51,8 @@ def launch(
         rest = [pid for i, pid in enumerate(ranks) if i != kill[0]]
         for pid in rest:
             os.kill(pid, signal.SIGKILL)
-        return [-9] + [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in rest]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+        return [-9, *wait_for(rest)]
+    return wait_for(ranks)
 
 
 def build(stage: int, bf16: bool):

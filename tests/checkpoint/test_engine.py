@@ -4,13 +4,11 @@ engine_worker.py runs the scenarios; the tests judge what it wrote.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("engine_worker.py")
+from tests.commands import run_python
+
 KINDS = ["stage0-fp32", "stage1-fp32", "stage2-fp32", "stage0-bf16", "stage1-bf16", "stage2-bf16", "stage3-fp32"]
 
 
@@ -18,8 +16,7 @@ KINDS = ["stage0-fp32", "stage1-fp32", "stage2-fp32", "stage0-bf16", "stage1-bf1
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("engines")
-    done = subprocess.run([sys.executable, str(WORKER), str(folder)], capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    run_python("-m", "tests.checkpoint.engine_worker", folder)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -98,6 +98,12 @@ class _Recorder:
             except Exception as error:  # raised on every rank once they have met
                 self.error = error
 
+    def report(self) -> list[str]:
+        """The files that were written. Raises what went wrong."""
+        if self.error is not None:
+            raise self.error
+        return self.files
+
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """As DeepSpeed's."""
         self._guard(lambda: os.makedirs(path, exist_ok=exist_ok))
@@ -150,6 +156,17 @@ def _master_names(engine: Any) -> list[list[str]] | None:
         return None
 
 
+def _prepare(staged: Path, target: Path, meta: Mapping[str, Any], client: dict[str, Any]) -> dict[str, Any]:
+    """This rank's client state, once what it needs is known to work; rank 0 makes the folder."""
+    json.dumps(meta)  # fails here, on all ranks, rather than at the end
+    if rank_and_world()[0] == 0:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target.parent)
+        discard(staged)
+        staged.mkdir()
+    return client
+
+
 def _finish(staged: Path, target: Path, meta: Mapping[str, Any], files: list[str], facts: dict[str, Any]) -> None:
     """Rank 0: metadata, manifest, name."""
     entries = {os.path.relpath(path, staged): describe(Path(path)) for path in files}
@@ -159,7 +176,10 @@ def _finish(staged: Path, target: Path, meta: Mapping[str, Any], files: list[str
     ):
         entries[name] = describe(staged / name, write_bytes(staged / name, data))
     sync_directory(staged / TAG)
-    write_bytes(staged / MANIFEST, manifest_bytes(entries, **facts))
+    told = {key: meta.get(key) for key in ("epoch", "kind", "modality", "loss")}
+    if told["loss"] is not None and not math.isfinite(told["loss"]):
+        told["loss"] = None
+    write_bytes(staged / MANIFEST, manifest_bytes(entries, **facts, **told))
     sync_directory(staged)
     publish_directory(staged, target)
 
@@ -184,44 +204,19 @@ def save_deepspeed(
         CheckpointError: the same on all ranks, naming the rank that failed. What stood at `directory` is unchanged.
     """
     target = Path(directory).expanduser()
-    staged = target.with_name(TMP_PREFIX + target.name)
-    rank, world = rank_and_world()
+    staged, failed = target.with_name(TMP_PREFIX + target.name), f"{target}: not saved"
     meta = {"mmdistill_version": __version__, **meta}
-
-    def prepare() -> dict[str, Any]:
-        json.dumps(meta)  # fails here, on all ranks, rather than at the end
-        if rank == 0:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            recover(target.parent)
-            discard(staged)
-            staged.mkdir()
-        return client_state
-
-    clients = agree(prepare, f"{target}: not saved")
+    clients = agree(lambda: _prepare(staged, target, meta, client_state), failed)
     extra = {EMBEDDED: meta, CLIENT: clients}
     if (names := _master_names(engine)) is not None:
         extra[GROUP_NAMES] = names
+    rank, world = rank_and_world()
     try:
         with _recording(engine) as recorder:
             engine.save_checkpoint(str(staged), tag=TAG, client_state=extra, save_latest=False)
-
-        def report() -> list[str]:
-            if recorder.error is not None:
-                raise recorder.error
-            return recorder.files
-
-        files = [path for part in agree(report, f"{target}: not saved") for path in part]
-        loss = meta.get("loss")
-        facts = {
-            "world_size": world,
-            "stage": int(engine.zero_optimization_stage()),
-            "step": int(engine.global_steps),
-            "epoch": meta.get("epoch"),
-            "kind": meta.get("kind"),
-            "modality": meta.get("modality"),
-            "loss": loss if loss is None or math.isfinite(loss) else None,
-        }
-        agree(lambda: _finish(staged, target, meta, files, facts) if rank == 0 else None, f"{target}: not saved")
+        files = [path for part in agree(recorder.report, failed) for path in part]
+        facts = {"world_size": world, "stage": int(engine.zero_optimization_stage()), "step": int(engine.global_steps)}
+        agree(lambda: _finish(staged, target, meta, files, facts) if rank == 0 else None, failed)
     except CheckpointError:
         if rank == 0:
             discard(staged)
