@@ -2,17 +2,19 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmdistill.cli import CONFIGS
-from mmdistill.config import ConfigError, PretrainConfig, as_names, parse, register_schemas
+from mmdistill.config import ConfigError, PretrainConfig, as_names, parse, register_schemas, to_plain
 from mmdistill.runinfo import git_state, record_run
 from mmdistill.runlog import RunLog
 from mmdistill.trackers import TRACKERS, open_trackers
@@ -75,6 +77,8 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: p
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **given: calls.append(("wandb", given["config"])) or run  # type: ignore[attr-defined]
     mlflow = types.ModuleType("mlflow")
+    mlflow.get_experiment_by_name = lambda name: None  # type: ignore[attr-defined]
+    mlflow.create_experiment = lambda name, artifact_location: calls.append((name, artifact_location))  # type: ignore[attr-defined]
     for name in ("set_tracking_uri", "set_experiment", "log_params"):
         setattr(mlflow, name, lambda given, _name=name: calls.append((_name, given)))
     mlflow.start_run = lambda run_name: calls.append(("start", run_name))  # type: ignore[attr-defined]
@@ -88,12 +92,43 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: p
         log.scalars(3, {"loss": 0.5})
     assert ("wandb", config) in calls
     assert ("log_params", {"seed": "1", "trainer.lr": "0.5"}) in calls
-    assert ("set_tracking_uri", (tmp_path / "run" / "mlruns").as_uri()) in calls
+    assert [c[1] for c in calls if c[0] == "set_tracking_uri"] == [f"sqlite:///{tmp_path}/run/mlflow.db", None]
+    assert ("mmdistill", (tmp_path / "run" / "mlruns").as_uri()) in calls
     assert ("start", "run") in calls
     assert [c for c in calls if c[0] in ("wandb", "mlflow")][1:] == [
         ("wandb", ({"loss": 0.5}, 3)), ("mlflow", ({"loss": 0.5}, 3)), ("wandb", "end"), ("mlflow", "end"),
     ]  # fmt: skip
     assert set(TRACKERS) == {"tensorboard", "csv", "wandb", "mlflow"}
+
+
+def test_mlflow_itself_keeps_each_run_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = to_plain(_parsed())
+    for name in ("first job", "second=1,[é]"):  # jobs of a sweep share a process
+        run = tmp_path / name
+        with RunLog(run, total_steps=1, title="t", trackers=["mlflow"], config=config) as log:
+            log.scalars(3, {"loss": 0.5, "grad_norm": float("nan")})
+            log.picture(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+        client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
+        experiment = client.get_experiment_by_name("mmdistill")
+        (found,) = client.search_runs([experiment.experiment_id])
+        assert (found.info.status, found.info.run_name, found.data.metrics["loss"]) == ("FINISHED", name, 0.5)
+        assert found.data.params["trainer.lr"] == str(config["trainer"]["lr"])
+        assert len(list((run / "mlruns").rglob("reconstruction-3.png"))) == 1
+
+
+def test_wandb_itself_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for job in range(2):
+        run = tmp_path / f"run {job}"
+        with RunLog(run, total_steps=1, title="t", trackers=["wandb"], config=to_plain(_parsed())) as log:
+            log.scalars(3, {"loss": 0.5, "grad_norm": float("nan")})
+            log.picture(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
+        assert len(list(run.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+        assert len(list(run.rglob("reconstruction_3_*.png"))) == 1
 
 
 def test_plain_lines_have_the_time_left_and_the_memory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

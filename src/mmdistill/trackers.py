@@ -113,14 +113,20 @@ class Wandb:
 
 
 class MLflow:
-    """An MLflow run: at ``MLFLOW_TRACKING_URI``, else in ``mlruns/`` of the run's folder."""
+    """An MLflow run: at ``MLFLOW_TRACKING_URI``, else in ``mlflow.db`` and ``mlruns/`` of the run's folder.
+
+    A folder alone, which older releases wrote to, is refused by MLflow 3.
+    """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
         import mlflow
 
         self.mlflow = mlflow
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri((run_dir / "mlruns").absolute().as_uri())
+        self.own = "MLFLOW_TRACKING_URI" not in os.environ
+        if self.own:
+            mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').absolute()}")
+            if mlflow.get_experiment_by_name("mmdistill") is None:
+                mlflow.create_experiment("mmdistill", artifact_location=(run_dir / "mlruns").absolute().as_uri())
         mlflow.set_experiment("mmdistill")
         mlflow.start_run(run_name=run_dir.name)
         mlflow.log_params(_flat(config))
@@ -134,8 +140,11 @@ class MLflow:
         self.mlflow.log_image(image, f"{name}-{step}.png")
 
     def close(self) -> None:
-        """End the run."""
+        """End the run. MLflow has put its place into the environment; the next job of a sweep has another."""
         self.mlflow.end_run()
+        if self.own:
+            self.mlflow.set_tracking_uri(None)
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -40,8 +40,10 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if precision in ("bf16", "16"):
-        out["bf16" if precision == "bf16" else "fp16"] = {"enabled": True}
+    if precision == "bf16":
+        out["bf16"] = {"enabled": True}
+    elif precision == "16":
+        out["fp16"] = {"enabled": True, "hysteresis": 1}  # each overflow halves the loss scale, at every stage
     return out
 
 
