@@ -204,7 +204,7 @@ class MMDistill(pl.LightningModule):
             self.nonfinite.skip(self._where, reason=reason)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's. A step that ZeRO left out, because its gradient was not finite, is counted too.
+        """As Lightning's. ZeRO says the gradient's norm, and a step that it left out for that is counted too.
 
         Raises:
             NonFiniteError: see `on_before_optimizer_step`.
@@ -213,6 +213,8 @@ class MMDistill(pl.LightningModule):
         before = engine.skipped_steps if engine else 0
         with self._step:
             super().optimizer_step(*args, **kwargs)
+        if engine and engine.zero_optimization_stage() and self._usable:
+            self.grad_norm = float(engine.get_global_grad_norm())
         if engine and engine.skipped_steps > before and not self._skipped:
             self._skipped = True
             self.nonfinite.skip(self._where, reason="gradient is not finite")
