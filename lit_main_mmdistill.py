@@ -11,7 +11,10 @@ def job(config: DistillConfig, run_dir: str) -> None:
     checkpoint = config.ckpt_path
     if config.train:
         from mmdistill.distill import distill
+        from mmdistill.evaluate import check_evaluation
 
+        if config.test:
+            check_evaluation(config)
         checkpoint = str(distill(config, Path(run_dir)))
     if config.test and checkpoint:
         from mmdistill.evaluate import evaluate_checkpoint

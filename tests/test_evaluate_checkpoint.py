@@ -11,8 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from mmdistill.checkpoint import save_torch
-from mmdistill.config import DistillConfig, parse, register_schemas, to_plain
-from mmdistill.evaluate import evaluate_checkpoint
+from mmdistill.config import ConfigError, DistillConfig, parse, register_schemas, to_plain
+from mmdistill.evaluate import check_evaluation, evaluate_checkpoint
+from mmdistill.fewshot.errors import FewshotError
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -97,8 +98,8 @@ def test_masks_that_leave_nothing_visible_are_left_out_unless_asked_for(
     hidden = "data_module.eval_mask_ratio=0.99"
     out = _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]")
     assert list(out["settings"][0]["rows"]) == ["student_rgb"]
-    assert "2 tube masks, 99% removed, shared is left out, mask ratio 0.99 leaves none" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"mask ratio 0\.99 leaves none of 16 tokens visible"):
+    assert "left out: 2 tube masks, 99% removed, shared: mask ratio 0.99 leaves none" in capsys.readouterr().out
+    with pytest.raises(FewshotError, match=r"mask ratio 0\.99 leaves none of 16 tokens visible"):
         _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]", "data_module.n_masks=2")
 
 
@@ -116,3 +117,54 @@ def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path,
     assert not used
     assert before != after == pytest.approx(1 / 3)  # nothing to tell the classes apart
     assert cached() == (True, after)
+
+
+def test_repeated_frames_are_reported_also_of_cached_features(
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "frames" / "rally_T_0" / "000005.jpg").unlink()
+    for cached in (False, True):
+        out = _evaluate(data, checkpoint, tmp_path, "compare=[]", "data_module.missing=repeat")
+        assert out["cached"] is cached
+        assert out["missing"]["frames_repeated"] == {"rgb": {"rally_T_0": 1}}
+        assert "missing=repeat: rgb 0 clips left out, 1 frames repeated" in capsys.readouterr().out
+
+
+def test_clips_of_another_size_than_trained_on_are_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\(checkpoint / data_module\): height 32 / 16, width 32 / 16"):
+        _evaluate(data, checkpoint, tmp_path, "data_module.crop_size=[16,16]")
+
+
+def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Path) -> None:
+    state = {f"encoder.{key}": v for key, v in Encoder(GEOMETRY).state_dict().items()}
+    save_torch({"module": state, "mmdistill": {"kind": "pretrain", "modality": "rgb"}}, tmp_path / "rgb.pt")
+    with pytest.raises(ConfigError, match=r"network=teacher_flow: .*rgb.pt is not a distilled checkpoint"):
+        _evaluate(data, tmp_path / "rgb.pt", tmp_path, "network=teacher_flow")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data_module.q_sample=30", "only 0 of 4"),
+        ("data_module.eval_clips=windows", "no clip has a label"),
+        ("data_module.disjoint=vidoe", "disjoint=vidoe is not one of"),
+        ("head=centriod", "head 'centriod' is not one of"),
+        ("network=student_rgd", "network: the distilled checkpoint will have no student_rgd"),
+        ("compare=[teacher_depth]", "compare: the distilled checkpoint will have no teacher_depth"),
+        ("compare=[/nowhere]", "compare: /nowhere is neither"),
+    ],
+)
+def test_what_a_later_evaluation_cannot_do_is_said_before_the_training(data: Path, override: str, told: str) -> None:
+    check_evaluation(_config(data))
+    with pytest.raises(ConfigError, match=told):
+        check_evaluation(_config(data, override))
+
+
+def test_clips_that_show_the_same_frames_are_said(
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows of 4 frames, one every 2: each of a video's four overlaps its neighbours."""
+    windows = ("data_module.eval_clips=windows", "data_module.window_stride=2", "data_module.label=video")
+    out = _evaluate(data, checkpoint, tmp_path, *windows, "compare=[]", "data_module.readouts=one")
+    assert out["overlapping_clips"] == 96
+    assert "96 clips overlap in time with another clip of their class" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """What a training run did with its data: in its log at start and end, and in ``data_report.json`` in its folder."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,7 @@ class DataReport:
             for i, row in rows.items():
                 marks[i] = torch.maximum(marks[i], torch.tensor(row, dtype=marks.dtype))
         missing = self.dataset.missing_report(marks)
-        sums = {
-            name: {key: sum(missing[key].get(name, {}).values()) for key in ("clips_left_out", "frames_repeated")}
-            for name in self.dataset.readers
-        }
+        sums = {name: modality_sums(missing, name) for name in self.dataset.readers}
         return {"index": self.dataset.index.report, "modalities": sums, "missing": missing}
 
     def write(self) -> dict[str, Any]:
@@ -55,18 +53,23 @@ class DataReport:
         return (
             f"data: {report['missing']['clips']} clips of {index['rallies']} rallies ({len(index['too_short'])} too "
             f"short, {len(index['without_events'])} without events, {index['shifted_into_the_video']} clips shifted "
-            f"into their video); {_missing_line(report)}"
+            f"into their video); {missing_line(report['missing'], self.dataset.readers)}"
         )
 
     def last_line(self) -> str:
         """Write the file, and say what the missing policy did. Collective."""
-        return f"data: {_missing_line(self.write())}; {self.path.name}"
+        return f"data: {missing_line(self.write()['missing'], self.dataset.readers)}; {self.path.name}"
 
 
-def _missing_line(report: dict[str, Any]) -> str:
+def modality_sums(missing: Mapping[str, Any], modality: str) -> dict[str, int]:
+    """Of a `ClipDataset.missing_report`: clips left out and frames repeated, over all rallies."""
+    return {key: sum(missing[key].get(modality, {}).values()) for key in ("clips_left_out", "frames_repeated")}
+
+
+def missing_line(missing: Mapping[str, Any], modalities: Iterable[str]) -> str:
+    """A `ClipDataset.missing_report` in one line."""
+    sums = {name: modality_sums(missing, name) for name in modalities}
     parts = [
-        f"{name} {sums['clips_left_out']} clips left out, {sums['frames_repeated']} frames repeated"
-        for name, sums in report["modalities"].items()
+        f"{m} {s['clips_left_out']} clips left out, {s['frames_repeated']} frames repeated" for m, s in sums.items()
     ]
-    replaced = sum(report["missing"]["clips_replaced"].values())
-    return f"missing={report['missing']['policy']}: {'; '.join(parts)}; {replaced} clips replaced"
+    return f"missing={missing['policy']}: {'; '.join(parts)}; {sum(missing['clips_replaced'].values())} clips replaced"

@@ -10,19 +10,25 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.build import check_token_grid, clip_dataset, clip_loader, make_demo_data
+from mmdistill.build import check_token_grid, clip_dataset, clip_index, clip_loader, make_demo_data
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
+from mmdistill.data.annotations import AnnotationError
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.index import Clip
+from mmdistill.data.index import ClipIndex, overlapping
 from mmdistill.data.version import data_version
+from mmdistill.data_report import DataReport, missing_line
 from mmdistill.fewshot.embed import Job, Views, embed_cached
+from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.networks import Network, random_network
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
 from mmdistill.modality import MODALITIES, ModalitySpec
 from mmdistill.runtime import Process, autocast, common_folder, resolve_precision, start_process
 from mmdistill.teachers import named_teacher
+
+NETWORK = DistillConfig.network  # what is scored by default
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
@@ -46,11 +52,10 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     modalities = tuple(m for m in MODALITIES if any(n.modality == m for n in networks))
     dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
-    clips = dataset.index.clips
-    lines = protocol.check([c.label for c in clips], [c.group for c in clips], dataset.index.classes)
+    lines = _checked(protocol, dataset.index)
     if process.is_main:
-        print(f"{len(clips)} evaluation clips of {len(dataset.index.classes)} classes")
         print("\n".join(lines), flush=True)
+    report = DataReport(dataset, run_dir, is_main=process.is_main)
     jobs = _jobs(config, networks, process)
     versions = {m: data_version(dataset, m) for m in modalities} if config.feature_cache else ""
     features = embed_cached(
@@ -60,14 +65,60 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         data=versions,
         cache=Path(config.feature_cache).expanduser() if config.feature_cache else None,
         show_progress=process.is_main,
+        note=lambda: {"frames_repeated": report.collect()["missing"]["frames_repeated"]},
     )
     results = run_protocol(features, protocol, show_progress=process.is_main)
-    extra = {"config": to_plain(config), "missing": dataset.missing_report()}
+    missing = {**dataset.missing_report(), "frames_repeated": _frames_repeated(features)}
+    extra = {"config": to_plain(config), "missing": missing, "overlapping_clips": overlapping(dataset.index.clips)}
     if process.is_main:
         print_tables(results)
+        print(missing_line(missing, modalities))
         page = write_report(results, run_dir, picture=_picture(dataset) if "rgb" in modalities else None, extra=extra)
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
+
+
+def check_evaluation(config: DistillConfig) -> None:
+    """What can be wrong with an evaluation and be known before the training that it follows: labels, heads, names.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    make_demo_data(config.data_module)
+    try:
+        _checked(_protocol(config), clip_index(config.data_module, training=False))
+    except (FewshotError, AnnotationError) as error:
+        raise ConfigError(f"test=True could not be done after the training: {error}") from error
+    teachers = [f"teacher_{m}" for m in config.trainer.teachers]
+    parts = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
+    named = [entry for entry in config.compare if entry.startswith(("teacher_", "student_"))]
+    for key, part in [("network", config.network), *(("compare", entry) for entry in named)]:
+        if part not in parts:
+            raise ConfigError(f"{key}: the distilled checkpoint will have no {part}, but {', '.join(parts)}")
+    for entry in config.compare:
+        if entry != "random" and entry not in named and not Path(entry).expanduser().exists():
+            raise ConfigError(
+                f"compare: {entry} is neither random, nor a part of the checkpoint, nor a path that exists"
+            )
+
+
+def _checked(protocol: Protocol, index: ClipIndex) -> list[str]:
+    """What the labels hold, in lines; raises where that is not enough."""
+    clips = index.clips
+    lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes)
+    shared = overlapping(clips)
+    if shared and protocol.disjoint is None:
+        lines.append(
+            f"{shared} clips overlap in time with another clip of their class: support and query may show the same "
+            "frames; data_module.disjoint=video keeps videos apart"
+        )
+    return [f"{len(clips)} evaluation clips of {len(index.classes)} classes", *lines]
+
+
+def _frames_repeated(features: list[Features]) -> dict[str, dict[str, int]]:
+    """By modality and rally, as counted when the features were made: cached ones too."""
+    own = {f.info["modality"]: f.info.get("frames_repeated", {}).get(f.info["modality"]) for f in features}
+    return {modality: counts for modality, counts in own.items() if counts}
 
 
 def _networks(config: DistillConfig, path: str) -> list[Network]:
@@ -81,7 +132,10 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
         scored = _load(config, specs, held, config.network, config.network)
     else:
         modality = source.meta.get("modality", "rgb")
-        scored = _load(config, specs, source, None, f"pretrained_{modality}")
+        name = f"pretrained_{modality}"
+        if config.network not in (NETWORK, name, "encoder"):
+            raise ConfigError(f"network={config.network}: {path} is not a distilled checkpoint, it holds {name} alone")
+        scored = _load(config, specs, source, None, name)
     networks = [scored]
     for entry in config.compare:
         if entry == "random":
@@ -126,9 +180,16 @@ def _load(
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
     spec, data = specs[modality], config.data_module
     height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
+    silent = not source.meta.get("encoders")  # a file of another program does not say what its clips were
     try:
         inside = None if part and source.parts == ["encoder"] else part  # a teacher's own checkpoint
-        encoder = load_encoder(source, part=inside, num_frames=data.num_frames, height=height, width=width)
+        encoder = load_encoder(
+            source,
+            part=inside,
+            num_frames=data.num_frames if silent else None,
+            height=height if silent else None,
+            width=width if silent else None,
+        )
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)
@@ -169,9 +230,9 @@ def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> l
 def _masks_exist(way: Views, grid: tuple[int, int, int]) -> bool:
     """Whether a readout that nobody asked for leaves a token visible; if not, say that it is left out."""
     try:
-        way.visible([Clip("", "", (), -1, "")], 0, grid)
-    except ValueError as error:
-        print(f"readouts=all: {way.readout} is left out, {error}")
+        way.check(grid)
+    except FewshotError as error:
+        print(f"readouts=all: left out: {error}")
         return False
     return True
 

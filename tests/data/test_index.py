@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from mmdistill.data.annotations import Event, Rally
-from mmdistill.data.index import build_index
+from mmdistill.data.index import build_index, overlapping
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"
@@ -72,3 +72,10 @@ def test_two_events_in_one_frame_are_two_clips() -> None:
 def test_wrong_arguments_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         build_index([rally(60, (20, A))], **{"clips": "events", "num_frames": 8, **wrong})
+
+
+def test_clips_of_one_class_that_overlap_are_counted() -> None:
+    events = [(10, A), (15, B), (17, A), (30, A), (38, A)]
+    clips = build_index([rally(60, *events)], clips="events", num_frames=8).clips
+    assert overlapping(clips) == 2  # 10 and 17 share a frame; 15 is of another class; 30 and 38 touch, no more
+    assert overlapping(build_index([rally(60)], clips="windows", num_frames=8, stride=1).clips) == 0  # no label

@@ -44,3 +44,7 @@ def test_neighbours_are_no_more_than_a_class_has():
 def test_too_few_videos_are_an_error():
     with pytest.raises(FewshotError, match="3 videos"):
         probe_full_label_set(np.eye(4)[LABELS], LABELS, groups=[str(i % 3) for i in range(120)])
+    with pytest.raises(FewshotError, match="largest class has 2 clips"):
+        probe_full_label_set(np.eye(4)[[0, 0, 1, 1, 2, 3]], np.array([0, 0, 1, 1, 2, 3]), groups=list("abcdef"))
+    with pytest.raises(FewshotError, match="test clips of these; a split by video gives 3 and 0"):
+        probe_full_label_set(np.eye(4)[LABELS], LABELS, groups=[str(label) for label in LABELS])

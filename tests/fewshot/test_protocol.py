@@ -52,6 +52,17 @@ def test_the_check_needs_labels_only_and_names_small_classes(make_features: Make
         Protocol(k_shot=(16,)).check(f.labels.tolist(), f.groups, f.classes)
 
 
+def test_what_would_fail_after_the_encoding_is_found_before():
+    """Each class can be split, but not all: with a and b, b and c, c and a, one of three videos is on both sides."""
+    labels, groups, names = [0] * 6 + [1] * 6 + [2] * 6, list("aaabbbbbbccccccaaa"), ("x", "y", "z")
+    asked = {"k_shot": (3,), "q_sample": 3, "disjoint": "video"}
+    assert Protocol(n_way=(2,), **asked).check(labels, groups, names)
+    with pytest.raises(EpisodeError, match="episode 0: no draw"):
+        Protocol(n_way=(3,), **asked).check(labels, groups, names)
+    with pytest.raises(FewshotError, match="into 4 parts by video, but there are 3 videos"):
+        Protocol(n_way=(2,), q_sample=3, probe=True).check(labels, groups, names)
+
+
 def test_probe_rows(make_features: Make):
     networks = [make_features("student_rgb", 0.5), make_features("random", 30.0)]
     protocol = Protocol(q_sample=5, episodes=5, heads=("centroid",), probe=True)

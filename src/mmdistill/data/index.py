@@ -1,5 +1,6 @@
 """From rallies to clips: which frames make a clip, and which label it has."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,6 +95,21 @@ def build_index(
             drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else own)))
     report = {"rallies": len(rallies), "shifted_into_the_video": shifted, "too_short": too_short}
     return _finish(drafts, range(0, span, sampling_rate), {**report, "without_events": without_events})
+
+
+def overlapping(clips: Sequence[Clip]) -> int:
+    """Labelled clips that overlap in time with another clip of their class."""
+    spans: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for number, clip in enumerate(clips):
+        if clip.label >= 0:
+            spans.setdefault((clip.video, clip.label), []).append((clip.frames[0], clip.frames[-1], number))
+    found: set[int] = set()
+    for own in spans.values():
+        own.sort()
+        for (_, end, number), (start, _, following) in itertools.pairwise(own):
+            if start <= end:
+                found |= {number, following}
+    return len(found)
 
 
 def _check(**choices: str) -> None:

@@ -56,6 +56,8 @@ class Views:
             raise FewshotError(f"n_masks={self.n_masks} must be at least 0")
         if self.sharing not in ("shared", "per_clip"):
             raise FewshotError(f"views={self.sharing!r} is not one of shared, per_clip")
+        if self.n_masks and not 0 <= self.ratio < 1:
+            raise FewshotError(f"eval_mask_ratio={self.ratio} must lie in [0, 1)")
 
     @property
     def count(self) -> int:
@@ -78,6 +80,13 @@ class Views:
     def settings(self) -> dict[str, Any]:
         """What features depend on, for the cache key: nothing but the number of views where nothing is masked."""
         return asdict(self) if self.n_masks else {"n_masks": 0}
+
+    def check(self, grid: tuple[int, int, int]) -> None:
+        """Raise `FewshotError` unless the masks leave a token of this grid visible."""
+        try:
+            self.visible([Clip("", "", (), -1, "")], 0, grid)
+        except ValueError as error:
+            raise FewshotError(f"{self.readout}: {error}") from error
 
     def visible(self, clips: Sequence[Clip], view: int, grid: tuple[int, int, int]) -> Tensor | None:
         """Visible tokens of one view. int64 (B, Lv), or None for all tokens."""
@@ -260,6 +269,7 @@ def embed_cached(
     data: str | Mapping[str, str],
     cache: str | Path | None,
     show_progress: bool = True,
+    note: Callable[[], Mapping[str, Any]] = dict,
 ) -> list[Features]:
     """`embed_clips` with a cache, over all ranks of a process group where there is one.
 
@@ -269,6 +279,7 @@ def embed_cached(
         index: all clips.
         data: version of the clips' pixels, one for all or by modality (`data.version.data_version`).
         cache: folder, or None for no cache.
+        note: called on every rank after clips were encoded: plain values that stay with their features, as ``info``.
 
     Returns:
         features of all clips for each job, the same on every rank. ``info["cached"]`` says where they came from.
@@ -283,8 +294,10 @@ def embed_cached(
         ids = [clip.id for clip in index.clips]
         wanted = [jobs[i] for i in missing]
         parts = _from_all_ranks(lambda: embed_clips(wanted, loader(), index, show_progress=show_progress))
+        noted = dict(note())
         for number, i in enumerate(missing):
             whole = merge_features([part[number] for part in parts], ids)
+            whole = replace(whole, info={**whole.info, **noted})
             found[i] = whole
             if usable[i] and cache is not None and rank() == 0:
                 write_cache(cache, keys[i], whole)

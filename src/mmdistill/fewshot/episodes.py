@@ -145,6 +145,11 @@ def eligible_classes(
     """
     table = _Table.build(labels, groups, disjoint)
     _check_protocol(n_way, k_shot, q_sample)
+    if not table.clips:
+        raise EpisodeError(
+            "no clip has a label: the annotations have none, or the clips are windows, which have none "
+            "(data_module.eval_clips=events, or data_module.label=video)"
+        )
     kept, excluded = [], {}
     for label, clips in table.clips.items():
         if table.groups is None:

@@ -25,7 +25,7 @@ from mmdistill.fewshot.evaluate import as_views
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # part of every cache key: raise it when the meaning of cached numbers changes
+FORMAT = 2  # part of every cache key: raise it when the meaning of cached numbers changes
 
 
 @dataclass(frozen=True)

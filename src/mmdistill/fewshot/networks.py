@@ -59,8 +59,12 @@ class Network:
         """This network as work for `embed.embed_clips`; one for each way the clips are shown.
 
         `precision` names what `autocast` does, for the cache.
+
+        Raises:
+            FewshotError: of `spec`, or the masks leave nothing visible.
         """
         spec = self.spec(dataset)
+        views.check(self.encoder.geometry.grid)
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
         encode = ClipEncoder(self.encoder, spec, device=device, autocast=autocast)

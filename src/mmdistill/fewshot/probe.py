@@ -16,6 +16,7 @@ from mmdistill.fewshot.evaluate import as_views
 
 log = logging.getLogger(__name__)
 
+FOLDS = 4  # one of them is the test
 _NEIGHBOURS = 20
 _TEMPERATURE = 0.07
 _BLOCK = 1024
@@ -30,20 +31,29 @@ def split_by_group(
         int64 positions of both; classes without training clips have no test clips either.
 
     Raises:
-        FewshotError: fewer groups than folds.
+        FewshotError: fewer groups than folds, or fewer than two classes, or no test clip.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    videos = len(set(groups))
-    if videos < folds:
-        raise FewshotError(f"a probe splits the clips into {folds} parts by video, but there are {videos} videos")
     labelled = np.flatnonzero(labels >= 0)
     owners = np.asarray(groups)[labelled]
+    videos, largest = len(np.unique(owners)), int(np.bincount(labels[labelled]).max(initial=0))
+    if min(videos, largest) < folds:
+        raise FewshotError(
+            f"a probe splits the labelled clips into {folds} parts by video, but there are {videos} videos, and the "
+            f"largest class has {largest} clips"
+        )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():  # rare classes are expected here; those left out are counted below
         warnings.filterwarnings("ignore", message="The least populated class")
         train, test = next(splitter.split(labelled, labels[labelled], owners))
     known = np.isin(labels[labelled[test]], labels[labelled[train]])
+    classes = len(np.unique(labels[labelled[train]]))
+    if classes < 2 or not known.any():
+        raise FewshotError(
+            f"a probe needs at least 2 classes in the training part, and test clips of these; a split by video gives "
+            f"{classes} and {int(known.sum())}"
+        )
     return labelled[train], labelled[test[known]]
 
 
@@ -53,7 +63,7 @@ def probe_full_label_set(
     *,
     groups: Sequence[str],
     seed: int = 0,
-    folds: int = 4,
+    folds: int = FOLDS,
     c: float = 1.0,
 ) -> dict[str, Any]:
     """Accuracy over all classes at once, trained on 3/4 of the videos and tested on the rest.
@@ -79,8 +89,6 @@ def probe_full_label_set(
     x = as_views(features).mean(axis=1)
     train, test = split_by_group(labels, groups, folds=folds, seed=seed)
     y, truth = labels[train], labels[test]
-    if len(np.unique(y)) < 2 or not len(test):
-        raise FewshotError(f"a probe needs at least 2 classes and test clips; got {len(np.unique(y))} and {len(test)}")
     linear = _linear(x[train], y, x[test], c)
     values, counts = np.unique(y, return_counts=True)
     neighbours = max(1, min(_NEIGHBOURS, round(len(y) / len(values))))  # more would be clips of other classes by force

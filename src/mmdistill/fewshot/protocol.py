@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
@@ -14,7 +15,7 @@ from mmdistill.fewshot.evaluate import EpisodeScores, evaluate, merge_scores, pa
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.heads import Head, find_head
 from mmdistill.fewshot.logistic import default_workers
-from mmdistill.fewshot.probe import probe_full_label_set
+from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
 from mmdistill.fewshot.ranks import grouped, rank
 from mmdistill.progress import progress
 
@@ -65,19 +66,19 @@ class Protocol:
             one line per combination: classes drawn from, and those excluded.
 
         Raises:
-            EpisodeError: fewer than N classes have enough clips.
+            EpisodeError: fewer than N classes have enough clips, or no draw with separate videos is found.
+            FewshotError: the probe cannot be split by video.
         """
+        if self.probe:
+            split_by_group(np.asarray(labels, dtype=np.int64), groups, folds=FOLDS, seed=self.seed)
         lines = []
         for n_way, k_shot in self.combinations():
-            found = eligible_classes(
-                list(labels),
-                n_way=n_way,
-                k_shot=k_shot,
-                q_sample=self.q_sample,
-                groups=groups,
-                disjoint=self.disjoint,
-                names=names,
-            )
+            asked: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "q_sample": self.q_sample, "names": names}
+            found = eligible_classes(list(labels), groups=groups, disjoint=self.disjoint, **asked)
+            if self.disjoint:  # a draw with separate videos can be impossible for some classes together
+                sample_episodes(
+                    list(labels), episodes=self.episodes, seed=self.seed, groups=groups, disjoint=self.disjoint, **asked
+                )
             title = f"{n_way}-way {k_shot}-shot, {self.q_sample} queries"
             lines.append(f"{title}: {len(found.classes)} classes to draw from; {found.describe(names)}")
         return lines
