@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hydra import compose, initialize_config_dir
 
 from mmdistill.build import clip_dataset
-from mmdistill.config import PretrainConfig, parse, register_schemas
+from mmdistill.config import ConfigError, PretrainConfig, parse, register_schemas
 from tests.tiny_data import make_tiny, overrides
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -51,3 +52,37 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
     by_video = {c.video: i for i, c in enumerate(other.index.clips)}
     for i, clip in enumerate(plain.index.clips):
         assert np.array_equal(plain[i]["rgb"], other[by_video[clip.video]]["rgb"])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("label_fields=[foo]", r"label_fields=\['foo'\]: choose among player"),
+        ("annotations=clip", "annotations='clip' is not one of clips, f3set"),
+        ("window_stride=0", "stride=0 must be at least 1"),
+        ("min_scale=0", r"min_scale=0.0 must lie in \(0, 1\]"),
+        ("frame_pattern='{vid}.jpg'", "frame_pattern="),
+        ("num_frames=16", "Of 24 rallies 24 have less than the 17 frames"),
+    ],
+)
+def test_wrong_values_are_the_configs(tmp_path: Path, override: str, told: str) -> None:
+    """Not a traceback: the command ends with this line and status 2."""
+    root = make_tiny(tmp_path)
+    phase = {"training": "label" not in override, "seed": 0}
+    with pytest.raises(ConfigError, match=told):
+        clip_dataset(_config(*overrides(root), f"data_module.{override}").data_module, ("rgb",), **phase)
+
+
+def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path, per_class=1)
+    shutil.rmtree(root / "flow")
+    (root / "flow").mkdir()
+    data = _config(*overrides(root), "data_module.missing=skip").data_module
+    with pytest.raises(ConfigError, match="missing=skip leaves out all 12 clips, for want of flow of 12"):
+        clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
+
+
+def test_skeletons_alone_are_enough_for_skeletons(tmp_path: Path) -> None:
+    root = make_tiny(tmp_path, per_class=1)
+    shutil.rmtree(root / "frames")
+    assert len(clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12

@@ -1,10 +1,13 @@
 """From a validated config to objects: geometries, datasets, loaders. Used by both trainings and the evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
+from mmdistill.data.annotations import Rally
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.index import ClipIndex, build_index
 from mmdistill.data.layouts import load_annotations
@@ -38,11 +41,27 @@ def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
     return DecoderGeometry(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
 
 
+@contextmanager
+def _values_of_the_config() -> Iterator[None]:
+    """What refuses an argument here refuses a value of the config."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise  # about a file
+        raise ConfigError(f"data_module: {error}") from error
+
+
+def _under_root(data: DataModuleConfig, value: str) -> Path:
+    """A file or folder, there or not; relative ones lie under `target_data_dir`."""
+    return Path(data.target_data_dir).expanduser() / Path(value).expanduser()
+
+
 def data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
     """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
     if value is None:
         raise ConfigError(f"data_module.{key} is not set; dataset {data.name} has none, or give its folder")
-    path = Path(data.target_data_dir).expanduser() / Path(value).expanduser()
+    path = _under_root(data, value)
     if not path.exists():
         raise ConfigError(
             f"data_module.{key}: {path} does not exist; set data_module.target_data_dir or data_module.{key}"
@@ -57,26 +76,39 @@ def annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
     return data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
 
 
+def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
+    """The rallies of an annotation file, by the dataset's reader."""
+    frames, first = _under_root(data, data.frames_dir), data.first_number
+    return load_annotations(path, annotations=data.annotations, frames_dir=frames, first_number=first)
+
+
 def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
-    """Training clips (labels unused) or labelled evaluation clips."""
-    return build_index(
-        load_annotations(
-            annotation_path(data, training=training),
-            annotations=data.annotations,
-            frames_dir=data_path(data, data.frames_dir, "frames_dir"),
-            first_number=data.first_number,
-        ),
-        clips=data.train_clips if training else data.eval_clips,
-        num_frames=data.num_frames,
-        sampling_rate=data.sampling_rate,
-        stride=data.window_stride,
-        anchor=data.clip_anchor,
-        label_fields=data.label_fields,
-        label=data.label,
-    )
+    """Training clips (labels unused) or labelled evaluation clips. Raises `ConfigError` where there is none."""
+    path = annotation_path(data, training=training)
+    with _values_of_the_config():
+        rallies = load_rallies(data, path)
+        index = build_index(
+            rallies,
+            clips=data.train_clips if training else data.eval_clips,
+            num_frames=data.num_frames,
+            sampling_rate=data.sampling_rate,
+            stride=data.window_stride,
+            anchor=data.clip_anchor,
+            label_fields=data.label_fields,
+            label=data.label,
+        )
+    if not index.clips:
+        short, bare = (len(index.report[key]) for key in ("too_short", "without_events"))
+        raise ConfigError(
+            f"{path}: no {'training' if training else 'evaluation'} clip. Of {len(rallies)} rallies {short} have less "
+            f"than the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
+            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {bare} have no event"
+        )
+    return index
 
 
-def _readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
+def modality_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
+    """Readers of the dataset's own files. Raises `ConfigError` where a folder is not set or absent."""
     size = (data.frame_size[0], data.frame_size[1])
     makers = {
         "rgb": lambda: RgbReader(
@@ -105,23 +137,30 @@ def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, trainin
         if modality not in specs:
             raise ConfigError(f"data_module.modalities has no entry {modality}; it has {', '.join(specs)}")
     index = clip_index(data, training=training)
-    if not index.clips:
-        raise ConfigError(f"no {'training' if training else 'evaluation'} clip: {index.report}")
     height, width = data.crop_size
-    return ClipDataset(
-        index,
-        _readers(data, modalities),
-        grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
-        crop=(height, width),
-        frame_size=(data.frame_size[0], data.frame_size[1]),
-        mask_kind=data.mask_type,
-        mask_ratio=data.mask_ratio if training else 0.0,
-        seed=seed,
-        augment=training,
-        min_scale=data.min_scale,
-        flip=data.flip,
-        missing=data.missing,
-    )
+    with _values_of_the_config():
+        dataset = ClipDataset(
+            index,
+            modality_readers(data, modalities),
+            grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
+            crop=(height, width),
+            frame_size=(data.frame_size[0], data.frame_size[1]),
+            mask_kind=data.mask_type,
+            mask_ratio=data.mask_ratio if training else 0.0,
+            seed=seed,
+            augment=training,
+            min_scale=data.min_scale,
+            flip=data.flip,
+            missing=data.missing,
+        )
+    if not len(dataset):
+        lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_left_out"].items()}
+        told = ", ".join(f"{m} of {count}" for m, count in lacking.items())
+        raise ConfigError(
+            f"data_module.missing={data.missing} leaves out all {len(index.clips)} clips, for want of {told}; check "
+            "data_module.target_data_dir and its folders, scripts/check_data.py says what is there"
+        )
+    return dataset
 
 
 def clip_loader(

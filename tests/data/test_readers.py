@@ -29,6 +29,12 @@ def test_frame_k_flow_k_and_joint_k_show_the_same_place(dot: DotWorld) -> None:
         assert not got["skeleton"][position, 1].any()
 
 
+@pytest.mark.parametrize("pattern", ["{vid}/{frame}.jpg", "{video}/frame.jpg", "{frame:06d}.jpg", "{video}/{}.jpg"])
+def test_a_pattern_that_does_not_tell_frames_apart_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"frame_pattern=.* must name a file by \{video\} and \{frame\}"):
+        RgbReader("frames", frame_size=(8, 8), pattern=pattern)
+
+
 def _cut(path: Path, keep: float) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])

@@ -88,10 +88,21 @@ class _FileReader(Reader):
         frame_size: stored (height, width) in px; another size is an error.
         pattern: file name under `root` with ``{video}`` and ``{frame:06d}``.
         first_number: the number in the name of frame 0's file.
+
+        Raises `ValueError` for a pattern that gives two frames, or two videos, the same file.
         """
         self.root, self.frame_size = str(root), frame_size
         self.pattern = pattern or self.pattern
         self.first_number = first_number
+        try:
+            names = {self.path(video, frame) for video in "ab" for frame in (1, 2)}
+        except (KeyError, IndexError, ValueError) as error:
+            names = {str(error)}
+        if len(names) < 4:
+            key = "frame_pattern" if self.name == "rgb" else "flow_pattern"
+            raise ValueError(
+                f"{key}={self.pattern!r} must name a file by {{video}} and {{frame}}, like {type(self).pattern!r}"
+            )
 
     def path(self, video: str, frame: int) -> str:
         """Where the file of `frame` lies."""
