@@ -1,12 +1,15 @@
-"""For all tests: a module leaves no trace in the environment of the next ones."""
+"""For all tests: scripts without a process of their own, and no trace in the environment of the next module."""
 
 import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from mmdistill import launch
-from tests.commands import PLACE
+from tests.commands import PLACE, ROOT, Script
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,3 +22,17 @@ def no_trace() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Script:
+    """``script(NAME, arguments...)``: the ``main`` of scripts/NAME in this process; one of its own takes seconds."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        status = runpy.run_path(str(ROOT / "scripts" / name))["main"]()
+        return subprocess.CompletedProcess(sys.argv, int(status), *capfd.readouterr())
+
+    return run

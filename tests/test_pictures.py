@@ -13,7 +13,7 @@ from mmdistill.config import ConfigError, PretrainConfig, parse, register_schema
 from mmdistill.modality import MODALITY_SPECS, ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement, patch_targets
 from mmdistill.pretrain.pictures import _rows, draw, reconstruct, scatter_patches, to_colours, write
-from tests.commands import run_python
+from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 GRID = (2, 2, 3)
@@ -107,7 +107,7 @@ def test_colours_of_known_values() -> None:
     )
 
 
-def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path) -> None:
+def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path, script: Script) -> None:
     data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
     arguments = [*overrides(data), *MODEL, "trainer.picture_freq=2", f"hydra.run.dir={run}"]
     run_python("pretrain_main.py", "modality=rgb", *arguments)
@@ -116,8 +116,8 @@ def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path) -
     assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
     checkpoint = next((run / "checkpoints").glob("epoch=01-*"))
     moved = data.rename(tmp_path / "moved")
-    script = ["scripts/visualize_reconstruction.py", checkpoint, f"data_module.target_data_dir={moved}"]
-    said = run_python(*script, "--clips", 2, "--split", "val", "--out", tmp_path / "out").stdout
+    given = [checkpoint, f"data_module.target_data_dir={moved}", "--clips", 2, "--split", "val"]
+    said = script("visualize_reconstruction.py", *given, "--out", tmp_path / "out").stdout
     assert len(list((tmp_path / "out").glob("clip_*.png"))) == 2
     assert said.count("trivial predictor") == 2
 

@@ -27,7 +27,7 @@ from tests.tiny_data import MODEL, make_tiny, overrides
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [(2, 0), (2, 1), (2, 2), (1, 1), (1, 2)]  # processes, ZeRO stage; (1, 0) is in test_entrypoints.py
+STAGES = [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 
 
@@ -248,6 +248,7 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[f"{name}_rest"] == [0] * world, runs.log(f"{name}_rest")
+    assert len(list((runs.root / name / "checkpoints").glob("*-step=*"))) == 1
     for rank in range(world):
         parts = runs.steps(f"{name}_first", rank) + runs.steps(f"{name}_rest", rank)
         assert parts == runs.steps(f"{name}_whole", rank)

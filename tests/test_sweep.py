@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mmdistill.config import DistillConfig, PretrainConfig, parse, register_schemas
 from mmdistill.sweep import last_metrics, objective, read_sweep, swept_keys
-from tests.commands import run_python
+from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,10 +179,6 @@ def _table(root: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _summarize(root: Path) -> str:
-    return run_python("scripts/summarize_sweep.py", root).stdout
-
-
 def test_last_number_of_each_column_counts(tmp_path: Path) -> None:
     _job(tmp_path, 0, [], loss=0.5)
     assert last_metrics(tmp_path / "run_0" / "metrics.csv") == {"step": 2, "loss": 0.5, "lr": 1}
@@ -191,12 +187,12 @@ def test_last_number_of_each_column_counts(tmp_path: Path) -> None:
         objective(tmp_path)
 
 
-def test_one_key_gives_a_line_and_failed_jobs_are_named(tmp_path: Path) -> None:
+def test_one_key_gives_a_line_and_failed_jobs_are_named(tmp_path: Path, script: Script) -> None:
     for i, ratio in enumerate((0.5, 0.75, 0.9)):
         _job(tmp_path, i, ["modality=rgb", f"data_module.mask_ratio={ratio}"], loss=1 + ratio)
     _job(tmp_path, 3, ["modality=rgb", "data_module.mask_ratio=0.95"])
     (tmp_path / "run_3" / "failed.json").write_text(json.dumps({"error": "no memory\nsecond line", "traceback": ""}))
-    said = _summarize(tmp_path)
+    said = script("summarize_sweep.py", tmp_path).stdout
     assert "run_3" in said
     assert "no memory" in said
     rows = _table(tmp_path)
@@ -207,7 +203,7 @@ def test_one_key_gives_a_line_and_failed_jobs_are_named(tmp_path: Path) -> None:
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_two_keys_give_a_heat_map_and_seeds_are_averaged(tmp_path: Path) -> None:
+def test_two_keys_give_a_heat_map_and_seeds_are_averaged(tmp_path: Path, script: Script) -> None:
     from mmdistill.sweep_figure import grid_of, mean_over_seeds
 
     jobs = [(t, r, s) for t in ("[rgb]", "[rgb,flow]") for r in (0.5, 0.75) for s in (0, 1)]
@@ -220,7 +216,7 @@ def test_two_keys_give_a_heat_map_and_seeds_are_averaged(tmp_path: Path) -> None
     assert points[("[rgb]", "0.5")] == pytest.approx((0.45 + 0.1 + 0.1 * 5, 0.1))
     xs, ys, values = grid_of(points)
     assert (xs, ys, values.shape) == (["0.5", "0.75"], ["[rgb]", "[rgb,flow]"], (2, 2))
-    assert "±" in _summarize(tmp_path)
+    assert "±" in script("summarize_sweep.py", tmp_path).stdout
     assert (tmp_path / "sweep.png").is_file()
 
 
@@ -233,8 +229,9 @@ def test_a_list_of_shots_in_one_job_is_a_key_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_an_unfinished_job_and_an_empty_folder_are_said(tmp_path: Path) -> None:
-    done = run_python("scripts/summarize_sweep.py", tmp_path, expect=2)
+def test_an_unfinished_job_and_an_empty_folder_are_said(tmp_path: Path, script: Script) -> None:
+    done = script("summarize_sweep.py", tmp_path)
+    assert done.returncode == 2
     assert "holds no job" in done.stderr
     _job(tmp_path, 0, ["seed=1"])
-    assert "unfinished" in _summarize(tmp_path)
+    assert "unfinished" in script("summarize_sweep.py", tmp_path).stdout

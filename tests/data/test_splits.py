@@ -1,15 +1,13 @@
 """Splits share no match, or no class; the same seed gives the same split."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mmdistill.data.annotations import Event, Rally, load_f3set, match_of, to_json
 from mmdistill.data.splits import split_by_class, split_by_match
+from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "f3set-tennis" / "val.json"
@@ -70,12 +68,10 @@ def test_too_few_matches_or_classes_are_refused() -> None:
     assert all(split_by_match(rallies(3), thirds, seed=s)[n] for s in range(5) for n in thirds)
 
 
-def test_the_script_writes_a_file_per_split(tmp_path: Path) -> None:
+def test_the_script_writes_a_file_per_split(tmp_path: Path, script: Script) -> None:
     (tmp_path / "all.json").write_text(json.dumps(to_json(rallies())))
-    command = [sys.executable, ROOT / "scripts/split_data.py", tmp_path / "all.json", "--output-dir", tmp_path / "s"]
-    command += ["--by", "match", "--fractions", "train=0.8", "val=0.2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    given = [tmp_path / "all.json", "--output-dir", tmp_path / "s", "--by", "match"]
+    done = script("split_data.py", *given, "--fractions", "train=0.8", "val=0.2")
     assert done.returncode == 0, done.stderr
     assert len(load_f3set(tmp_path / "s/train.json")) == 32
     assert len(load_f3set(tmp_path / "s/val.json")) == 8

@@ -1,10 +1,7 @@
 """The coverage check counts exactly what was broken, and its exit status says so."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -15,8 +12,8 @@ from mmdistill.data.annotations import Event, Rally, load_f3set, to_json
 from mmdistill.data.flowfile import write_flow
 from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
 from mmdistill.prepare.coverage import check_all
+from tests.commands import Script
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = (16, 24)
 FRAMES = 10
 LABEL = "near_deuce_serve_-_-_T_-_in"
@@ -105,29 +102,8 @@ def test_skeletons_of_another_length_are_named(root: Path) -> None:
     assert "8 rows, but the annotation has 10 frames" in report["messages"][0]
 
 
-def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts" / name, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "160"},
-        check=False,
-    )
-
-
-def test_the_script_prints_a_table_and_a_status(root: Path) -> None:
-    arguments = [
-        root / "a.json",
-        "--root",
-        root,
-        "--frame-size",
-        "16",
-        "24",
-        "--workers",
-        "2",
-        "--json",
-        root / "r.json",
-    ]
+def test_the_script_prints_a_table_and_a_status(root: Path, script: Script) -> None:
+    arguments = [root / "a.json", "--root", root, "--frame-size", 16, 24, "--workers", 2, "--json", root / "r.json"]
     break_things(root)
     done = script("check_data.py", *arguments)
     assert done.returncode == 1
@@ -136,7 +112,7 @@ def test_the_script_prints_a_table_and_a_status(root: Path) -> None:
     assert json.loads((root / "r.json").read_text())["modalities"]["flow"]["absent"] == 1
 
 
-def test_mistakes_in_annotations_are_shown_and_can_be_left_out(tmp_path: Path) -> None:
+def test_mistakes_in_annotations_are_shown_and_can_be_left_out(tmp_path: Path, script: Script) -> None:
     entry = to_json(RALLIES)[0]
     entry["events"] = [{"frame": f, "label": LABEL} for f in (5, 3, 3, 99)]
     (tmp_path / "a.json").write_text(json.dumps([entry, {"video": "x"}]))
@@ -148,7 +124,7 @@ def test_mistakes_in_annotations_are_shown_and_can_be_left_out(tmp_path: Path) -
     assert script("check_data.py", tmp_path / "none.json").returncode == 2
 
 
-def test_unlabelled_files(tmp_path: Path, root: Path) -> None:
+def test_unlabelled_files(tmp_path: Path, root: Path, script: Script) -> None:
     other = [Rally("m_50_60", 10, 25.0, ()), Rally("other_1_2", 10, 25.0, ())]
     (tmp_path / "b.json").write_text(json.dumps(to_json(other)))
     out = tmp_path / "unlabel.json"

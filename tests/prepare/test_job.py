@@ -20,6 +20,7 @@ from mmdistill.data.readers import FlowReader, RgbReader
 from mmdistill.prepare.flow import flow_function
 from mmdistill.prepare.job import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames
+from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "tennis-video"
@@ -134,8 +135,7 @@ def test_a_killed_run_is_finished_by_the_next_as_if_nothing_had_happened(tmp_pat
         start_new_session=True,
     )
     flows = tmp_path / "out/tennis_flows/a"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (flows.exists() and len(list(flows.iterdir())) > 3):
+    while process.poll() is None and not (flows.exists() and len(list(flows.iterdir())) > 3):
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -213,24 +213,14 @@ def test_unknown_flow_is_named() -> None:
         flow_function("raft")
 
 
-def _script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "scripts/prepare_data.py", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        check=False,
-    )
-
-
-def test_the_script_ends_with_a_status(tmp_path: Path) -> None:
+def test_the_script_ends_with_a_status(tmp_path: Path, script: Script) -> None:
     write_video(tmp_path / "in.avi")
-    done = _script(tmp_path / "in.avi", "--output", tmp_path / "out", "--height", "48")
+    done = script("prepare_data.py", tmp_path / "in.avi", "--output", tmp_path / "out", "--height", "48")
     assert done.returncode == 0, done.stderr
     assert "in: 20 frames at 25.00 fps, 48 x 80" in done.stderr
-    assert _script(tmp_path / "none", "--output", tmp_path / "out").returncode == 2
+    assert script("prepare_data.py", tmp_path / "none", "--output", tmp_path / "out").returncode == 2
     (tmp_path / "bad.avi").write_bytes(b"x")
-    failed = _script(tmp_path / "bad.avi", "--output", tmp_path / "out")
+    failed = script("prepare_data.py", tmp_path / "bad.avi", "--output", tmp_path / "out")
     assert failed.returncode == 1
     assert "FAILED bad" in failed.stderr
 

@@ -1,10 +1,7 @@
 """Statistics: exact against the two-pass formula, over what the model is given."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -22,6 +19,7 @@ from mmdistill.data.readers import FlowReader, RgbReader, SkeletonReader
 from mmdistill.modality import MODALITY_SPECS
 from mmdistill.models.inputs import prepare
 from mmdistill.prepare.statistics import Moments, dataset_statistics, usable
+from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, CROP, FRAMES = (32, 48), (16, 32), 18
@@ -91,7 +89,7 @@ def test_statistics_are_those_of_the_model_input(root: Path, batch_size: int) ->
             assert (x.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 1e-3
 
 
-def test_the_script_writes_a_dataset_config(root: Path) -> None:
+def test_the_script_writes_a_dataset_config(root: Path, script: Script) -> None:
     (root / "unlabel.json").write_text(json.dumps(to_json([Rally("a", FRAMES, 25.0, ())])))
     out = root / "mine.yaml"
     overrides = [
@@ -103,10 +101,7 @@ def test_the_script_writes_a_dataset_config(root: Path) -> None:
         "data_module.mask_ratio=0.5",
         "num_workers=0",
     ]
-    command = [sys.executable, ROOT / "scripts/compute_stats.py", "--config-name", "config_pretrain_tennis"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    run = [*command, "--output", out, *overrides]
-    done = subprocess.run(run, capture_output=True, text=True, env=env, check=False)
+    done = script("compute_stats.py", "--config-name", "config_pretrain_tennis", "--output", out, *overrides)
     assert done.returncode == 0, done.stderr
     text = out.read_text()
     assert text.startswith("# @package data_module\n")
