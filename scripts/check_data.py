@@ -1,44 +1,72 @@
 """Is the data whole? Read every frame, flow and skeleton of an annotation file, before training does.
 
     python scripts/check_data.py ANNOTATIONS --root data/tennis [--json report.json] [--write-clean clean.json]
+    python scripts/check_data.py dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
+
+The first is for the tennis layout; without --root only the annotations are checked. The second takes annotation reader,
+folders, file names and frame size from a dataset config, with overrides as for pretrain_main.py.
 
 Exit status: 0 nothing is missing or wrong, 1 something is, 2 the check cannot be made. `--write-clean` writes the
-usable rallies and events of an annotation file that has mistakes.
+usable rallies and events of an F3Set annotation file that has mistakes.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdistill.data.annotations import SHOWN_PROBLEMS, AnnotationError, Problem, Rally, read_f3set, to_json
+from mmdistill.build import annotation_path, load_rallies, modality_readers
+from mmdistill.cli import CONFIGS
+from mmdistill.config import (
+    ConfigError,
+    DataModuleConfig,
+    PretrainConfig,
+    explain,
+    parse,
+    quote_overrides,
+    register_schemas,
+)
+from mmdistill.data.annotations import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
 from mmdistill.data.atomic import write_whole
-from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers import Reader
 from mmdistill.prepare.coverage import RallyCoverage, check_all
+
+_OVERRIDE = re.compile(r"\+{0,2}[a-z_][\w./@]*=")
 
 
 def main() -> int:
     """Parse, check, report."""
     options = _arguments()
     console = Console()
+    readers: dict[str, Reader] = {}
     try:
-        rallies, problems = read_f3set(options.annotations)
-    except (AnnotationError, OSError) as error:
-        print(f"check_data: {error}", file=sys.stderr)
+        data = _data(options)
+        path = options.annotations or annotation_path(data, training=options.split == "unlabel")
+        rallies, problems = _rallies(data, path)
+        if options.write_clean and data.annotations != "f3set":
+            raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
+        if options.root is not None or options.overrides:
+            readers = modality_readers(data, tuple(options.modalities or data.modalities))
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        print(f"check_data: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
-    _show_annotations(console, options.annotations, rallies, problems)
+    _show_annotations(console, path, rallies, problems)
     if options.write_clean:
         write_whole(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
         console.print(f"the usable part is in {options.write_clean}", markup=False, soft_wrap=True)
     report: dict[str, Any] = {"annotation_problems": [str(p) for p in problems]}
-    if options.root is not None:
-        readers = _readers(options)
+    if readers:
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("rallies", total=len(rallies))
 
@@ -56,30 +84,44 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("annotations", type=Path, help="F3Set JSON")
-    parser.add_argument("--root", type=Path, help="data folder; without it only the annotations are checked")
+    parser.add_argument("what", nargs="+", metavar="ANNOTATIONS | KEY=VALUE", help="a file, or overrides, or both")
     parser.add_argument(
-        "--modalities", nargs="+", choices=["rgb", "flow", "skeleton"], default=["rgb", "flow", "skeleton"]
+        "--split", choices=["unlabel", "eval"], default="unlabel", help="which annotation file of the dataset config"
     )
-    parser.add_argument("--frames-dir", default="vid_frames_224", help="under the root")
-    parser.add_argument("--flow-dir", default="tennis_flows", help="under the root")
-    parser.add_argument("--skeleton-dir", default="skeletons/f3set-tennis", help="under the root")
-    parser.add_argument("--frame-size", type=int, nargs=2, default=[224, 398], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
+    parser.add_argument("--modalities", nargs="+", choices=["rgb", "flow", "skeleton"], help="default: the dataset's")
+    parser.add_argument("--frames-dir", help="under the root")
+    parser.add_argument("--flow-dir", help="under the root")
+    parser.add_argument("--skeleton-dir", help="under the root")
+    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the stored frames")
     parser.add_argument("--every", type=int, default=1, help="open only each n-th file; absent ones are always counted")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--write-clean", type=Path, help="write the usable rallies and events here")
-    return parser.parse_args()
+    options = parser.parse_intermixed_args()
+    options.overrides = [w for w in options.what if _OVERRIDE.match(w) and not Path(w).exists()]
+    files = [Path(w) for w in options.what if w not in options.overrides]
+    if len(files) > 1:
+        parser.error(f"one annotation file at a time: {', '.join(map(str, files))}")
+    options.annotations = files[0] if files else None
+    return options
 
 
-def _readers(options: argparse.Namespace) -> dict[str, Reader]:
-    size = (options.frame_size[0], options.frame_size[1])
-    makers: dict[str, Reader] = {
-        "rgb": RgbReader(options.root / options.frames_dir, frame_size=size),
-        "flow": FlowReader(options.root / options.flow_dir, frame_size=size),
-        "skeleton": SkeletonReader(options.root / options.skeleton_dir, frame_size=size),
-    }
-    return {name: makers[name] for name in options.modalities}
+def _data(options: argparse.Namespace) -> DataModuleConfig:
+    """The dataset config, and the options in the places of its keys. Crop and clips play no role here."""
+    chosen = any(override.startswith("dataset=") for override in options.overrides)
+    overrides = [*([] if chosen else ["dataset=tennis"]), "modality=rgb", *quote_overrides(options.overrides)]
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        data = parse(compose("config_pretrain", overrides), PretrainConfig).data_module
+    given = {key: getattr(options, key) for key in ("frames_dir", "flow_dir", "skeleton_dir", "frame_size")}
+    given["target_data_dir"] = str(options.root) if options.root is not None else None
+    return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})
+
+
+def _rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
+    """The rallies; what is wrong with an F3Set file in full, where other readers stop at the first mistake."""
+    return read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
 
 
 def _show_annotations(console: Console, path: Path, rallies: list[Rally], problems: list[Problem]) -> None:

@@ -25,6 +25,7 @@ from mmdistill.data.annotations import AnnotationError, Event, Rally
 from mmdistill.data.flowfile import write_flow
 from mmdistill.data.index import build_index
 from mmdistill.data.layouts import ANNOTATION_READERS, annotation_reader, load_annotations
+from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (16, 24)
@@ -109,6 +110,41 @@ def test_a_dataset_is_its_yaml(tmp_path: Path, name: str, training: bool) -> Non
         np.testing.assert_array_equal(sample["flow"][:, 0, 0, 0], clip.frames)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_check_data_reads_a_dataset_by_its_yaml(tmp_path: Path, name: str, script: Script) -> None:
+    """Whole, then with a hole; its own annotation reader, file names and numbers."""
+    write_layout(tmp_path, name, _compose(name, tmp_path))
+    given = [*_overrides(name, tmp_path), "--workers", 1, "--json", tmp_path / "found.json"]
+    for split in ("eval", "unlabel"):
+        done = script("check_data.py", *given, "--split", split)
+        assert done.returncode == 0, done.stdout
+        assert "1 rallies, 2 events" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["modalities"]
+    assert (found["rgb"]["frames"], found["flow"]["frames"]) == (FRAMES, FRAMES - 1)
+    frame, flow = (tmp_path / text.format(k=9) for text in LAYOUTS[name][:2])
+    frame.write_bytes(frame.read_bytes()[:-9])
+    flow.unlink()
+    done = script("check_data.py", *given)
+    assert done.returncode == 1
+    assert f"{frame}: truncated JPEG" in done.stdout
+    found = json.loads((tmp_path / "found.json").read_text())["modalities"]
+    assert (found["rgb"]["unreadable"], found["flow"]["absent"]) == (1, 1)
+    done = script("check_data.py", *given, "data_module.flow_dir=elsewhere")
+    assert (done.returncode, "data_module.flow_dir" in done.stderr) == (2, True)
+
+
+def test_check_data_names_what_it_cannot_check(tmp_path: Path, script: Script) -> None:
+    write_layout(tmp_path, "wear", _compose("wear", tmp_path))
+    given = _overrides("wear", tmp_path)
+    done = script("check_data.py", *given, "--write-clean", tmp_path / "clean.json")
+    assert (done.returncode, "--write-clean writes F3Set JSON" in done.stderr) == (2, True)
+    (tmp_path / "annotations" / "wear_unlabel.json").write_text('{"clips": [{"video_id": "sbj_0"}]}')
+    done = script("check_data.py", *given)
+    assert (done.returncode, "clip 0 (sbj_0): the key 'start_frame' is missing" in done.stderr) == (2, True)
+    done = script("check_data.py", "dataset=waer")
+    assert (done.returncode, "waer" in done.stderr) == (2, True)
+
+
 def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
     data = _compose("wear", tmp_path)
     write_layout(tmp_path, "wear", data)
@@ -119,15 +155,16 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
         clip_dataset(data, ("skeleton",), training=False, seed=0)
 
 
-def _compose(name: str, root: Path, *overrides: str) -> DataModuleConfig:
+def _overrides(name: str, root: Path) -> list[str]:
+    """The dataset, and sizes that fit the sample."""
+    sizes = (f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0")
+    return [f"dataset={name}", f"data_module.target_data_dir={root}", *(f"data_module.{size}" for size in sizes)]
+
+
+def _compose(name: str, root: Path) -> DataModuleConfig:
     register_schemas()
-    sizes = [
-        f"data_module.{key}"
-        for key in (f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0")
-    ]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        chosen = [f"dataset={name}", "modality=rgb", f"data_module.target_data_dir={root}", *sizes, *overrides]
-        return parse(compose("config_pretrain", overrides=chosen), PretrainConfig).data_module
+        return parse(compose("config_pretrain", ["modality=rgb", *_overrides(name, root)]), PretrainConfig).data_module
 
 
 def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> None:
