@@ -76,7 +76,13 @@ def _line(outcome: Outcome) -> str:
     repeats = len(record["repeated_frames"])
     repeated = f", {repeats} of them repeat the one before (their flow is zero)" if repeats else ""
     size = f"{record['num_frames']} frames at {record['fps']:.2f} fps, {height} x {width}"
-    return f"{outcome.video}: {size}{repeated}{found}"
+    promised = record.get("promised_frames", 0)
+    fewer = f", the file promises {promised}" if promised not in (0, record["num_frames"]) else ""
+    late = record["largest_timestamp_deviation_s"]
+    uneven = (
+        f", unevenly spaced (up to {late:.3f} s from this rate; see timestamps_s)" if "timestamps_s" in record else ""
+    )
+    return f"{outcome.video}: {size}{fewer}{uneven}{repeated}{found}"
 
 
 def _what_next(console: Console, output: Path, outcomes: list[Outcome]) -> None:

@@ -20,6 +20,7 @@ from mmdistill.data.readers import FlowReader, RgbReader
 from mmdistill.prepare.flow import flow_function
 from mmdistill.prepare.job import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames
+from scripts.prepare_data import _line
 from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,3 +265,50 @@ def test_flow_files_of_a_job_are_read_as_written(tmp_path: Path) -> None:
         prepare_video("a", tmp_path / "a.avi", exact, SMALL)
         got, want = (read_flow(p / "tennis_flows/a/pair_00004.npy") for p in (out, exact))
         assert np.abs(got - want).max() < 0.01
+
+
+def _slow_half(path: Path) -> None:
+    """Make the second half of a 50-frame ``.mp4`` of 25 fps last twice as long, by its table of durations (stts)."""
+    data = path.read_bytes()
+    start, end, chain = 0, len(data), []
+    for wanted in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stts"):
+        while data[start + 4 : start + 8] != wanted:
+            start += int.from_bytes(data[start : start + 4], "big")
+            assert start < end
+        chain.append(start)
+        size = int.from_bytes(data[start : start + 4], "big")
+        start, end = start + 8, start + size
+    count, unit = (int.from_bytes(data[p : p + 4], "big") for p in (chain[-1] + 16, chain[-1] + 20))
+    assert count == 50
+    table = b"".join(number.to_bytes(4, "big") for number in (32, 0x73747473, 0, 2, 25, unit, 25, 2 * unit))
+    out = bytearray(data[: chain[-1]] + table + data[end:])
+    for box in chain[:-1]:
+        out[box : box + 4] = (int.from_bytes(data[box : box + 4], "big") + 8).to_bytes(4, "big")
+    path.write_bytes(out.replace(b"edts", b"free"))  # an edit list would cut the video at its old length
+
+
+def test_a_variable_frame_rate_is_said(tmp_path: Path) -> None:
+    """All frames are taken, with the decoder's own timestamps, and the line says that they are uneven."""
+    video = tmp_path / "vfr.mp4"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (64, 48))
+    for k in range(50):
+        writer.write(np.full((48, 64, 3), 3 * k, np.uint8))
+    writer.release()
+    _slow_half(video)
+    outcome = prepare_video("vfr", video, tmp_path / "out", Settings(height=48, flow="none"))
+    assert outcome.record is not None
+    expected = [0.04 * k for k in range(26)] + [1.0 + 0.08 * k for k in range(1, 25)]
+    assert outcome.record["timestamps_s"] == pytest.approx(expected, abs=1e-4)
+    assert outcome.record["fps"] == pytest.approx(49 / 2.92)
+    assert "unevenly spaced (up to 0.4" in _line(outcome)
+
+
+def test_a_file_with_fewer_frames_than_promised_says_so(tmp_path: Path) -> None:
+    """Containers may only estimate, so a few are no error; but they are not lost in silence."""
+    video = write_video(tmp_path / "a.avi", frames=100)
+    data = video.read_bytes()
+    video.write_bytes(data[: data.rindex(b"00dc", 0, data.rindex(b"idx1"))])
+    outcome = prepare_video("a", video, tmp_path / "out", Settings(height=48, flow="none"))
+    assert outcome.record is not None
+    assert 97 <= outcome.record["num_frames"] < 100
+    assert "the file promises 100" in _line(outcome)

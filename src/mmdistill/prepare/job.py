@@ -23,7 +23,7 @@ from mmdistill.data.annotations import Rally, to_json
 from mmdistill.data.atomic import write_whole
 from mmdistill.data.flowfile import FLOW_DTYPES, write_flow
 from mmdistill.prepare.flow import FLOW_METHODS, flow_function
-from mmdistill.prepare.video import VideoError, decode, frame_rate, repeated_frames
+from mmdistill.prepare.video import VideoError, decode, frame_rate, promised_frames, repeated_frames
 
 FRAMES, FLOWS, SKELETONS, STATES = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
 FINGERPRINT_BYTES = 1 << 20  # of the head and the tail of a video
@@ -201,11 +201,14 @@ def _frames_and_flow(name: str, path: Path, output: Path, settings: Settings) ->
         before = grey
         seconds.append(frame.seconds)
     rate = frame_rate(seconds)
-    irregular = max((abs(s - seconds[0] - k / rate) for k, s in enumerate(seconds)), default=0.0) if rate else 0.0
+    apart = max((abs(s - seconds[0] - k / rate) for k, s in enumerate(seconds)), default=0.0) if rate else 0.0
+    irregular = apart * rate > 0.5  # frames
     return {
         "num_frames": len(seconds),
+        "promised_frames": promised_frames(path),
         "fps": rate or 25.0,  # one frame has no rate; the annotation needs one
-        "largest_timestamp_deviation_s": round(irregular, 6),
+        "largest_timestamp_deviation_s": round(apart, 6),
+        **({"timestamps_s": [round(s, 6) for s in seconds]} if irregular else {}),
         "repeated_frames": repeated_frames(changes),
         "source_size": list(source),
         "stored_size": list(stored),

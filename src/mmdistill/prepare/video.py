@@ -29,13 +29,13 @@ def decode(path: Path) -> Iterator[Frame]:
 
     Raises:
         VideoError: where the file cannot be opened, or ends before the length that it promises. Half an ``.avi`` opens
-            like a whole one, so the promised length is compared at the end.
+            like a whole one, so the promised length is compared at the end, with `COUNT_TOLERANCE`.
     """
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
             raise VideoError(f"{path}: cannot be opened as a video; no frame was reached")
-        promised = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        promised = promised_frames(path)
         number = 0
         while True:
             good, pixels = capture.read()
@@ -51,6 +51,15 @@ def decode(path: Path) -> Iterator[Frame]:
         raise VideoError(
             f"{path}: truncated or broken, it ends after frame {number - 1}, but promises {promised} frames"
         )
+
+
+def promised_frames(path: Path) -> int:
+    """The number of frames that the container gives, exact or an estimate; 0 where it gives none."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    finally:
+        capture.release()
 
 
 def frame_rate(seconds: list[float]) -> float:
