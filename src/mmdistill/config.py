@@ -165,6 +165,8 @@ class DistillTrainerConfig(TrainerConfig):
     ckpt_path: Any = None  # pretrained teachers: a list (rgb, flow, skeleton) or by modality; null: as the resumed file
     teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
     check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
+    # what save_top_k goes by: train_loss (lowest) | val_top1_action (highest; of checkpoints of validated epochs)
+    monitor: str = "train_loss"
     val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
     ema: float | None = None  # decay per step of an average of the student, saved as student_ema_rgb; null: none
     # N mask draws per clip, whose teacher features are kept: from epoch N on only frames are read; 0: none
@@ -347,6 +349,13 @@ def _validate_distill(config: DistillConfig) -> None:
     _choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
     _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
     _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
+    _choice("trainer.monitor", config.trainer.monitor, ("train_loss", "val_top1_action"))
+    every, saved = config.trainer.check_val_every_n_epoch, config.trainer.save_ckpt_freq
+    if config.trainer.monitor == "val_top1_action" and (not every or saved % every):
+        raise ConfigError(
+            f"trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
+            f"trainer.check_val_every_n_epoch={every} must divide trainer.save_ckpt_freq={saved}"
+        )
     if config.trainer.ema is not None and not 0 <= config.trainer.ema < 1:
         raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1)")
     _at_least("trainer.teacher_cache", config.trainer.teacher_cache, 0)

@@ -15,7 +15,7 @@ from mmdistill.build import clip_dataset, clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse, register_schemas, to_plain
 from mmdistill.distill import run
-from mmdistill.distill.validate import METRIC, make_validation
+from mmdistill.distill.validate import METRIC, Validation, make_validation
 from mmdistill.fewshot.embed import Views, embed_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.evaluate import evaluate
@@ -118,6 +118,30 @@ def test_a_model_checkpoint_keeps_the_best_by_it(trained: tuple[DistillConfig, P
     assert len(kept) == 2
     assert max(kept) == pytest.approx(max(values), abs=1e-6)
     assert _independent(config, kept[max(kept)]) == pytest.approx(max(values), abs=1e-6)
+
+
+def test_retention_can_go_by_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The highest value stays beside the newest, though the loss falls; a run resumed elsewhere knows it too."""
+    values = iter((0.2, 0.9, 0.4, 0.3, 0.5))
+    monkeypatch.setattr(Validation, "score", lambda self, features: next(values))
+    options = ["trainer.monitor=val_top1_action", "trainer.check_val_every_n_epoch=1", "trainer.save_ckpt_freq=1"]
+    last = run.distill(_config(folder, *options, "trainer.save_top_k=1", "trainer.epochs=4"), tmp_path / "a")
+    held = sorted(p.name[:8] for p in (tmp_path / "a" / "checkpoints").glob("epoch=*"))
+    assert held == ["epoch=01", "epoch=03"]
+    best = next((tmp_path / "a" / "checkpoints").glob("epoch=01-*"))
+    assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
+    resumed = [*options, "trainer.keep_last=1", "trainer.epochs=5", f"resume={last}"]
+    run.distill(_config(folder, *resumed), tmp_path / "b")
+    assert [p.name[:8] for p in (tmp_path / "b" / "checkpoints").glob("epoch=*")] == ["epoch=04"]
+    assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
+
+
+def test_what_is_never_validated_is_no_measure(folder: Path) -> None:
+    for wrong in ([], ["trainer.check_val_every_n_epoch=2", "trainer.save_ckpt_freq=3"]):
+        with pytest.raises(ConfigError, match=r"must divide trainer\.save_ckpt_freq"):
+            _config(folder, "trainer.monitor=val_top1_action", *wrong)
 
 
 def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -> None:

@@ -144,6 +144,7 @@ def prune(
     save_top_k: int | None,
     protect: Iterable[str | os.PathLike[str]] = (),
     elsewhere: Mapping[str, float] | None = None,
+    ranks: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Remove old checkpoints of ours; call on one rank, after a save.
 
@@ -158,6 +159,7 @@ def prune(
         save_top_k: number of best ones to keep; None: no number of its own. Both None: all stay.
         protect: never removed: the checkpoint that this run resumed from.
         elsewhere: losses of checkpoints in other folders, by path: they rank among the best, and are not removed.
+        ranks: what the best go by in place of all losses, by path, the lowest first.
 
     Returns:
         What was removed. A failure to delete is a warning.
@@ -174,6 +176,8 @@ def prune(
     for other, loss in (elsewhere or {}).items():
         if Path(other).exists():
             losses.setdefault(Path(other).resolve(), loss)
+    if ranks is not None:
+        losses = {Path(path).resolve(): rank for path, rank in ranks.items() if Path(path).exists()}
     finite = sorted((path for path, loss in losses.items() if math.isfinite(loss)), key=lambda path: losses[path])
     kept |= set(finite[: max(save_top_k or 0, 1)])
     guarded = [Path(p).expanduser().resolve() for p in protect]

@@ -14,6 +14,7 @@ from mmdistill.checkpoint import load_torch, prune, save_torch
 from mmdistill.checkpoint.engine import agree, gather
 from mmdistill.checkpoint.retention import best_of, same_as
 from mmdistill.distill.module import position
+from mmdistill.distill.validate import METRIC
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE, seed_step
 
 LAST = "last.ckpt"
@@ -38,13 +39,15 @@ class VerifiedCheckpointIO(CheckpointIO):
 class EpochCheckpoints(Checkpoint):
     """``epoch=XX-train_loss=X.XXXX.ckpt`` every `save_ckpt_freq` epochs and at the end, and ``last.ckpt``.
 
-    ``last.ckpt`` is the newest of them under a second name, so it costs no second write. The losses of all that were
-    saved travel with each checkpoint: a run that is resumed in another folder still knows which is the best.
+    ``last.ckpt`` is the newest of them under a second name, so it costs no second write. The losses and validations of
+    all that were saved travel with each checkpoint: a run that is resumed in another folder still knows which is the
+    best.
 
     Args:
         directory: the folder of checkpoints.
         save_ckpt_freq: epochs between files.
         keep_last, save_top_k: see `checkpoint.prune`.
+        monitor: what the best go by: ``train_loss`` or ``val_top1_action``.
         source: the checkpoint that the run resumed from, which is never removed.
         stop_signal: a signal in an epoch's last step ends the run here.
     """
@@ -56,13 +59,16 @@ class EpochCheckpoints(Checkpoint):
         save_ckpt_freq: int,
         keep_last: int | None,
         save_top_k: int | None,
+        monitor: str,
         source: Path | None,
         stop_signal: Callable[[], int | None],
     ) -> None:
         self.directory, self.every = directory, save_ckpt_freq
         self.keep_last, self.save_top_k, self.source = keep_last, save_top_k, source
         self.stop_signal = stop_signal
+        self.monitor = monitor
         self.losses: dict[str, float] = {}  # absolute path -> loss
+        self.validations: dict[str, float] = {}  # absolute path -> val_top1_action, of validated epochs
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save where it is time to; the last epoch always."""
@@ -72,6 +78,8 @@ class EpochCheckpoints(Checkpoint):
         if ended or (epoch + 1) % self.every == 0:
             path = (self.directory / f"epoch={epoch:02d}-train_loss={loss:.4f}.ckpt").absolute()
             self.losses[str(path)] = loss
+            if METRIC in trainer.callback_metrics and (epoch + 1) % trainer.check_val_every_n_epoch == 0:
+                self.validations[str(path)] = float(trainer.callback_metrics[METRIC])
             trainer.save_checkpoint(path)
             agree(lambda: self._tidy(path) if trainer.is_global_zero else None, "")
         elif stop:
@@ -82,17 +90,23 @@ class EpochCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the best one."""
-        best = best_of(self.losses)
+        best = best_of(self._ranks())
         if best is not None:
-            _say(trainer, f"best checkpoint: {best} (train_loss {self.losses[str(best)]:.4f})")
+            values = self.losses if self.monitor == "train_loss" else self.validations
+            _say(trainer, f"best checkpoint: {best} ({self.monitor} {values[str(best)]:.4f})")
+
+    def _ranks(self) -> dict[str, float]:
+        """By path; the lowest is the best."""
+        return self.losses if self.monitor == "train_loss" else {p: -v for p, v in self.validations.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses of all checkpoints of this training."""
-        return {"losses": dict(self.losses)}
+        """The losses and validations of all checkpoints of this training."""
+        return {"losses": dict(self.losses), "validations": dict(self.validations)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the list of the run that is continued."""
+        """Go on with the lists of the run that is continued."""
         self.losses = {str(k): float(v) for k, v in state_dict["losses"].items()}
+        self.validations = {str(k): float(v) for k, v in state_dict.get("validations", {}).items()}
 
     def _tidy(self, path: Path) -> None:
         same_as(path, self.directory / LAST)
@@ -102,6 +116,7 @@ class EpochCheckpoints(Checkpoint):
             save_top_k=self.save_top_k,
             protect=[self.source] if self.source else [],
             elsewhere=self.losses,
+            ranks=None if self.monitor == "train_loss" else self._ranks(),
         )
 
 

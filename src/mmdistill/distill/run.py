@@ -251,6 +251,7 @@ def _trainer(
             save_ckpt_freq=t.save_ckpt_freq,
             keep_last=t.keep_last,
             save_top_k=t.save_top_k,
+            monitor=t.monitor,
             source=source,
             stop_signal=stop_signal,
         ),
