@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdistill.build import clip_dataset
+from mmdistill.build import clip_dataset, make_demo_data
 from mmdistill.cli import CONFIGS
 from mmdistill.config import (
     DataModuleConfig,
@@ -30,6 +30,7 @@ from mmdistill.config import (
     register_schemas,
     to_plain,
 )
+from mmdistill.data.atomic import write_whole
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 
@@ -42,11 +43,15 @@ def main() -> int:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = parse(compose(options.config_name, ["modality=rgb", *quote_overrides(overrides)]), PretrainConfig)
         data = config.data_module
+        make_demo_data(data)
         specs = modality_specs(data)
         names = tuple(options.modalities or specs)
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of reading
         dataset = clip_dataset(data, names, training=True, seed=config.seed)
         with Progress(console=console) as bar:
-            task = bar.add_task("clips", total=min(options.clips or len(dataset), len(dataset)))
+            count = min(options.clips or len(dataset), len(dataset))
+            task = bar.add_task("clips", total=count)
             moments = dataset_statistics(
                 dataset,
                 specs,
@@ -54,7 +59,7 @@ def main() -> int:
                 clips=options.clips,
                 progress=lambda done: bar.update(task, completed=done),
             )
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"compute_stats: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
     plain = to_plain(data)
@@ -64,7 +69,7 @@ def main() -> int:
         console.print(f"{name}: mean {mean}, std {std}", markup=False, highlight=False, soft_wrap=True)
         if flat:
             console.print(f"{name}: channels {flat} never vary; their std is set to 1", markup=False, soft_wrap=True)
-    _write(options.output, plain, len(dataset) if options.clips is None else options.clips)
+    _write(options.output, plain, count)
     return 0
 
 
@@ -91,7 +96,7 @@ def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     if output is None:
         print(text, end="")
     else:
-        output.write_text(text)
+        write_whole(output, text.encode())
 
 
 if __name__ == "__main__":

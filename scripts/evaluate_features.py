@@ -51,7 +51,7 @@ def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
 
 
 def main() -> int:
-    """Command line. 0 when done, 2 when the features or the protocol are not usable."""
+    """Command line. 0 when done, 2 when the features or the protocol are not usable, or the result not writable."""
     args = parse_arguments()
     try:
         protocol = Protocol(
@@ -72,16 +72,16 @@ def main() -> int:
         for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
             print(line, file=sys.stderr)
         results = run_protocol(found, protocol)
-    except FewshotError as error:
+        print_tables(results)
+        extra = {"files": [str(file) for file in args.file]}
+        if args.json:
+            text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
+            write_whole(args.json, text.encode() + b"\n")
+        if args.report:
+            print(f"report: {write_report(results, args.report, extra=extra)}")
+    except (FewshotError, OSError) as error:
         print(f"evaluate_features: {error}", file=sys.stderr)
         return 2
-    print_tables(results)
-    extra = {"files": [str(file) for file in args.file]}
-    if args.json:
-        text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-        write_whole(args.json, text.encode() + b"\n")
-    if args.report:
-        print(f"report: {write_report(results, args.report, extra=extra)}")
     return 0
 
 

@@ -51,6 +51,11 @@ def test_features_of_other_programs(tmp_path: Path):
         ({"features": np.zeros(3), "labels": np.zeros(3, int)}, r"must be \[clips, D\]"),
         ({"features": np.zeros((3, 2)), "labels": np.array([{}, 1, 2], object)}, "Python objects"),
         ({"features": np.zeros((2, 2)), "labels": np.zeros(2, int), "ids": np.array(["a", "a"])}, "same id"),
+        ({"features": np.array([["1", "2"]]), "labels": np.zeros(1, int)}, "must be numbers, got the type <U1"),
+        (
+            {"features": np.zeros((1, 2)), "labels": np.zeros(1, int), "info": np.array("[1]")},
+            "info is not a JSON object",
+        ),
     ],
 )
 def test_bad_files_are_named_with_the_reason(tmp_path: Path, arrays: dict[str, np.ndarray], message: str):

@@ -91,7 +91,7 @@ def test_statistics_are_those_of_the_model_input(root: Path, batch_size: int) ->
 
 def test_the_script_writes_a_dataset_config(root: Path, script: Script) -> None:
     (root / "unlabel.json").write_text(json.dumps(to_json([Rally("a", FRAMES, 25.0, ())])))
-    out = root / "mine.yaml"
+    out = root / "new" / "mine.yaml"
     overrides = [
         f"data_module.target_data_dir={root}",
         "data_module.skeleton_dir=skeletons",
@@ -101,10 +101,12 @@ def test_the_script_writes_a_dataset_config(root: Path, script: Script) -> None:
         "data_module.mask_ratio=0.5",
         "num_workers=0",
     ]
-    done = script("compute_stats.py", "--config-name", "config_pretrain_tennis", "--output", out, *overrides)
+    done = script(
+        "compute_stats.py", "--config-name", "config_pretrain_tennis", "--clips", 99, "--output", out, *overrides
+    )
     assert done.returncode == 0, done.stderr
     text = out.read_text()
-    assert text.startswith("# @package data_module\n")
+    assert text.startswith("# @package data_module\n# statistics over 4 clips, by scripts/compute_stats.py\n")
     config = yaml.safe_load(text)
     assert 0.4 < config["modalities"]["rgb"]["mean"][0] < 0.6
     assert config["modalities"]["flow"]["mean"] == pytest.approx([1, 1], abs=0.2)

@@ -44,9 +44,12 @@ def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
     """Features as finite float32 (clips, V, D); (clips, D) is one view.
 
     Raises:
-        FeatureError: another shape, or values that are not finite (the first such clips are listed).
+        FeatureError: another type or shape, or values that are not finite (the first such clips are listed).
     """
-    x = np.ascontiguousarray(features, dtype=np.float32)
+    given = np.asarray(features)
+    if given.dtype.kind not in "fiu":
+        raise FeatureError(f"{source} must be numbers, got the type {given.dtype}")
+    x = np.ascontiguousarray(given, dtype=np.float32)
     if x.ndim == 2:
         x = x[:, None]
     if x.ndim != 3 or 0 in x.shape:

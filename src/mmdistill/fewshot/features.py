@@ -157,6 +157,8 @@ def _load_npz(path: Path) -> Features:
     ids = found.get("ids", np.arange(len(x)))
     groups = found.get("groups", np.arange(len(x)))  # without groups each clip stands for itself
     info = json.loads(str(found["info"])) if "info" in found else {"network": path.stem}
+    if not isinstance(info, dict):
+        raise FeatureError("info is not a JSON object")
     info.setdefault("grouped", "groups" in found)
     return Features(x, labels, tuple(map(str, ids)), tuple(map(str, groups)), classes, info)
 
