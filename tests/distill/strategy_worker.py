@@ -5,18 +5,17 @@ python -m tests.distill.strategy_worker FOLDER     # writes one folder per run, 
 
 import json
 import os
-import socket
+import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
-from mmdistill import launch
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
 from mmdistill.config import DistillConfig, modality_specs, parse, register_schemas, to_plain
@@ -25,6 +24,7 @@ from mmdistill.distill import strategy as strategies
 from mmdistill.distill.module import MMDistill
 from mmdistill.models.cmt import CrossModalTransfer
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
+from tests.ranks import fork_ranks, wait_for
 from tests.tiny_data import make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,32 +32,14 @@ COMMON = ["trainer.epochs=2", "trainer.save_ckpt_freq=1", "batch_size=4", "test=
 CLIPPED = ["trainer.clip_grad=0.01", "trainer.accumulate=4"]  # 6 batches: the second step of an epoch has only 2
 
 
-def start(world: int, job: Callable[..., None], *args: object) -> list[int]:
+def start(world: int, job: Callable[..., int | None], *args: object) -> list[int]:
     """Fork `world` ranks; exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        pid = os.fork()
-        if pid == 0:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            os.environ.update({k: str(v) for k, v in place.items()})
-            launch._PARENT = os.getppid()  # a rank's launcher is the process that forked it
-            code = 1
-            try:
-                torch.set_num_threads(1)
-                job(rank, *args)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        ranks.append(pid)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks]
+
+    def one_thread(rank: int) -> int | None:
+        torch.set_num_threads(1)
+        return job(rank, *args)
+
+    return wait_for(fork_ranks(world, one_thread))
 
 
 def config_of(folder: Path, *more: str) -> DistillConfig:
@@ -83,9 +65,10 @@ def small_parameter() -> None:
     CrossModalTransfer.forward = lambda self, x: {m: v * self.gain for m, v in forward(self, x).items()}
 
 
-def watch(place: Path) -> None:
-    """Write what the strategy holds when training begins, and the losses of all batches."""
+def watch(place: Path, stop: int | None) -> None:
+    """Write what the strategy holds when training begins, and the losses of all batches; SIGTERM in the `stop`-th."""
     losses: list[str] = []
+    training_step = MMDistill.training_step
 
     def begin(module: MMDistill) -> None:
         strategy = module.trainer.strategy
@@ -95,24 +78,34 @@ def watch(place: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             torch.save(told, place / "begin.pt")
 
-    def step(module: MMDistill, outputs: dict, batch: object, index: int) -> None:
+    def step(module: MMDistill, batch: dict, index: int) -> dict:
+        outputs: dict = training_step(module, batch, index)
         losses.append(float(outputs["loss"]).hex())
-
-    def end(module: MMDistill) -> None:
         if module.trainer.is_global_zero:
             (place / "losses.json").write_text(json.dumps(losses))
+        if len(losses) == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outputs
 
-    MMDistill.on_train_start, MMDistill.on_train_batch_end, MMDistill.on_train_end = begin, step, end
+    MMDistill.on_train_start, MMDistill.training_step = begin, step
 
 
-def train(rank: int, folder: Path, name: str, *more: str) -> None:
+def train(rank: int, folder: Path, name: str, *more: str, stop: int | None = None) -> int:
     """One distillation; ranks other than 0 do not know the run's folder."""
-    watch(folder / name)
-    run.distill(config_of(folder, *more), folder / name if rank == 0 else folder / f"elsewhere{rank}")
+    watch(folder / name, stop)
+    try:
+        run.distill(config_of(folder, *more), folder / name if rank == 0 else folder / f"elsewhere{rank}")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
 def first_epoch(folder: Path, name: str) -> str:
     return str(next((folder / name / "checkpoints").glob("epoch=00-*")))
+
+
+def stopped(folder: Path, name: str) -> str:
+    return str(folder / f"{name}-stopped" / "checkpoints" / "last.ckpt")
 
 
 def stock_directory(rank: int, folder: Path, name: str) -> None:
@@ -166,9 +159,11 @@ def make_teachers(folder: Path) -> None:
 
 
 KINDS = {"auto-1": ("auto", 1), "ddp-2": ("ddp", 2), "zero0-1": ("deepspeed_stage_0", 1),
-         "zero1-1": ("deepspeed_stage_1", 1), "zero2-1": ("deepspeed", 1),
-         "zero2-2": ("deepspeed_stage_2", 2)}  # fmt: skip
-CROSS = [("zero2-2", "zero0-1"), ("zero2-2", "auto-1"), ("auto-1", "zero2-2"), ("zero0-1", "zero1-1")]
+         "zero1-1": ("deepspeed_stage_1", 1), "zero2-1": ("deepspeed", 1), "zero0-2": ("deepspeed_stage_0", 2),
+         "zero1-2": ("deepspeed_stage_1", 2), "zero2-2": ("deepspeed_stage_2", 2)}  # fmt: skip
+RESUMED = [kind for kind in KINDS if kind.startswith("zero")]  # tests/test_resume.py has the others
+CROSS = [("zero2-2", "zero0-1"), ("zero2-2", "auto-1"), ("auto-1", "zero2-2")]
+INSIDE = [("zero2-2", "auto-1"), ("zero0-1", "zero1-2")]  # the same, from the middle of an epoch
 
 
 def main(folder: Path) -> None:
@@ -181,24 +176,29 @@ def main(folder: Path) -> None:
     make_teachers(folder)
     codes: dict[str, list[int]] = {}
 
-    def go(name: str, world: int, *more: str) -> None:
-        codes[name] = start(world, train, folder, name, *more)
+    def go(name: str, world: int, *more: str, stop: int | None = None) -> None:
+        codes[name] = start(world, partial(train, stop=stop), folder, name, *more)
+
+    def thrice(name: str, world: int, *more: str) -> None:
+        """Whole; from the end of its first epoch into the next one; and from there to the end."""
+        go(name, world, *more)
+        go(f"{name}-stopped", world, *more, f"resume='{first_epoch(folder, name)}'", stop=2)
+        go(f"{name}-resumed", world, *more, f"resume='{stopped(folder, name)}'")
 
     for kind, (strategy, world) in KINDS.items():
-        chosen = (f"strategy={strategy}",)
-        go(f"{kind}", world, *chosen)
-        go(f"{kind}-resumed", world, *chosen, f"resume='{first_epoch(folder, kind)}'")
+        (thrice if kind in RESUMED else go)(kind, world, f"strategy={strategy}")
     for source, target in CROSS:
         strategy, world = KINDS[target]
         resume = f"resume='{first_epoch(folder, source)}'"
         go(f"{source}-to-{target}", world, f"strategy={strategy}", resume)
-    for kind in ("auto-1", "zero0-1", "zero2-1"):
-        chosen = f"strategy={KINDS[kind][0]}", *CLIPPED
-        go(f"{kind}-clipped", 1, *chosen)
-    go("zero2-1-clipped-resumed", 1, "strategy=deepspeed", *CLIPPED,
-       f"resume='{first_epoch(folder, 'zero2-1-clipped')}'")  # fmt: skip
-    go("bf16", 1, "strategy=deepspeed", "precision=bf16")
-    go("bf16-resumed", 1, "strategy=deepspeed", "precision=bf16", f"resume='{first_epoch(folder, 'bf16')}'")
+    for source, target in INSIDE:
+        (strategy, world), batch = KINDS[target], 4 * KINDS[source][1] // KINDS[target][1]
+        chosen = f"strategy={strategy}", f"batch_size={batch}"
+        go(f"{source}-inside-{target}", world, *chosen, f"resume='{stopped(folder, source)}'")
+    for kind in ("auto-1", "zero0-1"):
+        go(f"{kind}-clipped", 1, f"strategy={KINDS[kind][0]}", *CLIPPED)
+    thrice("zero2-1-clipped", 1, "strategy=deepspeed", *CLIPPED)
+    thrice("bf16", 1, "strategy=deepspeed", "precision=bf16")
     go("bf16-auto", 1, "strategy=auto", "precision=bf16")
     codes["stock"] = start(1, stock_directory, folder, "stock")
     go("stock-resumed", 1, "strategy=deepspeed_stage_1", f"resume='{folder / 'stock' / 'stock.ckpt'}'")

@@ -3,9 +3,8 @@
 strategy_worker.py runs the distillations; the tests compare what they wrote to the last bit.
 """
 
+import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ import torch
 from mmdistill.checkpoint import load_torch
 from mmdistill.config import ConfigError
 from mmdistill.distill.strategy import OneFileDeepSpeed
-from tests.distill.strategy_worker import CROSS, KINDS, config_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from tests.commands import run_python
+from tests.distill.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("strategies")
-    command = [sys.executable, "-m", "tests.distill.strategy_worker", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_python("-m", "tests.distill.strategy_worker", folder)
     return folder
 
 
@@ -38,6 +35,12 @@ def saved(runs: Path, name: str, epoch: int = 1) -> dict[str, Any]:
 def losses(runs: Path, name: str) -> list[str]:
     told: list[str] = json.loads((runs / name / "losses.json").read_text())
     return told
+
+
+def epochs(runs: Path, name: str) -> list[dict[str, str]]:
+    """The rows of a run's metrics."""
+    with (runs / name / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -58,29 +61,28 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_resumed(runs: Path, whole: str, resumed: str) -> None:
-    """A run that was resumed after its first epoch did what the uninterrupted one did."""
+def assert_resumed(runs: Path, whole: str, *parts: str) -> None:
+    """Runs that went on from the first epoch's end did together what the uninterrupted one did."""
     steps = losses(runs, whole)
-    assert losses(runs, resumed) == steps[len(steps) // 2 :]
-    a, b = saved(runs, whole), saved(runs, resumed)
+    assert [loss for part in parts for loss in losses(runs, part)] == steps[len(steps) // 2 :]
+    assert all(losses(runs, part) for part in parts)
+    a, b = saved(runs, whole), saved(runs, parts[-1])
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert_same(a[key], b[key], key)
     assert a["mmdistill"]["loss"] == b["mmdistill"]["loss"]
+    assert epochs(runs, whole)[1]["grad_norm"] == epochs(runs, parts[-1])[0]["grad_norm"]
 
 
 def test_all_ranks_ended(runs: Path) -> None:
     codes = json.loads((runs / "results.json").read_text())
+    ended_early = {name: codes.pop(name) for name in list(codes) if name.endswith("-stopped")}
     assert all(code == 0 for ended in codes.values() for code in ended), codes
+    assert all(code == INTERRUPTED_EXIT_CODE for ended in ended_early.values() for code in ended), ended_early
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resume_is_bitwise(runs: Path, kind: str) -> None:
-    assert_resumed(runs, kind, f"{kind}-resumed")
-
-
-@pytest.mark.parametrize("name", ["zero2-1-clipped", "bf16"])
-def test_resume_is_bitwise_with_clipping_and_in_bf16(runs: Path, name: str) -> None:
-    assert_resumed(runs, name, f"{name}-resumed")
+@pytest.mark.parametrize("name", [*RESUMED, "zero2-1-clipped", "bf16"])
+def test_resume_at_an_epochs_end_and_inside_one_is_bitwise(runs: Path, name: str) -> None:
+    assert_resumed(runs, name, f"{name}-stopped", f"{name}-resumed")
 
 
 @pytest.mark.parametrize(("source", "target"), CROSS)
@@ -98,6 +100,29 @@ def test_a_file_of_two_processes_trains_on_alike_in_one(runs: Path) -> None:
     plain, engine = (losses(runs, f"zero2-2-to-{target}") for target in ("auto-1", "zero0-1"))
     assert len(plain) == 6
     assert engine == plain
+
+
+@pytest.mark.parametrize(("source", "target"), INSIDE)
+def test_another_number_of_processes_goes_on_inside_the_epoch(runs: Path, source: str, target: str) -> None:
+    name = f"{source}-inside-{target}"
+    begun, file = torch.load(runs / name / "begin.pt"), load_torch(stopped(runs, source))
+    assert_same(dict(file["state_dict"]), dict(begun["state_dict"]))
+    assert_same(file["optimizer_states"][0]["state"], begun["optimizer"]["state"])
+    assert len(losses(runs, name)) == len(losses(runs, f"{source}-resumed"))
+    ended, other = saved(runs, name), saved(runs, f"{source}-resumed")
+    assert ended["global_step"] == other["global_step"]
+    assert ended["mmdistill"]["loss"] == pytest.approx(other["mmdistill"]["loss"], rel=0.05)  # other masks
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("zero0-1", "auto-1"), ("zero1-1", "auto-1"), ("zero2-1", "auto-1"), ("zero1-2", "ddp-2"), ("zero2-2", "ddp-2"),
+     ("zero0-2", "ddp-2"), ("zero0-1-clipped", "auto-1-clipped"), ("zero2-1-clipped", "auto-1-clipped")],
+)  # fmt: skip
+def test_the_norm_of_the_gradient_is_that_of_the_plain_strategy(runs: Path, name: str, plain: str) -> None:
+    told, wanted = (float(epochs(runs, run)[0]["grad_norm"]) for run in (name, plain))
+    assert wanted > 0.01  # also where it is clipped to that
+    assert told == pytest.approx(wanted, rel=1e-4)
 
 
 def test_files_have_one_layout(runs: Path) -> None:
