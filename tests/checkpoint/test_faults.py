@@ -1,6 +1,7 @@
 """Bad bytes and bad pickles: an error that names the file and what is wrong, nothing loaded, nothing run."""
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
@@ -26,7 +27,7 @@ from mmdistill.checkpoint import (
     save_torch,
 )
 from mmdistill.checkpoint import write as writing
-from mmdistill.checkpoint.archive import sha256_file, zip_records
+from mmdistill.checkpoint.archive import load_pickle, sha256_file, zip_records
 from mmdistill.checkpoint.convert import write_deepspeed
 from mmdistill.checkpoint.manifest import manifest_bytes, read_manifest, verify_manifest
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
@@ -273,6 +274,61 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "notes.txt").write_bytes(data)
     with pytest.raises(CheckpointError, match="not a checkpoint that is known here"):
         read_checkpoint(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, 6]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"shape": [2], "data_offsets": [0, 8]},
+        7,
+    ],
+)
+def test_safetensors_headers_that_lie(tmp_path: Path, entry: object) -> None:
+    head = json.dumps({"encoder.norm.weight": entry}).encode()
+    end = entry["data_offsets"][1] if isinstance(entry, dict) else 8
+    (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(int(end)))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"state_dict": {0: torch.zeros(2), "encoder.norm.weight": torch.zeros(2)}}, "the key 0"),
+        ({0: torch.zeros(2), "encoder.norm.weight": torch.zeros(2)}, "the key 0"),
+        ({"encoder.norm.weight": torch.zeros(2, device="meta")}, "'encoder.norm.weight' holds no values"),
+        ({"encoder.norm.weight": torch.zeros(2, 2).to_sparse()}, "'encoder.norm.weight' is sparse"),
+        ({"model": {"encoder.norm.weight": torch.zeros(2)}, "mmdistill": {"encoders": 3}}, "'encoders'"),
+    ],
+)
+def test_what_is_no_weight_is_named(tmp_path: Path, content: dict, told: str) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=rf"x\.pt: .*{told}"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("key", ["single_partition_of_fp32_groups", "param_shapes"])
+def test_a_directory_of_another_layout_is_named(tmp_path: Path, key: str) -> None:
+    root = tmp_path / "epoch=01-loss=0.5000"
+    shutil.copytree(FIXTURES / "zero1-w1-bf16" / root.name, root)
+    for file in (root / "checkpoint").iterdir():
+        content = dict(load_pickle(file, mapped=False))
+        if "optim" in file.name:
+            held = content["optimizer_state_dict"]
+            kept = ("partition_count", "single_partition_of_fp32_groups", "base_optimizer_state")
+            content = {"optimizer_state_dict": {"zero_stage": 1, **{k: held[k] for k in kept if k != key}}}
+        content.pop(key, None)
+        torch.save(content, file)
+    with pytest.raises(CorruptCheckpointError, match=rf"checkpoint: its files are not as .*'{key}' is missing"):
+        read_checkpoint(root)
 
 
 def test_zip_bombs_and_foreign_zips(tmp_path: Path) -> None:

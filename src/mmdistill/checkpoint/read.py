@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -90,10 +91,10 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]
             expected = 8 + length if len(head) == 8 else "more"
             raise CorruptCheckpointError(f"{path}: truncated: {size} bytes on disk, {expected} expected; copy it again")
         try:
-            header = json.loads(file.read(length))
-            meta = header.pop("__metadata__", None) or {}
-            end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = dict(json.loads(file.read(length)))
+            meta = dict(header.pop("__metadata__", None) or {})
+            end = _end_of_data(header)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(
                 f"{path}: corrupt: its header is not that of a safetensors file ({error})"
             ) from error
@@ -103,6 +104,19 @@ def safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]
             f"{path}: {word}: {size} bytes on disk, {8 + length + end} expected; copy it again"
         )
     return header, meta, 8 + length
+
+
+def _end_of_data(header: Mapping[str, Any]) -> int:
+    """Where the last tensor ends. Raises `ValueError` unless tensors of their size lie one behind the other."""
+    at = 0
+    for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+        dtype, shape = str(header[name]["dtype"]), header[name]["shape"]
+        width = _ST_DTYPES[dtype].itemsize if dtype in _ST_DTYPES else None  # others are refused when they are read
+        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+        if not whole or begin != at or (width is not None and end - begin != math.prod(shape) * width):
+            raise ValueError(f"'{name}': {dtype} {shape} at {begin} to {end}, behind a tensor that ends at {at}")
+        at = end
+    return at
 
 
 def _read_safetensors(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -116,13 +130,13 @@ def _read_safetensors(path: Path, verify: bool) -> tuple[dict[str, Tensor], dict
             _verify_tensors(path, header, meta, data)
     tensors = {}
     for name, entry in header.items():
-        dtype = _ST_DTYPES.get(entry["dtype"])
+        dtype = _ST_DTYPES.get(str(entry["dtype"]))
         if dtype is None:
             raise CheckpointError(
                 f"{path}: '{name}' has dtype {entry['dtype']}, which is not read here; convert it first"
             )
         begin, end = entry["data_offsets"]
-        count = (end - begin) // torch.empty((), dtype=dtype).element_size()
+        count = (end - begin) // dtype.itemsize
         flat = (
             torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
             if count
@@ -149,16 +163,27 @@ def _verify_tensors(path: Path, header: Mapping[str, Any], meta: Mapping[str, st
         raise CorruptCheckpointError(f"{path}: corrupt: checksum of '{bad[0]}' does not match; copy it again")
 
 
+def _plain(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The tensors among some entries. Raises `CheckpointError` naming one that is no weight."""
+    found = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
+    for key, tensor in found.items():
+        if not isinstance(key, str):
+            raise CheckpointError(f"{path}: a tensor has the key {key!r}, and weights have names; save it under one")
+        if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
+            kind = "holds no values" if tensor.is_meta else "is quantized" if tensor.is_quantized else "is sparse"
+            raise CheckpointError(f"{path}: '{key}' {kind}; save it as an ordinary dense tensor")
+    return found
+
+
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     """The state_dict inside whatever a ``.pt`` or ``.ckpt`` holds."""
     if isinstance(content, Mapping):
         for key in _WEIGHT_KEYS:
             inner = content.get(key)
             if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-                return {k: v for k, v in inner.items() if isinstance(v, Tensor)}
-        bare = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if bare:
-            return bare
+                return _plain(inner, path)
+        if any(isinstance(v, Tensor) for v in content.values()):
+            return _plain(content, path)
         held = ", ".join(map(repr, list(content)[:8])) or "nothing"
     else:
         held = type(content).__name__
@@ -246,6 +271,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
     else:
         pickled = load_pickle(place.root, verify=verify)
         raw, meta = _tensors(pickled, place.root), _found_meta(pickled)
+    told = meta.get("encoders")
+    if not isinstance(told or {}, dict) or not all(isinstance(fields, dict) for fields in (told or {}).values()):
+        raise CheckpointError(f"{place.given}: 'encoders' of its metadata should hold the geometry of each encoder")
     state = canonical_state(raw, place.given)
     if not state:
         raise CheckpointError(f"{place.given}: holds no tensors")

@@ -214,7 +214,7 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], 
 
 def _raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it is contiguous."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
+    flat = tensor.detach().cpu().resolve_neg().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -230,7 +230,16 @@ def read_zero(place: Location, *, verify: bool = True) -> ZeroContent:
         CorruptCheckpointError: shards missing, of different steps, or damaged.
     """
     assert place.tag is not None
-    tag, model_files, optim_files = place.tag, place.model_files, place.optim_files
+    try:
+        return _read(place.tag, place.model_files, place.optim_files, verify)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+        what = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise CorruptCheckpointError(
+            f"{place.tag}: its files are not as DeepSpeed writes them ({what}); use another checkpoint"
+        ) from error
+
+
+def _read(tag: Path, model_files: list[Path], optim_files: list[Path], verify: bool) -> ZeroContent:
     if not model_files:
         raise CorruptCheckpointError(f"{tag}: has no *_model_states.pt; copy the checkpoint again")
     foreign = [f.name for f in model_files if "mp_rank_00" not in f.name]
