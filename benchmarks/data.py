@@ -1,13 +1,19 @@
 """What loading costs: ms per clip by part on one core, rendering of heat-maps, clips per second against workers.
 
     python benchmarks/data.py [--workers 0 1 2]
+    python benchmarks/data.py --wait     # the trainings' own data wait: full size (ViT-S), 1 worker, batch 1
 
 Makes one rally of 16-frame material at 224 x 398 in a temporary folder: JPEG frames, float32 flow, a skeleton pickle.
 """
 
 import argparse
+import csv
+import json
+import os
 import pickle
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,6 +23,8 @@ import cv2
 import numpy as np
 from torch.utils.data import DataLoader, default_collate
 
+from mmdistill.checkpoint import save_torch
+from mmdistill.config import to_plain
 from mmdistill.data.annotations import Rally
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.flowfile import write_flow
@@ -25,7 +33,9 @@ from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modality import MODALITY_SPECS
 from mmdistill.models.inputs import prepare
+from mmdistill.models.videomae import Encoder, EncoderGeometry
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZE, CROP, FRAMES = (224, 398), (224, 384), 64
 
 
@@ -34,11 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--wait", action="store_true")
     options = parser.parse_args()
     worker_init(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _make(root)
+        if options.wait:
+            _wait(root)
+            return
         dataset = _dataset(root)
         _parts(root, dataset, options.repeats)
         for workers in options.workers:
@@ -128,6 +142,50 @@ def _throughput(dataset: ClipDataset, workers: int) -> None:
         sampler.set_state(epoch, 0)
         clips += sum(len(batch["index"]) for batch in loader)
     print(f"{workers} workers: {clips / (time.perf_counter() - start):.1f} clips/s")
+
+
+def _wait(root: Path) -> None:
+    """Both trainings for two epochs of 13 steps; the first epoch starts the worker."""
+    rally = {"video": "r", "fps": 25.0, "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "events": []}
+    (root / "unlabel.json").write_text(json.dumps([rally]))
+    for modality, spec in MODALITY_SPECS.items():
+        height, width, patch = CROP[0] // spec.scale, CROP[1] // spec.scale, 16 // spec.scale
+        geometry = EncoderGeometry(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
+        state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+        meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}}
+        save_torch({"state_dict": state, "mmdistill": meta}, root / f"{modality}.ckpt")
+    teachers = ",".join(f"{m}:{root / m}.ckpt" for m in MODALITY_SPECS)
+    common = [
+        *(
+            f"data_module.{k}={v}"
+            for k, v in {"target_data_dir": root, "frames_dir": "rgb", "flow_dir": "flow"}.items()
+        ),
+        *("data_module.skeleton_dir='.'", "data_module.window_stride=4", "batch_size=1", "num_workers=1"),
+        *("trainer.epochs=2", "logger=[csv]"),
+    ]
+    runs = {
+        "pretrain rgb": ["pretrain_main.py", "--config-name=config_pretrain_tennis", "modality=rgb"],
+        "pretrain flow": ["pretrain_main.py", "--config-name=config_pretrain_tennis", "modality=flow"],
+        "distill": [
+            *("lit_main_mmdistill.py", "--config-name=config_mmdistill_tennis", "test=False"),
+            f"trainer.ckpt_path={{{teachers}}}",
+        ],
+    }
+    print(f"{os.cpu_count()} cores; {'':20} seconds per step   data wait in %, by epoch")
+    for name, command in runs.items():
+        run = root / name.replace(" ", "_")
+        done = subprocess.run(
+            [sys.executable, *command, *common, f"hydra.run.dir={run}"], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(done.stderr[-2000:])
+        with (run / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        steps, waits = ([float(row[name]) for row in rows] for name in ("clips_per_s", "data_wait_percent"))
+        print(
+            f"{name:31} {', '.join(f'{1 / s:.2f}' for s in steps):18} {', '.join(f'{w:.1f}' for w in waits)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,34 @@ def _half_precision(stage: int, root: Path, data: list[str]) -> list[Runs]:
     return [_pretrain(f"bf16_{stage}", *given), parts, resumed]
 
 
+def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) -> list[Runs]:
+    """One gradient overflows: in one go, and stopped behind that and resumed. No step may be skipped for nonfinite."""
+    given = (root, data, "accelerator=auto", "precision=16", "trainer.nonfinite_budget=0", *arguments)
+    parts = make(f"{name}_parts", *given, "trainer.epochs=2", inf_at=9, stop_at=12, fp16=True)
+    resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None, "inf_at": None}
+    whole = make(name, *given, "trainer.epochs=2", inf_at=9, fp16=True)
+    return [whole, parts, resumed, make(f"{name}_all", *given, "trainer.epochs=3", inf_at=-1, fp16=True)]
+
+
+def _infinite(root: Path, data: list[str]) -> list[Runs]:
+    """Finite losses whose gradient is not."""
+    skip, inf, student = "trainer.nonfinite=skip", {"inf_at": 9}, ("test=False", "trainer.ema=0.9")
+    zero = "strategy=deepspeed_stage_"
+    return [
+        _pretrain("inf_zero0", root, data, skip, world=2, **inf),
+        _pretrain("inf_zero2", root, data, skip, "deepspeed=zero2", world=2, **inf),
+        _pretrain("inf_bf16", root, data, skip, "deepspeed=zero1", "precision=bf16", **inf),
+        _pretrain("inf_accumulated", root, data, skip, "trainer.accumulate=3", inf_at=-1),
+        _pretrain("inf_raise", root, data, "deepspeed=zero3", world=2, **inf),
+        _distill("distill_inf", root, data, skip, *student, world=2, **inf),
+        _distill("distill_inf_zero0", root, data, skip, *student, f"{zero}0", **inf),
+        _distill("distill_inf_zero2", root, data, skip, *student, f"{zero}2", world=2, **inf),
+        *_fp16(_pretrain, "fp16", root, data, "deepspeed=zero0"),
+        *_fp16(_pretrain, "fp16_zero2", root, data, "deepspeed=zero2"),
+        *_fp16(_distill, "distill_fp16", root, data, *student),
+    ]
+
+
 def _distill(name: str, root: Path, data: list[str], *arguments: str, world: int = 1, **more: Any) -> Runs:
     one = "trainer.ckpt_path={" + ",".join(f"{m}:{root / m / 'checkpoints' / 'LAST'}" for m in _MODALITIES) + "}"
     common = [one, *data, *EVAL, f"batch_size={8 // world}", "trainer.epochs=1", "accelerator=cpu", "compare=[random]"]
@@ -74,7 +102,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         _pretrain("raise", root, good, world=2, **nan),
         _pretrain("skip_one", root, good, skip, **nan),
         _pretrain("skip_two", root, good, skip, world=2, **nan),
-        _pretrain("skip_two_before", root, good, world=2, stop_at=8),
         _pretrain("skip_zero1", root, good, skip, "strategy=deepspeed_stage_1", world=2, **nan),
         _pretrain("skip_zero2", root, good, skip, "deepspeed=zero2", "trainer.accumulate=3", world=2, **nan),
         _pretrain("budget", root, good, skip, "trainer.nonfinite_budget=0", **nan),
@@ -83,9 +110,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         _distill("distill_one", root, good),
         _distill("distill_two", root, good, world=2),
         _distill("distill_raise", root, good, "test=False", world=2, **nan),
-        _distill("distill_skip", root, good, "test=False", skip, world=2, **nan),
-        _distill("distill_skip_before", root, good, "test=False", world=2, stop_at=8),
+        _distill("distill_skip", root, good, "test=False", skip, "trainer.ema=0.9", world=2, **nan),
         _distill("distill_skip_zero2", root, good, "test=False", skip, "strategy=deepspeed_stage_2", world=2, **nan),
+        *_infinite(root, good),
     ]  # fmt: skip
     codes: list[list[int]] = []
     for number, part in enumerate((plan[:3], plan[3:])):
@@ -195,17 +222,69 @@ def test_a_step_that_is_not_finite_is_skipped(runs: tuple[Path, dict[str, list[i
         assert "skipped step 1 of at most 10: loss is not finite at step" in (root / f"{name}.0.log").read_text()
 
 
-@pytest.mark.parametrize("name", ["skip_two", "distill_skip"])
-def test_a_skipped_step_changes_no_weight(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+_SKIPPED = ["skip_one", "skip_two", "skip_zero1", "inf_zero0", "inf_zero2", "inf_bf16", "distill_skip",
+            "distill_skip_zero2", "distill_inf", "distill_inf_zero0", "distill_inf_zero2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _SKIPPED)
+def test_a_skipped_step_changes_nothing(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+    """Weights, averages, Adam's moments and its count of steps: to the last bit, on every rank."""
     root, codes = runs
-    assert codes[f"{name}_before"] == [INTERRUPTED_EXIT_CODE] * 2
-    before, after = (_weights(root / run / "checkpoints") for run in (f"{name}_before", name))
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert set(codes[name]) == {0}, (root / f"{name}.0.log").read_text()
+    assert _changed(root, name) == [[True] * 8 + [False]] * len(codes[name])
+    why = "gradient" if "inf" in name else "loss"
+    shown = (root / f"{name}.0.log").read_text()
+    assert shown.count(f"skipped step 1 of at most 10: {why} is not finite at step 8") == 1
+    assert float(_metrics(root / name)[-1]["skipped_steps"]) == 1
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    newest = max((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.stat().st_mtime)
-    return read_checkpoint(newest).state_dict
+def _changed(root: Path, name: str) -> list[list[bool]]:
+    """Of each rank and batch: whether weights, averages or moments are others after it."""
+    files = sorted(root.glob(f"{name}.*.states.jsonl"))
+    return [[a != b for a, b in map(json.loads, file.read_text().splitlines())] for file in files]
+
+
+def test_accumulated_gradients_are_dropped_whole(runs: tuple[Path, dict[str, list[int]]]) -> None:
+    root, codes = runs
+    assert codes["inf_accumulated"] == [0]
+    assert _changed(root, "inf_accumulated") == [[False] * 9]
+    assert float(_metrics(root / "inf_accumulated")[-1]["skipped_steps"]) == 3
+
+
+def test_an_infinite_gradient_ends_all_ranks(runs: tuple[Path, dict[str, list[int]]]) -> None:
+    root, codes = runs
+    assert codes["inf_raise"] == [1, 1]
+    shown = "".join(_log(root, "inf_raise"))
+    assert shown.count("gradient is not finite at step 8 (epoch 0); weights were not changed") == 1
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp16_zero2", "distill_fp16"])
+def test_an_overflow_lowers_the_loss_scale_and_costs_no_budget(
+    runs: tuple[Path, dict[str, list[int]]], name: str
+) -> None:
+    """The schedule goes on; the scale and the counts survive a resume."""
+    root, codes = runs
+    assert codes[name] == [0], (root / f"{name}.0.log").read_text()
+    assert codes[f"{name}_parts"] == [INTERRUPTED_EXIT_CODE, 0], (root / f"{name}_parts.0.log").read_text()
+    assert _changed(root, name) == [[True] * 8 + [False] + [True] * 9]
+    whole, parts = _metrics(root / name), _metrics(root / f"{name}_parts")
+    for row, step in zip(whole, (9, 18), strict=True):
+        found = [float(row[k]) for k in ("step", "overflow_steps", "skipped_steps", "loss_scale")]
+        assert found == [step, 1, 0, 2**15]
+    timed = ("clips_per_s", "data_wait_percent")
+    assert [{k: v for k, v in r.items() if k not in timed} for r in parts] == [
+        {k: v for k, v in r.items() if k not in timed} for r in whole
+    ]
+
+
+@pytest.mark.parametrize("name", ["fp16", "fp16_zero2", "distill_fp16"])
+def test_a_gradient_that_overflows_at_every_scale_is_not_finite(
+    runs: tuple[Path, dict[str, list[int]]], name: str
+) -> None:
+    root, codes = runs
+    assert codes[f"{name}_all"] == [1]
+    assert "gradient is not finite at step 16 (epoch 1)" in (root / f"{name}_all.0.log").read_text()
+    assert not any(_changed(root, f"{name}_all")[0])
 
 
 def test_skipping_ends_with_the_budget(runs: tuple[Path, dict[str, list[int]]]) -> None:

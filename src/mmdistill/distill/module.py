@@ -225,6 +225,8 @@ class MMDistill(pl.LightningModule):
         optimizer = make_optimizer(
             trained, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas, layer_decay=self.layer_decay
         )
+        # a fused one would unscale fp16 gradients in its step, after they are looked at and clipped
+        optimizer._step_supports_amp_scaling = False
         schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
