@@ -16,9 +16,9 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/python scripts/demo.py $(DEMO_ARGS)
 
-# the whole test suite
+# the whole test suite: two processes, each module in one of them, one thread each
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # lint, format and types: what CI runs before the tests
 check: $(INSTALLED)

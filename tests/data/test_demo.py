@@ -126,9 +126,10 @@ def test_default_size_is_within_the_budget(root: Path) -> None:
 
 
 def test_two_makes_give_the_same_bytes_in_any_process(root: Path, tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())  # a pool that an earlier test has not ended yet
     demo.make_demo(tmp_path, **{**TINY, "workers": 2})
     assert contents(tmp_path) == contents(root)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_another_seed_gives_other_rallies() -> None:
