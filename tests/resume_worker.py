@@ -5,8 +5,9 @@ python -m tests.resume_worker PLAN.json     # {"runs": [{script, world, argument
 Each rank writes a line per step to ``RECORD.{rank}.jsonl``: epoch, clip numbers, the loss as hexadecimal. With
 ``stop_at`` = n, a rank of the run sends itself SIGTERM (or ``stop_signal``) in its n-th step; with ``nan_at`` = n, the
 loss of the last rank's n-th batch is NaN; with ``inf_at`` = n (or -1: of every one), that loss is finite and its
-gradient is not. Either also writes ``RECORD.{rank}.states.jsonl``: digests of weights, averages and moments before and
-after each batch. With ``fp16`` precision=16 is let through on a CPU. Exit codes go to PLAN.json.codes.
+gradient is not. Either of them, or ``watch``, writes ``RECORD.{rank}.states.jsonl``: digests of weights, averages and
+moments before and after each batch. With ``fp16`` precision=16 is let through on a CPU; with ``uncached`` teachers run
+on the masks of trainer.teacher_cache in every epoch. Exit codes go to PLAN.json.codes.
 """
 
 import hashlib
@@ -150,6 +151,19 @@ def _allow_fp16() -> None:
     distill_run.trainer_place = with_plugin
 
 
+def _never_cached() -> None:
+    """All modalities are read, and teachers run, in every epoch."""
+    distill_run.TeacherCache.serves = lambda self, epoch: False  # type: ignore[method-assign]
+    make = distill_run.clip_dataset
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        dataset = make(*args, **kwargs)
+        dataset.lasting = tuple(dataset.readers)
+        return dataset
+
+    distill_run.clip_dataset = whole
+
+
 def _rank(run: dict[str, Any], rank: int) -> int:
     """One rank of one run; its exit code."""
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined] # compiles a minute
@@ -161,10 +175,12 @@ def _rank(run: dict[str, Any], rank: int) -> int:
     spoiled = run.get("nan_at") or run.get("inf_at")
     if spoiled and rank == run["world"] - 1:
         _spoil(spoiled, loss="nan_at" in run)
-    if spoiled:
+    if spoiled or run.get("watch"):
         _watch_states(f"{run['record']}.{rank}.states.jsonl")
     if run.get("fp16"):
         _allow_fp16()
+    if run.get("uncached"):
+        _never_cached()
     sys.argv = [run["script"], *run["arguments"]]
     try:
         runpy.run_path(str(ROOT / run["script"]), run_name="__main__")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import read_checkpoint
+from mmdistill.checkpoint import load_torch, read_checkpoint
 from mmdistill.config import PretrainConfig
 from mmdistill.launch import INTERRUPTED_EXIT_CODE
 from mmdistill.nonfinite import NonFinite, NonFiniteError
@@ -73,6 +73,16 @@ def _infinite(root: Path, data: list[str]) -> list[Runs]:
     ]
 
 
+def _cached(root: Path, data: list[str]) -> list[Runs]:
+    """Two mask draws, 70 of 72 clips per epoch, and an average of the student."""
+    given = (root, data, "test=False", "trainer.ema=0.9", "trainer.teacher_cache=2", "trainer.epochs=4")
+    return [
+        _distill("cached_one", *given, "batch_size=10"),
+        _distill("cached_two", *given, "batch_size=5", world=2, watch=True),
+        _distill("uncached_two", *given, "batch_size=5", world=2, uncached=True),
+    ]
+
+
 def _distill(name: str, root: Path, data: list[str], *arguments: str, world: int = 1, **more: Any) -> Runs:
     one = "trainer.ckpt_path={" + ",".join(f"{m}:{root / m / 'checkpoints' / 'LAST'}" for m in _MODALITIES) + "}"
     common = [one, *data, *EVAL, f"batch_size={8 // world}", "trainer.epochs=1", "accelerator=cpu", "compare=[random]"]
@@ -113,6 +123,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         _distill("distill_skip", root, good, "test=False", skip, "trainer.ema=0.9", world=2, **nan),
         _distill("distill_skip_zero2", root, good, "test=False", skip, "strategy=deepspeed_stage_2", world=2, **nan),
         *_infinite(root, good),
+        *_cached(root, good),
     ]  # fmt: skip
     codes: list[list[int]] = []
     for number, part in enumerate((plan[:3], plan[3:])):
@@ -304,6 +315,39 @@ def test_distillation_skips_too(runs: tuple[Path, dict[str, list[int]]], name: s
     assert np.isfinite(checkpoint.meta["loss"])
     assert checkpoint.meta["skipped_steps"] == 1
     assert "skipped step 1 of at most 10" in _log(root, name)[0]
+
+
+def test_two_ranks_average_and_cache_as_one(runs: tuple[Path, dict[str, list[int]]]) -> None:
+    root, codes = runs
+    found = [codes[name] for name in ("cached_one", "cached_two", "uncached_two")]
+    assert found == [[0], [0, 0], [0, 0]], _log(root, "cached_two")
+    first, second = ((root / f"cached_two.{rank}.states.jsonl").read_text() for rank in range(2))
+    assert first == second  # weights, averages and moments of the two ranks, after each batch
+    one, two = (load_torch(root / f"cached_{n}" / "checkpoints" / "last.ckpt")["state_dict"] for n in ("one", "two"))
+    averages = [k for k in one if k.startswith("student_ema_rgb.")]
+    assert averages
+    assert all(torch.allclose(two[k], one[k], rtol=0, atol=1e-6) for k in averages)
+    assert any(not torch.equal(two[k], two[k.replace("_ema", "")]) for k in averages)
+    files = sorted(p.relative_to(root / "cached_one") for p in (root / "cached_one" / "teacher_features").rglob("*"))
+    assert [p.name for p in files[1:]] == ["draw_0.npy", "draw_0_known.npy", "draw_1.npy", "draw_1_known.npy"]
+    for path in files[1:]:
+        a, b = (np.load(root / name / path) for name in ("cached_one", "cached_two"))
+        assert a.any()
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+    assert "2 of 72 clips computed" in _log(root, "cached_two")[0]
+
+
+def test_two_ranks_have_the_losses_of_running_teachers(runs: tuple[Path, dict[str, list[int]]]) -> None:
+    root, _ = runs
+    for rank in range(2):
+        cached, uncached = (
+            [json.loads(line) for line in (root / f"{name}.{rank}.jsonl").read_text().splitlines()]
+            for name in ("cached_two", "uncached_two")
+        )
+        assert len(cached) == 28
+        assert [c[:2] for c in cached] == [u[:2] for u in uncached]
+        losses = [[float.fromhex(step[2]) for step in steps] for steps in (cached, uncached)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", _SIGNALS)
