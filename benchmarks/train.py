@@ -59,9 +59,10 @@ def geometry(sizes: dict, spec: ModalitySpec) -> EncoderGeometry:
 # Arithmetic ----------------------------------------------------------------------------------------------------------
 
 
-def block_flops(n: int, dim: int, inner: int, hidden: int) -> int:
-    """One transformer block on n tokens, forward: qkv, both attention products, projection, MLP."""
-    return 2 * n * dim * 3 * inner + 4 * n * n * inner + 2 * n * inner * dim + 4 * n * dim * hidden
+def block_flops(n: int, dim: int, inner: int, hidden: int, last: int | None = None) -> int:
+    """One transformer block on n tokens, forward: qkv, both attention products, projection, MLP; for `last` of them."""
+    m = n if last is None else last
+    return 2 * (m + 2 * n) * dim * inner + 4 * m * n * inner + 2 * m * inner * dim + 4 * m * dim * hidden
 
 
 def encoder_flops(g: EncoderGeometry, n: int, *, backward: bool) -> int:
@@ -70,11 +71,11 @@ def encoder_flops(g: EncoderGeometry, n: int, *, backward: bool) -> int:
     return 2 * embed + 3 * blocks if backward else embed + blocks
 
 
-def pretrain_flops(g: EncoderGeometry, d: DecoderGeometry, visible: int, predicted: int) -> int:
-    """One pretraining step on one clip."""
-    tokens = visible + predicted
+def pretrain_flops(g: EncoderGeometry, d: DecoderGeometry, visible: int, predicted: int, last: int) -> int:
+    """One pretraining step on one clip; `last` tokens in the decoder's last block."""
+    tokens, sizes = visible + predicted, (d.dim, d.heads * d.head_dim, d.mlp_dim)
     decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.token_values
-    decoder += d.depth * block_flops(tokens, d.dim, d.heads * d.head_dim, d.mlp_dim)
+    decoder += (d.depth - 1) * block_flops(tokens, *sizes) + block_flops(tokens, *sizes, last=last)
     return encoder_flops(g, visible, backward=True) + 3 * decoder
 
 
@@ -145,12 +146,15 @@ def pretraining(sizes: dict) -> tuple[dict[str, tuple[int, Callable[[], float]]]
     with torch.no_grad():
         losses = {"ours": float(our_loss(None)), "transformers": float(their_loss())}
     n, all_, some = visible.shape[1], removed.shape[1], half.shape[1]
-    full = pretrain_flops(g, d, n, all_)
-    more = 2 * (g.tokens - n) * g.token_values * g.dim * 2  # transformers embeds the removed patches too
+    theirs_full = pretrain_flops(g, d, n, all_, g.tokens)
+    theirs_full += 2 * (g.tokens - n) * g.token_values * g.dim * 2  # transformers embeds the removed patches too
     return {
-        "pretrain, transformers": (full + more, stepper(theirs, their_loss)),
-        "pretrain, full decoder": (full, stepper(ours, lambda: our_loss(None))),
-        "pretrain, decoder_mask_ratio=0.5": (pretrain_flops(g, d, n, some), stepper(ours, lambda: our_loss(half))),
+        "pretrain, transformers": (theirs_full, stepper(theirs, their_loss)),
+        "pretrain, full decoder": (pretrain_flops(g, d, n, all_, all_), stepper(ours, lambda: our_loss(None))),
+        "pretrain, decoder_mask_ratio=0.5": (
+            pretrain_flops(g, d, n, some, some),
+            stepper(ours, lambda: our_loss(half)),
+        ),
     }, losses
 
 

@@ -40,7 +40,7 @@ def make_optimizer(
     groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("mask_token", "pos_embed"))
     if layer_decay is not None:
         groups = _layer_groups(module, groups, layer_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -108,7 +108,8 @@ def test_encoder_and_loss_equal_transformers() -> None:
         loss = reconstruction_loss(prediction, target)
         tokens = ours.encoder(x, visible)
     torch.testing.assert_close(tokens, features, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prediction, reference.logits, atol=1e-5, rtol=1e-5)
+    channels_last = prediction.unflatten(2, (3, -1)).transpose(2, 3).flatten(2)  # VideoMAE's order
+    torch.testing.assert_close(channels_last, reference.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, reference.loss, atol=1e-5, rtol=1e-5)
 
 
@@ -164,33 +165,27 @@ def test_targets_against_loops() -> None:
     x = rng.normal(size=(1, 2, 4, 6, 8))
     grid = (2, 3, 2)
     token = 7  # t=1, h=0, w=1
-    values = [
-        [x[0, c, 2 + dt, 0 + dy, 4 + dx] for c in range(2)] for dt in range(2) for dy in range(2) for dx in range(4)
-    ]
-    block = np.array(values)  # (pt*ph*pw, C)
-    raw = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="pixel")
-    np.testing.assert_allclose(raw[0, 0].numpy(), block.reshape(-1))
-    normal = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="patch")
-    expected = (block - block.mean(0)) / (block.std(0, ddof=1) + 1e-6)
-    np.testing.assert_allclose(normal[0, 0].numpy(), expected.reshape(-1), atol=1e-9)
-    centred = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centred")
-    np.testing.assert_allclose(centred[0, 0].numpy(), (block - block.mean(0)).reshape(-1), atol=1e-12)
-    moving = [
-        [abs(x[0, c, 2 + dt, dy, 4 + dx] - sum(x[0, c, :, dy, 4 + dx]) / 4) for c in range(2)]
-        for dt in range(2)
-        for dy in range(2)
-        for dx in range(4)
-    ]
-    energy = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="energy")
-    np.testing.assert_allclose(energy[0, 0].numpy(), np.array(moving).reshape(-1), atol=1e-12)
+    block, moving = np.empty((2, 2, 2, 4)), np.empty((2, 2, 2, 4))  # (C, pt, ph, pw)
+    for c, dt, dy, dx in np.ndindex(block.shape):
+        block[c, dt, dy, dx] = x[0, c, 2 + dt, dy, 4 + dx]
+        moving[c, dt, dy, dx] = abs(block[c, dt, dy, dx] - sum(x[0, c, :, dy, 4 + dx]) / 4)
+    mean, std = block.mean((1, 2, 3), keepdims=True), block.std((1, 2, 3), ddof=1, keepdims=True)
+    for kind, expected in (
+        ("pixel", block),
+        ("patch", (block - mean) / (std + 1e-6)),
+        ("centred", block - mean),
+        ("energy", moving),
+    ):
+        found = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind=kind)
+        np.testing.assert_allclose(found[0, 0].numpy(), expected.reshape(-1), atol=1e-9, err_msg=kind)
     with pytest.raises(ValueError, match="centered"):
         patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centered")
 
 
 def test_trivial_loss_is_the_best_constant_per_channel() -> None:
-    target = torch.randn(3, 5, 4 * 2, dtype=torch.float64)  # 2 channels
-    channels = target.view(3, 5, 4, 2).numpy()
-    best = sum(((channels[..., c] - channels[..., c].mean()) ** 2).sum() for c in range(2)) / channels.size
+    target = torch.randn(3, 5, 2 * 4, dtype=torch.float64)  # 2 channels
+    channels = target.view(3, 5, 2, 4).numpy()
+    best = sum(((channels[:, :, c] - channels[:, :, c].mean()) ** 2).sum() for c in range(2)) / channels.size
     assert trivial_loss(target, 2).item() == pytest.approx(best, rel=1e-5)
 
 

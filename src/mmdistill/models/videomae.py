@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models.beit import Attention, Block
+from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from mmdistill.models.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -123,25 +125,9 @@ def complement(index: Tensor, length: int) -> Tensor:
     return free.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
 
 
-class _Attention(Attention):
-    """timm's attention, of any head width and in any dtype.
-
-    timm 1.0.31 reshapes to the width, which fails where heads * head_dim differs from it; and its `k_bias` is a buffer
-    that DeepSpeed leaves in fp32 when it casts the parameters to bf16.
-    """
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        b, n, _ = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias).view(b, n, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim) each
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(b, n, -1))
-
-
 def _block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
     block = Block(dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path)
-    block.attn = _Attention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
+    block.attn = Attention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
     return block
 
 
@@ -228,14 +214,25 @@ class _Decoder(nn.Module):
         self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
         self.head = nn.Linear(g.dim, encoder.token_values)
+        self.channels = encoder.channels
         self.register_buffer("pos_embed", position_table(encoder, g.dim), persistent=False)
         self.apply(_init_weights)
 
     def forward(self, tokens: Tensor, last: int) -> Tensor:
-        """Run all tokens, return the predictions of the `last` ones. (B, N, Dd) -> (B, last, P)"""
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.head(self.norm(tokens[:, -last:]))
+        """Run all tokens, return the predictions of the `last` ones. (B, N, Dd) -> (B, last, P)
+
+        The last block computes these only: nothing needs its other tokens. The head's rows are in VideoMAE's order,
+        (pt, ph, pw, C); predictions have each channel's values together.
+        """
+        *most, block = self.blocks
+        for before in most:
+            tokens = before(tokens)
+        gathered = block.attn(block.norm1(tokens), last=last)
+        tokens = tokens[:, -last:] + gathered
+        tokens = self.norm(tokens + block.mlp(block.norm2(tokens)))
+        rows = (self.head.weight, self.head.bias)
+        weight, bias = (p.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1) for p in rows)
+        return F.linear(tokens, weight, bias)
 
 
 class VideoMAE(nn.Module):
@@ -261,7 +258,7 @@ class VideoMAE(nn.Module):
                 V2's dual masking (arXiv 2303.16727, section 3.2).
 
         Returns:
-            predictions (B, Lp, P), values in the order (pt, ph, pw, C) of `patch_targets`; and `predict`.
+            predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`; and `predict`.
         """
         if predict is None:
             predict = complement(visible, self.encoder.geometry.tokens)
@@ -273,7 +270,7 @@ class VideoMAE(nn.Module):
 
 
 def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind: str) -> Tensor:
-    """Reconstruction targets of tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P), values in order (pt, ph, pw, C)
+    """Reconstruction targets of tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P), values in order (C, pt, ph, pw)
 
     Args:
         x: the clip.
@@ -292,12 +289,13 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind:
         raise ValueError(f"target {kind!r} is not one of patch, centred, energy, pixel")
     if kind == "energy":
         x = (x - x.mean(dim=2, keepdim=True)).abs()
-    patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)  # (B, N, pt*ph*pw, C)
+    patches = gather_patches(x, index, grid).flatten(3)  # (B, N, C, pt*ph*pw), fresh
+    if kind in ("patch", "centred"):
+        patches.sub_(patches.mean(dim=3, keepdim=True))
     if kind == "patch":
-        std, mean = torch.std_mean(patches, dim=2, keepdim=True)
-        patches = (patches - mean) / (std + 1e-6)
-    elif kind == "centred":
-        patches = patches - patches.mean(dim=2, keepdim=True)
+        # torch.std is ten times slower than the norm
+        std = torch.linalg.vector_norm(patches, dim=3, keepdim=True).div_((patches.shape[3] - 1) ** 0.5)
+        patches.div_(std.add_(1e-6))
     return patches.flatten(2)
 
 
@@ -311,5 +309,5 @@ def trivial_loss(target: Tensor, channels: int) -> Tensor:
 
     A reconstruction loss that does not fall clearly below this number has learned nothing but the mean colour.
     """
-    values = target.float().unflatten(2, (-1, channels))  # (B, N, pt*ph*pw, C)
-    return values.var(dim=(0, 1, 2), unbiased=False).mean()
+    values = target.float().unflatten(2, (channels, -1))  # (B, N, C, pt*ph*pw)
+    return (values - values.mean(dim=(0, 1, 3), keepdim=True)).square_().mean()

@@ -86,7 +86,7 @@ def _rows(
     channels = x.shape[1]
     true_mean, true_std = _statistics(x, removed, grid)
     seen_mean, seen_std = (s.mean(dim=1, keepdim=True) for s in _statistics(x, visible, grid))
-    values = prediction.unflatten(2, (-1, channels))  # (1, N, pt*ph*pw, C)
+    values = prediction.unflatten(2, (channels, -1))  # (1, N, C, pt*ph*pw)
     for title, mean, std in (
         (f"reconstruction + true\n{names} of each patch", true_mean, true_std),
         (f"reconstruction + {names}\nof the visible patches", seen_mean, seen_std),
@@ -101,9 +101,8 @@ def _all(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def _statistics(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased std of each token and channel. (1, N, 1, C) both"""
-    patches = gather_patches(x, index, grid).permute(0, 1, 3, 4, 5, 2).flatten(2, 4)
-    std, mean = torch.std_mean(patches, dim=2, keepdim=True)
+    """Mean and unbiased std of each token and channel. (1, N, C, 1) both"""
+    std, mean = torch.std_mean(gather_patches(x, index, grid).flatten(3), dim=3, keepdim=True)
     return mean, std
 
 
@@ -114,7 +113,7 @@ def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], b
     out = base.clone()
     cells = out.view(b, c, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 1, 3, 5, 7)
     rows = torch.arange(b, device=base.device)[:, None]
-    patch = values.unflatten(2, (frames // t, height // h, width // w, c)).permute(0, 1, 5, 2, 3, 4)
+    patch = values.unflatten(2, (c, frames // t, height // h, width // w))
     cells[rows, index // (h * w), index // w % h, index % w] = patch.to(out.dtype)
     return out
 
