@@ -17,6 +17,15 @@ from mmdistill.data.atomic import write_whole
 from mmdistill.data.splits import split_by_class, split_by_match
 
 
+def _fraction(text: str) -> tuple[str, float]:
+    """NAME=FRACTION as both."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ValueError(f"--fractions {text}: expected NAME=FRACTION, like train=0.7") from None
+
+
 def main() -> int:
     """Parse, split, write."""
     parser = argparse.ArgumentParser(
@@ -33,7 +42,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
-        fractions = {name: float(value) for name, _, value in (f.partition("=") for f in options.fractions)}
+        fractions = dict(_fraction(text) for text in options.fractions)
+        if len(fractions) != len(options.fractions):
+            raise ValueError("--fractions: a name occurs twice")
         rallies = load_f3set(options.annotations)
         if options.by == "match":
             parts = split_by_match(rallies, fractions, seed=options.seed)

@@ -75,6 +75,10 @@ def test_the_script_writes_a_file_per_split(tmp_path: Path, script: Script) -> N
     assert done.returncode == 0, done.stderr
     assert len(load_f3set(tmp_path / "s/train.json")) == 32
     assert len(load_f3set(tmp_path / "s/val.json")) == 8
+    for wrong, told in ((["train", "val=0.2"], "--fractions train: expected"), (["a=0.5", "a=0.5"], "occurs twice")):
+        failed = script("split_data.py", *given, "--fractions", *wrong)
+        assert failed.returncode == 2
+        assert told in failed.stderr
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the F3Set annotations are not beside this repository")

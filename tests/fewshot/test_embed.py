@@ -172,6 +172,13 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
     assert not again.info["cached"]
 
 
+def test_a_cache_that_cannot_be_written_does_not_end_the_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    (found,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path / "cache")
+    assert len(found.features) == len(INDEX.clips)
+    assert "not kept in the cache" in caplog.text
+
+
 @pytest.mark.parametrize("views", [Views(), Views(3, 0.5, sharing="per_clip"), Views(2)])
 def test_the_alternatives_are_the_three_readouts_this_one_first(views: Views):
     found = views.alternatives()

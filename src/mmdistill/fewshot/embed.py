@@ -300,7 +300,10 @@ def embed_cached(
             whole = replace(whole, info={**whole.info, **noted})
             found[i] = whole
             if usable[i] and cache is not None and rank() == 0:
-                write_cache(cache, keys[i], whole)
+                try:
+                    write_cache(cache, keys[i], whole)
+                except OSError as error:
+                    log.warning("features are not kept in the cache, the next evaluation encodes again: %s", error)
     made = set(missing)
     return [_note(f, job, i not in made) for i, (f, job) in enumerate(zip(found, jobs, strict=True)) if f is not None]
 
