@@ -75,7 +75,8 @@ def free_port() -> int:
     Raises:
         ConfigError: a hundred ports were tried and all are in use.
     """
-    for port in random.SystemRandom().sample(_PORTS, 100):  # not the seeded generator: jobs would choose the same one
+    for _ in range(100):
+        port = random.SystemRandom().choice(_PORTS)  # not by the seeded generator: jobs would choose the same one
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

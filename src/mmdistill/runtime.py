@@ -68,8 +68,10 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     atexit.unregister(_leave_group)
     atexit.register(_leave_group)
     if world_size > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if use_gpu else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        backend, timeout = "nccl" if use_gpu else "gloo", timedelta(seconds=timeout_s)
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed makes of its own
+            setattr(torch.distributed.distributed_c10d, name, timeout)
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)
 
 
