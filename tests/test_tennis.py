@@ -1,4 +1,4 @@
-"""The full-size tennis configs: one epoch of three clips through each stage, 16 frames of 224 x 384, ViT-S."""
+"""The full-size tennis configs: one clip through each stage, 16 frames of 224 x 384, ViT-S."""
 
 import json
 import pickle
@@ -17,8 +17,8 @@ FRAMES = 18  # one window of 16, and the frame that the last flow pair leads to
 
 
 def _render(root: Path) -> None:
-    """Three real rallies' records, cut to their first frames, with drawn frames, flow and joints in their layout."""
-    rallies = json.loads(ANNOTATIONS.read_text())[:3]
+    """A real rally's record, cut to its first frames, with drawn frames, flow and joints in their layout."""
+    rallies = json.loads(ANNOTATIONS.read_text())[:1]
     rng = np.random.default_rng(0)
     (root / "skeletons" / "f3set-tennis").mkdir(parents=True)
     for rally in rallies:
