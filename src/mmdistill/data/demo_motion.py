@@ -195,6 +195,45 @@ def _head_joints(
     return centre, [nose, *eyes, *ears]
 
 
+def _arms(
+    get: dict[str, np.ndarray],
+    chest: np.ndarray,
+    shoulders: list[np.ndarray],
+    right: np.ndarray,
+    forward: np.ndarray,
+    body: Body,
+) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
+    """Elbows, wrists (left, right), grip and direction of the racket, which is in the right hand; each (T, 3)."""
+    racket = _unit(get["rd"])
+    down = -0.35 * forward + np.array([0, 0, -0.75])
+    elbow_r, wrist_r = _two_bones(shoulders[1], chest + get["rh"], body.upper_arm, body.forearm, right * 0.6 + down)
+    grip = wrist_r + 0.045 * _unit(_unit(wrist_r - elbow_r) + racket)
+    two = np.clip(get["two"], 0, 1)
+    goal_l = (1 - two) * (chest + get["lh"]) + two * (grip + 0.06 * racket)
+    elbow_l, wrist_l = _two_bones(shoulders[0], goal_l, body.upper_arm, body.forearm, -right * 0.6 + down)
+    return [elbow_l, elbow_r], [wrist_l, wrist_r], grip, racket
+
+
+def _legs(
+    get: dict[str, np.ndarray],
+    hips: list[np.ndarray],
+    right: np.ndarray,
+    forward: np.ndarray,
+    speed: np.ndarray,
+    body: Body,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(knee, ankle) of the left and the right leg; each (T, 3). A shuffling player lifts one foot after the other."""
+    phase = np.cumsum(np.abs(speed)) / body.height * 9.0
+    step = np.minimum(np.abs(speed) / body.height * 1.2, 0.07)
+    legs = []
+    for k, (name, hip) in enumerate((("lf", hips[0]), ("rf", hips[1]))):
+        shuffle = np.maximum(np.sin(phase * np.pi + k * np.pi), 0) * step
+        ankle = get[name] * np.array([1, 1, 0])
+        ankle[:, 2] = 0.04 + np.maximum(get[name][:, 2], 0) + shuffle + np.maximum(get["hop"], 0)[:, 0]
+        legs.append(_two_bones(hip, ankle, body.thigh, body.shin, forward + 0.25 * (2 * k - 1) * right))
+    return legs
+
+
 def solve(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, body: Body, *, facing: int) -> Figure:
     """Joints of a pose track.
 
@@ -206,11 +245,6 @@ def solve(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, body: Bo
     get = {name: pose[:, part] for name, part in SLICES.items()}
     hop = np.maximum(get["hop"], 0)
     lift = np.concatenate([np.zeros((len(x), 2)), hop], -1)
-    # A shuffling player lifts one foot after the other.
-    phase = np.cumsum(np.abs(speed)) / h * 9.0
-    step = np.minimum(np.abs(speed) / h * 1.2, 0.07)
-    shuffle = [np.maximum(np.sin(phase * np.pi + k * np.pi), 0) * step for k in (0, 1)]
-
     pelvis_z = 0.525 - np.maximum(get["crouch"], -0.03)
     pelvis = np.concatenate([get["p"], pelvis_z], -1) + lift
     lean, side = np.radians(get["lean"]), np.radians(get["side"])
@@ -221,23 +255,11 @@ def solve(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, body: Bo
     shoulders = [chest + s * body.shoulder * right_s for s in (-1, 1)]
     hips = [pelvis + s * body.hip * right_h for s in (-1, 1)]
 
-    racket = _unit(get["rd"])
-    pole_r = right_s * 0.6 - 0.35 * forward_s + np.array([0, 0, -0.75])
-    elbow_r, wrist_r = _two_bones(shoulders[1], chest + get["rh"], body.upper_arm, body.forearm, pole_r)
-    grip = wrist_r + 0.045 * _unit(_unit(wrist_r - elbow_r) + racket)
-    two = np.clip(get["two"], 0, 1)
-    goal_l = (1 - two) * (chest + get["lh"]) + two * (grip + 0.06 * racket)
-    pole_l = -right_s * 0.6 - 0.35 * forward_s + np.array([0, 0, -0.75])
-    elbow_l, wrist_l = _two_bones(shoulders[0], goal_l, body.upper_arm, body.forearm, pole_l)
-
-    legs = []
-    for k, (name, hip) in enumerate((("lf", hips[0]), ("rf", hips[1]))):
-        ankle = get[name] * np.array([1, 1, 0])
-        ankle[:, 2] = 0.04 + np.maximum(get[name][:, 2], 0) + shuffle[k] + hop[:, 0]
-        legs.append(_two_bones(hip, ankle, body.thigh, body.shin, forward_h + 0.25 * (2 * k - 1) * right_h))
+    elbows, wrists, grip, racket = _arms(get, chest, shoulders, right_s, forward_s, body)
+    legs = _legs(get, hips, right_h, forward_h, speed, body)
     head, face = _head_joints(chest, 0.35 * get["sy"][:, 0], get["lean"][:, 0], 0.068)
 
-    joints = [*face, *shoulders, elbow_l, elbow_r, wrist_l, wrist_r, *hips]
+    joints = [*face, *shoulders, *elbows, *wrists, *hips]
     joints += [legs[0][0], legs[1][0], legs[0][1], legs[1][1]]
     normal = forward_s + np.array([0, 0, 0.15])
     normal = _unit(normal - racket * np.sum(normal * racket, -1, keepdims=True))
