@@ -1,11 +1,12 @@
 """Speed and memory of the checkpoint layer against plain ``torch.save`` and ``torch.load`` of the same tensors.
 
-    python benchmarks/checkpoint.py [--megabytes 400] [--folder DIR] [--repeats 5] [--json]
+    python benchmarks/checkpoint.py [--megabytes 400] [--folder DIR] [--repeats 8] [--json]
 
 Saving includes checksums, fsync and rename; the plain save is followed by an fsync too, so that both end with the
 bytes on the disk. Loading includes the comparison of every checksum; the files are in the page cache. Each measurement
-runs in a process of its own, which also reports its peak memory above the start. All take turns in each repeat; the
-best repeat counts, as a disk that is shared pauses at times, and the median is printed beside it.
+runs in a process of its own, which also reports its peak memory above the start. All take turns in each repeat, each
+time another one first; the best repeat counts, as a disk that is shared pauses at times, and the median is printed
+beside it.
 """
 
 import argparse
@@ -67,7 +68,6 @@ WAYS = {
     "load directory weights + copy": lambda _, d: touch(read_checkpoint(d / "ours").state_dict),
     "load .safetensors + copy": lambda _, d: touch(read_checkpoint(d / "ours.safetensors").state_dict),
 }
-LAST_SAVE = "save .safetensors"
 BASE = {"save": "save torch.save + fsync", "load": "load torch.load", "copy": "load torch.load + copy"}
 
 
@@ -125,12 +125,17 @@ def clear(folder: Path) -> None:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
+def turns(names: list[str], repeats: int) -> list[str]:
+    """All names in each repeat, each time another one first: a disk that slows down after a burst favours none."""
+    return [names[(repeat + place) % len(names)] for repeat in range(repeats) for place in range(len(names))]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=400)
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,18 +143,18 @@ def main() -> None:
         print(json.dumps(measure(args.one, Path(args.folder), args.megabytes)))
         return
     folder = Path(tempfile.mkdtemp(dir=args.folder))
+    saves = [name for name in WAYS if name.startswith("save")]
+    loads = [name for name in WAYS if name not in saves]
     repeats: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
-    state = tensors(args.megabytes)
     try:
-        for _ in range(args.repeats):
-            for name in WAYS:
-                repeats[name].append(run(name, folder, args.megabytes))
-                if name.startswith("save"):  # each save finds the page cache as the one before did
-                    clear(folder)
-                if name == LAST_SAVE:
-                    for other in filter(lambda n: n.startswith("save"), WAYS):
-                        WAYS[other](state, folder)
-            clear(folder)
+        for name in turns(saves, args.repeats):
+            repeats[name].append(run(name, folder, args.megabytes))
+            clear(folder)  # each save finds the page cache as the one before did
+        state = tensors(args.megabytes)
+        for name in saves:
+            WAYS[name](state, folder)
+        for name in turns(loads, args.repeats):
+            repeats[name].append(run(name, folder, args.megabytes))
     finally:
         shutil.rmtree(folder)
     results = {name: min(all_told, key=lambda told: told["seconds"]) for name, all_told in repeats.items()}

@@ -28,7 +28,7 @@ from mmdistill.checkpoint.zero import adam_step
 from tests.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
 from tests.ranks import fork_ranks, wait_for
 
-KINDS = [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False)]
+KINDS = [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False), (3, True)]
 META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.commands import run_python
 
-KINDS = ["stage0-fp32", "stage1-fp32", "stage2-fp32", "stage0-bf16", "stage1-bf16", "stage2-bf16", "stage3-fp32"]
+KINDS = [f"stage{stage}-{precision}" for precision in ("fp32", "bf16") for stage in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_another_layout_is_one_sentence(results: dict, case: str, found: str, wa
 
 def test_never_from_scratch(results: dict) -> None:
     assert "does not exist" in results["mismatch-absent"]["0"]["raised"][1]
-    assert "a folder of 7 checkpoints" in results["mismatch-parent"]["0"]["raised"][1]
+    assert "a folder of 8 checkpoints" in results["mismatch-parent"]["0"]["raised"][1]
     assert results["mismatch-replicated"]["0"]["raised"] is None
 
 

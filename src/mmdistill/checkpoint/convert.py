@@ -19,7 +19,7 @@ from mmdistill.checkpoint.write import (
     save_torch,
     staged_directory,
     stream_torch,
-    sync_directory,
+    sync,
     write_bytes,
 )
 
@@ -60,7 +60,7 @@ def write_deepspeed(state: Mapping[str, Tensor], target: Path, meta: Mapping[str
         text = json.dumps(dict(meta), indent=1, sort_keys=True) + "\n"
         for small, data in ((LATEST, TAG.encode()), (META, text.encode())):
             files[small] = describe(folder / small, write_bytes(folder / small, data))
-        sync_directory(folder / TAG)
+        sync(folder / TAG)
         facts = {key: meta.get(key) for key in ("epoch", "loss", "kind", "modality")}
         write_bytes(folder / MANIFEST, manifest_bytes(files, world_size=1, stage=0, step=step, **facts))
 

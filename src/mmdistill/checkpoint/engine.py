@@ -22,7 +22,7 @@ from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError,
 from mmdistill.checkpoint.layout import LATEST, MANIFEST, META, TAG, TMP_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.manifest import describe, manifest_bytes, verify_manifest
 from mmdistill.checkpoint.read import EMBEDDED
-from mmdistill.checkpoint.write import discard, publish_directory, recover, stream_torch, sync_directory, write_bytes
+from mmdistill.checkpoint.write import discard, publish_directory, recover, stream_torch, sync, write_bytes
 from mmdistill.checkpoint.zero import GROUP_NAMES, adam_step, check_shards, read_model_file
 
 log = logging.getLogger(__name__)
@@ -175,12 +175,12 @@ def _finish(staged: Path, target: Path, meta: Mapping[str, Any], files: list[str
         (META, (json.dumps(dict(meta), indent=1, sort_keys=True) + "\n").encode()),
     ):
         entries[name] = describe(staged / name, write_bytes(staged / name, data))
-    sync_directory(staged / TAG)
+    sync(staged / TAG)
     told = {key: meta.get(key) for key in ("epoch", "kind", "modality", "loss")}
     if told["loss"] is not None and not math.isfinite(told["loss"]):
         told["loss"] = None
     write_bytes(staged / MANIFEST, manifest_bytes(entries, **facts, **told))
-    sync_directory(staged)
+    sync(staged)
     publish_directory(staged, target)
 
 

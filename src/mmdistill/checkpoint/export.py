@@ -16,7 +16,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import load_encoder_with_report
 from mmdistill.checkpoint.read import read_checkpoint
-from mmdistill.checkpoint.write import save_safetensors, staged_directory, write_bytes
+from mmdistill.checkpoint.write import save_safetensors, staged_directory, sync, write_bytes
 from mmdistill.models.videomae import Encoder
 
 FORMATS = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
@@ -124,7 +124,9 @@ def _replace(target: Path, write: Callable[[str], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(str(staged))
+        sync(staged)
         os.replace(staged, target)
+        sync(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target}: not saved ({error})") from error
     finally:

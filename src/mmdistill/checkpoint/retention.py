@@ -20,7 +20,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.layout import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.read import read_meta
-from mmdistill.checkpoint.write import discard, recover, sync_directory
+from mmdistill.checkpoint.write import discard, recover, sync
 from mmdistill.checkpoint.zero import read_zero
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ def same_as(path: Path, name: Path) -> None:
         except OSError:
             shutil.copyfile(path, staged)
         os.replace(staged, name)
-        sync_directory(name.parent)
+        sync(name.parent)
     finally:
         staged.unlink(missing_ok=True)
 

@@ -84,8 +84,8 @@ class DirectFile:
         self._file.close()
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames and new names in a directory durable."""
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -104,7 +104,7 @@ def _staged(path: Path) -> Iterator[DirectFile]:
         file.finish()
         file.close()
         os.replace(staged, path)
-        sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         file.close()
         staged.unlink(missing_ok=True)
@@ -240,7 +240,7 @@ def publish_directory(staged: Path, target: Path) -> None:
             discard(old)
         os.rename(target, old)
     os.rename(staged, target)
-    sync_directory(target.parent)
+    sync(target.parent)
     if old.exists():
         discard(old)
 
@@ -269,7 +269,7 @@ def staged_directory(target: Path, fill: Callable[[Path], None]) -> None:
         discard(staged)
         staged.mkdir()
         fill(staged)
-        sync_directory(staged)
+        sync(staged)
         publish_directory(staged, target)
     except OSError as error:
         discard(staged)
