@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,12 @@ from rich.table import Table
 
 from mmdistill.build import annotation_path, load_rallies, modality_readers
 from mmdistill.cli import CONFIGS
-from mmdistill.config import (
-    ConfigError,
-    DataModuleConfig,
-    PretrainConfig,
-    explain,
-    parse,
-    quote_overrides,
-    register_schemas,
-)
+from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, parse, register_schemas
 from mmdistill.data.annotations import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
 from mmdistill.data.atomic import write_whole
 from mmdistill.data.readers import Reader
+from mmdistill.overrides import is_override, quote_overrides
 from mmdistill.prepare.coverage import RallyCoverage, check_all
-
-_OVERRIDE = re.compile(r"\+{0,2}[a-z_][\w./@]*=")
 
 
 def main() -> int:
@@ -99,7 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--write-clean", type=Path, help="write the usable rallies and events here")
     options = parser.parse_intermixed_args()
-    options.overrides = [w for w in options.what if _OVERRIDE.match(w) and not Path(w).exists()]
+    options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     files = [Path(w) for w in options.what if w not in options.overrides]
     if len(files) > 1:
         parser.error(f"one annotation file at a time: {', '.join(map(str, files))}")

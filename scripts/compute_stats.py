@@ -26,11 +26,11 @@ from mmdistill.config import (
     explain,
     modality_specs,
     parse,
-    quote_overrides,
     register_schemas,
     to_plain,
 )
 from mmdistill.data.atomic import write_whole
+from mmdistill.overrides import quote_overrides
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 

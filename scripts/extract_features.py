@@ -16,7 +16,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.config import ConfigError, DistillConfig, explain, parse, quote_overrides, register_schemas
+from mmdistill.config import ConfigError, DistillConfig, explain, parse, register_schemas
+from mmdistill.overrides import quote_overrides
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from mmdistill import config as schema
-from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, quote_overrides, teacher_paths
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, teacher_paths
+from mmdistill.overrides import quote_overrides
 from tests.commands import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]

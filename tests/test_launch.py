@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from mmdistill import launch
-from mmdistill.config import ConfigError, add_overrides, quote_overrides
+from mmdistill.config import ConfigError
 from mmdistill.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
+from mmdistill.overrides import add_overrides, quote_overrides
 from tests.commands import environment
 from tests.tiny_data import MODEL, make_tiny, overrides
 

@@ -12,6 +12,7 @@ from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint,
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse
 from mmdistill.evaluate import _networks
 from mmdistill.fewshot.embed import weights_digest
+from mmdistill.overrides import quote_overrides
 from mmdistill.teachers import check_teachers, load_teachers
 from tests.test_resume import ROOT, teacher
 from tests.tiny_data import overrides
@@ -22,7 +23,7 @@ MODALITIES = ("rgb", "flow", "skeleton")
 def configure(*more: str) -> DistillConfig:
     schema.register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        values = schema.quote_overrides([*overrides(Path("nowhere")), *more])
+        values = quote_overrides([*overrides(Path("nowhere")), *more])
         return parse(compose("config_mmdistill", overrides=values), DistillConfig)
 
 

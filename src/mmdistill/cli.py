@@ -19,14 +19,13 @@ from mmdistill.config import (
     ConfigError,
     DistillConfig,
     PretrainConfig,
-    add_overrides,
     die,
     explain,
     parse,
-    quote_overrides,
     register_schemas,
     to_plain,
 )
+from mmdistill.overrides import add_overrides, quote_overrides
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

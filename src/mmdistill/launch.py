@@ -19,7 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mmdistill.config import ConfigError, add_overrides
+from mmdistill.config import ConfigError
+from mmdistill.overrides import add_overrides
 
 INTERRUPTED_EXIT_CODE = 85  # a whole checkpoint was written after a stop signal; `resume=auto` goes on
 _GRACE = 10.0  # seconds that ranks get to end by themselves after one has failed; those stopped by a signal get more
