@@ -136,7 +136,9 @@ def test_distillation_resumes_to_the_last_bit(
 
 def test_wrong_modality_is_refused_by_name(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
     swapped = {"rgb": teachers["flow"], "flow": teachers["rgb"], "skeleton": teachers["skeleton"]}
-    done = run_python("lit_main_mmdistill.py", _teachers(swapped), *data, f"hydra.run.dir={tmp_path}", expect=2)
+    done = run_python(
+        "lit_main_mmdistill.py", _teachers(swapped), "test=False", *data, f"hydra.run.dir={tmp_path}", expect=2
+    )
     assert "is a flow checkpoint, given as the rgb teacher" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -135,6 +135,12 @@ def test_clips_of_another_size_than_trained_on_are_refused(data: Path, checkpoin
         _evaluate(data, checkpoint, tmp_path, "data_module.crop_size=[16,16]")
 
 
+def test_a_part_that_is_not_there_is_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for override in ("network=teacher_depth", "compare=[teacher_depth]"):
+        with pytest.raises(ConfigError, match="has no teacher_depth, but student_rgb, teacher_rgb"):
+            _evaluate(data, checkpoint, tmp_path, override)
+
+
 def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Path) -> None:
     state = {f"encoder.{key}": v for key, v in Encoder(GEOMETRY).state_dict().items()}
     save_torch({"module": state, "mmdistill": {"kind": "pretrain", "modality": "rgb"}}, tmp_path / "rgb.pt")
