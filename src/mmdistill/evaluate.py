@@ -176,9 +176,7 @@ def _load(
 ) -> Network:
     """One encoder with the statistics that it was trained with."""
     if part and part not in source.parts and source.parts != ["encoder"]:
-        raise ConfigError(
-            f"{source.path} has no {part}, but {', '.join(source.parts)}; set network or compare to these"
-        )
+        raise ConfigError(f"{source.path}: no part {part!r}, set network and compare to {', '.join(source.parts)}")
     modality = part.rpartition("_")[2] if part else source.meta.get("modality", "rgb")
     if modality not in specs:
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
