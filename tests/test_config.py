@@ -54,6 +54,21 @@ def test_every_yaml_composes() -> None:
     assert composed == len(files) > 15
 
 
+def test_deepspeed_files_say_stage_and_offload() -> None:
+    from mmdistill.pretrain.engine import deepspeed_config
+
+    names = ["zero0", *(f"zero{n}{end}" for n in (1, 2, 3) for end in ("", "_offload"))]
+    assert sorted(p.stem for p in (CONFIGS / "deepspeed").glob("*.yaml")) == names
+    for name in names:
+        zero = deepspeed_config(_pretrain(f"deepspeed={name}"), "32")["zero_optimization"]
+        assert zero["stage"] == int(name[4])
+        assert ("offload_optimizer" in zero) == name.endswith("_offload")
+    with pytest.raises(ConfigError, match="offload needs"):
+        deepspeed_config(_pretrain("deepspeed.offload=true"), "32")
+    with pytest.raises(ConfigError, match="precision=16 needs a GPU, and accelerator=cpu"):
+        _distill("precision=16", "accelerator=cpu")
+
+
 def test_every_key_is_read() -> None:
     """Each field of each schema class occurs as an attribute outside the schema."""
     read: set[str] = set()

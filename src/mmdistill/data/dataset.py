@@ -211,6 +211,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
 
 def worker_init(_worker: int) -> None:
-    """One thread per loader worker: the workers are the parallelism."""
+    """One thread per loader worker: the workers are the parallelism. Denormals are flushed here too."""
+    torch.set_flush_denormal(True)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
