@@ -17,7 +17,7 @@ from mmdistill.cli import CONFIGS
 from mmdistill.config import ConfigError, PretrainConfig, as_names, parse, register_schemas, to_plain
 from mmdistill.runinfo import git_state, record_run
 from mmdistill.runlog import RunLog
-from mmdistill.trackers import TRACKERS, open_trackers
+from mmdistill.trackers import TRACKERS, carry_rows, open_trackers
 
 
 def _parsed(*overrides: str) -> PretrainConfig:
@@ -47,6 +47,23 @@ def test_a_resumed_run_goes_on_with_its_csv(tmp_path: Path) -> None:
         tracker.scalars(step, {"loss": step / 4})
         tracker.close()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.25", "2,0.5"]
+
+
+def test_a_run_resumed_in_another_folder_begins_with_the_rows_up_to_its_checkpoint(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    checkpoint = old / "checkpoints" / "epoch=01-loss=0.5000"
+    assert carry_rows(checkpoint, new, 20) == 0  # there is none
+    old.mkdir()
+    (old / "metrics.csv").write_text("step,loss\n10,0.9\n20,0.5\n30,0.7\n")
+    names = as_names("logger", _parsed().logger)
+    with RunLog(new, total_steps=3, title="t", trackers=names) as log:
+        log.continues(checkpoint, 20)
+        log.scalars(30, {"loss": 0.4, "top1": 0.3})
+    assert (new / "metrics.csv").read_text().splitlines() == ["step,loss,top1", "10,0.9,", "20,0.5,", "30,0.4,0.3"]
+    assert f"metrics.csv begins with 2 rows of {old}" in (new / "run.log").read_text()
+    assert carry_rows(checkpoint, new, 30) == 0  # it has rows of its own
+    assert carry_rows(checkpoint, old, 20) == 0  # resumed in the same folder
+    assert len((old / "metrics.csv").read_text().splitlines()) == 4
 
 
 def test_repeated_epochs_replace_their_rows(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mmdistill.progress import Display
-from mmdistill.trackers import Tracker, open_trackers
+from mmdistill.trackers import Csv, Tracker, carry_rows, open_trackers
 
 LOG_FILE = "run.log"
 DEFAULT_TRACKERS = ("tensorboard", "csv")
@@ -58,6 +58,13 @@ class RunLog:
             self._display.__exit__(kind, error, tb)
             for tracker in self._trackers:
                 tracker.close()
+
+    def continues(self, checkpoint: Path, step: int) -> None:
+        """The run goes on from a `checkpoint` of `step`: in a folder of its own, its table begins with that run's."""
+        if self.enabled and any(isinstance(tracker, Csv) for tracker in self._trackers):
+            rows = carry_rows(checkpoint, self._file.parent, step)
+            if rows:
+                self.say(f"metrics.csv begins with {rows} rows of {checkpoint.absolute().parents[1]}")
 
     def step(self, done: int, note: str) -> None:
         """Show that `done` steps are finished, and the memory."""

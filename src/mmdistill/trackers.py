@@ -83,6 +83,25 @@ class Csv:
         """Each row is written at once."""
 
 
+def carry_rows(checkpoint: Path, run_dir: Path, step: int) -> int:
+    """Begin the ``metrics.csv`` of `run_dir` with the rows up to `step` of the run that wrote `checkpoint`.
+
+    Nothing where that run is this one or has none, or where this one has rows of its own. Returns how many came over.
+    """
+    old, new = checkpoint.absolute().parents[1] / "metrics.csv", run_dir.absolute() / "metrics.csv"
+    if new.exists() or not old.is_file():
+        return 0
+    with old.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if row.get("step", "").isdecimal() and int(row["step"]) <= step]
+    if rows:
+        with new.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(reader.fieldnames or []), restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    return len(rows)
+
+
 def _repeated(row: Mapping[str, Any], step: int, values: Mapping[str, float]) -> bool:
     """Whether a stored row is of a later step, or of this one with the same numbers in it."""
     stored = int(row["step"])

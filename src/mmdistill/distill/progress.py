@@ -20,10 +20,13 @@ class Progress(Callback):
         run_dir: the run's folder.
         trackers: names, see `mmdistill.trackers`.
         config: the resolved config, for trackers that show it.
+        source: the checkpoint that the run goes on from.
     """
 
-    def __init__(self, run_dir: Path, trackers: Sequence[str], config: Mapping[str, Any]) -> None:
-        self._run_dir, self._trackers, self._config = run_dir, trackers, config
+    def __init__(
+        self, run_dir: Path, trackers: Sequence[str], config: Mapping[str, Any], source: Path | None = None
+    ) -> None:
+        self._run_dir, self._trackers, self._config, self._source = run_dir, trackers, config, source
         self._log: RunLog | None = None
         self._restart()
 
@@ -42,6 +45,8 @@ class Progress(Callback):
             config=self._config,
         )
         self._log.__enter__()
+        if self._source:
+            self._log.continues(self._source, trainer.global_step)
         self._restart()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

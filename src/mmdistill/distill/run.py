@@ -244,7 +244,7 @@ def _trainer(
     callbacks: list[pl.Callback] = [
         FixedOrder(data.sampler, config.seed),
         EpochMeans(),  # before all that read the epoch's means
-        Progress(run_dir, as_names("logger", config.logger), to_plain(config)),
+        Progress(run_dir, as_names("logger", config.logger), to_plain(config), source),
         StopOnSignal(stop_signal, checkpoints / LAST, t.accumulate),
         EpochCheckpoints(
             checkpoints,

@@ -268,6 +268,7 @@ def _train(run: _Run, source: Path | None) -> Path:
             run.resume(source)
             saved = source
             log.say(f"resumed {source} at epoch {run.at.epoch}, step {run.step}")
+            log.continues(source, run.step)
         while run.at.epoch < config.trainer.epochs:
             saved = _epoch(run, log, stop_signal) or saved
         log.say(run.report.last_line())
