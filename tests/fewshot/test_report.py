@@ -1,9 +1,11 @@
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -157,15 +159,23 @@ def test_principal_components_are_those_of_the_covariance():
     assert figures.project(x, method="tsne").shape == (50, 2)
 
 
+@pytest.fixture
+def profile() -> Iterator[Path]:
+    """A folder with a short name: Chromium's sockets in it may have 107 characters, pytest's folders can be longer."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tmp_path: Path):
+def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tmp_path: Path, profile: Path):
     log = tmp_path / "net.json"
     browser = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
     quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
-    where = [f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--window-size=1150,3000"]
+    env = {**os.environ, "TMPDIR": str(profile)}
+    where = [f"--user-data-dir={profile}", f"--log-net-log={log}", "--window-size=1150,3000"]
     shot = tmp_path / "shot.png"
     command = [*browser, *quiet, *where, f"--screenshot={shot}", page.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
     assert shot.stat().st_size > 20_000
@@ -175,6 +185,6 @@ def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tm
 
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
-    command = [*browser, *quiet, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", broken.as_uri()]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    command = [*browser, *quiet, f"--user-data-dir={profile}", "--dump-dom", broken.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
     assert "CONSOLE" in run.stderr  # this test would see it: the page's policy refuses the picture
