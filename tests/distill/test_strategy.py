@@ -70,7 +70,7 @@ def assert_resumed(runs: Path, whole: str, *parts: str) -> None:
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert_same(a[key], b[key], key)
     assert a["mmdistill"]["loss"] == b["mmdistill"]["loss"]
-    assert epochs(runs, whole)[1]["grad_norm"] == epochs(runs, parts[-1])[0]["grad_norm"]
+    assert epochs(runs, whole)[-1]["grad_norm"] == epochs(runs, parts[-1])[-1]["grad_norm"]
 
 
 def test_all_ranks_ended(runs: Path) -> None:
