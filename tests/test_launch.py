@@ -20,6 +20,7 @@ from mmdistill.config import ConfigError
 from mmdistill.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
 from mmdistill.overrides import add_overrides, quote_overrides
 from tests.commands import environment
+from tests.test_resume import teacher
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,26 @@ def test_every_launcher_gives_one_folder_and_the_loss_of_one_process(
     assert _loss(run) == pytest.approx(alone, rel=1e-5)
     assert (run / "run.log").read_text().count("epoch 0: loss") == 1
     assert (run / "run.json").is_file()
+
+
+def _distil(start: list[str], common: list[str], folder: Path, batch: int) -> float:
+    """The loss of a distillation, which leaves one folder and one log."""
+    command = [*start, *common, f"batch_size={batch}", f"hydra.run.dir={folder}/${{now:%S-%f}}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=ENOUGH)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = folder.iterdir()
+    assert (run / "run.log").read_text().count("epoch 0: loss") == 1
+    with (run / "metrics.csv").open(newline="") as file:
+        return float(next(csv.DictReader(file))["train_loss"])
+
+
+def test_launchers_distil_as_one_process_does(data: list[str], tmp_path: Path) -> None:
+    given = [str(teacher(tmp_path / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
+    common = ["lit_main_mmdistill.py", f"trainer.ckpt_path=[{','.join(given)}]", *data, "trainer.epochs=1"]
+    common += ["test=False", "accelerator=cpu"]
+    alone = _distil([sys.executable], common, tmp_path / "one", 8)
+    for launcher in ("torchrun", "deepspeed --no_local_rank"):
+        assert _distil(LAUNCHERS[launcher], common, tmp_path / launcher, 4) == pytest.approx(alone, rel=1e-5)
 
 
 class _Ended(Exception):
