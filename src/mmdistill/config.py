@@ -139,8 +139,8 @@ class TrainerConfig(_Sealable):
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip_grad: float | None = None  # global gradient norm; null: no clipping
-    # a loss or gradient that is not finite: raise | skip the step, which leaves weights, moments and averages as they are
-    # and counts in the schedule. With precision=16 overflows above loss scale 1 are counted apart (overflow_steps)
+    # a loss or gradient that is not finite: raise | skip the step, which leaves weights, moments and averages alone and
+    # counts in the schedule. With precision=16, overflows above loss scale 1 are counted apart (overflow_steps)
     nonfinite: str = "raise"
     nonfinite_budget: int = 10  # steps that may be skipped in the whole training
     accumulate: int = 1  # batches per optimiser step
