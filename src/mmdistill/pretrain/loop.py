@@ -77,9 +77,9 @@ class _Run:
 
     def __init__(self, config: PretrainConfig, run_dir: Path, process: Process) -> None:
         self.config, self.run_dir, self.process = config, run_dir, process
-        self.spec: ModalitySpec = modality_specs(config.data_module)[config.modality]
         data, trainer = config.data_module, config.trainer
         self.dataset = clip_dataset(data, (config.modality,), training=True, seed=config.seed)
+        self.spec: ModalitySpec = modality_specs(data)[config.modality]
         self.sampler = EpochBatchSampler(
             len(self.dataset),
             batch_size=config.batch_size,
