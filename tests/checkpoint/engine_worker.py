@@ -206,7 +206,7 @@ def main(folder: Path) -> None:
         rank, saves, delay = draw.randrange(2), draw.randrange(1, 4), 0.2 * draw.random()
 
         def wait(target: Path = target, saves: int = saves, delay: float = delay) -> None:
-            end = time.monotonic() + 60
+            end = time.monotonic() + 300
             while len(list(target.glob("epoch=*"))) < saves and time.monotonic() < end:
                 time.sleep(0.01)
             time.sleep(delay)

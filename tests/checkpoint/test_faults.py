@@ -421,5 +421,5 @@ def test_full_tmpdir_does_not_matter(tmp_path: Path) -> None:
         pytest.skip(f"no file system can be mounted here: {error}")
     fill = 'head -c 100000 /dev/zero > "$TMPDIR/fill" 2> /dev/null || true; exec "$@"'
     command = [*mount, "sh", "-c", fill, "sh", sys.executable, "-c", IN_A_FULL_TMPDIR, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

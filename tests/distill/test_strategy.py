@@ -178,8 +178,8 @@ def test_full_disk_on_rank_0_is_told_on_both(runs: Path, strategy: str) -> None:
     assert "No space left on device" in told[0]["told"]
     assert told[1]["told"] == told[0]["told"]
     assert not [name for name in told[0]["left"] if name.endswith(".ckpt")]
-    assert told[0]["seconds"] < 5
-    assert told[1]["seconds"] < 5
+    assert told[0]["seconds"] < 60  # and not the half hour of a collective
+    assert told[1]["seconds"] < 60  # and not the half hour of a collective
 
 
 def test_stage_3_is_refused(tmp_path: Path) -> None:
