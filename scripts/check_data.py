@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -26,12 +25,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmdistill.build import annotation_path, load_rallies, modality_readers
-from mmdistill.cli import CONFIGS
-from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, parse, register_schemas
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain
 from mmdistill.data.annotations import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
 from mmdistill.data.atomic import write_whole
 from mmdistill.data.readers import Reader
-from mmdistill.overrides import is_override, quote_overrides
+from mmdistill.overrides import is_override
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
 
@@ -100,10 +99,8 @@ def _arguments() -> argparse.Namespace:
 def _data(options: argparse.Namespace) -> DataModuleConfig:
     """The dataset config, and the options in the places of its keys. Crop and clips play no role here."""
     chosen = any(override.startswith("dataset=") for override in options.overrides)
-    overrides = [*([] if chosen else ["dataset=tennis"]), "modality=rgb", *quote_overrides(options.overrides)]
-    register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        data = parse(compose("config_pretrain", overrides), PretrainConfig).data_module
+    overrides = [*([] if chosen else ["dataset=tennis"]), "modality=rgb", *options.overrides]
+    data = load_config(PretrainConfig, "config_pretrain", overrides).data_module
     given = {key: getattr(options, key) for key in ("frames_dir", "flow_dir", "skeleton_dir", "frame_size")}
     given["target_data_dir"] = str(options.root) if options.root is not None else None
     return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})

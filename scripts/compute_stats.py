@@ -12,25 +12,21 @@ import sys
 from pathlib import Path
 
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
 from mmdistill.build import clip_dataset, make_demo_data
-from mmdistill.cli import CONFIGS
+from mmdistill.cli import load_config
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
     explain,
     modality_specs,
-    parse,
-    register_schemas,
     to_plain,
 )
 from mmdistill.data.atomic import write_whole
-from mmdistill.overrides import quote_overrides
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 
@@ -38,10 +34,8 @@ def main() -> int:
     """Parse, compute, write."""
     options, overrides = _arguments()
     console = Console(stderr=True)
-    register_schemas()
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = parse(compose(options.config_name, ["modality=rgb", *quote_overrides(overrides)]), PretrainConfig)
+        config = load_config(PretrainConfig, options.config_name, ["modality=rgb", *overrides])
         data = config.data_module
         make_demo_data(data)
         specs = modality_specs(data)

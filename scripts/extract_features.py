@@ -12,14 +12,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.config import ConfigError, DistillConfig, explain, parse, register_schemas
-from mmdistill.overrides import quote_overrides
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, DistillConfig, explain
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,14 +36,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder of the feature cache")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     return parser.parse_intermixed_args()
-
-
-def load_config(args: argparse.Namespace) -> DistillConfig:
-    """The composed and validated config."""
-    register_schemas()
-    fixed = ["train=False", "test=False"]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose(args.config_name, overrides=[*quote_overrides(args.overrides), *fixed]), DistillConfig)
 
 
 def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
@@ -96,7 +85,7 @@ def main() -> int:
     """Command line. 0 when written, 2 when the input is not usable."""
     args = parse_arguments()
     try:
-        extract(args, load_config(args))
+        extract(args, load_config(DistillConfig, args.config_name, [*args.overrides, "train=False", "test=False"]))
     except (HydraException, OmegaConfBaseException) as error:
         print(f"extract_features: {explain(error, DistillConfig)}", file=sys.stderr)
         return 2

@@ -3,11 +3,12 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -29,6 +30,13 @@ from mmdistill.overrides import add_overrides, quote_overrides
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def load_config(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
+    """A config as the entrypoints compose it, for scripts; `overrides` are as typed on a command line."""
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose(config_name, quote_overrides(overrides)), schema)
 
 
 def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_name: str) -> None:

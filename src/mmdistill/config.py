@@ -1,8 +1,8 @@
 """The typed schema of every configuration.
 
-The only module that knows OmegaConf. The entrypoints compose a config, turn it into the
-dataclasses below with `parse`, which also makes them read-only, and pass those on. Nothing here imports torch, so a
-wrong key is reported at once.
+With `cli` and `sweep`, which Hydra calls, the only module that knows OmegaConf. The entrypoints compose a config, turn
+it into the dataclasses below with `parse`, which also makes them read-only, and pass those on. Nothing here imports
+torch, so a wrong key is reported at once.
 """
 
 import difflib
