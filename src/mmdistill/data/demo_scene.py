@@ -6,6 +6,7 @@ made in any order, in any process, again. ``T`` frames of a rally, ``H`` x ``W``
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -137,7 +138,7 @@ class RallyScene:
 def _far_strokes(plan: RallyPlan, rng: np.random.Generator) -> tuple[list[int], list[float]]:
     """The far player's answers, half-way between the near player's contacts; he never serves."""
     others = [k for k, stroke in enumerate(STROKES) if stroke.fields[0] != "serve"]
-    middle = [0.5 * (a + b) for a, b in zip(plan.frames, plan.frames[1:], strict=False)]
+    middle = [0.5 * (a + b) for a, b in pairwise(plan.frames)]
     contacts = [*middle, plan.frames[-1] + 4.5]
     return [int(rng.choice(others)) for _ in contacts], contacts
 

@@ -35,7 +35,7 @@ def decode(path: Path) -> Iterator[Frame]:
     try:
         if not capture.isOpened():
             raise VideoError(f"{path}: cannot be opened as a video; no frame was reached")
-        promised = promised_frames(path)
+        promised = _promised(capture)
         number = 0
         while True:
             good, pixels = capture.read()
@@ -57,9 +57,13 @@ def promised_frames(path: Path) -> int:
     """The number of frames that the container gives, exact or an estimate; 0 where it gives none."""
     capture = cv2.VideoCapture(str(path))
     try:
-        return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        return _promised(capture)
     finally:
         capture.release()
+
+
+def _promised(capture: cv2.VideoCapture) -> int:
+    return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
 def frame_rate(seconds: list[float]) -> float:
