@@ -1,11 +1,16 @@
 """What a user is told about wrong input, by the commands' own last word, `config.explain`."""
 
 import json
+import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader
 
+from mmdistill.build import clip_loader
 from mmdistill.config import PretrainConfig, explain
 from mmdistill.data.annotations import AnnotationError, load_f3set
 from mmdistill.data.readers import FrameError, RgbReader
@@ -50,3 +55,35 @@ def test_an_error_in_a_loader_worker_names_the_file(tmp_path: Path) -> None:
     assert str(caught.value).startswith("Caught FrameError in DataLoader worker")
     told = explain(caught.value, PretrainConfig)
     assert told == f"{tmp_path}/frames/rally_T_0/000999.jpg: no such rgb file"
+
+
+class _LostBatch(str):
+    """Fails where it is received, as a batch of a worker that dies meanwhile does."""
+
+    def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
+        return _reset, ()
+
+
+def _reset() -> str:
+    raise ConnectionResetError("Connection reset by peer")
+
+
+class _DyingWorker:
+    """A dataset whose worker closes its connections first, and is dead a little later."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> object:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return _LostBatch()
+
+
+def test_a_dead_worker_is_told_though_a_connection_breaks_first() -> None:
+    loader = iter(clip_loader(_DyingWorker(), num_workers=1, pin=False))
+    torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises too, if it is in time
+    try:
+        with pytest.raises(RuntimeError, match=r"DataLoader worker ended: \d+ \(SIGKILL\)"):
+            next(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, torchs)

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
 from mmdistill.data.annotations import Rally
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.index import ClipIndex, build_index
 from mmdistill.data.layouts import load_annotations
+from mmdistill.data.loader import ClipLoader
 from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry
@@ -171,8 +172,8 @@ def clip_loader(
     batch_sampler: Sampler | None = None,
     batch_size: int = 1,
     timeout_s: float = 0.0,
-    kind: type[DataLoader] = DataLoader,
-) -> DataLoader:
+    kind: type[ClipLoader] = ClipLoader,
+) -> ClipLoader:
     """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs. `kind` is its class.
 
     One that needs more than `timeout_s` for a batch (0: no limit), or dies, makes the loader raise.

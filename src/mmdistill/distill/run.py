@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
 
 from mmdistill import __version__
 from mmdistill.build import clip_dataset, clip_loader, make_demo_data
 from mmdistill.checkpoint.retention import find_resume, run_lock
 from mmdistill.config import ConfigError, DistillConfig, as_names, modality_specs, to_plain
+from mmdistill.data.loader import ClipLoader
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.data_report import DataReport
 from mmdistill.distill.callbacks import (
@@ -41,7 +41,7 @@ from mmdistill.runtime import (
 from mmdistill.teachers import load_teachers
 
 
-class _PlacedLoader(DataLoader):
+class _PlacedLoader(ClipLoader):
     """Tells Lightning that it can resume inside an epoch: `DistillData` puts its sampler in place."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,10 +22,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
 from mmdistill.data.atomic import whole_file
 from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.loader import ClipLoader
 
 
 class TeacherCache:
@@ -165,7 +166,7 @@ class FillTeacherCache(Callback):
 
     def _compute(self, trainer: pl.Trainer, pl_module: Any, draw: int, missing: list[int]) -> None:
         mine = [(draw, i) for i in missing[trainer.global_rank :: trainer.world_size]]
-        loader = DataLoader(
+        loader = ClipLoader(
             Subset(self.dataset, mine),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             num_workers=self.num_workers,

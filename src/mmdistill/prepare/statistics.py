@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.loader import ClipLoader
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 
@@ -72,7 +72,7 @@ def dataset_statistics(
     moments = {name: Moments.empty(spec.channels) for name, spec in raw.items()}
     chosen = np.linspace(0, len(dataset) - 1, min(clips or len(dataset), len(dataset))).round().astype(int)
     batches = [[(0, int(i)) for i in part] for part in np.array_split(chosen, -(-len(chosen) // batch_size))]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=worker_init)
+    loader = ClipLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=worker_init)
     done = 0
     for batch in loader:
         for name, spec in raw.items():
