@@ -182,6 +182,25 @@ def test_targets_against_loops() -> None:
         patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind="centered")
 
 
+def test_reconstruction_loss_and_its_gradient() -> None:
+    prediction = torch.randn(2, 300, 6, requires_grad=True)  # more tokens than one slice
+    target = torch.randn(2, 300, 6)
+    loss = reconstruction_loss(prediction, target)
+    difference = prediction.detach().double() - target.double()
+    assert loss.item() == pytest.approx(difference.square().mean().item(), rel=1e-6)
+    (gradient,) = torch.autograd.grad(3 * loss, prediction)
+    torch.testing.assert_close(gradient.double(), 3 * 2 * difference / difference.numel(), atol=1e-9, rtol=1e-6)
+
+
+def test_patches_of_several_clips_and_a_view_of_memory() -> None:
+    x = torch.randn(2, 4, 3, 6, 8).transpose(1, 2)  # (B, C, T, H, W), not contiguous
+    index = torch.tensor([[7, 0], [3, 11]])
+    found = gather_patches(x, index, (2, 3, 2))
+    for b, n in np.ndindex(2, 2):
+        t, h, w = np.unravel_index(index[b, n].item(), (2, 3, 2))
+        assert torch.equal(found[b, n], x[b, :, 2 * t : 2 * t + 2, 2 * h : 2 * h + 2, 4 * w : 4 * w + 4])
+
+
 def test_trivial_loss_is_the_best_constant_per_channel() -> None:
     target = torch.randn(3, 5, 2 * 4, dtype=torch.float64)  # 2 channels
     channels = target.view(3, 5, 2, 4).numpy()

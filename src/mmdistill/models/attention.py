@@ -19,7 +19,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     - It computes the probabilities anew. Short clips keep them instead, B * heads * N * M values: 672 tokens of 6 heads
       take 15.7 ms forward and backward against 19.6 ms.
     - It gives each thread whole heads, so of three heads on two threads one has a thread to itself. Queries are
-      independent of each other: parts of them pass as clips of their own until the threads have equal shares, 140 ms
+      independent of each other: parts of the heads that do not fill the threads pass as clips of their own, 119 ms
       against 161 ms for 2,688 tokens.
     """
     if q.device.type != "cpu" or q.dtype.itemsize < 4 or not q.requires_grad:
@@ -28,9 +28,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q / math.sqrt(q.shape[3]) @ k.transpose(2, 3)).softmax(3) @ v
     b, heads, n, _ = q.shape
     threads = torch.get_num_threads()
-    parts = min(threads // math.gcd(b * heads, threads), n // _LEAST)
+    rest = next(r for r in range(heads + 1) if b * (heads - r) % threads == 0)  # heads that do not fill the threads
+    parts = min(threads // math.gcd(b * rest, threads), n // _LEAST)
     if parts < 2 or b * heads >= 4 * threads:
         return F.scaled_dot_product_attention(q, k, v)
+    whole, split = zip(*(x.split((heads - rest, rest), dim=1) for x in (q, k, v)), strict=True)
+    out = _in_parts(*split, parts)
+    return out if rest == heads else torch.cat((F.scaled_dot_product_attention(*whole), out), dim=1)
+
+
+def _in_parts(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Tensor:
+    """Attention with the queries in equal parts that pass as clips of their own."""
+    b, _, n, _ = q.shape
     rows = -(-n // parts)
     q = F.pad(q, (0, 0, 0, rows * parts - n)).unflatten(2, (parts, rows)).transpose(1, 2).flatten(0, 1)
     k, v = (x[:, None].expand(b, parts, *x.shape[1:]).flatten(0, 1) for x in (k, v))
