@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import signal
 import socket
@@ -214,6 +215,44 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(running: _Runnin
     _, alive = psutil.wait_procs(ranks, timeout=ENOUGH)
     assert not alive
     assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
+
+
+_FAILING = {
+    "alike": ("all:nan:late1=1", "mmdistill: error: loss is nan"),
+    "alike but too late": ("all:nan:late1=8", "mmdistill: error: loss is nan"),
+    "first is 0": ("0:defect:late1=1", "[rank0]: TypeError: a defect"),
+    "first is 1": ("1:defect:late0=1", "[rank1]: TypeError: a defect"),
+    "1 is suspended": ("all:nan:stop1", "mmdistill: error: loss is nan"),
+    "0 is suspended": ("all:defect:stop0,late1=1", "mmdistill: rank 1 lost the others: TypeError: a defect"),
+}
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the two ranks of each case said, when they ended and how."""
+    folder = tmp_path_factory.mktemp("failing")
+    cases = [f"{name}:{case}" for name, (case, _) in _FAILING.items()]
+    subprocess.run(
+        [sys.executable, "-m", "tests.failing_ranks", str(folder), *cases],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        check=True,
+        timeout=ENOUGH,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", _FAILING)
+def test_a_failure_is_told_once_and_holds_nobody(failing: Path, name: str) -> None:
+    """However late a rank asks whose failure it is, and whether or not it ever does."""
+    shown = (failing / f"{name}.log").read_text()
+    told = [line for line in shown.splitlines() if line.endswith(("loss is nan", "a defect"))]
+    assert told == [_FAILING[name][1]], shown
+    assert "lost the others" not in shown or name == "0 is suspended"
+    ends = [end for end in json.loads((failing / f"{name}.json").read_text()) if end[1] is not None]
+    assert [code for code, _ in ends] == [1] * (1 if "suspended" in name else 2)
+    asked_late = {"alike but too late": 8.0}.get(name, 0.0)
+    assert max(seconds for _, seconds in ends) < asked_late + launch._GRACE, shown  # then the launcher would kill
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +21,6 @@ from mmdistill.config import (
     ConfigError,
     DistillConfig,
     PretrainConfig,
-    die,
     explain,
     parse,
     register_schemas,
@@ -79,6 +79,10 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
         composed()
         sweep.exit_if_failed()
     except Exception as error:
+        try:
+            launch.leave_workers_alone()
+        except RuntimeError:  # a second worker has died meanwhile
+            launch.leave_workers_alone()
         _end(error, schema, jobs)
 
 
@@ -121,21 +125,42 @@ def _end(error: Exception, schema: type[T], job: int) -> None:
     own = isinstance(error, ValueError | FloatingPointError) and type(error).__module__.startswith("mmdistill.")
     wrong_input = isinstance(error, HydraException | OmegaConfBaseException) or (own and isinstance(error, ValueError))
     status = 2 if wrong_input else 1
-    first = launch.first_to_fail(job) if launch.launched() else None
+    line = f"mmdistill: error: {explain(error, schema)}" if own or wrong_input else None
     if launch.launched():
         launch.end_soon(status)
-        rank = int(os.environ["RANK"])
-        if first == launch.UNKNOWN_RANK:
+        _say_of_rank(error, line, launch.first_to_fail(job))
+        _let_go(error)
+        launch.stay_until_all_asked(job)
+    elif line is None:
+        raise error  # a defect, which deserves its traceback
+    else:
+        print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _say_of_rank(error: Exception, line: str | None, first: int | None) -> None:
+    """What this rank has to say of its error: of a failure that is another's, or every rank's, nothing."""
+    rank = int(os.environ["RANK"])
+    if first == launch.UNKNOWN_RANK:
+        alike = line is not None and isinstance(error, FloatingPointError)  # rank 0 had it too, and has said it
+        if not alike:
             print(f"mmdistill: rank {rank} lost the others: {type(error).__name__}: {error}", file=sys.stderr)
-            raise SystemExit(status)
-        secondary = first is not None and first != rank
-        if secondary or (first is None and rank > 0 and isinstance(error, HydraException | ConfigError)):
-            raise SystemExit(status)  # every rank composes the same config; rank 0 says what is wrong with it
-        if int(os.environ["WORLD_SIZE"]) > 1:
-            print(f"mmdistill: rank {rank} failed first:", file=sys.stderr, flush=True)
-    if wrong_input:
-        die(error, schema)
-    if own:
-        print(f"mmdistill: error: {explain(error, schema)}", file=sys.stderr)
-        raise SystemExit(status)
-    raise error  # a defect, which deserves its traceback
+        return
+    if first is None and rank > 0 and isinstance(error, HydraException | ConfigError):
+        return  # every rank composes the same config; rank 0 says what is wrong with it
+    if first not in (None, rank):
+        return
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        print(f"mmdistill: rank {rank} failed first:", file=sys.stderr)
+    if line is None:
+        sys.excepthook(type(error), error, error.__traceback__)
+    else:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()  # ranks end as soon as one has; then a launcher stops this one too
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the failed job held, its process groups among it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

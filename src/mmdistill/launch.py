@@ -5,7 +5,9 @@ plain ``python`` with ``devices=N`` this module starts the ranks. Imports no tor
 """
 
 import contextlib
+import gc
 import os
+import queue
 import random
 import re
 import signal
@@ -26,6 +28,7 @@ INTERRUPTED_EXIT_CODE = 85  # a whole checkpoint was written after a stop signal
 _GRACE = 10.0  # seconds that ranks get to end by themselves after one has failed; those stopped by a signal get more
 _STOP_GRACE = 120.0
 _EXIT_SECONDS = 20.0  # after an error a process that still has not ended, say in a library's exit handler, is cut off
+_ASK_SECONDS = 5.0  # that a failed rank waits for the record of failures, and its keeper for those who read it
 UNKNOWN_RANK = -1
 _PORTS = range(10_000, 30_000)
 _solo = False  # this process made itself a world of one
@@ -190,22 +193,57 @@ def abandoned() -> bool:
     return launched() and os.getppid() != _PARENT
 
 
+def leave_workers_alone() -> None:
+    """From now on the death of a loader worker raises nothing: torch's handler does that wherever this process is."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def first_to_fail(job: int) -> int | None:
     """The rank that failed first in this process's `job`-th run; this rank claims that if none did.
 
     Ranks that lose their peer fail too, later and with an error that explains nothing. None: there is no process group
-    yet; `UNKNOWN_RANK`: the rank that keeps the record has ended without one.
+    yet; `UNKNOWN_RANK`: the rank that keeps the record has ended without one, or does not answer.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a dead loader worker, also in here
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_initialized():
+    torch = _torch_in_group()
+    if torch is None:
         return None
-    rank = str(torch.distributed.get_rank())
-    try:
-        store = torch.distributed.distributed_c10d._get_default_store()
-        return int(store.compare_set(f"mmdistill/failed/{job}", "", rank))
-    except (RuntimeError, ValueError):
-        return UNKNOWN_RANK
+    rank = torch.distributed.get_rank()
+    answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError, ValueError):
+            store = torch.distributed.distributed_c10d._get_default_store()
+            answers.put(int(store.compare_set(f"mmdistill/failed/{job}", "", str(rank))))
+            store.add(f"mmdistill/asked/{job}", 1)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a suspended process answers nothing, and the store just waits
+    asking.start()
+    asking.join(_ASK_SECONDS)
+    return UNKNOWN_RANK if answers.empty() else answers.get()
+
+
+def stay_until_all_asked(job: int) -> None:
+    """The rank that keeps the record of `first_to_fail` stays, at most some seconds, until all ranks have read it.
+
+    It leaves the process group first: where no library keeps that open, ranks that wait in a collective for this one
+    fail at once, and ask. Call it when everything is said: a launcher may stop this rank meanwhile.
+    """
+    torch = _torch_in_group()
+    if torch is None or torch.distributed.get_rank() > 0:
+        return
+    world, store = torch.distributed.get_world_size(), torch.distributed.distributed_c10d._get_default_store()
+    deadline = time.monotonic() + _ASK_SECONDS
+    with contextlib.suppress(RuntimeError):  # a launcher may keep the store, and be gone
+        torch.distributed.destroy_process_group()
+        gc.collect()  # a group closes its connections when nothing refers to it any more
+        while store.add(f"mmdistill/asked/{job}", 0) < world and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _torch_in_group() -> Any:
+    """torch, if this process has imported it and is in a process group."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.distributed.is_initialized() else None
 
 
 def end_soon(status: int) -> None:
