@@ -27,7 +27,7 @@ from tests.tiny_data import MODEL, make_tiny, overrides
 
 pytestmark = pytest.mark.timeout(1500)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = [(2, 0), (2, 1), (2, 2), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
+STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 
 
