@@ -46,7 +46,8 @@ def test_every_yaml_composes() -> None:
             pretrain, overrides = "pretrain" in file.stem, []
         else:
             pretrain = group in ("model", "deepspeed") or file.stem.startswith("pretrain")
-            overrides = [f"{group}={file.stem}"]
+            teachers = ["trainer.teachers=[rgb,flow]"] if group == "dataset" else []  # that every dataset has
+            overrides = [f"{group}={file.stem}", *teachers]
         name = file.stem if group == "." else ("config_pretrain" if pretrain else "config_mmdistill")
         kind, needed = (PretrainConfig, ["modality=rgb"]) if pretrain else (DistillConfig, [PATHS, "ckpt_path=a"])
         parse(_compose(name, *needed, *overrides), kind)
@@ -63,8 +64,6 @@ def test_deepspeed_files_say_stage_and_offload() -> None:
         zero = deepspeed_config(_pretrain(f"deepspeed={name}"), "32")["zero_optimization"]
         assert zero["stage"] == int(name[4])
         assert ("offload_optimizer" in zero) == name.endswith("_offload")
-    with pytest.raises(ConfigError, match="offload needs"):
-        deepspeed_config(_pretrain("deepspeed.offload=true"), "32")
     with pytest.raises(ConfigError, match="precision=16 needs a GPU, and accelerator=cpu"):
         _distill("precision=16", "accelerator=cpu")
 
@@ -114,17 +113,48 @@ def test_parsed_config_is_read_only() -> None:
         (_distill, "train=False", "ckpt_path=PATH"),
         (_distill, "data_module.k_shot=[1,0]", "k_shot=0"),
         (_distill, "data_module.n_way=two", "n_way=two"),
+        (_distill, "data_module.disjoint=vidoe", "data_module.disjoint=vidoe is not one of video; did you mean video"),
+        (_distill, "data_module.label_fields=[court,foo]", "label_fields=foo is not one of player"),
+        (_distill, "data_module.label_fields=[]", "leaves no label"),
+        (_distill, "data_module.annotations=clip", "annotations=clip is not one of clips, f3set; did you mean clips"),
+        (_distill, "data_module.window_stride=0", "window_stride=0 must be at least 1"),
+        (_distill, "data_module.first_number=-1", "first_number=-1"),
+        (_distill, "data_module.min_scale=0", r"min_scale=0.0 must lie in \(0, 1\]"),
+        (_distill, "data_module.frame_pattern='{vid}.jpg'", "frame_pattern='{vid}.jpg' must name a file"),
+        (_distill, "data_module.flow_pattern='{video}/{frame.x}'", "flow_pattern=.* must name a file"),
+        (_distill, "data_module.modalities.flow.scale=0", "modalities.flow.scale=0 must be at least 1"),
+        (_distill, "data_module.modalities.flow.mean=[1,2,3]", "modalities.flow: mean has 3 values, 2 channels"),
+        (_distill, "data_module.modalities.skeleton.sigma=0", "skeleton.sigma=0.0 must be positive"),
+        (_pretrain, "data_module.mask_ratio=0.999", "data_module.mask_ratio=0.999 leaves none of "),
+        (_distill, ["data_module.n_masks=2", "data_module.eval_mask_ratio=0.999"], "eval_mask_ratio=0.999 leaves none"),
+        (_distill, "head=[logistic,centriod]", "head=centriod is not one of .*did you mean centroid"),
+        (_distill, "seed=-1", "seed=-1 must be at least 0"),
+        (_distill, "trainer.betas=[0.9,1]", r"two numbers in \[0, 1\)"),
+        (_distill, "trainer.clip_grad=0", "clip_grad=0.0 must be positive"),
+        (_pretrain, "deepspeed.offload=true", "offload needs"),
+        (_pretrain, ["dataset=epic", "modality=skeleton"], "modality: dataset epic has no skeleton, but rgb, flow"),
+        (_distill, "dataset=epic", "trainer.teachers: dataset epic has no skeleton, but rgb, flow"),
+        (_distill, "network=student", "network=student: the name of a network ends in its modality"),
+        (_distill, "compare=[random,teacher_b]", "compare=teacher_b: the name of a network ends in its modality"),
     ],
 )
-def test_wrong_values_are_named(make: Any, override: str, message: str) -> None:
+def test_wrong_values_are_named(make: Any, override: str | list[str], message: str) -> None:
+    """Before anything is read or made."""
     with pytest.raises(ConfigError, match=message):
-        make(override)
+        make(*([override] if isinstance(override, str) else override))
 
 
-def test_statistics_that_do_not_fit_are_named() -> None:
-    config = _pretrain("data_module.modalities.flow.mean=[1,2,3]")
-    with pytest.raises(ConfigError, match=r"modalities.flow: mean has 3 values, 2 channels"):
-        schema.modality_specs(config.data_module)
+def test_networks_are_named_by_their_modality() -> None:
+    for name in ("student_ema_rgb", "teacher_flow", "pretrained_skeleton", "encoder"):
+        assert _distill(f"network={name}").network == name
+    assert _distill("compare=[random,/runs/student/last.ckpt]").compare[1] == "/runs/student/last.ckpt"
+    assert not _distill("test=False", "network=student").test  # nothing is scored
+
+
+def test_the_schema_names_every_head() -> None:
+    from mmdistill.fewshot.heads import HEADS
+
+    assert sorted(schema.HEAD_NAMES) == sorted(HEADS)
 
 
 def test_teacher_paths_take_list_and_mapping() -> None:

@@ -9,7 +9,6 @@ import difflib
 import importlib.util
 import re
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, cast
@@ -18,8 +17,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdistill.data.annotations import F3SET_FIELDS
+from mmdistill.data.layouts import ANNOTATION_READERS, names_each_frame
 from mmdistill.modality import MODALITIES, MODALITY_SPECS, ModalitySpec
 
+HEAD_NAMES = (
+    "logistic", "logistic_l2", "knn", "knn_euclidean",
+    "centroid", "centroid_centred", "centroid_euclidean", "centroid_l2", "centroid_cl2",
+)  # fmt: skip
+PARTS = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
 DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_0": 0, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
 
 
@@ -281,6 +287,7 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
     _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
     if config.precision == "16" and config.accelerator == "cpu":
         raise ConfigError("precision=16 needs a GPU, and accelerator=cpu; use precision=32 (or bf16)")
+    _at_least("seed", config.seed, 0)
     _at_least("batch_size", config.batch_size, 1)
     _at_least("num_workers", config.num_workers, 0)
     _at_least("process_timeout_s", config.process_timeout_s, 1)
@@ -305,12 +312,17 @@ def _validate(config: PretrainConfig | DistillConfig) -> None:
     _at_least("trainer.nonfinite_budget", trainer.nonfinite_budget, 0)
     if trainer.layer_decay is not None and not 0 < trainer.layer_decay <= 1:
         raise ConfigError(f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]")
-    if len(trainer.betas) != 2:
-        raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers")
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers in [0, 1)")
+    if trainer.clip_grad is not None and trainer.clip_grad <= 0:
+        raise ConfigError(f"trainer.clip_grad={trainer.clip_grad} must be positive; null clips nothing")
     if isinstance(config, PretrainConfig):
         _choice("modality", config.modality, MODALITIES)
+        _has_modality("modality", config.modality, config.data_module)
         _at_least("trainer.picture_freq", config.trainer.picture_freq, 0)
         _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
+        if config.deepspeed.offload and zero_stage(config) == 0:
+            raise ConfigError("deepspeed.offload needs deepspeed.zero_stage 1, 2 or 3: stage 0 shards nothing")
         if zero_stage(config) == 3 and trainer.nonfinite == "skip":
             raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
         if zero_stage(config) == 3 and config.compile:
@@ -342,6 +354,14 @@ def zero_stage(config: PretrainConfig) -> int:
     return stage
 
 
+def _has_modality(key: str, modality: str, data: DataModuleConfig) -> None:
+    if modality not in data.modalities:
+        raise ConfigError(
+            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; choose among these, or "
+            f"describe it in data_module.modalities.{modality}"
+        )
+
+
 def _validate_distill(config: DistillConfig) -> None:
     if config.strategy.startswith("deepspeed_stage_3"):
         raise ConfigError(
@@ -365,11 +385,29 @@ def _validate_distill(config: DistillConfig) -> None:
         _choice("trainer.teachers", teacher, MODALITIES)
     if "rgb" not in config.trainer.teachers:
         raise ConfigError("trainer.teachers must hold rgb: the student starts as a copy of the RGB teacher")
+    if config.train:
+        for teacher in config.trainer.teachers:
+            _has_modality("trainer.teachers", teacher, config.data_module)
+    for head in as_names("head", config.head):
+        _choice("head", head, HEAD_NAMES)
+    if config.test:
+        _validate_networks(config)
     named = config.resume is not None and config.trainer.ckpt_path is None  # a checkpoint names its teachers
     if config.train and not named:
         teacher_paths(config.trainer)
     elif not config.train and config.test and config.ckpt_path is None:
         raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
+
+
+def _validate_networks(config: DistillConfig) -> None:
+    """What is scored names its modality: ``student_rgb``, ``teacher_flow``, ``pretrained_skeleton``."""
+    own = [] if config.network == "encoder" else [config.network]
+    compared = [entry for entry in config.compare if entry.startswith(PARTS)]
+    for key, part in [*(("network", part) for part in own), *(("compare", part) for part in compared)]:
+        if part.rpartition("_")[2] not in MODALITIES:
+            raise ConfigError(
+                f"{key}={part}: the name of a network ends in its modality, like student_rgb, teacher_flow"
+            )
 
 
 def _validate_data(data: DataModuleConfig) -> None:
@@ -382,11 +420,29 @@ def _validate_data(data: DataModuleConfig) -> None:
     _choice(key + "views", data.views, ("shared", "per_clip"))
     _choice(key + "readouts", data.readouts, ("all", "one"))
     _choice(key + "label", data.label, ("event", "video"))
+    _choice(key + "annotations", data.annotations, sorted(ANNOTATION_READERS))
+    if data.label_fields is not None:
+        for name in data.label_fields:
+            _choice(key + "label_fields", name, F3SET_FIELDS)
+        if not data.label_fields:
+            raise ConfigError(f"{key}label_fields=[] leaves no label; null takes all of {', '.join(F3SET_FIELDS)}")
+    if data.disjoint is not None:
+        _choice(key + "disjoint", data.disjoint, ("video",))
+    for name, pattern in (("frame_pattern", data.frame_pattern), ("flow_pattern", data.flow_pattern)):
+        if pattern is not None and not names_each_frame(pattern):
+            raise ConfigError(
+                f"{key}{name}={pattern!r} must name a file by {{video}} and {{frame}}, see configs/dataset"
+            )
     _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
     _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
     _fraction(key + "flip", data.flip)
     for name in ("num_frames", "sampling_rate", "max_persons", "q_sample", "tubelet", "patch_size"):
         _at_least(key + name, getattr(data, name), 1)
+    if data.window_stride is not None:
+        _at_least(key + "window_stride", data.window_stride, 1)
+    _at_least(key + "first_number", data.first_number, 0)
+    if not 0 < data.min_scale <= 1:
+        raise ConfigError(f"{key}min_scale={data.min_scale} must lie in (0, 1]")
     for name, least in (("n_way", 2), ("k_shot", 1)):
         for value in as_ints(key + name, getattr(data, name)):
             _at_least(key + name, value, least)
@@ -404,12 +460,28 @@ def _validate_data(data: DataModuleConfig) -> None:
         raise ConfigError(f"{key}num_frames={data.num_frames} is not a multiple of tubelet={data.tubelet}")
     for name in data.modalities:
         _choice(key + "modalities", name, MODALITIES)
+    modality_specs(data)
+    _leaves_tokens(key + "mask_ratio", data.mask_ratio, data)
+    if data.n_masks:
+        _leaves_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
+
+
+def _leaves_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
+    """A mask removes what `mmdistill.data.masks` says: places of the picture (tube) or single tokens (random)."""
+    tokens = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
+    if data.mask_type == "random":
+        tokens *= data.num_frames // data.tubelet
+    if round(ratio * tokens) == tokens:
+        raise ConfigError(f"{key}={ratio} leaves none of {tokens} tokens visible")
 
 
 def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
     """The dataset's modalities with its statistics. Raises `ConfigError` where a modality's values do not fit."""
     specs = {}
     for name, m in data.modalities.items():
+        _at_least(f"data_module.modalities.{name}.scale", m.scale, 1)
+        if m.sigma <= 0:
+            raise ConfigError(f"data_module.modalities.{name}.sigma={m.sigma} must be positive")
         if data.patch_size % m.scale or any(size % m.scale for size in data.crop_size):
             raise ConfigError(f"data_module.modalities.{name}.scale={m.scale} must divide patch_size and crop_size")
         channels = MODALITY_SPECS[name].channels
@@ -533,9 +605,3 @@ def explain(error: Exception, schema: type[Any]) -> str:
         if near:
             message += f". Near matches: {', '.join(near[:3])}"
     return message
-
-
-def die(error: Exception, schema: type[Any]) -> None:
-    """Print one clear line and end with status 2."""
-    print(f"mmdistill: error: {explain(error, schema)}", file=sys.stderr)
-    raise SystemExit(2)

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 
 from mmdistill.build import check_token_grid, clip_dataset, clip_index, clip_loader, make_demo_data
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
-from mmdistill.config import ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
+from mmdistill.config import PARTS, ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
 from mmdistill.data.annotations import AnnotationError
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.index import ClipIndex, overlapping
@@ -91,7 +91,7 @@ def check_evaluation(config: DistillConfig) -> None:
         raise ConfigError(f"test=True could not be done after the training: {error}") from error
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
     parts = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
-    named = [entry for entry in config.compare if entry.startswith(("teacher_", "student_"))]
+    named = [entry for entry in config.compare if entry.startswith(PARTS)]
     for key, part in [("network", config.network), *(("compare", entry) for entry in named)]:
         if part not in parts:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {part}, but {', '.join(parts)}")
@@ -141,7 +141,7 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
         if entry == "random":
             untrained = random_network(scored, seed=config.seed)
             networks.append(replace(untrained, checkpoint="none: untrained weights"))
-        elif entry in source.meta.get("encoders", {}) or entry.startswith(("teacher_", "student_")):
+        elif entry in source.meta.get("encoders", {}) or entry.startswith(PARTS):
             if distilled:
                 networks += _part(config, specs, source, entry)
             else:

@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 
 from mmdistill.build import clip_dataset
@@ -26,8 +25,6 @@ from mmdistill.data.annotations import AnnotationError, Event, Rally
 from mmdistill.data.flowfile import write_flow
 from mmdistill.data.index import build_index
 from mmdistill.data.layouts import ANNOTATION_READERS, annotation_reader, load_annotations
-from mmdistill.pretrain.loop import _Run
-from mmdistill.runtime import Process
 from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,8 +150,8 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
     write_layout(tmp_path, "wear", data)
     with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
         clip_dataset(data, ("skeleton",), training=False, seed=0)
-    with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
-        _Run(_pretraining("wear", tmp_path, "skeleton"), tmp_path, Process(torch.device("cpu"), 0, 1))
+    with pytest.raises(ConfigError, match="modality: dataset wear has no skeleton, but rgb, flow"):
+        _pretraining("wear", tmp_path, "skeleton")
     data = dataclasses.replace(data, modalities={**data.modalities, "skeleton": ModalityConfig(4, [0], [1], "pixel")})
     with pytest.raises(ConfigError, match=r"data_module\.skeleton_dir is not set"):
         clip_dataset(data, ("skeleton",), training=False, seed=0)

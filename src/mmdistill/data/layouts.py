@@ -50,6 +50,14 @@ def _f3set(path: Path, _frames_dir: Path | None, _first_number: int) -> list[Ral
     return load_f3set(path)
 
 
+def names_each_frame(pattern: str) -> bool:
+    """Whether a pattern of file names, with ``{video}`` and ``{frame:06d}``, gives each frame of each video its own."""
+    try:
+        return len({pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}) == 4
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+        return False
+
+
 # How the formats call a field; the first that a clip has counts.
 _START = ("start_frame", "clip_frame")
 _ACTION = ("action_idx", "label_id")

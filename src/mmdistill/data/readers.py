@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mmdistill.data.flowfile import FlowFileError, read_flow
+from mmdistill.data.layouts import names_each_frame
 from mmdistill.data.safe_pickle import UnsafePickleError, load_pickle
 
 JOINTS = 17
@@ -94,11 +95,7 @@ class _FileReader(Reader):
         self.root, self.frame_size = str(root), frame_size
         self.pattern = pattern or self.pattern
         self.first_number = first_number
-        try:
-            names = {self.path(video, frame) for video in "ab" for frame in (1, 2)}
-        except (KeyError, IndexError, ValueError) as error:
-            names = {str(error)}
-        if len(names) < 4:
+        if not names_each_frame(self.pattern):
             key = "frame_pattern" if self.name == "rgb" else "flow_pattern"
             raise ValueError(
                 f"{key}={self.pattern!r} must name a file by {{video}} and {{frame}}, like {type(self).pattern!r}"

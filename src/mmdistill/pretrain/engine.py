@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mmdistill.config import ConfigError, PretrainConfig, zero_stage
+from mmdistill.config import PretrainConfig, zero_stage
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.optim import LearningRates, make_optimizer
 from mmdistill.runtime import Process, resolve_precision
@@ -29,8 +29,6 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     trainer, stage = config.trainer, zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
     if config.deepspeed.offload:
-        if stage == 0:
-            raise ConfigError("deepspeed.offload needs deepspeed.zero_stage 1, 2 or 3: stage 0 shards nothing")
         zero["offload_optimizer"] = {"device": "cpu"}
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
