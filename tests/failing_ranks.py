@@ -2,7 +2,8 @@
 
 A CASE is ``NAME:WHO:WHAT:HOW``: rank WHO (or ``all``) raises WHAT (``nan``: as every rank does; ``defect``), the others
 wait for it in a collective. HOW is what a rank does before it asks who was first: ``late1=S`` is rank 1's sleep of S
-seconds, ``stop0`` and ``stop1`` suspend that rank; several are joined by commas. All cases run at once.
+seconds, ``stop0`` and ``stop1`` suspend that rank; ``bound=S`` is how long ranks wait for each other then. Several are
+joined by commas. All cases run at once.
 
 FOLDER/NAME.log takes what the ranks print, FOLDER/NAME.json for each rank its exit code and the seconds from its
 failure to its end (None for one that was suspended).
@@ -26,9 +27,11 @@ from mmdistill.runtime import start_process
 from tests.ranks import fork_ranks, wait_for
 
 
-def _before_asking(rank: int, how: list[str]) -> None:
+def _prepare(rank: int, how: list[str]) -> None:
     for part in how:
-        if part == f"stop{rank}":
+        if part.startswith("bound="):
+            launch._ASK_SECONDS = float(part.partition("=")[2])
+        elif part == f"stop{rank}":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif part.startswith(f"late{rank}="):
             time.sleep(float(part.partition("=")[2]))
@@ -43,7 +46,7 @@ def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
     def asking(job: int) -> int | None:
         nonlocal failed
         failed = time.monotonic()
-        _before_asking(rank, how)
+        _prepare(rank, how)
         return ask(job)
 
     launch.first_to_fail = asking

@@ -232,10 +232,10 @@ def stay_until_all_asked(job: int) -> None:
     if torch is None or torch.distributed.get_rank() > 0:
         return
     world, store = torch.distributed.get_world_size(), torch.distributed.distributed_c10d._get_default_store()
-    deadline = time.monotonic() + _ASK_SECONDS
     with contextlib.suppress(RuntimeError):  # a launcher may keep the store, and be gone
         torch.distributed.destroy_process_group()
         gc.collect()  # a group closes its connections when nothing refers to it any more
+        deadline = time.monotonic() + _ASK_SECONDS
         while store.add(f"mmdistill/asked/{job}", 0) < world and time.monotonic() < deadline:
             time.sleep(0.05)
 
