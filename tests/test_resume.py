@@ -25,7 +25,7 @@ from mmdistill.models.videomae import Encoder, EncoderGeometry
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE
 from tests.tiny_data import MODEL, make_tiny, overrides
 
-pytestmark = pytest.mark.timeout(1500)  # the first test waits for all runs: minutes on a quiet machine of two cores
+pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
