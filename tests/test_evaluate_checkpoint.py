@@ -47,7 +47,8 @@ def _config(root: Path, *more: str) -> DistillConfig:
 
 
 def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:
-    return evaluate_checkpoint(_config(root, f"feature_cache={out / 'cache'}", *more), str(checkpoint), out)
+    cache = f"feature_cache={out / 'cache'}"  # unless `more` gives another
+    return evaluate_checkpoint(_config(root, cache, *more), str(checkpoint), out)
 
 
 SHARED, PER_CLIP = "2 tube masks, 75% removed, shared", "2 tube masks, 75% removed, per clip"
@@ -100,6 +101,23 @@ def test_masks_that_leave_nothing_visible_are_left_out_unless_asked_for(
     assert "left out: 2 tube masks, 99% removed, shared: mask ratio 0.99 leaves none" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"eval_mask_ratio=0\.99 leaves none of 16 tokens visible"):
         _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]", "data_module.n_masks=2")
+
+
+def test_compiling_is_for_training(
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said, not silently ignored; the numbers are those of an evaluation without it."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refused)
+    common = ("feature_cache=null", "data_module.readouts=one", "compare=[]")
+    plain = _evaluate(data, checkpoint, tmp_path, *common)["settings"][0]["rows"]["student_rgb"]
+    assert "compile=true" not in capsys.readouterr().out
+    asked = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
+    assert "compile=true is for training" in capsys.readouterr().out
+    assert {**asked, "seconds": 0} == {**plain, "seconds": 0}
 
 
 def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
+    if config.compile:
+        lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
         print("\n".join(lines), flush=True)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
