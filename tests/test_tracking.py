@@ -7,23 +7,21 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmdistill.cli import CONFIGS
-from mmdistill.config import ConfigError, PretrainConfig, as_names, parse, register_schemas, to_plain
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, PretrainConfig, as_names, to_plain
 from mmdistill.runinfo import git_state, record_run
 from mmdistill.runlog import RunLog
 from mmdistill.trackers import TRACKERS, carry_rows, open_trackers
 
 
 def _parsed(*overrides: str) -> PretrainConfig:
-    register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose("config_pretrain", ["modality=rgb", *overrides]), PretrainConfig)
+    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *overrides])
 
 
 def test_default_trackers_get_the_same_numbers(tmp_path: Path) -> None:
@@ -89,7 +87,9 @@ def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, object]] = []
     run = types.SimpleNamespace(
-        log=lambda values, step: calls.append(("wandb", (values, step))), finish=lambda: calls.append(("wandb", "end"))
+        id="w1",
+        log=lambda values, step: calls.append(("wandb", (values, step))),
+        finish=lambda: calls.append(("wandb", "end")),
     )
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **given: calls.append(("wandb", given["config"])) or run  # type: ignore[attr-defined]
@@ -98,7 +98,8 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: p
     mlflow.create_experiment = lambda name, artifact_location: calls.append((name, artifact_location))  # type: ignore[attr-defined]
     for name in ("set_tracking_uri", "set_experiment", "log_params"):
         setattr(mlflow, name, lambda given, _name=name: calls.append((_name, given)))
-    mlflow.start_run = lambda run_name: calls.append(("start", run_name))  # type: ignore[attr-defined]
+    started = types.SimpleNamespace(info=types.SimpleNamespace(run_id="m1"))
+    mlflow.start_run = lambda run_name: calls.append(("start", run_name)) or started  # type: ignore[attr-defined]
     mlflow.log_metrics = lambda values, step: calls.append(("mlflow", (values, step)))  # type: ignore[attr-defined]
     mlflow.end_run = lambda: calls.append(("mlflow", "end"))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -116,6 +117,32 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: p
         ("wandb", ({"loss": 0.5}, 3)), ("mlflow", ({"loss": 0.5}, 3)), ("wandb", "end"), ("mlflow", "end"),
     ]  # fmt: skip
     assert set(TRACKERS) == {"tensorboard", "csv", "wandb", "mlflow"}
+    assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == {"wandb": "w1", "mlflow": "m1"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "given"),
+    [
+        ("run", "run", {"id": "w0", "resume": "allow", "allow_val_change": True, "config": {"seed": 1}}),
+        ("branch", "run", {"config": {"seed": 1, "continues": "w0"}}),
+        ("run", None, {"config": {"seed": 1}}),
+        ("run", "other", {"config": {"seed": 1}}),  # whose run was not on W&B
+    ],
+)
+def test_wandb_goes_on_with_a_run_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, source: str | None, given: dict[str, object]
+) -> None:
+    calls: list[dict[str, object]] = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **given: calls.append(given) or types.SimpleNamespace(id="w1")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for name in ("run", "branch"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "trackers.json").write_text('{"mlflow": "m0", "wandb": "w0"}')
+    checkpoint = tmp_path / source / "checkpoints" / "last.ckpt" if source else None
+    open_trackers(["wandb"], tmp_path / folder, {"seed": 1}, checkpoint)
+    assert calls == [{"project": "mmdistill", "name": folder, "dir": str(tmp_path / folder), **given}]
+    assert json.loads((tmp_path / folder / "trackers.json").read_text())["wandb"] == "w1"
 
 
 def test_mlflow_itself_keeps_each_run_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +161,47 @@ def test_mlflow_itself_keeps_each_run_in_its_folder(tmp_path: Path, monkeypatch:
         assert (found.info.status, found.info.run_name, found.data.metrics["loss"]) == ("FINISHED", name, 0.5)
         assert found.data.params["trainer.lr"] == str(config["trainer"]["lr"])
         assert len(list((run / "mlruns").rglob("reconstruction-3.png"))) == 1
+
+
+def test_mlflow_itself_goes_on_with_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+
+    def part(folder: str, step: int, source: Path | None, *overrides: str) -> list[Any]:
+        config = to_plain(_parsed(*overrides))
+        with RunLog(
+            tmp_path / folder, total_steps=9, title="t", trackers=["mlflow"], config=config, source=source
+        ) as log:
+            log.scalars(step, {"loss": 1 / step})
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path / folder}/mlflow.db")
+        return client.search_runs([client.get_experiment_by_name("mmdistill").experiment_id])
+
+    (first,) = part("run", 3, None, "trainer.epochs=7")
+    (whole,) = part("run", 6, checkpoint, "trainer.epochs=8", "resume=auto")
+    assert (whole.info.run_id, whole.info.status) == (first.info.run_id, "FINISHED")
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
+    assert [m.step for m in client.get_metric_history(whole.info.run_id, "loss")] == [3, 6]
+    assert whole.data.params["trainer.epochs"] == "7"
+    assert (whole.data.tags["resumed.trainer.epochs"], whole.data.tags["resumed.resume"]) == ("8", "auto")
+    (branch,) = part("branch", 6, checkpoint)
+    assert branch.data.tags["continues"] == first.info.run_id
+    (tmp_path / "run" / "trackers.json").write_text('{"mlflow": "0123"}')  # a run that was deleted there
+    assert len(part("run", 9, checkpoint)) == 2
+    assert "0123 cannot go on, a new one is made" in caplog.text
+
+
+def test_wandb_itself_gives_a_resumed_run_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for source in (None, tmp_path / "checkpoints" / "last.ckpt"):
+        config = to_plain(_parsed(f"trainer.epochs={7 if source else 8}"))
+        with RunLog(tmp_path, total_steps=1, title="t", trackers=["wandb"], config=config, source=source) as log:
+            log.scalars(3, {"loss": 0.5})
+    parts = [path.stem for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    assert (len(parts), len(set(parts))) == (2, 1)
 
 
 def test_wandb_itself_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ class RunLog:
         enabled: on rank 0 only.
         trackers: names, see `mmdistill.trackers`.
         config: the resolved config, for trackers that show it.
+        source: the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -39,13 +40,14 @@ class RunLog:
         enabled: bool = True,
         trackers: Sequence[str] = DEFAULT_TRACKERS,
         config: Mapping[str, Any] | None = None,
+        source: Path | None = None,
     ) -> None:
         self.enabled = enabled
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = run_dir / LOG_FILE
-        self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {})
+        self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {}, source)
         self._display = Display(title, total_steps, ends=True, say=self.say)
 
     def __enter__(self) -> "RunLog":

@@ -4,12 +4,19 @@ Each is a class with two methods. W&B and MLflow are optional packages, imported
 """
 
 import csv
+import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from mmdistill.data.atomic import write_whole
+
+IDS_FILE = "trackers.json"  # by tracker the id of the run in its own books
+log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -28,7 +35,7 @@ class Tracker(Protocol):
 class TensorBoard:
     """Curves under ``tensorboard/``."""
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], source: Path | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(run_dir / "tensorboard"))
@@ -53,7 +60,7 @@ class Csv:
     A run that was killed repeats what came after its last checkpoint; its rows then take the place of the older ones.
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], source: Path | None) -> None:
         self.path = run_dir / "metrics.csv"
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -88,7 +95,7 @@ def carry_rows(checkpoint: Path, run_dir: Path, step: int) -> int:
 
     Nothing where that run is this one or has none, or where this one has rows of its own. Returns how many came over.
     """
-    old, new = checkpoint.absolute().parents[1] / "metrics.csv", run_dir.absolute() / "metrics.csv"
+    old, new = _run_folder(checkpoint) / "metrics.csv", run_dir.absolute() / "metrics.csv"
     if new.exists() or not old.is_file():
         return 0
     with old.open(newline="") as file:
@@ -108,13 +115,45 @@ def _repeated(row: Mapping[str, Any], step: int, values: Mapping[str, float]) ->
     return stored > step or (stored == step and all(row.get(name) not in (None, "") for name in values))
 
 
-class Wandb:
-    """A run on Weights & Biases, named after the run's folder; its files lie under ``wandb/``."""
+def _run_folder(checkpoint: Path) -> Path:
+    """Of the run that wrote it: ``checkpoints/NAME`` lies in it."""
+    return checkpoint.absolute().parent.parent
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+
+def _earlier_id(tracker: str, run_dir: Path, source: Path | None) -> tuple[str | None, bool]:
+    """The id of the run that wrote `source`, and whether this is that run: in another folder it may be a branch."""
+    if source is None:
+        return None, False
+    path = _run_folder(source) / IDS_FILE
+    ids = json.loads(path.read_text()) if path.is_file() else {}
+    return ids.get(tracker), _run_folder(source) == run_dir.absolute()
+
+
+def _keep_id(tracker: str, run_dir: Path, own: str) -> None:
+    path = run_dir / IDS_FILE
+    ids = json.loads(path.read_text()) if path.is_file() else {}
+    write_whole(path, json.dumps({**ids, tracker: own}, indent=1).encode() + b"\n")
+
+
+class Wandb:
+    """A run on Weights & Biases, named after the run's folder; its files lie under ``wandb/``.
+
+    A run that is resumed in its folder goes on under its id: steps that W&B has it does not take again. Offline that is
+    a further folder with the same id, for ``wandb sync --append``. In another folder it is a run of its own, whose
+    config says under ``continues`` which one it comes from.
+    """
+
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], source: Path | None) -> None:
         import wandb
 
-        self.run = wandb.init(project="mmdistill", name=run_dir.name, dir=str(run_dir), config=dict(config))
+        earlier, same = _earlier_id("wandb", run_dir, source)
+        given: dict[str, Any] = {"config": dict(config)}
+        if earlier and same:
+            given |= {"id": earlier, "resume": "allow", "allow_val_change": True}
+        elif earlier:
+            given["config"]["continues"] = earlier
+        self.run = wandb.init(project="mmdistill", name=run_dir.name, dir=str(run_dir), **given)
+        _keep_id("wandb", run_dir, self.run.id)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
@@ -134,10 +173,11 @@ class Wandb:
 class MLflow:
     """An MLflow run: at ``MLFLOW_TRACKING_URI``, else in ``mlflow.db`` and ``mlruns/`` of the run's folder.
 
-    A folder alone, which older releases wrote to, is refused by MLflow 3.
+    A folder alone, which older releases wrote to, is refused by MLflow 3. A run that is resumed in its folder goes on;
+    in another folder it is a run of its own, whose tag ``continues`` is the id of the one it comes from.
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, config: Mapping[str, Any], source: Path | None) -> None:
         import mlflow
 
         self.mlflow = mlflow
@@ -147,8 +187,26 @@ class MLflow:
             if mlflow.get_experiment_by_name("mmdistill") is None:
                 mlflow.create_experiment("mmdistill", artifact_location=(run_dir / "mlruns").absolute().as_uri())
         mlflow.set_experiment("mmdistill")
-        mlflow.start_run(run_name=run_dir.name)
-        mlflow.log_params(_flat(config))
+        earlier, same = _earlier_id("mlflow", run_dir, source)
+        if not (earlier and same and self._goes_on(earlier, _flat(config))):
+            run = mlflow.start_run(run_name=run_dir.name)
+            mlflow.log_params(_flat(config))
+            if earlier:
+                mlflow.set_tag("continues", earlier)
+            _keep_id("mlflow", run_dir, run.info.run_id)
+
+    def _goes_on(self, run_id: str, params: Mapping[str, str]) -> bool:
+        """Open a run again; False where this server does not have it. Values that differ become tags: params stay."""
+        try:
+            known = self.mlflow.get_run(run_id).data.params
+            self.mlflow.start_run(run_id=run_id)
+        except self.mlflow.MlflowException as error:
+            log.warning("MLflow's run %s cannot go on, a new one is made: %s", run_id, error)
+            return False
+        self.mlflow.log_params({key: value for key, value in params.items() if key not in known})
+        changed = {f"resumed.{key}": value for key, value in params.items() if known.get(key, value) != value}
+        self.mlflow.set_tags(changed)
+        return True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One point of each curve."""
@@ -177,17 +235,20 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return out
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], Path | None], Tracker]] = {
     "tensorboard": TensorBoard, "csv": Csv, "wandb": Wandb, "mlflow": MLflow,
 }  # fmt: skip
 
 
-def open_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> list[Tracker]:
+def open_trackers(
+    names: Sequence[str], run_dir: Path, config: Mapping[str, Any], source: Path | None = None
+) -> list[Tracker]:
     """The trackers of one run.
 
     Args:
         names: keys of `TRACKERS`; a further one is an entry there.
         run_dir: the run's folder; what is written to disk goes there.
         config: the resolved config as builtin containers, for trackers that show it.
+        source: the checkpoint that the run goes on from.
     """
-    return [TRACKERS[name](run_dir, config) for name in names]
+    return [TRACKERS[name](run_dir, config, source) for name in names]

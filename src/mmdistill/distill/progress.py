@@ -43,6 +43,7 @@ class Progress(Callback):
             enabled=trainer.is_global_zero,
             trackers=self._trackers,
             config=self._config,
+            source=self._source,
         )
         self._log.__enter__()
         if self._source:

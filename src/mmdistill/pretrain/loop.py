@@ -259,6 +259,7 @@ def _train(run: _Run, source: Path | None) -> Path:
         enabled=process.is_main,
         trackers=as_names("logger", config.logger),
         config=to_plain(config),
+        source=source,
     )
     with log, stop_signals(config.stop_signals) as stop_signal:
         _say_start(log, run)
