@@ -181,6 +181,16 @@ def copy_state(
     return matched, parameters, dict(conversions), excused
 
 
+def _check_unseen(source: Path, found: EncoderGeometry, own: EncoderGeometry) -> None:
+    """Whether what no shape shows is the same: with other heads all weights fit, and the features are wrong."""
+    names = ("heads", "head_dim", "separable_positions")
+    other = [f"{n} {getattr(found, n)} / {getattr(own, n)}" for n in names if getattr(found, n) != getattr(own, n)]
+    if other:
+        raise WeightMismatchError(
+            f"{source}: does not fit the module, which was left unchanged: (checkpoint / module) {', '.join(other)}"
+        )
+
+
 def load_into(
     module: nn.Module, checkpoint: Checkpoint, *, part: str | None = None, allow_missing: Sequence[str] = ()
 ) -> LoadReport:
@@ -192,6 +202,8 @@ def load_into(
     if "patch_embed.proj.weight" in target:
         state, part, left = select_encoder(checkpoint, part)
         fields = (checkpoint.meta.get("encoders") or {}).get(part)
+        if fields and isinstance(geometry, EncoderGeometry):
+            _check_unseen(checkpoint.path, geometry_from_meta(fields), geometry)
         note = _positions(state, target, fields, geometry.grid if isinstance(geometry, EncoderGeometry) else None)
         if note == "sin-cos":
             assert isinstance(geometry, EncoderGeometry)
