@@ -3,7 +3,9 @@
 A modality is data, not a file: every loop, dataset and model is written once and told which `ModalitySpec` to use.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,23 @@ class ModalitySpec:
         if self.target not in ("patch", "centred", "energy", "pixel"):
             raise ValueError(f"{self.name}: target is patch, centred, energy or pixel, got {self.target!r}")
 
-    def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "ModalitySpec":
-        """The same modality with the statistics of another dataset."""
-        return replace(self, mean=tuple(mean), std=tuple(std))
+    def with_statistics(
+        self, mean: tuple[float, ...], std: tuple[float, ...], sigma: float | None = None
+    ) -> "ModalitySpec":
+        """The same modality with the statistics (and, unless None, the `sigma`) of another dataset."""
+        return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for its weights have learned from such inputs; see `stored_statistics`."""
+        drawn = {"sigma": self.sigma} if self.name == "skeleton" else {}
+        return {"mean": list(self.mean), "std": list(self.std), **drawn}
+
+
+def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
+    """Of a checkpoint's metadata, the arguments of `with_statistics`; None where it has none for the modality."""
+    found = (meta.get("statistics") or {}).get(modality)
+    return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
 
 
 MODALITIES: tuple[str, ...] = ("rgb", "flow", "skeleton")

@@ -7,7 +7,7 @@ from mmdistill.build import check_token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.fewshot.embed import weights_digest
-from mmdistill.modality import MODALITIES, ModalitySpec
+from mmdistill.modality import MODALITIES, ModalitySpec, stored_statistics
 from mmdistill.models.videomae import Encoder
 
 
@@ -24,15 +24,33 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
             f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
             "check the order (rgb, flow, skeleton)"
         )
-    encoder = load_encoder(checkpoint)
+    encoder = _encoder(checkpoint, data)
     check_token_grid(encoder, spec, data, path)
-    stored = (checkpoint.meta.get("statistics") or {}).get(modality)
-    if stored and (tuple(stored["mean"]), tuple(stored["std"])) != (spec.mean, spec.std):
-        raise ConfigError(
-            f"data_module.modalities.{modality}: mean/std {spec.mean}/{spec.std} differ from those {path} was "
-            f"trained with ({stored['mean']}/{stored['std']}); use the same dataset config in both phases"
-        )
+    _check_inputs(checkpoint, spec, path)
     return encoder
+
+
+def _encoder(checkpoint: Checkpoint, data: DataModuleConfig) -> Encoder:
+    """Its encoder; a file of other programs does not tell its input size (sin-cos positions are not stored): the data's."""
+    if checkpoint.meta.get("encoders"):
+        return load_encoder(checkpoint)
+    shapes = (v.shape for k, v in checkpoint.state_dict.items() if k.endswith("patch_embed.proj.weight"))
+    patch = next((shape[-1] for shape in shapes), data.patch_size)
+    height, width = (size // data.patch_size * patch for size in data.crop_size)
+    return load_encoder(checkpoint, num_frames=data.num_frames, height=height, width=width)
+
+
+def _check_inputs(checkpoint: Checkpoint, spec: ModalitySpec, path: object) -> None:
+    """Whether this run gives a teacher what it was trained on."""
+    stored = stored_statistics(checkpoint.meta, spec.name)
+    if stored and spec.with_statistics(*stored) != spec:
+        found = spec.with_statistics(*stored)
+        names = [n for n in ("mean", "std", "sigma") if getattr(found, n) != getattr(spec, n)]
+        told = ", ".join(f"{n} {getattr(found, n)} / {getattr(spec, n)}" for n in names)
+        raise ConfigError(
+            f"data_module.modalities.{spec.name}: not as {path} was trained with (checkpoint / data_module): {told}; "
+            "use the same dataset config in both phases"
+        )
 
 
 def load_teachers(
@@ -62,6 +80,7 @@ def load_teachers(
         if resumed and part in named and part in resumed.parts:
             teachers[modality] = load_encoder(resumed, part=part)
             check_token_grid(teachers[modality], specs[modality], config.data_module, resume)
+            _check_inputs(resumed, specs[modality], resume)
             sources[part] = named[part]
             continue
         path = given.get(modality) or str(named[part]["path"])
@@ -87,7 +106,9 @@ def named_teacher(source: Checkpoint, part: str) -> Checkpoint:
         raise ConfigError(f"{source.path} holds {', '.join(source.parts)} and names no {part}")
     _check_there(named["path"], part, named, source.path)
     checkpoint = read_checkpoint(named["path"])
-    _check_same(named["path"], weights_digest(load_encoder(checkpoint)), part, named, source.path)
+    own = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(part, {})
+    size = {name: own[name] for name in ("num_frames", "height", "width") if name in own}
+    _check_same(named["path"], weights_digest(load_encoder(checkpoint, **size)), part, named, source.path)
     return checkpoint
 
 

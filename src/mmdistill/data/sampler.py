@@ -1,7 +1,7 @@
 """The order of the clips, a pure function of (seed, epoch, rank, world size): a resumed run asks for the same ones."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -80,3 +80,12 @@ def stream(*key: int | str) -> np.random.Generator:
     """A random generator that depends on `key` alone, on every machine and in every process."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def other_batches(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:
+    """Why a run cannot go on inside an epoch: what decides its batches was (stored) and is (own) another."""
+    told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
+    return (
+        f"resume: the checkpoint was written inside epoch {epoch}, whose batches are not those of this run "
+        f"(checkpoint / run): {told}; use the same settings, or resume from an epoch's end"
+    )

@@ -11,7 +11,7 @@ from mmdistill.build import clip_dataset, clip_loader, make_demo_data
 from mmdistill.checkpoint.retention import find_resume, run_lock
 from mmdistill.config import ConfigError, DistillConfig, as_names, modality_specs, to_plain
 from mmdistill.data.loader import ClipLoader
-from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.data.sampler import EpochBatchSampler, other_batches
 from mmdistill.data_report import DataReport
 from mmdistill.distill.callbacks import (
     LAST,
@@ -94,11 +94,7 @@ class DistillData(pl.LightningDataModule):
         self._start = (int(state_dict["epoch"]), int(state_dict["batch"]))
         other = {k: (state_dict[k], v) for k, v in self._order.items() if state_dict[k] != v}
         if self._start[1] and other:
-            told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
-            raise ConfigError(
-                f"resume: the checkpoint was written inside epoch {self._start[0]}, whose batches are not those of "
-                f"this run (checkpoint / run): {told}; use the same settings, or resume from an epoch's end"
-            )
+            raise ConfigError(other_batches(self._start[0], other))
 
     def train_dataloader(self) -> Any:
         """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
@@ -215,7 +211,7 @@ def _module(
             draws=t.teacher_cache,
             clips=len(data.dataset),
             widths={m: e.geometry.dim for m, e in teachers.items()},
-            key=cache_key(data.dataset, sources, resolve_precision(config.precision, process.device)),
+            key=cache_key(data.dataset, sources, specs, resolve_precision(config.precision, process.device)),
         )
     return module
 
@@ -230,7 +226,7 @@ def _meta(
         "kind": "distill",
         "encoders": {**{part: to_plain(teachers["rgb"].geometry) for part in students}, **geometries},
         "decoder": None,
-        "statistics": {m: {"mean": list(specs[m].mean), "std": list(specs[m].std)} for m in teachers},
+        "statistics": {m: specs[m].statistics for m in teachers},
         "config": to_plain(config),
         "teachers": sources,
     }

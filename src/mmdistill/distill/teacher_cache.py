@@ -5,7 +5,7 @@ and their features are kept; from epoch N on they are looked up, teachers stay i
 frames are read. A training without the cache, on the same masks, has the same losses.
 
 A draw lies in the run's folder as ``teacher_features/DIGEST/draw_K.npy``, float32 [clips, D of all teachers], and
-``draw_K_known.npy``, bool [clips]. The digest is of the teachers' weights and of what decides clips and masks, so
+``draw_K_known.npy``, bool [clips]. The digest is of the teachers' weights and of what decides their inputs, so
 that other features are never taken for these. What a draw lacks at its first use (the clips left out of that epoch,
 or those of an epoch that was stopped) is computed then; a resumed run goes on with the files that are there.
 """
@@ -24,9 +24,12 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Subset
 
+from mmdistill.checkpoint.engine import gather, rank_and_world
 from mmdistill.data.atomic import whole_file
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.loader import ClipLoader
+from mmdistill.data.version import data_version
+from mmdistill.modality import ModalitySpec
 
 
 class TeacherCache:
@@ -123,11 +126,18 @@ class TeacherCache:
         return self.folder / f"draw_{draw}{suffix}.npy"
 
 
-def cache_key(dataset: ClipDataset, teachers: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """What decides the features: the teachers' digests, the clips in their order, and how they are masked and cut."""
+def cache_key(
+    dataset: ClipDataset, teachers: Mapping[str, Any], specs: Mapping[str, ModalitySpec], precision: str
+) -> dict[str, Any]:
+    """What decides the features: the teachers' digests, the clips, their files, and what is made of these.
+
+    Rank 0's on every rank: copies of the data on other machines' disks have other times of change.
+    """
+    versions = {m: data_version(dataset, m) for m in dataset.readers} if rank_and_world()[0] == 0 else {}
     return {
         "teachers": {name: source["sha256"] for name, source in teachers.items()},
-        "clips": hashlib.sha256("\n".join(c.id for c in dataset.index.clips).encode()).hexdigest(),
+        "data": gather(versions)[0],
+        "inputs": {m: repr(specs[m]) for m in dataset.readers},
         "mask": [dataset.mask_kind, dataset.mask_ratio, list(dataset.grid)],
         "view": [list(dataset.crop), list(dataset.frame_size), dataset.min_scale, dataset.flip],
         "seed": dataset.seed,

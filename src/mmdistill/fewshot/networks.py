@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from mmdistill.fewshot.embed import ClipEncoder, Job, Views, weights_digest
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.modality import ModalitySpec
+from mmdistill.modality import ModalitySpec, stored_statistics
 from mmdistill.models.videomae import Encoder
 
 _BY_CHANNELS = {3: "rgb", 2: "flow", 17: "skeleton"}
@@ -25,14 +26,14 @@ class Network:
         encoder: with its weights.
         modality: what it looks at.
         checkpoint: the file or folder it is from; "" for none.
-        statistics: (mean, std) stored in the checkpoint, or None.
+        statistics: (mean, std, sigma) stored in the checkpoint, or None.
     """
 
     name: str
     encoder: Encoder
     modality: str
     checkpoint: str = ""
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: tuple[Any, ...] | None = None
 
     def spec(self, dataset: ModalitySpec) -> ModalitySpec:
         """The dataset's spec with the statistics that this network was trained on.
@@ -111,9 +112,8 @@ def load_network(
             f"{path}: {taken} was trained on (frames, height, width) = {(g.num_frames, g.height, g.width)}, the data "
             f"give {size}; use its dataset config, or set data_module.num_frames and data_module.crop_size"
         )
-    statistics = (checkpoint.meta.get("statistics") or {}).get(found)
-    values = (tuple(statistics["mean"]), tuple(statistics["std"])) if statistics else None
-    return Network(f"pretrained_{found}" if taken == "encoder" else taken, encoder, found, str(path), values)
+    name = f"pretrained_{found}" if taken == "encoder" else taken
+    return Network(name, encoder, found, str(path), stored_statistics(checkpoint.meta, found))
 
 
 def _channels(checkpoint: Checkpoint, part: str) -> int:
