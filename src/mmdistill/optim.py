@@ -37,10 +37,15 @@ def make_optimizer(
     patch embedding is layer 0, the n encoder blocks are 1 to n, and what lies above them has the whole rate. Groups
     carry the factor as ``lr_scale``, which timm's schedule applies.
     """
-    groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("mask_token", "pos_embed"))
+    groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("*mask_token", "*pos_embed"))
     if layer_decay is not None:
         groups = _layer_groups(module, groups, layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the config says of each group, to `update` it with: loading a state brings that of the run that wrote it."""
+    return [{k: g[k] for k in ("weight_decay", "betas", "lr_scale") if k in g} for g in optimizer.param_groups]
 
 
 def layer_of(name: str, depth: int) -> int:

@@ -129,6 +129,10 @@ class FixedOrder(Callback):
     def __init__(self, sampler: Any, seed: int) -> None:
         self.sampler, self.seed = sampler, seed
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """The sampler stands where the run starts."""
+        pl_module.go_on(self.sampler.epoch, self.sampler.start_batch)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the epoch's iterator is made; skipped by Lightning where a run resumes inside an epoch."""
         self.sampler.set_state(trainer.current_epoch, 0)

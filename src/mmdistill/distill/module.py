@@ -26,7 +26,7 @@ from mmdistill.models.cmt import CrossModalTransfer
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import Encoder
 from mmdistill.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
-from mmdistill.optim import LearningRates, make_optimizer, make_schedule
+from mmdistill.optim import LearningRates, group_settings, make_optimizer, make_schedule
 from mmdistill.runtime import mean_over_ranks
 from mmdistill.teachers import check_teachers
 
@@ -74,6 +74,8 @@ class MMDistill(pl.LightningModule):
         self.specs, self.rates, self.meta = dict(specs), rates, dict(meta)
         self.weight_decay, self.betas, self.layer_decay = weight_decay, betas, layer_decay
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self._settings: list[dict[str, Any]] = []  # of the optimiser's groups
+        self._ahead = 0  # steps by this run's epochs, less those counted: epochs done in another number of steps
         self.modalities = tuple(teachers)
         self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers["rgb"])})
         self.student_rgb.requires_grad_(True)
@@ -227,12 +229,23 @@ class MMDistill(pl.LightningModule):
         )
         # a fused one would unscale fp16 gradients in its step, after they are looked at and clipped
         optimizer._step_supports_amp_scaling = False
+        self._settings = group_settings(optimizer)
         schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def go_on(self, epoch: int, batch: int) -> None:
+        """Train from this place on as this run's config says: rates, weight decay and betas are not the file's."""
+        accumulate = self.trainer.accumulate_grad_batches
+        steps = math.ceil(self.trainer.num_training_batches / accumulate)  # of an epoch
+        self._ahead = epoch * steps + batch // accumulate - self.global_step
+        for entry in self.trainer.lr_scheduler_configs:
+            for group, own in zip(entry.scheduler.optimizer.param_groups, self._settings, strict=True):
+                group.update(own)
+            entry.scheduler.step_update(self.global_step + self._ahead)
+
     def lr_scheduler_step(self, scheduler: Scheduler, metric: Any) -> None:
         """After each optimiser step. timm's schedules are told the number of steps done."""
-        scheduler.step_update(self.global_step)
+        scheduler.step_update(self.global_step + self._ahead)
         # here, and not in a hook that a stop by a signal would leave out
         if self.ema is not None and not self._skipped:
             self._average()
@@ -268,6 +281,7 @@ class MMDistill(pl.LightningModule):
         state, stored = checkpoint.get("state_dict"), checkpoint.get("mmdistill") or {}
         self.nonfinite.skipped = int(stored.get("skipped_steps", 0))
         self.overflow_steps = int(stored.get("overflow_steps", 0))
+        checkpoint["lr_schedulers"] = []  # a schedule follows from config and step, see `go_on`
         if state is None:  # a directory of stock Lightning's DeepSpeed strategy: its engine has the weights
             return
         held = any(k.startswith("student_ema_rgb.") for k in state)

@@ -20,13 +20,13 @@ from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
 from mmdistill.checkpoint.engine import agree
 from mmdistill.checkpoint.retention import find_resume, run_lock
 from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
-from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.data.sampler import EpochBatchSampler, other_batches
 from mmdistill.data_report import DataReport
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
 from mmdistill.models.videomae import VideoMAE, complement, patch_targets, reconstruction_loss, trivial_loss
 from mmdistill.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
-from mmdistill.optim import LearningRates, make_schedule
+from mmdistill.optim import LearningRates, group_settings, make_schedule
 from mmdistill.pretrain.engine import make_engine, open_process_group
 from mmdistill.pretrain.start import load_videomae
 from mmdistill.runlog import RunLog
@@ -119,6 +119,17 @@ class _Run:
             total_steps=trainer.epochs * steps,
         )
         self.total_steps = trainer.epochs * steps
+        self.settings = group_settings(self.schedule.optimizer)
+        # what the weights have learned with, which their shapes do not tell
+        decoder = to_plain(decoder_geometry(config.model))
+        self.learned = {**to_plain(self.geometry), "decoder": decoder, **self.spec.statistics}
+        # what decides which clips the batches before a place held
+        self.order = {
+            "seed": config.seed,
+            "clips": len(self.dataset),
+            "global_batch": config.batch_size * process.world_size,
+            "accumulate": trainer.accumulate,
+        }
         self.autocast_inputs = resolve_precision(config.precision, process.device)
         self.at = _Progress()
         self.source: Path | None = None
@@ -179,7 +190,7 @@ class _Run:
             "modality": self.config.modality,
             "encoders": {"encoder": to_plain(self.geometry)},
             "decoder": to_plain(decoder_geometry(self.config.model)),
-            "statistics": {self.config.modality: {"mean": list(self.spec.mean), "std": list(self.spec.std)}},
+            "statistics": {self.config.modality: self.spec.statistics},
             "epoch": self.at.epoch,
             "step": self.step,
             "loss": loss,
@@ -197,7 +208,13 @@ class _Run:
         }
         target = (self.run_dir / "checkpoints" / name).absolute()
         self.saved[str(target)] = loss
-        client = {"progress": state, "saved": dict(self.saved), "skipped_steps": self.nonfinite.skipped}
+        client = {
+            "progress": state,
+            "learned": self.learned,
+            "order": {**self.order, "batches": self.batches},
+            "saved": dict(self.saved),
+            "skipped_steps": self.nonfinite.skipped,
+        }
         path = save_deepspeed(self.engine, target, self.meta(loss), client)
         agree(self._prune if self.process.is_main else lambda: None, "")
         return path
@@ -213,14 +230,36 @@ class _Run:
         )
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint directory."""
+        """Continue from a checkpoint directory, as this run's config says: rates, weight decay, betas.
+
+        Raises:
+            ConfigError: it was written inside an epoch, and this run's batches are others; or its weights have learned
+                with other heads, positions or statistics.
+        """
         state = load_deepspeed(self.engine, path)
+        # older versions wrote neither "learned" nor "order"
+        if other := _other(state.get("learned", {}), self.learned):
+            told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
+            raise ConfigError(
+                f"resume: {path} has learned with other settings than this run's (checkpoint / run): {told}; set them "
+                "as they were, or start anew with resume=null"
+            )
         self.source, self.saved = path, dict(state.get("saved", {}))
         self.nonfinite.skipped = int(state.get("skipped_steps", 0))
         self.at = _Progress(**state["progress"])
-        if self.at.batch >= self.batches:
+        stored = state.get("order", {})
+        if self.at.batch >= stored.get("batches", self.batches):
             self.at.restart()
+        if self.at.batch and (other := _other(stored, self.order)):
+            raise ConfigError(other_batches(self.at.epoch, other))
+        for group, own in zip(self.schedule.optimizer.param_groups, self.settings, strict=True):
+            group.update(own)
         self.schedule.step_update(self.step)
+
+
+def _other(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is stored otherwise than this run has it."""
+    return {k: (stored[k], v) for k, v in own.items() if k in stored and stored[k] != v}
 
 
 def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
