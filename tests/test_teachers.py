@@ -5,26 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from mmdistill import config as schema
-from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint, save_torch
-from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse
+from mmdistill.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFormat,
+    load_encoder,
+    read_checkpoint,
+    save_torch,
+)
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.evaluate import _networks
 from mmdistill.fewshot.embed import weights_digest
-from mmdistill.overrides import quote_overrides
-from mmdistill.teachers import check_teachers, load_teachers
-from tests.test_resume import ROOT, teacher
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.teachers import check_teachers, load_teachers, named_teacher
+from tests.test_resume import teacher
 from tests.tiny_data import overrides
 
 MODALITIES = ("rgb", "flow", "skeleton")
 
 
 def configure(*more: str) -> DistillConfig:
-    schema.register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        values = quote_overrides([*overrides(Path("nowhere")), *more])
-        return parse(compose("config_mmdistill", overrides=values), DistillConfig)
+    return load_config(DistillConfig, "config_mmdistill", [*overrides(Path("nowhere")), *more])
 
 
 @pytest.fixture
@@ -101,3 +104,36 @@ def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"teacher_flow is not in {slim}, a slim file; this row is left out" in said
     with pytest.raises(ConfigError, match="no part 'student_flow'"):
         _networks(configure("train=False", f"ckpt_path={slim}", "compare=[student_flow]"), str(slim))
+
+
+def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
+    """No metadata, as in older checkpoints of the method; skeletons may have been trained at the pixels' resolution."""
+    paths = []
+    for modality, channels in (("rgb", 3), ("flow", 2), ("skeleton", 17)):
+        geometry = EncoderGeometry(channels, 4, 32, 48, 16, 2, dim=384, depth=1, heads=6, head_dim=64, mlp_dim=384)
+        state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+        (tmp_path / modality / "checkpoint").mkdir(parents=True)
+        torch.save({"module": state}, tmp_path / modality / "checkpoint" / "mp_rank_00_model_states.pt")
+        paths.append(str(tmp_path / modality))
+    given = (
+        f"trainer.ckpt_path=[{','.join(paths)}]",
+        "data_module.num_frames=4",
+        "data_module.crop_size=[32,48]",
+        "data_module.frame_size=[32,48]",
+        "data_module.patch_size=16",
+    )
+    config = configure(*given, "data_module.modalities.skeleton.scale=1")
+    teachers, sources = load_teachers(config, modality_specs(config.data_module), None)
+    for encoder in teachers.values():
+        g = encoder.geometry
+        assert (g.num_frames, g.height, g.width, g.patch) == (4, 32, 48, 16)
+
+    encoders = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    slim = Checkpoint(
+        tmp_path / "slim.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
+    )
+    assert named_teacher(slim, "teacher_flow").state_dict
+
+    config = configure(*given, "data_module.modalities.skeleton.scale=4")
+    with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.scale=1"):
+        load_teachers(config, modality_specs(config.data_module), None)

@@ -212,4 +212,8 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
     wanted = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.scale)
     if found != wanted:
         both = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, wanted, strict=True) if a != b)
-        raise ConfigError(f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {both}")
+        scale, rest = divmod(data.patch_size, g.patch)
+        set_it = f"; set data_module.modalities.{spec.name}.scale={scale}" if scale != spec.scale and not rest else ""
+        raise ConfigError(
+            f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {both}{set_it}"
+        )

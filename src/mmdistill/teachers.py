@@ -31,7 +31,8 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
 
 
 def _encoder(checkpoint: Checkpoint, data: DataModuleConfig) -> Encoder:
-    """Its encoder; a file of other programs does not tell its input size (sin-cos positions are not stored): the data's."""
+    """Its encoder. A file of another program does not tell its input size (sin-cos positions are not stored); it is
+    taken to be the data's."""
     if checkpoint.meta.get("encoders"):
         return load_encoder(checkpoint)
     shapes = (v.shape for k, v in checkpoint.state_dict.items() if k.endswith("patch_embed.proj.weight"))
