@@ -2,8 +2,9 @@
 
 A CASE is ``NAME:WHO:WHAT:HOW``: rank WHO (or ``all``) raises WHAT (``nan``: as every rank does; ``defect``), the others
 wait for it in a collective. HOW is what a rank does before it asks who was first: ``late1=S`` is rank 1's sleep of S
-seconds, ``stop0`` and ``stop1`` suspend that rank; ``bound=S`` is how long ranks wait for each other then. Several are
-joined by commas. All cases run at once.
+seconds, ``stop0`` and ``stop1`` suspend that rank; with ``worker1`` a loader worker of rank 1 has died too when that
+rank looks at its failure; ``bound=S`` is how long ranks wait for each other. Several are joined by commas. All cases
+run at once.
 
 FOLDER/NAME.log takes what the ranks print, FOLDER/NAME.json for each rank its exit code and the seconds from its
 failure to its end (None for one that was suspended).
@@ -37,6 +38,22 @@ def _prepare(rank: int, how: list[str]) -> None:
             time.sleep(float(part.partition("=")[2]))
 
 
+def _let_a_worker_die() -> None:
+    """As torch sees it: its handler raises wherever the process is, here at the first thing done about a failure."""
+    leave = launch.leave_workers_alone
+
+    def died(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker is killed")
+
+    def leaving() -> None:
+        launch.leave_workers_alone = leave
+        os.kill(os.getpid(), signal.SIGCHLD)
+        leave()
+
+    signal.signal(signal.SIGCHLD, died)
+    launch.leave_workers_alone = leaving
+
+
 def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -50,6 +67,8 @@ def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
         return ask(job)
 
     launch.first_to_fail = asking
+    if f"worker{rank}" in how:
+        _let_a_worker_die()
 
     def job(config: PretrainConfig, run_dir: str) -> None:
         start_process(accelerator="cpu", seed=0, timeout_s=120)

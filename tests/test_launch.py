@@ -222,6 +222,7 @@ _FAILING = {
     "alike but too late": ("all:nan:bound=1,late1=4", "mmdistill: error: loss is nan"),
     "first is 0": ("0:defect:bound=60,late1=1", "[rank0]: TypeError: a defect"),
     "first is 1": ("1:defect:bound=60,late0=1", "[rank1]: TypeError: a defect"),
+    "a worker of 1 dies too": ("1:defect:bound=60,worker1", "[rank1]: TypeError: a defect"),
     "1 is suspended": ("all:nan:bound=1,stop1", "mmdistill: error: loss is nan"),
     "0 is suspended": ("all:defect:bound=1,stop0,late1=1", "mmdistill: rank 1 lost the others: TypeError: a defect"),
 }
