@@ -10,9 +10,26 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.build import check_token_grid, clip_dataset, clip_index, clip_loader, make_demo_data
+from mmdistill.build import (
+    annotation_path,
+    check_token_grid,
+    clip_dataset,
+    clip_index,
+    clip_loader,
+    load_rallies,
+    make_demo_data,
+)
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
-from mmdistill.config import PARTS, ConfigError, DistillConfig, as_ints, as_names, modality_specs, to_plain
+from mmdistill.config import (
+    PARTS,
+    ConfigError,
+    DataModuleConfig,
+    DistillConfig,
+    as_ints,
+    as_names,
+    modality_specs,
+    to_plain,
+)
 from mmdistill.data.annotations import AnnotationError
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.index import ClipIndex, overlapping
@@ -24,7 +41,7 @@ from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.networks import Network, random_network
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
-from mmdistill.modality import MODALITIES, ModalitySpec
+from mmdistill.modality import MODALITIES, ModalitySpec, stored_statistics
 from mmdistill.runtime import Process, autocast, common_folder, resolve_precision, start_process
 from mmdistill.teachers import named_teacher
 
@@ -53,6 +70,8 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
+    seen, told = _seen_in_training(config.data_module, dataset.index)
+    lines += told
     if config.compile:
         lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
@@ -71,7 +90,12 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     )
     results = run_protocol(features, protocol, show_progress=process.is_main)
     missing = {**dataset.missing_report(), "frames_repeated": _frames_repeated(features)}
-    extra = {"config": to_plain(config), "missing": missing, "overlapping_clips": overlapping(dataset.index.clips)}
+    extra = {
+        "config": to_plain(config),
+        "missing": missing,
+        "overlapping_clips": overlapping(dataset.index.clips),
+        "rallies_in_training": seen,
+    }
     if process.is_main:
         print_tables(results)
         print(missing_line(missing, modalities))
@@ -115,6 +139,18 @@ def _checked(protocol: Protocol, index: ClipIndex) -> list[str]:
             "frames; data_module.disjoint=video keeps videos apart"
         )
     return [f"{len(clips)} evaluation clips of {len(index.classes)} classes", *lines]
+
+
+def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | None, list[str]]:
+    """How many evaluated rallies are in `unlabel_json_path` too (None: it cannot be read), and what to say of it."""
+    evaluated = {clip.video for clip in index.clips}
+    try:
+        trained = {rally.video for rally in load_rallies(data, annotation_path(data, training=True))}
+    except (ConfigError, AnnotationError) as error:
+        return None, [f"whether evaluated rallies were trained on is not known: {error}"]
+    count = len(evaluated & trained)
+    told = f"{count} of {len(evaluated)} evaluated rallies are also in {data.unlabel_json_path}: a training on it has "
+    return count, [f"{told}seen their frames, without labels (scripts/make_unlabel.py --exclude)"] if count else []
 
 
 def _frames_repeated(features: list[Features]) -> dict[str, dict[str, int]]:
@@ -197,9 +233,7 @@ def _load(
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)
-    stored = (source.meta.get("statistics") or {}).get(modality)
-    statistics = (tuple(stored["mean"]), tuple(stored["std"])) if stored else None
-    return Network(name, encoder, modality, str(source.path), statistics)
+    return Network(name, encoder, modality, str(source.path), stored_statistics(source.meta, modality))
 
 
 def _protocol(config: DistillConfig) -> Protocol:

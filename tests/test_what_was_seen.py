@@ -1,0 +1,78 @@
+"""An evaluation shows a network what it has learned from, and says what of its clips a training has seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import save_torch
+from mmdistill.cli import load_config
+from mmdistill.config import DistillConfig, modality_specs, to_plain
+from mmdistill.evaluate import evaluate_checkpoint
+from mmdistill.fewshot.networks import load_network
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from tests.tiny_data import EVAL, make_tiny, overrides
+
+SIGMA = "data_module.modalities.skeleton.sigma=0.4"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Data, and an encoder of skeletons that were drawn with another sigma than the config's."""
+    make_tiny(tmp_path / "data")
+    spec = modality_specs(_config(tmp_path, SIGMA).data_module)["skeleton"]
+    torch.manual_seed(0)
+    size = 32 // spec.scale
+    geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, 16, 2, 2, 8, 32)
+    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": "skeleton", "encoders": {"encoder": to_plain(geometry)}}
+    told = {**meta, "statistics": {"skeleton": spec.statistics}}
+    save_torch({"state_dict": state, "mmdistill": told}, tmp_path / "told.ckpt")
+    save_torch({"state_dict": state, "mmdistill": meta}, tmp_path / "silent.ckpt")
+    return tmp_path
+
+
+def _config(folder: Path, *more: str) -> DistillConfig:
+    fixed = ["train=False", "ckpt_path=x", "accelerator=cpu", "compare=[]", "head=centroid", "feature_cache=null"]
+    return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, *more])
+
+
+def test_heat_maps_are_drawn_as_the_network_knows_them(folder: Path) -> None:
+    def score(name: str, *more: str) -> list[float]:
+        found = evaluate_checkpoint(_config(folder, *more), str(folder / name), folder / "run")
+        return [row["top1_action_ensemble"] for row in found["settings"][0]["rows"].values()]  # in three readouts
+
+    assert score("told.ckpt") == score("silent.ckpt", SIGMA)
+    assert score("told.ckpt") != score("silent.ckpt")
+    spec = modality_specs(_config(folder).data_module)["skeleton"]
+    assert spec.sigma == 2.0
+    assert load_network(folder / "told.ckpt").spec(spec).sigma == 0.4
+
+
+def test_rallies_that_were_trained_on_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, checkpoint = _config(folder), str(folder / "told.ckpt")
+    file = folder / "data" / "unlabel.json"
+    rallies = json.loads(file.read_text())
+
+    def seen() -> tuple[int | None, str]:
+        capsys.readouterr()
+        count = evaluate_checkpoint(config, checkpoint, folder / "run")["rallies_in_training"]
+        stored = json.loads((folder / "run" / "fewshot.json").read_text())["rallies_in_training"]
+        assert stored == count
+        return count, capsys.readouterr().out
+
+    count, text = seen()
+    assert count == 24
+    assert "24 of 24 evaluated rallies are also in unlabel.json" in text
+    file.write_text(json.dumps(rallies[:5]))
+    assert seen()[0] == 5
+    file.write_text(json.dumps([{**rallies[0], "video": "another"}]))
+    count, text = seen()
+    assert count == 0
+    assert "evaluated rallies" not in text
+    file.unlink()
+    count, text = seen()
+    assert count is None
+    assert "not known" in text
+    assert "unlabel.json does not exist" in text
