@@ -6,19 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
 from mmdistill.build import clip_dataset
-from mmdistill.config import ConfigError, PretrainConfig, parse, register_schemas
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, PretrainConfig
 from tests.tiny_data import make_tiny, overrides
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def _config(*arguments: str) -> PretrainConfig:
-    register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        return parse(compose("config_pretrain", overrides=["modality=rgb", *arguments]), PretrainConfig)
+    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *arguments])
 
 
 def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Path) -> None:

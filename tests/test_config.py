@@ -13,12 +13,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from mmdistill import config as schema
+from mmdistill.cli import CONFIGS, load_config
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, teacher_paths
 from mmdistill.overrides import quote_overrides
 from tests.commands import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs"
 PATHS = "trainer.ckpt_path=[a,b,c]"
 
 
@@ -29,11 +29,11 @@ def _compose(name: str, *overrides: str) -> DictConfig:
 
 
 def _pretrain(*overrides: str) -> PretrainConfig:
-    return parse(_compose("config_pretrain", "modality=rgb", *overrides), PretrainConfig)
+    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *overrides])
 
 
 def _distill(*overrides: str) -> DistillConfig:
-    return parse(_compose("config_mmdistill", PATHS, *overrides), DistillConfig)
+    return load_config(DistillConfig, "config_mmdistill", [PATHS, *overrides])
 
 
 def test_every_yaml_composes() -> None:

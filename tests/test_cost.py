@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
 from mmdistill.checkpoint import CheckpointError, load_encoder, load_torch, save_torch
+from mmdistill.cli import load_config
 from mmdistill.config import (
     ConfigError,
     DistillConfig,
     PretrainConfig,
     modality_specs,
-    parse,
-    register_schemas,
     to_plain,
 )
 from mmdistill.distill import run
@@ -27,19 +25,11 @@ from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry,
 from mmdistill.optim import LearningRates, layer_of, make_optimizer, make_schedule
 from tests.tiny_data import MODEL, make_tiny, overrides
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _compose(name: str, arguments: list[str], schema: type) -> Any:
-    register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        return parse(compose(name, arguments), schema)
-
 
 def _config(folder: Path, *more: str) -> DistillConfig:
     teachers = ",".join(f"{m}:{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
     fixed = [f"trainer.ckpt_path={{{teachers}}}", "accelerator=cpu", "test=False", "trainer.lr=0.3"]
-    return _compose("config_mmdistill", [*overrides(folder / "data"), *fixed, *more], DistillConfig)
+    return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *fixed, *more])
 
 
 @pytest.fixture(scope="module")
@@ -259,12 +249,12 @@ def test_pretraining_compiles_its_encoder(folder: Path, compiled: list, tmp_path
     names = []
     for wanted in (False, True):
         arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={wanted}"]
-        names.append(pretrain(_compose("config_pretrain", arguments, PretrainConfig), tmp_path / str(wanted)).name)
+        names.append(pretrain(load_config(PretrainConfig, "config_pretrain", arguments), tmp_path / str(wanted)).name)
     assert len(compiled) == 1
     assert isinstance(compiled[0], Encoder)
     assert names[0] == names[1]  # the loss to four digits
     with pytest.raises(ConfigError, match="stage 3"):
-        _compose("config_pretrain", ["modality=rgb", "compile=true", "deepspeed=zero3"], PretrainConfig)
+        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "compile=true", "deepspeed=zero3"])
 
 
 def test_inductor_agrees_with_eager() -> None:

@@ -8,15 +8,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from mmdistill.checkpoint import save_torch
-from mmdistill.config import ConfigError, DistillConfig, parse, register_schemas, to_plain
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, DistillConfig, to_plain
 from mmdistill.evaluate import check_evaluation, evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.tiny_data import EVAL, make_tiny, overrides
 
-ROOT = Path(__file__).resolve().parents[1]
 GEOMETRY = EncoderGeometry(
     channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64
 )
@@ -39,11 +38,8 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def _config(root: Path, *more: str) -> DistillConfig:
-    register_schemas()
     test = ["train=False", "ckpt_path=x", "accelerator=cpu", "head=[centroid,knn]"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        cfg = compose("config_mmdistill", overrides=[*overrides(root), *EVAL, *test, *more])
-    return parse(cfg, DistillConfig)
+    return load_config(DistillConfig, "config_mmdistill", [*overrides(root), *EVAL, *test, *more])
 
 
 def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:

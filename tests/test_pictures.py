@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmdistill.config import ConfigError, PretrainConfig, parse, register_schemas, stored_config, to_plain
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, PretrainConfig, stored_config, to_plain
 from mmdistill.modality import MODALITY_SPECS, ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement, patch_targets
 from mmdistill.pretrain.pictures import _rows, draw, reconstruct, scatter_patches, to_colours, write
@@ -17,7 +17,6 @@ from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 GRID = (2, 2, 3)
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _spec(name: str, target: str) -> ModalitySpec:
@@ -123,9 +122,7 @@ def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path, s
 
 
 def test_stored_config_is_the_config_and_takes_overrides() -> None:
-    register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        config = parse(compose("config_pretrain", overrides=["modality=flow"]), PretrainConfig)
+    config = load_config(PretrainConfig, "config_pretrain", ["modality=flow"])
     assert stored_config(to_plain(config), PretrainConfig) == config
     assert stored_config(to_plain(config), PretrainConfig, ["data_module.mask_ratio=0.9"]).data_module.mask_ratio == 0.9
     with pytest.raises(ConfigError, match="mask_rtio"):

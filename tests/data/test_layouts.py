@@ -9,17 +9,15 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
 from mmdistill.build import clip_dataset
+from mmdistill.cli import load_config
 from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
     ModalityConfig,
     PretrainConfig,
     modality_specs,
-    parse,
-    register_schemas,
 )
 from mmdistill.data.annotations import AnnotationError, Event, Rally
 from mmdistill.data.flowfile import write_flow
@@ -27,7 +25,6 @@ from mmdistill.data.index import build_index
 from mmdistill.data.layouts import ANNOTATION_READERS, annotation_reader, load_annotations
 from tests.commands import Script
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE = (16, 24)
 FRAMES = 64
 
@@ -168,9 +165,7 @@ def _compose(name: str, root: Path) -> DataModuleConfig:
 
 
 def _pretraining(name: str, root: Path, modality: str) -> PretrainConfig:
-    register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        return parse(compose("config_pretrain", [f"modality={modality}", *_overrides(name, root)]), PretrainConfig)
+    return load_config(PretrainConfig, "config_pretrain", [f"modality={modality}", *_overrides(name, root)])
 
 
 def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> None:

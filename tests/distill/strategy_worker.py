@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.config import DistillConfig, modality_specs, parse, register_schemas, to_plain
+from mmdistill.cli import load_config
+from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.distill import callbacks, run
 from mmdistill.distill import strategy as strategies
 from mmdistill.distill.module import MMDistill
@@ -27,7 +27,6 @@ from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
 from tests.ranks import fork_ranks, wait_for
 from tests.tiny_data import make_tiny, overrides
 
-ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["trainer.epochs=2", "trainer.save_ckpt_freq=1", "batch_size=4", "test=False", "trainer.lr=1.0"]
 CLIPPED = ["trainer.clip_grad=0.01", "trainer.accumulate=4"]  # 6 batches: the second step of an epoch has only 2
 
@@ -43,14 +42,9 @@ def start(world: int, job: Callable[..., int | None], *args: object) -> list[int
 
 
 def config_of(folder: Path, *more: str) -> DistillConfig:
-    register_schemas()
     teachers = ",".join(f"{m}:{folder / m}" for m in ("rgb", "flow", "skeleton"))
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose(
-            "config_mmdistill",
-            [f"trainer.ckpt_path={{{teachers}}}", *overrides(folder / "data"), *COMMON, *more],
-        )
-    return parse(cfg, DistillConfig)
+    given = [f"trainer.ckpt_path={{{teachers}}}", *overrides(folder / "data"), *COMMON, *more]
+    return load_config(DistillConfig, "config_mmdistill", given)
 
 
 def small_parameter() -> None:

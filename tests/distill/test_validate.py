@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hydra import compose, initialize_config_dir
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from mmdistill.build import clip_dataset, clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
-from mmdistill.config import ConfigError, DistillConfig, modality_specs, parse, register_schemas, to_plain
+from mmdistill.cli import load_config
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.distill import run
 from mmdistill.distill.validate import METRIC, Validation, make_validation
 from mmdistill.fewshot.embed import Views, embed_clips
@@ -24,8 +24,6 @@ from mmdistill.launch import free_port
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from mmdistill.runtime import Process
 from tests.tiny_data import EVAL, make_tiny, overrides
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(folder: Path, *more: str) -> DistillConfig:
-    register_schemas()
     fixed = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{folder / 'rgb.ckpt'}]", "accelerator=cpu", "test=False"]
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        cfg = compose("config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, "trainer.lr=1.0", *more])
-    return parse(cfg, DistillConfig)
+    given = [*overrides(folder / "data"), *EVAL, *fixed, "trainer.lr=1.0", *more]
+    return load_config(DistillConfig, "config_mmdistill", given)
 
 
 class _Noted(pl.Callback):
