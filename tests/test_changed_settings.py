@@ -105,6 +105,15 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     return told
 
 
+def test_clips_that_fill_no_step_are_counted_as_left_out(
+    folder: Path, batches: list[tuple[int, list[int]]], tmp_path: Path
+) -> None:
+    """9 batches of 8 are 4 steps of 2, and a batch that is left out though it is full."""
+    loop.pretrain(_pretrain(folder, "trainer.epochs=1", "trainer.accumulate=2"), tmp_path)
+    assert sum(len(clips) for _, clips in batches) == 64
+    assert "(8 clips left out each epoch)" in (tmp_path / "run.log").read_text()
+
+
 def test_pretraining_with_other_batches_goes_on_at_an_epochs_end(
     folder: Path, batches: list[tuple[int, list[int]]], tmp_path: Path
 ) -> None:

@@ -50,6 +50,20 @@ def test_heat_maps_are_drawn_as_the_network_knows_them(folder: Path) -> None:
     assert load_network(folder / "told.ckpt").spec(spec).sigma == 0.4
 
 
+def test_rallies_that_give_no_clip_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "data" / "val.json"
+    rallies = json.loads(file.read_text())
+    rallies[0]["num_frames"], rallies[0]["events"] = 4, []
+    rallies[1]["events"] = []
+    file.write_text(json.dumps(rallies))
+    found = evaluate_checkpoint(_config(folder), str(folder / "told.ckpt"), folder / "run")
+    assert (found["index"]["clips"], found["index"]["rallies"]) == (22, 24)
+    assert found["index"]["too_short"] == [rallies[0]["video"]]
+    assert found["index"]["without_events"] == [rallies[1]["video"]]
+    told = "22 evaluation clips of 4 classes; 1 rallies too short for a clip, 1 rallies without an event"
+    assert told in capsys.readouterr().out
+
+
 def test_rallies_that_were_trained_on_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, checkpoint = _config(folder), str(folder / "told.ckpt")
     file = folder / "data" / "unlabel.json"

@@ -46,6 +46,7 @@ from mmdistill.runtime import Process, autocast, common_folder, resolve_precisio
 from mmdistill.teachers import named_teacher
 
 NETWORK = DistillConfig.network  # what is scored by default
+_LEFT_OUT = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     missing = {**dataset.missing_report(), "frames_repeated": _frames_repeated(features)}
     extra = {
         "config": to_plain(config),
+        "index": dataset.index.report,
         "missing": missing,
         "overlapping_clips": overlapping(dataset.index.clips),
         "rallies_in_training": seen,
@@ -138,7 +140,9 @@ def _checked(protocol: Protocol, index: ClipIndex) -> list[str]:
             f"{shared} clips overlap in time with another clip of their class: support and query may show the same "
             "frames; data_module.disjoint=video keeps videos apart"
         )
-    return [f"{len(clips)} evaluation clips of {len(index.classes)} classes", *lines]
+    counts = {name: len(index.report[key]) for key, name in _LEFT_OUT.items() if index.report[key]}
+    without = f"; {', '.join(f'{count} {name}' for name, count in counts.items())}" if counts else ""
+    return [f"{len(clips)} evaluation clips of {len(index.classes)} classes{without}", *lines]
 
 
 def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | None, list[str]]:

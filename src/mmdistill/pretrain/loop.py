@@ -323,9 +323,10 @@ def _say_start(log: RunLog, run: _Run) -> None:
     if run.initialised:
         log.say(f"initialised from {run.initialised}")
     parameters = sum(p.numel() for p in run.engine.module.parameters())
+    left_out = len(run.dataset) - run.batches * run.order["global_batch"]  # with those of an unfinished step
     log.say(
         f"pretrain {run.config.modality}: {len(run.dataset)} clips, {run.batches} batches of {run.config.batch_size} "
-        f"per process and epoch ({run.sampler.dropped} clips left out each epoch), {parameters:,} parameters, "
+        f"per process and epoch ({left_out} clips left out each epoch), {parameters:,} parameters, "
         f"base_lr {run.config.trainer.lr:g} -> lr {run.rates.lr:g}, device {run.process.device}, "
         f"target {run.spec.target}"
     )
