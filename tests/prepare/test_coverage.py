@@ -127,7 +127,7 @@ def test_mistakes_in_annotations_are_shown_and_can_be_left_out(tmp_path: Path, s
 def test_unlabelled_files(tmp_path: Path, root: Path, script: Script) -> None:
     other = [Rally("m_50_60", 10, 25.0, ()), Rally("other_1_2", 10, 25.0, ())]
     (tmp_path / "b.json").write_text(json.dumps(to_json(other)))
-    out = tmp_path / "unlabel.json"
+    out = tmp_path / "new" / "unlabel.json"  # its folder is made
     assert script("make_unlabel.py", root / "a.json", tmp_path / "b.json", "--output", out).returncode == 0
     rallies = load_f3set(out)
     assert len(rallies) == 4

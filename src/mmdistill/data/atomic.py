@@ -9,7 +9,11 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary file beside `path`, which takes its place when the block ends without an exception."""
+    """Write to a temporary file beside `path`, which takes its place when the block ends without an exception.
+
+    Its folder is made where it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with temporary.open("wb") as file:

@@ -186,8 +186,7 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """`whole_file`, forced to disk before it takes its name, in a folder that is made where it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """`whole_file`, forced to disk before it takes its name."""
     with whole_file(path) as file:
         file.write(data)
         file.flush()
