@@ -210,7 +210,8 @@ class StopOnSignal(Callback):
         if done == 0 or done % self.accumulate or not asked_to_stop(trainer, self.stop_signal):
             return
         trainer.save_checkpoint(self.path)
-        _say(trainer, f"stopped by a signal; whole checkpoint written: {self.path}\ncontinue with resume=auto")
+        how = f"continue with resume={self.path}, or with resume=auto in the same hydra.run.dir"
+        _say(trainer, f"stopped by a signal; whole checkpoint written: {self.path}\n{how}")
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
 

@@ -155,6 +155,8 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
             lines.append(validation_line(data.validation, config))
         if source:
             lines.append(f"resume from {source}")
+        elif config.resume:
+            lines.append(f"resume=auto: no checkpoint in {run_dir / 'checkpoints'}; training starts anew")
         process.say("\n".join(lines))
         try:
             trainer.fit(module, datamodule=data, ckpt_path=str(source) if source else None, weights_only=True)

@@ -309,6 +309,8 @@ def _train(run: _Run, source: Path | None) -> Path:
             saved = source
             log.say(f"resumed {source} at epoch {run.at.epoch}, step {run.step}")
             log.continues(source, run.step)
+        elif config.resume:
+            log.say(f"resume=auto: no checkpoint in {run_dir / 'checkpoints'}; training starts anew")
         while run.at.epoch < config.trainer.epochs:
             saved = _epoch(run, log, stop_signal) or saved
         log.say(run.report.last_line())
@@ -402,7 +404,8 @@ def _picture(run: _Run, log: RunLog) -> None:
 def _stop(run: _Run, log: RunLog, path: Path) -> None:
     """Leave after a signal; all ranks do."""
     log.say(run.report.last_line())
-    log.say(f"stopped by a signal; whole checkpoint written: {path}\ncontinue with resume={path} or resume=auto")
+    how = f"continue with resume={path}, or with resume=auto in the same hydra.run.dir"
+    log.say(f"stopped by a signal; whole checkpoint written: {path}\n{how}")
     raise SystemExit(INTERRUPTED_EXIT_CODE)
 
 
