@@ -1,0 +1,50 @@
+"""The typed schema of every configuration.
+
+With `cli` and `sweep`, which Hydra calls, the only part that knows OmegaConf. The entrypoints compose a config, turn it
+into the dataclasses of `schema` with `parse`, which checks them (`checks`) and makes them read-only, and pass those on.
+Nothing here imports torch, so a wrong key is reported at once.
+"""
+
+from mmdistill.config.checks import (
+    DEEPSPEED_STAGES,
+    HEAD_NAMES,
+    PARTS,
+    as_ints,
+    as_names,
+    modality_specs,
+    teacher_paths,
+    zero_stage,
+)
+from mmdistill.config.convert import parse, stored_config, to_plain
+from mmdistill.config.messages import explain
+from mmdistill.config.schema import (
+    ConfigError,
+    DataModuleConfig,
+    DistillConfig,
+    ModalityConfig,
+    ModelConfig,
+    PretrainConfig,
+    register_schemas,
+)
+
+__all__ = [
+    "DEEPSPEED_STAGES",
+    "HEAD_NAMES",
+    "PARTS",
+    "ConfigError",
+    "DataModuleConfig",
+    "DistillConfig",
+    "ModalityConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "as_ints",
+    "as_names",
+    "explain",
+    "modality_specs",
+    "parse",
+    "register_schemas",
+    "stored_config",
+    "teacher_paths",
+    "to_plain",
+    "zero_stage",
+]
