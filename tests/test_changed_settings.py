@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import WeightMismatchError, save_torch
+from mmdistill.checkpoint import WeightMismatchError, load_torch, save_torch
 from mmdistill.cli import load_config
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
 from mmdistill.distill import run
@@ -19,6 +19,7 @@ from mmdistill.models.videomae import Encoder, EncoderGeometry
 from mmdistill.optim import make_optimizer
 from mmdistill.pretrain import loop
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from mmdistill.teachers import load_teachers
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -201,6 +202,29 @@ def test_teachers_see_what_they_were_trained_on(folder: Path, changed: str, told
     run.distill(_distill(folder, "trainer.epochs=1"), tmp_path / "run")
     with pytest.raises(ConfigError, match=told):  # its teachers are in the file
         run.distill(_distill(folder, changed, "resume=auto"), tmp_path / "run")
+
+
+def test_other_teachers_than_those_in_the_file_are_refused(folder: Path, tmp_path: Path) -> None:
+    """trainer.ckpt_path, where it names what is there, is never passed over."""
+    shutil.copytree(folder, tmp_path / "here", ignore=shutil.ignore_patterns("data"))
+    here, full = tmp_path / "here", tmp_path / "full.ckpt"
+    config = _distill(here)
+    specs = modality_specs(config.data_module)
+    teachers, sources = load_teachers(config, specs, None)
+    state = {f"teacher_{m}.encoder.{k}": v for m, e in teachers.items() for k, v in e.state_dict().items()}
+    encoders = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    statistics = {m: specs[m].statistics for m in teachers}
+    meta = {"kind": "distill", "encoders": encoders, "teachers": sources, "statistics": statistics}
+    save_torch({"state_dict": state, "mmdistill": meta}, full)
+    assert load_teachers(config, specs, full)[1] == sources
+
+    content = load_torch(here / "flow.ckpt")
+    content["state_dict"]["encoder.norm.weight"] += 1
+    save_torch(content, here / "flow.ckpt")
+    with pytest.raises(ConfigError, match=r"flow\.ckpt: its weights have sha256"):
+        load_teachers(config, specs, full)
+    (here / "flow.ckpt").unlink()
+    assert load_teachers(config, specs, full)[1] == sources
 
 
 def test_kept_features_are_of_the_files_and_clips_as_they_are(folder: Path, tmp_path: Path) -> None:

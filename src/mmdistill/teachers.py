@@ -60,10 +60,11 @@ def load_teachers(
     """The teachers by modality, and for each the path and the sha256 of its encoder's tensors.
 
     A fresh run reads `trainer.ckpt_path`. A resumed one takes the teachers out of a full file; for a slim one it reads
-    `trainer.ckpt_path`, or without it the paths that the file names, and compares their sha256.
+    `trainer.ckpt_path`, or without it the paths that the file names. What is there is compared by its sha256.
 
     Raises:
-        ConfigError: of `read_teacher`; or a slim file's teacher is missing or has changed.
+        ConfigError: of `read_teacher`; a slim file's teacher is missing; or what `trainer.ckpt_path` names, or a slim
+            file, is another teacher than the one that the student has learned from.
     """
     wanted = [m for m in MODALITIES if m in config.trainer.teachers]
     resumed = read_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
@@ -82,6 +83,9 @@ def load_teachers(
             teachers[modality] = load_encoder(resumed, part=part)
             check_token_grid(teachers[modality], specs[modality], config.data_module, resume)
             _check_inputs(resumed, specs[modality], resume)
+            if modality in given and Path(given[modality]).expanduser().exists():  # else those of the file are all
+                own = read_teacher(given[modality], modality, specs[modality], config.data_module)
+                _check_same(given[modality], weights_digest(own), part, named[part], resume)
             sources[part] = named[part]
             continue
         path = given.get(modality) or str(named[part]["path"])
