@@ -10,9 +10,9 @@ from mmdistill.models.videomae import Encoder, EncoderGeometry
 from mmdistill.pretrain.start import load_videomae
 
 
-def _encoder(channels: int, *, dim: int = 16) -> Encoder:
+def _encoder(channels: int, *, dim: int = 16, mlp_dim: int = 32) -> Encoder:
     torch.manual_seed(channels)
-    return Encoder(EncoderGeometry(channels, 4, 16, 16, 8, 2, dim, 2, 2, dim // 2, 2 * dim))
+    return Encoder(EncoderGeometry(channels, 4, 16, 16, 8, 2, dim, 2, 2, dim // 2, mlp_dim))
 
 
 @pytest.fixture
@@ -46,9 +46,16 @@ def test_other_channels_keep_the_tokens_of_equal_channels(weights: Path, channel
     assert f"from 3 to {channels} channels" in str(report)
 
 
-def test_weights_that_do_not_fit_change_nothing(weights: Path) -> None:
-    encoder = _encoder(3, dim=32)
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"dim": 32}, r"videomae\.pth has width 16, depth 2, .* 16; this model has 32, 2, 32; set model="),
+        ({"mlp_dim": 48}, r"blocks\.0\.mlp\.fc1\.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(weights: Path, sizes: dict[str, int], told: str) -> None:
+    encoder = _encoder(3, **sizes)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"patch_embed\.proj\.weight"):
+    with pytest.raises(CheckpointError, match=told):
         load_videomae(encoder, str(weights))
     assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
