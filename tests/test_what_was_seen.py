@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import save_torch
+from mmdistill.checkpoint import load_torch, save_torch
 from mmdistill.cli import load_config
 from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.evaluate import evaluate_checkpoint
@@ -48,6 +48,19 @@ def test_heat_maps_are_drawn_as_the_network_knows_them(folder: Path) -> None:
     spec = modality_specs(_config(folder).data_module)["skeleton"]
     assert spec.sigma == 2.0
     assert load_network(folder / "told.ckpt").spec(spec).sigma == 0.4
+
+
+def test_another_speed_and_the_precision_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = load_torch(folder / "told.ckpt")
+    for rate, said in ((2, True), (1, False)):
+        content["mmdistill"]["config"] = {"data_module": {"sampling_rate": rate}}
+        save_torch(content, folder / "rate.ckpt")
+        capsys.readouterr()
+        found = evaluate_checkpoint(_config(folder), str(folder / "rate.ckpt"), folder / "run")
+        text = f"data_module.sampling_rate=1, but {folder / 'rate.ckpt'} was trained with {rate}"
+        assert (text in capsys.readouterr().out) is said
+    assert found["config"]["precision"] == "auto"
+    assert found["precision"] == "32"
 
 
 def test_rallies_that_give_no_clip_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

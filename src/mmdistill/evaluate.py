@@ -72,7 +72,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
     seen, told = _seen_in_training(config.data_module, dataset.index)
-    lines += told
+    lines += [*told, *_other_rate(config.data_module, checkpoint)]
     if config.compile:
         lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
@@ -93,6 +93,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     missing = {**dataset.missing_report(), "frames_repeated": _frames_repeated(features)}
     extra = {
         "config": to_plain(config),
+        "precision": resolve_precision(config.precision, process.device),
         "index": dataset.index.report,
         "missing": missing,
         "overlapping_clips": overlapping(dataset.index.clips),
@@ -155,6 +156,16 @@ def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | N
     count = len(evaluated & trained)
     told = f"{count} of {len(evaluated)} evaluated rallies are also in {data.unlabel_json_path}: a training on it has "
     return count, [f"{told}seen their frames, without labels (scripts/make_unlabel.py --exclude)"] if count else []
+
+
+def _other_rate(data: DataModuleConfig, checkpoint: str) -> list[str]:
+    """What to say where clips take other frames than those that the checkpoint has learned from."""
+    stored = (read_checkpoint(checkpoint, verify=False).meta.get("config") or {}).get("data_module") or {}
+    rate = stored.get("sampling_rate", data.sampling_rate)
+    if rate == data.sampling_rate:
+        return []
+    told = f"data_module.sampling_rate={data.sampling_rate}, but {checkpoint} was trained with {rate}"
+    return [f"{told}: clips show their motion at another speed"]
 
 
 def _frames_repeated(features: list[Features]) -> dict[str, dict[str, int]]:
