@@ -220,6 +220,27 @@ def test_duplicates_and_other_shapes_of_file_are_refused(tmp_path: Path) -> None
         load_annotations(path, annotations="clips")
 
 
+def test_an_actions_number_makes_its_class(tmp_path: Path) -> None:
+    """Free text beside it, another for each clip, does not make a class of each."""
+    path = tmp_path / "a.json"
+    clips = [
+        {"video_id": "a", "start_frame": s, "num_frames": 9, "action_idx": idx, "action": text}
+        for s, idx, text in ((0, 4, "opens a door"), (2, 4, "the door is opened"), (3, 7, "waits"), (5, 7, "waits"))
+    ]
+    path.write_text(json.dumps({"clips": clips}))
+    labels = [event.label for event in load_annotations(path, annotations="clips")[0].events]
+    assert labels == ["4", "4", "waits (7)", "waits (7)"]
+
+
+def test_a_video_has_one_length(tmp_path: Path) -> None:
+    """Lengths of the clips would shift clips into what is taken for the video."""
+    path = tmp_path / "a.json"
+    clips = [{"video_id": "a", "start_frame": s, "num_frames": n, "action_idx": 1} for s, n in ((0, 90), (50, 60))]
+    path.write_text(json.dumps({"clips": clips}))
+    with pytest.raises(AnnotationError, match=r"clip 1 \(a\): num_frames=60, an earlier clip of this video says 90"):
+        load_annotations(path, annotations="clips")
+
+
 @pytest.fixture
 def registered() -> Callable[[str], None]:
     names: list[str] = []

@@ -72,10 +72,10 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     starts (``start_frame`` or ``clip_frame``, as numbered in the file names) and, where it is labelled, its action:
     ``action_idx`` or ``label_id``, else the pair ``verb_label``, ``noun_label``. Clips of one folder become the events
     of one rally, at their start: use ``clip_anchor: start``. The label is the number, after the action's name where
-    there is one; clips without an action are events without a label, so that ``train_clips: events`` takes the listed
-    parts of the videos and no others.
+    all its clips give the same one; clips without an action are events without a label, so that ``train_clips:
+    events`` takes the listed parts of the videos and no others.
 
-    The length of a video is ``num_frames`` of its clips, else what the frames folder holds.
+    The length of a video is ``num_frames`` of its clips, which must agree, else what the frames folder holds.
 
     Raises:
         AnnotationError: naming the clip by its position and the field.
@@ -86,6 +86,7 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
         raise AnnotationError(f"{path}: expected an object with a list 'clips' of at least one clip")
     events: dict[str, list[Event]] = {}
     lengths: dict[str, int] = {}
+    names: dict[str, set[str]] = {}
     for number, clip in enumerate(clips):
         video, event = _clip_event(f"{path}: clip {number}", clip, first_number)
         known = events.setdefault(video, [])
@@ -93,16 +94,24 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
             what = f"{event.label} at {event.frame}" if event.label else f"frame {event.frame}"
             raise AnnotationError(f"{path}: clip {number} ({video}) is a duplicate: {what}")
         known.append(event)
+        name = _first(clip, _NAME)
+        names.setdefault(event.label, set()).add(name if isinstance(name, str) else "")
         if "num_frames" in clip:
-            lengths[video] = _number(f"{path}: clip {number} ({video})", "num_frames", clip["num_frames"])
+            length = _number(f"{path}: clip {number} ({video})", "num_frames", clip["num_frames"])
+            if lengths.setdefault(video, length) != length:
+                raise AnnotationError(
+                    f"{path}: clip {number} ({video}): num_frames={length}, an earlier clip of this video says "
+                    f"{lengths[video]}; it is the length of the video, in frames"
+                )
+    shown = {label: _shown(label, told) for label, told in names.items()}
     return [
-        Rally(video, _length(path, video, found, lengths.get(video), frames_dir), UNKNOWN_FPS, _sorted(found))
+        Rally(video, _length(path, video, found, lengths.get(video), frames_dir), UNKNOWN_FPS, _sorted(found, shown))
         for video, found in events.items()
     ]
 
 
 def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event]:
-    """(video, event)"""
+    """(video, event), labelled by the action's number."""
     if not isinstance(clip, dict):
         raise AnnotationError(f"{where}: expected an object, got {type(clip).__name__}")
     video = clip.get("clip_uid") or clip.get("video_id")
@@ -122,8 +131,13 @@ def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event]:
         label = "-".join(str(_number(where, key, clip[key])) for key in ("verb_label", "noun_label"))
     else:
         return video, Event(frame, "")
-    name = _first(clip, _NAME)
-    return video, Event(frame, f"{name} ({label})" if isinstance(name, str) else label)
+    return video, Event(frame, label)
+
+
+def _shown(label: str, names: set[str]) -> str:
+    """A class's name. Its number makes the class: of two names for one, neither is used."""
+    name = next(iter(names)) if len(names) == 1 else ""
+    return f"{name} ({label})" if label and name else label
 
 
 def _first(clip: dict[str, Any], keys: tuple[str, ...]) -> Any:
@@ -139,8 +153,8 @@ def _number(where: str, key: str, value: Any) -> int:
     return value
 
 
-def _sorted(events: list[Event]) -> tuple[Event, ...]:
-    return tuple(sorted(events, key=lambda e: (e.frame, e.label)))
+def _sorted(events: list[Event], shown: dict[str, str]) -> tuple[Event, ...]:
+    return tuple(sorted((Event(e.frame, shown[e.label]) for e in events), key=lambda e: (e.frame, e.label)))
 
 
 def _length(path: Path, video: str, events: list[Event], length: int | None, frames_dir: Path | None) -> int:
