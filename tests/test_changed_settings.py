@@ -122,8 +122,9 @@ def test_pretraining_with_other_batches_goes_on_at_an_epochs_end(
     run_dir = tmp_path / "run"
     loop.pretrain(_pretrain(folder, "trainer.epochs=1"), run_dir)
     loop.pretrain(_pretrain(folder, "trainer.epochs=2", "batch_size=4", "resume=auto"), run_dir)
-    loop.pretrain(_pretrain(folder, "trainer.epochs=3", "batch_size=12", "resume=auto"), run_dir)
-    for epoch, count in enumerate((9, 18, 6)):
+    last = loop.pretrain(_pretrain(folder, "trainer.epochs=3", "batch_size=12", "resume=auto"), run_dir)
+    loop.pretrain(_pretrain(folder, "trainer.epochs=4", "batch_size=12", f"resume={last}"), run_dir)
+    for epoch, count in enumerate((9, 18, 6, 6)):
         own = [clips for e, clips in batches if e == epoch]
         assert len(own) == count
         assert sorted(i for clips in own for i in clips) == list(range(72))

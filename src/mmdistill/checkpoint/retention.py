@@ -35,6 +35,13 @@ class _Candidate:
     modified: int
 
 
+def _step(path: Path) -> float:
+    """Optimiser steps that a checkpoint has seen, whatever they counted in epochs; inf where it does not say."""
+    place = locate(path)
+    manifest = read_manifest(place.root) if place.format is CheckpointFormat.DEEPSPEED else None
+    return float((manifest or read_meta(place)).get("step", math.inf))
+
+
 def _candidates(directory: Path) -> list[_Candidate]:
     found = []
     for path in directory.iterdir():
@@ -42,9 +49,7 @@ def _candidates(directory: Path) -> list[_Candidate]:
             continue
         step = math.inf
         with contextlib.suppress(CheckpointError, OSError):
-            place = locate(path)
-            manifest = read_manifest(place.root) if place.format is CheckpointFormat.DEEPSPEED else None
-            step = float((manifest or read_meta(place)).get("step", math.inf))
+            step = _step(path)
         found.append(_Candidate(path, step, path.stat().st_mtime_ns))
     return sorted(found, key=lambda c: (c.step, c.modified, c.path.name), reverse=True)
 
@@ -238,7 +243,8 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
 
 
 def _refuse_stale(directory: Path, source: Path | None) -> None:
-    done = float(read_meta(locate(source)).get("step") or 0) if source else -1.0
+    done = _step(source) if source else -1.0
+    done = done if math.isfinite(done) else 0.0
     for held in _candidates(directory) if directory.is_dir() else ():
         if not held.path.name.startswith(("epoch=", "last")) or held.step <= done:
             continue
