@@ -9,7 +9,7 @@ from pathlib import Path
 Script = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture `script`
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-TIMEOUT = 600.0  # seconds until a command counts as hung, on a machine that has other work too
+TIMEOUT = 1400.0  # seconds until a command counts as hung: one of dozens of runs, on a machine that has other work
 
 
 def environment(**more: str) -> dict[str, str]:
