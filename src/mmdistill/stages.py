@@ -141,10 +141,10 @@ def _other_code(stages: Sequence[Stage]) -> str:
 
 
 def _commit(state: dict[str, Any] | None) -> str:
-    """A name for the code: the commit, and whether sources or configs differ from it."""
+    """A name for the code: the commit, and whether the package or its configs differ from it."""
     if state is None:
         return "no commit"
-    changed = any(name.endswith((".py", ".yaml")) for name in state["changed"])
+    changed = any(name.startswith(("src/", "configs/")) for name in state["changed"])
     return f"commit {state['commit'][:10]}{' with changes' if changed else ''}"
 
 
