@@ -1,5 +1,6 @@
 """A run that is resumed with other settings, or with other files: they count, or they are refused. Never neither."""
 
+import csv
 import os
 import shutil
 import signal
@@ -124,6 +125,9 @@ def test_pretraining_with_other_batches_goes_on_at_an_epochs_end(
     loop.pretrain(_pretrain(folder, "trainer.epochs=2", "batch_size=4", "resume=auto"), run_dir)
     last = loop.pretrain(_pretrain(folder, "trainer.epochs=3", "batch_size=12", "resume=auto"), run_dir)
     loop.pretrain(_pretrain(folder, "trainer.epochs=4", "batch_size=12", f"resume={last}"), run_dir)
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["epoch"]), int(row["step"])) for row in csv.DictReader(file)]
+    assert rows == [(0, 9), (1, 27), (2, 33), (3, 39)]  # steps never go back: rows of later ones would be lost
     for epoch, count in enumerate((9, 18, 6, 6)):
         own = [clips for e, clips in batches if e == epoch]
         assert len(own) == count

@@ -119,6 +119,7 @@ class _Run:
             total_steps=trainer.epochs * steps,
         )
         self.total_steps = trainer.epochs * steps
+        self.behind = 0  # steps done, less `place`
         self.settings = group_settings(self.schedule.optimizer)
         # what the weights have learned with, which their shapes do not tell
         decoder = to_plain(decoder_geometry(config.model))
@@ -143,11 +144,11 @@ class _Run:
 
     @property
     def step(self) -> int:
-        """Optimiser steps done."""
-        return self.step_after(0)
+        """Optimiser steps done, also those of other batches before a resume."""
+        return self.place(0) + self.behind
 
-    def step_after(self, batches: int) -> int:
-        """Optimiser steps done after `batches` more."""
+    def place(self, batches: int) -> int:
+        """Where the schedule stands after `batches` more: steps of this run's batches from the first epoch on."""
         return (self.at.epoch * self.batches + self.at.batch + batches) // self.config.trainer.accumulate
 
     @property
@@ -212,6 +213,7 @@ class _Run:
             "progress": state,
             "learned": self.learned,
             "order": {**self.order, "batches": self.batches},
+            "step": self.step,
             "saved": dict(self.saved),
             "skipped_steps": self.nonfinite.skipped,
         }
@@ -254,7 +256,8 @@ class _Run:
             raise ConfigError(other_batches(self.at.epoch, other))
         for group, own in zip(self.schedule.optimizer.param_groups, self.settings, strict=True):
             group.update(own)
-        self.schedule.step_update(self.step)
+        self.schedule.step_update(self.place(0))
+        self.behind = state.get("step", self.place(0)) - self.place(0)
 
 
 def _other(stored: dict[str, Any], own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -424,7 +427,7 @@ def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float
     elif not usable:
         run.nonfinite.skip(run.where)
     if last:
-        run.schedule.step_update(run.step_after(1))
+        run.schedule.step_update(run.place(1))
     return (mean, trivial_mean) if usable else None
 
 
