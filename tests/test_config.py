@@ -18,6 +18,7 @@ from mmdistill.config import (
     ConfigError,
     DistillConfig,
     PretrainConfig,
+    explain,
     parse,
     register_schemas,
     schema,
@@ -237,3 +238,20 @@ def test_help_and_validation_import_no_torch() -> None:
     done = _run("-c", code)
     assert done.returncode == 0, done.stderr
     assert "target_data_dir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("dataset=tenis", "Could not find 'dataset/tenis'. Available: demo, ego4d, epic, meccano, tennis, wear"),
+        ("trainer.lr=abc", "trainer.lr=abc (Value 'abc' of type 'str' could not be converted to Float)"),
+        ("seed=1", "modality is not given; give it on the command line, for example modality=rgb"),
+    ],
+)
+def test_what_may_be_given_is_told(given: str, told: str) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's or ours
+        load_config(PretrainConfig, "config_pretrain", [given])
+    message = explain(caught.value, PretrainConfig)
+    assert told in message
+    assert "$VALUE" not in message
+    assert "Near matches" not in message

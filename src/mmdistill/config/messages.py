@@ -35,16 +35,18 @@ def explain(error: Exception, schema: type[Any]) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
-    match = re.search(r"Key '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
+    match = re.search(r"Key '([^']+)'", text)
     firsts = [next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain]
     message = firsts[0]
     for detail in firsts[1:]:
-        if detail not in message:
+        if detail not in message and "$VALUE" not in detail:  # OmegaConf's own text before it is filled in
             message += f" ({detail})"
     if "Ambiguous value for argument" in text:
         message += ": a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\""
-    if "Missing mandatory value" in text:
-        message += ". Give it on the command line, for example modality=rgb"
+    if options := getattr(error, "options", None):  # Hydra's, where a group has no such file
+        message += f". Available: {', '.join(options)}"
     if match:
         word = match[1]
         leaves = known_keys(schema)
