@@ -35,7 +35,7 @@ def explain(error: Exception, schema: type[Any]) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
-    if missing := re.search(r"Missing mandatory value: (\S+)", text):
+    if missing := re.search(r"missing mandatory value: (\S+)", text, re.IGNORECASE):
         return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
     match = re.search(r"Key '([^']+)'", text)
     firsts = [next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain]
