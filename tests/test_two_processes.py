@@ -101,12 +101,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     """The folder that holds all runs, and the exit codes of each run's ranks."""
     root = tmp_path_factory.mktemp("ranks")
     good = overrides(make_tiny(root / "data"))
-    skip, nan = "trainer.nonfinite=skip", {"nan_at": 9}  # of 9 batches
+    skip, nan, half = "trainer.nonfinite=skip", {"nan_at": 9}, "decoder_mask_ratio=0.5"  # NaN at the last of 9 batches
     plan = [
         *(_pretrain(m, root, good, f"modality={m}") for m in _MODALITIES),
-        _pretrain("one", root, good, "trainer.epochs=2"),
-        _pretrain("two", root, good, "trainer.epochs=2", world=2),
-        _pretrain("two_zero2", root, good, "trainer.epochs=2", "deepspeed=zero2", world=2),
+        _pretrain("one", root, good, "trainer.epochs=2", half),
+        _pretrain("two", root, good, "trainer.epochs=2", half, world=2),
+        _pretrain("two_zero2", root, good, "trainer.epochs=2", half, "deepspeed=zero2", world=2),
         _pretrain("short", root, good, world=2),
         _swept(_pretrain("sweep", root, good, "seed=0,1", f"hydra.sweep.dir={root / 'sweep'}", world=2)),
         _pretrain("raise", root, good, world=2, **nan),

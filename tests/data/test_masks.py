@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmdistill.data.masks import visible_tokens
+from mmdistill.data.masks import predicted_part, visible_tokens
 
 
 @pytest.mark.parametrize("kind", ["tube", "random"])
@@ -43,3 +43,15 @@ def test_bad_masks_are_refused() -> None:
         visible_tokens((2, 2, 2), ratio=1.0, kind="tube", rng=rng)
     with pytest.raises(ValueError, match="leaves none"):
         visible_tokens((2, 2, 2), ratio=0.9, kind="tube", rng=rng)
+
+
+def test_the_predicted_part_is_of_each_place_equally_often() -> None:
+    counts = np.zeros(10)
+    for seed in range(2000):
+        part = predicted_part(10, ratio=0.7, rng=np.random.default_rng(seed))
+        assert part.dtype == np.int64
+        assert len(part) == len(set(part)) == 3
+        assert (np.diff(part) > 0).all()
+        counts[part] += 1
+    assert abs(counts / 2000 - 0.3).max() < 0.05  # five standard errors
+    assert len(predicted_part(10, ratio=0.99, rng=np.random.default_rng(0))) == 1

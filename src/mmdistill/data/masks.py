@@ -34,3 +34,17 @@ def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
     if removed == count:
         raise ValueError(f"mask ratio {ratio} leaves none of {count} tokens visible")
     return np.sort(rng.permutation(count)[removed:]).astype(np.int64)
+
+
+def predicted_part(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """A clip's removed tokens that are reconstructed under dual masking (VideoMAE V2, arXiv 2303.16727, section 3.2).
+
+    Args:
+        removed: N, how many there are.
+        ratio: fraction of them that is left out.
+        rng: the clip's own, so that neither batch mates nor the number of processes change its draw.
+
+    Returns:
+        max(1, round(N * (1 - ratio))) of the numbers 0 to N - 1, sorted, int64
+    """
+    return np.sort(rng.permutation(removed)[: max(1, round(removed * (1 - ratio)))])

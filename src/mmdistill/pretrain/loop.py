@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import default_collate
 
@@ -20,7 +21,8 @@ from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
 from mmdistill.checkpoint.engine import agree
 from mmdistill.checkpoint.retention import find_resume, run_lock
 from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
-from mmdistill.data.sampler import EpochBatchSampler, other_batches
+from mmdistill.data.masks import predicted_part
+from mmdistill.data.sampler import EpochBatchSampler, other_batches, stream
 from mmdistill.data_report import DataReport
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.inputs import prepare
@@ -169,19 +171,18 @@ class _Run:
         visible = batch["visible"].to(device, non_blocking=True)
         x = prepare(clip, batch["view"], self.spec, (g.height, g.width))
         dtype = next(self.engine.module.parameters()).dtype
-        prediction, predict = self.engine(x.to(dtype), visible, self._predicted(visible))
+        prediction, predict = self.engine(x.to(dtype), visible, self._predicted(visible, batch["index"].tolist()))
         target = patch_targets(x, predict, g.grid, kind=self.spec.target)
         return reconstruction_loss(prediction, target), trivial_loss(target, g.channels)
 
-    def _predicted(self, visible: torch.Tensor) -> torch.Tensor | None:
-        """Tokens to reconstruct under dual masking: a part of the removed ones, seeded by the step; None: all."""
-        ratio = self.config.decoder_mask_ratio
-        if ratio == 0:
+    def _predicted(self, visible: torch.Tensor, clips: list[int]) -> torch.Tensor | None:
+        """Tokens to reconstruct under dual masking; None: all that are removed."""
+        if self.config.decoder_mask_ratio == 0:
             return None
-        removed = complement(visible, self.geometry.tokens)
-        keep = max(1, round(removed.shape[1] * (1 - ratio)))
-        order = torch.rand(removed.shape, device=removed.device).argsort(dim=1)[:, :keep]
-        return removed.gather(1, order).sort(dim=1).values
+        removed, place = complement(visible, self.geometry.tokens), (self.config.seed, self.at.epoch, "predicted")
+        n, ratio = removed.shape[1], self.config.decoder_mask_ratio
+        drawn = np.stack([predicted_part(n, ratio=ratio, rng=stream(*place, clip)) for clip in clips])
+        return removed.gather(1, torch.from_numpy(drawn).to(removed.device))
 
     def meta(self, loss: float) -> dict[str, Any]:
         """What travels with the weights."""
