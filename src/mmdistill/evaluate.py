@@ -20,6 +20,8 @@ from mmdistill.build import (
     make_demo_data,
 )
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
+from mmdistill.checkpoint.detect import locate
+from mmdistill.checkpoint.read import read_meta
 from mmdistill.config import (
     PARTS,
     ConfigError,
@@ -160,7 +162,7 @@ def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | N
 
 def _other_rate(data: DataModuleConfig, checkpoint: str) -> list[str]:
     """What to say where clips take other frames than those that the checkpoint has learned from."""
-    stored = (read_checkpoint(checkpoint, verify=False).meta.get("config") or {}).get("data_module") or {}
+    stored = (read_meta(locate(checkpoint)).get("config") or {}).get("data_module") or {}
     rate = stored.get("sampling_rate", data.sampling_rate)
     if rate == data.sampling_rate:
         return []
