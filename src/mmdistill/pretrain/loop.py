@@ -123,16 +123,6 @@ class _Run:
         self.total_steps = trainer.epochs * steps
         self.behind = 0  # steps done, less `place`
         self.settings = group_settings(self.schedule.optimizer)
-        # what the weights have learned with, which their shapes do not tell
-        decoder = to_plain(decoder_geometry(config.model))
-        self.learned = {**to_plain(self.geometry), "decoder": decoder, **self.spec.statistics}
-        # what decides which clips the batches before a place held
-        self.order = {
-            "seed": config.seed,
-            "clips": len(self.dataset),
-            "global_batch": config.batch_size * process.world_size,
-            "accumulate": trainer.accumulate,
-        }
         self.autocast_inputs = resolve_precision(config.precision, process.device)
         self.at = _Progress()
         self.source: Path | None = None
@@ -143,6 +133,22 @@ class _Run:
         self.grad_norm = 0.0  # of the last step, before clipping
         # at stage 0 in float32 the gradients are the parameters' own; elsewhere DeepSpeed's optimiser looks after them
         self.plain_gradients = zero_stage(config) == 0 and self.autocast_inputs == "32"
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the weights have learned with, which their shapes do not tell."""
+        decoder = to_plain(decoder_geometry(self.config.model))
+        return {**to_plain(self.geometry), "decoder": decoder, **self.spec.statistics}
+
+    @property
+    def order(self) -> dict[str, int]:
+        """What decides which clips the batches before a place held."""
+        return {
+            "seed": self.config.seed,
+            "clips": len(self.dataset),
+            "global_batch": self.config.batch_size * self.process.world_size,
+            "accumulate": self.config.trainer.accumulate,
+        }
 
     @property
     def step(self) -> int:
