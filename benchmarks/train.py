@@ -1,6 +1,6 @@
 """Speed of the training steps, in one run on one machine, with the arithmetic counted.
 
-    python benchmarks/train.py [--rounds 5] [--json] [--tiny]
+    python benchmarks/train.py [--rounds 5] [--json] [--tiny] [--device cpu|cuda] [--batch 1] [--precision 32|bf16]
 
 - the pretraining step (forward, backward, AdamW) against ``transformers.VideoMAEForPreTraining`` of the same geometry
   with the same weights and mask: 16 x 224 x 384, ViT-S, mask 0.9, batch 1; with the full decoder, and with
@@ -12,7 +12,8 @@ Each round times everything once, one after the other, so that a change of the m
 count. Ours run in a process set up as `pretrain_main.py` sets up its own, transformers' in another as it comes, and
 once more in ours (its memory is kept then, `mmdistill.runtime.keep_heap`). Denormals are flushed for all. FLOPs are
 those of matrix products and attention, 2 per multiply-add, the backward pass twice the forward one; what a method
-recomputes is not counted, so the rates are of useful arithmetic.
+recomputes is not counted, so the rates are of useful arithmetic. The wanted ratios are those of one clip on a CPU in
+float32; elsewhere none is given.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -46,12 +48,37 @@ from mmdistill.models.videomae import (
     trivial_loss,
 )
 from mmdistill.optim import LearningRates, make_optimizer
-from mmdistill.runtime import keep_heap
+from mmdistill.runtime import autocast, keep_heap
 
 FULL = {"frames": 16, "size": (224, 384), "patch": 16, "dim": 384, "depth": 12, "heads": 6, "decoder": (192, 4, 3)}
 TINY = {"frames": 4, "size": (64, 64), "patch": 16, "dim": 32, "depth": 2, "heads": 2, "decoder": (16, 1, 1)}
 AS_IT_COMES = "pretrain, transformers"
 Steps = dict[str, tuple[int, Callable[[], float]]]  # name -> (FLOPs, step, which returns the loss)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed, and where."""
+
+    tiny: bool
+    device: str
+    batch: int  # clips
+    precision: str
+
+    @property
+    def sizes(self) -> dict:
+        """Of the model and its input."""
+        return TINY if self.tiny else FULL
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the wanted ratios are meant for it."""
+        return (self.device, self.batch, self.precision) == ("cpu", 1, "32")
+
+    def tell(self) -> str:
+        """For people."""
+        where = torch.cuda.get_device_name() if self.device == "cuda" else f"{torch.get_num_threads()} threads"
+        return f"{where}, torch {torch.__version__}, precision {self.precision}, {self.batch} clips a step"
 
 
 def geometry(sizes: dict, spec: ModalitySpec) -> EncoderGeometry:
@@ -95,20 +122,24 @@ def distill_flops(geometries: dict[str, EncoderGeometry], visible: int, *, cache
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def mask(g: EncoderGeometry, ratio: float) -> Tensor:
-    """(1, Lv)"""
-    return torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=stream(0)))[None]
+def mask(g: EncoderGeometry, ratio: float, setting: Setting) -> Tensor:
+    """(B, Lv)"""
+    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=stream(0)))
+    return drawn.expand(setting.batch, -1).to(setting.device)
 
 
-def stepper(module: torch.nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
+def stepper(module: torch.nn.Module, loss: Callable[[], Tensor], setting: Setting) -> Callable[[], float]:
     """Forward, backward, AdamW."""
     optimizer = make_optimizer(module, lr=1e-9, weight_decay=0.05, betas=(0.9, 0.95))
 
     def step() -> float:
-        value = loss()
+        with autocast(setting.precision, torch.device(setting.device)):
+            value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if setting.device == "cuda":
+            torch.cuda.synchronize()
         return float(value.detach())
 
     return step
@@ -126,8 +157,9 @@ def huggingface(sizes: dict, g: EncoderGeometry) -> VideoMAEForPreTraining:
     return VideoMAEForPreTraining(config).train()
 
 
-def pretraining(sizes: dict) -> tuple[Steps, dict[str, float]]:
+def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     """name -> (FLOPs, step), and the losses of both implementations with the same weights."""
+    sizes, device, clips = setting.sizes, setting.device, setting.batch
     spec = MODALITY_SPECS["rgb"]
     g, (width, depth, heads) = geometry(sizes, spec), sizes["decoder"]
     d = DecoderGeometry(width, depth, heads, width // heads, 4 * width)
@@ -135,11 +167,12 @@ def pretraining(sizes: dict) -> tuple[Steps, dict[str, float]]:
     ours = VideoMAE(g, d)
     state = from_huggingface(theirs.state_dict())
     ours.load_state_dict({k: state[k] for k in ours.state_dict()})  # raises where one is missing
-    x = torch.randn(1, 3, g.num_frames, g.height, g.width)
-    visible = mask(g, 0.9)
+    ours, theirs = ours.to(device), theirs.to(device)
+    x = torch.randn(clips, 3, g.num_frames, g.height, g.width).to(device)
+    visible = mask(g, 0.9, setting)
     removed = complement(visible, g.tokens)
-    half = removed[:, torch.randperm(removed.shape[1])[: removed.shape[1] // 2].sort().values]
-    hidden = torch.ones(1, g.tokens, dtype=torch.bool).scatter(1, visible, False)
+    half = removed[:, torch.randperm(removed.shape[1])[: removed.shape[1] // 2].sort().values.to(device)]
+    hidden = torch.ones(clips, g.tokens, dtype=torch.bool, device=device).scatter(1, visible, False)
 
     def our_loss(predict: Tensor | None) -> Tensor:
         prediction, index = ours(x, visible, predict)
@@ -156,33 +189,38 @@ def pretraining(sizes: dict) -> tuple[Steps, dict[str, float]]:
     theirs_full = pretrain_flops(g, d, n, all_, g.tokens)
     theirs_full += 2 * (g.tokens - n) * g.token_values * g.dim * 2  # transformers embeds the removed patches too
     return {
-        "pretrain, transformers": (theirs_full, stepper(theirs, their_loss)),
-        "pretrain, full decoder": (pretrain_flops(g, d, n, all_, all_), stepper(ours, lambda: our_loss(None))),
+        "pretrain, transformers": (clips * theirs_full, stepper(theirs, their_loss, setting)),
+        "pretrain, full decoder": (
+            clips * pretrain_flops(g, d, n, all_, all_),
+            stepper(ours, lambda: our_loss(None), setting),
+        ),
         "pretrain, decoder_mask_ratio=0.5": (
-            pretrain_flops(g, d, n, some, some),
-            stepper(ours, lambda: our_loss(half)),
+            clips * pretrain_flops(g, d, n, some, some),
+            stepper(ours, lambda: our_loss(half), setting),
         ),
     }, losses
 
 
-def distillation(sizes: dict, folder: Path) -> tuple[Steps, dict[str, float]]:
+def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float]]:
     """name -> (FLOPs, step), and the losses with teachers and with their kept features on the same mask."""
+    sizes, clips = setting.sizes, setting.batch
     specs = MODALITY_SPECS
     geometries = {m: geometry(sizes, s) for m, s in specs.items()}
     module = MMDistill(
         {m: Encoder(g) for m, g in geometries.items()}, specs, rates=LearningRates(1e-9, 0, 0), weight_decay=0.05,
         betas=(0.9, 0.95), warmup_steps=0, total_steps=1, meta={},
-    ).train()  # fmt: skip
+    ).train().to(setting.device)  # fmt: skip
     t, (h, w) = sizes["frames"], sizes["size"]
     batch = {
-        "rgb": torch.randint(0, 256, (1, t, h, w + 14, 3), dtype=torch.uint8),
-        "flow": torch.randn(1, t, 2, h, w + 14).half(),
-        "skeleton": torch.rand(1, t, 2, 17, 3) * h,
-        "visible": mask(geometries["rgb"], 0.75),
-        "view": torch.tensor([[0.0, 7, h, w, 0]]),
-        "index": torch.tensor([0]),
+        "rgb": torch.randint(0, 256, (clips, t, h, w + 14, 3), dtype=torch.uint8),
+        "flow": torch.randn(clips, t, 2, h, w + 14).half(),
+        "skeleton": torch.rand(clips, t, 2, 17, 3) * h,
+        "visible": mask(geometries["rgb"], 0.75, setting),
+        "view": torch.tensor([[0.0, 7, h, w, 0]]).expand(clips, -1),
+        "index": torch.arange(clips),
     }
-    kept = TeacherCache(folder, draws=1, clips=1, widths={m: g.dim for m, g in geometries.items()}, key={})
+    batch = {name: value.to(setting.device) for name, value in batch.items()}
+    kept = TeacherCache(folder, draws=1, clips=clips, widths={m: g.dim for m, g in geometries.items()}, key={})
     kept.add(0, batch["index"], module.targets(batch))
     kept.write(0)
     kept.open(0)
@@ -199,40 +237,46 @@ def distillation(sizes: dict, folder: Path) -> tuple[Steps, dict[str, float]]:
     trained = torch.nn.ModuleDict({"student_rgb": module.student_rgb, "cmt": module.cmt})
     n = batch["visible"].shape[1]
     return {
-        "distill": (distill_flops(geometries, n, cached=False), stepper(trained, lambda: loss(None))),
-        "distill, teacher_cache": (distill_flops(geometries, n, cached=True), stepper(trained, lambda: loss(kept))),
+        "distill": (
+            clips * distill_flops(geometries, n, cached=False),
+            stepper(trained, lambda: loss(None), setting),
+        ),
+        "distill, teacher_cache": (
+            clips * distill_flops(geometries, n, cached=True),
+            stepper(trained, lambda: loss(kept), setting),
+        ),
     }, losses
 
 
-def product(size: int) -> tuple[int, Callable[[], float]]:
-    """A square float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    out = torch.empty(size, size)
+def product(setting: Setting) -> tuple[int, Callable[[], float]]:
+    """A square matrix product."""
+    size = 256 if setting.tiny else 2048 if setting.device == "cpu" else 8192
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+    a, b, out = torch.randn(3, size, size, dtype=dtype, device=setting.device).unbind()
     return 2 * size**3, lambda: float(torch.mm(a, b, out=out)[0, 0])
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-def our_steps(sizes: dict, folder: Path) -> tuple[Steps, dict[str, float]]:
+def our_steps(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float]]:
     """All steps that run in a process set up as ours are, and the losses."""
-    pretrain, losses = pretraining(sizes)
+    pretrain, losses = pretraining(setting)
     pretrain[f"{AS_IT_COMES}, memory kept"] = pretrain.pop(AS_IT_COMES)
-    distill, more = distillation(sizes, folder)
-    return {"matrix product": product(256 if sizes is TINY else 2048), **pretrain, **distill}, losses | more
+    distill, more = distillation(setting, folder)
+    return {"matrix product": product(setting), **pretrain, **distill}, losses | more
 
 
-def serve(pipe: Connection, tiny: bool, ours: bool, folder: Path) -> None:
+def serve(pipe: Connection, setting: Setting, ours: bool, folder: Path) -> None:
     """A process that holds steps: sends what they are, then answers each name with the seconds that it took."""
     torch.set_flush_denormal(True)
     if ours:
         keep_heap()
     torch.manual_seed(0)
-    sizes = TINY if tiny else FULL
     if ours:
-        steps, losses = our_steps(sizes, folder)
+        steps, losses = our_steps(setting, folder)
     else:
-        steps, losses = {AS_IT_COMES: pretraining(sizes)[0][AS_IT_COMES]}, {}
+        steps, losses = {AS_IT_COMES: pretraining(setting)[0][AS_IT_COMES]}, {}
     pipe.send(({name: flops for name, (flops, _) in steps.items()}, losses))
     while name := pipe.recv():
         began = time.perf_counter()
@@ -240,7 +284,7 @@ def serve(pipe: Connection, tiny: bool, ours: bool, folder: Path) -> None:
         pipe.send(time.perf_counter() - began)
 
 
-def measure(tiny: bool, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def measure(setting: Setting, rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Median seconds and rate of each, all of them timed once per round after one round that is not counted.
 
     Returns:
@@ -253,7 +297,7 @@ def measure(tiny: bool, rounds: int) -> tuple[dict[str, dict[str, float]], dict[
     with tempfile.TemporaryDirectory() as folder:
         for ours in (True, False):
             here, there = spawn.Pipe()
-            spawn.Process(target=serve, args=(there, tiny, ours, Path(folder)), daemon=True).start()
+            spawn.Process(target=serve, args=(there, setting, ours, Path(folder)), daemon=True).start()
             there.close()  # so that its end is noticed here
             own, found = here.recv()
             flops, losses, asked = flops | own, losses | found, asked | dict.fromkeys(own, here)
@@ -297,19 +341,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=1, help="clips of a step")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32")
     args = parser.parse_args()
-    found, losses = measure(args.tiny, args.rounds)
+    setting = Setting(args.tiny, args.device, args.batch, args.precision)
+    found, losses = measure(setting, args.rounds)
     rows = targets(found)
     if args.json:
         print(json.dumps({"steps": found, "targets": rows, "losses": losses, "threads": torch.get_num_threads()}))
         return 0
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, medians of {args.rounds} rounds")
+    print(f"{setting.tell()}, medians of {args.rounds} rounds")
     print(f"{'':36}{'GFLOP':>9}{'seconds':>10}{'GFLOP/s':>10}")
     for name, row in found.items():
         print(f"{name:36}{row['gflop']:>9.1f}{row['seconds']:>10.3f}{row['gflop_per_s']:>10.1f}")
     for what, value, relation, bound in rows:
         met = value <= bound if relation == "<=" else value >= bound
-        print(f"{what}: {value:.2f} (wanted {relation} {bound}: {'met' if met else 'missed'})")
+        wanted = f" (wanted {relation} {bound}: {'met' if met else 'missed'})"
+        print(f"{what}: {value:.2f}{wanted if setting.wanted else ''}")
     kept = found["pretrain, full decoder"]["seconds"] / found[f"{AS_IT_COMES}, memory kept"]["seconds"]
     print(f"pretrain, full decoder / transformers in a process set up as ours, time: {kept:.2f}")
     print(f"same weights and mask: loss {losses['ours']:.6f}, transformers {losses['transformers']:.6f}")

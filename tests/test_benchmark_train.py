@@ -26,7 +26,7 @@ def _counted(step: Any) -> int:
 
 def test_pretraining_arithmetic_and_losses(bench: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    steps, losses = bench["pretraining"](bench["TINY"])
+    steps, losses = bench["pretraining"](bench["Setting"](True, "cpu", 1, "32"))
     assert losses["ours"] == pytest.approx(losses["transformers"], rel=1e-4)
     for name, (flops, step) in steps.items():
         if "transformers" not in name:
@@ -35,7 +35,7 @@ def test_pretraining_arithmetic_and_losses(bench: dict[str, Any]) -> None:
 
 def test_distillation_arithmetic_and_losses(bench: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    steps, losses = bench["distillation"](bench["TINY"], tmp_path)
+    steps, losses = bench["distillation"](bench["Setting"](True, "cpu", 1, "32"), tmp_path)
     assert losses["cached"] == pytest.approx(losses["uncached"], rel=1e-5)
     for name, (flops, step) in steps.items():
         assert flops == pytest.approx(_counted(step), rel=0.05), name  # the transfer head is left out

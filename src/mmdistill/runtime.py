@@ -59,8 +59,8 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu, but torch sees no GPU; use accelerator=auto or cpu")
     use_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    _tell_deepspeed("cuda" if use_gpu else "cpu")
     if not use_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
         keep_heap()
     if "RANK" not in os.environ:
         launch.world_of_one()
@@ -77,6 +77,19 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
         for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of the groups that DeepSpeed makes of its own
             setattr(torch.distributed.distributed_c10d, name, timeout)
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)
+
+
+def _tell_deepspeed(name: str) -> None:
+    """Name DeepSpeed's accelerator: by itself it takes a GPU wherever it is imported and there is one."""
+    os.environ["DS_ACCELERATOR"] = name
+    if "deepspeed" not in sys.modules:
+        return
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    if get_accelerator()._name != name:
+        set_accelerator(CUDA_Accelerator() if name == "cuda" else CPU_Accelerator())
 
 
 def keep_heap() -> None:

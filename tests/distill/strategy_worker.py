@@ -153,7 +153,7 @@ def make_teachers(folder: Path) -> None:
 
 
 KINDS = {"auto-1": ("auto", 1), "ddp-2": ("ddp", 2), "zero0-1": ("deepspeed_stage_0", 1),
-         "zero1-1": ("deepspeed_stage_1", 1), "zero2-1": ("deepspeed", 1), "zero0-2": ("deepspeed_stage_0", 2),
+         "zero1-1": ("deepspeed_stage_1_offload", 1), "zero2-1": ("deepspeed", 1), "zero0-2": ("deepspeed_stage_0", 2),
          "zero1-2": ("deepspeed_stage_1", 2), "zero2-2": ("deepspeed_stage_2", 2)}  # fmt: skip
 RESUMED = [kind for kind in KINDS if kind.startswith("zero")]  # tests/test_resume.py has the others
 CROSS = [("zero2-2", "zero0-1"), ("zero2-2", "auto-1"), ("auto-1", "zero2-2")]

@@ -12,6 +12,7 @@ from mmdistill.config.checks import (
     as_ints,
     as_names,
     modality_specs,
+    offloads,
     teacher_paths,
     zero_stage,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "as_names",
     "explain",
     "modality_specs",
+    "offloads",
     "parse",
     "register_schemas",
     "stored_config",

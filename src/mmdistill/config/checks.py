@@ -23,7 +23,14 @@ HEAD_NAMES = (
     "centroid", "centroid_centred", "centroid_euclidean", "centroid_l2", "centroid_cl2",
 )  # fmt: skip
 PARTS = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
-DEEPSPEED_STAGES = {"deepspeed": 2, "deepspeed_stage_0": 0, "deepspeed_stage_1": 1, "deepspeed_stage_2": 2}
+DEEPSPEED_STAGES = {
+    "deepspeed": 2,
+    "deepspeed_stage_0": 0,
+    "deepspeed_stage_1": 1,
+    "deepspeed_stage_2": 2,
+    "deepspeed_stage_1_offload": 1,
+    "deepspeed_stage_2_offload": 2,
+}  # strategy -> ZeRO stage
 
 
 def _choice(key: str, value: object, allowed: Sequence[object]) -> None:
@@ -92,7 +99,7 @@ def _validate_pretrain(config: PretrainConfig) -> None:
     _has_modality("modality", config.modality, config.data_module)
     _at_least("trainer.picture_freq", config.trainer.picture_freq, 0)
     _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
-    if config.deepspeed.offload and zero_stage(config) == 0:
+    if offloads(config) and zero_stage(config) == 0:
         raise ConfigError("deepspeed.offload needs deepspeed.zero_stage 1, 2 or 3: stage 0 shards nothing")
     if zero_stage(config) == 3 and config.trainer.nonfinite == "skip":
         raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
@@ -110,7 +117,7 @@ def _validate_pretrain(config: PretrainConfig) -> None:
 
 def zero_stage(config: PretrainConfig) -> int:
     """ZeRO's stage, of `strategy` where it names one, else of `deepspeed.zero_stage`. Raises where both differ."""
-    stages = {**DEEPSPEED_STAGES, "ddp": 0, "deepspeed_stage_3": 3}
+    stages = {**DEEPSPEED_STAGES, "ddp": 0, "deepspeed_stage_3": 3, "deepspeed_stage_3_offload": 3}
     _choice("strategy", config.strategy, ("auto", *stages))
     stage = stages.get(config.strategy, config.deepspeed.zero_stage)
     if config.deepspeed.zero_stage not in (0, stage):
@@ -119,6 +126,12 @@ def zero_stage(config: PretrainConfig) -> int:
             "give one of them"
         )
     return stage
+
+
+def offloads(config: PretrainConfig | DistillConfig) -> bool:
+    """Whether the optimiser's state is kept in host memory."""
+    own = isinstance(config, PretrainConfig) and config.deepspeed.offload
+    return own or config.strategy.endswith("_offload")
 
 
 def _has_modality(key: str, modality: str, data: DataModuleConfig) -> None:

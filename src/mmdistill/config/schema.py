@@ -186,7 +186,8 @@ class PretrainConfig(CommonConfig):
 
     modality: str = MISSING  # rgb | flow | skeleton
     pretrain: str | None = None  # VideoMAE weights to start from
-    strategy: str = "auto"  # auto: deepspeed.zero_stage | ddp: stage 0 | deepspeed: stage 2 | deepspeed_stage_N
+    # auto: deepspeed.zero_stage | ddp: stage 0 | deepspeed: stage 2 | deepspeed_stage_N, N from 1 also with _offload
+    strategy: str = "auto"
     decoder_mask_ratio: float = 0.0  # fraction of removed tokens that are not reconstructed (VideoMAE V2 uses 0.5)
     model: ModelConfig = field(default_factory=ModelConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
@@ -200,7 +201,8 @@ class DistillConfig(CommonConfig):
     train: bool = True
     test: bool = True
     ckpt_path: str | None = None  # what test=True evaluates when train=False
-    strategy: str = "auto"  # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2
+    # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2 | _1_offload | _2_offload
+    strategy: str = "auto"
     run_name: str = "mmdistill"  # name of the run's folder
     network: str = "student_rgb"  # part of the checkpoint that is evaluated
     # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint

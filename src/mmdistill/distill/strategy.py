@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
 from mmdistill.checkpoint.engine import agree
-from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig
+from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, offloads
 
 _BUCKET = 50_000_000  # elements reduced at a time; the buffer of one bucket is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
@@ -49,7 +49,9 @@ def trainer_place(config: DistillConfig, precision: str, plugins: list[Any]) -> 
         if precision == "16":
             raise ConfigError(f"precision=16 does not go with strategy={config.strategy}; use precision=bf16 or 32")
         stage = DEEPSPEED_STAGES[config.strategy]
-        strategy = OneFileDeepSpeed(stage, batch_size=config.batch_size, autocast=precision == "bf16")
+        strategy = OneFileDeepSpeed(
+            stage, batch_size=config.batch_size, autocast=precision == "bf16", offload=offloads(config)
+        )
         precision = "32"  # of the weights; the engine computes under autocast
     elif config.strategy == "ddp" or world > 1:
         strategy = OneFileDDP()
@@ -104,12 +106,13 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
         stage: of ZeRO.
         batch_size: clips per process and batch; DeepSpeed logs it.
         autocast: compute in bfloat16 where autocast allows; weights, gradients and moments stay float32.
+        offload: keep the optimiser's state in host memory, stage 1 or 2; the same torch.optim.AdamW steps there.
 
     Raises:
         ValueError: another stage.
     """
 
-    def __init__(self, stage: int, *, batch_size: int, autocast: bool = False) -> None:
+    def __init__(self, stage: int, *, batch_size: int, autocast: bool = False, offload: bool = False) -> None:
         if stage not in (0, 1, 2):
             raise ValueError(
                 f"ZeRO stage {stage}: no process holds all the weights, so a checkpoint could not stay one file; "
@@ -124,6 +127,9 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
             },
             "steps_per_print": 10**9,
         }
+        if offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            config["zero_force_ds_cpu_optimizer"] = False
         if autocast:  # no module is listed whose gradients would be reduced in bfloat16
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         super().__init__(config=config)

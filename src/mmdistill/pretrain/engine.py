@@ -6,7 +6,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mmdistill.config import PretrainConfig, zero_stage
+from mmdistill.config import PretrainConfig, offloads, zero_stage
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.optim import LearningRates, make_optimizer
 from mmdistill.runtime import Process, resolve_precision
@@ -28,7 +28,7 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     trainer, stage = config.trainer, zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
-    if config.deepspeed.offload:
+    if offloads(config):
         zero["offload_optimizer"] = {"device": "cpu"}
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
