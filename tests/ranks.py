@@ -8,6 +8,11 @@ from collections.abc import Callable
 from mmdistill import launch
 
 
+def import_zero() -> None:
+    """What DeepSpeed imports only when ZeRO starts, torch's compiler among it: 2 to 3 seconds, once for all forks."""
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+
 def fork_ranks(world: int, job: Callable[[int], int | None]) -> list[int]:
     """Processes that run ``job(rank)`` where a launcher would have started them, and exit with what it returns (None:
     0), or with 1 if it raises; their ids, for `wait_for`."""

@@ -27,7 +27,7 @@ import torch
 import mmdistill.distill.module as distill_module
 import mmdistill.distill.run as distill_run
 import mmdistill.pretrain.loop as pretrain_loop
-from tests.ranks import fork_ranks, wait_for
+from tests.ranks import fork_ranks, import_zero, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,6 +195,7 @@ def _run(run: dict[str, Any]) -> list[int]:
 
 def main(plan: Path) -> None:
     """All runs, one after another."""
+    import_zero()
     runs = json.loads(plan.read_text())["runs"]
     plan.with_name(plan.name + ".codes").write_text(json.dumps([_run(run) for run in runs]))
 

@@ -26,7 +26,7 @@ from mmdistill.checkpoint.archive import load_pickle
 from mmdistill.checkpoint.manifest import verify_manifest
 from mmdistill.checkpoint.zero import adam_step
 from tests.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
-from tests.ranks import fork_ranks, wait_for
+from tests.ranks import fork_ranks, import_zero, wait_for
 
 KINDS = [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False), (3, True)]
 META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
@@ -193,6 +193,7 @@ def loads(rank: int, folder: Path, path: Path) -> None:
 
 def main(folder: Path) -> None:
     """All scenarios."""
+    import_zero()
     results: dict = {"codes": {}}
     for world in (1, 2):
         results["codes"][f"resume{world}"] = launch(world, resume, folder, world)

@@ -24,7 +24,7 @@ from mmdistill.distill import strategy as strategies
 from mmdistill.distill.module import MMDistill
 from mmdistill.models.cmt import CrossModalTransfer
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
-from tests.ranks import fork_ranks, wait_for
+from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.tiny_data import make_tiny, overrides
 
 COMMON = ["trainer.epochs=2", "trainer.save_ckpt_freq=1", "batch_size=4", "test=False", "trainer.lr=1.0"]
@@ -163,7 +163,7 @@ INSIDE = [("zero2-2", "auto-1"), ("zero0-1", "zero1-2")]  # the same, from the m
 def main(folder: Path) -> None:
     """All runs."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # noqa: F401 - once for all, before the forks
+    import_zero()
 
     small_parameter()
     make_tiny(folder / "data", per_class=2)
