@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -222,7 +223,7 @@ def test_plain_lines_have_the_time_left_and_the_memory(tmp_path: Path, capfd: py
             log.step(done, "7 clips/s")
     lines = capfd.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]  # the first and the last; between them too little time
-    assert lines[0].endswith("GiB ETA ?")
+    assert re.search(r"GiB( GPU)? ETA \?$", lines[0])
     assert lines[1].endswith("ETA 0:00:00")
     assert (tmp_path / "run.log").read_text().count("7 clips/s") == 2
 
