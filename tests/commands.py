@@ -12,14 +12,19 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 TIMEOUT = 1400.0  # seconds until a command counts as hung: one of dozens of runs, on a machine that has other work
 
 
-def environment(**more: str) -> dict[str, str]:
-    """What a user's shell gives: one thread, 160 columns, and no place among other ranks."""
+def environment(*, gpus: bool = False, **more: str) -> dict[str, str]:
+    """What a user's shell gives: one thread, 160 columns, no place among other ranks, and no GPU unless asked for."""
     own = {name: value for name, value in os.environ.items() if name not in PLACE}
-    return {**own, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**own, **hidden, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
 
 
 def run_python(
-    *arguments: object, expect: int = 0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    *arguments: object,
+    expect: int = 0,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    gpus: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """``python arguments...`` in `environment`; fails with the end of its output unless its status is `expect`."""
     done = subprocess.run(
@@ -28,7 +33,7 @@ def run_python(
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
-        env=environment(**(env or {})),
+        env=environment(gpus=gpus, **(env or {})),
     )
     assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done

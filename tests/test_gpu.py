@@ -55,14 +55,15 @@ def _losses(run: Path, name: str) -> list[float]:
 
 def _pretrain(run: Path, data: list[str], *arguments: str, expect: int = 0) -> list[float]:
     """Epoch losses of a pretraining."""
-    run_python("pretrain_main.py", "modality=flow", *data, *MODEL, *arguments, f"hydra.run.dir={run}", expect=expect)
+    given = ["modality=flow", *data, *MODEL, *arguments, f"hydra.run.dir={run}"]
+    run_python("pretrain_main.py", *given, expect=expect, gpus=True)
     return _losses(run, "loss")
 
 
 def _distil(run: Path, data: list[str], teachers: str, *arguments: str) -> list[float]:
     """Epoch losses of a distillation."""
     given = [teachers, *data, "test=False", *arguments, f"hydra.run.dir={run}"]
-    run_python("lit_main_mmdistill.py", *given)
+    run_python("lit_main_mmdistill.py", *given, gpus=True)
     return _losses(run, "train_loss")
 
 
@@ -130,7 +131,7 @@ def test_evaluation_scores_as_on_the_cpu(data: list[str], teachers: str, tmp_pat
     common = [*data, *EVAL, "train=False", f"ckpt_path={last}", "compare=[random]", "feature_cache=null"]
     found = []
     for name, where in (("cpu", (*CPU, "precision=32")), ("gpu", (*GPU, "precision=32"))):
-        run_python("lit_main_mmdistill.py", *common, *where, f"hydra.run.dir={tmp_path / name}")
+        run_python("lit_main_mmdistill.py", *common, *where, f"hydra.run.dir={tmp_path / name}", gpus=True)
         rows = json.loads((tmp_path / name / "fewshot.json").read_text())["settings"][0]["rows"]
         found.append({row: values["top1_action_ensemble"] for row, values in rows.items()})
     assert found[1] == pytest.approx(found[0], abs=1.0)  # percent; 20 episodes of 9 queries: one query is 0.6
@@ -203,7 +204,7 @@ def test_a_pretraining_goes_on_as_if_it_had_not_stopped(precision: str, data: li
     whole = _pretrain(tmp_path / "whole", data, *given)
     command = [sys.executable, "pretrain_main.py", "modality=flow", *data, *MODEL, *given]
     run = tmp_path / "parts"
-    environ = environment(PYTHONUNBUFFERED="1")
+    environ = environment(gpus=True, PYTHONUNBUFFERED="1")
     process = subprocess.Popen([*command, f"hydra.run.dir={run}"], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (run / "metrics.csv").exists() and process.poll() is None:
@@ -232,7 +233,7 @@ def test_torchrun_on_all_gpus(data: list[str], exact: float, tmp_path: Path) -> 
     given.append(f"batch_size={8 // torch.cuda.device_count()}")
     done = subprocess.run(
         [*torchrun, *given, f"hydra.run.dir={tmp_path / 'run'}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(gpus=True), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert _losses(tmp_path / "run", "loss") == pytest.approx([exact], rel=1e-4)
