@@ -215,7 +215,7 @@ def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(monk
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The encoders that were compiled; by tracing alone, without a compiler, which would take a minute each."""
+    """What was compiled; by tracing alone, without a compiler, which would take a minute each."""
     modules: list[nn.Module] = []
     original = nn.Module.compile
 
@@ -243,15 +243,16 @@ def test_compile_covers_student_and_teachers(folder: Path, steps: list, compiled
     assert _state(tmp_path / "compiled", "student_rgb").keys() == _state(tmp_path / "plain", "student_rgb").keys()
 
 
-def test_pretraining_compiles_its_encoder(folder: Path, compiled: list, tmp_path: Path) -> None:
+def test_pretraining_compiles_encoder_and_decoder(folder: Path, compiled: list, tmp_path: Path) -> None:
     from mmdistill.pretrain import pretrain
 
     names = []
     for wanted in (False, True):
         arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={wanted}"]
         names.append(pretrain(load_config(PretrainConfig, "config_pretrain", arguments), tmp_path / str(wanted)).name)
-    assert len(compiled) == 1
-    assert isinstance(compiled[0], Encoder)
+    encoder, decoder = compiled
+    assert isinstance(encoder, Encoder)
+    assert not isinstance(decoder, Encoder)
     assert names[0] == names[1]  # the loss to four digits
     with pytest.raises(ConfigError, match="stage 3"):
         load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "compile=true", "deepspeed=zero3"])

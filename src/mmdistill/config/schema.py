@@ -159,8 +159,8 @@ class CommonConfig(Sealable):
     num_workers: int = 1  # loader processes; 0 reads in the training process
     accelerator: str = "auto"  # auto | cpu | gpu
     devices: Any = 1  # processes on this machine | auto or -1: all GPUs | a list of GPUs; a launcher's are used
-    # torch.compile of the encoders that train, teachers included; the first step takes minutes. An evaluation, which
-    # encodes each clip once, compiles nothing and says so
+    # torch.compile of what trains, pretraining's decoder and the teachers included; the first step takes minutes. An
+    # evaluation, which encodes each clip once, compiles nothing and says so
     compile: bool = False
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else 32 | 32 | bf16 | 16
     resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew

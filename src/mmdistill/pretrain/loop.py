@@ -109,6 +109,7 @@ class _Run:
         model.encoder.checkpoint_activations = trainer.activation_checkpointing
         if config.compile:
             model.encoder.compile(dynamic=False)
+            model.decoder.compile(dynamic=False)
         self.initialised = load_videomae(model.encoder, config.pretrain) if config.pretrain else None
         global_batch = config.batch_size * process.world_size * trainer.accumulate
         self.rates = LearningRates.scaled(trainer.lr, trainer.min_lr, trainer.warmup_lr, global_batch=global_batch)
