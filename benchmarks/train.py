@@ -249,11 +249,17 @@ def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float
 
 
 def product(setting: Setting) -> tuple[int, Callable[[], float]]:
-    """A square matrix product."""
-    size = 256 if setting.tiny else 2048 if setting.device == "cpu" else 8192
+    """Square matrix products, one after another for about as long as a step takes, so that both see one machine."""
+    size, times = (256, 1) if setting.tiny else (2048, 12) if setting.device == "cpu" else (8192, 10)
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     a, b, out = torch.randn(3, size, size, dtype=dtype, device=setting.device).unbind()
-    return 2 * size**3, lambda: float(torch.mm(a, b, out=out)[0, 0])
+
+    def step() -> float:
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+        return float(out[0, 0])
+
+    return 2 * size**3 * times, step
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
@@ -264,7 +270,7 @@ def our_steps(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float]]:
     pretrain, losses = pretraining(setting)
     pretrain[f"{AS_IT_COMES}, memory kept"] = pretrain.pop(AS_IT_COMES)
     distill, more = distillation(setting, folder)
-    return {"matrix product": product(setting), **pretrain, **distill}, losses | more
+    return {"matrix products": product(setting), **pretrain, **distill}, losses | more
 
 
 def serve(pipe: Connection, setting: Setting, ours: bool, folder: Path) -> None:
@@ -322,7 +328,7 @@ def measure(setting: Setting, rounds: int) -> tuple[dict[str, dict[str, float]],
 def targets(found: dict[str, dict[str, float]]) -> list[tuple[str, float, str, float]]:
     """(what, value, relation, bound)"""
     seconds = {name: row["seconds"] for name, row in found.items()}
-    whole, rate = seconds[AS_IT_COMES], found["matrix product"]["gflop_per_s"]
+    whole, rate = seconds[AS_IT_COMES], found["matrix products"]["gflop_per_s"]
     return [
         ("pretrain, full decoder / transformers, time", seconds["pretrain, full decoder"] / whole, "<=", 0.8),
         (
@@ -331,7 +337,7 @@ def targets(found: dict[str, dict[str, float]]) -> list[tuple[str, float, str, f
             "<=",
             0.5,
         ),
-        ("distill / matrix product, rate", found["distill"]["gflop_per_s"] / rate, ">=", 0.8),
+        ("distill / matrix products, rate", found["distill"]["gflop_per_s"] / rate, ">=", 0.8),
         ("distill, teacher_cache / distill, time", seconds["distill, teacher_cache"] / seconds["distill"], "<=", 0.6),
     ]
 

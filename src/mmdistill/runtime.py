@@ -22,7 +22,7 @@ from mmdistill.launch import INTERRUPTED_EXIT_CODE
 
 __all__ = ["INTERRUPTED_EXIT_CODE"]  # whose home is `launch`, which imports no torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ def keep_heap() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes: larger blocks are still the system's own
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_ARENA_MAX, 1)  # arenas of other threads are given back whatever the threshold
 
 
 def _leave_group() -> None:

@@ -7,8 +7,9 @@ teacher's feature.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.config import ConfigError
+from mmdistill.distill.beside import MOST_TOKENS, side_by_side
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modality import ModalitySpec
 from mmdistill.models.cmt import CrossModalTransfer
@@ -86,6 +88,7 @@ class MMDistill(pl.LightningModule):
         if ema is not None:
             self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
         self.cache: TeacherCache | None = None
+        self._compiled = False
         widths = {m: e.geometry.dim for m, e in teachers.items()}
         self.cmt = CrossModalTransfer(teachers["rgb"].geometry.dim, widths)
 
@@ -100,6 +103,7 @@ class MMDistill(pl.LightningModule):
 
     def compile_encoders(self) -> None:
         """torch.compile of student and teachers, at their next call; names and weights stay as they are."""
+        self._compiled = True
         for encoder in (self.student, *map(self.teacher, self.modalities)):
             encoder.compile(dynamic=False)
 
@@ -117,13 +121,18 @@ class MMDistill(pl.LightningModule):
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Per teacher: (mean squared error, error of the best constant feature on this batch); float32 scalars."""
         visible, rgb = batch["visible"], self.input("rgb", batch)
+
+        def student() -> Tensor:
+            return self.student.embed(rgb, visible)
+
         if self.cache is not None and self.cache.serves(self.current_epoch):
-            targets = self.cache.features(self.current_epoch, batch["index"])
+            targets, feature = self.cache.features(self.current_epoch, batch["index"]), student()
         else:
-            targets = self.targets(batch, rgb)
+            feature, *found = self._run([student, *self._teacher_jobs(batch, rgb)], visible)
+            targets = dict(zip(self.modalities, found, strict=True))
             if self.cache is not None:
                 self.cache.add(self.current_epoch, batch["index"], targets)
-        predictions = self.cmt(self.student.embed(rgb, visible))
+        predictions = self.cmt(feature)
         return {
             m: (F.mse_loss(predictions[m].float(), targets[m]), targets[m].var(dim=0, unbiased=False).mean())
             for m in self.modalities
@@ -134,11 +143,27 @@ class MMDistill(pl.LightningModule):
         g = self.teacher(modality).geometry
         return prepare(batch[modality], batch["view"], self.specs[modality], (g.height, g.width))
 
-    @torch.no_grad()
-    def targets(self, batch: Mapping[str, Tensor], rgb: Tensor | None = None) -> dict[str, Tensor]:
-        """The teachers' features, by modality. (B, D) float32 each; `rgb` is the input where it is made already."""
-        inputs = {m: rgb if m == "rgb" and rgb is not None else self.input(m, batch) for m in self.modalities}
-        return {m: self.teacher(m).embed(x, batch["visible"]).float() for m, x in inputs.items()}
+    def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The teachers' features, by modality. (B, D) float32 each"""
+        jobs = self._teacher_jobs(batch, self.input("rgb", batch))
+        return dict(zip(self.modalities, self._run(jobs, batch["visible"]), strict=True))
+
+    def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
+        """What computes each teacher's feature, in the order of `modalities`; `rgb` is the input of that one."""
+
+        @torch.no_grad()
+        def feature(modality: str) -> Tensor:
+            x = rgb if modality == "rgb" else self.input(modality, batch)
+            return self.teacher(modality).embed(x, batch["visible"]).float()
+
+        return [partial(feature, modality) for modality in self.modalities]
+
+    def _run(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
+        """The results of independent `jobs`, which encode the tokens `visible`."""
+        few = visible.numel() <= MOST_TOKENS
+        if self.device.type != "cpu" or not few or self._compiled:  # torch.compile is not for several threads
+            return [job() for job in jobs]
+        return side_by_side(jobs)
 
     def _average(self) -> None:
         """Move the student's average after an optimiser step."""

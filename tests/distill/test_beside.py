@@ -1,0 +1,102 @@
+"""Encoders side by side compute what they compute one after another."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.distill import beside, module
+from mmdistill.distill.beside import side_by_side
+from mmdistill.distill.module import MMDistill
+from mmdistill.modality import MODALITY_SPECS
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.optim import LearningRates
+
+
+@pytest.fixture(params=[2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """So many of torch's threads, whatever the machine has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_jobs_share_the_threads_and_keep_their_order(threads: int) -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    def job(number: int) -> torch.Tensor:
+        if number < 2:
+            together.wait()  # passed only if two of them run at once
+        return torch.tensor([number, torch.get_num_threads(), torch.is_grad_enabled()])
+
+    rows = torch.stack(side_by_side([lambda n=n: job(n) for n in range(4)]))
+    assert rows[:, 0].tolist() == [0, 1, 2, 3]
+    assert set(rows[:, 1].tolist()) == {1}  # 2 // 2 and 5 // 4
+    assert rows[:, 2].all()
+    assert torch.get_num_threads() == threads
+    with torch.no_grad():
+        assert not torch.stack(side_by_side([lambda: job(2), lambda: job(3)]))[:, 2].any()
+
+
+def test_denormals_are_flushed_there_too(threads: int) -> None:
+    tiny = torch.full((4,), 1e-30)
+    assert not any(out.any() for out in side_by_side([lambda: tiny * 1e-12] * 4))
+
+
+def test_an_error_comes_through(threads: int) -> None:
+    def fail() -> torch.Tensor:
+        raise ValueError("this one")
+
+    with pytest.raises(ValueError, match="this one"):
+        side_by_side([lambda: torch.zeros(1), fail])
+
+
+def test_one_by_one_with_one_thread_and_under_autocast(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    def refused(*_: int) -> None:
+        raise AssertionError("threads were used")
+
+    monkeypatch.setattr(beside, "_pool", refused)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert side_by_side([lambda: torch.zeros(2, 2) @ torch.zeros(2, 2)] * 2)[0].dtype == torch.bfloat16
+    torch.set_num_threads(1)
+    assert len(side_by_side([lambda: torch.zeros(1)] * 2)) == 2
+
+
+def _module() -> MMDistill:
+    torch.manual_seed(0)
+    teachers = {
+        m: Encoder(EncoderGeometry(s.channels, 4, 32 // s.scale, 32 // s.scale, 8 // s.scale, 2, 16, 2, 2, 8, 32))
+        for m, s in MODALITY_SPECS.items()
+    }
+    return MMDistill(
+        teachers, MODALITY_SPECS, rates=LearningRates(1e-3, 0, 0), weight_decay=0.05, betas=(0.9, 0.95),
+        warmup_steps=0, total_steps=1, meta={},
+    ).train()  # fmt: skip
+
+
+def test_a_step_is_the_same_side_by_side(threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    batch = {
+        "rgb": torch.randint(0, 256, (2, 4, 36, 40, 3), dtype=torch.uint8),
+        "flow": torch.randn(2, 4, 2, 36, 40).half(),
+        "skeleton": torch.rand(2, 4, 1, 17, 3) * 32,
+        "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(2)]),
+        "view": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]),
+        "index": torch.arange(2),
+    }
+    used: list[int] = []
+    monkeypatch.setattr(module, "side_by_side", lambda jobs: used.append(len(jobs)) or side_by_side(jobs))
+    found = []
+    for most in (0, 16):
+        monkeypatch.setattr(module, "MOST_TOKENS", most)
+        net = _module()
+        losses = net.losses(batch)
+        torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+        assert all(p.grad is None for m in net.modalities for p in net.teacher(m).parameters())
+        found.append(([v.detach() for pair in losses.values() for v in pair],
+                      [p.grad for p in net.parameters() if p.grad is not None]))  # fmt: skip
+    assert used == [4]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
