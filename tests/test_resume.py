@@ -31,7 +31,7 @@ STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, 
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 
 
-def teacher(path: Path, modality: str, seed: int) -> Path:
+def teacher(path: Path, modality: str, seed: int, **more: Any) -> Path:
     """An untrained pretraining checkpoint of the tiny data's token grid."""
     channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
     geometry = EncoderGeometry(
@@ -41,7 +41,7 @@ def teacher(path: Path, modality: str, seed: int) -> Path:
     torch.manual_seed(seed)
     state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
     meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}, "epoch": 0}
-    write_deepspeed(state, path, meta)
+    write_deepspeed(state, path, meta | more)
     return path
 
 

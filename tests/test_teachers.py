@@ -19,7 +19,7 @@ from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plai
 from mmdistill.evaluate import _networks
 from mmdistill.fewshot.embed import weights_digest
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.teachers import check_teachers, load_teachers, named_teacher
+from mmdistill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
 from tests.test_resume import teacher
 from tests.tiny_data import overrides
 
@@ -54,6 +54,18 @@ def test_resume_reads_the_named_teachers(slim: Path) -> None:
     assert list(teachers) == list(MODALITIES)
     assert sources == read_checkpoint(slim).meta["teachers"]
     assert teachers["flow"].geometry.channels == 2
+
+
+def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = configure("resume=auto", "data_module.sampling_rate=2")
+    data, spec = config.data_module, modality_specs(config.data_module)["flow"]
+    for stored, told in ((2, 0), (4, 1)):
+        path = teacher(tmp_path / str(stored), "flow", 0, config={"data_module": {"sampling_rate": stored}})
+        caplog.clear()
+        read_teacher(str(path), "flow", spec, data)
+        lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
+        assert len(lines) == told
+    assert lines[0].endswith(f"{path} was trained with 4: clips show their motion at another speed")
 
 
 def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.report import print_tables, to_json, write_report
 from mmdistill.modality import MODALITIES, ModalitySpec, stored_statistics
 from mmdistill.runtime import Process, autocast, common_folder, resolve_precision, start_process
-from mmdistill.teachers import named_teacher
+from mmdistill.teachers import named_teacher, other_rate
 
 NETWORK = DistillConfig.network  # what is scored by default
 _LEFT_OUT = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
@@ -74,7 +74,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
     seen, told = _seen_in_training(config.data_module, dataset.index)
-    lines += [*told, *_other_rate(config.data_module, checkpoint)]
+    lines += [*told, *other_rate(read_meta(locate(checkpoint)), config.data_module, checkpoint)]
     if config.compile:
         lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
@@ -158,16 +158,6 @@ def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | N
     count = len(evaluated & trained)
     told = f"{count} of {len(evaluated)} evaluated rallies are also in {data.unlabel_json_path}: a training on it has "
     return count, [f"{told}seen their frames, without labels (scripts/make_unlabel.py --exclude)"] if count else []
-
-
-def _other_rate(data: DataModuleConfig, checkpoint: str) -> list[str]:
-    """What to say where clips take other frames than those that the checkpoint has learned from."""
-    stored = (read_meta(locate(checkpoint)).get("config") or {}).get("data_module") or {}
-    rate = stored.get("sampling_rate", data.sampling_rate)
-    if rate == data.sampling_rate:
-        return []
-    told = f"data_module.sampling_rate={data.sampling_rate}, but {checkpoint} was trained with {rate}"
-    return [f"{told}: clips show their motion at another speed"]
 
 
 def _frames_repeated(features: list[Features]) -> dict[str, dict[str, int]]:

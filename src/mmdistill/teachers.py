@@ -1,5 +1,7 @@
 """Frozen teachers: which file each comes from, and proof that it is the one a student was distilled with."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teach
 from mmdistill.fewshot.embed import weights_digest
 from mmdistill.modality import MODALITIES, ModalitySpec, stored_statistics
 from mmdistill.models.videomae import Encoder
+
+log = logging.getLogger(__name__)
 
 
 def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleConfig) -> Encoder:
@@ -27,7 +31,19 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     encoder = _encoder(checkpoint, data)
     check_token_grid(encoder, spec, data, path)
     _check_inputs(checkpoint, spec, path)
+    for line in other_rate(checkpoint.meta, data, path):
+        log.warning(line)
     return encoder
+
+
+def other_rate(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
+    """What to say where clips take other frames than those that the checkpoint of `meta` has learned from."""
+    stored = (meta.get("config") or {}).get("data_module") or {}
+    rate = stored.get("sampling_rate", data.sampling_rate)
+    if rate == data.sampling_rate:
+        return []
+    told = f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}"
+    return [f"{told}: clips show their motion at another speed"]
 
 
 def _encoder(checkpoint: Checkpoint, data: DataModuleConfig) -> Encoder:

@@ -139,7 +139,7 @@ def _complain(
             more = f" ... and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             lines.append(f"  {len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")
     if missing:
-        lines.append("  (name what may be missing with allow_missing=)")
+        lines.append("  (Python callers may excuse names with allow_missing=[patterns])")
     raise WeightMismatchError("\n".join(lines))
 
 
