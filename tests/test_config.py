@@ -73,6 +73,10 @@ def test_deepspeed_files_say_stage_and_offload() -> None:
         zero = deepspeed_config(_pretrain(f"deepspeed={name}"), "32")["zero_optimization"]
         assert zero["stage"] == int(name[4])
         assert ("offload_optimizer" in zero) == name.endswith("_offload")
+    for stage in (1, 2, 3):
+        for end in ("", "_offload"):
+            zero = deepspeed_config(_pretrain(f"strategy=deepspeed_stage_{stage}{end}"), "32")["zero_optimization"]
+            assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))
     with pytest.raises(ConfigError, match="precision=16 needs a GPU, and accelerator=cpu"):
         _distill("precision=16", "accelerator=cpu")
 

@@ -164,7 +164,7 @@ def test_auto_is_bf16(data: list[str], tmp_path: Path) -> None:
     if not torch.cuda.is_bf16_supported():
         pytest.skip("this GPU has no bf16")
     _pretrain(tmp_path, data, "accelerator=auto", "precision=auto", "trainer.epochs=1")
-    assert "bf16" in (tmp_path / "run.log").read_text() + (tmp_path / "run.json").read_text()
+    assert "precision bf16, " in (tmp_path / "run.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -199,8 +199,8 @@ def test_compiled_pretraining(data: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
 def test_a_pretraining_goes_on_as_if_it_had_not_stopped(precision: str, data: list[str], tmp_path: Path) -> None:
-    """Epochs one by one; a GPU's sums have no fixed order, so equal but for rounding."""
-    given = (*GPU, f"precision={precision}", "trainer.epochs=2")
+    """A GPU's sums have no fixed order, so equal but for rounding."""
+    given = (*GPU, f"precision={precision}", "trainer.epochs=12")
     whole = _pretrain(tmp_path / "whole", data, *given)
     command = [sys.executable, "pretrain_main.py", "modality=flow", *data, *MODEL, *given]
     run = tmp_path / "parts"
@@ -211,13 +211,20 @@ def test_a_pretraining_goes_on_as_if_it_had_not_stopped(precision: str, data: li
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) in (0, INTERRUPTED_EXIT_CODE)  # 0: the second epoch was quicker than the signal
+    assert process.wait(timeout=120) == INTERRUPTED_EXIT_CODE
     parts = _pretrain(run, data, *given, "resume=auto")
-    assert parts == pytest.approx(whole, rel=1e-4 if precision == "32" else 1e-2)
-    ours, theirs = _weights(run, 1), _weights(tmp_path / "whole", 1)
-    assert ours.keys() == theirs.keys()
-    for key, value in theirs.items():
-        torch.testing.assert_close(ours[key].float(), value.float(), rtol=0, atol=2e-3 if precision == "32" else 5e-2)
+    assert len(parts) == 12
+    assert parts == pytest.approx(whole, rel=1e-3 if precision == "32" else 5e-2)
+
+
+def test_a_distillation_under_zero_goes_on(data: list[str], teachers: str, tmp_path: Path) -> None:
+    """From its first epoch's end, with the optimiser's state where the optimiser wants it."""
+    given = (*GPU, "precision=32", "strategy=deepspeed_stage_2", "trainer.save_ckpt_freq=1")
+    whole = _distil(tmp_path / "whole", data, teachers, *given)
+    (first,) = (tmp_path / "whole" / "checkpoints").glob("epoch=00-*")
+    assert _distil(tmp_path / "rest", data, teachers, *given, f"resume='{first}'")[-1:] == pytest.approx(
+        whole[-1:], rel=1e-3
+    )
 
 
 def test_torchrun_on_all_gpus(data: list[str], exact: float, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_resume_reads_the_named_teachers(slim: Path) -> None:
 
 
 def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     config = configure("resume=auto", "data_module.sampling_rate=2")
     data, spec = config.data_module, modality_specs(config.data_module)["flow"]
     for stored, told in ((2, 0), (4, 1)):

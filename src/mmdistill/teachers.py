@@ -32,7 +32,7 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     check_token_grid(encoder, spec, data, path)
     _check_inputs(checkpoint, spec, path)
     for line in other_rate(checkpoint.meta, data, path):
-        log.warning(line)
+        log.info(line)
     return encoder
 
 

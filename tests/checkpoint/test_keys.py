@@ -69,6 +69,17 @@ def test_huggingface_round_trip() -> None:
     assert all(torch.equal(back[k], v) for k, v in state.items())
 
 
+def test_huggingface_has_both_names_of_a_bias() -> None:
+    """Each release of transformers knows one of them, or both."""
+    state = {k: torch.randn_like(v) for k, v in Encoder(GEOMETRY).state_dict().items()}
+    out = to_huggingface(state)
+    for block in range(GEOMETRY.depth):
+        for ours, theirs in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
+            for name in (ours, theirs):
+                found = out[f"encoder.layer.{block}.attention.attention.{name}"]
+                assert torch.equal(found, state[f"blocks.{block}.attn.{ours}"])
+
+
 def test_key_bias_does_not_matter() -> None:
     state = {"blocks.0.attn.qkv.bias": torch.arange(12.0)}
     out = split_qkv_bias(state)

@@ -13,7 +13,7 @@ import torch
 
 from mmdistill.checkpoint import load_torch
 from mmdistill.config import ConfigError
-from mmdistill.distill.strategy import OneFileDeepSpeed
+from mmdistill.distill.strategy import OneFileDeepSpeed, trainer_place
 from mmdistill.runtime import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
 from tests.distill.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
@@ -190,3 +190,13 @@ def test_stage_3_is_refused(tmp_path: Path) -> None:
         config_of(tmp_path, "strategy=deepspeed_stage_3")
     with pytest.raises(ValueError, match=r"ZeRO stage 3: .* use stage 0, 1 or 2"):
         OneFileDeepSpeed(3, batch_size=1)
+    with pytest.raises(ValueError, match="stage 0 shards nothing"):
+        OneFileDeepSpeed(0, batch_size=1, offload=True)
+
+
+@pytest.mark.parametrize(("stage", "end"), [(1, ""), (1, "_offload"), (2, ""), (2, "_offload")])
+def test_a_strategys_name_says_what_is_offloaded(stage: int, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    strategy = trainer_place(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32", [])["strategy"]
+    zero = strategy.config["zero_optimization"]
+    assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))

@@ -128,7 +128,7 @@ class MMDistill(pl.LightningModule):
         if self.cache is not None and self.cache.serves(self.current_epoch):
             targets, feature = self.cache.features(self.current_epoch, batch["index"]), student()
         else:
-            feature, *found = self._run([student, *self._teacher_jobs(batch, rgb)], visible)
+            *found, feature = self._run([*self._teacher_jobs(batch, rgb), student], visible)
             targets = dict(zip(self.modalities, found, strict=True))
             if self.cache is not None:
                 self.cache.add(self.current_epoch, batch["index"], targets)
@@ -144,9 +144,13 @@ class MMDistill(pl.LightningModule):
         return prepare(batch[modality], batch["view"], self.specs[modality], (g.height, g.width))
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The teachers' features, by modality. (B, D) float32 each"""
-        jobs = self._teacher_jobs(batch, self.input("rgb", batch))
-        return dict(zip(self.modalities, self._run(jobs, batch["visible"]), strict=True))
+        """The teachers' features, by modality. (B, D) float32 each
+
+        Something stands in for the student, so that they are a training step's to the last bit.
+        """
+        visible = batch["visible"]
+        *found, _ = self._run([*self._teacher_jobs(batch, self.input("rgb", batch)), lambda: visible], visible)
+        return dict(zip(self.modalities, found, strict=True))
 
     def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
         """What computes each teacher's feature, in the order of `modalities`; `rgb` is the input of that one."""
@@ -161,7 +165,9 @@ class MMDistill(pl.LightningModule):
     def _run(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
         """The results of independent `jobs`, which encode the tokens `visible`."""
         few = visible.numel() <= MOST_TOKENS
-        if self.device.type != "cpu" or not few or self._compiled:  # torch.compile is not for several threads
+        # torch.compile is not for several threads, and a recomputed block must find as many as it had
+        alone = self._compiled or self.student.checkpoint_activations
+        if self.device.type != "cpu" or not few or alone:
             return [job() for job in jobs]
         return side_by_side(jobs)
 

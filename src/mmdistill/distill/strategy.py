@@ -109,7 +109,7 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
         offload: keep the optimiser's state in host memory, stage 1 or 2; the same torch.optim.AdamW steps there.
 
     Raises:
-        ValueError: another stage.
+        ValueError: another stage, or `offload` at stage 0.
     """
 
     def __init__(self, stage: int, *, batch_size: int, autocast: bool = False, offload: bool = False) -> None:
@@ -118,6 +118,8 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
                 f"ZeRO stage {stage}: no process holds all the weights, so a checkpoint could not stay one file; "
                 "use stage 0, 1 or 2"
             )
+        if offload and not stage:
+            raise ValueError("offload needs ZeRO stage 1 or 2: stage 0 shards nothing")
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch_size,
             "zero_optimization": {
@@ -275,7 +277,7 @@ class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
             entries = [saved["state"][n] for n in stored["params"] if n in saved["state"]]
             if entries:
                 moments = {k: torch.zeros_like(flat) for k in entries[0] if k != _STEP}
-                wrapped.optimizer.state[flat] = {_STEP: entries[0][_STEP].clone(), **moments}
+                wrapped.optimizer.state[flat] = {_STEP: entries[0][_STEP].to(flat.device, copy=True), **moments}
         if saved["state"]:
             self._fill_moments(wrapped, saved)
 
