@@ -13,13 +13,14 @@ def _formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhnm,bhmd->bhnd", weights / weights.sum(-1, keepdim=True), v)
 
 
-@pytest.mark.parametrize("short", [64, 4], ids=["short", "long"])
+@pytest.mark.parametrize(("short", "most"), [(64, 0), (4, 10**6), (4, 0)], ids=["short", "long, kept", "long"])
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize(("heads", "queries"), [(3, 11), (4, 7), (1, 10)])
 def test_values_and_gradients(
-    short: int, threads: int, heads: int, queries: int, monkeypatch: pytest.MonkeyPatch
+    short: int, most: int, threads: int, heads: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SHORT", short)
+    monkeypatch.setattr(module, "_MOST_KEPT", most)
     monkeypatch.setattr(module, "_LEAST", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
@@ -39,6 +40,7 @@ def test_queries_are_shared_out_to_all_threads(monkeypatch: pytest.MonkeyPatch) 
     seen: list[tuple[int, ...]] = []
     fused = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(module, "_SHORT", 4)
+    monkeypatch.setattr(module, "_MOST_KEPT", 0)
     monkeypatch.setattr(module, "_LEAST", 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(
