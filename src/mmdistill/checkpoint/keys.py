@@ -138,8 +138,9 @@ def to_huggingface(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Biases of queries and values go under both of their names: transformers 4 knows ``q_bias`` alone, some releases of
     transformers 5 (5.17) ``query.bias`` alone, and what a release does not know it starts anew, with a warning only.
     """
-    back = {ours: theirs for theirs, ours in _HF_LAYER.items() if not theirs.endswith(("query.bias", "value.bias"))}
-    new = {ours: theirs for theirs, ours in _HF_LAYER.items() if theirs.endswith(("query.bias", "value.bias"))}
+    back: dict[str, list[str]] = {}
+    for theirs, ours in _HF_LAYER.items():
+        back.setdefault(ours, []).append(theirs)
     out: dict[str, Tensor] = {}
     for key, tensor in encoder.items():
         if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
@@ -147,9 +148,7 @@ def to_huggingface(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if field == "attn.qkv.weight":
                 out.update({base + name: part.clone() for name, part in zip(_HF_QKV, tensor.chunk(3), strict=True)})
             else:
-                out[base + back[field]] = tensor
-                if field in new:
-                    out[base + new[field]] = tensor.clone()
+                out.update({base + name: tensor.clone() for name in back[field]})
         elif key.startswith("patch_embed.proj."):
             out["embeddings.patch_embeddings.projection." + key.rsplit(".", 1)[1]] = tensor
         elif key.startswith("norm."):

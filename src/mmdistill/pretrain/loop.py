@@ -341,8 +341,7 @@ def _say_start(log: RunLog, run: _Run) -> None:
         f"pretrain {run.config.modality}: {len(run.dataset)} clips, {run.batches} batches of {run.config.batch_size} "
         f"per process and epoch ({left_out} clips left out each epoch), {parameters:,} parameters, "
         f"base_lr {run.config.trainer.lr:g} -> lr {run.rates.lr:g}, device {run.process.device}, "
-        f"precision {run.autocast_inputs}, "
-        f"target {run.spec.target}"
+        f"precision {run.autocast_inputs}, target {run.spec.target}"
     )
 
 
