@@ -1,6 +1,6 @@
 """Distil three teachers into one RGB student, and evaluate it few-shot: ``python lit_main_mmdistill.py``."""
 
-from mmdistill.cli import run_entrypoint
+from mmdistill.cli.entrypoint import run_entrypoint
 from mmdistill.config import DistillConfig
 
 
@@ -11,13 +11,13 @@ def job(config: DistillConfig, run_dir: str) -> None:
     checkpoint = config.ckpt_path
     if config.train:
         from mmdistill.distill import distill
-        from mmdistill.evaluate import check_evaluation
+        from mmdistill.evaluation.run import check_evaluation
 
         if config.test:
             check_evaluation(config)
         checkpoint = str(distill(config, Path(run_dir)))
     if config.test and checkpoint:
-        from mmdistill.evaluate import evaluate_checkpoint
+        from mmdistill.evaluation.run import evaluate_checkpoint
 
         evaluate_checkpoint(config, checkpoint, Path(run_dir))
 

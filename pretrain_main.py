@@ -1,6 +1,6 @@
 """Pretrain one VideoMAE on one modality: ``python pretrain_main.py modality=rgb``."""
 
-from mmdistill.cli import run_entrypoint
+from mmdistill.cli.entrypoint import run_entrypoint
 from mmdistill.config import PretrainConfig
 
 

@@ -25,14 +25,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.checkpoint import save_torch
 from mmdistill.config import to_plain
-from mmdistill.data.annotations import Rally
+from mmdistill.data.annotations.f3set import Rally
+from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.flowfile import write_flow
-from mmdistill.data.index import build_index
-from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modality import MODALITY_SPECS
-from mmdistill.models.inputs import prepare
+from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.models.preprocessing import prepare
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmdistill.data.index import Clip
-from mmdistill.fewshot.embed import ClipEncoder, Job, Views
+from mmdistill.data.clips import Clip
+from mmdistill.fewshot.encode import ClipEncoder, Job, Views
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
-from mmdistill.fewshot.evaluate import evaluate
-from mmdistill.modality import MODALITY_SPECS
+from mmdistill.fewshot.scores import evaluate
+from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 
 VIT_S = EncoderGeometry(3, 16, 224, 384, 16, 2, dim=384, depth=12, heads=6, head_dim=64, mlp_dim=1536)

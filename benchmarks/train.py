@@ -10,7 +10,7 @@
 
 Each round times everything once, one after the other, so that a change of the machine's speed meets all alike; medians
 count. Ours run in a process set up as `pretrain_main.py` sets up its own, transformers' in another as it comes, and
-once more in ours (its memory is kept then, `mmdistill.runtime.keep_heap`). Denormals are flushed for all. FLOPs are
+once more in ours (its memory is kept then, `keep_heap`). Denormals are flushed for all. FLOPs are
 those of matrix products and attention, 2 per multiply-add, the backward pass twice the forward one; what a method
 recomputes is not counted, so the rates are of useful arithmetic. The wanted ratios are those of one clip on a CPU in
 float32; elsewhere none is given.
@@ -32,11 +32,12 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from mmdistill.checkpoint.keys import from_huggingface
-from mmdistill.data.masks import visible_tokens
+from mmdistill.data.masking import visible_tokens
 from mmdistill.data.sampler import stream
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.modality import MODALITY_SPECS, ModalitySpec
+from mmdistill.distributed.process import autocast, keep_heap
+from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
 from mmdistill.models.videomae import (
     DecoderGeometry,
     Encoder,
@@ -47,8 +48,7 @@ from mmdistill.models.videomae import (
     reconstruction_loss,
     trivial_loss,
 )
-from mmdistill.optim import LearningRates, make_optimizer
-from mmdistill.runtime import autocast, keep_heap
+from mmdistill.training.optim import LearningRates, make_optimizer
 
 FULL = {"frames": 16, "size": (224, 384), "patch": 16, "dim": 384, "depth": 12, "heads": 6, "decoder": (192, 4, 3)}
 TINY = {"frames": 4, "size": (64, 64), "patch": 16, "dim": 32, "depth": 2, "heads": 2, "decoder": (16, 1, 1)}

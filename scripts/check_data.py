@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdistill.build import annotation_path, load_rallies, modality_readers
-from mmdistill.cli import load_config
+from mmdistill.builders import annotation_path, load_rallies, modality_readers
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain
-from mmdistill.data.annotations import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
-from mmdistill.data.atomic import write_whole
-from mmdistill.data.readers import Reader
-from mmdistill.overrides import is_override
+from mmdistill.config.overrides import is_override
+from mmdistill.data.annotations.f3set import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
+from mmdistill.data.readers.base import Reader
+from mmdistill.files import write_whole
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
 

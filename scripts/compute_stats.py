@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdistill.build import clip_dataset, make_demo_data
-from mmdistill.cli import load_config
+from mmdistill.builders import clip_dataset, make_demo_data
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
@@ -26,7 +26,7 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
-from mmdistill.data.atomic import write_whole
+from mmdistill.files import write_whole
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmdistill.claim import claim_table, holds, read_results
-from mmdistill.stages import StageError, method_stages, run_stages
+from mmdistill.workflows.pipeline import StageError, method_stages, run_stages
+from mmdistill.workflows.results_table import claim_table, holds, read_results
 
 
 def main() -> int:

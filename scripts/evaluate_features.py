@@ -13,11 +13,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from mmdistill.evaluation.report.write import print_tables, to_json, write_report
+from mmdistill.fewshot.classifiers import HEADS
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features, load_features, write_whole
-from mmdistill.fewshot.heads import HEADS
 from mmdistill.fewshot.protocol import Protocol, run_protocol
-from mmdistill.fewshot.report import print_tables, to_json, write_report
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, explain
 
 
@@ -40,13 +40,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode and write."""
-    from mmdistill.build import clip_dataset, clip_loader, make_demo_data
+    from mmdistill.builders import clip_dataset, clip_loader, make_demo_data
     from mmdistill.config import modality_specs
-    from mmdistill.data.version import data_version
-    from mmdistill.fewshot.embed import Views, embed_cached
+    from mmdistill.data.fingerprint import data_version
+    from mmdistill.distributed.process import autocast, resolve_precision, start_process
+    from mmdistill.evaluation.networks import load_network
+    from mmdistill.fewshot.encode import Views, embed_cached
     from mmdistill.fewshot.features import save_features
-    from mmdistill.fewshot.networks import load_network
-    from mmdistill.runtime import autocast, resolve_precision, start_process
 
     if args.out.suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"{args.out}: features are written as .npz or .safetensors")

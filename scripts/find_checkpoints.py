@@ -15,7 +15,7 @@ from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, choose, find_checkpoints
-from mmdistill.modality import MODALITIES
+from mmdistill.modalities.base import MODALITIES
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

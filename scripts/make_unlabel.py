@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from mmdistill.data.annotations import AnnotationError, load_f3set, match_of, to_json
-from mmdistill.data.atomic import write_whole
+from mmdistill.data.annotations.f3set import AnnotationError, load_f3set, match_of, to_json
+from mmdistill.files import write_whole
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdistill.data.flowfile import FLOW_DTYPES
+from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.prepare.flow import FLOW_METHODS
-from mmdistill.prepare.job import Outcome, Settings, prepare_all
+from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all
 from mmdistill.prepare.video import VideoError, find_videos
 
 

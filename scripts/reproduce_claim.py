@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from mmdistill.claim import claim_table, holds, read_results
-from mmdistill.stages import Stage, StageError, method_stages, run_stages
+from mmdistill.workflows.pipeline import Stage, StageError, method_stages, run_stages
+from mmdistill.workflows.results_table import claim_table, holds, read_results
 
 
 def claim_stages(output: Path, seeds: list[int], extra: tuple[str, ...]) -> list[Stage]:

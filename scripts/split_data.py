@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from mmdistill.data.annotations import F3SET_FIELDS, AnnotationError, load_f3set, to_json
-from mmdistill.data.atomic import write_whole
-from mmdistill.data.splits import split_by_class, split_by_match
+from mmdistill.data.annotations.f3set import F3SET_FIELDS, AnnotationError, load_f3set, to_json
+from mmdistill.data.annotations.splits import split_by_class, split_by_match
+from mmdistill.files import write_whole
 
 
 def _fraction(text: str) -> tuple[str, float]:

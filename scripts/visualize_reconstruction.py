@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
-from mmdistill.build import clip_dataset
+from mmdistill.builders import clip_dataset
 from mmdistill.checkpoint import CheckpointError, load_weights, read_checkpoint
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
-from mmdistill.pretrain.pictures import draw, reconstruct, write
+from mmdistill.pretrain.visualization import draw, reconstruct, write
 
 
 def pictures(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmdistill import launch
+from mmdistill.distributed import launch
 from tests.commands import PLACE, ROOT, Script
 
 # the modules that take longest, so that two processes end together

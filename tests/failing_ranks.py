@@ -21,10 +21,11 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
-from mmdistill import cli, launch
+from mmdistill.cli import entrypoint as cli
 from mmdistill.config import PretrainConfig
-from mmdistill.nonfinite import NonFiniteError
-from mmdistill.runtime import start_process
+from mmdistill.distributed import launch
+from mmdistill.distributed.process import start_process
+from mmdistill.training.nonfinite import NonFiniteError
 from tests.ranks import fork_ranks, wait_for
 
 

@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from mmdistill import launch
+from mmdistill.distributed import launch
 
 
 def import_zero() -> None:

@@ -26,8 +26,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 import mmdistill.distill.module as distill_module
-import mmdistill.distill.run as distill_run
-import mmdistill.pretrain.loop as pretrain_loop
+import mmdistill.distill.trainer as distill_run
+import mmdistill.pretrain.trainer as pretrain_loop
 from tests.ranks import fork_ranks, import_zero, wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def _allow_fp16() -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from pytorch_lightning.plugins.precision import MixedPrecision
 
-    import mmdistill.runtime as runtime
+    import mmdistill.distributed.process as runtime
 
     runtime.has_fp16 = lambda device: True
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]

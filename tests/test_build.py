@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdistill.build import clip_dataset
-from mmdistill.cli import load_config
+from mmdistill.builders import clip_dataset
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, PretrainConfig
 from tests.tiny_data import make_tiny, overrides
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import WeightMismatchError, load_torch, save_torch
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
-from mmdistill.distill import run
+from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
+from mmdistill.distill.teachers import load_teachers
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.optim import make_optimizer
-from mmdistill.pretrain import loop
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE
-from mmdistill.teachers import load_teachers
+from mmdistill.pretrain import trainer as loop
+from mmdistill.training.optim import make_optimizer
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 

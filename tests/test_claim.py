@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mmdistill.claim import claim_table, holds
+from mmdistill.workflows.results_table import claim_table, holds
 
 
 def _result(student: float, teacher: float, random: float, *, low: float) -> dict[str, Any]:

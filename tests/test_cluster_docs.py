@@ -9,7 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mmdistill.config import register_schemas
-from mmdistill.overrides import quote_overrides
+from mmdistill.config.overrides import quote_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "cluster.md").read_text(), flags=re.DOTALL)

@@ -12,7 +12,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mmdistill.cli import CONFIGS, load_config
+from mmdistill.cli.entrypoint import CONFIGS, load_config
 from mmdistill.config import (
     HEAD_NAMES,
     ConfigError,
@@ -24,7 +24,7 @@ from mmdistill.config import (
     schema,
     teacher_paths,
 )
-from mmdistill.overrides import quote_overrides
+from mmdistill.config.overrides import quote_overrides
 from tests.commands import TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,7 @@ def test_every_yaml_composes() -> None:
 
 
 def test_deepspeed_files_say_stage_and_offload() -> None:
-    from mmdistill.pretrain.engine import deepspeed_config
+    from mmdistill.pretrain.deepspeed import deepspeed_config
 
     names = ["zero0", *(f"zero{n}{end}" for n in (1, 2, 3) for end in ("", "_offload"))]
     assert sorted(p.stem for p in (CONFIGS / "deepspeed").glob("*.yaml")) == names
@@ -160,7 +160,7 @@ def test_networks_are_named_by_their_modality() -> None:
 
 
 def test_the_schema_names_every_head() -> None:
-    from mmdistill.fewshot.heads import HEADS
+    from mmdistill.fewshot.classifiers import HEADS
 
     assert sorted(HEAD_NAMES) == sorted(HEADS)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmdistill.checkpoint import CheckpointError, load_encoder, load_torch, save_torch
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import (
     ConfigError,
     DistillConfig,
@@ -18,11 +18,11 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
-from mmdistill.distill import run
+from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
-from mmdistill.optim import LearningRates, layer_of, make_optimizer, make_schedule
+from mmdistill.training.optim import LearningRates, layer_of, make_optimizer, make_schedule
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 

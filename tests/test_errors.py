@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from mmdistill.build import clip_loader
+from mmdistill.builders import clip_loader
 from mmdistill.config import PretrainConfig, explain
-from mmdistill.data.annotations import AnnotationError, load_f3set
-from mmdistill.data.readers import FrameError, RgbReader
+from mmdistill.data.annotations.f3set import AnnotationError, load_f3set
+from mmdistill.data.readers.base import FrameError, RgbReader
 from tests.tiny_data import make_tiny
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import save_torch
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, to_plain
-from mmdistill.evaluate import check_evaluation, evaluate_checkpoint
+from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.tiny_data import EVAL, make_tiny, overrides
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import read_checkpoint
-from mmdistill.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.modality import MODALITY_SPECS
-from mmdistill.models.inputs import prepare
+from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
+from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.models.preprocessing import prepare
 from mmdistill.models.videomae import (
     DecoderGeometry,
     EncoderGeometry,

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mmdistill import launch
 from mmdistill.config import ConfigError
-from mmdistill.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
-from mmdistill.overrides import add_overrides, quote_overrides
+from mmdistill.config.overrides import add_overrides, quote_overrides
+from mmdistill.distributed import launch
+from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
 from tests.commands import environment
 from tests.test_resume import teacher
 from tests.tiny_data import MODEL, make_tiny, overrides
@@ -297,7 +297,7 @@ def test_the_time_to_wait_is_that_of_every_group(monkeypatch: pytest.MonkeyPatch
     """DeepSpeed makes groups of its own; without a time they would wait for a hung rank for half an hour."""
     import torch
 
-    from mmdistill.runtime import start_process
+    from mmdistill.distributed.process import start_process
 
     core = torch.distributed.distributed_c10d
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from mmdistill.overrides import quote_overrides
+from mmdistill.config.overrides import quote_overrides
 from tests.commands import run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, PretrainConfig, stored_config, to_plain
-from mmdistill.modality import MODALITY_SPECS, ModalitySpec
+from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement, patch_targets
-from mmdistill.pretrain.pictures import _rows, draw, reconstruct, scatter_patches, to_colours, write
+from mmdistill.pretrain.visualization import _rows, draw, reconstruct, scatter_patches, to_colours, write
 from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 

@@ -7,7 +7,7 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.pretrain.start import load_videomae
+from mmdistill.pretrain.initialization import load_videomae
 
 
 def _encoder(channels: int, *, dim: int = 16, mlp_dim: int = 32) -> Encoder:

@@ -19,10 +19,10 @@ import torch
 from mmdistill.checkpoint import directory_lock, inspect, load_torch, newest_complete, read_checkpoint
 from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
 from mmdistill.checkpoint.export import export_student
-from mmdistill.checkpoint.manifest import verify_manifest
+from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.config import to_plain
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores

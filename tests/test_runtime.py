@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.runtime import resolve_precision
+from mmdistill.distributed.process import resolve_precision
 from tests.commands import run_python
 
 _LAST_TO_RUN = """
 import atexit, sys, tempfile, torch
-from mmdistill.runtime import start_process
+from mmdistill.distributed.process import start_process
 atexit.register(lambda: print("left" if not torch.distributed.is_initialized() else "in the group", file=sys.stderr))
 for _ in range(2):  # the second call, as in a sweep, changes nothing
     start_process(accelerator="cpu", seed=0)
@@ -32,7 +32,7 @@ _DENORMALS = """
 import sys, torch
 from torch.utils.data import DataLoader
 from mmdistill.data.dataset import worker_init
-from mmdistill.runtime import start_process
+from mmdistill.distributed.process import start_process
 
 def left(n):
     return torch.full((n,), 1e-30).mul(1e-9).view(torch.int32).count_nonzero().item()
@@ -77,7 +77,7 @@ def test_fp16_on_a_cpu_is_refused_in_one_sentence() -> None:
 
 _FAULTS = """
 import resource, sys, torch
-from mmdistill.runtime import start_process
+from mmdistill.distributed.process import start_process
 start_process(accelerator="cpu", seed=0)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

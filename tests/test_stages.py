@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill import runinfo, stages
-from mmdistill.stages import Stage, StageError, done_already, method_stages, run_stages
+from mmdistill.training import run_metadata as runinfo
+from mmdistill.workflows import pipeline as stages
+from mmdistill.workflows.pipeline import Stage, StageError, done_already, method_stages, run_stages
 
 SHORT = ("trainer.epochs=1", "trainer.warmup_epochs=0")
 
@@ -100,7 +101,7 @@ def test_a_second_call_runs_nothing_and_says_whose_code_it_was(
     script = tmp_path / "pretrain_main.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from mmdistill.cli import run_entrypoint\n"
+        "from mmdistill.cli.entrypoint import run_entrypoint\n"
         "from mmdistill.config import PretrainConfig\n"
         "job = lambda config, run_dir: (Path(run_dir) / f'ran {config.modality}').touch(exist_ok=False)\n"
         "run_entrypoint(job, PretrainConfig, config_name='config_pretrain')\n"

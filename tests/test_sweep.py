@@ -12,8 +12,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from mmdistill.cli.sweep import last_metrics, objective, read_sweep, swept_keys
 from mmdistill.config import DistillConfig, PretrainConfig, parse, register_schemas
-from mmdistill.sweep import last_metrics, objective, read_sweep, swept_keys
 from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
@@ -24,7 +24,7 @@ CONFIGS = ROOT / "configs"
 TOY = """
 import csv, sys
 from pathlib import Path
-from mmdistill.cli import run_entrypoint
+from mmdistill.cli.entrypoint import run_entrypoint
 from mmdistill.config import PretrainConfig
 
 def job(config, run_dir):
@@ -204,7 +204,7 @@ def test_one_key_gives_a_line_and_failed_jobs_are_named(tmp_path: Path, script: 
 
 
 def test_two_keys_give_a_heat_map_and_seeds_are_averaged(tmp_path: Path, script: Script) -> None:
-    from mmdistill.sweep_figure import grid_of, mean_over_seeds
+    from mmdistill.workflows.sweep_plot import grid_of, mean_over_seeds
 
     jobs = [(t, r, s) for t in ("[rgb]", "[rgb,flow]") for r in (0.5, 0.75) for s in (0, 1)]
     for i, (teachers, ratio, seed) in enumerate(jobs):

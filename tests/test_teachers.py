@@ -14,12 +14,12 @@ from mmdistill.checkpoint import (
     read_checkpoint,
     save_torch,
 )
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
-from mmdistill.evaluate import _networks
-from mmdistill.fewshot.embed import weights_digest
+from mmdistill.distill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
+from mmdistill.evaluation.run import _networks
+from mmdistill.fewshot.encode import weights_digest
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
 from tests.test_resume import teacher
 from tests.tiny_data import overrides
 

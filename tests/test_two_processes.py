@@ -16,8 +16,8 @@ import torch
 
 from mmdistill.checkpoint import load_torch, read_checkpoint
 from mmdistill.config import PretrainConfig
-from mmdistill.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.nonfinite import NonFinite, NonFiniteError
+from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
+from mmdistill.training.nonfinite import NonFinite, NonFiniteError
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[1]

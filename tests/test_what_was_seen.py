@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import load_torch, save_torch
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import DistillConfig, modality_specs, to_plain
-from mmdistill.evaluate import evaluate_checkpoint
-from mmdistill.fewshot.networks import load_network
+from mmdistill.evaluation.networks import load_network
+from mmdistill.evaluation.run import evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.tiny_data import EVAL, make_tiny, overrides
 

@@ -21,10 +21,10 @@ import deepspeed
 import torch
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed, newest_complete, read_checkpoint, save_deepspeed
-from mmdistill.checkpoint import engine as layer
-from mmdistill.checkpoint.archive import load_pickle
-from mmdistill.checkpoint.manifest import verify_manifest
-from mmdistill.checkpoint.zero import adam_step
+from mmdistill.checkpoint import deepspeed_engine as layer
+from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
+from mmdistill.checkpoint.formats.manifest import verify_manifest
+from mmdistill.checkpoint.formats.torch_zip import load_pickle
 from tests.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
 from tests.ranks import fork_ranks, import_zero, wait_for
 

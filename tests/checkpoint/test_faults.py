@@ -27,9 +27,9 @@ from mmdistill.checkpoint import (
     save_torch,
 )
 from mmdistill.checkpoint import write as writing
-from mmdistill.checkpoint.archive import load_pickle, sha256_file, zip_records
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.checkpoint.manifest import manifest_bytes, read_manifest, verify_manifest
+from mmdistill.checkpoint.formats.manifest import manifest_bytes, read_manifest, verify_manifest
+from mmdistill.checkpoint.formats.torch_zip import load_pickle, sha256_file, zip_records
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -181,7 +181,7 @@ def test_shards_of_two_steps_are_refused(tmp_path: Path) -> None:
         root = tmp_path / name
         shutil.copytree(FIXTURES / name / "epoch=01-loss=0.5000", root)
         shard = next(f for f in (root / "checkpoint").iterdir() if "rank_1" in f.name and "optim" in f.name)
-        from mmdistill.checkpoint.archive import load_pickle
+        from mmdistill.checkpoint.formats.torch_zip import load_pickle
 
         content = load_pickle(shard, mapped=False)
         inner = content["optimizer_state_dict"]

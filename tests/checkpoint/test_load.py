@@ -164,7 +164,7 @@ def test_positions_that_cannot_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_geometry_of_releases() -> None:
-    from mmdistill.checkpoint.geometry import geometry_from_tensors
+    from mmdistill.checkpoint.architecture import geometry_from_tensors
 
     for dim, heads in ((384, 6), (768, 12), (1024, 16), (1280, 16)):
         with torch.device("meta"):

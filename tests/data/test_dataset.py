@@ -12,13 +12,13 @@ import torch
 from dotworld import LEFT_WRIST, DotWorld, write_dot
 from torch.utils.data import DataLoader, default_collate
 
-from mmdistill.data.annotations import Rally
+from mmdistill.data.annotations.f3set import Rally
+from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.index import build_index
-from mmdistill.data.readers import FrameError
+from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modality import MODALITY_SPECS
-from mmdistill.models.inputs import prepare
+from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.models.preprocessing import prepare
 
 RIGHT_WRIST = 10
 CROP = (48, 80)

@@ -11,11 +11,14 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data import demo, demo_motion, demo_render, demo_scene
-from mmdistill.data.annotations import load_f3set
-from mmdistill.data.demo_strokes import STROKES
-from mmdistill.data.flowfile import read_flow
-from mmdistill.data.safe_pickle import load_pickle
+from mmdistill.data.annotations.f3set import load_f3set
+from mmdistill.data.readers.flow_file import read_flow
+from mmdistill.data.readers.safe_pickle import load_pickle
+from mmdistill.demo import dataset as demo
+from mmdistill.demo import motion as demo_motion
+from mmdistill.demo import render as demo_render
+from mmdistill.demo import scene as demo_scene
+from mmdistill.demo.strokes import STROKES
 
 TINY = {"strokes_per_class": (1, 1), "strokes_per_rally": 6, "workers": 1, "progress": False}
 BUDGET_BYTES = 60e6

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from mmdistill.data.annotations import Event, Rally
-from mmdistill.data.index import build_index, overlapping
+from mmdistill.data.annotations.f3set import Event, Rally
+from mmdistill.data.clips import build_index, overlapping
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.build import clip_dataset
-from mmdistill.cli import load_config
+from mmdistill.builders import clip_dataset
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
@@ -19,10 +19,10 @@ from mmdistill.config import (
     PretrainConfig,
     modality_specs,
 )
-from mmdistill.data.annotations import AnnotationError, Event, Rally
-from mmdistill.data.flowfile import write_flow
-from mmdistill.data.index import build_index
-from mmdistill.data.layouts import ANNOTATION_READERS, annotation_reader, load_annotations
+from mmdistill.data.annotations.f3set import AnnotationError, Event, Rally
+from mmdistill.data.annotations.mmcdfsl import ANNOTATION_READERS, annotation_reader, load_annotations
+from mmdistill.data.clips import build_index
+from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script
 
 SIZE = (16, 24)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmdistill.data.masks import predicted_part, visible_tokens
+from mmdistill.data.masking import predicted_part, visible_tokens
 
 
 @pytest.mark.parametrize("kind", ["tube", "random"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from dotworld import LEFT_WRIST, DotWorld
 
-from mmdistill.data.flowfile import FLOW_DTYPES, read_flow, write_flow
-from mmdistill.data.readers import FlowReader, FrameError, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import FlowReader, FrameError, RgbReader, SkeletonReader
+from mmdistill.data.readers.flow_file import FLOW_DTYPES, read_flow, write_flow
 
 
 def test_frame_k_flow_k_and_joint_k_show_the_same_place(dot: DotWorld) -> None:

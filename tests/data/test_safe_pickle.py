@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdistill.data.safe_pickle import UnsafePickleError, load_pickle
+from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
 
 
 class _Touch:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from dotworld import DotWorld
 
-from mmdistill.data.annotations import Event, Rally
+from mmdistill.data.annotations.f3set import Event, Rally
+from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.index import ClipIndex, build_index
-from mmdistill.data.readers import RgbReader, SkeletonReader
-from mmdistill.data.version import data_version
+from mmdistill.data.fingerprint import data_version
+from mmdistill.data.readers.base import RgbReader, SkeletonReader
 
 
 def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -> ClipDataset:

@@ -17,12 +17,13 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import DistillConfig, modality_specs, to_plain
-from mmdistill.distill import callbacks, run
+from mmdistill.distill import callbacks
 from mmdistill.distill import strategy as strategies
+from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
-from mmdistill.models.cmt import CrossModalTransfer
+from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
 from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.tiny_data import make_tiny, overrides

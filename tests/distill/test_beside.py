@@ -6,13 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mmdistill.distill import beside, module
-from mmdistill.distill.beside import side_by_side
+from mmdistill.distill import module
+from mmdistill.distill import parallel_encoders as beside
 from mmdistill.distill.module import MMDistill
-from mmdistill.modality import MODALITY_SPECS
+from mmdistill.distill.parallel_encoders import side_by_side
+from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models import attention
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.optim import LearningRates
+from mmdistill.training.optim import LearningRates
 
 
 @pytest.fixture(params=[2, 8])

@@ -14,7 +14,7 @@ import torch
 from mmdistill.checkpoint import load_torch
 from mmdistill.config import ConfigError
 from mmdistill.distill.strategy import OneFileDeepSpeed, trainer_place
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
 from tests.distill.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
 

@@ -10,19 +10,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from mmdistill.build import clip_dataset, clip_loader
+from mmdistill.builders import clip_dataset, clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
-from mmdistill.cli import load_config
+from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
-from mmdistill.distill import run
-from mmdistill.distill.validate import METRIC, Validation, make_validation
-from mmdistill.fewshot.embed import Views, embed_clips
+from mmdistill.distill import trainer as run
+from mmdistill.distill.validation import METRIC, Validation, make_validation
+from mmdistill.distributed.launch import free_port
+from mmdistill.distributed.process import Process
+from mmdistill.evaluation.networks import Network
+from mmdistill.fewshot.encode import Views, embed_clips
 from mmdistill.fewshot.episodes import sample_episodes
-from mmdistill.fewshot.evaluate import evaluate
-from mmdistill.fewshot.networks import Network
-from mmdistill.launch import free_port
+from mmdistill.fewshot.scores import evaluate
 from mmdistill.models.videomae import Encoder, EncoderGeometry
-from mmdistill.runtime import Process
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 

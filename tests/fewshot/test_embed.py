@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdistill.data.index import Clip, ClipIndex
-from mmdistill.fewshot.embed import ClipEncoder, Job, Views, embed_cached, embed_clips, weights_digest
+from mmdistill.data.clips import Clip, ClipIndex
+from mmdistill.fewshot.encode import ClipEncoder, Job, Views, embed_cached, embed_clips, weights_digest
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import cache_file, merge_features
-from mmdistill.modality import MODALITY_SPECS
-from mmdistill.models.inputs import prepare
+from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.models.preprocessing import prepare
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 
 N, GRID = 10, (2, 2, 3)

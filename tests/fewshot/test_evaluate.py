@@ -3,8 +3,9 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
+from mmdistill.fewshot.classifiers import HEADS, Head
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
-from mmdistill.fewshot.evaluate import (
+from mmdistill.fewshot.scores import (
     confusion,
     evaluate,
     merge_scores,
@@ -12,7 +13,6 @@ from mmdistill.fewshot.evaluate import (
     per_class,
     summarise,
 )
-from mmdistill.fewshot.heads import HEADS, Head
 
 LABELS = np.repeat(np.arange(8), 25)
 

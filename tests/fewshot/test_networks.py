@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import CheckpointError
-from mmdistill.fewshot.embed import Views
+from mmdistill.evaluation.networks import load_network, random_network
+from mmdistill.fewshot.encode import Views
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.networks import load_network, random_network
-from mmdistill.modality import MODALITY_SPECS
+from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 
 SIZES = {"rgb": (4, 32, 32), "flow": (4, 32, 32), "skeleton": (4, 16, 16)}

@@ -5,9 +5,9 @@ import pytest
 
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
-from mmdistill.fewshot.evaluate import evaluate, paired_difference
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
+from mmdistill.fewshot.scores import evaluate, paired_difference
 
 Make = Callable[..., Features]
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from mmdistill.data.index import Clip, ClipIndex
-from mmdistill.fewshot.embed import Job, embed_cached
+from mmdistill.data.clips import Clip, ClipIndex
+from mmdistill.fewshot.encode import Job, embed_cached
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.features import Features, load_features, save_features
 from mmdistill.fewshot.protocol import Protocol, run_protocol

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mmdistill.fewshot import figures
+from mmdistill.evaluation.report import figures
+from mmdistill.evaluation.report.html_page import typical_episode
+from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.features import Features
-from mmdistill.fewshot.page import typical_episode
 from mmdistill.fewshot.protocol import Protocol, Results, run_protocol
-from mmdistill.fewshot.report import print_tables, to_json, write_report
 
 Make = Callable[..., Features]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

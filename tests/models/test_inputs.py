@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.modality import MODALITY_SPECS, ModalitySpec
-from mmdistill.models.inputs import FLIPPED_JOINTS, prepare
+from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
+from mmdistill.models.preprocessing import FLIPPED_JOINTS, prepare
 
 RGB, FLOW, SKELETON = (MODALITY_SPECS[m] for m in ("rgb", "flow", "skeleton"))
 PLAIN_RGB = ModalitySpec("rgb", 3, 1, (0.0,), (1.0,), "pixel")

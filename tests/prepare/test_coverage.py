@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data.annotations import Event, Rally, load_f3set, to_json
-from mmdistill.data.flowfile import write_flow
-from mmdistill.data.readers import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.annotations.f3set import Event, Rally, load_f3set, to_json
+from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.prepare.coverage import check_all
 from tests.commands import Script
 

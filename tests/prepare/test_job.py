@@ -13,12 +13,12 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data.annotations import load_f3set
-from mmdistill.data.flowfile import read_flow
-from mmdistill.data.index import build_index
-from mmdistill.data.readers import FlowReader, RgbReader
+from mmdistill.data.annotations.f3set import load_f3set
+from mmdistill.data.clips import build_index
+from mmdistill.data.readers.base import FlowReader, RgbReader
+from mmdistill.data.readers.flow_file import read_flow
 from mmdistill.prepare.flow import flow_function
-from mmdistill.prepare.job import Outcome, Settings, prepare_all, prepare_video, stored_size
+from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames
 from scripts.prepare_data import _line
 from tests.commands import Script

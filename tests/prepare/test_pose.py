@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data.readers import SkeletonReader
-from mmdistill.prepare.people import crops, find_players
+from mmdistill.data.readers.base import SkeletonReader
+from mmdistill.prepare.player_tracking import crops, find_players
 from mmdistill.prepare.pose import BLAZEPOSE_TO_COCO, PoseError, mediapipe_pose, write_skeletons
 
 HEIGHT, WIDTH, FRAMES = 360, 640, 40

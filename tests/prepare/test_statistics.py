@@ -11,13 +11,13 @@ import torch
 import yaml
 from torch.utils.data import default_collate
 
-from mmdistill.data.annotations import Rally, to_json
+from mmdistill.data.annotations.f3set import Rally, to_json
+from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.flowfile import write_flow
-from mmdistill.data.index import build_index
-from mmdistill.data.readers import FlowReader, RgbReader, SkeletonReader
-from mmdistill.modality import MODALITY_SPECS
-from mmdistill.models.inputs import prepare
+from mmdistill.data.readers.base import FlowReader, RgbReader, SkeletonReader
+from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.models.preprocessing import prepare
 from mmdistill.prepare.statistics import Moments, dataset_statistics, usable
 from tests.commands import Script
 

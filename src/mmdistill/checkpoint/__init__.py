@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdistill.checkpoint.detect import detect_format
-    from mmdistill.checkpoint.engine import load_deepspeed, save_deepspeed
+    from mmdistill.checkpoint.deepspeed_engine import load_deepspeed, save_deepspeed
     from mmdistill.checkpoint.errors import (
         CheckpointError,
         CorruptCheckpointError,
@@ -17,8 +16,9 @@ if TYPE_CHECKING:
         WeightMismatchError,
     )
     from mmdistill.checkpoint.find import CheckpointInfo, find_checkpoints
-    from mmdistill.checkpoint.layout import CheckpointFormat
+    from mmdistill.checkpoint.formats.names import CheckpointFormat
     from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
+    from mmdistill.checkpoint.locate import detect_format
     from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
     from mmdistill.checkpoint.retention import directory_lock, newest_complete, prune
     from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 _HOME = {
     "Checkpoint": "read",
     "CheckpointError": "errors",
-    "CheckpointFormat": "layout",
+    "CheckpointFormat": "formats.names",
     "CheckpointInfo": "find",
     "CorruptCheckpointError": "errors",
     "LoadReport": "load",
     "ResumeMismatchError": "errors",
     "UnsafeCheckpointError": "errors",
     "WeightMismatchError": "errors",
-    "detect_format": "detect",
+    "detect_format": "locate",
     "directory_lock": "retention",
     "find_checkpoints": "find",
-    "load_deepspeed": "engine",
+    "load_deepspeed": "deepspeed_engine",
     "load_encoder": "load",
     "load_encoder_with_report": "load",
     "load_torch": "write",
@@ -44,7 +44,7 @@ _HOME = {
     "newest_complete": "retention",
     "prune": "retention",
     "read_checkpoint": "read",
-    "save_deepspeed": "engine",
+    "save_deepspeed": "deepspeed_engine",
     "save_safetensors": "write",
     "save_torch": "write",
 }

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mmdistill import __version__
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.layout import LATEST, MANIFEST, META, TAG
-from mmdistill.checkpoint.manifest import describe, manifest_bytes
+from mmdistill.checkpoint.formats.manifest import describe, manifest_bytes
+from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, TAG
 from mmdistill.checkpoint.read import EMBEDDED, read_checkpoint
 from mmdistill.checkpoint.write import (
     save_safetensors,

@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.layout import FILE_SUFFIXES, LATEST, MANIFEST, MODEL_STATES, OPTIM_STATES, CheckpointFormat
-from mmdistill.modality import MODALITIES
+from mmdistill.checkpoint.formats.names import (
+    FILE_SUFFIXES,
+    LATEST,
+    MANIFEST,
+    MODEL_STATES,
+    OPTIM_STATES,
+    CheckpointFormat,
+)
+from mmdistill.modalities.base import MODALITIES
 
 DISTILLED = "distilled"  # the group of distillation checkpoints, beside the modalities
 UNKNOWN = "unknown"

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdistill.checkpoint.detect import Location, existing, locate
+from mmdistill.checkpoint.architecture import decoder_from_tensors, geometry_from_tensors
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.geometry import decoder_from_tensors, geometry_from_tensors
+from mmdistill.checkpoint.formats.manifest import verify_manifest
+from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
 from mmdistill.checkpoint.keys import encoder_roots, part_of, top_level
-from mmdistill.checkpoint.layout import MANIFEST, META, CheckpointFormat
-from mmdistill.checkpoint.manifest import verify_manifest
+from mmdistill.checkpoint.locate import Location, existing, locate
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
 
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
-from mmdistill.checkpoint.geometry import (
+from mmdistill.checkpoint.architecture import (
     geometry_from_meta,
     geometry_from_tensors,
     is_sincos,
     resize_positions,
     token_grid,
 )
+from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
 from mmdistill.checkpoint.keys import encoder_roots, part_of, top_level
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry

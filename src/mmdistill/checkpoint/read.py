@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdistill.checkpoint.archive import THREADS, load_pickle
-from mmdistill.checkpoint.detect import Location, is_safetensors, locate, read_json
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.formats.deepspeed_zero import read_zero
+from mmdistill.checkpoint.formats.manifest import verify_manifest
+from mmdistill.checkpoint.formats.names import META, CheckpointFormat
+from mmdistill.checkpoint.formats.torch_zip import THREADS, load_pickle
 from mmdistill.checkpoint.keys import (
     PARTS,
     canonical_names,
@@ -28,9 +30,7 @@ from mmdistill.checkpoint.keys import (
     part_of,
     split_qkv_bias,
 )
-from mmdistill.checkpoint.layout import META, CheckpointFormat
-from mmdistill.checkpoint.manifest import verify_manifest
-from mmdistill.checkpoint.zero import read_zero
+from mmdistill.checkpoint.locate import Location, is_safetensors, locate, read_json
 
 EMBEDDED = "mmdistill"  # key of the metadata inside a file
 TENSOR_CRCS = "mmdistill_crc32"  # of a .safetensors file: 8 hex digits for each tensor, in the order of the data

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mmdistill.checkpoint.archive import load_pickle, verify_zip
-from mmdistill.checkpoint.detect import existing, locate
-from mmdistill.checkpoint.engine import agree, rank_and_world
+from mmdistill.checkpoint.deepspeed_engine import agree, rank_and_world
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.layout import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
-from mmdistill.checkpoint.manifest import read_manifest, verify_manifest
+from mmdistill.checkpoint.formats.deepspeed_zero import read_zero
+from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
+from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
+from mmdistill.checkpoint.formats.torch_zip import load_pickle, verify_zip
+from mmdistill.checkpoint.locate import existing, locate
 from mmdistill.checkpoint.read import read_meta
 from mmdistill.checkpoint.write import discard, recover, sync
-from mmdistill.checkpoint.zero import read_zero
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from mmdistill.checkpoint.archive import load_pickle
-from mmdistill.checkpoint.detect import existing
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.layout import OLD_PREFIX, TMP_PREFIX
+from mmdistill.checkpoint.formats.names import OLD_PREFIX, TMP_PREFIX
+from mmdistill.checkpoint.formats.torch_zip import load_pickle
+from mmdistill.checkpoint.locate import existing
 from mmdistill.checkpoint.read import _ST_DTYPES, EMBEDDED, TENSOR_CRCS
 
 log = logging.getLogger(__name__)

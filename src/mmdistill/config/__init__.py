@@ -5,7 +5,18 @@ into the dataclasses of `schema` with `parse`, which checks them (`checks`) and 
 Nothing here imports torch, so a wrong key is reported at once.
 """
 
-from mmdistill.config.checks import (
+from mmdistill.config.error_messages import explain
+from mmdistill.config.parsing import parse, stored_config, to_plain
+from mmdistill.config.schema import (
+    ConfigError,
+    DataModuleConfig,
+    DistillConfig,
+    ModalityConfig,
+    ModelConfig,
+    PretrainConfig,
+    register_schemas,
+)
+from mmdistill.config.validation import (
     DEEPSPEED_STAGES,
     HEAD_NAMES,
     PARTS,
@@ -15,17 +26,6 @@ from mmdistill.config.checks import (
     offloads,
     teacher_paths,
     zero_stage,
-)
-from mmdistill.config.convert import parse, stored_config, to_plain
-from mmdistill.config.messages import explain
-from mmdistill.config.schema import (
-    ConfigError,
-    DataModuleConfig,
-    DistillConfig,
-    ModalityConfig,
-    ModelConfig,
-    PretrainConfig,
-    register_schemas,
 )
 
 __all__ = [

@@ -58,7 +58,7 @@ class DataModuleConfig(Sealable):
     frames_dir: str = MISSING  # {video}/{frame:06d}.jpg
     flow_dir: str | None = None  # {video}/pair_{frame:05d}.npy; null: the dataset has no flow
     skeleton_dir: str | None = None  # {video}.pkl; null: the dataset has no skeletons
-    annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.layouts
+    annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.annotations.mmcdfsl
     frame_pattern: str | None = None  # file of a frame below frames_dir; null: {video}/{frame:06d}.jpg
     flow_pattern: str | None = None  # file of a flow pair below flow_dir; null: {video}/pair_{frame:05d}.npy
     first_number: int = 0  # number that frame 0 has in file names
@@ -207,7 +207,7 @@ class DistillConfig(CommonConfig):
     network: str = "student_rgb"  # part of the checkpoint that is evaluated
     # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
     compare: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
-    head: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.heads; a list evaluates each
+    head: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.classifiers; a list evaluates each
     probe: bool = False  # also a linear probe and k-NN on the full label set
     feature_cache: str | None = "output/features"  # folder of encoded clips, reused by later evaluations; null: none
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmdistill.data.index import Clip, ClipIndex
-from mmdistill.data.masks import visible_tokens
-from mmdistill.data.readers import FrameError, Reader
+from mmdistill.data.clips import Clip, ClipIndex
+from mmdistill.data.masking import visible_tokens
+from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.data.sampler import stream
 
 MISSING_POLICIES = ("error", "repeat", "skip")

@@ -1,5 +1,5 @@
 """Distillation of frozen teachers into one RGB student, as a Lightning module."""
 
-from mmdistill.distill.run import distill
+from mmdistill.distill.trainer import distill
 
 __all__ = ["distill"]

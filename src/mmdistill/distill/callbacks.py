@@ -11,11 +11,11 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from mmdistill.checkpoint import load_torch, prune, save_torch
-from mmdistill.checkpoint.engine import agree, gather
+from mmdistill.checkpoint.deepspeed_engine import agree, gather
 from mmdistill.checkpoint.retention import best_of, same_as
 from mmdistill.distill.module import position
-from mmdistill.distill.validate import METRIC
-from mmdistill.runtime import INTERRUPTED_EXIT_CODE, seed_step
+from mmdistill.distill.validation import METRIC
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, seed_step
 
 LAST = "last.ckpt"
 

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.config import ConfigError
-from mmdistill.distill.beside import MOST_TOKENS, side_by_side
+from mmdistill.distill.parallel_encoders import MOST_TOKENS, side_by_side
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.modality import ModalitySpec
-from mmdistill.models.cmt import CrossModalTransfer
-from mmdistill.models.inputs import prepare
+from mmdistill.distill.teachers import check_teachers
+from mmdistill.distributed.process import mean_over_ranks
+from mmdistill.modalities.base import ModalitySpec
+from mmdistill.models.preprocessing import prepare
+from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
-from mmdistill.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
-from mmdistill.optim import LearningRates, group_settings, make_optimizer, make_schedule
-from mmdistill.runtime import mean_over_ranks
-from mmdistill.teachers import check_teachers
+from mmdistill.training.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
+from mmdistill.training.optim import LearningRates, group_settings, make_optimizer, make_schedule
 
 
 class MMDistill(pl.LightningModule):

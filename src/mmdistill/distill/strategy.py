@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
-from mmdistill.checkpoint.engine import agree
+from mmdistill.checkpoint.deepspeed_engine import agree
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, offloads
 
 _BUCKET = 50_000_000  # elements reduced at a time; the buffer of one bucket is allocated

@@ -24,12 +24,12 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.checkpoint.engine import gather, rank_and_world
-from mmdistill.data.atomic import whole_file
+from mmdistill.checkpoint.deepspeed_engine import gather, rank_and_world
+from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.loader import ClipLoader
-from mmdistill.data.version import data_version
-from mmdistill.modality import ModalitySpec
+from mmdistill.data.fingerprint import data_version
+from mmdistill.files import whole_file
+from mmdistill.modalities.base import ModalitySpec
 
 
 class TeacherCache:

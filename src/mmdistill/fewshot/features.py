@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from mmdistill.data.atomic import whole_file
 from mmdistill.fewshot.errors import FeatureError
-from mmdistill.fewshot.evaluate import as_views
+from mmdistill.fewshot.scores import as_views
+from mmdistill.files import whole_file
 
 log = logging.getLogger(__name__)
 

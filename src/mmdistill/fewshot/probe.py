@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.evaluate import as_views
+from mmdistill.fewshot.scores import as_views
 
 log = logging.getLogger(__name__)
 

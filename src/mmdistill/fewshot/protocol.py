@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmdistill.console import progress
+from mmdistill.fewshot.classifiers import Head, find_head
 from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.evaluate import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarise
 from mmdistill.fewshot.features import Features
-from mmdistill.fewshot.heads import Head, find_head
 from mmdistill.fewshot.logistic import default_workers
 from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
 from mmdistill.fewshot.ranks import grouped, rank
-from mmdistill.progress import progress
+from mmdistill.fewshot.scores import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarise
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmdistill.data.annotations import Rally
-from mmdistill.data.readers import FrameError, Reader, SkeletonReader
+from mmdistill.data.annotations.f3set import Rally
+from mmdistill.data.readers.base import FrameError, Reader, SkeletonReader
 
 EXAMPLES = 5  # of each kind of problem, kept by name
 

@@ -12,8 +12,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmdistill.data.atomic import write_whole
-from mmdistill.prepare.people import crops, find_players
+from mmdistill.files import write_whole
+from mmdistill.prepare.player_tracking import crops, find_players
 from mmdistill.prepare.video import decode
 
 # BlazePose's landmark for each COCO joint: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles.

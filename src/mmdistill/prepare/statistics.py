@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.loader import ClipLoader
-from mmdistill.modality import ModalitySpec
-from mmdistill.models.inputs import prepare
+from mmdistill.modalities.base import ModalitySpec
+from mmdistill.models.preprocessing import prepare
 
 
 @dataclass

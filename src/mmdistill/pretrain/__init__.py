@@ -1,5 +1,5 @@
 """Masked autoencoding of one modality on the DeepSpeed engine."""
 
-from mmdistill.pretrain.loop import pretrain
+from mmdistill.pretrain.trainer import pretrain
 
 __all__ = ["pretrain"]

@@ -1,0 +1,167 @@
+"""From a command line to one call with a valid config: shared by both entrypoints. Imports no torch."""
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdistill.cli import sweep
+from mmdistill.config import (
+    ConfigError,
+    DistillConfig,
+    PretrainConfig,
+    explain,
+    parse,
+    register_schemas,
+    to_plain,
+)
+from mmdistill.config.overrides import add_overrides, quote_overrides
+from mmdistill.distributed import launch
+
+T = TypeVar("T", PretrainConfig, DistillConfig)
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def load_config(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
+    """A config as the entrypoints compose it, for scripts; `overrides` are as typed on a command line."""
+    register_schemas()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return parse(compose(config_name, quote_overrides(overrides)), schema)
+
+
+def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_name: str) -> None:
+    """Compose, validate, call ``job(config, run folder)``; wrong input ends with one line and status 2.
+
+    A job of a sweep (`-m`) that fails does not end the others, see `mmdistill.cli.sweep`.
+
+    Other ranks than 0 make no folder of their own: their clocks may differ, and rank 0's run folder is the run's. With
+    ``devices=N`` under plain ``python`` this process starts the N ranks and waits for them.
+    """
+    sys.argv[1:] = quote_overrides(sys.argv[1:])
+    launch.adopt_slurm()
+    if launch.follower():
+        aside = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # multirun.yaml of a sweep; removed at exit
+        folders = ["hydra.run.dir=.", f"hydra.sweep.dir={aside.name}", "hydra.sweep.subdir=${hydra:job.num}"]
+        quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
+        sys.argv[1:] = add_overrides(sys.argv[1:], [*folders, *quiet])
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing, so that we can add near matches
+    register_schemas()
+    jobs = 0
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    def composed(cfg: DictConfig) -> float | None:
+        nonlocal jobs
+        jobs += 1
+        os.chdir(
+            HydraConfig.get().runtime.cwd
+        )  # paths start where the command was typed, also with hydra.job.chdir=true
+        launch.adopt_slurm()  # a job that submitit started came here without a command line
+        if HydraConfig.get().mode is not RunMode.MULTIRUN:
+            _place(job, parse(cfg, schema))
+            return None
+        run_dir = Path(HydraConfig.get().runtime.output_dir)
+        if launch.launched() and int(os.environ["WORLD_SIZE"]) > 1:
+            _place(job, parse(cfg, schema))
+            return _rank_zeros_objective(run_dir)
+        return sweep.run_job(lambda: _place(job, parse(cfg, schema)), run_dir, lambda error: explain(error, schema))
+
+    try:
+        composed()
+        sweep.exit_if_failed()
+    except Exception as error:
+        try:
+            launch.leave_workers_alone()
+        except RuntimeError:  # a second worker has died meanwhile
+            launch.leave_workers_alone()
+        _end(error, schema, jobs)
+
+
+def _place(job: Callable[[T, str], None], config: T) -> None:
+    """Run the job in this process, or in as many as `devices` asks for."""
+    hydra_config = HydraConfig.get()
+    run_dir = hydra_config.runtime.output_dir
+    count, gpus = launch.processes_to_start(config.devices, config.accelerator)
+    if gpus is not None:
+        launch.choose_gpus(gpus)
+    if count == 1:
+        if not launch.follower():
+            from mmdistill.training.run_metadata import record_run  # imports torch, which a wrong config never gets to
+
+            world = int(os.environ["WORLD_SIZE"]) if launch.launched() else 1
+            record_run(Path(run_dir), to_plain(config), processes=world, accelerator=config.accelerator)
+        job(config, run_dir)
+        return
+    if hydra_config.mode is RunMode.MULTIRUN:
+        raise ConfigError(
+            f"devices={config.devices} with -m: a sweep starts no processes of its own; "
+            f"use torchrun --nproc_per_node={count} {Path(sys.argv[0]).name} -m ..., or devices=1"
+        )
+    status = launch.start_ranks(count, run_dir, cwd=hydra_config.runtime.cwd)
+    if status:
+        raise SystemExit(status)
+
+
+def _rank_zeros_objective(run_dir: Path) -> float:
+    """What the job is judged by, on every rank: a sweeper that chooses by it must choose the same everywhere."""
+    import torch
+
+    told = [float("nan") if launch.follower() else sweep.objective(run_dir)]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _end(error: Exception, schema: type[T], job: int) -> None:
+    """Say what went wrong, once however many ranks there are, and end: status 2 for wrong input, else 1."""
+    own = isinstance(error, ValueError | FloatingPointError) and type(error).__module__.startswith("mmdistill.")
+    wrong_input = isinstance(error, HydraException | OmegaConfBaseException) or (own and isinstance(error, ValueError))
+    status = 2 if wrong_input else 1
+    line = f"mmdistill: error: {explain(error, schema)}" if own or wrong_input else None
+    if launch.launched():
+        launch.end_soon(status)
+        _say_of_rank(error, line, launch.first_to_fail(job))
+        _let_go(error)
+        launch.stay_until_all_asked(job)
+    elif line is None:
+        raise error  # a defect, which deserves its traceback
+    else:
+        print(line, file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _say_of_rank(error: Exception, line: str | None, first: int | None) -> None:
+    """What this rank has to say of its error: of a failure that is another's, or every rank's, nothing."""
+    rank = int(os.environ["RANK"])
+    if first == launch.UNKNOWN_RANK:
+        alike = line is not None and isinstance(error, FloatingPointError)  # rank 0 had it too, and has said it
+        if not alike:
+            print(f"mmdistill: rank {rank} lost the others: {type(error).__name__}: {error}", file=sys.stderr)
+        return
+    if first is None and rank > 0 and isinstance(error, HydraException | ConfigError):
+        return  # every rank composes the same config; rank 0 says what is wrong with it
+    if first not in (None, rank):
+        return
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        print(f"mmdistill: rank {rank} failed first:", file=sys.stderr)
+    if line is None:
+        sys.excepthook(type(error), error, error.__traceback__)
+    else:
+        print(line, file=sys.stderr)
+    sys.stderr.flush()  # ranks end as soon as one has; then a launcher stops this one too
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what the failed job held, its process groups among it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

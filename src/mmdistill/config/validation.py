@@ -1,0 +1,307 @@
+"""Which values a config may have, before anything else happens; and those of its keys that take several forms."""
+
+import difflib
+import importlib.util
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from mmdistill.config.schema import (
+    ConfigError,
+    DataModuleConfig,
+    DistillConfig,
+    DistillTrainerConfig,
+    PretrainConfig,
+    TrainerConfig,
+)
+from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.data.annotations.mmcdfsl import ANNOTATION_READERS, names_each_frame
+from mmdistill.modalities.base import MODALITIES, MODALITY_SPECS, ModalitySpec
+
+HEAD_NAMES = (
+    "logistic", "logistic_l2", "knn", "knn_euclidean",
+    "centroid", "centroid_centred", "centroid_euclidean", "centroid_l2", "centroid_cl2",
+)  # fmt: skip
+PARTS = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
+DEEPSPEED_STAGES = {
+    "deepspeed": 2,
+    "deepspeed_stage_0": 0,
+    "deepspeed_stage_1": 1,
+    "deepspeed_stage_2": 2,
+    "deepspeed_stage_1_offload": 1,
+    "deepspeed_stage_2_offload": 2,
+}  # strategy -> ZeRO stage
+
+
+def _choice(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{key}={value} must be at least {least}")
+
+
+def _fraction(key: str, value: float, *, below_one: bool = False) -> None:
+    if not 0 <= value <= 1 or (below_one and value == 1):
+        raise ConfigError(f"{key}={value} must lie in [0, 1{')' if below_one else ']'}")
+
+
+def validate(config: PretrainConfig | DistillConfig) -> None:
+    """Raises `ConfigError`, naming the key, where values are wrong or do not go together."""
+    _choice("accelerator", config.accelerator, ("auto", "cpu", "gpu"))
+    _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
+    if config.precision == "16" and config.accelerator == "cpu":
+        raise ConfigError("precision=16 needs a GPU, and accelerator=cpu; use precision=32 (or bf16)")
+    _at_least("seed", config.seed, 0)
+    _at_least("batch_size", config.batch_size, 1)
+    _at_least("num_workers", config.num_workers, 0)
+    _at_least("process_timeout_s", config.process_timeout_s, 1)
+    _at_least("loader_timeout_s", config.loader_timeout_s, 0)
+    for name in config.stop_signals:
+        _choice("stop_signals", name, [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")])
+    for name in as_names("logger", config.logger):
+        _choice("logger", name, ("tensorboard", "csv", "wandb", "mlflow"))
+        if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"logger={name}: {name} is not installed; pip install {name}, or leave it out of logger")
+    _validate_data(config.data_module)
+    _validate_trainer(config.trainer)
+    if isinstance(config, PretrainConfig):
+        _validate_pretrain(config)
+    else:
+        _validate_distill(config)
+
+
+def _validate_trainer(trainer: TrainerConfig) -> None:
+    for key in ("epochs", "accumulate", "save_ckpt_freq"):
+        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
+    for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
+        _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+    if trainer.keep_last is not None:
+        _at_least("trainer.keep_last", trainer.keep_last, 1)
+    if trainer.save_top_k is not None:
+        _at_least("trainer.save_top_k", trainer.save_top_k, -1)
+    _choice("trainer.nonfinite", trainer.nonfinite, ("raise", "skip"))
+    _at_least("trainer.nonfinite_budget", trainer.nonfinite_budget, 0)
+    if trainer.layer_decay is not None and not 0 < trainer.layer_decay <= 1:
+        raise ConfigError(f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]")
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers in [0, 1)")
+    if trainer.clip_grad is not None and trainer.clip_grad <= 0:
+        raise ConfigError(f"trainer.clip_grad={trainer.clip_grad} must be positive; null clips nothing")
+
+
+def _validate_pretrain(config: PretrainConfig) -> None:
+    _choice("modality", config.modality, MODALITIES)
+    _has_modality("modality", config.modality, config.data_module)
+    _at_least("trainer.picture_freq", config.trainer.picture_freq, 0)
+    _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
+    if offloads(config) and zero_stage(config) == 0:
+        raise ConfigError("deepspeed.offload needs deepspeed.zero_stage 1, 2 or 3: stage 0 shards nothing")
+    if zero_stage(config) == 3 and config.trainer.nonfinite == "skip":
+        raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
+    if zero_stage(config) == 3 and config.compile:
+        raise ConfigError("compile=true does not go with ZeRO stage 3, which gathers weights inside the encoder")
+    _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
+    model = config.model
+    if model.head_dim is None and model.dim % model.heads:
+        raise ConfigError(f"model.dim={model.dim} is not divisible by model.heads={model.heads}; set model.head_dim")
+    if model.decoder_dim % model.decoder_heads:
+        raise ConfigError(
+            f"model.decoder_dim={model.decoder_dim} is not divisible by model.decoder_heads={model.decoder_heads}"
+        )
+
+
+def zero_stage(config: PretrainConfig) -> int:
+    """ZeRO's stage, of `strategy` where it names one, else of `deepspeed.zero_stage`. Raises where both differ."""
+    stages = {**DEEPSPEED_STAGES, "ddp": 0, "deepspeed_stage_3": 3, "deepspeed_stage_3_offload": 3}
+    _choice("strategy", config.strategy, ("auto", *stages))
+    stage = stages.get(config.strategy, config.deepspeed.zero_stage)
+    if config.deepspeed.zero_stage not in (0, stage):
+        raise ConfigError(
+            f"strategy={config.strategy} is ZeRO stage {stage}, deepspeed.zero_stage={config.deepspeed.zero_stage}; "
+            "give one of them"
+        )
+    return stage
+
+
+def offloads(config: PretrainConfig | DistillConfig) -> bool:
+    """Whether the optimiser's state is kept in host memory."""
+    own = isinstance(config, PretrainConfig) and config.deepspeed.offload
+    return own or config.strategy.endswith("_offload")
+
+
+def _has_modality(key: str, modality: str, data: DataModuleConfig) -> None:
+    if modality not in data.modalities:
+        raise ConfigError(
+            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; choose among these, or "
+            f"describe it in data_module.modalities.{modality}"
+        )
+
+
+def _validate_distill(config: DistillConfig) -> None:
+    if config.strategy.startswith("deepspeed_stage_3"):
+        raise ConfigError(
+            f"strategy={config.strategy}: no process holds all the weights, so a checkpoint could not stay one file; "
+            "use strategy=deepspeed_stage_2"
+        )
+    _choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
+    _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
+    _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
+    _choice("trainer.monitor", config.trainer.monitor, ("train_loss", "val_top1_action"))
+    every, saved = config.trainer.check_val_every_n_epoch, config.trainer.save_ckpt_freq
+    if config.trainer.monitor == "val_top1_action" and (not every or saved % every):
+        raise ConfigError(
+            f"trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
+            f"trainer.check_val_every_n_epoch={every} must divide trainer.save_ckpt_freq={saved}"
+        )
+    if config.trainer.ema is not None and not 0 <= config.trainer.ema < 1:
+        raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1)")
+    _at_least("trainer.teacher_cache", config.trainer.teacher_cache, 0)
+    for teacher in config.trainer.teachers:
+        _choice("trainer.teachers", teacher, MODALITIES)
+    if "rgb" not in config.trainer.teachers:
+        raise ConfigError("trainer.teachers must hold rgb: the student starts as a copy of the RGB teacher")
+    if config.train:
+        for teacher in config.trainer.teachers:
+            _has_modality("trainer.teachers", teacher, config.data_module)
+    for head in as_names("head", config.head):
+        _choice("head", head, HEAD_NAMES)
+    if config.test:
+        _validate_networks(config)
+    named = config.resume is not None and config.trainer.ckpt_path is None  # a checkpoint names its teachers
+    if config.train and not named:
+        teacher_paths(config.trainer)
+    elif not config.train and config.test and config.ckpt_path is None:
+        raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
+
+
+def _validate_networks(config: DistillConfig) -> None:
+    """What is scored names its modality: ``student_rgb``, ``teacher_flow``, ``pretrained_skeleton``."""
+    own = [] if config.network == "encoder" else [config.network]
+    compared = [entry for entry in config.compare if entry.startswith(PARTS)]
+    for key, part in [*(("network", part) for part in own), *(("compare", part) for part in compared)]:
+        if part.rpartition("_")[2] not in MODALITIES:
+            raise ConfigError(
+                f"{key}={part}: the name of a network ends in its modality, like student_rgb, teacher_flow"
+            )
+
+
+def _validate_data(data: DataModuleConfig) -> None:
+    key = "data_module."
+    _choice(key + "train_clips", data.train_clips, ("windows", "events", "first"))
+    _choice(key + "eval_clips", data.eval_clips, ("events", "first", "windows"))
+    _choice(key + "clip_anchor", data.clip_anchor, ("start", "center"))
+    _choice(key + "missing", data.missing, ("error", "repeat", "skip"))
+    _choice(key + "mask_type", data.mask_type, ("tube", "random"))
+    _choice(key + "views", data.views, ("shared", "per_clip"))
+    _choice(key + "readouts", data.readouts, ("all", "one"))
+    _choice(key + "label", data.label, ("event", "video"))
+    _choice(key + "annotations", data.annotations, sorted(ANNOTATION_READERS))
+    if data.label_fields is not None:
+        for name in data.label_fields:
+            _choice(key + "label_fields", name, F3SET_FIELDS)
+        if not data.label_fields:
+            raise ConfigError(f"{key}label_fields=[] leaves no label; null takes all of {', '.join(F3SET_FIELDS)}")
+    if data.disjoint is not None:
+        _choice(key + "disjoint", data.disjoint, ("video",))
+    for name, pattern in (("frame_pattern", data.frame_pattern), ("flow_pattern", data.flow_pattern)):
+        if pattern is not None and not names_each_frame(pattern):
+            raise ConfigError(
+                f"{key}{name}={pattern!r} must name a file by {{video}} and {{frame}}, see configs/dataset"
+            )
+    _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
+    _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
+    _fraction(key + "flip", data.flip)
+    for name in ("num_frames", "sampling_rate", "max_persons", "q_sample", "tubelet", "patch_size"):
+        _at_least(key + name, getattr(data, name), 1)
+    if data.window_stride is not None:
+        _at_least(key + "window_stride", data.window_stride, 1)
+    _at_least(key + "first_number", data.first_number, 0)
+    if not 0 < data.min_scale <= 1:
+        raise ConfigError(f"{key}min_scale={data.min_scale} must lie in (0, 1]")
+    for name, least in (("n_way", 2), ("k_shot", 1)):
+        for value in as_ints(key + name, getattr(data, name)):
+            _at_least(key + name, value, least)
+    _at_least(key + "episodes", data.episodes, 2)  # one episode has no standard error
+    _at_least(key + "n_masks", data.n_masks, 0)
+    for name in ("frame_size", "crop_size"):
+        if len(getattr(data, name)) != 2:
+            raise ConfigError(f"{key}{name}={getattr(data, name)} must be [height, width] in px")
+    for axis, (frame, crop) in enumerate(zip(data.frame_size, data.crop_size, strict=True)):
+        if crop > frame:
+            raise ConfigError(f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}")
+        if crop % data.patch_size:
+            raise ConfigError(f"{key}crop_size[{axis}]={crop} is not a multiple of patch_size={data.patch_size}")
+    if data.num_frames % data.tubelet:
+        raise ConfigError(f"{key}num_frames={data.num_frames} is not a multiple of tubelet={data.tubelet}")
+    for name in data.modalities:
+        _choice(key + "modalities", name, MODALITIES)
+    modality_specs(data)
+    _leaves_tokens(key + "mask_ratio", data.mask_ratio, data)
+    if data.n_masks:
+        _leaves_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
+
+
+def _leaves_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
+    """A mask removes what `mmdistill.data.masking` says: places of the picture (tube) or single tokens (random)."""
+    tokens = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
+    if data.mask_type == "random":
+        tokens *= data.num_frames // data.tubelet
+    if round(ratio * tokens) == tokens:
+        raise ConfigError(f"{key}={ratio} leaves none of {tokens} tokens visible")
+
+
+def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
+    """The dataset's modalities with its statistics. Raises `ConfigError` where a modality's values do not fit."""
+    specs = {}
+    for name, m in data.modalities.items():
+        _at_least(f"data_module.modalities.{name}.scale", m.scale, 1)
+        if m.sigma <= 0:
+            raise ConfigError(f"data_module.modalities.{name}.sigma={m.sigma} must be positive")
+        if data.patch_size % m.scale or any(size % m.scale for size in data.crop_size):
+            raise ConfigError(f"data_module.modalities.{name}.scale={m.scale} must divide patch_size and crop_size")
+        channels = MODALITY_SPECS[name].channels
+        try:
+            specs[name] = ModalitySpec(name, channels, m.scale, tuple(m.mean), tuple(m.std), m.target, m.sigma)
+        except ValueError as error:
+            raise ConfigError(f"data_module.modalities.{error}") from error
+    return specs
+
+
+def as_ints(key: str, value: Any) -> list[int]:
+    """A whole number or a list of them, as a list."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
+        raise ConfigError(f"{key}={value} must be a whole number or a list of whole numbers")
+    return list(values)
+
+
+def as_names(key: str, value: Any) -> list[str]:
+    """A name or a list of them, as a list."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values or any(not isinstance(v, str) for v in values):
+        raise ConfigError(f"{key}={value} must be a name or a list of names")
+    return list(values)
+
+
+def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
+    """`trainer.ckpt_path` by modality: a list is in the order of `MODALITIES` (or of `trainer.teachers`)."""
+    given = trainer.ckpt_path
+    wanted = [m for m in MODALITIES if m in trainer.teachers]
+    how = (
+        f"trainer.ckpt_path must name a checkpoint for each of {', '.join(wanted)}: a list in this order, or a mapping"
+    )
+    if isinstance(given, dict):
+        unknown = set(given) - set(MODALITIES)
+        if unknown or any(m not in given for m in wanted):
+            raise ConfigError(f"{how}; got the keys {', '.join(map(str, given))}")
+        return {m: str(given[m]) for m in wanted}
+    if isinstance(given, list | tuple) and len(given) in (len(wanted), len(MODALITIES)):
+        names = wanted if len(given) == len(wanted) else list(MODALITIES)
+        paths = dict(zip(names, map(str, given), strict=True))
+        return {m: paths[m] for m in wanted}
+    raise ConfigError(f"{how}; got {given!r}. `python scripts/find_checkpoints.py output` prints one to paste")

@@ -1,0 +1,92 @@
+"""Seeded splits of annotated rallies: disjoint in matches, or disjoint in classes."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from mmdistill.data.annotations.f3set import Rally, match_of, select_fields
+from mmdistill.data.sampler import stream
+
+
+def split_by_match(
+    rallies: Sequence[Rally],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+    match: Callable[[str], str] = match_of,
+) -> dict[str, list[Rally]]:
+    """Whole matches per split, so that no court, player pair or day is in two of them.
+
+    Matches are drawn in a seeded order, each to the split that lacks most events for its fraction.
+
+    Args:
+        fractions: share of the events by name of the split; they sum to 1.
+
+    Raises:
+        ValueError: for fractions that do not sum to 1, or fewer matches than splits.
+    """
+    targets = _checked(fractions)
+    matches: dict[str, list[Rally]] = {}
+    for rally in rallies:
+        matches.setdefault(match(rally.video), []).append(rally)
+    if len(matches) < len(targets):
+        raise ValueError(f"{len(matches)} matches cannot make {len(targets)} splits that share none")
+    sizes = {name: sum(len(r.events) for r in part) or len(part) for name, part in matches.items()}
+    chosen = _assign(sizes, targets, seed=seed)
+    return {name: [r for r in rallies if chosen[match(r.video)] == name] for name in targets}
+
+
+def split_by_class(
+    rallies: Sequence[Rally],
+    fractions: Mapping[str, float],
+    *,
+    seed: int,
+    label_fields: Sequence[str] | None = None,
+    min_events: int = 1,
+) -> dict[str, list[Rally]]:
+    """Whole classes per split: an event goes to the split of its class, so rallies may occur in several.
+
+    Args:
+        fractions: share of the classes by name of the split; they sum to 1.
+        label_fields: what makes the class, see `select_fields`.
+        min_events: classes with fewer events are left out.
+
+    Raises:
+        ValueError: as `split_by_match`.
+    """
+    targets = _checked(fractions)
+    counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events)
+    classes = {name: 1 for name, count in counts.items() if count >= min_events}
+    if len(classes) < len(targets):
+        raise ValueError(f"{len(classes)} classes with {min_events} events cannot make {len(targets)} splits")
+    chosen = _assign(classes, targets, seed=seed)
+    out: dict[str, list[Rally]] = {name: [] for name in targets}
+    for rally in rallies:
+        for name in targets:
+            events = tuple(e for e in rally.events if chosen.get(select_fields(e.label, label_fields)) == name)
+            if events:
+                out[name].append(replace(rally, events=events))
+    return out
+
+
+def _checked(fractions: Mapping[str, float]) -> dict[str, float]:
+    if len(fractions) < 2 or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise ValueError(f"fractions {dict(fractions)} must be two or more positive numbers that sum to 1")
+    return dict(fractions)
+
+
+def _assign(sizes: Mapping[str, int], targets: Mapping[str, float], *, seed: int) -> dict[str, str]:
+    """Each item to the split that is furthest below its share; the order is seeded, every split gets at least one."""
+    names = sorted(sizes)
+    order = [names[i] for i in stream(seed, "split").permutation(len(names))]
+    total = sum(sizes.values())
+    got = dict.fromkeys(targets, 0)
+    chosen: dict[str, str] = {}
+    for number, item in enumerate(order):
+        empty = [name for name in targets if name not in chosen.values()]
+        left = len(order) - number
+        candidates = empty if left <= len(empty) else list(targets)
+        best = max(candidates, key=lambda name: targets[name] - got[name] / total)
+        chosen[item] = best
+        got[best] += sizes[item]
+    return chosen

@@ -1,0 +1,205 @@
+"""The figures of the report, drawn with matplotlib into SVG text. No global state, no display.
+
+Shapes: N clips, D width, C classes.
+"""
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mmdistill.fewshot.features import Features
+from mmdistill.fewshot.protocol import Results, Row
+from mmdistill.fewshot.scores import confusion
+
+# Okabe and Ito's colours, told apart with any colour vision
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#9C9C00")
+MARKERS = "osD^vPX*<>"
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small files, and the browser has the glyphs of any language
+    "svg.hashsalt": "mmdistill",  # the same results give the same file
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def label(network: str, readout: str, *, usual: str) -> str:
+    """Name of a curve; the readout is added where it is not that of the scored network."""
+    return network if readout == usual else f"{network} ({readout})"
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """Names of rows, of which the first is the scored network."""
+    return [label(row.network, row.readout, usual=rows[0].readout) for row in rows]
+
+
+def shorten(text: str, limit: int = 34) -> str:
+    """The text, its middle left out where it is long."""
+    return text if len(text) <= limit else f"{text[: limit - 15]}…{text[-14:]}"
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as fit in the narrowest figure: constrained layout cuts off a legend that is too wide."""
+    return max(1, 70 // (8 + max(map(len, names))))
+
+
+def accuracy_by_shots(results: Results) -> str:
+    """Accuracy with 95 % intervals over k_shot, one panel per n_way and head."""
+    panels = [(n, head) for n in results.protocol.n_way for head in results.protocol.heads]
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    count = -(-len(panels) // columns)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.5, 3.6 * columns), 3.4 * count), layout="constrained")
+        axes = figure.subplots(count, columns, squeeze=False, sharey=True).ravel()
+        for axis, (n_way, head) in zip(axes, panels, strict=False):
+            _shots_panel(axis, results, n_way, head)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
+        return _svg(figure)
+
+
+def _shots_panel(axis: Axes, results: Results, n_way: int, head: str) -> None:
+    shots = results.protocol.k_shot
+    rows = [r for r in results.rows if r.summary["n_way"] == n_way and r.summary["head"] == head]
+    names = labels(rows)
+    for number, name in enumerate(dict.fromkeys(names)):
+        own = [r for r, n in zip(rows, names, strict=True) if n == name]
+        mean = [100 * r.summary["top1_action_ensemble"] for r in own]
+        half = [100 * r.summary["ci95"] for r in own]
+        place = np.arange(len(own)) + 0.06 * (number - (len(names) / len(shots) - 1) / 2)
+        style: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        axis.errorbar(place, mean, yerr=half, capsize=3, label=shorten(name, 60), **style)
+    axis.axhline(100 / n_way, color="grey", linestyle=":", label="chance")
+    axis.set_xticks(range(len(shots)), [str(k) for k in shots])
+    axis.set_xlim(-0.5, len(shots) - 0.5)
+    axis.set(xlabel="support clips per class", ylabel="accuracy, %", title=f"{n_way}-way, {head}")
+
+
+def confusion_matrix(row: Row, classes: Sequence[str], *, limit: int = 12) -> tuple[str, int]:
+    """How often class i was answered with j where j could be answered, for the most frequent classes.
+
+    Returns:
+        the SVG and the number of classes shown.
+    """
+    counts, met = confusion(row.scores, len(classes))
+    frequent = np.argsort(-counts.sum(axis=1), kind="stable")[:limit]
+    frequent = np.sort(frequent[counts.sum(axis=1)[frequent] > 0])
+    rate = np.divide(counts, met, out=np.full(counts.shape, np.nan), where=met > 0)[np.ix_(frequent, frequent)]
+    names = [shorten(classes[c]) for c in frequent.tolist()]
+    with rc_context(_STYLE):
+        size = 3.4 + 0.42 * len(frequent)
+        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(100 * rate, cmap="Blues", vmin=0, vmax=100)
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlabel="answer", ylabel="true class")
+        for (i, j), value in np.ndenumerate(rate):
+            if np.isfinite(value):
+                colour = "white" if value > 0.6 else "black"
+                axis.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        figure.colorbar(image, ax=axis, shrink=0.7, label="% of queries")
+        return _svg(figure), len(frequent)
+
+
+def episode_histogram(rows: Sequence[Row]) -> str:
+    """Distribution of the episodes' accuracies, one line per row of one combination and head."""
+    queries = rows[0].scores.predictions.shape[1]
+    step = max(1, round(queries / 25))
+    edges = (np.arange(0, queries + 1 + step, step) - 0.5) / queries * 100
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+        axis = figure.subplots()
+        for number, (row, name) in enumerate(zip(rows, labels(rows), strict=True)):
+            colour = COLOURS[number % len(COLOURS)]
+            values = 100 * row.scores.accuracy
+            axis.hist(
+                values, bins=edges.tolist(), histtype="step", color=colour, label=shorten(name, 60), linewidth=1.5
+            )
+            axis.axvline(float(values.mean()), color=colour, linestyle="--", linewidth=1)
+        axis.set(xlabel="accuracy of an episode, %", ylabel="episodes")
+        figure.legend(loc="outside lower center", ncols=_legend_columns(labels(rows)))
+        return _svg(figure)
+
+
+def project(x: NDArray[np.float32], *, method: str, seed: int = 0) -> NDArray[np.float64]:
+    """Two dimensions of features (N, D), by "pca" or "tsne" (van der Maaten and Hinton 2008). float64 (N, 2)"""
+    if method == "tsne" and len(x) > 10:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(x) - 1) / 3)
+        return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x), dtype=np.float64)
+    centred = x.astype(np.float64) - x.mean(axis=0)
+    _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
+    first = vectors[:, ::-1][:, :2]
+    largest = first[np.abs(first).argmax(axis=0), np.arange(first.shape[1])]
+    signs = np.sign(largest)  # an eigenvector has no sign of its own
+    plane = np.zeros((len(x), 2))
+    plane[:, : first.shape[1]] = centred @ (first * signs)
+    return plane
+
+
+def embedding_map(
+    features: Sequence[Features], *, method: str = "pca", most_classes: int = 8, most_clips: int = 1500, seed: int = 0
+) -> str:
+    """Clips in two dimensions, the most frequent classes in colour, one panel per entry; views are averaged."""
+    first = features[0]
+    labelled = np.flatnonzero(first.labels >= 0)
+    values, counts = np.unique(first.labels[labelled], return_counts=True)
+    shown = values[np.argsort(-counts, kind="stable")[:most_classes]]
+    clips = labelled[np.isin(first.labels[labelled], shown)]
+    clips = np.sort(np.random.default_rng(seed).permutation(clips)[:most_clips])
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.8 * len(features), 4.6), layout="constrained")
+        axes = figure.subplots(1, len(features), squeeze=False).ravel()
+        for axis, f in zip(axes, features, strict=True):
+            plane = project(f.features[clips].mean(axis=1), method=method, seed=seed)
+            for number, value in enumerate(shown.tolist()):
+                own = first.labels[clips] == value
+                style: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+                name = shorten(first.classes[value])
+                axis.scatter(plane[own, 0], plane[own, 1], s=14, alpha=0.75, linewidths=0, label=name, **style)
+            axis.set(xticks=[], yticks=[], title=shorten(label(f.network, f.readout, usual=first.readout), 44))
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(features), fontsize=9)
+        return _svg(figure)
+
+
+def probe_bars(probes: Sequence[Mapping[str, float | str]]) -> str:
+    """Accuracy on the full label set, linear probe and k-NN beside each other."""
+    usual = str(probes[0]["readout"])
+    names = [label(str(p["network"]), str(p["readout"]), usual=usual) for p in probes]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(6.5, 1.2 + 0.5 * len(names)), layout="constrained")
+        axis = figure.subplots()
+        place = np.arange(len(names))
+        for shift, (key, title) in zip(
+            (-0.2, 0.2), (("linear_top1", "linear probe"), ("knn_top1", "nearest neighbours")), strict=True
+        ):
+            colour = COLOURS[0] if key == "linear_top1" else COLOURS[4]
+            axis.barh(place + shift, [100 * float(p[key]) for p in probes], 0.38, color=colour, label=title)
+        axis.axvline(100 * float(probes[0]["majority"]), color="grey", linestyle=":", label="most frequent class")
+        axis.set_yticks(place, [shorten(name, 60) for name in names])
+        axis.invert_yaxis()
+        axis.set(xlabel="accuracy, %")
+        figure.legend(loc="outside lower center", ncols=3)
+        return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with warnings.catch_warnings():  # class names in any script: the browser that shows the text has the glyphs
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()

@@ -1,0 +1,90 @@
+"""``run.json``: what is needed to do a run again. One record per start, so a resumed run has several."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mmdistill import __version__
+from mmdistill.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[3]
+RUN_FILE = "run.json"
+
+
+def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, accelerator: str) -> dict[str, Any]:
+    """Add this start to ``run.json``; call on rank 0.
+
+    Args:
+        run_dir: the run's folder.
+        config: the resolved config as builtin containers.
+        processes: ranks of the run.
+        accelerator: ``auto``, ``cpu`` or ``gpu``, to tell the device.
+
+    Returns:
+        The record: command, time (UTC), config, git state (None outside a repository), environment. No host name.
+    """
+    path = run_dir / RUN_FILE
+    records = json.loads(path.read_text()) if path.is_file() else []
+    record = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(ROOT),
+        "environment": {**environment(accelerator), "processes": processes},
+        "config": dict(config),
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps([*records, record], indent=1, ensure_ascii=False).encode() + b"\n")
+    return record
+
+
+def git_state(root: Path) -> dict[str, Any] | None:
+    """Commit, whether files differ from it and which; None where git or a repository is missing."""
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True, errors="replace"
+        )
+        return done.stdout
+
+    try:
+        changed = [line[3:] for line in ask("status", "--porcelain").splitlines()]
+        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(changed), "changed": changed}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(accelerator: str) -> dict[str, Any]:
+    """Python, platform, device, threads, and the versions of this project's dependencies."""
+    import torch
+
+    names = {"torch", "numpy"}
+    try:
+        required = metadata.requires("mmdistill") or []
+        names |= {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in required if "extra ==" not in r}
+    except metadata.PackageNotFoundError:
+        pass  # run from the source tree without being installed
+    packages = {}
+    for name in sorted(names):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return {
+        "mmdistill": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "cuda": torch.version.cuda if gpu else None,
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "packages": packages,
+    }
