@@ -13,7 +13,7 @@ from tests.commands import PLACE, ROOT, Script
 
 # the modules that take longest, so that two processes end together
 FIRST = ("test_resume", "test_launch", "test_two_processes", "test_strategy", "test_sweep", "test_entrypoints",
-         "test_engine", "test_cost", "test_tennis", "test_paths")  # fmt: skip
+         "test_deepspeed_engine", "test_efficiency", "test_tennis", "test_paths")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

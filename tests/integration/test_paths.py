@@ -1,0 +1,72 @@
+"""Folders with ``=``, spaces, brackets, commas, ``~`` and letters beyond ASCII, from the command line, everywhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from mmdistill.config.overrides import quote_overrides
+from tests.commands import run_python
+from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+ODD = "a=b [1], c é ü~"
+
+
+def _run(script: str, *arguments: str, home: Path) -> None:
+    run_python(ROOT / script, *arguments, cwd=home, env={"HOME": str(home)})
+
+
+def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
+    """Typed in the odd folder itself; Hydra changes into the run's folder, and ``~`` is a folder named like it."""
+    home = tmp_path / ODD
+    home.mkdir()
+    (Path.home() / ".cache").mkdir(exist_ok=True)
+    (home / ".cache").symlink_to(Path.home() / ".cache")  # DeepSpeed compiles nothing anew
+    data = overrides(make_tiny(home / "data", per_class=4))
+    data = ["data_module.target_data_dir=~/data" if "target_data_dir" in o else o for o in data]
+    small = [*data, "trainer.epochs=1", "hydra.job.chdir=true"]
+    pretrain = ["modality=rgb", *small, *MODEL, f"hydra.run.dir='{home / 'pre=1'}'"]
+    _run("pretrain_main.py", *pretrain, home=home)
+    teacher = next((home / "pre=1" / "checkpoints").glob("epoch=00-*")).relative_to(home)
+    _run("pretrain_main.py", *pretrain, "trainer.epochs=2", f"resume={teacher}", home=home)
+    assert list((home / "pre=1" / "checkpoints").glob("epoch=01-*"))
+    run = home / "distil [2]"
+    _run(
+        "lit_main_mmdistill.py", "trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", *small, *EVAL,
+        "compare=[random]", "feature_cache='~/cache, 1'",
+        f"hydra.run.dir='{run}'", home=home,
+    )  # fmt: skip
+    assert json.loads((run / "fewshot.json").read_text())["network"] == "student_rgb"
+    assert list((home / "cache, 1").iterdir())
+    student = f"~/{run.name}/checkpoints/last.ckpt"
+    _run(
+        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={student}", *data, *EVAL, "compare=[random]",
+        "feature_cache=null", "hydra.job.chdir=true", f"hydra.run.dir='{home / 'test é'}'", home=home,
+    )  # fmt: skip
+    assert (home / "test é" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/p/a=b/x.ckpt", "/p/a b/x", "/p/a [1]/x", "/p/x[1].ckpt", "/p/é/x", "~/x.ckpt", "../o=1/x (2) [3].ckpt",
+     "/p/it's/x", "/p/a{1}#&/x"],
+)  # fmt: skip
+def test_odd_characters_need_no_quotes(path: str) -> None:
+    """Alone, in a list and in a mapping."""
+    parser = OverridesParser.create()
+    for value, wanted in ((path, path), (f"[{path},~/z]", [path, "~/z"]), (f"{{rgb:{path}}}", {"rgb": path})):
+        parsed = parser.parse_override(quote_overrides([f"resume={value}"])[0])
+        assert not parsed.is_sweep_override()
+        assert parsed.value() == wanted
+
+
+@pytest.mark.parametrize("value", ["range(1,5)", "a,b", "choice(1,2)"])
+def test_sweeps_stay_sweeps(value: str) -> None:
+    assert OverridesParser.create().parse_override(quote_overrides([f"seed={value}"])[0]).is_sweep_override()
+
+
+def test_an_unquoted_comma_is_explained(tmp_path: Path) -> None:
+    done = run_python(ROOT / "pretrain_main.py", "modality=rgb", "resume=/p/a, b/x", cwd=tmp_path, expect=2)
+    assert "a comma outside quotes makes a sweep" in done.stderr

@@ -1,0 +1,302 @@
+"""Both training loops, run whole and run in two parts: the same clips, losses and weights to the last bit.
+
+resume_worker.py runs the real entrypoints on tiny data; the tests judge what they wrote.
+"""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import directory_lock, inspect, load_torch, newest_complete, read_checkpoint
+from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
+from mmdistill.checkpoint.export import export_student
+from mmdistill.checkpoint.formats.manifest import verify_manifest
+from mmdistill.config import to_plain
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from tests.tiny_data import MODEL, make_tiny, overrides
+
+pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
+DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
+
+
+def teacher(path: Path, modality: str, seed: int, **more: Any) -> Path:
+    """An untrained pretraining checkpoint of the tiny data's token grid."""
+    channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
+    geometry = EncoderGeometry(
+        channels=channels, num_frames=4, height=32 // scale, width=32 // scale, patch=8 // scale, tubelet=2,
+        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, learned_positions=False, separable_positions=False,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}, "epoch": 0}
+    write_deepspeed(state, path, meta | more)
+    return path
+
+
+class Runs:
+    """Runs of the worker, planned by name; afterwards their codes, logs and records."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.plan: list[dict[str, Any]] = []
+        self.codes: dict[str, list[int]] = {}
+
+    def add(self, name: str, script: str, arguments: list[str], *, world: int = 1, **more: Any) -> Path:
+        """Plan a run in the folder ``name``, or ``into``; its folder."""
+        folder = self.root / str(more.pop("into", name))
+        more |= {"name": name, "script": script, "world": world, "record": str(self.root / f"{name}.run")}
+        self.plan.append({**more, "arguments": [*arguments, f"hydra.run.dir={folder}"]})
+        return folder
+
+    def run(self) -> None:
+        """All planned runs."""
+        plan = self.root / "plan.json"
+        plan.write_text(json.dumps({"runs": self.plan}))
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.integration.resume_worker", str(plan)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        codes = json.loads((self.root / "plan.json.codes").read_text())
+        self.codes |= {run["name"]: code for run, code in zip(self.plan, codes, strict=True)}
+        self.plan = []
+
+    def log(self, name: str) -> str:
+        """What the ranks printed."""
+        return "".join(path.read_text() for path in sorted(self.root.glob(f"{name}.run.*.log")))
+
+    def steps(self, name: str, rank: int = 0) -> list[Any]:
+        """[epoch, clips, loss] of each batch."""
+        return [json.loads(line) for line in (self.root / f"{name}.run.{rank}.jsonl").read_text().splitlines()]
+
+
+def _plan_distill(runs: Runs, data: list[str]) -> None:
+    paths = {m: teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
+    given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
+    common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
+    slim = [*common, "trainer.save_teachers=false", "trainer.accumulate=2", "num_workers=1"]
+    runs.add("slim_whole", DISTILL, [given, *slim])
+    runs.add("slim_first", DISTILL, [given, *slim], into="slim", stop_at=13)  # the 4th of 9 batches of epoch 1
+    runs.add("slim_rest", DISTILL, [*slim, "resume=auto"], into="slim")  # the teachers are those that the file names
+    two = [given, *common, "strategy=ddp", "devices=2", "trainer.ema=0.9"]
+    runs.add("ddp_whole", DISTILL, two, world=2)
+    runs.add("ddp_first", DISTILL, two, world=2, stop_at=6, stop_rank=1)  # the 2nd of 4 batches of epoch 1
+    last = runs.root / "ddp_first" / "checkpoints" / "last.ckpt"
+    runs.add("ddp_rest", DISTILL, [*two, f"resume={last}", "trainer.keep_last=1"], world=2)
+    other = [given, *common, "trainer.ema=0.9", f"resume={last}"]  # other batches inside an epoch: refused
+    runs.add("ddp_other", DISTILL, other)
+    zero = [given, *common, "strategy=deepspeed_stage_2", "devices=2", "trainer.save_ckpt_freq=2", "trainer.epochs=2"]
+    runs.add("zero_whole", DISTILL, zero, world=2)
+    runs.add("zero_first", DISTILL, zero, world=2, stop_at=6, into="zero")
+    runs.add("zero_rest", DISTILL, [*zero, "resume=auto"], world=2, into="zero")
+    runs.add("end_first", DISTILL, [given, *common, "num_workers=1"], stop_at=9)  # an epoch's last batch
+    runs.add("end_rest", DISTILL, [given, *common, "num_workers=1", "resume=auto"], into="end_first")
+    runs.add("end_whole", DISTILL, [given, *common])
+
+
+def _plan_native(runs: Runs, data: list[str]) -> None:
+    for world, stage in STAGES:
+        common = ["modality=skeleton", *data, *MODEL, f"deepspeed=zero{stage}", "num_workers=1"]
+        name = f"native{world}{stage}"
+        runs.add(f"{name}_whole", NATIVE, common, world=world)
+        batches = {1: 9, 2: 4}[world]
+        runs.add(f"{name}_first", NATIVE, common, world=world, stop_at=batches + 2, stop_rank=world - 1, into=name)
+        runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
+
+
+def _plan_folders(runs: Runs, data: list[str]) -> None:
+    """Rows 20 and 21 of the fault matrix: what is kept, used folders, locks; and data with a hole."""
+    common = ["modality=skeleton", *data, *MODEL, "trainer.save_ckpt_freq=1"]
+    kept = runs.add("kept", NATIVE, [*common, "trainer.epochs=5", "trainer.keep_last=2", "trainer.save_top_k=1"])
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (kept / "checkpoints").mkdir(parents=True)
+    stale = {"pid": int(ended.stdout), "host": socket.gethostname(), "id": "x"}
+    (kept / "checkpoints" / ".lock").write_text(json.dumps(stale))
+    runs.add("used", NATIVE, common, into="kept", world=2)
+    runs.add("locked", NATIVE, common, into="held", world=2)
+    given = ",".join(str(runs.root / f"teacher_{m}") for m in ("rgb", "flow", "skeleton"))
+    distil = ["test=False", f"trainer.ckpt_path=[{given}]", *data]
+    runs.add("used_distill", DISTILL, distil, into="slim_whole")
+    runs.add("locked_distill", DISTILL, distil, into="held")
+    hole = make_tiny(runs.root / "hole")
+    (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
+    broken = ["modality=rgb", *overrides(hole), *MODEL, "trainer.epochs=1", "batch_size=4"]
+    runs.add("repeat", NATIVE, [*broken, "data_module.missing=repeat", "num_workers=1"], world=2)
+    skip = [*distil, *overrides(hole), "trainer.epochs=1", "data_module.missing=skip"]
+    runs.add("skip", DISTILL, skip)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    done = Runs(tmp_path_factory.mktemp("resume"))
+    data = overrides(make_tiny(done.root / "data"))
+    _plan_distill(done, data)
+    _plan_native(done, data)
+    _plan_folders(done, data)
+    with directory_lock(done.root / "held" / "checkpoints"):  # this test is another job in that folder
+        done.run()
+    return done
+
+
+def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if "_per_s" not in k and "wait" not in k} for row in csv.DictReader(file)]
+
+
+def _same_moments(a: Path, b: Path) -> bool:
+    states = [load_torch(p)["optimizer_states"][0]["state"] for p in (a, b)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][n][key], states[1][n][key]) for n in states[0] for key in ("exp_avg", "exp_avg_sq")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rest", "folder", "world"),
+    [
+        ("slim", "slim_rest", "slim", 1),
+        ("ddp", "ddp_rest", "ddp_rest", 2),
+        ("zero", "zero_rest", "zero", 2),
+        ("end", "end_rest", "end_first", 1),
+    ],
+)
+def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
+    """Inside an epoch: accumulated gradients, workers 1 and slim files; ddp; ZeRO 2. And in an epoch's last step."""
+    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
+    assert runs.codes[rest] == [0] * world, runs.log(rest)
+    for rank in range(world):
+        parts = runs.steps(f"{name}_first", rank) + runs.steps(rest, rank)
+        assert parts == runs.steps(f"{name}_whole", rank)
+    a, b = (runs.root / f / "checkpoints" / "last.ckpt" for f in (f"{name}_whole", folder))
+    assert _same_tensors(load_torch(a)["state_dict"], load_torch(b)["state_dict"])
+    assert _same_moments(a, b)
+    assert load_torch(a)["global_step"] == load_torch(b)["global_step"]
+    assert "not resumable" not in runs.log(rest)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("slim", "slim"), ("ddp", "ddp_rest"), ("end", "end_first")])
+def test_logged_means_are_those_of_whole_epochs(runs: Runs, name: str, folder: str) -> None:
+    """Also of the epoch that was interrupted; the earlier rows stay, and come over into a new folder."""
+    whole, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_whole", folder))
+    assert len(whole) == 3
+    assert parts == whole
+    names = [sorted(p.name for p in (runs.root / f / "checkpoints").glob("epoch=*")) for f in (f"{name}_whole", folder)]
+    if name != "ddp":  # where only the newest and the best of the new folder were kept
+        assert names[0] == names[1]
+
+
+def test_slim_files_name_their_teachers(runs: Runs) -> None:
+    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(path)
+    assert {k.split(".")[0] for k in checkpoint.state_dict} == {"student_rgb", "cmt"}
+    assert checkpoint.meta["teachers"]["teacher_flow"]["path"] == str(runs.root / "teacher_flow")
+    report = inspect.inspect_checkpoint(path)
+    assert report["complete"]
+    assert any("teacher_flow" in line and "sha256" in line for line in report["missing"])
+    assert set(report["parts"]) == {"student_rgb", "cmt"}
+
+
+def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
+    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+    back = convert_checkpoint(convert_checkpoint(path, tmp_path / "a.safetensors"), tmp_path / "b.ckpt")
+    assert _same_tensors(read_checkpoint(path).state_dict, read_checkpoint(back).state_dict)
+    assert read_checkpoint(back).meta["teachers"] == read_checkpoint(path).meta["teachers"]
+    export_student(path, tmp_path / "s.safetensors", to="safetensors")
+    own = read_checkpoint(path).state_dict
+    own = {k.removeprefix("student_rgb."): v for k, v in own.items() if k.startswith("student_rgb.")}
+    assert _same_tensors(own, read_checkpoint(tmp_path / "s.safetensors").state_dict)
+
+
+def test_other_batches_inside_an_epoch_are_refused(runs: Runs) -> None:
+    assert runs.codes["ddp_other"] == [2]
+    assert "inside epoch 1" in runs.log("ddp_other")
+    assert "global_batch 16 / 8" in runs.log("ddp_other")
+
+
+def test_retention_goes_on_in_a_new_folder(runs: Runs) -> None:
+    """keep_last=1 and no top k: the newest and the best of the whole training stay, the source is untouched."""
+    held = sorted(p.name for p in (runs.root / "ddp_rest" / "checkpoints").glob("epoch=*"))
+    losses = load_torch(runs.root / "ddp_rest" / "checkpoints" / "last.ckpt")["callbacks"]["EpochCheckpoints"]["losses"]
+    assert [Path(p).name.split("-")[0] for p in losses] == ["epoch=00", "epoch=01", "epoch=02"]
+    best = min(losses, key=lambda p: losses[p])
+    assert set(held) == {Path(list(losses)[-1]).name} | ({Path(best).name} if "ddp_rest" in best else set())
+    assert (runs.root / "ddp_first" / "checkpoints" / "last.ckpt").is_file()
+    assert Path(next(iter(losses))).is_file()
+    assert f"best checkpoint: {best}" in runs.log("ddp_rest")
+
+
+@pytest.mark.parametrize(("world", "stage"), STAGES)
+def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
+    name = f"native{world}{stage}"
+    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
+    assert runs.codes[f"{name}_rest"] == [0] * world, runs.log(f"{name}_rest")
+    assert len(list((runs.root / name / "checkpoints").glob("*-step=*"))) == 1
+    for rank in range(world):
+        parts = runs.steps(f"{name}_first", rank) + runs.steps(f"{name}_rest", rank)
+        assert parts == runs.steps(f"{name}_whole", rank)
+    whole, parts = (newest_complete(runs.root / f / "checkpoints") for f in (f"{name}_whole", name))
+    assert whole is not None
+    assert parts is not None
+    assert whole.name == parts.name
+    assert _same_tensors(read_checkpoint(whole).state_dict, read_checkpoint(parts).state_dict)
+    assert (verify_manifest(parts) or {})["stage"] == stage
+    assert _rows(runs.root / f"{name}_whole" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
+
+
+def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
+    assert runs.codes["kept"] == [0], runs.log("kept")
+    losses = [float(row["loss"]) for row in _rows(runs.root / "kept" / "metrics.csv")]
+    held = sorted(int(p.name[6:8]) for p in (runs.root / "kept" / "checkpoints").glob("epoch=*"))
+    assert len(losses) == 5
+    assert held == sorted({3, 4, losses.index(min(losses))})
+    assert "taken over from process" in runs.log("kept")
+    assert not (runs.root / "kept" / "checkpoints" / ".lock").exists()
+
+
+@pytest.mark.parametrize(("name", "world"), [("used", 2), ("used_distill", 1)])
+def test_a_fresh_run_in_a_used_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+    assert runs.codes[name] == [2] * world, runs.log(name)
+    assert "holds checkpoints of an earlier run" in runs.log(name)
+    assert "resume=auto" in runs.log(name)
+
+
+@pytest.mark.parametrize(("name", "world"), [("locked", 2), ("locked_distill", 1)])
+def test_a_second_job_in_a_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+    assert runs.codes[name] == [2] * world, runs.log(name)
+    assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints here" in runs.log(name)
+    assert list((runs.root / "held" / "checkpoints").iterdir()) == []
+
+
+def test_the_log_says_what_the_missing_policy_did(runs: Runs) -> None:
+    assert runs.codes["repeat"] == [0, 0], runs.log("repeat")
+    report = json.loads((runs.root / "repeat" / "data_report.json").read_text())
+    assert report["index"]["clips"] == 72
+    assert report["modalities"] == {"rgb": {"clips_left_out": 0, "frames_repeated": 1}}  # by one rank's worker
+    assert report["missing"]["frames_repeated"] == {"rgb": {"rally_CC_0": 1}}
+    assert "data: 72 clips of 24 rallies" in runs.log("repeat")
+    assert "missing=repeat: rgb 0 clips left out, 1 frames repeated; 0 clips replaced" in runs.log("repeat")
+    assert runs.codes["skip"] == [0], runs.log("skip")
+    report = json.loads((runs.root / "skip" / "data_report.json").read_text())
+    assert report["modalities"]["rgb"]["clips_left_out"] == 1
+    assert report["modalities"]["flow"]["clips_left_out"] == 0
+    assert report["missing"]["clips"] == 71
+    assert runs.log("skip").count("missing=skip: rgb 1 clips left out") == 2  # at the start and at the end

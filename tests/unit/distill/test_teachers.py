@@ -1,0 +1,152 @@
+"""Slim checkpoints: the teachers they name are read again, and only if they are still the same."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFormat,
+    load_encoder,
+    read_checkpoint,
+    save_torch,
+)
+from mmdistill.cli.entrypoint import load_config
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
+from mmdistill.distill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
+from mmdistill.evaluation.run import _networks
+from mmdistill.fewshot.encode import weights_digest
+from mmdistill.models.videomae import Encoder, EncoderGeometry
+from tests.integration.test_resume import teacher
+from tests.tiny_data import overrides
+
+MODALITIES = ("rgb", "flow", "skeleton")
+
+
+def configure(*more: str) -> DistillConfig:
+    return load_config(DistillConfig, "config_mmdistill", [*overrides(Path("nowhere")), *more])
+
+
+@pytest.fixture
+def slim(tmp_path: Path) -> Path:
+    """A slim file beside the three teachers that it names."""
+    state, encoders, named = {}, {}, {}
+    for i, modality in enumerate(MODALITIES):
+        path = teacher(tmp_path / modality, modality, i)
+        checkpoint = read_checkpoint(path)
+        encoders[f"teacher_{modality}"] = checkpoint.meta["encoders"]["encoder"]
+        named[f"teacher_{modality}"] = {"path": str(path), "sha256": weights_digest(load_encoder(checkpoint))}
+        if modality == "rgb":
+            encoders["student_rgb"] = encoders["teacher_rgb"]
+            state = {f"student_rgb.{k}": v + 1.0 for k, v in checkpoint.state_dict.items()}
+    meta = {"kind": "distill", "encoders": encoders, "teachers": named, "epoch": 0, "step": 3}
+    content = {"state_dict": state, "global_step": 3, "pytorch-lightning_version": "2", "mmdistill": meta}
+    save_torch(content, tmp_path / "slim.ckpt")
+    return tmp_path / "slim.ckpt"
+
+
+def test_resume_reads_the_named_teachers(slim: Path) -> None:
+    config = configure("resume=auto")
+    teachers, sources = load_teachers(config, modality_specs(config.data_module), slim)
+    assert list(teachers) == list(MODALITIES)
+    assert sources == read_checkpoint(slim).meta["teachers"]
+    assert teachers["flow"].geometry.channels == 2
+
+
+def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    config = configure("resume=auto", "data_module.sampling_rate=2")
+    data, spec = config.data_module, modality_specs(config.data_module)["flow"]
+    for stored, told in ((2, 0), (4, 1)):
+        path = teacher(tmp_path / str(stored), "flow", 0, config={"data_module": {"sampling_rate": stored}})
+        caplog.clear()
+        read_teacher(str(path), "flow", spec, data)
+        lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
+        assert len(lines) == told
+    assert lines[0].endswith(f"{path} was trained with 4: clips show their motion at another speed")
+
+
+def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
+    (tmp_path / "flow").rename(tmp_path / "elsewhere")
+    config = configure("resume=auto")
+    with pytest.raises(ConfigError, match=r"flow: does not exist; .*is slim .* teacher_flow \(sha256 \w{64}"):
+        load_teachers(config, modality_specs(config.data_module), slim)
+    paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
+    config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")
+    assert load_teachers(config, modality_specs(config.data_module), slim)[1]["teacher_flow"]["path"].endswith("where")
+
+
+def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Path) -> None:
+    wanted = read_checkpoint(slim).meta["teachers"]["teacher_flow"]["sha256"]
+    shutil.rmtree(tmp_path / "flow")
+    found = weights_digest(load_encoder(teacher(tmp_path / "flow", "flow", 7)))
+    config = configure("resume=auto")
+    with pytest.raises(ConfigError, match="its weights have sha256") as raised:
+        load_teachers(config, modality_specs(config.data_module), slim)
+    assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), wanted, found, "slim.ckpt"))
+    with pytest.raises(CheckpointError, match=f"{wanted}.*{found}"):
+        check_teachers({"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"])
+
+
+def test_other_teachers_than_the_files_are_refused(slim: Path) -> None:
+    config = configure("resume=auto", "trainer.teachers=[rgb]")
+    with pytest.raises(ConfigError, match="was distilled from teacher_rgb, teacher_flow, teacher_skeleton"):
+        load_teachers(config, modality_specs(config.data_module), slim)
+
+
+def test_a_fresh_run_needs_paths() -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.ckpt_path must name"):
+        configure()
+    config = configure("resume=auto")  # and so does the first start of a requeued job
+    with pytest.raises(ConfigError, match=r"trainer\.ckpt_path must name"):
+        load_teachers(config, modality_specs(config.data_module), None)
+
+
+def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure("train=False", f"ckpt_path={slim}", "compare=[random,teacher_rgb,teacher_flow]")
+    rows = {n.name: n for n in _networks(config, str(slim))}
+    assert list(rows) == ["student_rgb", "random", "teacher_rgb", "teacher_flow"]
+    assert rows["teacher_flow"].checkpoint == str(tmp_path / "flow")
+    assert torch.equal(rows["student_rgb"].encoder.norm.weight, rows["teacher_rgb"].encoder.norm.weight + 1)
+    shutil.rmtree(tmp_path / "flow")
+    assert [n.name for n in _networks(config, str(slim))] == ["student_rgb", "random", "teacher_rgb"]
+    said = capsys.readouterr().out
+    assert f"teacher_flow is not in {slim}, a slim file; this row is left out" in said
+    with pytest.raises(ConfigError, match="no part 'student_flow'"):
+        _networks(configure("train=False", f"ckpt_path={slim}", "compare=[student_flow]"), str(slim))
+
+
+def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
+    """No metadata, as in older checkpoints of the method; skeletons may have been trained at the pixels' resolution."""
+    paths = []
+    for modality, channels in (("rgb", 3), ("flow", 2), ("skeleton", 17)):
+        geometry = EncoderGeometry(channels, 4, 32, 48, 16, 2, dim=384, depth=1, heads=6, head_dim=64, mlp_dim=384)
+        state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+        (tmp_path / modality / "checkpoint").mkdir(parents=True)
+        torch.save({"module": state}, tmp_path / modality / "checkpoint" / "mp_rank_00_model_states.pt")
+        paths.append(str(tmp_path / modality))
+    given = (
+        f"trainer.ckpt_path=[{','.join(paths)}]",
+        "data_module.num_frames=4",
+        "data_module.crop_size=[32,48]",
+        "data_module.frame_size=[32,48]",
+        "data_module.patch_size=16",
+    )
+    config = configure(*given, "data_module.modalities.skeleton.scale=1")
+    teachers, sources = load_teachers(config, modality_specs(config.data_module), None)
+    for encoder in teachers.values():
+        g = encoder.geometry
+        assert (g.num_frames, g.height, g.width, g.patch) == (4, 32, 48, 16)
+
+    encoders = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    slim = Checkpoint(
+        tmp_path / "slim.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
+    )
+    assert named_teacher(slim, "teacher_flow").state_dict
+
+    config = configure(*given, "data_module.modalities.skeleton.scale=4")
+    with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.scale=1"):
+        load_teachers(config, modality_specs(config.data_module), None)

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmdistill.fewshot.episodes import EpisodeError, Episodes, eligible_classes, sample_episodes
+
+F3SET = Path(__file__).resolve().parents[4] / "shared" / "data" / "f3set-tennis"
+LABELS = np.repeat([0, 1, 2, 3, 4, 5], [20, 20, 20, 20, 20, 7])
+
+
+def draw(labels: np.ndarray = LABELS, **options: object) -> Episodes:
+    return sample_episodes(labels, **{"n_way": 5, "k_shot": 2, "q_sample": 6, "episodes": 40, "seed": 3, **options})
+
+
+def test_every_episode_is_whole_and_distinct():
+    episodes = draw()
+    assert episodes.support.shape == (40, 5, 2)
+    assert episodes.query.shape == (40, 5, 6)
+    for support, query, classes in zip(episodes.support, episodes.query, episodes.classes, strict=True):
+        assert len(set(classes)) == 5
+        clips = np.concatenate((support, query), axis=1)
+        assert len(np.unique(clips)) == 5 * 8
+        assert (LABELS[clips] == classes[:, None]).all()
+
+
+def test_no_end_effects_each_clip_and_class_is_drawn_equally_often():
+    episodes = draw(np.repeat(np.arange(8), 10), episodes=2000)
+    per_class = np.bincount(episodes.classes.ravel(), minlength=8)
+    assert np.abs(per_class / (2000 * 5 / 8) - 1).max() < 0.1
+    per_clip = np.bincount(episodes.support.ravel(), minlength=80)
+    assert np.abs(per_clip / (2000 * 5 * 2 / 80) - 1).max() < 0.3  # 5 standard deviations
+
+
+def test_a_longer_series_starts_with_the_shorter_one_and_the_seed_matters():
+    short, long = draw(episodes=10), draw(episodes=30)
+    assert short.same_as(long.take(range(10)))
+    assert not short.same_as(draw(episodes=10, seed=4))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_shards_hold_every_episode_once(world_size: int):
+    episodes = draw(episodes=20)
+    numbers = np.concatenate([episodes.shard(r, world_size).numbers for r in range(world_size)])
+    assert sorted(numbers) == list(range(20))
+    with pytest.raises(EpisodeError, match="rank"):
+        episodes.shard(world_size, world_size)
+
+
+def test_small_classes_are_excluded_by_name_and_count():
+    names = ["a", "b", "c", "d", "e", "serve"]
+    found = eligible_classes(LABELS, n_way=5, k_shot=2, q_sample=6, names=names)
+    assert found.classes == (0, 1, 2, 3, 4)
+    assert found.excluded == {5: 7}
+    assert "serve (7)" in found.describe(names)
+    with pytest.raises(EpisodeError, match=r"only 5 of 6 have them.*serve \(7\)"):
+        eligible_classes(LABELS, n_way=6, k_shot=2, q_sample=6, names=names)
+
+
+def test_clips_without_label_are_never_drawn():
+    labels = np.concatenate((LABELS, np.full(500, -1)))
+    assert draw(labels).same_as(draw())
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_way": 1}, {"k_shot": 0}, {"q_sample": 0}, {"episodes": 0}, {"seed": -1}, {"disjoint": "vidoe"}]
+)
+def test_bad_protocols_are_refused(options: dict[str, object]):
+    with pytest.raises(EpisodeError):
+        draw(**options)
+
+
+def test_labels_must_be_integers():
+    with pytest.raises(EpisodeError, match="integers"):
+        draw(LABELS.astype(float))
+
+
+def test_disjoint_episodes_share_no_group_over_all_classes():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), 60)
+    groups = [f"rally{g}" for g in rng.integers(0, 90, len(labels))]
+    codes = np.array(groups)
+    episodes = draw(labels, groups=groups, disjoint="video", k_shot=5)
+    for support, query in zip(episodes.support, episodes.query, strict=True):
+        assert not set(codes[support].ravel()) & set(codes[query].ravel())
+    shared = draw(labels, k_shot=5)
+    assert any(set(codes[s].ravel()) & set(codes[q].ravel()) for s, q in zip(shared.support, shared.query, strict=True))
+
+
+def test_disjoint_with_few_large_groups_still_finds_a_split():
+    labels = np.tile(np.repeat(np.arange(5), 8), 4)  # 4 videos with 8 clips of each class
+    groups = np.repeat(["a", "b", "c", "d"], 40).tolist()
+    episodes = draw(labels, groups=groups, disjoint="video", k_shot=5, q_sample=8)
+    videos = np.repeat(np.arange(4), 40)
+    for support, query in zip(episodes.support, episodes.query, strict=True):
+        assert not set(videos[support].ravel()) & set(videos[query].ravel())
+
+
+def test_disjoint_excludes_classes_that_live_in_one_group():
+    labels = np.repeat(np.arange(6), 20)
+    groups = [str(i % 4) if label < 5 else "one" for i, label in enumerate(labels)]
+    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=5, groups=groups, disjoint="video")
+    assert found.excluded == {5: 20}
+    assert found.describe() == "excluded, too few clips in different videos: 5 (20)"
+    with pytest.raises(EpisodeError, match="needs `groups`"):
+        draw(disjoint="video")
+
+
+def test_impossible_disjoint_draws_are_an_error():
+    labels = np.tile(np.arange(2), 20)
+    groups = np.where(labels == 0, np.repeat(["a", "b"], 20), np.repeat(["b", "a"], 20))
+    groups[:2] = ["a", "b"]
+    # each class alone can be split over the two videos, but the 20 clips leave no query for K=10, Q=10 of both
+    labels = np.array([0] * 10 + [0] * 10 + [1] * 10 + [1] * 10 + [1] * 10)
+    groups = np.array(["a"] * 10 + ["b"] * 10 + ["a"] * 10 + ["c"] * 5 + ["b"] * 5 + ["c"] * 10)
+    with pytest.raises(EpisodeError, match="different videos"):
+        draw(labels, groups=groups.tolist(), disjoint="video", n_way=2, k_shot=10, q_sample=12)
+
+
+@pytest.mark.skipif(not F3SET.is_dir(), reason="shared/data/f3set-tennis is not beside this repository")
+@pytest.mark.parametrize(("split", "classes"), [("val", 98), ("test", 112)])
+def test_f3set_has_as_many_classes_to_draw_from_as_published(split: str, classes: int):
+    rallies = json.loads((F3SET / f"{split}.json").read_text())
+    names, labels = np.unique([e["label"] for r in rallies for e in r["events"]], return_inverse=True)
+    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())
+    assert len(found.classes) == classes
+    groups = [r["video"] for r in rallies for _ in r["events"]]
+    for disjoint in (None, "video"):
+        episodes = sample_episodes(
+            labels, n_way=5, k_shot=1, q_sample=15, episodes=20, seed=0, groups=groups, disjoint=disjoint
+        )
+        assert len(np.unique(episodes.query[0])) == 75
