@@ -25,11 +25,14 @@ from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.checkpoint import save_torch
 from mmdistill.config import to_plain
-from mmdistill.data.annotations.f3set import Rally
+from mmdistill.data.annotations.base import Rally
 from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import Reader
+from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models.preprocessing import prepare

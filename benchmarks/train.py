@@ -33,21 +33,13 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from mmdistill.checkpoint.keys import from_huggingface
 from mmdistill.data.masking import visible_tokens
-from mmdistill.data.sampler import stream
+from mmdistill.device import autocast, keep_heap
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.distributed.process import autocast, keep_heap
 from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
-from mmdistill.models.videomae import (
-    DecoderGeometry,
-    Encoder,
-    EncoderGeometry,
-    VideoMAE,
-    complement,
-    patch_targets,
-    reconstruction_loss,
-    trivial_loss,
-)
+from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE, complement
+from mmdistill.randomness import seeded_rng
 from mmdistill.training.optim import LearningRates, make_optimizer
 
 FULL = {"frames": 16, "size": (224, 384), "patch": 16, "dim": 384, "depth": 12, "heads": 6, "decoder": (192, 4, 3)}
@@ -124,7 +116,7 @@ def distill_flops(geometries: dict[str, EncoderGeometry], visible: int, *, cache
 
 def mask(g: EncoderGeometry, ratio: float, setting: Setting) -> Tensor:
     """(B, Lv)"""
-    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=stream(0)))
+    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=seeded_rng(0)))
     return drawn.expand(setting.batch, -1).to(setting.device)
 
 

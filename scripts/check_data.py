@@ -25,10 +25,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmdistill.builders import annotation_path, load_rallies, modality_readers
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain
+from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
-from mmdistill.data.annotations.f3set import SHOWN_PROBLEMS, Problem, Rally, read_f3set, to_json
+from mmdistill.data.annotations.base import SHOWN_PROBLEMS, Problem, Rally
+from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
 from mmdistill.files import write_whole
 from mmdistill.prepare.coverage import RallyCoverage, check_all

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmdistill.builders import clip_dataset, make_demo_data
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
@@ -26,6 +25,7 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
+from mmdistill.config.compose import load_config
 from mmdistill.files import write_whole
 from mmdistill.prepare.statistics import dataset_statistics, usable
 

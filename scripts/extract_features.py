@@ -15,8 +15,8 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, explain
+from mmdistill.config.compose import load_config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +43,8 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     from mmdistill.builders import clip_dataset, clip_loader, make_demo_data
     from mmdistill.config import modality_specs
     from mmdistill.data.fingerprint import data_version
-    from mmdistill.distributed.process import autocast, resolve_precision, start_process
+    from mmdistill.device import autocast, resolve_precision
+    from mmdistill.distributed.process import start_process
     from mmdistill.evaluation.networks import load_network
     from mmdistill.fewshot.encode import Views, embed_cached
     from mmdistill.fewshot.features import save_features

@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from mmdistill.data.annotations.f3set import AnnotationError, load_f3set, match_of, to_json
+from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
 from mmdistill.files import write_whole
 
 

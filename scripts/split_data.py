@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from mmdistill.data.annotations.f3set import F3SET_FIELDS, AnnotationError, load_f3set, to_json
+from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
 from mmdistill.data.annotations.splits import split_by_class, split_by_match
 from mmdistill.files import write_whole
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmdistill.cli.sweep import JobRow, read_sweep, write_table
 from mmdistill.workflows.sweep_plot import draw, drawn_keys, mean_over_seeds, ordered
+from mmdistill.workflows.sweep_results import JobRow, read_sweep, write_table
 
 
 def print_table(rows: Sequence[JobRow]) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import Reader
+from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 
 LEFT_WRIST = 9
 QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 100, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]

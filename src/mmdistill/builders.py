@@ -7,12 +7,14 @@ from pathlib import Path
 from torch.utils.data import Dataset, Sampler
 
 from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
-from mmdistill.data.annotations.f3set import Rally
-from mmdistill.data.annotations.mmcdfsl import load_annotations
+from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import Reader
+from mmdistill.data.readers.flow import FlowReader
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry
 

@@ -17,8 +17,8 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import DistillConfig, modality_specs, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.distill import callbacks
 from mmdistill.distill import strategy as strategies
 from mmdistill.distill import trainer as run

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import WeightMismatchError, load_torch, save_torch
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teachers import load_teachers

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import load_torch, save_torch
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import DistillConfig, modality_specs, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.evaluation.networks import load_network
 from mmdistill.evaluation.run import evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from mmdistill.checkpoint import CheckpointError, load_encoder, load_torch, save_torch
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import (
     ConfigError,
     DistillConfig,
@@ -18,6 +17,7 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
+from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 
 from mmdistill.builders import clip_loader
 from mmdistill.config import PretrainConfig, explain
-from mmdistill.data.annotations.f3set import AnnotationError, load_f3set
-from mmdistill.data.readers.base import FrameError, RgbReader
+from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.f3set import load_f3set
+from mmdistill.data.readers.base import FrameError
+from mmdistill.data.readers.rgb import RgbReader
 from tests.tiny_data import make_tiny
 
 

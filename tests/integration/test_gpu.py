@@ -16,14 +16,8 @@ from mmdistill.checkpoint import read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models.preprocessing import prepare
-from mmdistill.models.videomae import (
-    DecoderGeometry,
-    EncoderGeometry,
-    VideoMAE,
-    complement,
-    patch_targets,
-    reconstruction_loss,
-)
+from mmdistill.models.targets import patch_targets, reconstruction_loss
+from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement
 from tests.commands import ROOT, environment, run_python
 from tests.integration.test_resume import teacher
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides

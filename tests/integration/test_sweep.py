@@ -12,8 +12,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from mmdistill.cli.sweep import last_metrics, objective, read_sweep, swept_keys
 from mmdistill.config import DistillConfig, PretrainConfig, parse, register_schemas
+from mmdistill.workflows.sweep_results import last_metrics, objective, read_sweep, swept_keys
 from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mmdistill.builders import clip_dataset
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, PretrainConfig
+from mmdistill.config.compose import load_config
 from tests.tiny_data import make_tiny, overrides
 
 

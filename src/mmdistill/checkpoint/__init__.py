@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from mmdistill.checkpoint.formats.names import CheckpointFormat
     from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
     from mmdistill.checkpoint.locate import detect_format
+    from mmdistill.checkpoint.lock import directory_lock
     from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
-    from mmdistill.checkpoint.retention import directory_lock, newest_complete, prune
+    from mmdistill.checkpoint.retention import newest_complete, prune
     from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
 
 _HOME = {

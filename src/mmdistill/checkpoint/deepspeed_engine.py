@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from mmdistill import __version__
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
 from mmdistill.checkpoint.formats.deepspeed_zero import GROUP_NAMES, adam_step, check_shards, read_model_file
@@ -24,57 +22,11 @@ from mmdistill.checkpoint.formats.torch_zip import load_pickle
 from mmdistill.checkpoint.locate import Location, locate, read_json
 from mmdistill.checkpoint.read import EMBEDDED
 from mmdistill.checkpoint.write import discard, publish_directory, recover, stream_torch, sync, write_bytes
+from mmdistill.distributed.collectives import get_rank, get_world_size, run_on_all_ranks
 
 log = logging.getLogger(__name__)
 
 CLIENT = "mmdistill_client"  # one entry per rank: what the training loop asked to keep
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank, and how many there are; (0, 1) without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def gather(value: Any) -> list[Any]:
-    """`value` of every rank, on every rank."""
-    world = rank_and_world()[1]
-    if world == 1:
-        return [value]
-    values: list[Any] = [None] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
-def agree(action: Callable[[], Any], what: str) -> list[Any]:
-    """Run `action` on this rank and gather the results; if it failed on any rank, raise the same error on all.
-
-    Raises:
-        CheckpointError: of the first failing rank, naming it. Its own subclass is kept.
-    """
-    try:
-        mine: tuple[Any, Exception | None] = (action(), None)
-    except Exception as error:  # re-raised below, on every rank
-        mine = (None, error)
-    rank, world = rank_and_world()
-    told = (mine[0], None if mine[1] is None else (type(mine[1]), _text(mine[1])))
-    results = gather(told)
-    for source, (_, failure) in enumerate(results):
-        if failure is not None:
-            kind = failure[0] if issubclass(failure[0], CheckpointError) else CheckpointError
-            where = f"rank {source} of {world}: " if world > 1 else ""
-            raise kind(f"{what}: {where}{failure[1]}" if what else where + failure[1]) from (
-                mine[1] if source == rank else None
-            )
-    return [value for value, _ in results]
-
-
-def _text(error: BaseException) -> str:
-    seen: BaseException | None = error
-    while seen is not None:  # torch hides a full disk behind its zip writer's RuntimeError
-        if isinstance(seen, OSError):
-            return str(seen)
-        seen = seen.__cause__ or seen.__context__
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 class _Recorder:
@@ -159,7 +111,7 @@ def _master_names(engine: Any) -> list[list[str]] | None:
 def _prepare(staged: Path, target: Path, meta: Mapping[str, Any], client: dict[str, Any]) -> dict[str, Any]:
     """This rank's client state, once what it needs is known to work; rank 0 makes the folder."""
     json.dumps(meta)  # fails here, on all ranks, rather than at the end
-    if rank_and_world()[0] == 0:
+    if get_rank() == 0:
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target.parent)
         discard(staged)
@@ -206,17 +158,24 @@ def save_deepspeed(
     target = Path(directory).expanduser()
     staged, failed = target.with_name(TMP_PREFIX + target.name), f"{target}: not saved"
     meta = {"mmdistill_version": __version__, **meta}
-    clients = agree(lambda: _prepare(staged, target, meta, client_state), failed)
+    clients = run_on_all_ranks(
+        lambda: _prepare(staged, target, meta, client_state), error_class=CheckpointError, message=failed
+    )
     extra = {EMBEDDED: meta, CLIENT: clients}
     if (names := _master_names(engine)) is not None:
         extra[GROUP_NAMES] = names
-    rank, world = rank_and_world()
+    rank, world = get_rank(), get_world_size()
     try:
         with _recording(engine) as recorder:
             engine.save_checkpoint(str(staged), tag=TAG, client_state=extra, save_latest=False)
-        files = [path for part in agree(recorder.report, failed) for path in part]
+        reports = run_on_all_ranks(recorder.report, error_class=CheckpointError, message=failed)
+        files = [path for report in reports for path in report]
         facts = {"world_size": world, "stage": int(engine.zero_optimization_stage()), "step": int(engine.global_steps)}
-        agree(lambda: _finish(staged, target, meta, files, facts) if rank == 0 else None, failed)
+        run_on_all_ranks(
+            lambda: _finish(staged, target, meta, files, facts) if rank == 0 else None,
+            error_class=CheckpointError,
+            message=failed,
+        )
     except CheckpointError:
         if rank == 0:
             discard(staged)
@@ -304,7 +263,7 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         ResumeMismatchError: another stage, precision or world size: both are named, and the way out.
         CorruptCheckpointError, CheckpointError: the same on every rank; never a silent start from scratch.
     """
-    rank, world = rank_and_world()
+    rank, world = get_rank(), get_world_size()
 
     def check() -> Location:
         place = locate(directory)
@@ -321,7 +280,7 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
                 load_pickle(file)
         return place
 
-    place: Location = agree(check, "")[rank]
+    place: Location = run_on_all_ranks(check, error_class=CheckpointError)[rank]
     assert place.tag is not None
 
     def restore() -> dict[str, Any]:
@@ -332,5 +291,7 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         return _client(states or {}, rank)
 
     # engine.load_checkpoint meets at barriers, and every foreseeable reason to fail was agreed on above
-    client: dict[str, Any] = agree(restore, f"{directory}: not loaded")[rank]
+    client: dict[str, Any] = run_on_all_ranks(restore, error_class=CheckpointError, message=f"{directory}: not loaded")[
+        rank
+    ]
     return client

@@ -1,7 +1,9 @@
 """What can be wrong with a checkpoint. Every message names the file and what to do."""
 
+from mmdistill.errors import InputError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(InputError):
     """A checkpoint cannot be used: it is missing, incomplete, of an unknown layout, or the request does not fit it."""
 
 

@@ -4,12 +4,10 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -19,25 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 from mmdistill.cli import sweep
 from mmdistill.config import (
     ConfigError,
-    DistillConfig,
-    PretrainConfig,
     explain,
     parse,
     register_schemas,
     to_plain,
 )
+from mmdistill.config.compose import CONFIGS, T
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.distributed import launch
-
-T = TypeVar("T", PretrainConfig, DistillConfig)
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-
-
-def load_config(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
-    """A config as the entrypoints compose it, for scripts; `overrides` are as typed on a command line."""
-    register_schemas()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose(config_name, quote_overrides(overrides)), schema)
+from mmdistill.errors import InputError, MMDistillError
 
 
 def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_name: str) -> None:
@@ -114,19 +102,18 @@ def _place(job: Callable[[T, str], None], config: T) -> None:
 
 def _rank_zeros_objective(run_dir: Path) -> float:
     """What the job is judged by, on every rank: a sweeper that chooses by it must choose the same everywhere."""
-    import torch
+    from mmdistill.distributed.collectives import broadcast_object
 
-    told = [float("nan") if launch.follower() else sweep.objective(run_dir)]
-    torch.distributed.broadcast_object_list(told, src=0)
-    return told[0]
+    return float(broadcast_object(float("nan") if launch.follower() else sweep.objective(run_dir)))
 
 
 def _end(error: Exception, schema: type[T], job: int) -> None:
     """Say what went wrong, once however many ranks there are, and end: status 2 for wrong input, else 1."""
-    own = isinstance(error, ValueError | FloatingPointError) and type(error).__module__.startswith("mmdistill.")
-    wrong_input = isinstance(error, HydraException | OmegaConfBaseException) or (own and isinstance(error, ValueError))
-    status = 2 if wrong_input else 1
-    line = f"mmdistill: error: {explain(error, schema)}" if own or wrong_input else None
+    status = error.exit_status if isinstance(error, MMDistillError) else 1
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        status = InputError.exit_status
+    expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException)
+    line = f"mmdistill: error: {explain(error, schema)}" if expected else None
     if launch.launched():
         launch.end_soon(status)
         _say_of_rank(error, line, launch.first_to_fail(job))

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config.schema import CommonConfig
+from mmdistill.errors import MMDistillError
 
 
 def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
@@ -28,7 +29,7 @@ _FROM_WORKER = re.compile(
 
 def explain(error: Exception, schema: type[Any]) -> str:
     """One sentence for a Hydra or OmegaConf error, with the nearest known keys; our own errors say it themselves."""
-    if type(error).__module__.startswith("mmdistill.") and not isinstance(error.__cause__, OmegaConfBaseException):
+    if isinstance(error, MMDistillError) and not isinstance(error.__cause__, OmegaConfBaseException):
         worker = _FROM_WORKER.fullmatch(str(error))
         return worker[2] if worker else str(error)  # whole: the lines below the first list what is wrong
     chain: list[BaseException] = [error]

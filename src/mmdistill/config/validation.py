@@ -14,8 +14,9 @@ from mmdistill.config.schema import (
     PretrainConfig,
     TrainerConfig,
 )
+from mmdistill.data.annotations.base import ANNOTATION_READERS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
-from mmdistill.data.annotations.mmcdfsl import ANNOTATION_READERS, names_each_frame
+from mmdistill.data.readers.base import names_each_frame
 from mmdistill.modalities.base import MODALITIES, MODALITY_SPECS, ModalitySpec
 
 HEAD_NAMES = (

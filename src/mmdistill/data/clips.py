@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmdistill.data.annotations.f3set import Rally, select_fields
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import select_fields
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import visible_tokens
 from mmdistill.data.readers.base import FrameError, Reader
-from mmdistill.data.sampler import stream
+from mmdistill.randomness import seeded_rng
 
 MISSING_POLICIES = ("error", "repeat", "skip")
 REPLACEMENTS = 8  # other clips tried in place of one that cannot be read
@@ -114,7 +114,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         (rows, columns), (height, width) = self.frame_size, self.crop
         if not self.augment:
             return np.array([(rows - height) // 2, (columns - width) // 2, height, width, 0], np.float32)
-        rng = stream(self.seed, epoch, clip.id, "view")
+        rng = seeded_rng(self.seed, epoch, clip.id, "view")
         scale = rng.uniform(self.min_scale, 1.0)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
@@ -164,7 +164,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._done[i, column] = len(repeated)
             else:
                 sample[name] = reader.read(clip.video, clip.frames)
-        rng = stream(self.seed, epoch, clip.id, "mask")
+        rng = seeded_rng(self.seed, epoch, clip.id, "mask")
         sample["visible"] = visible_tokens(self.grid, ratio=self.mask_ratio, kind=self.mask_kind, rng=rng)
         sample["view"] = self.view(epoch, clip)
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
@@ -175,7 +175,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self._done[i, -1] = 1
         allowed = max(1, math.ceil(self.budget * len(self)))
         if int(self._done[:, -1].sum()) <= allowed:
-            rng = stream(self.seed, epoch, self.index.clips[i].id, "replacement")
+            rng = seeded_rng(self.seed, epoch, self.index.clips[i].id, "replacement")
             for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
                 if cached and self._done[other, -1]:
                     continue

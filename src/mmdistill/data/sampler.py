@@ -1,10 +1,11 @@
 """The order of the clips, a pure function of (seed, epoch, rank, world size): a resumed run asks for the same ones."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 from torch.utils.data import Sampler
+
+from mmdistill.randomness import seeded_rng
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -60,7 +61,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.n)
         if self.shuffle:
-            order = stream(self.seed, self.epoch, "order").permutation(self.n)
+            order = seeded_rng(self.seed, self.epoch, "order").permutation(self.n)
         step = self.batch_size * self.world_size
         whole = self.n // step
         for batch in range(self.start_batch, len(self)):
@@ -74,12 +75,6 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def _tail(self, count: int) -> slice:
         """This rank's share of the last `count` clips."""
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
-
-
-def stream(*key: int | str) -> np.random.Generator:
-    """A random generator that depends on `key` alone, on every machine and in every process."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 def other_batches(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmdistill.demo import motion, render
 from mmdistill.demo.strokes import STROKES
+from mmdistill.errors import InputError
 
 SPLITS = ("train", "val")
 DEFAULT_NUISANCE = 0.3
@@ -20,7 +21,7 @@ LEAD_IN, LEAD_OUT = 5, 6
 _STREAMS = {"plan": 1, "player": 2, "court": 3, "look": 4, "near": 5, "far": 6, "camera": 7, "sensor": 8, "labels": 9}
 
 
-class DemoError(ValueError):
+class DemoError(InputError):
     """A folder that cannot become the requested demo dataset; the message says what to do."""
 
 

@@ -11,11 +11,13 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from mmdistill.checkpoint import load_torch, prune, save_torch
-from mmdistill.checkpoint.deepspeed_engine import agree, gather
+from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.retention import best_of, same_as
 from mmdistill.distill.module import position
 from mmdistill.distill.validation import METRIC
-from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, seed_step
+from mmdistill.distributed.collectives import all_gather_objects, run_on_all_ranks
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.randomness import seed_step
 
 LAST = "last.ckpt"
 
@@ -81,7 +83,7 @@ class EpochCheckpoints(Checkpoint):
             if METRIC in trainer.callback_metrics and (epoch + 1) % trainer.check_val_every_n_epoch == 0:
                 self.validations[str(path)] = float(trainer.callback_metrics[METRIC])
             trainer.save_checkpoint(path)
-            agree(lambda: self._tidy(path) if trainer.is_global_zero else None, "")
+            run_on_all_ranks(lambda: self._tidy(path) if trainer.is_global_zero else None, error_class=CheckpointError)
         elif stop:
             trainer.save_checkpoint(self.directory / LAST)
         if stop:  # Lightning logs the epoch's row before it leaves
@@ -180,7 +182,7 @@ class EpochMeans(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's sums. Collective, as saving is."""
-        return {"names": self.names, "sums": gather([] if self.sums is None else self.sums.tolist())}
+        return {"names": self.names, "sums": all_gather_objects([] if self.sums is None else self.sums.tolist())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """This rank's sums; under another number of ranks, all of them on rank 0."""

@@ -24,7 +24,7 @@ from mmdistill.config import ConfigError
 from mmdistill.distill.parallel_encoders import MOST_TOKENS, side_by_side
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teachers
-from mmdistill.distributed.process import mean_over_ranks
+from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.preprocessing import prepare
 from mmdistill.models.transfer_head import CrossModalTransfer
@@ -183,7 +183,7 @@ class MMDistill(pl.LightningModule):
         """The sum of the teachers' losses as ``loss``; each of them, and its trivial predictor's, in ``values``."""
         losses = self.losses(batch)
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
-        mean = mean_over_ranks([total])[0]
+        mean = all_reduce_mean([total])[0]
         accumulate = self.trainer.accumulate_grad_batches
         usable = self.nonfinite.note_loss(total, mean, self.clip_names(batch), self._where)
         self._usable = usable + (0 if batch_index % accumulate == 0 else self._usable)

@@ -21,8 +21,8 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
-from mmdistill.checkpoint.deepspeed_engine import agree
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, offloads
+from mmdistill.distributed.collectives import run_on_all_ranks
 
 _BUCKET = 50_000_000  # elements reduced at a time; the buffer of one bucket is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
@@ -82,7 +82,9 @@ class _OneFile:
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
-        agree(write, f"{path}: not saved, what stood there before is unchanged")
+        run_on_all_ranks(
+            write, error_class=CheckpointError, message=f"{path}: not saved, what stood there before is unchanged"
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one file on every rank. Raises the same `CheckpointError` on every rank."""
@@ -91,7 +93,7 @@ class _OneFile:
         def read() -> None:
             content.update(self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
 
-        agree(read, "")
+        run_on_all_ranks(read, error_class=CheckpointError)
         return content
 
 

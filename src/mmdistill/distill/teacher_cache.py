@@ -24,10 +24,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.checkpoint.deepspeed_engine import gather, rank_and_world
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.fingerprint import data_version
+from mmdistill.distributed.collectives import all_gather_objects, barrier, broadcast_object, get_rank, get_world_size
 from mmdistill.files import whole_file
 from mmdistill.modalities.base import ModalitySpec
 
@@ -93,16 +93,13 @@ class TeacherCache:
         """Put the ranks' rows together and into the draw's file, beside those that are there. Collective."""
         self._begin(draw)
         rows, known = self._rows, self._known
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            at = known.nonzero().flatten()
-            torch.distributed.all_gather_object(gathered, (at, rows[at]))
-            for at, values in gathered:
-                rows[at], known[at] = values, True
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if get_world_size() > 1:
+            own = known.nonzero().flatten()
+            for index, values in all_gather_objects((own, rows[own])):
+                rows[index], known[index] = values, True
+        if get_rank() == 0:
             self._merge(draw, rows, known)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        barrier()
         self._filling = None
 
     def _merge(self, draw: int, rows: Tensor, known: Tensor) -> None:
@@ -133,10 +130,10 @@ def cache_key(
 
     Rank 0's on every rank: copies of the data on other machines' disks have other times of change.
     """
-    versions = {m: data_version(dataset, m) for m in dataset.readers} if rank_and_world()[0] == 0 else {}
+    versions = {m: data_version(dataset, m) for m in dataset.readers} if get_rank() == 0 else {}
     return {
         "teachers": {name: source["sha256"] for name, source in teachers.items()},
-        "data": gather(versions)[0],
+        "data": broadcast_object(versions),
         "inputs": {m: repr(specs[m]) for m in dataset.readers},
         "mask": [dataset.mask_kind, dataset.mask_ratio, list(dataset.grid)],
         "view": [list(dataset.crop), list(dataset.frame_size), dataset.min_scale, dataset.flip],

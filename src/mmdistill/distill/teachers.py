@@ -7,8 +7,8 @@ from typing import Any
 
 from mmdistill.builders import check_token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
+from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
-from mmdistill.fewshot.encode import weights_digest
 from mmdistill.modalities.base import MODALITIES, ModalitySpec, stored_statistics
 from mmdistill.models.videomae import Encoder
 

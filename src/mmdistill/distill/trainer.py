@@ -7,11 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 
 from mmdistill import __version__
-from mmdistill.builders import clip_dataset, clip_loader, make_demo_data
-from mmdistill.checkpoint.retention import find_resume, run_lock
-from mmdistill.config import ConfigError, DistillConfig, as_names, modality_specs, to_plain
-from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.sampler import EpochBatchSampler, other_batches
+from mmdistill.builders import make_demo_data
+from mmdistill.checkpoint.lock import run_lock
+from mmdistill.checkpoint.retention import find_resume
+from mmdistill.config import DistillConfig, as_names, modality_specs, to_plain
+from mmdistill.device import resolve_precision
 from mmdistill.distill.callbacks import (
     LAST,
     EpochCheckpoints,
@@ -20,98 +20,21 @@ from mmdistill.distill.callbacks import (
     StopOnSignal,
     VerifiedCheckpointIO,
 )
+from mmdistill.distill.datamodule import DistillData
 from mmdistill.distill.logging_callback import Progress
-from mmdistill.distill.module import MMDistill, position
+from mmdistill.distill.module import MMDistill
 from mmdistill.distill.strategy import trainer_place
 from mmdistill.distill.teacher_cache import FillTeacherCache, TeacherCache, cache_key
 from mmdistill.distill.teachers import load_teachers
-from mmdistill.distill.validation import make_validation, validation_line
-from mmdistill.distributed.process import (
-    INTERRUPTED_EXIT_CODE,
-    Process,
-    common_folder,
-    resolve_precision,
-    start_process,
-    stop_signals,
-)
+from mmdistill.distill.validation import validation_line
+from mmdistill.distributed.collectives import broadcast_run_dir
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.nonfinite import NonFinite
 from mmdistill.training.optim import LearningRates
-
-
-class _PlacedLoader(ClipLoader):
-    """Tells Lightning that it can resume inside an epoch: `DistillData` puts its sampler in place."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
-
-
-class DistillData(pl.LightningDataModule):
-    """The training clips in their fixed order; its place in it, (epoch, batch), is part of every checkpoint."""
-
-    def __init__(self, config: DistillConfig, modalities: tuple[str, ...], process: Process) -> None:
-        super().__init__()
-        self.validation = make_validation(config, process)
-        self.dataset = clip_dataset(config.data_module, modalities, training=True, seed=config.seed)
-        self.sampler = EpochBatchSampler(
-            len(self.dataset),
-            batch_size=config.batch_size,
-            seed=config.seed,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
-        if len(self.sampler) == 0:
-            raise ConfigError(
-                f"{len(self.dataset)} clips are fewer than one batch of batch_size={config.batch_size}; lower it"
-            )
-        # what decides which clips the batches before a place held
-        self._order = {
-            "seed": config.seed,
-            "clips": len(self.dataset),
-            "global_batch": config.batch_size * process.world_size,
-            "accumulate": config.trainer.accumulate,
-        }
-        self._config, self._pin = config, process.device.type == "cuda"
-        self._start: tuple[int, int] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the order, and what the order depends on."""
-        epoch, batch = position(self.trainer) if self.trainer else (0, 0)
-        return {**self._order, "epoch": epoch, "batch": batch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a place.
-
-        Raises:
-            ConfigError: it is inside an epoch, and this run's batches are others.
-        """
-        self._start = (int(state_dict["epoch"]), int(state_dict["batch"]))
-        other = {k: (state_dict[k], v) for k, v in self._order.items() if state_dict[k] != v}
-        if self._start[1] and other:
-            raise ConfigError(other_batches(self._start[0], other))
-
-    def train_dataloader(self) -> Any:
-        """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
-        done = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
-        self.sampler.set_state(*(self._start or (done, 0)))  # a file without a place was written at an epoch's end
-        return clip_loader(
-            self.dataset,
-            num_workers=self._config.num_workers,
-            pin=self._pin,
-            batch_sampler=self.sampler,
-            timeout_s=self._config.loader_timeout_s,
-            kind=_PlacedLoader,
-        )
-
-    def val_dataloader(self) -> Any:
-        """The clips of the validation's episodes; nothing where there is none."""
-        return self.validation.dataloader() if self.validation else []
+from mmdistill.training.signals import stop_signals
 
 
 def distill(config: DistillConfig, run_dir: Path) -> Path:
@@ -126,7 +49,7 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     """
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
     resolve_precision(config.precision, process.device)  # refused before anything is made
-    run_dir = common_folder(process, run_dir)
+    run_dir = broadcast_run_dir(run_dir)
     if process.is_main:
         make_demo_data(config.data_module)
     checkpoints = run_dir / "checkpoints"

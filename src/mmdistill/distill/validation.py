@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Subset
 from mmdistill.builders import clip_dataset, clip_loader
 from mmdistill.config import DistillConfig, as_ints
 from mmdistill.data.dataset import ClipDataset
+from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.logistic import FloatArray
-from mmdistill.fewshot.ranks import grouped
 from mmdistill.fewshot.scores import evaluate
 
 METRIC = "val_top1_action"
@@ -90,11 +90,7 @@ class Validation(pl.Callback):
 
 
 def _gathered(features: dict[int, FloatArray]) -> dict[int, FloatArray]:
-    if not grouped():
-        return features
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, features)
-    return {i: row for part in parts for i, row in part.items()}
+    return {i: row for part in all_gather_objects(features) for i, row in part.items()}
 
 
 def make_validation(config: DistillConfig, process: Process) -> Validation | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
-from mmdistill.fewshot.encode import ClipEncoder, Job, Views, weights_digest
+from mmdistill.checkpoint.digest import weights_digest
+from mmdistill.fewshot.encode import ClipEncoder, Job, Views
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities.base import ModalitySpec, stored_statistics
 from mmdistill.models.videomae import Encoder

@@ -32,12 +32,14 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
-from mmdistill.data.annotations.f3set import AnnotationError
+from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.clips import ClipIndex, overlapping
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_version
+from mmdistill.device import autocast, resolve_precision
 from mmdistill.distill.teachers import named_teacher, other_rate
-from mmdistill.distributed.process import Process, autocast, common_folder, resolve_precision, start_process
+from mmdistill.distributed.collectives import broadcast_run_dir
+from mmdistill.distributed.process import Process, start_process
 from mmdistill.evaluation.networks import Network, random_network
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.encode import Job, Views, embed_cached
@@ -66,7 +68,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         ValueError: of this package, naming the key or the file.
     """
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
-    run_dir = common_folder(process, run_dir)
+    run_dir = broadcast_run_dir(run_dir)
     make_demo_data(config.data_module)
     networks = _networks(config, checkpoint)
     modalities = tuple(m for m in MODALITIES if any(n.modality == m for n in networks))

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdistill.console import progress
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import visible_tokens
+from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
-from mmdistill.fewshot.ranks import grouped, rank
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.preprocessing import prepare
 from mmdistill.models.videomae import Encoder
@@ -166,15 +166,6 @@ class ClipEncoder:
         return features.float()
 
 
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over names, dtypes and values of a module's state."""
-    digest = hashlib.sha256(str(getattr(module, "geometry", "")).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def embed_clips(
     jobs: Sequence[Job], loader: Iterable[Mapping[str, Tensor]], index: ClipIndex, *, show_progress: bool = True
 ) -> list[Features]:
@@ -286,20 +277,23 @@ def embed_cached(
     """
     keys = [job.key(data) for job in jobs]
     usable = [cache is not None and job.weights != "" for job in jobs]
-    found = _from_rank_zero(
-        lambda: [read_cache(cache, key) if use and cache else None for key, use in zip(keys, usable, strict=True)]
-    )
+    found: list[Features | None] = [None] * len(jobs)
+    if get_rank() == 0:
+        found = [read_cache(cache, key) if use and cache else None for key, use in zip(keys, usable, strict=True)]
+    found = broadcast_object(found)
     missing = [i for i, features in enumerate(found) if features is None]
     if missing:
         ids = [clip.id for clip in index.clips]
         wanted = [jobs[i] for i in missing]
-        parts = _from_all_ranks(lambda: embed_clips(wanted, loader(), index, show_progress=show_progress))
+        parts = run_on_all_ranks(
+            lambda: embed_clips(wanted, loader(), index, show_progress=show_progress), error_class=None
+        )
         noted = dict(note())
         for number, i in enumerate(missing):
             whole = merge_features([part[number] for part in parts], ids)
             whole = replace(whole, info={**whole.info, **noted})
             found[i] = whole
-            if usable[i] and cache is not None and rank() == 0:
+            if usable[i] and cache is not None and get_rank() == 0:
                 try:
                     write_cache(cache, keys[i], whole)
                 except OSError as error:
@@ -311,33 +305,3 @@ def embed_cached(
 def _note(features: Features, job: Job, cached: bool) -> Features:
     """Cached features carry the name that this run gives the network, which may differ from the one that made them."""
     return replace(features, info={**features.info, **_describe(job), "cached": cached})
-
-
-def _from_rank_zero(make: Callable[[], list[Features | None]]) -> list[Features | None]:
-    """Rank 0 looks, all ranks know: they must agree on what is encoded, even where they do not share a disk."""
-    if not grouped():
-        return make()
-    box: list[Any] = [make() if rank() == 0 else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    result: list[Features | None] = box[0]
-    return result
-
-
-def _from_all_ranks(make: Callable[[], list[Features]]) -> list[list[Features]]:
-    """What each rank made. Where one fails all raise: the others would wait for it for ever."""
-    if not grouped():
-        return [make()]
-    failure: Exception | None = None
-    mine: list[Features] | str
-    try:
-        mine = make()
-    except Exception as error:  # whatever it is, it is raised again below, once every rank knows
-        failure, mine = error, f"{type(error).__name__}: {error}"
-    parts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    if failure is not None:
-        raise failure
-    for number, part in enumerate(parts):
-        if isinstance(part, str):
-            raise FeatureError(f"rank {number} failed: {part}")
-    return parts

@@ -1,7 +1,9 @@
 """What can be wrong with a few-shot evaluation."""
 
+from mmdistill.errors import InputError
 
-class FewshotError(ValueError):
+
+class FewshotError(InputError):
     """An evaluation that cannot be done as asked; the message says what is wrong and what to change."""
 
 

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from mmdistill.console import progress
+from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
 from mmdistill.fewshot.classifiers import Head, find_head
 from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.logistic import default_workers
 from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
-from mmdistill.fewshot.ranks import grouped, rank
 from mmdistill.fewshot.scores import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarise
 
 log = logging.getLogger(__name__)
@@ -141,8 +140,8 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
     rows: list[Row] = []
     differences: list[dict[str, Any]] = []
     total = len(protocol.combinations()) * len(protocol.heads) * len(features) * protocol.episodes
-    world = torch.distributed.get_world_size() if grouped() else 1
-    with progress("episodes", total, enabled=show_progress and rank() == 0) as advance:
+    world = get_world_size()
+    with progress("episodes", total, enabled=show_progress and get_rank() == 0) as advance:
         for n_way, k_shot in protocol.combinations():
             episodes = _episodes(first, protocol, n_way, k_shot)
             for head in protocol.heads:
@@ -189,17 +188,14 @@ def _evaluate_over_ranks(
     f: Features, episodes: Episodes, head: str | Head, protocol: Protocol, advance: Any
 ) -> EpisodeScores:
     workers = protocol.workers
-    if workers is None and grouped():  # the ranks of one machine share its processors
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))
+    if workers is None and get_world_size() > 1:  # the ranks of one machine share its processors
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
         workers = max(1, default_workers() // here)
     options = {"workers": workers, "support_views": protocol.support_views, "advance": advance}
-    if not grouped():
+    if get_world_size() == 1:
         return evaluate(f.features, episodes, head, **options)
-    world = torch.distributed.get_world_size()
-    share = episodes.shard(rank(), world)
-    parts: list[Any] = [None] * world
-    mine = evaluate(f.features, share, head, **options) if len(share) else None
-    torch.distributed.all_gather_object(parts, mine)
+    share = episodes.shard(get_rank(), get_world_size())
+    parts = all_gather_objects(evaluate(f.features, share, head, **options) if len(share) else None)
     return merge_scores([part for part in parts if part is not None], episodes)
 
 

@@ -20,7 +20,7 @@ class ModalitySpec:
         mean, std: per channel, in the units above; the input is ``(value - mean) / std``. A single number serves all
             channels.
         target: what masked autoencoding predicts: ``patch`` (per-patch normalised values, VideoMAE section 3.1),
-            ``centred``, ``energy`` or ``pixel``; see `mmdistill.models.videomae.patch_targets`.
+            ``centred``, ``energy`` or ``pixel``; see `mmdistill.models.targets.patch_targets`.
         sigma: standard deviation of a joint's Gaussian in heat-map pixels (skeleton only).
     """
 

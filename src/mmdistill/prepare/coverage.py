@@ -10,8 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mmdistill.data.annotations.f3set import Rally
-from mmdistill.data.readers.base import FrameError, Reader, SkeletonReader
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.readers.base import FrameError, Reader
+from mmdistill.data.readers.skeleton import SkeletonReader
 
 EXAMPLES = 5  # of each kind of problem, kept by name
 

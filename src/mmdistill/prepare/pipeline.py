@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 
 from mmdistill import __version__
-from mmdistill.data.annotations.f3set import Rally, to_json
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.files import write_whole
 from mmdistill.prepare.flow import FLOW_METHODS, flow_function

@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from mmdistill.errors import InputError
 from mmdistill.files import write_whole
 from mmdistill.prepare.player_tracking import crops, find_players
 from mmdistill.prepare.video import decode
@@ -29,7 +30,7 @@ SMALL_CROP, ENLARGED = 320, 512  # px
 PoseFunction = Callable[[np.ndarray], np.ndarray | None]
 
 
-class PoseError(ValueError):
+class PoseError(InputError):
     """The pose extra is not there or cannot work; the message says what to install."""
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmdistill.errors import InputError
+
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
 
 
-class VideoError(ValueError):
+class VideoError(InputError):
     """A video that cannot be read to its end; the message names the file and the frame reached."""
 
 

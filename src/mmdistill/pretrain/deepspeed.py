@@ -7,7 +7,8 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mmdistill.config import PretrainConfig, offloads, zero_stage
-from mmdistill.distributed.process import Process, resolve_precision
+from mmdistill.device import resolve_precision
+from mmdistill.distributed.process import Process
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.training.optim import LearningRates, make_optimizer
 

@@ -18,31 +18,33 @@ from torch.utils.data import default_collate
 from mmdistill import __version__
 from mmdistill.builders import clip_dataset, clip_loader, decoder_geometry, encoder_geometry, make_demo_data
 from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
-from mmdistill.checkpoint.deepspeed_engine import agree
-from mmdistill.checkpoint.retention import find_resume, run_lock
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.lock import run_lock
+from mmdistill.checkpoint.retention import find_resume
 from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
 from mmdistill.data.masking import predicted_part
-from mmdistill.data.sampler import EpochBatchSampler, other_batches, stream
-from mmdistill.distributed.process import (
-    INTERRUPTED_EXIT_CODE,
-    Process,
-    any_rank,
-    common_folder,
-    mean_over_ranks,
-    resolve_precision,
-    seed_step,
-    start_process,
-    stop_signals,
+from mmdistill.data.sampler import EpochBatchSampler, other_batches
+from mmdistill.device import resolve_precision
+from mmdistill.distributed.collectives import (
+    all_reduce_any,
+    all_reduce_mean,
+    barrier,
+    broadcast_run_dir,
+    run_on_all_ranks,
 )
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.preprocessing import prepare
-from mmdistill.models.videomae import VideoMAE, complement, patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.videomae import VideoMAE, complement
 from mmdistill.pretrain.deepspeed import make_engine, open_process_group
 from mmdistill.pretrain.initialization import load_videomae
+from mmdistill.randomness import seed_step, seeded_rng
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
 from mmdistill.training.optim import LearningRates, group_settings, make_schedule
 from mmdistill.training.run_logger import RunLog
+from mmdistill.training.signals import stop_signals
 
 
 @dataclass
@@ -188,7 +190,7 @@ class _Run:
             return None
         removed, place = complement(visible, self.geometry.tokens), (self.config.seed, self.at.epoch, "predicted")
         n, ratio = removed.shape[1], self.config.decoder_mask_ratio
-        drawn = np.stack([predicted_part(n, ratio=ratio, rng=stream(*place, clip)) for clip in clips])
+        drawn = np.stack([predicted_part(n, ratio=ratio, rng=seeded_rng(*place, clip)) for clip in clips])
         return removed.gather(1, torch.from_numpy(drawn).to(removed.device))
 
     def meta(self, loss: float) -> dict[str, Any]:
@@ -226,7 +228,7 @@ class _Run:
             "skipped_steps": self.nonfinite.skipped,
         }
         path = save_deepspeed(self.engine, target, self.meta(loss), client)
-        agree(self._prune if self.process.is_main else lambda: None, "")
+        run_on_all_ranks(self._prune if self.process.is_main else lambda: None, error_class=CheckpointError)
         return path
 
     def _prune(self) -> None:
@@ -290,10 +292,10 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
     resolve_precision(config.precision, process.device)  # refused before anything is made
     open_process_group(process)
-    run_dir = common_folder(process, run_dir)
+    run_dir = broadcast_run_dir(run_dir)
     if process.is_main:
         make_demo_data(config.data_module)
-    torch.distributed.barrier()
+    barrier()
     with run_lock(run_dir / "checkpoints"):
         source = find_resume(config.resume, run_dir / "checkpoints")
         return _train(_Run(config, run_dir, process), source)
@@ -365,7 +367,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         if at.batch >= run.batches:
             break
         boundary = at.batch % trainer.accumulate == 0
-        if boundary and any_rank(stop_signal() is not None, run.process.device):
+        if boundary and all_reduce_any(stop_signal() is not None, run.process.device):
             name = f"epoch={at.epoch:02d}-loss={at.means[0]:.4f}-step={run.step}"
             _stop(run, log, run.save(name, at.means[0]))
         asked = time.monotonic()
@@ -391,7 +393,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         _picture(run, log)
     saved = None
     ended = at.epoch + 1 == trainer.epochs
-    stop = not ended and any_rank(stop_signal() is not None, run.process.device)
+    stop = not ended and all_reduce_any(stop_signal() is not None, run.process.device)
     if ended or stop or (at.epoch + 1) % trainer.save_ckpt_freq == 0:
         saved = run.save(f"epoch={at.epoch:02d}-loss={mean:.4f}", mean)
         run.report.write()
@@ -424,7 +426,7 @@ def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float
     """Forward, backward, optimiser step; the losses averaged over ranks, None where they are not finite."""
     accumulate = run.config.trainer.accumulate
     loss, trivial = run.losses(batch)
-    mean, trivial_mean = mean_over_ranks([loss, trivial])
+    mean, trivial_mean = all_reduce_mean([loss, trivial])
     names = [run.dataset.index.clips[i].id for i in batch["index"].tolist()]
     usable = run.nonfinite.note_loss(loss, mean, names, run.where)
     first, last = run.at.batch % accumulate == 0, (run.at.batch + 1) % accumulate == 0

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mmdistill.modalities.base import ModalitySpec
 from mmdistill.models.preprocessing import prepare
-from mmdistill.models.videomae import VideoMAE, gather_patches, patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.videomae import VideoMAE, gather_patches
 
 _GREY = 0.5  # of removed patches
 _COLUMNS = 6  # frames shown at most

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mmdistill.checkpoint.deepspeed_engine import gather
 from mmdistill.data.dataset import ClipDataset
+from mmdistill.distributed.collectives import all_gather_objects
 
 
 class DataReport:
@@ -30,7 +30,7 @@ class DataReport:
         the same as sums.
         """
         marks = self.dataset.marks
-        told = gather({int(i): marks[i].tolist() for i in marks.any(dim=1).nonzero().flatten().tolist()})
+        told = all_gather_objects({int(i): marks[i].tolist() for i in marks.any(dim=1).nonzero().flatten().tolist()})
         for rows in told:
             for i, row in rows.items():
                 marks[i] = torch.maximum(marks[i], torch.tensor(row, dtype=marks.dtype))

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from mmdistill.distributed.collectives import all_gather_objects
+from mmdistill.errors import MMDistillError
+
 POLICIES = ("raise", "skip")
 LEAST_SCALE = 1.0  # a gradient that overflows under this loss scale is not finite by itself
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(MMDistillError, FloatingPointError):
     """A loss or gradient that is not finite; the message names step and clips. The weights are as before the step."""
 
 
@@ -58,7 +61,7 @@ class NonFinite:
         if math.isfinite(mean):
             return True
         finite = bool(torch.isfinite(own))
-        named = [name for names in _gather(None if finite else list(clips)) if names for name in names]
+        named = [name for names in all_gather_objects(None if finite else list(clips)) if names for name in names]
         self.clips += named
         if self.policy == "raise":
             raise NonFiniteError(
@@ -86,14 +89,6 @@ class NonFinite:
                 f"more; weights were not changed.{names} Lower trainer.lr or look at these clips"
             )
         self.say(f"skipped step {self.skipped} of at most {self.budget}: {reason} at {where}.{names}")
-
-
-def _gather(names: list[str] | None) -> list[list[str] | None]:
-    if not (torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
-        return [names]
-    out: list[list[str] | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(out, names)
-    return out
 
 
 def zero_loss(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

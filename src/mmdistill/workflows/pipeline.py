@@ -13,8 +13,9 @@ from typing import Any
 
 from mmdistill import __version__
 from mmdistill.checkpoint import newest_complete
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import DistillConfig, PretrainConfig, to_plain
+from mmdistill.config.compose import load_config
+from mmdistill.errors import MMDistillError
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,7 +25,7 @@ ENTRYPOINTS: dict[str, tuple[Any, str]] = {
 }
 
 
-class StageError(RuntimeError):
+class StageError(MMDistillError):
     """A run failed, or its folder holds another one; the message names it and what to do."""
 
 

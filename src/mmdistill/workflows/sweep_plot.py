@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mmdistill.cli.sweep import JobRow, swept_keys
+from mmdistill.workflows.sweep_results import JobRow, swept_keys
 
 Points = dict[tuple[str, ...], tuple[float, float]]  # values of the keys -> mean and standard deviation of the metric
 _TITLES = {"top1_action_ensemble": "few-shot accuracy", "loss": "loss of the last epoch", "train_loss": "training loss"}

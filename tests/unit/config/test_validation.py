@@ -12,7 +12,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mmdistill.cli.entrypoint import CONFIGS, load_config
 from mmdistill.config import (
     HEAD_NAMES,
     ConfigError,
@@ -24,6 +23,7 @@ from mmdistill.config import (
     schema,
     teacher_paths,
 )
+from mmdistill.config.compose import CONFIGS, load_config
 from mmdistill.config.overrides import quote_overrides
 from tests.commands import TIMEOUT
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from mmdistill.data.annotations.f3set import Event, Rally
+from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.clips import build_index, overlapping
 
 A = "near_deuce_serve_-_-_T_-_in"

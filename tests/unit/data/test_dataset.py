@@ -12,7 +12,7 @@ import torch
 from tests.synthetic_dots import LEFT_WRIST, DotWorld, write_dot
 from torch.utils.data import DataLoader, default_collate
 
-from mmdistill.data.annotations.f3set import Rally
+from mmdistill.data.annotations.base import Rally
 from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.readers.base import FrameError

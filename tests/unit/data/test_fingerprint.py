@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from tests.synthetic_dots import DotWorld
 
-from mmdistill.data.annotations.f3set import Event, Rally
+from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_version
-from mmdistill.data.readers.base import RgbReader, SkeletonReader
+from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.rgb import RgbReader
 
 
 def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -> ClipDataset:

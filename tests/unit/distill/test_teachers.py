@@ -14,11 +14,11 @@ from mmdistill.checkpoint import (
     read_checkpoint,
     save_torch,
 )
-from mmdistill.cli.entrypoint import load_config
+from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
 from mmdistill.evaluation.run import _networks
-from mmdistill.fewshot.encode import weights_digest
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.integration.test_resume import teacher
 from tests.tiny_data import overrides

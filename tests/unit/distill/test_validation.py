@@ -12,8 +12,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from mmdistill.builders import clip_dataset, clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.validation import METRIC, Validation, make_validation
 from mmdistill.distributed.launch import free_port

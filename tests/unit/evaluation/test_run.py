@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import save_torch
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, DistillConfig, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderGeometry
 from tests.tiny_data import EVAL, make_tiny, overrides

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.fewshot.encode import ClipEncoder, Job, Views, embed_cached, embed_clips, weights_digest
+from mmdistill.fewshot.encode import ClipEncoder, Job, Views, embed_cached, embed_clips
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import cache_file, merge_features
 from mmdistill.modalities.base import MODALITY_SPECS

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
+from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
 from mmdistill.models.videomae import (
     DecoderGeometry,
     Encoder,
@@ -14,10 +15,7 @@ from mmdistill.models.videomae import (
     VideoMAE,
     complement,
     gather_patches,
-    patch_targets,
-    reconstruction_loss,
     sincos_positions,
-    trivial_loss,
 )
 
 ENCODER = EncoderGeometry(

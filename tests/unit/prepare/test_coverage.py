@@ -8,9 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data.annotations.f3set import Event, Rally, load_f3set, to_json
-from mmdistill.data.readers.base import FlowReader, Reader, RgbReader, SkeletonReader
+from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.f3set import load_f3set, to_json
+from mmdistill.data.readers.base import Reader
+from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.prepare.coverage import check_all
 from tests.commands import Script
 

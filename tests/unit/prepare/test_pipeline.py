@@ -15,8 +15,9 @@ import pytest
 
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import build_index
-from mmdistill.data.readers.base import FlowReader, RgbReader
+from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import read_flow
+from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.prepare.flow import flow_function
 from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.data.readers.base import SkeletonReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.prepare.player_tracking import crops, find_players
 from mmdistill.prepare.pose import BLAZEPOSE_TO_COCO, PoseError, mediapipe_pose, write_skeletons
 

@@ -11,11 +11,14 @@ import torch
 import yaml
 from torch.utils.data import default_collate
 
-from mmdistill.data.annotations.f3set import Rally, to_json
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.readers.base import FlowReader, RgbReader, SkeletonReader
+from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.modalities.base import MODALITY_SPECS
 from mmdistill.models.preprocessing import prepare
 from mmdistill.prepare.statistics import Moments, dataset_statistics, usable

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, PretrainConfig, stored_config, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement, patch_targets
+from mmdistill.models.targets import patch_targets
+from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement
 from mmdistill.pretrain.visualization import _rows, draw, reconstruct, scatter_patches, to_colours, write
 from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides

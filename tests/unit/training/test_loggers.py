@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmdistill.cli.entrypoint import load_config
 from mmdistill.config import ConfigError, PretrainConfig, as_names, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.training.loggers import TRACKERS, carry_rows, open_trackers
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.run_metadata import git_state, record_run

@@ -5,50 +5,23 @@ arXiv 2504.08222): a list of rallies, each with `video`, `num_frames`, `fps` and
 being eight fields joined by ``_``. Frames count from 0.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdistill.data.annotations.base import (
+    SHOWN_PROBLEMS,
+    AnnotationError,
+    Event,
+    Problem,
+    Rally,
+    annotation_reader,
+    read_json,
+    safe_name,
+)
+
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
-SHOWN_PROBLEMS = 8
-
-
-class AnnotationError(ValueError):
-    """An annotation file that cannot be used as it is; the message names rally, event and field."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happens at `frame` (counted from 0). `label` is "" where nobody said what."""
-
-    frame: int
-    label: str
-
-
-@dataclass(frozen=True)
-class Rally:
-    """One video of `num_frames` frames. `video` names its files in every modality."""
-
-    video: str
-    num_frames: int
-    fps: float
-    events: tuple[Event, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong with an annotation file. `event` is its position in the rally; None: the rally itself."""
-
-    rally: str
-    event: int | None
-    message: str
-
-    def __str__(self) -> str:
-        where = self.rally if self.event is None else f"{self.rally}, event {self.event}"
-        return f"{where}: {self.message}"
 
 
 def load_f3set(path: Path | str) -> list[Rally]:
@@ -94,14 +67,6 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
         problems += wrong
         rallies.append(Rally(name, entry["num_frames"], float(entry["fps"]), events))
     return rallies, problems
-
-
-def read_json(path: Path | str) -> Any:
-    """The content of a JSON file. Raises `AnnotationError` naming the file and the place."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: not JSON ({error})") from error
 
 
 def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
@@ -165,12 +130,6 @@ def _event_problem(entry: Any, num_frames: int) -> str:
     return ""
 
 
-def safe_name(video: str) -> bool:
-    """Whether a video's name stays inside the data folder when it becomes part of a path (sub-folders are fine)."""
-    parts = video.replace("\\", "/").split("/")
-    return all(parts) and ".." not in parts and "\0" not in video
-
-
 def select_fields(label: str, fields: Sequence[str] | None) -> str:
     """A label at a chosen granularity: the named F3Set fields, in F3Set's order, joined by ``_``. None keeps all.
 
@@ -208,3 +167,8 @@ def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+@annotation_reader("f3set")
+def _f3set(path: Path, _frames_dir: Path | None, _first_number: int) -> list[Rally]:
+    return load_f3set(path)

@@ -5,57 +5,12 @@ annotation file, the frames' folder and the number of the first frame, registere
 """
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmdistill.data.annotations.f3set import AnnotationError, Event, Rally, load_f3set, read_json, safe_name
+from mmdistill.data.annotations.base import AnnotationError, Event, Rally, annotation_reader, read_json, safe_name
 
-AnnotationReader = Callable[[Path, Path | None, int], list[Rally]]
 UNKNOWN_FPS = 30.0  # these formats give no rate, and nothing depends on it
-ANNOTATION_READERS: dict[str, AnnotationReader] = {}
-
-
-def annotation_reader(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
-    """Register a reader under `name`, the value of ``data_module.annotations``."""
-
-    def register(reader: AnnotationReader) -> AnnotationReader:
-        if name in ANNOTATION_READERS:
-            raise ValueError(f"an annotation reader {name!r} is registered already")
-        ANNOTATION_READERS[name] = reader
-        return reader
-
-    return register
-
-
-def load_annotations(
-    path: Path | str, *, annotations: str = "f3set", frames_dir: Path | str | None = None, first_number: int = 0
-) -> list[Rally]:
-    """The rallies of an annotation file by the reader called `annotations`.
-
-    Args:
-        frames_dir: the folder with one folder of frames per video, for formats that do not say how long a video is.
-        first_number: the number that frame 0 has in file names, for formats that count like the file names do.
-
-    Raises:
-        ValueError: for an unknown reader; `AnnotationError` for the file.
-    """
-    if annotations not in ANNOTATION_READERS:
-        raise ValueError(f"annotations={annotations!r} is not one of {', '.join(sorted(ANNOTATION_READERS))}")
-    return ANNOTATION_READERS[annotations](Path(path), None if frames_dir is None else Path(frames_dir), first_number)
-
-
-@annotation_reader("f3set")
-def _f3set(path: Path, _frames_dir: Path | None, _first_number: int) -> list[Rally]:
-    return load_f3set(path)
-
-
-def names_each_frame(pattern: str) -> bool:
-    """Whether a pattern of file names, with ``{video}`` and ``{frame:06d}``, gives each frame of each video its own."""
-    try:
-        return len({pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}) == 4
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
-        return False
 
 
 # How the formats call a field; the first that a clip has counts.

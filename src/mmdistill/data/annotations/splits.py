@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from mmdistill.data.annotations.f3set import Rally, match_of, select_fields
-from mmdistill.data.sampler import stream
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import match_of, select_fields
+from mmdistill.randomness import seeded_rng
 
 
 def split_by_match(
@@ -78,7 +79,7 @@ def _checked(fractions: Mapping[str, float]) -> dict[str, float]:
 def _assign(sizes: Mapping[str, int], targets: Mapping[str, float], *, seed: int) -> dict[str, str]:
     """Each item to the split that is furthest below its share; the order is seeded, every split gets at least one."""
     names = sorted(sizes)
-    order = [names[i] for i in stream(seed, "split").permutation(len(names))]
+    order = [names[i] for i in seeded_rng(seed, "split").permutation(len(names))]
     total = sum(sizes.values())
     got = dict.fromkeys(targets, 0)
     chosen: dict[str, str] = {}

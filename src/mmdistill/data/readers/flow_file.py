@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdistill.errors import InputError
 from mmdistill.files import whole_file
 
 FLOW_DTYPES = ("float32", "float16", "int16", "int8")
 
 
-class FlowFileError(ValueError):
+class FlowFileError(InputError):
     """A flow file that cannot be read; the message names it."""
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from mmdistill.errors import InputError
 
-class UnsafePickleError(ValueError):
+
+class UnsafePickleError(InputError):
     """A pickle that wants more than arrays and containers, or that is damaged; the message names the file."""
 
 

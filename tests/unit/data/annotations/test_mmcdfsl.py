@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mmdistill.builders import clip_dataset
-from mmdistill.cli.entrypoint import load_config
+from mmdistill.config.compose import load_config
 from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
@@ -19,8 +19,8 @@ from mmdistill.config import (
     PretrainConfig,
     modality_specs,
 )
-from mmdistill.data.annotations.f3set import AnnotationError, Event, Rally
-from mmdistill.data.annotations.mmcdfsl import ANNOTATION_READERS, annotation_reader, load_annotations
+from mmdistill.data.annotations.base import AnnotationError, Event, Rally
+from mmdistill.data.annotations.base import ANNOTATION_READERS, annotation_reader, load_annotations
 from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script

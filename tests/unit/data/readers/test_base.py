@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from tests.synthetic_dots import LEFT_WRIST, DotWorld
 
-from mmdistill.data.readers.base import FlowReader, FrameError, RgbReader, SkeletonReader
+from mmdistill.data.readers.base import FrameError
+from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.flow import FlowReader
+from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, read_flow, write_flow
 
 

@@ -1,0 +1,130 @@
+"""Results of a finished Hydra sweep: one row per job."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One line of the table: a job, or one few-shot setting of a job.
+
+    Attributes:
+        job: folder name.
+        overrides: key to value, as text.
+        metric: name of the number that is drawn; empty for a failed job.
+        values: all numbers by name.
+        error: first line of the failure; empty if there was none.
+    """
+
+    job: str
+    overrides: dict[str, str]
+    metric: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+def read_sweep(folder: Path) -> list[JobRow]:
+    """The jobs of a multirun folder, in the order of their numbers.
+
+    Raises:
+        ValueError: there is no job in it.
+    """
+    jobs = sorted((p.parents[1] for p in folder.rglob(".hydra/overrides.yaml")), key=_job_order)
+    if not jobs:
+        raise ValueError(f"{folder} holds no job with .hydra/overrides.yaml; give the folder that `-m` wrote")
+    return [row for job in jobs for row in _job_rows(job, job.relative_to(folder).as_posix())]
+
+
+def _job_order(job: Path) -> tuple[int, str]:
+    number = job.name.rpartition("_")[2]
+    return (int(number) if number.isdigit() else sys.maxsize, str(job))
+
+
+def _job_rows(job: Path, name: str) -> list[JobRow]:
+    overrides = _overrides(job / ".hydra" / "overrides.yaml")
+    if (job / FAILED).is_file():
+        return [JobRow(name, overrides, error=json.loads((job / FAILED).read_text())["error"].splitlines()[0])]
+    if (job / "fewshot.json").is_file():
+        return _fewshot_rows(json.loads((job / "fewshot.json").read_text()), name, overrides)
+    last = last_metrics(job / "metrics.csv")
+    for metric in ("loss", "train_loss"):
+        if metric in last:
+            return [JobRow(name, overrides, metric, last)]
+    return [JobRow(name, overrides, error="unfinished: neither fewshot.json nor a loss in metrics.csv")]
+
+
+def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) -> list[JobRow]:
+    """One row per setting; a list of `k_shot`, `n_way` or `head` in one job becomes a column like a swept key."""
+    rows = []
+    settings = report["settings"]
+    varied = [k for k in ("n_way", "k_shot", "head") if len({str(s[k]) for s in settings}) > 1]
+    keys = {"n_way": "data_module.n_way", "k_shot": "data_module.k_shot", "head": "head"}
+    for setting in settings:
+        scored = setting["rows"].get(report["network"]) or next(iter(setting["rows"].values()))
+        values = {k: float(v) for k, v in scored.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        own = {**overrides, **{keys[k]: str(setting[k]) for k in varied}}
+        rows.append(JobRow(name, own, "top1_action_ensemble", values))
+    return rows
+
+
+def _overrides(path: Path) -> dict[str, str]:
+    pairs = (str(text).partition("=") for text in OmegaConf.load(path))
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def swept_keys(rows: Sequence[JobRow]) -> list[str]:
+    """Keys whose value differs between the jobs."""
+    keys = dict.fromkeys(key for row in rows for key in row.overrides)
+    return [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
+
+
+def write_table(rows: Sequence[JobRow], path: Path) -> None:
+    """``sweep.csv``: job, the swept keys, all numbers, the error."""
+    keys = swept_keys(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row.values))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["job", *keys, *names, "error"])
+        for row in rows:
+            numbers = [row.values.get(name, "") for name in names]
+            writer.writerow([row.job, *(row.overrides.get(key, "") for key in keys), *numbers, row.error])
+
+
+FAILED = "failed.json"
+
+
+def objective(run_dir: Path) -> float:
+    """What a run is judged by, from its files: few-shot accuracy (larger is better), else its last epoch's loss.
+
+    Raises:
+        ValueError: the run left neither.
+    """
+    accuracy = run_dir / "fewshot.json"
+    if accuracy.is_file():
+        return float(json.loads(accuracy.read_text())["top1_action_ensemble"])
+    last = last_metrics(run_dir / "metrics.csv")
+    for name in ("loss", "train_loss"):
+        if name in last:
+            return last[name]
+    raise ValueError(f"{run_dir} has no fewshot.json and no loss in metrics.csv")
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """The last number in each column of a metrics.csv; empty where there is no file."""
+    last: dict[str, float] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    try:
+                        last[name] = float(value)
+                    except (TypeError, ValueError):
+                        continue  # an empty cell: Lightning writes each metric into a row of its own
+    return last

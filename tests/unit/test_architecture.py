@@ -1,0 +1,104 @@
+"""Who may import whom. A module imports modules of lower layers and of its own package only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
+# From the bottom to the top. Entries of one line do not import each other.
+LAYERS = (
+    ("errors",),
+    ("files", "console", "randomness", "ops"),
+    ("data", "models"),
+    ("modalities",),
+    ("config",),
+    ("device",),
+    ("distributed",),
+    ("checkpoint",),
+    ("demo", "fewshot", "prepare"),
+    ("builders",),
+    ("training",),
+    ("distill", "evaluation", "pretrain"),
+    ("workflows",),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this package that a file imports, also inside functions; ``a.b`` for ``mmdistill.a.b``."""
+    tree = ast.parse(path.read_text())
+    hidden = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("mmdistill")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mmdistill":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                is_module = module_path(name) is not None
+                found.add(name if is_module else str(node.module))
+    return {name.removeprefix("mmdistill").removeprefix(".") for name in found}
+
+
+def module_path(name: str) -> Path | None:
+    """The file of a dotted module name; None if there is no such module."""
+    stem = PACKAGE.joinpath(*name.split(".")[1:])
+    candidates = (stem.with_suffix(".py"), stem / "__init__.py")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def module_name(path: Path) -> str:
+    """``checkpoint.load`` for src/mmdistill/checkpoint/load.py; a package is named without ``__init__``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_every_part_of_the_package_has_a_layer() -> None:
+    parts = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
+    assert parts - {"__init__", "__main__"} == set(RANK)
+
+
+def test_at_most_six_loose_modules() -> None:
+    loose = [p.name for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__")]
+    assert len(loose) <= 6, loose
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    own = module_name(path).split(".")[0]
+    upward = [
+        name
+        for name in imported_modules(path)
+        if name and own in RANK and name.split(".")[0] != own and RANK[name.split(".")[0]] >= RANK[own]
+    ]
+    assert not upward, f"{module_name(path)} imports {', '.join(sorted(upward))}, which are not below it"
+
+
+def test_no_import_cycle() -> None:
+    graph = {module_name(path): imported_modules(path) - {module_name(path)} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name in done or name not in graph:
+            return
+        for other in sorted(graph[name]):
+            if other:
+                visit(other, (*trail, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
