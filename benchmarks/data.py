@@ -34,9 +34,8 @@ from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.preprocessing import prepare
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.modalities import get_modality, preprocess_clips
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE, CROP, FRAMES = (224, 398), (224, 384), 64
@@ -119,8 +118,8 @@ def _parts(root: Path, dataset: ClipDataset, repeats: int) -> None:
         "sample, three modalities": lambda: dataset[(1, 5)],
     }
     batch = default_collate([dataset[(1, 5)]])
-    calls["heat-maps 17 x 16 x 56 x 96"] = lambda: prepare(
-        batch["skeleton"], batch["view"], MODALITY_SPECS["skeleton"], (CROP[0] // 4, CROP[1] // 4)
+    calls["heat-maps 17 x 16 x 56 x 96"] = lambda: preprocess_clips(
+        batch["skeleton"], batch["crop_box"], get_modality("skeleton").spec(), (CROP[0] // 4, CROP[1] // 4)
     )
     print(f"{'part':32} {'median':>8} {'fastest':>8}  ms of CPU per clip, one core")
     for name, call in calls.items():
@@ -151,13 +150,13 @@ def _wait(root: Path) -> None:
     """Both trainings for two epochs of 13 steps; the first epoch starts the worker."""
     rally = {"video": "r", "fps": 25.0, "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "events": []}
     (root / "unlabel.json").write_text(json.dumps([rally]))
-    for modality, spec in MODALITY_SPECS.items():
-        height, width, patch = CROP[0] // spec.scale, CROP[1] // spec.scale, 16 // spec.scale
-        geometry = EncoderGeometry(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
+    for modality, spec in get_modality.items():
+        height, width, patch = CROP[0] // spec.input_stride, CROP[1] // spec.input_stride, 16 // spec.input_stride
+        geometry = EncoderConfig(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
         state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
         meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}}
         save_torch({"state_dict": state, "mmdistill": meta}, root / f"{modality}.ckpt")
-    teachers = ",".join(f"{m}:{root / m}.ckpt" for m in MODALITY_SPECS)
+    teachers = ",".join(f"{m}:{root / m}.ckpt" for m in get_modality)
     common = [
         *(
             f"data_module.{k}={v}"

@@ -20,10 +20,10 @@ from mmdistill.data.clips import Clip
 from mmdistill.fewshot.encode import ClipEncoder, Job, Views
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.scores import evaluate
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.modalities import get_modality
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
-VIT_S = EncoderGeometry(3, 16, 224, 384, 16, 2, dim=384, depth=12, heads=6, head_dim=64, mlp_dim=1536)
+VIT_S = EncoderConfig(3, 16, 224, 384, 16, 2, dim=384, depth=12, heads=6, head_dim=64, mlp_dim=1536)
 LIMITS = {"logistic": 8.0, "centroid": 1.0}
 
 
@@ -48,7 +48,7 @@ def time_heads(features: np.ndarray, episodes: Episodes, workers: int | None) ->
     return out
 
 
-def encoder_flop(g: EncoderGeometry, tokens: int) -> int:
+def encoder_flop(g: EncoderConfig, tokens: int) -> int:
     """Multiplications and additions of one clip with this many visible tokens.
 
     Per token 2 * (weights of its linear layers); per block 4 * tokens^2 * inner for the two products of the attention.
@@ -56,10 +56,10 @@ def encoder_flop(g: EncoderGeometry, tokens: int) -> int:
     inner = g.heads * g.head_dim
     linear = g.dim * 3 * inner + inner * g.dim + 2 * g.dim * g.mlp_dim
     block = 2 * tokens * linear + 4 * tokens**2 * inner
-    return 2 * tokens * g.token_values * g.dim + g.depth * block
+    return 2 * tokens * g.patch_dim * g.dim + g.depth * block
 
 
-def gemm_rate(g: EncoderGeometry, tokens: int, seconds: float = 0.5) -> float:
+def gemm_rate(g: EncoderConfig, tokens: int, seconds: float = 0.5) -> float:
     """Best fp32 rate (flop/s) of a linear layer of this encoder's widest shape on all of a batch's tokens."""
     layer, x = nn.Linear(g.dim, g.mlp_dim), torch.randn(tokens, g.dim)
     best, end = 0.0, time.perf_counter() + seconds
@@ -73,7 +73,7 @@ def gemm_rate(g: EncoderGeometry, tokens: int, seconds: float = 0.5) -> float:
 
 def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
     """Rate of the encoding of masked clips, preparation of the pixels included, beside that of a matrix product."""
-    encode = ClipEncoder(Encoder(VIT_S), MODALITY_SPECS["rgb"])
+    encode = ClipEncoder(Encoder(VIT_S), get_modality("rgb").spec())
     views = Views(2, ratio)
     job = Job("benchmark", encode, VIT_S.grid, views)
     view = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
@@ -86,7 +86,7 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
         for _ in range(repeats):  # in turns, so that other load on the machine meets both
             rate = max(rate, gemm_rate(VIT_S, batch * tokens))
             start = time.perf_counter()
-            fresh = {"rgb": rgb.clone(), "view": view}  # another batch: prepared once for both of its views
+            fresh = {"rgb": rgb.clone(), "crop_box": view}  # another batch: prepared once for both of its views
             for mask in masks:
                 job.encode(fresh, mask)
             best = min(best, time.perf_counter() - start)

@@ -6,11 +6,11 @@
   with the same weights and mask: 16 x 224 x 384, ViT-S, mask 0.9, batch 1; with the full decoder, and with
   ``decoder_mask_ratio=0.5``;
 - the distillation step (raw clip to optimiser; three teachers and the student, all ViT-S; mask 0.75, batch 1) against
-  the rate of a float32 matrix product on the same threads, and with ``trainer.teacher_cache``.
+  the rate of a float32 matrix product on the same threads, and with ``trainer.cache_teacher_epochs``.
 
 Each round times everything once, one after the other, so that a change of the machine's speed meets all alike; medians
 count. Ours run in a process set up as `pretrain_main.py` sets up its own, transformers' in another as it comes, and
-once more in ours (its memory is kept then, `keep_heap`). Denormals are flushed for all. FLOPs are
+once more in ours (its memory is kept then, `tune_malloc`). Denormals are flushed for all. FLOPs are
 those of matrix products and attention, 2 per multiply-add, the backward pass twice the forward one; what a method
 recomputes is not counted, so the rates are of useful arithmetic. The wanted ratios are those of one clip on a CPU in
 float32; elsewhere none is given.
@@ -33,12 +33,12 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from mmdistill.checkpoint.keys import from_huggingface
 from mmdistill.data.masking import visible_tokens
-from mmdistill.device import autocast, keep_heap
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
-from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE, complement
+from mmdistill.distributed.device import autocast, tune_malloc
+from mmdistill.modalities import ModalitySpec, get_modality
+from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE, masked_indices
 from mmdistill.randomness import seeded_rng
 from mmdistill.training.optim import LearningRates, make_optimizer
 
@@ -73,10 +73,10 @@ class Setting:
         return f"{where}, torch {torch.__version__}, precision {self.precision}, {self.batch} clips a step"
 
 
-def geometry(sizes: dict, spec: ModalitySpec) -> EncoderGeometry:
+def geometry(sizes: dict, spec: ModalitySpec) -> EncoderConfig:
     """An encoder of the benchmark."""
-    (height, width), scale, dim, heads = sizes["size"], spec.scale, sizes["dim"], sizes["heads"]
-    return EncoderGeometry(
+    (height, width), scale, dim, heads = sizes["size"], spec.input_stride, sizes["dim"], sizes["heads"]
+    return EncoderConfig(
         spec.channels, sizes["frames"], height // scale, width // scale, sizes["patch"] // scale, 2,
         dim, sizes["depth"], heads, dim // heads, 4 * dim,
     )  # fmt: skip
@@ -91,21 +91,21 @@ def block_flops(n: int, dim: int, inner: int, hidden: int, last: int | None = No
     return 2 * (m + 2 * n) * dim * inner + 4 * m * n * inner + 2 * m * inner * dim + 4 * m * dim * hidden
 
 
-def encoder_flops(g: EncoderGeometry, n: int, *, backward: bool) -> int:
+def encoder_flops(g: EncoderConfig, n: int, *, backward: bool) -> int:
     """An encoder on n visible tokens; the input's gradient is not needed, so the embedding counts twice, not thrice."""
-    embed, blocks = 2 * n * g.token_values * g.dim, g.depth * block_flops(n, g.dim, g.heads * g.head_dim, g.mlp_dim)
+    embed, blocks = 2 * n * g.patch_dim * g.dim, g.depth * block_flops(n, g.dim, g.heads * g.head_dim, g.mlp_dim)
     return 2 * embed + 3 * blocks if backward else embed + blocks
 
 
-def pretrain_flops(g: EncoderGeometry, d: DecoderGeometry, visible: int, predicted: int, last: int) -> int:
+def pretrain_flops(g: EncoderConfig, d: DecoderConfig, visible: int, predicted: int, last: int) -> int:
     """One pretraining step on one clip; `last` tokens in the decoder's last block."""
     tokens, sizes = visible + predicted, (d.dim, d.heads * d.head_dim, d.mlp_dim)
-    decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.token_values
+    decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.patch_dim
     decoder += (d.depth - 1) * block_flops(tokens, *sizes) + block_flops(tokens, *sizes, last=last)
     return encoder_flops(g, visible, backward=True) + 3 * decoder
 
 
-def distill_flops(geometries: dict[str, EncoderGeometry], visible: int, *, cached: bool) -> int:
+def distill_flops(geometries: dict[str, EncoderConfig], visible: int, *, cached: bool) -> int:
     """One distillation step on one clip; the transfer head on one feature is left out."""
     teachers = 0 if cached else sum(encoder_flops(g, visible, backward=False) for g in geometries.values())
     return teachers + encoder_flops(geometries["rgb"], visible, backward=True)
@@ -114,9 +114,9 @@ def distill_flops(geometries: dict[str, EncoderGeometry], visible: int, *, cache
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 
-def mask(g: EncoderGeometry, ratio: float, setting: Setting) -> Tensor:
+def mask(g: EncoderConfig, ratio: float, setting: Setting) -> Tensor:
     """(B, Lv)"""
-    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, kind="tube", rng=seeded_rng(0)))
+    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, mask_type="tube", rng=seeded_rng(0)))
     return drawn.expand(setting.batch, -1).to(setting.device)
 
 
@@ -137,7 +137,7 @@ def stepper(module: torch.nn.Module, loss: Callable[[], Tensor], setting: Settin
     return step
 
 
-def huggingface(sizes: dict, g: EncoderGeometry) -> VideoMAEForPreTraining:
+def huggingface(sizes: dict, g: EncoderConfig) -> VideoMAEForPreTraining:
     """transformers' model of this geometry, as it comes."""
     dim, depth, heads = sizes["decoder"]
     config = VideoMAEConfig(
@@ -152,9 +152,9 @@ def huggingface(sizes: dict, g: EncoderGeometry) -> VideoMAEForPreTraining:
 def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     """name -> (FLOPs, step), and the losses of both implementations with the same weights."""
     sizes, device, clips = setting.sizes, setting.device, setting.batch
-    spec = MODALITY_SPECS["rgb"]
+    spec = get_modality("rgb").spec()
     g, (width, depth, heads) = geometry(sizes, spec), sizes["decoder"]
-    d = DecoderGeometry(width, depth, heads, width // heads, 4 * width)
+    d = DecoderConfig(width, depth, heads, width // heads, 4 * width)
     theirs = huggingface(sizes, g)
     ours = VideoMAE(g, d)
     state = from_huggingface(theirs.state_dict())
@@ -162,14 +162,14 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     ours, theirs = ours.to(device), theirs.to(device)
     x = torch.randn(clips, 3, g.num_frames, g.height, g.width).to(device)
     visible = mask(g, 0.9, setting)
-    removed = complement(visible, g.tokens)
+    removed = masked_indices(visible, g.tokens)
     half = removed[:, torch.randperm(removed.shape[1])[: removed.shape[1] // 2].sort().values.to(device)]
     hidden = torch.ones(clips, g.tokens, dtype=torch.bool, device=device).scatter(1, visible, False)
 
     def our_loss(predict: Tensor | None) -> Tensor:
         prediction, index = ours(x, visible, predict)
-        target = patch_targets(x, index, g.grid, kind="patch")
-        trivial_loss(target, g.channels)  # which a run logs too
+        target = patch_targets(x, index, g.grid, kind="norm_pix")
+        constant_baseline_loss(target, g.channels)  # which a run logs too
         return reconstruction_loss(prediction, target)
 
     def their_loss() -> Tensor:
@@ -179,7 +179,7 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
         losses = {"ours": float(our_loss(None)), "transformers": float(their_loss())}
     n, all_, some = visible.shape[1], removed.shape[1], half.shape[1]
     theirs_full = pretrain_flops(g, d, n, all_, g.tokens)
-    theirs_full += 2 * (g.tokens - n) * g.token_values * g.dim * 2  # transformers embeds the removed patches too
+    theirs_full += 2 * (g.tokens - n) * g.patch_dim * g.dim * 2  # transformers embeds the removed patches too
     return {
         "pretrain, transformers": (clips * theirs_full, stepper(theirs, their_loss, setting)),
         "pretrain, full decoder": (
@@ -196,7 +196,7 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
 def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float]]:
     """name -> (FLOPs, step), and the losses with teachers and with their kept features on the same mask."""
     sizes, clips = setting.sizes, setting.batch
-    specs = MODALITY_SPECS
+    specs = get_modality
     geometries = {m: geometry(sizes, s) for m, s in specs.items()}
     module = MMDistill(
         {m: Encoder(g) for m, g in geometries.items()}, specs, rates=LearningRates(1e-9, 0, 0), weight_decay=0.05,
@@ -208,7 +208,7 @@ def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float
         "flow": torch.randn(clips, t, 2, h, w + 14).half(),
         "skeleton": torch.rand(clips, t, 2, 17, 3) * h,
         "visible": mask(geometries["rgb"], 0.75, setting),
-        "view": torch.tensor([[0.0, 7, h, w, 0]]).expand(clips, -1),
+        "crop_box": torch.tensor([[0.0, 7, h, w, 0]]).expand(clips, -1),
         "index": torch.arange(clips),
     }
     batch = {name: value.to(setting.device) for name, value in batch.items()}
@@ -269,7 +269,7 @@ def serve(pipe: Connection, setting: Setting, ours: bool, folder: Path) -> None:
     """A process that holds steps: sends what they are, then answers each name with the seconds that it took."""
     torch.set_flush_denormal(True)
     if ours:
-        keep_heap()
+        tune_malloc()
     torch.manual_seed(0)
     if ours:
         steps, losses = our_steps(setting, folder)

@@ -31,7 +31,8 @@ from mmdistill.config.overrides import is_override
 from mmdistill.data.annotations.base import SHOWN_PROBLEMS, Problem, Rally
 from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
+from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
 
@@ -53,7 +54,7 @@ def main() -> int:
         return 2
     _show_annotations(console, path, rallies, problems)
     if options.write_clean:
-        write_whole(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
+        atomic_write_bytes(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
         console.print(f"the usable part is in {options.write_clean}", markup=False, soft_wrap=True)
     report: dict[str, Any] = {"annotation_problems": [str(p) for p in problems]}
     if readers:
@@ -66,7 +67,7 @@ def main() -> int:
             report |= check_all(rallies, readers, workers=options.workers, every=options.every, progress=progress)
         _show_coverage(console, report)
     if options.json:
-        write_whole(options.json, (json.dumps(report, indent=1) + "\n").encode())
+        atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if report.get("complete", True) and not problems else 1
 
 
@@ -79,7 +80,7 @@ def _arguments() -> argparse.Namespace:
         "--split", choices=["unlabel", "eval"], default="unlabel", help="which annotation file of the dataset config"
     )
     parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
-    parser.add_argument("--modalities", nargs="+", choices=["rgb", "flow", "skeleton"], help="default: the dataset's")
+    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: the dataset's")
     parser.add_argument("--frames-dir", help="under the root")
     parser.add_argument("--flow-dir", help="under the root")
     parser.add_argument("--skeleton-dir", help="under the root")

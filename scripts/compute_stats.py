@@ -26,7 +26,8 @@ from mmdistill.config import (
     to_plain,
 )
 from mmdistill.config.compose import load_config
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
+from mmdistill.modalities import modality_names
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 
@@ -73,7 +74,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config-name", default="config_pretrain")
     parser.add_argument("--output", type=Path, help="dataset config to write; without it, standard output")
-    parser.add_argument("--modalities", nargs="+", choices=["rgb", "flow", "skeleton"], help="default: the dataset's")
+    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: the dataset's")
     parser.add_argument("--clips", type=int, help="use this many clips, evenly spread; default: all")
     parser.add_argument("overrides", nargs="*", help="as for pretrain_main.py")
     options = parser.parse_intermixed_args()
@@ -90,7 +91,7 @@ def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     if output is None:
         print(text, end="")
     else:
-        write_whole(output, text.encode())
+        atomic_write_bytes(output, text.encode())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.classifiers import HEADS
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.features import Features, load_features, write_whole
+from mmdistill.fewshot.features import Features, atomic_write_bytes, load_features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 
 
@@ -76,7 +76,7 @@ def main() -> int:
         extra = {"files": [str(file) for file in args.file]}
         if args.json:
             text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-            write_whole(args.json, text.encode() + b"\n")
+            atomic_write_bytes(args.json, text.encode() + b"\n")
         if args.report:
             print(f"report: {write_report(results, args.report, extra=extra)}")
     except (FewshotError, OSError) as error:

@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         "--n-masks", type=int, help="masked views per clip, 0: the whole clip; default: as in the config"
     )
     parser.add_argument("--mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
-    parser.add_argument("--views", choices=["shared", "per_clip"], help="default: data_module.views")
+    parser.add_argument("--views", choices=["shared", "per_clip"], help="default: data_module.eval_masks")
     parser.add_argument("--config-name", default="config_mmdistill")
     parser.add_argument("--cache", type=Path, help="folder of the feature cache")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
@@ -42,8 +42,8 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode and write."""
     from mmdistill.builders import clip_dataset, clip_loader, make_demo_data
     from mmdistill.config import modality_specs
-    from mmdistill.data.fingerprint import data_version
-    from mmdistill.device import autocast, resolve_precision
+    from mmdistill.data.fingerprint import data_fingerprint
+    from mmdistill.distributed.device import autocast, resolve_precision
     from mmdistill.distributed.process import start_process
     from mmdistill.evaluation.networks import load_network
     from mmdistill.fewshot.encode import Views, embed_cached
@@ -54,7 +54,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
     specs = modality_specs(data)
-    sizes = {m: (data.num_frames, *(side // spec.scale for side in data.crop_size)) for m, spec in specs.items()}
+    sizes = {m: (data.num_frames, *(side // spec.input_stride for side in data.crop_size)) for m, spec in specs.items()}
     network = load_network(args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes)
     make_demo_data(data)
     dataset = clip_dataset(data, (network.modality,), training=False, seed=config.seed)
@@ -63,7 +63,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
         data.n_masks if args.n_masks is None else args.n_masks,
         data.eval_mask_ratio if args.mask_ratio is None else args.mask_ratio,
         data.mask_type,
-        args.views or data.views,
+        args.views or data.eval_masks,
         config.seed,
     )
     precision = resolve_precision(config.precision, process.device)
@@ -74,7 +74,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
         [job],
         lambda: clip_loader(dataset, num_workers=config.num_workers, pin=pin, batch_size=config.batch_size),
         index,
-        data=data_version(dataset, network.modality) if args.cache else "",
+        data=data_fingerprint(dataset, network.modality) if args.cache else "",
         cache=args.cache,
     )
     path = save_features(features, args.out)

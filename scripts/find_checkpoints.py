@@ -15,7 +15,7 @@ from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, choose, find_checkpoints
-from mmdistill.modalities.base import MODALITIES
+from mmdistill.modalities import modality_names
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -42,7 +42,7 @@ def row(info: CheckpointInfo) -> str:
 def teachers_block(chosen: dict[str, CheckpointInfo]) -> str:
     """The list that trainer.ckpt_path takes, in the order rgb, flow, skeleton."""
     lines = []
-    for name in MODALITIES:
+    for name in modality_names():
         if name in chosen:
             text = json.dumps(str(chosen[name].path), ensure_ascii=False)
             lines.append(f"  {text},  # {name}, {chosen[name].format}")
@@ -67,7 +67,7 @@ def as_data(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unre
     return {
         "checkpoints": [{**dataclasses.asdict(info), "path": str(info.path)} for info in found],
         "chosen": {name: str(info.path) for name, info in chosen.items()},
-        "ckpt_path": [str(chosen[name].path) if name in chosen else None for name in MODALITIES],
+        "ckpt_path": [str(chosen[name].path) if name in chosen else None for name in modality_names()],
         "evaluate": evaluation_command(chosen[DISTILLED]) if DISTILLED in chosen else None,
         "unreadable": unreadable,
     }
@@ -76,7 +76,7 @@ def as_data(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unre
 def show(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreadable: list[str], best: bool) -> None:
     """Print the tables and the two blocks."""
     which = "best" if best else "newest complete"
-    for group in (*MODALITIES, DISTILLED, UNKNOWN):
+    for group in (*modality_names(), DISTILLED, UNKNOWN):
         members = [info for info in found if info.modality == group]
         if members:
             print(f"{group} ({len(members)})\n  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  saved")
@@ -84,7 +84,7 @@ def show(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreada
             print()
     if not found:
         print("No checkpoints found.\n")
-    if any(name in chosen for name in MODALITIES):
+    if any(name in chosen for name in modality_names()):
         print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the configuration:\n")
         print(teachers_block(chosen) + "\n")
     if DISTILLED in chosen:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 
 
 def main() -> int:
@@ -44,7 +44,7 @@ def main() -> int:
     if not kept:
         print("make_unlabel: no rally is left", file=sys.stderr)
         return 2
-    write_whole(options.output, (json.dumps(to_json(kept)) + "\n").encode())
+    atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
     print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} left out")
     return 0
 

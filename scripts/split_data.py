@@ -15,7 +15,7 @@ from pathlib import Path
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
 from mmdistill.data.annotations.splits import split_by_class, split_by_match
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 
 
 def _fraction(text: str) -> tuple[str, float]:
@@ -63,7 +63,7 @@ def main() -> int:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         path = options.output_dir / f"{name}.json"
-        write_whole(path, (json.dumps(to_json(part)) + "\n").encode())
+        atomic_write_bytes(path, (json.dumps(to_json(part)) + "\n").encode())
         labels = len({e.label for r in part for e in r.events})
         print(f"{path}: {len(part)} rallies, {sum(len(r.events) for r in part)} events, {labels} labels")
     return 0

@@ -11,13 +11,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmdistill.workflows.sweep_plot import draw, drawn_keys, mean_over_seeds, ordered
+from mmdistill.workflows.sweep_plot import draw, mean_over_seeds, ordered, plotted_keys
 from mmdistill.workflows.sweep_results import JobRow, read_sweep, write_table
 
 
 def print_table(rows: Sequence[JobRow]) -> None:
     """One line per value of the swept keys, seeds averaged."""
-    keys = drawn_keys(rows)
+    keys = plotted_keys(rows)
     for metric in dict.fromkeys(r.metric for r in rows if r.metric):
         points = mean_over_seeds([r for r in rows if r.metric == metric], keys)
         table = Table(
@@ -31,7 +31,7 @@ def print_table(rows: Sequence[JobRow]) -> None:
 
 
 def _repeated(rows: Sequence[JobRow]) -> bool:
-    return len({r.overrides.get("seed") for r in rows}) > 1 and "seed" not in drawn_keys(rows)
+    return len({r.overrides.get("seed") for r in rows}) > 1 and "seed" not in plotted_keys(rows)
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     print_table(rows)
     for row in rows:
         if row.error:
-            settings = " ".join(f"{k}={v}" for k, v in row.overrides.items() if k in drawn_keys(rows) or k == "seed")
+            settings = " ".join(f"{k}={v}" for k, v in row.overrides.items() if k in plotted_keys(rows) or k == "seed")
             print(f"no result: {row.job} ({settings}): {row.error}")
     print(f"numbers: {folder / 'sweep.csv'}")
     if draw(rows, folder / "sweep.png"):

@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from mmdistill.builders import clip_dataset
 from mmdistill.checkpoint import CheckpointError, load_weights, read_checkpoint
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
 from mmdistill.pretrain.visualization import draw, reconstruct, write
 
 
@@ -28,8 +28,8 @@ def pictures(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder to reconstruct with")
     config = stored_config(checkpoint.meta["config"], PretrainConfig, args.overrides)
     spec = modality_specs(config.data_module)[config.modality]
-    geometry = EncoderGeometry(**checkpoint.meta["encoders"]["encoder"])
-    model = VideoMAE(geometry, DecoderGeometry(**checkpoint.meta["decoder"]))
+    geometry = EncoderConfig(**checkpoint.meta["encoders"]["encoder"])
+    model = VideoMAE(geometry, DecoderConfig(**checkpoint.meta["decoder"]))
     load_weights(model, args.checkpoint)
     dataset = clip_dataset(config.data_module, (config.modality,), training=args.split == "train", seed=config.seed)
     dataset.mask_ratio = config.data_module.mask_ratio

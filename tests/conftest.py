@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="module")
 def no_trace() -> Iterator[None]:
     """`start_process` makes the test process a world of one: commands that later tests start must not inherit that."""
-    before, solo = {name: os.environ.get(name) for name in PLACE}, launch._solo
+    before, solo = {name: os.environ.get(name) for name in PLACE}, launch._single_process
     yield
-    launch._solo = solo
+    launch._single_process = solo
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

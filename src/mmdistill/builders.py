@@ -1,58 +1,55 @@
 """From a validated config to objects: geometries, datasets, loaders. Used by both trainings and the evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_specs
+from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_setting, modality_specs
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.readers.base import Reader
-from mmdistill.data.readers.flow import FlowReader
-from mmdistill.data.readers.rgb import RgbReader
-from mmdistill.data.readers.skeleton import SkeletonReader
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry
+from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 
-def encoder_geometry(model: ModelConfig, data: DataModuleConfig, spec: ModalitySpec) -> EncoderGeometry:
+def make_encoder_config(model: ModelConfig, data: DataModuleConfig, spec: ModalitySpec) -> EncoderConfig:
     """Sizes of the encoder of one modality; all modalities share the token grid."""
-    return EncoderGeometry(
+    return EncoderConfig(
         channels=spec.channels,
         num_frames=data.num_frames,
-        height=data.crop_size[0] // spec.scale,
-        width=data.crop_size[1] // spec.scale,
-        patch=data.patch_size // spec.scale,
+        height=data.crop_size[0] // spec.input_stride,
+        width=data.crop_size[1] // spec.input_stride,
+        patch=data.patch_size // spec.input_stride,
         tubelet=data.tubelet,
         dim=model.dim,
         depth=model.depth,
         heads=model.heads,
         head_dim=model.head_dim or model.dim // model.heads,
         mlp_dim=int(model.dim * model.mlp_ratio),
-        learned_positions=model.learned_positions,
-        separable_positions=model.separable_positions,
+        pos_embed=model.pos_embed,
     )
 
 
-def decoder_geometry(model: ModelConfig) -> DecoderGeometry:
+def make_decoder_config(model: ModelConfig) -> DecoderConfig:
     """Sizes of the pretraining decoder."""
     width, heads = model.decoder_dim, model.decoder_heads
-    return DecoderGeometry(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
+    return DecoderConfig(width, model.decoder_depth, heads, width // heads, int(width * model.mlp_ratio))
 
 
 @contextmanager
-def _values_of_the_config() -> Iterator[None]:
-    """What refuses an argument here refuses a value of the config."""
+def raise_as_config_error(key: str = "") -> Iterator[None]:
+    """Turn a `ValueError` about an argument into a `ConfigError` about the key of `data_module`."""
     try:
         yield
     except ValueError as error:
         if type(error) is not ValueError:
             raise  # about a file
-        raise ConfigError(f"data_module: {error}") from error
+        raise ConfigError(f"data_module{'.' * bool(key)}{key}: {error}") from error
 
 
 def _under_root(data: DataModuleConfig, value: str) -> Path:
@@ -81,14 +78,19 @@ def annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
 
 def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
     """The rallies of an annotation file, by the dataset's reader."""
-    frames, first = _under_root(data, data.frames_dir), data.first_number
-    return load_annotations(path, annotations=data.annotations, frames_dir=frames, first_number=first)
+    frames_dir = modality_setting(data, STUDENT_MODALITY, "dir")
+    return load_annotations(
+        path,
+        annotations=data.annotations,
+        frames_dir=None if frames_dir is None else _under_root(data, frames_dir),
+        frame_number_offset=data.frame_number_offset,
+    )
 
 
 def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     """Training clips (labels unused) or labelled evaluation clips. Raises `ConfigError` where there is none."""
     path = annotation_path(data, training=training)
-    with _values_of_the_config():
+    with raise_as_config_error():
         rallies = load_rallies(data, path)
         index = build_index(
             rallies,
@@ -112,25 +114,19 @@ def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
 
 def modality_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
     """Readers of the dataset's own files. Raises `ConfigError` where a folder is not set or absent."""
-    size = (data.frame_size[0], data.frame_size[1])
-    makers = {
-        "rgb": lambda: RgbReader(
-            data_path(data, data.frames_dir, "frames_dir"),
-            frame_size=size,
-            pattern=data.frame_pattern,
-            first_number=data.first_number,
-        ),
-        "flow": lambda: FlowReader(
-            data_path(data, data.flow_dir, "flow_dir"),
-            frame_size=size,
-            pattern=data.flow_pattern,
-            first_number=data.first_number,
-        ),
-        "skeleton": lambda: SkeletonReader(
-            data_path(data, data.skeleton_dir, "skeleton_dir"), frame_size=size, max_persons=data.max_persons
-        ),
-    }
-    return {m: makers[m]() for m in modalities}
+    readers = {}
+    for modality in modalities:
+        key = f"modalities.{modality}.dir"
+        options = ReaderOptions(
+            frame_size=(data.frame_size[0], data.frame_size[1]),
+            pattern=modality_setting(data, modality, "pattern"),
+            frame_number_offset=data.frame_number_offset,
+            max_persons=data.max_persons,
+        )
+        root = data_path(data, modality_setting(data, modality, "dir"), key)
+        with raise_as_config_error(f"modalities.{modality}.pattern"):
+            readers[modality] = get_modality(modality).open_reader(root, options)
+    return readers
 
 
 def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
@@ -141,27 +137,27 @@ def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, trainin
             raise ConfigError(f"data_module.modalities has no entry {modality}; it has {', '.join(specs)}")
     index = clip_index(data, training=training)
     height, width = data.crop_size
-    with _values_of_the_config():
+    with raise_as_config_error():
         dataset = ClipDataset(
             index,
             modality_readers(data, modalities),
             grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
-            crop=(height, width),
+            crop_size=(height, width),
             frame_size=(data.frame_size[0], data.frame_size[1]),
-            mask_kind=data.mask_type,
+            mask_type=data.mask_type,
             mask_ratio=data.mask_ratio if training else 0.0,
             seed=seed,
             augment=training,
-            min_scale=data.min_scale,
-            flip=data.flip,
-            missing=data.missing,
+            random_crop_min_scale=data.random_crop_min_scale,
+            hflip_prob=data.hflip_prob,
+            on_missing=data.on_missing,
         )
     if not len(dataset):
         lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_left_out"].items()}
-        told = ", ".join(f"{m} of {count}" for m, count in lacking.items())
+        message = ", ".join(f"{count} clips have no {m} files" for m, count in lacking.items())
         raise ConfigError(
-            f"data_module.missing={data.missing} leaves out all {len(index.clips)} clips, for want of {told}; check "
-            "data_module.target_data_dir and its folders, scripts/check_data.py says what is there"
+            f"data_module.on_missing={data.on_missing} removes all {len(index.clips)} clips: {message}; check "
+            "data_module.target_data_dir and its folders with scripts/check_data.py"
         )
     return dataset
 
@@ -203,19 +199,33 @@ def make_demo_data(data: DataModuleConfig) -> None:
 
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
     """Raise `ConfigError` unless the encoder takes this dataset's clips: channels, frames, size, tubelet, patch."""
-    g = encoder.geometry
+    g = encoder.config
     if g.channels != spec.channels:
         raise ConfigError(
             f"{source} takes {g.channels} channels, {spec.name} has {spec.channels}: is it of another modality?"
         )
     names = ("frames", "height", "width", "tubelet", "patch")
     found = (g.num_frames, g.height, g.width, g.tubelet, g.patch)
-    height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
-    wanted = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.scale)
+    height, width = data.crop_size[0] // spec.input_stride, data.crop_size[1] // spec.input_stride
+    wanted = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.input_stride)
     if found != wanted:
         both = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, wanted, strict=True) if a != b)
         scale, rest = divmod(data.patch_size, g.patch)
-        set_it = f"; set data_module.modalities.{spec.name}.scale={scale}" if scale != spec.scale and not rest else ""
+        set_it = (
+            f"; set data_module.modalities.{spec.name}.input_stride={scale}"
+            if scale != spec.input_stride and not rest
+            else ""
+        )
         raise ConfigError(
             f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {both}{set_it}"
         )
+
+
+def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
+    """What to say where clips take other frames than those that the checkpoint of `meta` has learned from."""
+    stored = (meta.get("config") or {}).get("data_module") or {}
+    rate = stored.get("sampling_rate", data.sampling_rate)
+    if rate == data.sampling_rate:
+        return []
+    told = f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}"
+    return [f"{told}: clips show their motion at another speed"]

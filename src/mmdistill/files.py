@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Write to a temporary file beside `path`, which takes its place when the block ends without an exception.
 
     Its folder is made where it is missing.
@@ -23,7 +23,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes) -> None:
     """The same for bytes at hand."""
-    with whole_file(path) as file:
+    with atomic_open(path) as file:
         file.write(data)

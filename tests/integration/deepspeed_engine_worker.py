@@ -20,7 +20,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import deepspeed
 import torch
 
-from mmdistill.checkpoint import CheckpointError, load_deepspeed, newest_complete, read_checkpoint, save_deepspeed
+from mmdistill.checkpoint import (
+    CheckpointError,
+    latest_valid_checkpoint,
+    load_deepspeed,
+    read_checkpoint,
+    save_deepspeed,
+)
 from mmdistill.checkpoint import deepspeed_engine as layer
 from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
 from mmdistill.checkpoint.formats.manifest import verify_manifest
@@ -169,7 +175,7 @@ def between(rank: int, folder: Path) -> None:
 def judge(folder: Path) -> dict:
     """What a resume would find: the newest verified checkpoint, and the steps in all of its files."""
     unfinished = [n for n in os.listdir(folder) if n.startswith(".tmp-")]
-    path = newest_complete(folder)
+    path = latest_valid_checkpoint(folder)
     if path is None:
         return {"found": False, "unfinished": unfinished}
     manifest = verify_manifest(path, full=True) or {}
@@ -215,7 +221,7 @@ def main(folder: Path) -> None:
         launch(2, endless, target, (1, 2)[seed % 2], kill=(rank, wait))
         kills.append(judge(target))
     results["kills"] = kills
-    newest = newest_complete(folder / "kill1")
+    newest = latest_valid_checkpoint(folder / "kill1")
     if newest:
         results["codes"]["after"] = launch(2, loads, folder, newest)
         results["after"] = (verify_manifest(newest) or {})["step"]

@@ -41,25 +41,25 @@ def _prepare(rank: int, how: list[str]) -> None:
 
 def _let_a_worker_die() -> None:
     """As torch sees it: its handler raises wherever the process is, here at the first thing done about a failure."""
-    leave = launch.leave_workers_alone
+    leave = launch.reset_sigchld_handler
 
     def died(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker is killed")
 
     def leaving() -> None:
-        launch.leave_workers_alone = leave
+        launch.reset_sigchld_handler = leave
         os.kill(os.getpid(), signal.SIGCHLD)
         leave()
 
     signal.signal(signal.SIGCHLD, died)
-    launch.leave_workers_alone = leaving
+    launch.reset_sigchld_handler = leaving
 
 
 def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    ask, failed = launch.first_to_fail, 0.0
+    ask, failed = launch.claim_first_failure, 0.0
 
     def asking(job: int) -> int | None:
         nonlocal failed
@@ -67,7 +67,7 @@ def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
         _prepare(rank, how)
         return ask(job)
 
-    launch.first_to_fail = asking
+    launch.claim_first_failure = asking
     if f"worker{rank}" in how:
         _let_a_worker_die()
 

@@ -7,7 +7,7 @@ Each rank writes a line per step to ``RECORD.{rank}.jsonl``: epoch, clip numbers
 loss of the last rank's n-th batch is NaN; with ``inf_at`` = n (or -1: of every one), that loss is finite and its
 gradient is not. Either of them, or ``watch``, writes ``RECORD.{rank}.states.jsonl``: digests of weights, averages and
 moments before and after each batch. With ``fp16`` precision=16 is let through on a CPU; with ``uncached`` teachers run
-on the masks of trainer.teacher_cache in every epoch. Exit codes go to PLAN.json.codes.
+on the masks of trainer.cache_teacher_epochs in every epoch. Exit codes go to PLAN.json.codes.
 """
 
 import hashlib
@@ -142,14 +142,14 @@ def _allow_fp16() -> None:
 
     runtime.has_fp16 = lambda device: True
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]
-    place = distill_run.trainer_place
+    place = distill_run.strategy_kwargs
 
     def with_plugin(*args: Any, **kwargs: Any) -> dict[str, Any]:
         out = place(*args, **kwargs)
         assert out.pop("precision") == "16-mixed"
         return {**out, "plugins": [*out["plugins"], MixedPrecision("16-mixed", "cpu")]}
 
-    distill_run.trainer_place = with_plugin
+    distill_run.strategy_kwargs = with_plugin
 
 
 def _never_cached() -> None:

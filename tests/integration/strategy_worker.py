@@ -24,12 +24,15 @@ from mmdistill.distill import strategy as strategies
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.models.transfer_head import CrossModalTransfer
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
 from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.tiny_data import make_tiny, overrides
 
 COMMON = ["trainer.epochs=2", "trainer.save_ckpt_freq=1", "batch_size=4", "test=False", "trainer.lr=1.0"]
-CLIPPED = ["trainer.clip_grad=0.01", "trainer.accumulate=4"]  # 6 batches: the second step of an epoch has only 2
+CLIPPED = [
+    "trainer.clip_grad=0.01",
+    "trainer.accumulate_grad_batches=4",
+]  # 6 batches: the second step of an epoch has only 2
 
 
 def start(world: int, job: Callable[..., int | None], *args: object) -> list[int]:
@@ -120,7 +123,7 @@ def stock_directory(rank: int, folder: Path, name: str) -> None:
 def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
     """Rank 0 cannot write its file: what each rank is told, and how soon."""
     began = 0.0
-    save = strategies._OneFile.save_checkpoint
+    save = strategies.SingleFileCheckpointMixin.save_checkpoint
 
     def timed(self: object, *args: object, **kwargs: object) -> None:
         nonlocal began
@@ -130,7 +133,7 @@ def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    strategies._OneFile.save_checkpoint = timed
+    strategies.SingleFileCheckpointMixin.save_checkpoint = timed
     callbacks.save_torch = fail
     told = None
     try:
@@ -146,9 +149,9 @@ def make_teachers(folder: Path) -> None:
     specs = modality_specs(config_of(folder).data_module)
     for number, (modality, spec) in enumerate(specs.items()):
         torch.manual_seed(number)
-        size = 32 // spec.scale
-        geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, 16, 1, 2, 8, 32)
-        model = VideoMAE(geometry, DecoderGeometry(8, 1, 1, 8, 16))
+        size = 32 // spec.input_stride
+        geometry = EncoderConfig(spec.channels, 4, size, size, 8 // spec.input_stride, 2, 16, 1, 2, 8, 32)
+        model = VideoMAE(geometry, DecoderConfig(8, 1, 1, 8, 16))
         meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}}
         write_deepspeed(model.state_dict(), folder / modality, meta)
 

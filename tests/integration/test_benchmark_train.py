@@ -36,7 +36,7 @@ def test_pretraining_arithmetic_and_losses(bench: dict[str, Any]) -> None:
 def test_distillation_arithmetic_and_losses(
     bench: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmdistill.distill.module.MOST_TOKENS", 0)  # no threads
+    monkeypatch.setattr("mmdistill.distill.module.MAX_TOKENS_FOR_THREADING", 0)  # no threads
     torch.manual_seed(0)
     steps, losses = bench["distillation"](bench["Setting"](True, "cpu", 1, "32"), tmp_path)
     assert losses["cached"] == pytest.approx(losses["uncached"], rel=1e-5)

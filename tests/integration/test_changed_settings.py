@@ -18,7 +18,7 @@ from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teachers import load_teachers
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.pretrain import trainer as loop
 from mmdistill.training.optim import make_optimizer
 from tests.tiny_data import MODEL, make_tiny, overrides
@@ -31,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny(root / "data")
     for number, (name, spec) in enumerate(modality_specs(_distill(root).data_module).items()):
         torch.manual_seed(number)
-        size = 32 // spec.scale
-        geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, 16, 2, 2, 8, 32)
+        size = 32 // spec.input_stride
+        geometry = EncoderConfig(spec.channels, 4, size, size, 8 // spec.input_stride, 2, 16, 2, 2, 8, 32)
         state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
         meta = {"kind": "pretrain", "modality": name, "encoders": {"encoder": to_plain(geometry)},
                 "statistics": {name: spec.statistics}}  # fmt: skip
@@ -111,7 +111,7 @@ def test_clips_that_fill_no_step_are_counted_as_left_out(
     folder: Path, batches: list[tuple[int, list[int]]], tmp_path: Path
 ) -> None:
     """9 batches of 8 are 4 steps of 2, and a batch that is left out though it is full."""
-    loop.pretrain(_pretrain(folder, "trainer.epochs=1", "trainer.accumulate=2"), tmp_path)
+    loop.pretrain(_pretrain(folder, "trainer.epochs=1", "trainer.accumulate_grad_batches=2"), tmp_path)
     assert sum(len(clips) for _, clips in batches) == 64
     assert "(8 clips left out each epoch)" in (tmp_path / "run.log").read_text()
 
@@ -166,7 +166,7 @@ def test_weight_decay_of_a_resumed_pretraining_is_the_configs(
 
     monkeypatch.setattr(loop, "_optimise", watch)
     for stage in ("0", "1"):
-        fixed = [f"deepspeed.zero_stage={stage}", "trainer.weight_decay=0.2"]
+        fixed = [f"strategy=deepspeed_stage_{stage}", "trainer.weight_decay=0.2"]
         loop.pretrain(_pretrain(folder, *fixed, "trainer.epochs=1"), tmp_path / stage)
         found.clear()
         fixed[1] = "trainer.weight_decay=0.1"
@@ -185,7 +185,7 @@ def test_pretraining_goes_on_with_what_its_weights_have_learned_with(
 
 def test_weights_of_other_heads_are_no_start(pretrained: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightMismatchError, match="heads 2 / 4, head_dim 16 / 8"):
-        loop.pretrain(_pretrain(folder, "model.heads=4", f"pretrain={pretrained}"), tmp_path)
+        loop.pretrain(_pretrain(folder, "model.heads=4", f"init_from={pretrained}"), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_other_teachers_than_those_in_the_file_are_refused(folder: Path, tmp_pat
     specs = modality_specs(config.data_module)
     teachers, sources = load_teachers(config, specs, None)
     state = {f"teacher_{m}.encoder.{k}": v for m, e in teachers.items() for k, v in e.state_dict().items()}
-    encoders = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    encoders = {f"teacher_{m}": to_plain(e.config) for m, e in teachers.items()}
     statistics = {m: specs[m].statistics for m in teachers}
     meta = {"kind": "distill", "encoders": encoders, "teachers": sources, "statistics": statistics}
     save_torch({"state_dict": state, "mmdistill": meta}, full)
@@ -236,13 +236,13 @@ def test_kept_features_are_of_the_files_and_clips_as_they_are(folder: Path, tmp_
     """Neither a flow that was computed again nor another choice of frames has a name that tells."""
     shutil.copytree(folder, tmp_path / "data")
     here, run_dir = tmp_path / "data", tmp_path / "run"
-    options = ["trainer.teacher_cache=1", "trainer.epochs=1"]
+    options = ["trainer.cache_teacher_epochs=1", "trainer.epochs=1"]
 
     def draws() -> int:
         return len(list((run_dir / "teacher_features").iterdir()))
 
     run.distill(_distill(here, *options), run_dir)
-    options = ["trainer.teacher_cache=1", "resume=auto"]
+    options = ["trainer.cache_teacher_epochs=1", "resume=auto"]
     run.distill(_distill(here, *options, "trainer.epochs=2"), run_dir)
     assert draws() == 1
     file = next((here / "data" / "flow").rglob("*.npy"))
@@ -255,7 +255,7 @@ def test_kept_features_are_of_the_files_and_clips_as_they_are(folder: Path, tmp_
 
 def test_learned_positions_are_not_decayed() -> None:
     """Under whatever name the encoder stands."""
-    geometry = EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, learned_positions=True)
+    geometry = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="learned")
     module = torch.nn.ModuleDict({"student_rgb": torch.nn.ModuleDict({"encoder": Encoder(geometry)})})
     optimizer = make_optimizer(module, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95))
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}

@@ -18,10 +18,10 @@ from mmdistill.checkpoint import (
     CheckpointError,
     CorruptCheckpointError,
     UnsafeCheckpointError,
+    latest_valid_checkpoint,
     load_encoder,
     load_torch,
     load_weights,
-    newest_complete,
     read_checkpoint,
     save_safetensors,
     save_torch,
@@ -30,10 +30,10 @@ from mmdistill.checkpoint import write as writing
 from mmdistill.checkpoint.convert import write_deepspeed
 from mmdistill.checkpoint.formats.manifest import manifest_bytes, read_manifest, verify_manifest
 from mmdistill.checkpoint.formats.torch_zip import load_pickle, sha256_file, zip_records
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).resolve().parents[1] / "unit" / "checkpoint" / "fixtures"
-GEOMETRY, DECODER = EncoderGeometry(3, 2, 8, 8, 4, 2, 16, 2, 2, 8, 32), DecoderGeometry(8, 1, 1, 8, 16)
+GEOMETRY, DECODER = EncoderConfig(3, 2, 8, 8, 4, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16)
 
 
 def net() -> VideoMAE:
@@ -82,7 +82,7 @@ def test_truncated_file_of_a_directory(
         assert f"{kept} bytes" in text
         assert f"{len(data)} expected" in text
     untouched(new)
-    assert newest_complete(tmp_path) == old
+    assert latest_valid_checkpoint(tmp_path) == old
     assert any("skipped" in r.message and file.rsplit("/", 1)[-1] in r.message for r in caplog.records)
 
 

@@ -11,7 +11,7 @@ from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.evaluation.networks import load_network
 from mmdistill.evaluation.run import evaluate_checkpoint
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 SIGMA = "data_module.modalities.skeleton.sigma=0.4"
@@ -23,8 +23,8 @@ def folder(tmp_path: Path) -> Path:
     make_tiny(tmp_path / "data")
     spec = modality_specs(_config(tmp_path, SIGMA).data_module)["skeleton"]
     torch.manual_seed(0)
-    size = 32 // spec.scale
-    geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, 16, 2, 2, 8, 32)
+    size = 32 // spec.input_stride
+    geometry = EncoderConfig(spec.channels, 4, size, size, 8 // spec.input_stride, 2, 16, 2, 2, 8, 32)
     state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
     meta = {"kind": "pretrain", "modality": "skeleton", "encoders": {"encoder": to_plain(geometry)}}
     told = {**meta, "statistics": {"skeleton": spec.statistics}}
@@ -34,7 +34,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _config(folder: Path, *more: str) -> DistillConfig:
-    fixed = ["train=False", "ckpt_path=x", "accelerator=cpu", "compare=[]", "head=centroid", "feature_cache=null"]
+    fixed = [
+        "train=False",
+        "ckpt_path=x",
+        "accelerator=cpu",
+        "baselines=[]",
+        "classifier=centroid",
+        "feature_cache=null",
+    ]
     return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, *more])
 
 

@@ -21,7 +21,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 from mmdistill.training.optim import LearningRates, layer_of, make_optimizer, make_schedule
 from tests.tiny_data import MODEL, make_tiny, overrides
 
@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     specs = modality_specs(_config(root).data_module)
     for number, (name, spec) in enumerate(specs.items()):
         torch.manual_seed(number)
-        size, width = 32 // spec.scale, 16 * (1 + (name == "flow"))
-        geometry = EncoderGeometry(spec.channels, 4, size, size, 8 // spec.scale, 2, width, 2, 2, width // 2, 32)
+        size, width = 32 // spec.input_stride, 16 * (1 + (name == "flow"))
+        geometry = EncoderConfig(spec.channels, 4, size, size, 8 // spec.input_stride, 2, width, 2, 2, width // 2, 32)
         state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
         meta = {"kind": "pretrain", "modality": name, "encoders": {"encoder": to_plain(geometry)}}
         save_torch({"state_dict": state, "mmdistill": meta}, root / f"{name}.ckpt")
@@ -89,7 +89,7 @@ def test_layers_of_names() -> None:
 
 
 def test_layer_decay_sets_the_rates_and_keeps_them_in_proportion() -> None:
-    model = VideoMAE(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32), DecoderGeometry(8, 1, 1, 8, 16))
+    model = VideoMAE(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16))
     optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
     schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
 
@@ -113,7 +113,7 @@ def test_layer_decay_of_one_changes_nothing() -> None:
     weights = []
     for decay in (None, 1.0):
         torch.manual_seed(0)
-        encoder = nn.ModuleDict({"encoder": Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32))})
+        encoder = nn.ModuleDict({"encoder": Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32))})
         optimizer = make_optimizer(encoder, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=decay)
         for _ in range(3):
             optimizer.zero_grad()
@@ -127,11 +127,11 @@ def test_layer_decay_of_one_changes_nothing() -> None:
 
 
 def test_ema_is_the_average_and_leaves_the_student_alone(folder: Path, steps: list, tmp_path: Path) -> None:
-    config = _config(folder, "trainer.ema=0.7", "trainer.accumulate=2")
+    config = _config(folder, "trainer.ema=0.7", "trainer.accumulate_grad_batches=2")
     run.distill(config, tmp_path / "ema")
     averaged = list(steps)
     steps.clear()
-    run.distill(_config(folder, "trainer.accumulate=2"), tmp_path / "plain")
+    run.distill(_config(folder, "trainer.accumulate_grad_batches=2"), tmp_path / "plain")
     assert [s["loss"] for s in averaged] == [s["loss"] for s in steps]
     assert torch.equal(averaged[-1]["weights"], steps[-1]["weights"])
     start = load_encoder(folder / "rgb.ckpt")
@@ -167,7 +167,9 @@ def test_two_half_batches_are_one_batch(folder: Path, steps: list, tmp_path: Pat
     run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "whole")
     whole = list(steps)
     steps.clear()
-    run.distill(_config(folder, "trainer.epochs=1", "batch_size=4", "trainer.accumulate=2"), tmp_path / "halves")
+    run.distill(
+        _config(folder, "trainer.epochs=1", "batch_size=4", "trainer.accumulate_grad_batches=2"), tmp_path / "halves"
+    )
     assert whole[0]["clips"] == steps[0]["clips"] + steps[1]["clips"]
     assert len(steps) == 2 * len(whole)
     assert torch.allclose(whole[-1]["weights"], steps[-1]["weights"], atol=2e-4)
@@ -199,7 +201,7 @@ def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(monk
     found, calls = [], []
     for wanted in (False, True):
         torch.manual_seed(0)
-        encoder = Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)).train()
+        encoder = Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)).train()
         encoder.checkpoint_activations = wanted
         count = [0]
         encoder.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
@@ -255,13 +257,13 @@ def test_pretraining_compiles_encoder_and_decoder(folder: Path, compiled: list, 
     assert not isinstance(decoder, Encoder)
     assert names[0] == names[1]  # the loss to four digits
     with pytest.raises(ConfigError, match="stage 3"):
-        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "compile=true", "deepspeed=zero3"])
+        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "compile=true", "strategy=deepspeed_stage_3"])
 
 
 def test_inductor_agrees_with_eager() -> None:
     """The real compiler, forward and backward, on one small block."""
     torch.manual_seed(0)
-    encoder = Encoder(EncoderGeometry(3, 4, 16, 16, 8, 2, 16, 1, 2, 8, 32))
+    encoder = Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 1, 2, 8, 32))
     x, visible = torch.randn(2, 3, 4, 16, 16), torch.tensor([[0, 3, 5], [1, 2, 7]])
     encoder.embed(x, visible).sum().backward()
     eager = [p.grad.clone() for p in encoder.parameters()]
@@ -299,7 +301,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     return counts
 
 
-CACHED = ["trainer.teacher_cache=2", "trainer.epochs=5", "trainer.save_ckpt_freq=1", "batch_size=7"]
+CACHED = ["trainer.cache_teacher_epochs=2", "trainer.epochs=5", "trainer.save_ckpt_freq=1", "batch_size=7"]
 
 
 def _uncached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +358,7 @@ def _weights(place: Path) -> torch.Tensor:
 
 
 def test_features_of_another_mask_ratio_are_not_taken(folder: Path, reads: dict, tmp_path: Path) -> None:
-    options = ["trainer.teacher_cache=1", "trainer.epochs=1"]
+    options = ["trainer.cache_teacher_epochs=1", "trainer.epochs=1"]
     run.distill(_config(folder, *options), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     run.distill(_config(folder, *options, "data_module.mask_ratio=0.5"), tmp_path)

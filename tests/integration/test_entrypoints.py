@@ -65,7 +65,7 @@ def test_pretraining_writes_the_seeds_layout(teachers: dict[str, Path]) -> None:
         assert checkpoint.meta["modality"] == modality
         assert checkpoint.meta["statistics"][modality]["std"]
         metrics = (path.parents[1] / "metrics.csv").read_text().splitlines()
-        assert "trivial_loss" in metrics[0]
+        assert "constant_baseline_loss" in metrics[0]
         assert len(metrics) == 3
 
 

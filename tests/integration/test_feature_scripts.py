@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from mmdistill.fewshot.features import load_features
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.commands import Script
 from tests.tiny_data import make_tiny, overrides
 
 
 @pytest.fixture(autouse=True)
-def world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def set_single_process_env(monkeypatch: pytest.MonkeyPatch) -> None:
     """`start_process` sets these where they are missing; the other tests must not see them."""
     world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     for name, value in {**world, "DS_ACCELERATOR": "cpu"}.items():
@@ -55,7 +55,7 @@ def test_extract_reads_a_checkpoint_and_the_clips(tmp_path: Path, script: Script
     parts = {}
     for seed, (part, channels) in enumerate((("student_rgb", 3), ("teacher_flow", 2))):
         torch.manual_seed(seed)
-        geometry = EncoderGeometry(channels, 4, 32, 32, 8, 2, dim=64, depth=1, heads=1, head_dim=64, mlp_dim=64)
+        geometry = EncoderConfig(channels, 4, 32, 32, 8, 2, dim=64, depth=1, heads=1, head_dim=64, mlp_dim=64)
         parts |= {f"{part}.encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
     torch.save({"state_dict": parts}, tmp_path / "a=b.ckpt")
     options = [o for o in overrides(data) if not o.startswith("trainer")]

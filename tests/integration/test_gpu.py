@@ -14,10 +14,9 @@ import torch
 
 from mmdistill.checkpoint import read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import get_modality, preprocess_clips
 from mmdistill.models.targets import patch_targets, reconstruction_loss
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE, masked_indices
 from tests.commands import ROOT, environment, run_python
 from tests.integration.test_resume import teacher
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
@@ -71,14 +70,14 @@ def _weights(run: Path, epoch: int) -> dict[str, torch.Tensor]:
 # The same numbers as the CPU's ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modality", MODALITY_SPECS)
+@pytest.mark.parametrize("modality", get_modality)
 def test_inputs_loss_and_gradients_are_the_cpus(modality: str) -> None:
     """From raw clips to the gradient of each weight, in float32."""
     torch.manual_seed(0)
-    spec = MODALITY_SPECS[modality]
-    size, patch = 64 // spec.scale, 16 // spec.scale
+    spec = get_modality(modality).spec()
+    size, patch = 64 // spec.input_stride, 16 // spec.input_stride
     model = VideoMAE(
-        EncoderGeometry(spec.channels, 4, size, size, patch, 2, 32, 2, 2, 16, 64), DecoderGeometry(32, 2, 2, 16, 64)
+        EncoderConfig(spec.channels, 4, size, size, patch, 2, 32, 2, 2, 16, 64), DecoderConfig(32, 2, 2, 16, 64)
     )
     raw = {
         "rgb": torch.randint(0, 256, (2, 4, 70, 80, 3), dtype=torch.uint8),
@@ -90,10 +89,10 @@ def test_inputs_loss_and_gradients_are_the_cpus(modality: str) -> None:
     found = []
     for device in ("cpu", "cuda"):
         model.to(device).zero_grad()
-        x = prepare(raw.to(device), view.to(device), spec, (size, size))
+        x = preprocess_clips(raw.to(device), view.to(device), spec, (size, size))
         prediction, index = model(x, visible.to(device))
-        assert index.equal(complement(visible, 32).to(device))
-        loss = reconstruction_loss(prediction, patch_targets(x, index, model.encoder.geometry.grid, kind="patch"))
+        assert index.equal(masked_indices(visible, 32).to(device))
+        loss = reconstruction_loss(prediction, patch_targets(x, index, model.encoder.config.grid, kind="norm_pix"))
         loss.backward()
         found.append((x.cpu(), loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (x, loss, gradients), (x_gpu, loss_gpu, gradients_gpu) = found
@@ -122,7 +121,7 @@ def test_evaluation_scores_as_on_the_cpu(data: list[str], teachers: str, tmp_pat
     """A student trained on the GPU, read on both; only rounding may turn a query round."""
     _distil(tmp_path / "run", data, teachers, *GPU)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    common = [*data, *EVAL, "train=False", f"ckpt_path={last}", "compare=[random]", "feature_cache=null"]
+    common = [*data, *EVAL, "train=False", f"ckpt_path={last}", "baselines=[random]", "feature_cache=null"]
     found = []
     for name, where in (("cpu", (*CPU, "precision=32")), ("gpu", (*GPU, "precision=32"))):
         run_python("lit_main_mmdistill.py", *common, *where, f"hydra.run.dir={tmp_path / name}", gpus=True)
@@ -171,8 +170,13 @@ def test_auto_is_bf16(data: list[str], tmp_path: Path) -> None:
         ("precision=bf16", "strategy=deepspeed_stage_2_offload"),
         ("precision=bf16", "strategy=ddp"),
         ("precision=bf16", "compile=true"),
-        ("precision=32", "trainer.ema=0.9", "trainer.activation_checkpointing=true", "trainer.accumulate=2"),
-        ("precision=32", "trainer.teacher_cache=1"),
+        (
+            "precision=32",
+            "trainer.ema=0.9",
+            "trainer.activation_checkpointing=true",
+            "trainer.accumulate_grad_batches=2",
+        ),
+        ("precision=32", "trainer.cache_teacher_epochs=1"),
     ],
     ids=" ".join,
 )

@@ -19,7 +19,7 @@ import pytest
 from mmdistill.config import ConfigError
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.distributed import launch
-from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE, adopt_slurm, processes_to_start
+from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE, resolve_devices, set_env_from_slurm
 from tests.commands import environment
 from tests.integration.test_resume import teacher
 from tests.tiny_data import MODEL, make_tiny, overrides
@@ -192,7 +192,7 @@ def test_a_hung_rank_ends_all_ranks(data: list[str], tmp_path: Path) -> None:
     """Seen after as long as ranks wait; on a machine so busy that they start further apart than that, the next try."""
     for seconds in (8, 40, 120):
         run = tmp_path / str(seconds)
-        command = _command("devices=2", data, str(run), *_LONG, f"process_timeout_s={seconds}")
+        command = _command("devices=2", data, str(run), *_LONG, f"distributed_timeout_s={seconds}")
         with contextlib.suppress(_Ended), contextlib.closing(_Running(command, run)) as running:
             running.ranks()[1].suspend()
             assert running.wait() not in (0, INTERRUPTED_EXIT_CODE)
@@ -313,33 +313,33 @@ def test_the_time_to_wait_is_that_of_every_group(monkeypatch: pytest.MonkeyPatch
 def test_slurm_variables_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:
-        monkeypatch.setenv(name, "x")  # so that monkeypatch restores what adopt_slurm sets
+        monkeypatch.setenv(name, "x")  # so that monkeypatch restores what set_env_from_slurm sets
         monkeypatch.delenv(name)
     slurm = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)", "JOB_ID": "12345"}
     for name, value in {**slurm, "STEP_NODELIST": "gpu[003-004],login"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    adopt_slurm()
+    set_env_from_slurm()
     assert [os.environ[n] for n in names] == ["5", "8", "1", "4", "gpu003", "32345"]
 
 
 def test_devices_as_lightnings_users_know_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(launch, "_solo", False)
-    assert processes_to_start(1, "cpu") == (1, None)
-    assert processes_to_start(3, "cpu") == (3, None)
-    assert processes_to_start("auto", "cpu") == (1, None)
-    assert processes_to_start([2, 3], "gpu") == (2, [2, 3])
+    monkeypatch.setattr(launch, "_single_process", False)
+    assert resolve_devices(1, "cpu") == (1, None)
+    assert resolve_devices(3, "cpu") == (3, None)
+    assert resolve_devices("auto", "cpu") == (1, None)
+    assert resolve_devices([2, 3], "gpu") == (2, [2, 3])
     for wrong in (0, "two", [], [True], -2):
         with pytest.raises(ConfigError, match="devices="):
-            processes_to_start(wrong, "auto")
+            resolve_devices(wrong, "auto")
     with pytest.raises(ConfigError, match="accelerator=cpu"):
-        processes_to_start([0], "cpu")
+        resolve_devices([0], "cpu")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert processes_to_start(2, "cpu") == (1, None)
+    assert resolve_devices(2, "cpu") == (1, None)
     with pytest.raises(ConfigError, match="launcher started 2"):
-        processes_to_start(4, "cpu")
+        resolve_devices(4, "cpu")
 
 
 def test_local_rank_is_dropped_in_each_spelling() -> None:

@@ -35,14 +35,14 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     run = home / "distil [2]"
     _run(
         "lit_main_mmdistill.py", "trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", *small, *EVAL,
-        "compare=[random]", "feature_cache='~/cache, 1'",
+        "baselines=[random]", "feature_cache='~/cache, 1'",
         f"hydra.run.dir='{run}'", home=home,
     )  # fmt: skip
     assert json.loads((run / "fewshot.json").read_text())["network"] == "student_rgb"
     assert list((home / "cache, 1").iterdir())
     student = f"~/{run.name}/checkpoints/last.ckpt"
     _run(
-        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={student}", *data, *EVAL, "compare=[random]",
+        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={student}", *data, *EVAL, "baselines=[random]",
         "feature_cache=null", "hydra.job.chdir=true", f"hydra.run.dir='{home / 'test é'}'", home=home,
     )  # fmt: skip
     assert (home / "test é" / "report.html").is_file()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.device import resolve_precision
+from mmdistill.distributed.device import resolve_precision
 from tests.commands import run_python
 
 _LAST_TO_RUN = """

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmdistill.checkpoint import directory_lock, inspect, load_torch, newest_complete, read_checkpoint
+from mmdistill.checkpoint import directory_lock, inspect, latest_valid_checkpoint, load_torch, read_checkpoint
 from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.config import to_plain
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
@@ -34,9 +34,9 @@ DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 def teacher(path: Path, modality: str, seed: int, **more: Any) -> Path:
     """An untrained pretraining checkpoint of the tiny data's token grid."""
     channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
-    geometry = EncoderGeometry(
+    geometry = EncoderConfig(
         channels=channels, num_frames=4, height=32 // scale, width=32 // scale, patch=8 // scale, tubelet=2,
-        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, learned_positions=False, separable_positions=False,
+        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, pos_embed="sincos",
     )  # fmt: skip
     torch.manual_seed(seed)
     state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
@@ -88,7 +88,7 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     paths = {m: teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
     given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
     common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
-    slim = [*common, "trainer.save_teachers=false", "trainer.accumulate=2", "num_workers=1"]
+    slim = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]
     runs.add("slim_whole", DISTILL, [given, *slim])
     runs.add("slim_first", DISTILL, [given, *slim], into="slim", stop_at=13)  # the 4th of 9 batches of epoch 1
     runs.add("slim_rest", DISTILL, [*slim, "resume=auto"], into="slim")  # the teachers are those that the file names
@@ -110,7 +110,7 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
 
 def _plan_native(runs: Runs, data: list[str]) -> None:
     for world, stage in STAGES:
-        common = ["modality=skeleton", *data, *MODEL, f"deepspeed=zero{stage}", "num_workers=1"]
+        common = ["modality=skeleton", *data, *MODEL, f"strategy=deepspeed_stage_{stage}", "num_workers=1"]
         name = f"native{world}{stage}"
         runs.add(f"{name}_whole", NATIVE, common, world=world)
         batches = {1: 9, 2: 4}[world]
@@ -135,8 +135,8 @@ def _plan_folders(runs: Runs, data: list[str]) -> None:
     hole = make_tiny(runs.root / "hole")
     (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
     broken = ["modality=rgb", *overrides(hole), *MODEL, "trainer.epochs=1", "batch_size=4"]
-    runs.add("repeat", NATIVE, [*broken, "data_module.missing=repeat", "num_workers=1"], world=2)
-    skip = [*distil, *overrides(hole), "trainer.epochs=1", "data_module.missing=skip"]
+    runs.add("repeat", NATIVE, [*broken, "data_module.on_missing=repeat", "num_workers=1"], world=2)
+    skip = [*distil, *overrides(hole), "trainer.epochs=1", "data_module.on_missing=skip"]
     runs.add("skip", DISTILL, skip)
 
 
@@ -253,7 +253,7 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     for rank in range(world):
         parts = runs.steps(f"{name}_first", rank) + runs.steps(f"{name}_rest", rank)
         assert parts == runs.steps(f"{name}_whole", rank)
-    whole, parts = (newest_complete(runs.root / f / "checkpoints") for f in (f"{name}_whole", name))
+    whole, parts = (latest_valid_checkpoint(runs.root / f / "checkpoints") for f in (f"{name}_whole", name))
     assert whole is not None
     assert parts is not None
     assert whole.name == parts.name

@@ -13,7 +13,7 @@ import torch
 
 from mmdistill.checkpoint import load_torch
 from mmdistill.config import ConfigError
-from mmdistill.distill.strategy import OneFileDeepSpeed, trainer_place
+from mmdistill.distill.strategy import OneFileDeepSpeed, strategy_kwargs
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
 from tests.integration.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
@@ -197,6 +197,8 @@ def test_stage_3_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "end"), [(1, ""), (1, "_offload"), (2, ""), (2, "_offload")])
 def test_a_strategys_name_says_what_is_offloaded(stage: int, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    strategy = trainer_place(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32", [])["strategy"]
+    strategy = strategy_kwargs(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32", [])[
+        "strategy"
+    ]
     zero = strategy.config["zero_optimization"]
     assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))

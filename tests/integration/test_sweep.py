@@ -99,8 +99,10 @@ def test_one_failing_job_does_not_end_the_others(toy: Path, tmp_path: Path, laun
 
 
 def test_a_wrong_value_is_one_line_and_not_the_end(toy: Path, tmp_path: Path) -> None:
-    done = run_python(toy, "-m", "modality=rgb", "trainer.accumulate=0,1", f"hydra.sweep.dir={tmp_path}", expect=1)
-    assert "trainer.accumulate=0 must be at least 1" in done.stderr
+    done = run_python(
+        toy, "-m", "modality=rgb", "trainer.accumulate_grad_batches=0,1", f"hydra.sweep.dir={tmp_path}", expect=1
+    )
+    assert "trainer.accumulate_grad_batches=0 must be at least 1" in done.stderr
     assert "Traceback" not in done.stderr
     assert [bool(r.error) for r in read_sweep(tmp_path)] == [True, False]
 

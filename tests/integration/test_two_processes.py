@@ -18,7 +18,7 @@ import torch
 from mmdistill.checkpoint import load_torch, read_checkpoint
 from mmdistill.config import PretrainConfig
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.training.nonfinite import NonFinite, NonFiniteError
+from mmdistill.training.nonfinite import NonFiniteError, NonFiniteGuard
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def _swept(run: Runs) -> Runs:
 
 def _half_precision(stage: int, root: Path, data: list[str]) -> list[Runs]:
     """bf16 in one go, and stopped in the second epoch and resumed."""
-    given = (root, data, "precision=bf16", f"deepspeed=zero{stage}", "trainer.epochs=2")
+    given = (root, data, "precision=bf16", f"strategy=deepspeed_stage_{stage}", "trainer.epochs=2")
     parts = _pretrain(f"bf16_{stage}_parts", *given, stop_at=12)
     resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None}
     return [_pretrain(f"bf16_{stage}", *given), parts, resumed]
@@ -48,7 +48,7 @@ def _half_precision(stage: int, root: Path, data: list[str]) -> list[Runs]:
 
 def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) -> list[Runs]:
     """One gradient overflows: in one go, and stopped behind that and resumed. No step may be skipped for nonfinite."""
-    given = (root, data, "accelerator=auto", "precision=16", "trainer.nonfinite_budget=0", *arguments)
+    given = (root, data, "accelerator=auto", "precision=16", "trainer.max_skipped_steps=0", *arguments)
     parts = make(f"{name}_parts", *given, "trainer.epochs=2", inf_at=9, stop_at=12, fp16=True)
     resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None, "inf_at": None}
     whole = make(name, *given, "trainer.epochs=2", inf_at=9, fp16=True)
@@ -57,26 +57,26 @@ def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) ->
 
 def _infinite(root: Path, data: list[str]) -> list[Runs]:
     """Finite losses whose gradient is not."""
-    skip, inf, student = "trainer.nonfinite=skip", {"inf_at": 9}, ("test=False", "trainer.ema=0.9")
+    skip, inf, student = "trainer.on_nonfinite=skip", {"inf_at": 9}, ("test=False", "trainer.ema=0.9")
     zero = "strategy=deepspeed_stage_"
     return [
         _pretrain("inf_zero0", root, data, skip, world=2, **inf),
-        _pretrain("inf_zero2", root, data, skip, "deepspeed=zero2", world=2, **inf),
-        _pretrain("inf_bf16", root, data, skip, "deepspeed=zero1", "precision=bf16", **inf),
-        _pretrain("inf_accumulated", root, data, skip, "trainer.accumulate=3", inf_at=-1),
-        _pretrain("inf_raise", root, data, "deepspeed=zero3", world=2, **inf),
+        _pretrain("inf_zero2", root, data, skip, "strategy=deepspeed_stage_2", world=2, **inf),
+        _pretrain("inf_bf16", root, data, skip, "strategy=deepspeed_stage_1", "precision=bf16", **inf),
+        _pretrain("inf_accumulated", root, data, skip, "trainer.accumulate_grad_batches=3", inf_at=-1),
+        _pretrain("inf_raise", root, data, "strategy=deepspeed_stage_3", world=2, **inf),
         _distill("distill_inf", root, data, skip, *student, world=2, **inf),
         _distill("distill_inf_zero0", root, data, skip, *student, f"{zero}0", **inf),
         _distill("distill_inf_zero2", root, data, skip, *student, f"{zero}2", world=2, **inf),
-        *_fp16(_pretrain, "fp16", root, data, "deepspeed=zero0"),
-        *_fp16(_pretrain, "fp16_zero2", root, data, "deepspeed=zero2"),
+        *_fp16(_pretrain, "fp16", root, data, "strategy=deepspeed_stage_0"),
+        *_fp16(_pretrain, "fp16_zero2", root, data, "strategy=deepspeed_stage_2"),
         *_fp16(_distill, "distill_fp16", root, data, *student),
     ]
 
 
 def _cached(root: Path, data: list[str]) -> list[Runs]:
     """Two mask draws, 70 of 72 clips per epoch, and an average of the student."""
-    given = (root, data, "test=False", "trainer.ema=0.9", "trainer.teacher_cache=2", "trainer.epochs=4")
+    given = (root, data, "test=False", "trainer.ema=0.9", "trainer.cache_teacher_epochs=2", "trainer.epochs=4")
     return [
         _distill("cached_one", *given, "batch_size=10"),
         _distill("cached_two", *given, "batch_size=5", world=2, watch=True),
@@ -86,7 +86,15 @@ def _cached(root: Path, data: list[str]) -> list[Runs]:
 
 def _distill(name: str, root: Path, data: list[str], *arguments: str, world: int = 1, **more: Any) -> Runs:
     one = "trainer.ckpt_path={" + ",".join(f"{m}:{root / m / 'checkpoints' / 'LAST'}" for m in _MODALITIES) + "}"
-    common = [one, *data, *EVAL, f"batch_size={8 // world}", "trainer.epochs=1", "accelerator=cpu", "compare=[random]"]
+    common = [
+        one,
+        *data,
+        *EVAL,
+        f"batch_size={8 // world}",
+        "trainer.epochs=1",
+        "accelerator=cpu",
+        "baselines=[random]",
+    ]
     return {
         "script": "lit_main_mmdistill.py", "world": world, "record": str(root / name),
         "arguments": [*common, "feature_cache=null", *arguments, f"hydra.run.dir={root / name}"], **more,
@@ -102,20 +110,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     """The folder that holds all runs, and the exit codes of each run's ranks."""
     root = tmp_path_factory.mktemp("ranks")
     good = overrides(make_tiny(root / "data"))
-    skip, nan, half = "trainer.nonfinite=skip", {"nan_at": 9}, "decoder_mask_ratio=0.5"  # NaN at the last of 9 batches
+    skip, nan, half = (
+        "trainer.on_nonfinite=skip",
+        {"nan_at": 9},
+        "decoder_mask_ratio=0.5",
+    )  # NaN at the last of 9 batches
     plan = [
         *(_pretrain(m, root, good, f"modality={m}") for m in _MODALITIES),
         _pretrain("one", root, good, "trainer.epochs=2", half),
         _pretrain("two", root, good, "trainer.epochs=2", half, world=2),
-        _pretrain("two_zero2", root, good, "trainer.epochs=2", half, "deepspeed=zero2", world=2),
+        _pretrain("two_zero2", root, good, "trainer.epochs=2", half, "strategy=deepspeed_stage_2", world=2),
         _pretrain("short", root, good, world=2),
         _swept(_pretrain("sweep", root, good, "seed=0,1", f"hydra.sweep.dir={root / 'sweep'}", world=2)),
         _pretrain("raise", root, good, world=2, **nan),
         _pretrain("skip_one", root, good, skip, **nan),
         _pretrain("skip_two", root, good, skip, world=2, **nan),
         _pretrain("skip_zero1", root, good, skip, "strategy=deepspeed_stage_1", world=2, **nan),
-        _pretrain("skip_zero2", root, good, skip, "deepspeed=zero2", "trainer.accumulate=3", world=2, **nan),
-        _pretrain("budget", root, good, skip, "trainer.nonfinite_budget=0", **nan),
+        _pretrain("skip_zero2", root, good, skip, "strategy=deepspeed_stage_2", "trainer.accumulate_grad_batches=3", world=2, **nan),
+        _pretrain("budget", root, good, skip, "trainer.max_skipped_steps=0", **nan),
         *(_pretrain(f"stop_{s}", root, good, world=2, stop_at=3, stop_signal=s, stop_rank=1) for s in _SIGNALS),
         *(run for stage in range(3) for run in _half_precision(stage, root, good)),
         _distill("distill_one", root, good),
@@ -305,7 +317,7 @@ def test_skipping_ends_with_the_budget(runs: tuple[Path, dict[str, list[int]]]) 
     root, codes = runs
     assert codes["budget"] == [1]
     shown = (root / "budget.0.log").read_text()
-    assert "trainer.nonfinite_budget=0 allows no more" in shown
+    assert "trainer.max_skipped_steps=0 allows no more" in shown
     assert "Clips: rally_" in shown
 
 
@@ -375,9 +387,9 @@ def test_bf16_trains_and_resumes_to_the_last_bit(runs: tuple[Path, dict[str, lis
 
 def test_a_skipped_step_leaves_weights_and_a_bad_policy_is_refused() -> None:
     told: list[str] = []
-    policy = NonFinite("skip", 1, told.append)
-    assert policy.note_loss(torch.tensor(1.0), 1.0, ["a"], "step 0")
-    assert not policy.note_loss(torch.tensor(float("inf")), float("inf"), ["a", "b"], "step 1")
+    policy = NonFiniteGuard("skip", 1, told.append)
+    assert policy.check_loss(torch.tensor(1.0), 1.0, ["a"], "step 0")
+    assert not policy.check_loss(torch.tensor(float("inf")), float("inf"), ["a", "b"], "step 1")
     policy.skip("step 1")
     assert "a, b" in told[0]
     with pytest.raises(NonFiniteError, match="allows no more"):

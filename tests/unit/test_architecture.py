@@ -9,11 +9,10 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 # From the bottom to the top. Entries of one line do not import each other.
 LAYERS = (
     ("errors",),
-    ("files", "console", "randomness", "ops"),
+    ("files", "console", "plugins", "randomness", "ops"),
     ("data", "models"),
     ("modalities",),
     ("config",),
-    ("device",),
     ("distributed",),
     ("checkpoint",),
     ("demo", "fewshot", "prepare"),

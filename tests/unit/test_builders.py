@@ -35,7 +35,7 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
             "data_module.annotations=clips",
             "data_module.frames_dir=epic",
             "data_module.frame_pattern='{video}/frame_{frame:010d}.jpg'",
-            "data_module.first_number=1",
+            "data_module.frame_number_offset=1",
             "data_module.clip_anchor=start",
             "data_module.fewshot_eval_json_path=epic.json",
         ).data_module,
@@ -60,7 +60,7 @@ def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "flow")
     (root / "flow").mkdir()
-    data = _config(*overrides(root), "data_module.missing=skip").data_module
+    data = _config(*overrides(root), "data_module.on_missing=skip").data_module
     with pytest.raises(ConfigError, match="missing=skip leaves out all 12 clips, for want of flow of 12"):
         clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
 

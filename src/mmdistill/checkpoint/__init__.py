@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmdistill.checkpoint.locate import detect_format
     from mmdistill.checkpoint.lock import directory_lock
     from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
-    from mmdistill.checkpoint.retention import newest_complete, prune
+    from mmdistill.checkpoint.retention import latest_valid_checkpoint, prune
     from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
 
 _HOME = {
@@ -35,14 +35,14 @@ _HOME = {
     "UnsafeCheckpointError": "errors",
     "WeightMismatchError": "errors",
     "detect_format": "locate",
-    "directory_lock": "retention",
+    "directory_lock": "lock",
     "find_checkpoints": "find",
     "load_deepspeed": "deepspeed_engine",
     "load_encoder": "load",
     "load_encoder_with_report": "load",
     "load_torch": "write",
     "load_weights": "load",
-    "newest_complete": "retention",
+    "latest_valid_checkpoint": "retention",
     "prune": "retention",
     "read_checkpoint": "read",
     "save_deepspeed": "deepspeed_engine",
@@ -63,12 +63,12 @@ __all__ = [
     "detect_format",
     "directory_lock",
     "find_checkpoints",
+    "latest_valid_checkpoint",
     "load_deepspeed",
     "load_encoder",
     "load_encoder_with_report",
     "load_torch",
     "load_weights",
-    "newest_complete",
     "prune",
     "read_checkpoint",
     "save_deepspeed",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, sincos_positions
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, sincos_positions
 
 # Heads of VideoMAE's and VideoMAE V2's models by width; head_dim = width // heads.
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -17,11 +17,14 @@ _FREE_WIDTH_HEADS = (12, 16, 6, 3, 8)  # tried in order where heads * head_dim i
 _FRAMES, _SIDE = 16, 14  # VideoMAE's clip length and 224 / 16, assumed where nothing in the file tells
 
 
-def geometry_from_meta(fields: Mapping[str, Any]) -> EncoderGeometry:
+def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
     """The geometry that a checkpoint's metadata holds. Raises `CheckpointError` for unknown or missing fields."""
-    known = {f.name for f in dataclasses.fields(EncoderGeometry)}
+    known = {f.name for f in dataclasses.fields(EncoderConfig)}
+    if "pos_embed" not in fields:  # written before version 0.2
+        fixed = "sincos_separable" if fields.get("separable_positions") else "sincos"
+        fields = {**fields, "pos_embed": "learned" if fields.get("learned_positions") else fixed}
     try:
-        return EncoderGeometry(**{k: v for k, v in fields.items() if k in known})
+        return EncoderConfig(**{k: v for k, v in fields.items() if k in known})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"the metadata's encoder geometry is incomplete ({error})") from error
 
@@ -62,14 +65,14 @@ def token_grid(tokens: int, frames: int) -> tuple[int, int, int]:
     return t, h, w
 
 
-def geometry_from_tensors(
+def encoder_config_from_tensors(
     state: Mapping[str, Tensor],
     *,
     heads: int | None = None,
     num_frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
-) -> tuple[EncoderGeometry, list[str]]:
+) -> tuple[EncoderConfig, list[str]]:
     """Geometry of an encoder's tensors (names without ``encoder.``), and what had to be assumed.
 
     Args:
@@ -105,7 +108,7 @@ def geometry_from_tensors(
             notes.append(
                 "input size not in the file: VideoMAE's 16 frames of 14 x 14 patches assumed where none was given"
             )
-    return EncoderGeometry(
+    return EncoderConfig(
         channels=channels,
         num_frames=num_frames or t * tubelet,
         height=height or h * patch,
@@ -117,18 +120,18 @@ def geometry_from_tensors(
         heads=count,
         head_dim=inner // count,
         mlp_dim=fc1.shape[0],
-        learned_positions=learned,
+        pos_embed="learned" if learned else "sincos",
     ), notes
 
 
-def decoder_from_tensors(state: Mapping[str, Tensor]) -> DecoderGeometry | None:
+def decoder_config_from_tensors(state: Mapping[str, Tensor]) -> DecoderConfig | None:
     """Geometry of ``decoder.*`` tensors, or None where there are none."""
     if "decoder.blocks.0.attn.qkv.weight" not in state:
         return None
     inner, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
     depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.blocks."))
     heads = _heads(dim, inner // 3, None)
-    return DecoderGeometry(dim, depth, heads, inner // 3 // heads, state["decoder.blocks.0.mlp.fc1.weight"].shape[0])
+    return DecoderConfig(dim, depth, heads, inner // 3 // heads, state["decoder.blocks.0.mlp.fc1.weight"].shape[0])
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:

@@ -40,12 +40,12 @@ def huggingface_config(encoder: Encoder) -> dict[str, Any]:
     Raises:
         CheckpointError: an architecture that VideoMAEModel cannot have.
     """
-    g = encoder.geometry
-    if g.learned_positions:
+    g = encoder.config
+    if g.pos_embed == "learned":
         raise CheckpointError(
             "this encoder's positions are learned, and transformers' VideoMAE has fixed ones; use safetensors"
         )
-    if g.separable_positions:
+    if g.pos_embed == "sincos_separable":
         raise CheckpointError(
             "this encoder's positions are separable in (t, h, w), and transformers' VideoMAE numbers its tokens in one "
             "row; use --to safetensors, onnx or torch_export"
@@ -88,7 +88,7 @@ def _export_hf(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
 
 
 def _example(encoder: Encoder) -> Tensor:
-    g = encoder.geometry
+    g = encoder.config
     return torch.zeros(2, g.channels, g.num_frames, g.height, g.width)
 
 
@@ -174,7 +174,7 @@ def export_student(
         "kind": "weights",
         "part": taken,
         "modality": modality,
-        "encoders": {"encoder": asdict(encoder.geometry)},
+        "encoders": {"encoder": asdict(encoder.config)},
         "decoder": None,
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
         "epoch": source.get("epoch"),

@@ -19,7 +19,7 @@ from mmdistill.checkpoint.formats.names import (
     OPTIM_STATES,
     CheckpointFormat,
 )
-from mmdistill.modalities.base import MODALITIES
+from mmdistill.modalities import modality_names
 
 DISTILLED = "distilled"  # the group of distillation checkpoints, beside the modalities
 UNKNOWN = "unknown"
@@ -62,13 +62,13 @@ class CheckpointInfo:
 def _modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
     if kind == "distill":
         return DISTILLED
-    if modality in MODALITIES:
+    if modality in modality_names():
         return modality
     for field in reversed(path.split(os.sep)[:-1]):
         lowered = field.lower()
         if "distill" in lowered:
             return DISTILLED
-        for name in MODALITIES:
+        for name in modality_names():
             if lowered == name or lowered.endswith("_" + name) or lowered.startswith(name + "_"):
                 return name
     return UNKNOWN

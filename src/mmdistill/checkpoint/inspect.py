@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdistill.checkpoint.architecture import decoder_from_tensors, geometry_from_tensors
+from mmdistill.checkpoint.architecture import decoder_config_from_tensors, encoder_config_from_tensors
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
@@ -39,14 +39,14 @@ def _geometries(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
             continue
         tensors = {k.removeprefix(root): v for k, v in checkpoint.state_dict.items() if k.startswith(root)}
         try:
-            geometry, assumed = geometry_from_tensors(tensors)
+            geometry, assumed = encoder_config_from_tensors(tensors)
         except CheckpointError as error:
             notes.append(f"{part}: {error}")
             continue
         found[part] = asdict(geometry)
         notes += [f"{part}: {line}" for line in assumed]
     try:
-        decoder = decoder_from_tensors(checkpoint.state_dict)
+        decoder = decoder_config_from_tensors(checkpoint.state_dict)
     except CheckpointError as error:
         notes.append(f"decoder: {error}")
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdistill.checkpoint.errors import CheckpointError
 
 WRAPPERS = ("module.", "_forward_module.", "model.", "_orig_mod.")
-PARTS = ("student_rgb", "student_ema_rgb", "teacher_rgb", "teacher_flow", "teacher_skeleton")
+COMPONENT_PREFIXES = ("student_", "teacher_")  # of the encoders of a distilled checkpoint
 _ENCODER_FIELDS = ("patch_embed.", "blocks.", "norm.", "pos_embed")
 _PROBE = "patch_embed.proj.weight"
 _HF_PROBE = "embeddings.patch_embeddings.projection.weight"

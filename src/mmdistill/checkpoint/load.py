@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdistill.checkpoint.architecture import (
-    geometry_from_meta,
-    geometry_from_tensors,
+    encoder_config_from_meta,
+    encoder_config_from_tensors,
     is_sincos,
     resize_positions,
     token_grid,
@@ -22,7 +22,7 @@ from mmdistill.checkpoint.architecture import (
 from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
 from mmdistill.checkpoint.keys import encoder_roots, part_of, top_level
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _positions(
         # the module starts from the table of its own length
         del state[name]
         return "sin-cos"
-    source = geometry_from_meta(meta).grid if meta else token_grid(held.shape[1], grid[0])
+    source = encoder_config_from_meta(meta).grid if meta else token_grid(held.shape[1], grid[0])
     if source[0] * source[1] * source[2] != held.shape[1]:
         return None
     state[name] = resize_positions(held, source, grid)
@@ -181,9 +181,11 @@ def copy_state(
     return matched, parameters, dict(conversions), excused
 
 
-def _check_unseen(source: Path, found: EncoderGeometry, own: EncoderGeometry) -> None:
+def _check_unseen(source: Path, found: EncoderConfig, own: EncoderConfig) -> None:
     """Whether what no shape shows is the same: with other heads all weights fit, and the features are wrong."""
-    names = ("heads", "head_dim", "separable_positions")
+    names = ["heads", "head_dim"]
+    if "sincos_separable" in (found.pos_embed, own.pos_embed):  # a fixed table, of which no tensor tells the kind
+        names.append("pos_embed")
     other = [f"{n} {getattr(found, n)} / {getattr(own, n)}" for n in names if getattr(found, n) != getattr(own, n)]
     if other:
         raise WeightMismatchError(
@@ -198,16 +200,16 @@ def load_into(
     target = module.state_dict()
     notes = list(checkpoint.notes)
     left: dict[str, int] = {}
-    geometry = getattr(module, "geometry", None)
+    config = getattr(module, "config", None)
     if "patch_embed.proj.weight" in target:
         state, part, left = select_encoder(checkpoint, part)
         fields = (checkpoint.meta.get("encoders") or {}).get(part)
-        if fields and isinstance(geometry, EncoderGeometry):
-            _check_unseen(checkpoint.path, geometry_from_meta(fields), geometry)
-        note = _positions(state, target, fields, geometry.grid if isinstance(geometry, EncoderGeometry) else None)
+        if fields and isinstance(config, EncoderConfig):
+            _check_unseen(checkpoint.path, encoder_config_from_meta(fields), config)
+        note = _positions(state, target, fields, config.grid if isinstance(config, EncoderConfig) else None)
         if note == "sin-cos":
-            assert isinstance(geometry, EncoderGeometry)
-            state["pos_embed"] = Encoder(replace(geometry, depth=1)).pos_embed.detach()
+            assert isinstance(config, EncoderConfig)
+            state["pos_embed"] = Encoder(replace(config, depth=1)).pos_embed.detach()
             note = "sin-cos positions of another length recomputed"
         if note:
             notes.append(note)
@@ -265,18 +267,18 @@ def load_encoder_with_report(
     fields = (checkpoint.meta.get("encoders") or {}).get(part)
     try:
         if fields:
-            geometry = geometry_from_meta(fields)
-            geometry = replace(
-                geometry,
-                num_frames=num_frames or geometry.num_frames,
-                height=height or geometry.height,
-                width=width or geometry.width,
+            config = encoder_config_from_meta(fields)
+            config = replace(
+                config,
+                num_frames=num_frames or config.num_frames,
+                height=height or config.height,
+                width=width or config.width,
             )
         else:
-            geometry, notes = geometry_from_tensors(
+            config, notes = encoder_config_from_tensors(
                 state, heads=heads, num_frames=num_frames, height=height, width=width
             )
-        encoder = Encoder(geometry)
+        encoder = Encoder(config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
     report = load_into(encoder, replace(checkpoint, notes=(*checkpoint.notes, *notes)), part=part)

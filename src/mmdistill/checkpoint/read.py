@@ -22,7 +22,7 @@ from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import META, CheckpointFormat
 from mmdistill.checkpoint.formats.torch_zip import THREADS, load_pickle
 from mmdistill.checkpoint.keys import (
-    PARTS,
+    COMPONENT_PREFIXES,
     canonical_names,
     encoder_roots,
     from_huggingface,
@@ -219,7 +219,7 @@ def canonical_state(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _kind(state: Mapping[str, Tensor]) -> str:
-    if any(key.startswith(tuple(part + "." for part in PARTS)) or key.startswith("cmt.") for key in state):
+    if any(key.startswith(COMPONENT_PREFIXES) or key.startswith("cmt.") for key in state):
         return "distill"
     return "pretrain" if any(key.startswith("decoder.") for key in state) else "weights"
 

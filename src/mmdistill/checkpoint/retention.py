@@ -68,7 +68,7 @@ def verify(path: Path) -> None:
             verify_zip(file)
 
 
-def newest_complete(directory: str | os.PathLike[str]) -> Path | None:
+def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint of a folder that verifies, by step; for ``resume=auto``.
 
     Directories of the native loop and ``.ckpt`` files. Interrupted re-saves are repaired, unfinished ``.tmp-*``
@@ -203,7 +203,7 @@ def best_of(losses: Mapping[str, float]) -> Path | None:
     return Path(min(there, key=lambda path: losses[path])) if there else None
 
 
-def same_as(path: Path, name: Path) -> None:
+def link_or_copy(path: Path, name: Path) -> None:
     """Make `name` a second name of the file `path`, replacing what had it; a copy where the disk has no links."""
     staged = name.with_name(TMP_PREFIX + uuid.uuid4().hex)
     try:
@@ -230,7 +230,7 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
 
     def search() -> Path | None:
         if resume == "auto":
-            return newest_complete(directory)
+            return latest_valid_checkpoint(directory)
         source = existing(resume) if resume is not None else None
         _refuse_stale(directory, source)
         return source

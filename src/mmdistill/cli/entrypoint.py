@@ -37,8 +37,8 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
     ``devices=N`` under plain ``python`` this process starts the N ranks and waits for them.
     """
     sys.argv[1:] = quote_overrides(sys.argv[1:])
-    launch.adopt_slurm()
-    if launch.follower():
+    launch.set_env_from_slurm()
+    if launch.is_nonzero_rank():
         aside = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # multirun.yaml of a sweep; removed at exit
         folders = ["hydra.run.dir=.", f"hydra.sweep.dir={aside.name}", "hydra.sweep.subdir=${hydra:job.num}"]
         quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
@@ -54,12 +54,12 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
         os.chdir(
             HydraConfig.get().runtime.cwd
         )  # paths start where the command was typed, also with hydra.job.chdir=true
-        launch.adopt_slurm()  # a job that submitit started came here without a command line
+        launch.set_env_from_slurm()  # a job that submitit started came here without a command line
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
             _place(job, parse(cfg, schema))
             return None
         run_dir = Path(HydraConfig.get().runtime.output_dir)
-        if launch.launched() and int(os.environ["WORLD_SIZE"]) > 1:
+        if launch.launched_externally() and int(os.environ["WORLD_SIZE"]) > 1:
             _place(job, parse(cfg, schema))
             return _rank_zeros_objective(run_dir)
         return sweep.run_job(lambda: _place(job, parse(cfg, schema)), run_dir, lambda error: explain(error, schema))
@@ -69,9 +69,9 @@ def run_entrypoint(job: Callable[[T, str], None], schema: type[T], *, config_nam
         sweep.exit_if_failed()
     except Exception as error:
         try:
-            launch.leave_workers_alone()
+            launch.reset_sigchld_handler()
         except RuntimeError:  # a second worker has died meanwhile
-            launch.leave_workers_alone()
+            launch.reset_sigchld_handler()
         _end(error, schema, jobs)
 
 
@@ -79,14 +79,14 @@ def _place(job: Callable[[T, str], None], config: T) -> None:
     """Run the job in this process, or in as many as `devices` asks for."""
     hydra_config = HydraConfig.get()
     run_dir = hydra_config.runtime.output_dir
-    count, gpus = launch.processes_to_start(config.devices, config.accelerator)
+    count, gpus = launch.resolve_devices(config.devices, config.accelerator)
     if gpus is not None:
-        launch.choose_gpus(gpus)
+        launch.set_visible_devices(gpus)
     if count == 1:
-        if not launch.follower():
+        if not launch.is_nonzero_rank():
             from mmdistill.training.run_metadata import record_run  # imports torch, which a wrong config never gets to
 
-            world = int(os.environ["WORLD_SIZE"]) if launch.launched() else 1
+            world = int(os.environ["WORLD_SIZE"]) if launch.launched_externally() else 1
             record_run(Path(run_dir), to_plain(config), processes=world, accelerator=config.accelerator)
         job(config, run_dir)
         return
@@ -95,7 +95,7 @@ def _place(job: Callable[[T, str], None], config: T) -> None:
             f"devices={config.devices} with -m: a sweep starts no processes of its own; "
             f"use torchrun --nproc_per_node={count} {Path(sys.argv[0]).name} -m ..., or devices=1"
         )
-    status = launch.start_ranks(count, run_dir, cwd=hydra_config.runtime.cwd)
+    status = launch.spawn_ranks(count, run_dir, cwd=hydra_config.runtime.cwd)
     if status:
         raise SystemExit(status)
 
@@ -104,7 +104,7 @@ def _rank_zeros_objective(run_dir: Path) -> float:
     """What the job is judged by, on every rank: a sweeper that chooses by it must choose the same everywhere."""
     from mmdistill.distributed.collectives import broadcast_object
 
-    return float(broadcast_object(float("nan") if launch.follower() else sweep.objective(run_dir)))
+    return float(broadcast_object(float("nan") if launch.is_nonzero_rank() else sweep.objective(run_dir)))
 
 
 def _end(error: Exception, schema: type[T], job: int) -> None:
@@ -114,11 +114,11 @@ def _end(error: Exception, schema: type[T], job: int) -> None:
         status = InputError.exit_status
     expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException)
     line = f"mmdistill: error: {explain(error, schema)}" if expected else None
-    if launch.launched():
-        launch.end_soon(status)
-        _say_of_rank(error, line, launch.first_to_fail(job))
+    if launch.launched_externally():
+        launch.exit_after_timeout(status)
+        _say_of_rank(error, line, launch.claim_first_failure(job))
         _let_go(error)
-        launch.stay_until_all_asked(job)
+        launch.wait_for_failure_readers(job)
     elif line is None:
         raise error  # a defect, which deserves its traceback
     else:

@@ -21,7 +21,7 @@ from mmdistill.workflows.sweep_results import FAILED, objective
 
 FAILED_EXIT_CODE = 1  # of a sweep with at least one failed job
 
-_failed: list[Path] = []  # of the sweep that this process led, filled by `FailedJobs`
+_failed: list[Path] = []  # of the sweep that this process led, filled by `SweepFailureCallback`
 
 
 def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception], str]) -> float | None:
@@ -50,7 +50,7 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
     return objective(run_dir)
 
 
-class FailedJobs(Callback):
+class SweepFailureCallback(Callback):
     """Hydra's callback (``hydra.callbacks`` in the top-level configs): counts the failed jobs when the sweep is over.
 
     Jobs may have run in other processes (joblib, submitit), so it looks at their folders.

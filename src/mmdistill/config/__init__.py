@@ -17,21 +17,22 @@ from mmdistill.config.schema import (
     register_schemas,
 )
 from mmdistill.config.validation import (
+    COMPONENT_PREFIXES,
     DEEPSPEED_STAGES,
     HEAD_NAMES,
-    PARTS,
     as_ints,
     as_names,
+    has_offload,
+    modality_setting,
     modality_specs,
-    offloads,
     teacher_paths,
     zero_stage,
 )
 
 __all__ = [
+    "COMPONENT_PREFIXES",
     "DEEPSPEED_STAGES",
     "HEAD_NAMES",
-    "PARTS",
     "ConfigError",
     "DataModuleConfig",
     "DistillConfig",
@@ -41,8 +42,9 @@ __all__ = [
     "as_ints",
     "as_names",
     "explain",
+    "has_offload",
+    "modality_setting",
     "modality_specs",
-    "offloads",
     "parse",
     "register_schemas",
     "stored_config",

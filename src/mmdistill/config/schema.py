@@ -32,8 +32,8 @@ class ModelConfig(Sealable):
     heads: int = MISSING  # attention heads
     head_dim: int | None = None  # width of one head; null: dim / heads
     mlp_ratio: float = 4.0  # hidden width of the MLPs over their width
-    learned_positions: bool = False  # false: fixed sin-cos
-    separable_positions: bool = False  # sin-cos of t, h and w apart; false: of the running token index, as in VideoMAE
+    # sincos: fixed, of the running token index, as in VideoMAE | sincos_separable: fixed, of t, h and w apart | learned
+    pos_embed: str = "sincos"
     drop_path: float = 0.0  # stochastic depth rate of the last block
     decoder_dim: int = MISSING
     decoder_depth: int = MISSING
@@ -42,13 +42,17 @@ class ModelConfig(Sealable):
 
 @dataclass
 class ModalityConfig(Sealable):
-    """How one modality of a dataset becomes model input."""
+    """Where the files of one modality are and how they become model input."""
 
-    scale: int = MISSING  # stored-frame px per input px and axis
-    mean: list[float] = MISSING  # per channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value serves all
+    dir: str | None = None  # folder of the files, may be relative to target_data_dir; null: the dataset has none
+    pattern: str | None = None  # file name below dir, with {video} and {frame:06d}; null: the modality's default
+    input_stride: int = MISSING  # stored-frame px per input px and axis
+    mean: list[float] = (
+        MISSING  # per channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value is used for all
+    )
     std: list[float] = MISSING  # same units
-    target: str = MISSING  # what pretraining predicts: patch (normalised per patch) | centred | energy | pixel
-    sigma: float = 0.6  # Gaussian of a joint, heat-map px
+    target: str = MISSING  # what pretraining predicts: norm_pix (normalized per patch) | motion_energy | pixel
+    sigma: float | None = None  # Gaussian of a keypoint, heat-map px; null: the modality's default
 
 
 @dataclass
@@ -57,13 +61,13 @@ class DataModuleConfig(Sealable):
 
     name: str = MISSING  # "demo" is made on first use
     target_data_dir: str = MISSING  # root folder; the folders below may be relative to it
-    frames_dir: str = MISSING  # {video}/{frame:06d}.jpg
-    flow_dir: str | None = None  # {video}/pair_{frame:05d}.npy; null: the dataset has no flow
-    skeleton_dir: str | None = None  # {video}.pkl; null: the dataset has no skeletons
+    frames_dir: str | None = None  # short for modalities.rgb.dir
+    flow_dir: str | None = None  # short for modalities.flow.dir
+    skeleton_dir: str | None = None  # short for modalities.skeleton.dir
     annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.annotations.mmcdfsl
-    frame_pattern: str | None = None  # file of a frame below frames_dir; null: {video}/{frame:06d}.jpg
-    flow_pattern: str | None = None  # file of a flow pair below flow_dir; null: {video}/pair_{frame:05d}.npy
-    first_number: int = 0  # number that frame 0 has in file names
+    frame_pattern: str | None = None  # short for modalities.rgb.pattern
+    flow_pattern: str | None = None  # short for modalities.flow.pattern
+    frame_number_offset: int = 0  # number that frame 0 has in file names
     unlabel_json_path: str = MISSING  # rallies to train on, labels unused
     fewshot_eval_json_path: str = MISSING  # labelled rallies to evaluate on
     # labelled rallies of the validation during distillation; null: those of fewshot_eval_json_path, and then a
@@ -84,17 +88,17 @@ class DataModuleConfig(Sealable):
         None  # subset of player court type side technique direction approach outcome; null: all
     )
     max_persons: int = 2  # persons kept per frame
-    missing: str = "error"  # unreadable frame, flow or skeleton: error | repeat | skip
-    flip: float = 0.0  # probability of a horizontal flip, training only
-    min_scale: float = 1.0  # smallest random crop, as a fraction of crop_size, training only
+    on_missing: str = "error"  # unreadable frame, flow or skeleton: error | repeat | skip
+    hflip_prob: float = 0.0  # probability of a horizontal flip, training only
+    random_crop_min_scale: float = 1.0  # smallest random crop, as a fraction of crop_size, training only
     mask_type: str = "tube"  # tube | random
     mask_ratio: float = 0.75  # fraction of tokens removed in training
     n_masks: int = 0  # evaluation: masked views per clip; 0: the whole clip
     eval_mask_ratio: float = 0.75  # evaluation: fraction removed in each masked view
-    views: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
+    eval_masks: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
     # the scored network beside itself: all: as the whole clip, with shared masks and with masks per clip, whose cost is
-    # shown; the headline is what n_masks and views say | one: only that
-    readouts: str = "all"
+    # shown; the headline is what n_masks and eval_masks say | configured: only that
+    input_modes: str = "all"
     n_way: Any = 5  # classes per episode; a list evaluates each
     k_shot: Any = 1  # support clips per class; a list evaluates each
     q_sample: int = 15  # query clips per class
@@ -117,9 +121,9 @@ class TrainerConfig(Sealable):
     clip_grad: float | None = None  # global gradient norm; null: no clipping
     # a loss or gradient that is not finite: raise | skip the step, which leaves weights, moments and averages alone and
     # counts in the schedule. With precision=16, overflows above loss scale 1 are counted apart (overflow_steps)
-    nonfinite: str = "raise"
-    nonfinite_budget: int = 10  # steps that may be skipped in the whole training
-    accumulate: int = 1  # batches per optimiser step
+    on_nonfinite: str = "raise"
+    max_skipped_steps: int = 10  # steps that may be skipped in the whole training
+    accumulate_grad_batches: int = 1  # batches per optimiser step
     save_ckpt_freq: int = 5  # epochs between checkpoints; the last epoch is always saved
     # which checkpoints stay: the newest keep_last and the save_top_k of lowest loss (-1: all). Both null keep all; one
     # number alone keeps, beside its own, the best one or the newest one
@@ -133,7 +137,7 @@ class TrainerConfig(Sealable):
 class PretrainTrainerConfig(TrainerConfig):
     """Optimisation of the pretraining."""
 
-    picture_freq: int = 5  # epochs between pictures of a reconstruction (pictures/, TensorBoard); 0: none
+    image_every_n_epochs: int = 5  # epochs between reconstruction images (images/, TensorBoard); 0: none
 
 
 @dataclass
@@ -148,7 +152,7 @@ class DistillTrainerConfig(TrainerConfig):
     val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
     ema: float | None = None  # decay per step of an average of the student, saved as student_ema_rgb; null: none
     # N mask draws per clip, whose teacher features are kept: from epoch N on only frames are read; 0: none
-    teacher_cache: int = 0
+    cache_teacher_epochs: int = 0
     save_teachers: bool = True  # false: checkpoints hold student and cmt only, and name the teachers with their sha256
 
 
@@ -168,31 +172,22 @@ class CommonConfig(Sealable):
     resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew
     # these end a run after the step in hand, with a whole checkpoint and exit status 85
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
-    process_timeout_s: float = 1800.0  # a rank that waits longer for the others ends with an error
+    distributed_timeout_s: float = 1800.0  # a rank that waits longer for the others ends with an error
     loader_timeout_s: float = 600.0  # a loader worker that needs longer for one batch ends the run; 0: no limit
     logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])  # also wandb, mlflow; one name or a list
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
 @dataclass
-class DeepSpeedConfig(Sealable):
-    """What is handed to DeepSpeed."""
-
-    zero_stage: int = 0  # 0 | 1 | 2 | 3
-    offload: bool = False  # keep optimiser state (stage 1-3) in host memory
-
-
-@dataclass
 class PretrainConfig(CommonConfig):
     """`pretrain_main.py`."""
 
-    modality: str = MISSING  # rgb | flow | skeleton
-    pretrain: str | None = None  # VideoMAE weights to start from
-    # auto: deepspeed.zero_stage | ddp: stage 0 | deepspeed: stage 2 | deepspeed_stage_N, N from 1 also with _offload
+    modality: str = MISSING  # rgb | flow | skeleton | any other registered modality
+    init_from: str | None = None  # VideoMAE weights to start from
+    # ZeRO stage: auto or ddp: 0 | deepspeed: 2 | deepspeed_stage_N, N from 1 also with _offload
     strategy: str = "auto"
     decoder_mask_ratio: float = 0.0  # fraction of removed tokens that are not reconstructed (VideoMAE V2 uses 0.5)
     model: ModelConfig = field(default_factory=ModelConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     trainer: PretrainTrainerConfig = field(default_factory=PretrainTrainerConfig)
 
 
@@ -206,10 +201,10 @@ class DistillConfig(CommonConfig):
     # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2 | _1_offload | _2_offload
     strategy: str = "auto"
     run_name: str = "mmdistill"  # name of the run's folder
-    network: str = "student_rgb"  # part of the checkpoint that is evaluated
+    eval_component: str = "student_rgb"  # component of the checkpoint that is evaluated
     # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
-    compare: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
-    head: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.classifiers; a list evaluates each
+    baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
+    classifier: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.classifiers; a list evaluates each
     probe: bool = False  # also a linear probe and k-NN on the full label set
     feature_cache: str | None = "output/features"  # folder of encoded clips, reused by later evaluations; null: none
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)

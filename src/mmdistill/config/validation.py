@@ -16,14 +16,13 @@ from mmdistill.config.schema import (
 )
 from mmdistill.data.annotations.base import ANNOTATION_READERS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
-from mmdistill.data.readers.base import names_each_frame
-from mmdistill.modalities.base import MODALITIES, MODALITY_SPECS, ModalitySpec
+from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 
 HEAD_NAMES = (
     "logistic", "logistic_l2", "knn", "knn_euclidean",
     "centroid", "centroid_centred", "centroid_euclidean", "centroid_l2", "centroid_cl2",
 )  # fmt: skip
-PARTS = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
+COMPONENT_PREFIXES = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
 DEEPSPEED_STAGES = {
     "deepspeed": 2,
     "deepspeed_stage_0": 0,
@@ -32,6 +31,21 @@ DEEPSPEED_STAGES = {
     "deepspeed_stage_1_offload": 1,
     "deepspeed_stage_2_offload": 2,
 }  # strategy -> ZeRO stage
+PRETRAIN_STAGES = {
+    "auto": 0,
+    "ddp": 0,
+    **DEEPSPEED_STAGES,
+    "deepspeed_stage_3": 3,
+    "deepspeed_stage_3_offload": 3,
+}
+POS_EMBEDS = ("sincos", "sincos_separable", "learned")
+SHORT_KEYS = {  # key of data_module -> (modality, key of data_module.modalities.MODALITY)
+    "frames_dir": ("rgb", "dir"),
+    "flow_dir": ("flow", "dir"),
+    "skeleton_dir": ("skeleton", "dir"),
+    "frame_pattern": ("rgb", "pattern"),
+    "flow_pattern": ("flow", "pattern"),
+}
 
 
 def _choice(key: str, value: object, allowed: Sequence[object]) -> None:
@@ -60,7 +74,7 @@ def validate(config: PretrainConfig | DistillConfig) -> None:
     _at_least("seed", config.seed, 0)
     _at_least("batch_size", config.batch_size, 1)
     _at_least("num_workers", config.num_workers, 0)
-    _at_least("process_timeout_s", config.process_timeout_s, 1)
+    _at_least("distributed_timeout_s", config.distributed_timeout_s, 1)
     _at_least("loader_timeout_s", config.loader_timeout_s, 0)
     for name in config.stop_signals:
         _choice("stop_signals", name, [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")])
@@ -77,7 +91,7 @@ def validate(config: PretrainConfig | DistillConfig) -> None:
 
 
 def _validate_trainer(trainer: TrainerConfig) -> None:
-    for key in ("epochs", "accumulate", "save_ckpt_freq"):
+    for key in ("epochs", "accumulate_grad_batches", "save_ckpt_freq"):
         _at_least(f"trainer.{key}", getattr(trainer, key), 1)
     for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
         _at_least(f"trainer.{key}", getattr(trainer, key), 0)
@@ -85,8 +99,8 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
         _at_least("trainer.keep_last", trainer.keep_last, 1)
     if trainer.save_top_k is not None:
         _at_least("trainer.save_top_k", trainer.save_top_k, -1)
-    _choice("trainer.nonfinite", trainer.nonfinite, ("raise", "skip"))
-    _at_least("trainer.nonfinite_budget", trainer.nonfinite_budget, 0)
+    _choice("trainer.on_nonfinite", trainer.on_nonfinite, ("raise", "skip"))
+    _at_least("trainer.max_skipped_steps", trainer.max_skipped_steps, 0)
     if trainer.layer_decay is not None and not 0 < trainer.layer_decay <= 1:
         raise ConfigError(f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]")
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
@@ -96,16 +110,17 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
 
 
 def _validate_pretrain(config: PretrainConfig) -> None:
-    _choice("modality", config.modality, MODALITIES)
+    _choice("modality", config.modality, modality_names())
     _has_modality("modality", config.modality, config.data_module)
-    _at_least("trainer.picture_freq", config.trainer.picture_freq, 0)
-    _choice("deepspeed.zero_stage", config.deepspeed.zero_stage, (0, 1, 2, 3))
-    if offloads(config) and zero_stage(config) == 0:
-        raise ConfigError("deepspeed.offload needs deepspeed.zero_stage 1, 2 or 3: stage 0 shards nothing")
-    if zero_stage(config) == 3 and config.trainer.nonfinite == "skip":
-        raise ConfigError("trainer.nonfinite=skip does not go with ZeRO stage 3; use stage 2, or nonfinite=raise")
+    _at_least("trainer.image_every_n_epochs", config.trainer.image_every_n_epochs, 0)
+    _choice("strategy", config.strategy, tuple(PRETRAIN_STAGES))
+    _choice("model.pos_embed", config.model.pos_embed, POS_EMBEDS)
+    if zero_stage(config) == 3 and config.trainer.on_nonfinite == "skip":
+        raise ConfigError(
+            "trainer.on_nonfinite=skip does not work with ZeRO stage 3; use stage 2 or on_nonfinite=raise"
+        )
     if zero_stage(config) == 3 and config.compile:
-        raise ConfigError("compile=true does not go with ZeRO stage 3, which gathers weights inside the encoder")
+        raise ConfigError("compile=true does not work with ZeRO stage 3, which gathers weights inside the encoder")
     _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
     model = config.model
     if model.head_dim is None and model.dim % model.heads:
@@ -117,22 +132,13 @@ def _validate_pretrain(config: PretrainConfig) -> None:
 
 
 def zero_stage(config: PretrainConfig) -> int:
-    """ZeRO's stage, of `strategy` where it names one, else of `deepspeed.zero_stage`. Raises where both differ."""
-    stages = {**DEEPSPEED_STAGES, "ddp": 0, "deepspeed_stage_3": 3, "deepspeed_stage_3_offload": 3}
-    _choice("strategy", config.strategy, ("auto", *stages))
-    stage = stages.get(config.strategy, config.deepspeed.zero_stage)
-    if config.deepspeed.zero_stage not in (0, stage):
-        raise ConfigError(
-            f"strategy={config.strategy} is ZeRO stage {stage}, deepspeed.zero_stage={config.deepspeed.zero_stage}; "
-            "give one of them"
-        )
-    return stage
+    """ZeRO stage that `strategy` selects for a pretraining."""
+    return PRETRAIN_STAGES[config.strategy]
 
 
-def offloads(config: PretrainConfig | DistillConfig) -> bool:
-    """Whether the optimiser's state is kept in host memory."""
-    own = isinstance(config, PretrainConfig) and config.deepspeed.offload
-    return own or config.strategy.endswith("_offload")
+def has_offload(config: PretrainConfig | DistillConfig) -> bool:
+    """Whether the optimizer's state is kept in host memory."""
+    return config.strategy.endswith("_offload")
 
 
 def _has_modality(key: str, modality: str, data: DataModuleConfig) -> None:
@@ -161,16 +167,16 @@ def _validate_distill(config: DistillConfig) -> None:
         )
     if config.trainer.ema is not None and not 0 <= config.trainer.ema < 1:
         raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1)")
-    _at_least("trainer.teacher_cache", config.trainer.teacher_cache, 0)
+    _at_least("trainer.cache_teacher_epochs", config.trainer.cache_teacher_epochs, 0)
     for teacher in config.trainer.teachers:
-        _choice("trainer.teachers", teacher, MODALITIES)
-    if "rgb" not in config.trainer.teachers:
-        raise ConfigError("trainer.teachers must hold rgb: the student starts as a copy of the RGB teacher")
+        _choice("trainer.teachers", teacher, modality_names())
+    if STUDENT_MODALITY not in config.trainer.teachers:
+        raise ConfigError("trainer.teachers must contain rgb: the student starts as a copy of the RGB teacher")
     if config.train:
         for teacher in config.trainer.teachers:
             _has_modality("trainer.teachers", teacher, config.data_module)
-    for head in as_names("head", config.head):
-        _choice("head", head, HEAD_NAMES)
+    for head in as_names("classifier", config.classifier):
+        _choice("classifier", head, HEAD_NAMES)
     if config.test:
         _validate_networks(config)
     named = config.resume is not None and config.trainer.ckpt_path is None  # a checkpoint names its teachers
@@ -182,12 +188,12 @@ def _validate_distill(config: DistillConfig) -> None:
 
 def _validate_networks(config: DistillConfig) -> None:
     """What is scored names its modality: ``student_rgb``, ``teacher_flow``, ``pretrained_skeleton``."""
-    own = [] if config.network == "encoder" else [config.network]
-    compared = [entry for entry in config.compare if entry.startswith(PARTS)]
-    for key, part in [*(("network", part) for part in own), *(("compare", part) for part in compared)]:
-        if part.rpartition("_")[2] not in MODALITIES:
+    own = [] if config.eval_component == "encoder" else [config.eval_component]
+    compared = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
+    for key, part in [*(("eval_component", part) for part in own), *(("baselines", part) for part in compared)]:
+        if part.rpartition("_")[2] not in modality_names():
             raise ConfigError(
-                f"{key}={part}: the name of a network ends in its modality, like student_rgb, teacher_flow"
+                f"{key}={part}: a component's name ends with its modality, like student_rgb, teacher_flow"
             )
 
 
@@ -196,10 +202,10 @@ def _validate_data(data: DataModuleConfig) -> None:
     _choice(key + "train_clips", data.train_clips, ("windows", "events", "first"))
     _choice(key + "eval_clips", data.eval_clips, ("events", "first", "windows"))
     _choice(key + "clip_anchor", data.clip_anchor, ("start", "center"))
-    _choice(key + "missing", data.missing, ("error", "repeat", "skip"))
+    _choice(key + "on_missing", data.on_missing, ("error", "repeat", "skip"))
     _choice(key + "mask_type", data.mask_type, ("tube", "random"))
-    _choice(key + "views", data.views, ("shared", "per_clip"))
-    _choice(key + "readouts", data.readouts, ("all", "one"))
+    _choice(key + "eval_masks", data.eval_masks, ("shared", "per_clip"))
+    _choice(key + "input_modes", data.input_modes, ("all", "configured"))
     _choice(key + "label", data.label, ("event", "video"))
     _choice(key + "annotations", data.annotations, sorted(ANNOTATION_READERS))
     if data.label_fields is not None:
@@ -209,21 +215,16 @@ def _validate_data(data: DataModuleConfig) -> None:
             raise ConfigError(f"{key}label_fields=[] leaves no label; null takes all of {', '.join(F3SET_FIELDS)}")
     if data.disjoint is not None:
         _choice(key + "disjoint", data.disjoint, ("video",))
-    for name, pattern in (("frame_pattern", data.frame_pattern), ("flow_pattern", data.flow_pattern)):
-        if pattern is not None and not names_each_frame(pattern):
-            raise ConfigError(
-                f"{key}{name}={pattern!r} must name a file by {{video}} and {{frame}}, see configs/dataset"
-            )
     _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
     _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
-    _fraction(key + "flip", data.flip)
+    _fraction(key + "hflip_prob", data.hflip_prob)
     for name in ("num_frames", "sampling_rate", "max_persons", "q_sample", "tubelet", "patch_size"):
         _at_least(key + name, getattr(data, name), 1)
     if data.window_stride is not None:
         _at_least(key + "window_stride", data.window_stride, 1)
-    _at_least(key + "first_number", data.first_number, 0)
-    if not 0 < data.min_scale <= 1:
-        raise ConfigError(f"{key}min_scale={data.min_scale} must lie in (0, 1]")
+    _at_least(key + "frame_number_offset", data.frame_number_offset, 0)
+    if not 0 < data.random_crop_min_scale <= 1:
+        raise ConfigError(f"{key}random_crop_min_scale={data.random_crop_min_scale} must lie in (0, 1]")
     for name, least in (("n_way", 2), ("k_shot", 1)):
         for value in as_ints(key + name, getattr(data, name)):
             _at_least(key + name, value, least)
@@ -240,7 +241,7 @@ def _validate_data(data: DataModuleConfig) -> None:
     if data.num_frames % data.tubelet:
         raise ConfigError(f"{key}num_frames={data.num_frames} is not a multiple of tubelet={data.tubelet}")
     for name in data.modalities:
-        _choice(key + "modalities", name, MODALITIES)
+        _choice(key + "modalities", name, modality_names())
     modality_specs(data)
     _leaves_tokens(key + "mask_ratio", data.mask_ratio, data)
     if data.n_masks:
@@ -260,17 +261,32 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
     """The dataset's modalities with its statistics. Raises `ConfigError` where a modality's values do not fit."""
     specs = {}
     for name, m in data.modalities.items():
-        _at_least(f"data_module.modalities.{name}.scale", m.scale, 1)
-        if m.sigma <= 0:
-            raise ConfigError(f"data_module.modalities.{name}.sigma={m.sigma} must be positive")
-        if data.patch_size % m.scale or any(size % m.scale for size in data.crop_size):
-            raise ConfigError(f"data_module.modalities.{name}.scale={m.scale} must divide patch_size and crop_size")
-        channels = MODALITY_SPECS[name].channels
+        key = f"data_module.modalities.{name}"
+        _at_least(f"{key}.input_stride", m.input_stride, 1)
+        if m.sigma is not None and m.sigma <= 0:
+            raise ConfigError(f"{key}.sigma={m.sigma} must be positive")
+        if data.patch_size % m.input_stride or any(size % m.input_stride for size in data.crop_size):
+            raise ConfigError(f"{key}.input_stride={m.input_stride} must divide patch_size and crop_size")
+        modality = get_modality(name)
         try:
-            specs[name] = ModalitySpec(name, channels, m.scale, tuple(m.mean), tuple(m.std), m.target, m.sigma)
+            specs[name] = modality.spec(
+                input_stride=m.input_stride,
+                mean=tuple(m.mean),
+                std=tuple(m.std),
+                target=m.target,
+                sigma=modality.sigma if m.sigma is None else m.sigma,
+            )
         except ValueError as error:
             raise ConfigError(f"data_module.modalities.{error}") from error
     return specs
+
+
+def modality_setting(data: DataModuleConfig, modality: str, key: str) -> str | None:
+    """``dir`` or ``pattern`` of a modality: its short key, such as `data_module.flow_dir`, or else its own key."""
+    short = next((name for name, target in SHORT_KEYS.items() if target == (modality, key)), None)
+    value = getattr(data, short) if short else None
+    own = getattr(data.modalities[modality], key) if modality in data.modalities else None
+    return own if value is None else value
 
 
 def as_ints(key: str, value: Any) -> list[int]:
@@ -290,19 +306,20 @@ def as_names(key: str, value: Any) -> list[str]:
 
 
 def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
-    """`trainer.ckpt_path` by modality: a list is in the order of `MODALITIES` (or of `trainer.teachers`)."""
-    given = trainer.ckpt_path
-    wanted = [m for m in MODALITIES if m in trainer.teachers]
+    """`trainer.ckpt_path` by modality: a list is in the order of `modality_names` (of all, or of the teachers)."""
+    given, names = trainer.ckpt_path, modality_names()
+    wanted = [m for m in names if m in trainer.teachers]
     how = (
         f"trainer.ckpt_path must name a checkpoint for each of {', '.join(wanted)}: a list in this order, or a mapping"
     )
     if isinstance(given, dict):
-        unknown = set(given) - set(MODALITIES)
+        unknown = set(given) - set(names)
         if unknown or any(m not in given for m in wanted):
             raise ConfigError(f"{how}; got the keys {', '.join(map(str, given))}")
         return {m: str(given[m]) for m in wanted}
-    if isinstance(given, list | tuple) and len(given) in (len(wanted), len(MODALITIES)):
-        names = wanted if len(given) == len(wanted) else list(MODALITIES)
-        paths = dict(zip(names, map(str, given), strict=True))
-        return {m: paths[m] for m in wanted}
+    if isinstance(given, list | tuple):
+        if len(given) == len(wanted):
+            return dict(zip(wanted, map(str, given), strict=True))
+        if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(wanted) <= set(names[: len(given)]):
+            return {m: str(given[names.index(m)]) for m in wanted}
     raise ConfigError(f"{how}; got {given!r}. `python scripts/find_checkpoints.py output` prints one to paste")

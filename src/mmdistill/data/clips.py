@@ -38,7 +38,7 @@ class ClipIndex:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _ClipSpec:
     id: str
     start: int
     label: str | None
@@ -76,7 +76,7 @@ def build_index(
     _check_counts(num_frames=num_frames, sampling_rate=sampling_rate, stride=1 if stride is None else stride)
     span = (num_frames - 1) * sampling_rate + 1
     before = num_frames // 2 * sampling_rate if anchor == "center" else 0
-    drafts: list[tuple[Rally, _Draft]] = []
+    drafts: list[tuple[Rally, _ClipSpec]] = []
     too_short, without_events, shifted = [], [], 0
     for rally in rallies:
         last_start = rally.num_frames - 1 - span
@@ -84,7 +84,7 @@ def build_index(
             too_short.append(rally.video)
             continue
         if clips == "windows":
-            found = [_Draft(f"{rally.video}:{s:06d}", s, None) for s in range(0, last_start + 1, stride or span)]
+            found = [_ClipSpec(f"{rally.video}:{s:06d}", s, None) for s in range(0, last_start + 1, stride or span)]
         else:
             found = _event_clips(rally, first_only=clips == "first", before=before)
             if not found:
@@ -93,7 +93,7 @@ def build_index(
             start = min(max(draft.start, 0), last_start)
             shifted += start != draft.start
             own = select_fields(draft.label, label_fields) if draft.label else None
-            drafts.append((rally, _Draft(draft.id, start, rally.video if label == "video" else own)))
+            drafts.append((rally, _ClipSpec(draft.id, start, rally.video if label == "video" else own)))
     report = {"rallies": len(rallies), "shifted_into_the_video": shifted, "too_short": too_short}
     return _finish(drafts, range(0, span, sampling_rate), {**report, "without_events": without_events})
 
@@ -126,7 +126,7 @@ def _check_counts(**counts: int) -> None:
             raise ValueError(f"{name}={count} must be at least 1")
 
 
-def _finish(drafts: Sequence[tuple[Rally, _Draft]], offsets: range, report: dict[str, Any]) -> ClipIndex:
+def _finish(drafts: Sequence[tuple[Rally, _ClipSpec]], offsets: range, report: dict[str, Any]) -> ClipIndex:
     """Number the classes and make the clips; `offsets` are a clip's frames counted from its start."""
     classes = sorted({d.label for _, d in drafts if d.label is not None})
     position = {name: i for i, name in enumerate(classes)}
@@ -145,6 +145,6 @@ def _finish(drafts: Sequence[tuple[Rally, _Draft]], offsets: range, report: dict
     return ClipIndex(made, tuple(classes), {"clips": len(made), "classes": len(classes), **report})
 
 
-def _event_clips(rally: Rally, *, first_only: bool, before: int) -> list[_Draft]:
+def _event_clips(rally: Rally, *, first_only: bool, before: int) -> list[_ClipSpec]:
     events = rally.events[:1] if first_only else rally.events
-    return [_Draft(f"{rally.video}#{n}@{e.frame}", e.frame - before, e.label) for n, e in enumerate(events)]
+    return [_ClipSpec(f"{rally.video}#{n}@{e.frame}", e.frame - before, e.label) for n, e in enumerate(events)]

@@ -15,7 +15,7 @@ from mmdistill.data.masking import visible_tokens
 from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.randomness import seeded_rng
 
-MISSING_POLICIES = ("error", "repeat", "skip")
+ON_MISSING = ("error", "repeat", "skip")
 REPLACEMENTS = 8  # other clips tried in place of one that cannot be read
 
 
@@ -37,15 +37,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
         index: the clips. ``self.index`` is without those left out.
         readers: by modality; each becomes a key of the sample.
         grid: tokens (t, h, w).
-        crop: (height, width) of the view, in px of the stored frame.
+        crop_size: (height, width) of the view, in px of the stored frame.
         frame_size: (height, width) of the stored frames.
-        mask_kind, mask_ratio: see `visible_tokens`.
+        mask_type, mask_ratio: see `visible_tokens`.
         augment: training: draw view and flip. Otherwise the centre crop.
-        min_scale: smallest view, as a fraction of `crop`.
-        flip: probability of a horizontal flip.
-        draws: with N > 0, epoch e looks like epoch ``e % N``, and from epoch N on only `lasting` modalities are read:
-            the others' features are kept, see `mmdistill.distill.teacher_cache`.
-        lasting: see `draws`.
+        random_crop_min_scale: smallest view, as a fraction of `crop`.
+        hflip_prob: probability of a horizontal flip.
+        cached_epochs: with N > 0, epoch e looks like epoch ``e % N``, and from epoch N on only `always_decoded` modalities
+            are read: the others' features are kept, see `mmdistill.distill.teacher_cache`.
+        always_decoded: see `cached_epochs`.
         budget: largest share of clips that may be replaced before that is an error.
 
     Raises:
@@ -58,37 +58,44 @@ class ClipDataset(Dataset[dict[str, Any]]):
         readers: Mapping[str, Reader],
         *,
         grid: tuple[int, int, int],
-        crop: tuple[int, int],
+        crop_size: tuple[int, int],
         frame_size: tuple[int, int],
-        mask_kind: str = "tube",
+        mask_type: str = "tube",
         mask_ratio: float = 0.0,
         seed: int = 0,
         augment: bool = False,
-        min_scale: float = 1.0,
-        flip: float = 0.0,
-        missing: str = "error",
+        random_crop_min_scale: float = 1.0,
+        hflip_prob: float = 0.0,
+        on_missing: str = "error",
         budget: float = 0.05,
-        draws: int = 0,
-        lasting: tuple[str, ...] = ("rgb",),
+        cached_epochs: int = 0,
+        always_decoded: tuple[str, ...] = ("rgb",),
     ) -> None:
-        if missing not in MISSING_POLICIES:
-            raise ValueError(f"missing={missing!r} is not one of {', '.join(MISSING_POLICIES)}")
-        if crop[0] > frame_size[0] or crop[1] > frame_size[1]:
-            raise ValueError(f"crop {crop} is larger than the stored frame {frame_size}")
-        if not 0 < min_scale <= 1:
-            raise ValueError(f"min_scale={min_scale} must lie in (0, 1]")
-        visible_tokens(grid, ratio=mask_ratio, kind=mask_kind, rng=np.random.default_rng(0))  # refuse a bad mask now
+        if on_missing not in ON_MISSING:
+            raise ValueError(f"on_missing={on_missing!r} is not one of {', '.join(ON_MISSING)}")
+        if crop_size[0] > frame_size[0] or crop_size[1] > frame_size[1]:
+            raise ValueError(f"crop_size={crop_size} is larger than the stored frame {frame_size}")
+        if not 0 < random_crop_min_scale <= 1:
+            raise ValueError(f"random_crop_min_scale={random_crop_min_scale} must lie in (0, 1]")
+        visible_tokens(
+            grid, ratio=mask_ratio, mask_type=mask_type, rng=np.random.default_rng(0)
+        )  # refuse a bad mask now
         self.readers = dict(readers)
-        self.grid, self.crop, self.frame_size = grid, crop, frame_size
-        self.mask_kind, self.mask_ratio = mask_kind, mask_ratio
-        self.seed, self.augment, self.min_scale, self.flip = seed, augment, min_scale, flip
-        self.missing, self.budget = missing, budget
-        self.draws, self.lasting = draws, lasting
+        self.grid, self.crop_size, self.frame_size = grid, crop_size, frame_size
+        self.mask_type, self.mask_ratio = mask_type, mask_ratio
+        self.seed, self.augment, self.random_crop_min_scale, self.hflip_prob = (
+            seed,
+            augment,
+            random_crop_min_scale,
+            hflip_prob,
+        )
+        self.on_missing, self.budget = on_missing, budget
+        self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
         self._left_out: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
-        self.index = index if missing == "error" else self._present(index)
+        self.index = index if on_missing == "error" else self._drop_missing(index)
         # Workers write here what they did, one cell per clip and modality; the last column: clip replaced. Writing a
         # cell again gives the same value, so no lock is needed, and the main process sees it.
-        self._done = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16).share_memory_()
+        self._seen = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16).share_memory_()
 
     def __len__(self) -> int:
         return len(self.index.clips)
@@ -98,44 +105,44 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"clip {i} of {len(self)}")
         i %= len(self)
-        cached = 0 < self.draws <= epoch
-        epoch = epoch % self.draws if self.draws else epoch
-        if cached and self._done[i, -1]:  # replaced when all of it was read: its features are not there
+        cached = 0 < self.cached_epochs <= epoch
+        epoch = epoch % self.cached_epochs if self.cached_epochs else epoch
+        if cached and self._seen[i, -1]:  # replaced when all of it was read: its features are not there
             return self._replacement(epoch, i, FrameError("its files could not be read"), cached)
         try:
             return self._sample(epoch, i, cached)
         except FrameError as error:
-            if self.missing == "error" or not self.augment:
+            if self.on_missing == "error" or not self.augment:
                 raise FrameError(f"clip {self.index.clips[i].id}: {error}") from error
             return self._replacement(epoch, i, error, cached)
 
-    def view(self, epoch: int, clip: Clip) -> np.ndarray:
+    def crop_box(self, epoch: int, clip: Clip) -> np.ndarray:
         """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a flip."""
-        (rows, columns), (height, width) = self.frame_size, self.crop
+        (rows, columns), (height, width) = self.frame_size, self.crop_size
         if not self.augment:
             return np.array([(rows - height) // 2, (columns - width) // 2, height, width, 0], np.float32)
         rng = seeded_rng(self.seed, epoch, clip.id, "view")
-        scale = rng.uniform(self.min_scale, 1.0)
+        scale = rng.uniform(self.random_crop_min_scale, 1.0)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
         top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
-        return np.array([top, left, height, width, rng.random() < self.flip], np.float32)
+        return np.array([top, left, height, width, rng.random() < self.hflip_prob], np.float32)
 
     @property
-    def marks(self) -> torch.Tensor:
+    def stats_tensor(self) -> torch.Tensor:
         """int16 [clips, modalities + 1]: frames repeated of each clip, and whether it was replaced; a copy."""
-        return self._done.clone()
+        return self._seen.clone()
 
-    def missing_report(self, marks: torch.Tensor | None = None) -> dict[str, Any]:
+    def missing_report(self, stats: torch.Tensor | None = None) -> dict[str, Any]:
         """What the policy did so far, counted per modality and rally, all workers together.
 
-        `marks` are those of several processes, merged; None: of this one.
+        `stats` are those of several processes, merged; None: of this one.
 
         ``clips_left_out`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
         each clip counts once, however often it was read.
         """
         repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         replaced: Counter[str] = Counter()
-        done = self._done if marks is None else marks
+        done = self._seen if stats is None else stats
         for i in done.any(dim=1).nonzero().flatten().tolist():
             video = self.index.clips[i].video
             *frames, whole = done[i].tolist()
@@ -145,7 +152,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if whole:
                 replaced[video] += 1
         return {
-            "policy": self.missing,
+            "policy": self.on_missing,
             "clips": len(self),
             "clips_left_out": {name: dict(c) for name, c in self._left_out.items() if c},
             "frames_repeated": {name: dict(c) for name, c in repeated.items() if c},
@@ -156,51 +163,51 @@ class ClipDataset(Dataset[dict[str, Any]]):
         clip = self.index.clips[i]
         sample: dict[str, Any] = {}
         for column, (name, reader) in enumerate(self.readers.items()):
-            if cached and name not in self.lasting:
+            if cached and name not in self.always_decoded:
                 continue
-            if self.missing == "repeat":
+            if self.on_missing == "repeat":
                 sample[name], repeated = reader.read_repeating(clip.video, clip.frames)
                 if repeated:
-                    self._done[i, column] = len(repeated)
+                    self._seen[i, column] = len(repeated)
             else:
                 sample[name] = reader.read(clip.video, clip.frames)
         rng = seeded_rng(self.seed, epoch, clip.id, "mask")
-        sample["visible"] = visible_tokens(self.grid, ratio=self.mask_ratio, kind=self.mask_kind, rng=rng)
-        sample["view"] = self.view(epoch, clip)
+        sample["visible"] = visible_tokens(self.grid, ratio=self.mask_ratio, mask_type=self.mask_type, rng=rng)
+        sample["crop_box"] = self.crop_box(epoch, clip)
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
         return sample
 
     def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool = False) -> dict[str, Any]:
         """Another clip in place of one that cannot be read."""
-        self._done[i, -1] = 1
+        self._seen[i, -1] = 1
         allowed = max(1, math.ceil(self.budget * len(self)))
-        if int(self._done[:, -1].sum()) <= allowed:
+        if int(self._seen[:, -1].sum()) <= allowed:
             rng = seeded_rng(self.seed, epoch, self.index.clips[i].id, "replacement")
             for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
-                if cached and self._done[other, -1]:
+                if cached and self._seen[other, -1]:
                     continue
                 try:
                     return self._sample(epoch, other, cached)
                 except FrameError:
-                    self._done[other, -1] = 1
+                    self._seen[other, -1] = 1
         raise FrameError(
             f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}. "
             "Run scripts/check_data.py"
         ) from error
 
-    def _present(self, index: ClipIndex) -> ClipIndex:
+    def _drop_missing(self, index: ClipIndex) -> ClipIndex:
         """Without the clips that the policy leaves out."""
         wanted: dict[str, set[int]] = {}
         for clip in index.clips:
             wanted.setdefault(clip.video, set()).update(clip.frames)
         absent = {
-            (name, video): set(reader.absent(video, sorted(frames)))
+            (name, video): set(reader.missing_frames(video, sorted(frames)))
             for name, reader in self.readers.items()
             for video, frames in wanted.items()
         }
         kept = []
         for clip in index.clips:
-            limit = len(clip.frames) if self.missing == "repeat" else 1
+            limit = len(clip.frames) if self.on_missing == "repeat" else 1
             lacking = [n for n in self.readers if len(absent[n, clip.video].intersection(clip.frames)) >= limit]
             for name in lacking:
                 self._left_out[name][clip.video] += 1

@@ -6,7 +6,7 @@ import os
 from mmdistill.data.dataset import ClipDataset
 
 
-def data_version(dataset: ClipDataset, modality: str) -> str:
+def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     """sha256 over what decides the samples of one modality.
 
     That is the clips with their labels, the crop, the policy for missing data, and name, size and time of change (ns)
@@ -14,7 +14,7 @@ def data_version(dataset: ClipDataset, modality: str) -> str:
     file costs one `stat`, a few microseconds on a local disk.
     """
     reader = dataset.readers[modality]
-    settings = (dataset.crop, dataset.frame_size, dataset.missing, reader.settings)
+    settings = (dataset.crop_size, dataset.frame_size, dataset.on_missing, reader.settings)
     digest = hashlib.sha256(repr(settings).encode())
     needed: dict[str, set[int]] = {}
     for clip in dataset.index.clips:

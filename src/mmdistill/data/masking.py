@@ -6,7 +6,7 @@
 import numpy as np
 
 
-def visible_tokens(grid: tuple[int, int, int], *, ratio: float, kind: str, rng: np.random.Generator) -> np.ndarray:
+def visible_tokens(grid: tuple[int, int, int], *, ratio: float, mask_type: str, rng: np.random.Generator) -> np.ndarray:
     """Sorted indices of the visible tokens of a (t, h, w) grid, t major, then h, then w.
 
     `tube` removes ``round(ratio * h * w)`` places for all times (VideoMAE, arXiv 2203.12602, section 3.2); `random`
@@ -21,12 +21,12 @@ def visible_tokens(grid: tuple[int, int, int], *, ratio: float, kind: str, rng: 
     t, h, w = grid
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1)")
-    if kind == "tube":
+    if mask_type == "tube":
         kept = _kept(h * w, ratio, rng)
         return (np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept).reshape(-1)
-    if kind == "random":
+    if mask_type == "random":
         return _kept(t * h * w, ratio, rng)
-    raise ValueError(f"mask kind {kind!r} is not one of tube, random")
+    raise ValueError(f"mask_type={mask_type!r} is not one of tube, random")
 
 
 def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
@@ -36,7 +36,7 @@ def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.permutation(count)[removed:]).astype(np.int64)
 
 
-def predicted_part(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:
+def sample_decoder_tokens(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:
     """A clip's removed tokens that are reconstructed under dual masking (VideoMAE V2, arXiv 2303.16727, section 3.2).
 
     Args:

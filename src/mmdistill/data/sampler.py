@@ -77,7 +77,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
-def other_batches(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:
+def batch_order_mismatch(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:
     """Why a run cannot go on inside an epoch: what decides its batches was (stored) and is (own) another."""
     told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
     return (

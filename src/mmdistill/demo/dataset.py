@@ -46,7 +46,7 @@ from mmdistill.demo.scene import (
     render_rally,
 )
 from mmdistill.demo.strokes import STROKES
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 
 FORMAT = 5  # raised when the same parameters give other bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
@@ -108,7 +108,7 @@ def make_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
     for folder, kind in zip(folders, (FRAME_DIR, FLOW_DIR), strict=True):
         _replace_folder(folder, root / kind / plan.video)
     (root / SKELETON_DIR).mkdir(parents=True, exist_ok=True)
-    write_whole(root / SKELETON_DIR / f"{plan.video}.pkl", skeleton_bytes(scene, plan, parameters))
+    atomic_write_bytes(root / SKELETON_DIR / f"{plan.video}.pkl", skeleton_bytes(scene, plan, parameters))
     return plan.video
 
 
@@ -217,14 +217,14 @@ def make_demo(
         missing = [plan for plan in plans if not is_complete(root, plan)]
         if not missing and (root / "demo.json").is_file():
             return
-        write_whole(root / "demo.partial.json", json.dumps({"parameters": wanted}).encode())
+        atomic_write_bytes(root / "demo.partial.json", json.dumps({"parameters": wanted}).encode())
         (root / "demo.json").unlink(missing_ok=True)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _render_all(root, missing, parameters, min(workers or cores, max(len(missing), 1)), progress)
         records = {split: [rally_record(p, parameters) for p in plans if p.split == split] for split in SPLITS}
         for name, split in (("train", "train"), ("val", "val"), ("unlabel", "train")):
-            write_whole(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
-        write_whole(root / "demo.json", json.dumps({"parameters": wanted}, indent=2).encode())
+            atomic_write_bytes(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
+        atomic_write_bytes(root / "demo.json", json.dumps({"parameters": wanted}, indent=2).encode())
         (root / "demo.partial.json").unlink()
 
 

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from mmdistill.checkpoint import load_torch, prune, save_torch
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.retention import best_of, same_as
+from mmdistill.checkpoint.retention import best_of, link_or_copy
 from mmdistill.distill.module import position
 from mmdistill.distill.validation import METRIC
 from mmdistill.distributed.collectives import all_gather_objects, run_on_all_ranks
@@ -111,7 +111,7 @@ class EpochCheckpoints(Checkpoint):
         self.validations = {str(k): float(v) for k, v in state_dict.get("validations", {}).items()}
 
     def _tidy(self, path: Path) -> None:
-        same_as(path, self.directory / LAST)
+        link_or_copy(path, self.directory / LAST)
         prune(
             self.directory,
             keep_last=self.keep_last,
@@ -122,7 +122,7 @@ class EpochCheckpoints(Checkpoint):
         )
 
 
-class FixedOrder(Callback):
+class SetEpochCallback(Callback):
     """Tells the sampler which epoch begins (the first one of a run is set when its loader is made), and seeds steps.
 
     Anything random in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.

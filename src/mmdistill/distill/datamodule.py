@@ -7,13 +7,13 @@ import pytorch_lightning as pl
 from mmdistill.builders import clip_dataset, clip_loader
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.sampler import EpochBatchSampler, other_batches
+from mmdistill.data.sampler import EpochBatchSampler, batch_order_mismatch
 from mmdistill.distill.module import position
 from mmdistill.distill.validation import make_validation
 from mmdistill.distributed.process import Process
 
 
-class _PlacedLoader(ClipLoader):
+class ResumableLoader(ClipLoader):
     """Tells Lightning that it can resume inside an epoch: `DistillData` puts its sampler in place."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class DistillData(pl.LightningDataModule):
             "seed": config.seed,
             "clips": len(self.dataset),
             "global_batch": config.batch_size * process.world_size,
-            "accumulate": config.trainer.accumulate,
+            "accumulate": config.trainer.accumulate_grad_batches,
         }
         self._config, self._pin = config, process.device.type == "cuda"
         self._start: tuple[int, int] | None = None
@@ -66,7 +66,7 @@ class DistillData(pl.LightningDataModule):
         self._start = (int(state_dict["epoch"]), int(state_dict["batch"]))
         other = {k: (state_dict[k], v) for k, v in self._order.items() if state_dict[k] != v}
         if self._start[1] and other:
-            raise ConfigError(other_batches(self._start[0], other))
+            raise ConfigError(batch_order_mismatch(self._start[0], other))
 
     def train_dataloader(self) -> Any:
         """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
@@ -78,7 +78,7 @@ class DistillData(pl.LightningDataModule):
             pin=self._pin,
             batch_sampler=self.sampler,
             timeout_s=self._config.loader_timeout_s,
-            kind=_PlacedLoader,
+            kind=ResumableLoader,
         )
 
     def val_dataloader(self) -> Any:

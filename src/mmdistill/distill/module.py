@@ -21,16 +21,15 @@ from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.config import ConfigError
-from mmdistill.distill.parallel_encoders import MOST_TOKENS, side_by_side
+from mmdistill.distill.parallel_encoders import MAX_TOKENS_FOR_THREADING, run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teachers
 from mmdistill.distributed.collectives import all_reduce_mean
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
-from mmdistill.training.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
-from mmdistill.training.optim import LearningRates, group_settings, make_optimizer, make_schedule
+from mmdistill.training.nonfinite import MIN_LOSS_SCALE, NonFiniteGuard, frozen, grad_norm, zero_loss
+from mmdistill.training.optim import LearningRates, make_optimizer, make_schedule, param_group_hparams
 
 
 class MMDistill(pl.LightningModule):
@@ -63,10 +62,10 @@ class MMDistill(pl.LightningModule):
         save_teachers: bool = True,
         layer_decay: float | None = None,
         ema: float | None = None,
-        nonfinite: NonFinite | None = None,
+        nonfinite: NonFiniteGuard | None = None,
     ) -> None:
         super().__init__()
-        self.nonfinite = nonfinite or NonFinite("raise", 0, print)
+        self.nonfinite = nonfinite or NonFiniteGuard("raise", 0, print)
         self.grad_norm = 0.0  # of the last step, before clipping
         self._usable = 0  # batches of the optimiser step at hand with a finite loss
         self.overflow_steps = 0  # under precision=16: steps left out to find the loss scale
@@ -79,7 +78,7 @@ class MMDistill(pl.LightningModule):
         self._settings: list[dict[str, Any]] = []  # of the optimiser's groups
         self._ahead = 0  # steps by this run's epochs, less those counted: epochs done in another number of steps
         self.modalities = tuple(teachers)
-        self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers["rgb"])})
+        self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers[STUDENT_MODALITY])})
         self.student_rgb.requires_grad_(True)
         for modality, encoder in teachers.items():
             frozen = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
@@ -89,8 +88,8 @@ class MMDistill(pl.LightningModule):
             self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
         self.cache: TeacherCache | None = None
         self._compiled = False
-        widths = {m: e.geometry.dim for m, e in teachers.items()}
-        self.cmt = CrossModalTransfer(teachers["rgb"].geometry.dim, widths)
+        widths = {m: e.config.dim for m, e in teachers.items()}
+        self.cmt = CrossModalTransfer(teachers[STUDENT_MODALITY].config.dim, widths)
 
     def train(self, mode: bool = True) -> "MMDistill":
         """Teachers stay in eval mode whatever is asked."""
@@ -120,7 +119,7 @@ class MMDistill(pl.LightningModule):
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Per teacher: (mean squared error, error of the best constant feature on this batch); float32 scalars."""
-        visible, rgb = batch["visible"], self.input("rgb", batch)
+        visible, rgb = batch["visible"], self.input(STUDENT_MODALITY, batch)
 
         def student() -> Tensor:
             return self.student.embed(rgb, visible)
@@ -140,8 +139,8 @@ class MMDistill(pl.LightningModule):
 
     def input(self, modality: str, batch: Mapping[str, Tensor]) -> Tensor:
         """A modality of a batch, as its teacher takes it. (B, C, T, h, w)"""
-        g = self.teacher(modality).geometry
-        return prepare(batch[modality], batch["view"], self.specs[modality], (g.height, g.width))
+        g = self.teacher(modality).config
+        return preprocess_clips(batch[modality], batch["crop_box"], self.specs[modality], (g.height, g.width))
 
     def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The teachers' features, by modality. (B, D) float32 each
@@ -149,7 +148,9 @@ class MMDistill(pl.LightningModule):
         Something stands in for the student, so that they are a training step's to the last bit.
         """
         visible = batch["visible"]
-        *found, _ = self._run([*self._teacher_jobs(batch, self.input("rgb", batch)), lambda: visible], visible)
+        *found, _ = self._run(
+            [*self._teacher_jobs(batch, self.input(STUDENT_MODALITY, batch)), lambda: visible], visible
+        )
         return dict(zip(self.modalities, found, strict=True))
 
     def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
@@ -157,19 +158,19 @@ class MMDistill(pl.LightningModule):
 
         @torch.no_grad()
         def feature(modality: str) -> Tensor:
-            x = rgb if modality == "rgb" else self.input(modality, batch)
+            x = rgb if modality == STUDENT_MODALITY else self.input(modality, batch)
             return self.teacher(modality).embed(x, batch["visible"]).float()
 
         return [partial(feature, modality) for modality in self.modalities]
 
     def _run(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
         """The results of independent `jobs`, which encode the tokens `visible`."""
-        few = visible.numel() <= MOST_TOKENS
+        few = visible.numel() <= MAX_TOKENS_FOR_THREADING
         # torch.compile is not for several threads, and a recomputed block must find as many as it had
         alone = self._compiled or self.student.checkpoint_activations
         if self.device.type != "cpu" or not few or alone:
             return [job() for job in jobs]
-        return side_by_side(jobs)
+        return run_in_parallel(jobs)
 
     def _average(self) -> None:
         """Move the student's average after an optimiser step."""
@@ -185,7 +186,7 @@ class MMDistill(pl.LightningModule):
         total = torch.stack([loss for loss, _ in losses.values()]).sum()
         mean = all_reduce_mean([total])[0]
         accumulate = self.trainer.accumulate_grad_batches
-        usable = self.nonfinite.note_loss(total, mean, self.clip_names(batch), self._where)
+        usable = self.nonfinite.check_loss(total, mean, self.clip_names(batch), self._where)
         self._usable = usable + (0 if batch_index % accumulate == 0 else self._usable)
         if not usable:  # a backward pass all the same: DDP's ranks and DeepSpeed's engine count them
             return {"loss": zero_loss(list(self.parameters())), "values": {}}
@@ -197,8 +198,13 @@ class MMDistill(pl.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """The student's features of whole clips, (B, D); `distill.validate` scores them."""
-        g = self.student.geometry
-        return self.student.embed(prepare(batch["rgb"], batch["view"], self.specs["rgb"], (g.height, g.width)), None)
+        g = self.student.config
+        return self.student.embed(
+            preprocess_clips(
+                batch[STUDENT_MODALITY], batch["crop_box"], self.specs[STUDENT_MODALITY], (g.height, g.width)
+            ),
+            None,
+        )
 
     def clip_names(self, batch: Mapping[str, Tensor]) -> list[str]:
         """Ids of a batch's clips."""
@@ -226,7 +232,7 @@ class MMDistill(pl.LightningModule):
                 scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # which leaves such a step out
                 if scaler is not None:
                     self.overflow_steps += 1
-                if scaler is None or scaler.get_scale() <= LEAST_SCALE:
+                if scaler is None or scaler.get_scale() <= MIN_LOSS_SCALE:
                     reason = "gradient is not finite"
         if reason:
             if deepspeed:
@@ -260,7 +266,7 @@ class MMDistill(pl.LightningModule):
         )
         # a fused one would unscale fp16 gradients in its step, after they are looked at and clipped
         optimizer._step_supports_amp_scaling = False
-        self._settings = group_settings(optimizer)
+        self._settings = param_group_hparams(optimizer)
         schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

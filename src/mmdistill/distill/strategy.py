@@ -21,7 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
-from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, offloads
+from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, has_offload
 from mmdistill.distributed.collectives import run_on_all_ranks
 
 _BUCKET = 50_000_000  # elements reduced at a time; the buffer of one bucket is allocated
@@ -29,7 +29,7 @@ _STEP = "step"  # the only entry of AdamW's state that is not a moment
 _PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def trainer_place(config: DistillConfig, precision: str, plugins: list[Any]) -> dict[str, Any]:
+def strategy_kwargs(config: DistillConfig, precision: str, plugins: list[Any]) -> dict[str, Any]:
     """The Trainer's arguments that say how it runs: strategy, devices, num_nodes, precision and plugins.
 
     The usual variables say who this process is, see `runtime.start_process`; they are read whichever launcher set
@@ -50,7 +50,7 @@ def trainer_place(config: DistillConfig, precision: str, plugins: list[Any]) -> 
             raise ConfigError(f"precision=16 does not go with strategy={config.strategy}; use precision=bf16 or 32")
         stage = DEEPSPEED_STAGES[config.strategy]
         strategy = OneFileDeepSpeed(
-            stage, batch_size=config.batch_size, autocast=precision == "bf16", offload=offloads(config)
+            stage, batch_size=config.batch_size, autocast=precision == "bf16", offload=has_offload(config)
         )
         precision = "32"  # of the weights; the engine computes under autocast
     elif config.strategy == "ddp" or world > 1:
@@ -64,7 +64,7 @@ def trainer_place(config: DistillConfig, precision: str, plugins: list[Any]) -> 
     }
 
 
-class _OneFile:
+class SingleFileCheckpointMixin:
     """Checkpoints of a strategy with several processes: rank 0 writes, each rank reads, all agree on errors.
 
     An error of one rank alone would leave the others waiting for it in a barrier.
@@ -97,11 +97,11 @@ class _OneFile:
         return content
 
 
-class OneFileDDP(_OneFile, DDPStrategy):
+class OneFileDDP(SingleFileCheckpointMixin, DDPStrategy):
     """Lightning's DDP, whose ranks agree on a failed save or load."""
 
 
-class OneFileDeepSpeed(_OneFile, DeepSpeedStrategy):
+class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
     """DeepSpeed at ZeRO stage 0, 1 or 2, on GPUs and CPUs, whose checkpoint is the file that other strategies write.
 
     Args:

@@ -1,4 +1,4 @@
-"""Teacher features that are computed once: ``trainer.teacher_cache=N``.
+"""Teacher features that are computed once: ``trainer.cache_teacher_epochs=N``.
 
 With N draws, clip c in epoch e has the mask and the view of epoch ``e % N``. In the first N epochs teachers run as ever
 and their features are kept; from epoch N on they are looked up, teachers stay idle, and of a clip's files only its
@@ -26,10 +26,10 @@ from torch.utils.data import Subset
 
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.data.fingerprint import data_version
+from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import all_gather_objects, barrier, broadcast_object, get_rank, get_world_size
-from mmdistill.files import whole_file
-from mmdistill.modalities.base import ModalitySpec
+from mmdistill.files import atomic_open
+from mmdistill.modalities import ModalitySpec
 
 
 class TeacherCache:
@@ -110,7 +110,7 @@ class TeacherCache:
             rows = torch.where((before & ~known)[:, None], old, rows)
             known = known | before
         for name, array in (("", rows), ("_known", known)):  # in this order: no row is known before it is there
-            with whole_file(self._path(draw, name)) as file:
+            with atomic_open(self._path(draw, name)) as file:
                 np.save(file, array.numpy())
 
     def _begin(self, draw: int) -> None:
@@ -130,19 +130,19 @@ def cache_key(
 
     Rank 0's on every rank: copies of the data on other machines' disks have other times of change.
     """
-    versions = {m: data_version(dataset, m) for m in dataset.readers} if get_rank() == 0 else {}
+    versions = {m: data_fingerprint(dataset, m) for m in dataset.readers} if get_rank() == 0 else {}
     return {
         "teachers": {name: source["sha256"] for name, source in teachers.items()},
         "data": broadcast_object(versions),
         "inputs": {m: repr(specs[m]) for m in dataset.readers},
         "mask": [dataset.mask_kind, dataset.mask_ratio, list(dataset.grid)],
-        "view": [list(dataset.crop), list(dataset.frame_size), dataset.min_scale, dataset.flip],
+        "crop_box": [list(dataset.crop_size), list(dataset.frame_size), dataset.min_scale, dataset.flip],
         "seed": dataset.seed,
         "precision": precision,
     }
 
 
-class FillTeacherCache(Callback):
+class TeacherCacheCallback(Callback):
     """Writes each draw at the end of its epoch, and completes it before its first reuse."""
 
     def __init__(self, cache: TeacherCache, dataset: ClipDataset, *, batch_size: int, num_workers: int) -> None:

@@ -1,15 +1,15 @@
 """Frozen teachers: which file each comes from, and proof that it is the one a student was distilled with."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmdistill.builders import check_token_grid
+from mmdistill.builders import check_token_grid, sampling_rate_warnings
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
+from mmdistill.checkpoint.references import _require_exists, _require_same_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
-from mmdistill.modalities.base import MODALITIES, ModalitySpec, stored_statistics
+from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
 
 log = logging.getLogger(__name__)
@@ -31,19 +31,9 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     encoder = _encoder(checkpoint, data)
     check_token_grid(encoder, spec, data, path)
     _check_inputs(checkpoint, spec, path)
-    for line in other_rate(checkpoint.meta, data, path):
+    for line in sampling_rate_warnings(checkpoint.meta, data, path):
         log.info(line)
     return encoder
-
-
-def other_rate(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
-    """What to say where clips take other frames than those that the checkpoint of `meta` has learned from."""
-    stored = (meta.get("config") or {}).get("data_module") or {}
-    rate = stored.get("sampling_rate", data.sampling_rate)
-    if rate == data.sampling_rate:
-        return []
-    told = f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}"
-    return [f"{told}: clips show their motion at another speed"]
 
 
 def _encoder(checkpoint: Checkpoint, data: DataModuleConfig) -> Encoder:
@@ -82,7 +72,7 @@ def load_teachers(
         ConfigError: of `read_teacher`; a slim file's teacher is missing; or what `trainer.ckpt_path` names, or a slim
             file, is another teacher than the one that the student has learned from.
     """
-    wanted = [m for m in MODALITIES if m in config.trainer.teachers]
+    wanted = [m for m in modality_names() if m in config.trainer.teachers]
     resumed = read_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
     named: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
     if named and set(named) != {f"teacher_{m}" for m in wanted}:
@@ -101,36 +91,18 @@ def load_teachers(
             _check_inputs(resumed, specs[modality], resume)
             if modality in given and Path(given[modality]).expanduser().exists():  # else those of the file are all
                 own = read_teacher(given[modality], modality, specs[modality], config.data_module)
-                _check_same(given[modality], weights_digest(own), part, named[part], resume)
+                _require_same_digest(given[modality], weights_digest(own), part, named[part], resume)
             sources[part] = named[part]
             continue
         path = given.get(modality) or str(named[part]["path"])
         if part in named:
-            _check_there(path, part, named[part], resume)
+            _require_exists(path, part, named[part], resume)
         teachers[modality] = read_teacher(path, modality, specs[modality], config.data_module)
         digest = weights_digest(teachers[modality])
         if part in named:
-            _check_same(path, digest, part, named[part], resume)
+            _require_same_digest(path, digest, part, named[part], resume)
         sources[part] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
     return teachers, sources
-
-
-def named_teacher(source: Checkpoint, part: str) -> Checkpoint:
-    """The checkpoint that a slim file names as its teacher `part`, read and compared.
-
-    Raises:
-        ConfigError: the file names none, or what it names is missing or has changed.
-        CheckpointError: what it names cannot be read.
-    """
-    named = (source.meta.get("teachers") or {}).get(part)
-    if not named:
-        raise ConfigError(f"{source.path} holds {', '.join(source.parts)} and names no {part}")
-    _check_there(named["path"], part, named, source.path)
-    checkpoint = read_checkpoint(named["path"])
-    own = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(part, {})
-    size = {name: own[name] for name in ("num_frames", "height", "width") if name in own}
-    _check_same(named["path"], weights_digest(load_encoder(checkpoint, **size)), part, named, source.path)
-    return checkpoint
 
 
 def check_teachers(found: dict[str, Any], own: dict[str, Any], parts: list[str]) -> None:
@@ -147,19 +119,3 @@ def check_teachers(found: dict[str, Any], own: dict[str, Any], parts: list[str])
                 f"the checkpoint is slim and was distilled with {part} of sha256 {stored}; this module's {part} has "
                 f"{mine}; give that checkpoint in trainer.ckpt_path"
             )
-
-
-def _check_there(path: str, part: str, named: dict[str, Any], slim: object) -> None:
-    if not Path(path).expanduser().exists():
-        raise ConfigError(
-            f"{path}: does not exist; {slim} is slim and was distilled with this {part} (sha256 {named['sha256']}): "
-            "put it back, or give a checkpoint with these weights in trainer.ckpt_path"
-        )
-
-
-def _check_same(path: str, digest: str, part: str, named: dict[str, Any], slim: object) -> None:
-    if digest != named["sha256"]:
-        raise ConfigError(
-            f"{path}: its weights have sha256 {digest}, but {slim} was distilled with {part} of sha256 "
-            f"{named['sha256']} (then at {named['path']}); give a checkpoint with those weights in trainer.ckpt_path"
-        )

@@ -11,28 +11,28 @@ from mmdistill.builders import make_demo_data
 from mmdistill.checkpoint.lock import run_lock
 from mmdistill.checkpoint.retention import find_resume
 from mmdistill.config import DistillConfig, as_names, modality_specs, to_plain
-from mmdistill.device import resolve_precision
 from mmdistill.distill.callbacks import (
     LAST,
     EpochCheckpoints,
     EpochMeans,
-    FixedOrder,
+    SetEpochCallback,
     StopOnSignal,
     VerifiedCheckpointIO,
 )
 from mmdistill.distill.datamodule import DistillData
 from mmdistill.distill.logging_callback import Progress
 from mmdistill.distill.module import MMDistill
-from mmdistill.distill.strategy import trainer_place
-from mmdistill.distill.teacher_cache import FillTeacherCache, TeacherCache, cache_key
+from mmdistill.distill.strategy import strategy_kwargs
+from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
 from mmdistill.distill.teachers import load_teachers
 from mmdistill.distill.validation import validation_line
 from mmdistill.distributed.collectives import broadcast_run_dir
+from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
-from mmdistill.modalities.base import ModalitySpec
+from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.data_report import DataReport
-from mmdistill.training.nonfinite import NonFinite
+from mmdistill.training.nonfinite import NonFiniteGuard
 from mmdistill.training.optim import LearningRates
 from mmdistill.training.signals import stop_signals
 
@@ -47,7 +47,7 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     Returns:
         The last checkpoint.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     resolve_precision(config.precision, process.device)  # refused before anything is made
     run_dir = broadcast_run_dir(run_dir)
     if process.is_main:
@@ -67,7 +67,7 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
     with stop_signals(config.stop_signals) as stop_signal:
         trainer = _trainer(config, run_dir, data, source, stop_signal, process.device)
         if module.cache is not None:
-            fill = FillTeacherCache(
+            fill = TeacherCacheCallback(
                 module.cache, data.dataset, batch_size=config.batch_size, num_workers=config.num_workers
             )
             trainer.callbacks.insert(0, fill)
@@ -110,8 +110,10 @@ def _module(
     process: Process,
 ) -> MMDistill:
     t = config.trainer
-    global_batch = config.batch_size * process.world_size * t.accumulate
-    steps = math.ceil(len(data.sampler) / t.accumulate)  # Lightning steps at an epoch's end even if fewer accumulated
+    global_batch = config.batch_size * process.world_size * t.accumulate_grad_batches
+    steps = math.ceil(
+        len(data.sampler) / t.accumulate_grad_batches
+    )  # Lightning steps at an epoch's end even if fewer accumulated
     module = MMDistill(
         teachers,
         specs,
@@ -124,18 +126,18 @@ def _module(
         save_teachers=t.save_teachers,
         layer_decay=t.layer_decay,
         ema=t.ema,
-        nonfinite=NonFinite(t.nonfinite, t.nonfinite_budget, process.say),
+        nonfinite=NonFiniteGuard(t.on_nonfinite, t.max_skipped_steps, process.say),
     )
     module.student.checkpoint_activations = t.activation_checkpointing
     if config.compile:
         module.compile_encoders()
-    if t.teacher_cache:
-        data.dataset.draws = t.teacher_cache
+    if t.cache_teacher_epochs:
+        data.dataset.cached_epochs = t.cache_teacher_epochs
         module.cache = TeacherCache(
             run_dir,
-            draws=t.teacher_cache,
+            draws=t.cache_teacher_epochs,
             clips=len(data.dataset),
-            widths={m: e.geometry.dim for m, e in teachers.items()},
+            widths={m: e.config.dim for m, e in teachers.items()},
             key=cache_key(data.dataset, sources, specs, resolve_precision(config.precision, process.device)),
         )
     return module
@@ -145,11 +147,11 @@ def _meta(
     config: DistillConfig, teachers: dict[str, Encoder], specs: dict[str, ModalitySpec], sources: dict[str, Any]
 ) -> dict[str, Any]:
     students = ["student_rgb"] + ["student_ema_rgb"] * (config.trainer.ema is not None)
-    geometries = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    geometries = {f"teacher_{m}": to_plain(e.config) for m, e in teachers.items()}
     return {
         "mmdistill_version": __version__,
         "kind": "distill",
-        "encoders": {**{part: to_plain(teachers["rgb"].geometry) for part in students}, **geometries},
+        "encoders": {**{part: to_plain(teachers[STUDENT_MODALITY].config) for part in students}, **geometries},
         "decoder": None,
         "statistics": {m: specs[m].statistics for m in teachers},
         "config": to_plain(config),
@@ -163,10 +165,10 @@ def _trainer(
     t = config.trainer
     checkpoints = run_dir / "checkpoints"
     callbacks: list[pl.Callback] = [
-        FixedOrder(data.sampler, config.seed),
+        SetEpochCallback(data.sampler, config.seed),
         EpochMeans(),  # before all that read the epoch's means
         Progress(run_dir, as_names("logger", config.logger), to_plain(config), source),
-        StopOnSignal(stop_signal, checkpoints / LAST, t.accumulate),
+        StopOnSignal(stop_signal, checkpoints / LAST, t.accumulate_grad_batches),
         EpochCheckpoints(
             checkpoints,
             save_ckpt_freq=t.save_ckpt_freq,
@@ -181,9 +183,9 @@ def _trainer(
         callbacks.append(data.validation)
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        **trainer_place(config, resolve_precision(config.precision, device), plugins=[VerifiedCheckpointIO()]),
+        **strategy_kwargs(config, resolve_precision(config.precision, device), plugins=[VerifiedCheckpointIO()]),
         max_epochs=t.epochs,
-        accumulate_grad_batches=t.accumulate,
+        accumulate_grad_batches=t.accumulate_grad_batches,
         gradient_clip_val=t.clip_grad,
         logger=False,  # `Progress` knows the trackers of both trainings
         callbacks=callbacks,

@@ -24,6 +24,7 @@ from mmdistill.distributed.process import Process
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.logistic import FloatArray
 from mmdistill.fewshot.scores import evaluate
+from mmdistill.modalities import STUDENT_MODALITY
 
 METRIC = "val_top1_action"
 HEAD = "centroid"
@@ -103,7 +104,7 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
     if not trainer.check_val_every_n_epoch:
         return None
     source = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
-    dataset = clip_dataset(source, ("rgb",), training=False, seed=config.seed)
+    dataset = clip_dataset(source, (STUDENT_MODALITY,), training=False, seed=config.seed)
     clips = dataset.index.clips
     episodes = sample_episodes(
         [c.label for c in clips],

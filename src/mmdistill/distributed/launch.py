@@ -31,11 +31,11 @@ _EXIT_SECONDS = 20.0  # after an error a process that still has not ended, say i
 _ASK_SECONDS = 5.0  # that a failed rank waits for the record of failures, and its keeper for those who read it
 UNKNOWN_RANK = -1
 _PORTS = range(10_000, 30_000)
-_solo = False  # this process made itself a world of one
+_single_process = False  # this process made itself a world of one
 _PARENT = os.getppid()
 
 
-def adopt_slurm() -> None:
+def set_env_from_slurm() -> None:
     """Translate what ``srun`` says into the variables that torch reads; nothing where a launcher has set those.
 
     ``MASTER_ADDR`` is the step's first host and ``MASTER_PORT`` follows from the job's number unless they are set.
@@ -58,18 +58,18 @@ def _first_host(nodes: str) -> str:
 
 def launched() -> bool:
     """Whether a launcher started this process as one of its ranks."""
-    return "RANK" in os.environ and not _solo
+    return "RANK" in os.environ and not _single_process
 
 
-def follower() -> bool:
+def is_nonzero_rank() -> bool:
     """Whether this is another rank than 0."""
     return launched() and int(os.environ["RANK"]) > 0
 
 
-def world_of_one() -> None:
+def set_single_process_env() -> None:
     """Set the variables that libraries ask for where no launcher did."""
-    global _solo
-    _solo = True
+    global _single_process
+    _single_process = True
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
 
@@ -89,7 +89,7 @@ def free_port() -> int:
     )
 
 
-def processes_to_start(devices: Any, accelerator: str) -> tuple[int, list[int] | None]:
+def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | None]:
     """What `devices` means here, as Lightning's users know it: (ranks that this process has to start, GPU numbers).
 
     A number of processes; ``auto`` or -1 (on a CPU one, on GPUs all); a list of GPU numbers. Under a launcher nothing
@@ -122,7 +122,7 @@ def processes_to_start(devices: Any, accelerator: str) -> tuple[int, list[int] |
     return int(devices), None
 
 
-def choose_gpus(gpus: Sequence[int]) -> None:
+def set_visible_devices(gpus: Sequence[int]) -> None:
     """Let this process and its children see only these GPUs, numbered as they are visible now."""
     seen = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if seen and max(gpus) >= len(seen):
@@ -130,7 +130,7 @@ def choose_gpus(gpus: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[g] if seen else str(g) for g in gpus)
 
 
-def start_ranks(count: int, run_dir: str, *, cwd: str) -> int:
+def spawn_ranks(count: int, run_dir: str, *, cwd: str) -> int:
     """Run this very command as `count` ranks in the folder `run_dir`; the exit status of the first that failed, or 0.
 
     Signals are passed on. When one rank fails the others get some seconds, then they are killed: none is left behind.
@@ -188,17 +188,17 @@ def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
     return 128 - failed if failed < 0 else failed
 
 
-def abandoned() -> bool:
+def launcher_exited() -> bool:
     """Whether the launcher is gone: its ranks would train on unseen, so they treat this as a wish to stop."""
     return launched() and os.getppid() != _PARENT
 
 
-def leave_workers_alone() -> None:
+def reset_sigchld_handler() -> None:
     """From now on the death of a loader worker raises nothing: torch's handler does that wherever this process is."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def first_to_fail(job: int) -> int | None:
+def claim_first_failure(job: int) -> int | None:
     """The rank that failed first in this process's `job`-th run; this rank claims that if none did.
 
     Ranks that lose their peer fail too, later and with an error that explains nothing. None: there is no process group
@@ -222,8 +222,8 @@ def first_to_fail(job: int) -> int | None:
     return UNKNOWN_RANK if answers.empty() else answers.get()
 
 
-def stay_until_all_asked(job: int) -> None:
-    """The rank that keeps the record of `first_to_fail` stays, at most some seconds, until all ranks have read it.
+def wait_for_failure_readers(job: int) -> None:
+    """The rank that keeps the record of `claim_first_failure` stays, at most some seconds, until all ranks have read it.
 
     It leaves the process group first: where no library keeps that open, ranks that wait in a collective for this one
     fail at once, and ask. Call it when everything is said: a launcher may stop this rank meanwhile.
@@ -246,7 +246,7 @@ def _torch_in_group() -> Any:
     return torch if torch is not None and torch.distributed.is_initialized() else None
 
 
-def end_soon(status: int) -> None:
+def exit_after_timeout(status: int) -> None:
     """End this process in a bounded time whatever libraries do at exit."""
     timer = threading.Timer(_EXIT_SECONDS, os._exit, [status])
     timer.daemon = True

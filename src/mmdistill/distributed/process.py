@@ -9,8 +9,8 @@ from datetime import timedelta
 import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.device import keep_heap
 from mmdistill.distributed import launch
+from mmdistill.distributed.device import tune_malloc
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from mmdistill.randomness import seed_everything
 
@@ -51,18 +51,18 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("accelerator=gpu, but torch sees no GPU; use accelerator=auto or cpu")
     use_gpu = accelerator != "cpu" and torch.cuda.is_available()
-    _tell_deepspeed("cuda" if use_gpu else "cpu")
+    set_deepspeed_accelerator("cuda" if use_gpu else "cpu")
     if not use_gpu:
-        keep_heap()
+        tune_malloc()
     if "RANK" not in os.environ:
-        launch.world_of_one()
+        launch.set_single_process_env()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     seed_everything(seed)
     if use_gpu:
         torch.cuda.set_device(local_rank)
-    atexit.unregister(_leave_group)
-    atexit.register(_leave_group)
+    atexit.unregister(destroy_process_group_at_exit)
+    atexit.register(destroy_process_group_at_exit)
     if world_size > 1 and not torch.distributed.is_initialized():
         backend, timeout = "nccl" if use_gpu else "gloo", timedelta(seconds=timeout_s)
         torch.distributed.init_process_group(backend, timeout=timeout)
@@ -71,7 +71,7 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)
 
 
-def _tell_deepspeed(name: str) -> None:
+def set_deepspeed_accelerator(name: str) -> None:
     """Name DeepSpeed's accelerator: by itself it takes a GPU wherever it is imported and there is one."""
     os.environ["DS_ACCELERATOR"] = name
     if "deepspeed" not in sys.modules:
@@ -84,7 +84,7 @@ def _tell_deepspeed(name: str) -> None:
         set_accelerator(CUDA_Accelerator() if name == "cuda" else CPU_Accelerator())
 
 
-def _leave_group() -> None:
+def destroy_process_group_at_exit() -> None:
     """End the group's threads while Python still runs.
 
     A gloo thread that lets go of a tensor while the interpreter shuts down aborts the process: 11 of 50 that ended

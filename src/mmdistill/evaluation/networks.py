@@ -12,10 +12,10 @@ from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.fewshot.encode import ClipEncoder, Job, Views
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.modalities.base import ModalitySpec, stored_statistics
+from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
 
-_BY_CHANNELS = {3: "rgb", 2: "flow", 17: "skeleton"}
+_BY_CHANNELS = {get_modality(name).channels: name for name in BUILTIN_MODALITIES}
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Network:
         Raises:
             FewshotError: another modality or number of channels.
         """
-        if dataset.name != self.modality or dataset.channels != self.encoder.geometry.channels:
-            channels = self.encoder.geometry.channels
+        if dataset.name != self.modality or dataset.channels != self.encoder.config.channels:
+            channels = self.encoder.config.channels
             raise FewshotError(
                 f"{self.name} takes {self.modality} with {channels} channels, the data are {dataset.name}"
             )
@@ -66,11 +66,11 @@ class Network:
             FewshotError: of `spec`, or the masks leave nothing visible.
         """
         spec = self.spec(dataset)
-        views.check(self.encoder.geometry.grid)
+        views.check(self.encoder.config.grid)
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
         encode = ClipEncoder(self.encoder, spec, device=device, autocast=autocast)
-        return Job(self.name, encode, self.encoder.geometry.grid, views, digest, info)
+        return Job(self.name, encode, self.encoder.config.grid, views, digest, info)
 
 
 def load_network(
@@ -98,7 +98,7 @@ def load_network(
     preferred = [p for p in ("student_rgb", "encoder") if p in checkpoint.parts]
     taken = part or next(iter(preferred + checkpoint.parts), "encoder")
     tail = taken.rsplit("_", 1)[-1]
-    stored = tail if tail in _BY_CHANNELS.values() else checkpoint.meta.get("modality")
+    stored = tail if tail in modality_names() else checkpoint.meta.get("modality")
     found = str(stored or modality or _BY_CHANNELS.get(_channels(checkpoint, taken), ""))
     if not found:
         raise FewshotError(f"{path}: the modality of {taken} is unknown; say which it is")
@@ -107,7 +107,7 @@ def load_network(
     size = (input_sizes or {}).get(found)
     frames, height, width = size if size and not checkpoint.meta.get("encoders") else (None, None, None)
     encoder = load_encoder(checkpoint, part=taken, num_frames=frames, height=height, width=width)
-    g = encoder.geometry
+    g = encoder.config
     if size and size != (g.num_frames, g.height, g.width):
         raise FewshotError(
             f"{path}: {taken} was trained on (frames, height, width) = {(g.num_frames, g.height, g.width)}, the data "
@@ -128,5 +128,5 @@ def random_network(like: Network, *, seed: int) -> Network:
     """The same architecture with untrained weights: what training is worth is measured against this."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Encoder(like.encoder.geometry)
+        encoder = Encoder(like.encoder.config)
     return Network("random", encoder, like.modality, "", like.statistics)

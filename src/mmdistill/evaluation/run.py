@@ -18,12 +18,14 @@ from mmdistill.builders import (
     clip_loader,
     load_rallies,
     make_demo_data,
+    sampling_rate_warnings,
 )
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
 from mmdistill.checkpoint.locate import locate
 from mmdistill.checkpoint.read import read_meta
+from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import (
-    PARTS,
+    COMPONENT_PREFIXES,
     ConfigError,
     DataModuleConfig,
     DistillConfig,
@@ -35,10 +37,9 @@ from mmdistill.config import (
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.clips import ClipIndex, overlapping
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.fingerprint import data_version
-from mmdistill.device import autocast, resolve_precision
-from mmdistill.distill.teachers import named_teacher, other_rate
+from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
+from mmdistill.distributed.device import autocast, resolve_precision
 from mmdistill.distributed.process import Process, start_process
 from mmdistill.evaluation.networks import Network, random_network
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
@@ -46,15 +47,15 @@ from mmdistill.fewshot.encode import Job, Views, embed_cached
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
-from mmdistill.modalities.base import MODALITIES, ModalitySpec, stored_statistics
+from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, modality_names, stored_statistics
 from mmdistill.training.data_report import DataReport, missing_line
 
-NETWORK = DistillConfig.network  # what is scored by default
+NETWORK = DistillConfig.eval_component  # what is scored by default
 _LEFT_OUT = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
-    """Evaluate `config.network` of a checkpoint, and the networks of `config.compare` on the same episodes.
+    """Evaluate `config.eval_component` of a checkpoint, and the networks of `config.baselines` on the same episodes.
 
     Args:
         config: the validated config.
@@ -67,23 +68,23 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     Raises:
         ValueError: of this package, naming the key or the file.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     make_demo_data(config.data_module)
     networks = _networks(config, checkpoint)
-    modalities = tuple(m for m in MODALITIES if any(n.modality == m for n in networks))
+    modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
     seen, told = _seen_in_training(config.data_module, dataset.index)
-    lines += [*told, *other_rate(read_meta(locate(checkpoint)), config.data_module, checkpoint)]
+    lines += [*told, *sampling_rate_warnings(read_meta(locate(checkpoint)), config.data_module, checkpoint)]
     if config.compile:
         lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
         print("\n".join(lines), flush=True)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     jobs = _jobs(config, networks, process)
-    versions = {m: data_version(dataset, m) for m in modalities} if config.feature_cache else ""
+    versions = {m: data_fingerprint(dataset, m) for m in modalities} if config.feature_cache else ""
     features = embed_cached(
         jobs,
         lambda: _loader(config, dataset, process),
@@ -106,7 +107,9 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     if process.is_main:
         print_tables(results)
         print(missing_line(missing, modalities))
-        page = write_report(results, run_dir, picture=_picture(dataset) if "rgb" in modalities else None, extra=extra)
+        page = write_report(
+            results, run_dir, picture=_picture(dataset) if STUDENT_MODALITY in modalities else None, extra=extra
+        )
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
 
@@ -124,14 +127,14 @@ def check_evaluation(config: DistillConfig) -> None:
         raise ConfigError(f"test=True could not be done after the training: {error}") from error
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
     parts = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
-    named = [entry for entry in config.compare if entry.startswith(PARTS)]
-    for key, part in [("network", config.network), *(("compare", entry) for entry in named)]:
+    named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
+    for key, part in [("network", config.eval_component), *(("compare", entry) for entry in named)]:
         if part not in parts:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {part}, but {', '.join(parts)}")
-    for entry in config.compare:
+    for entry in config.baselines:
         if entry != "random" and entry not in named and not Path(entry).expanduser().exists():
             raise ConfigError(
-                f"compare: {entry} is neither random, nor a part of the checkpoint, nor a path that exists"
+                f"baselines: {entry} is neither random, nor a part of the checkpoint, nor a path that exists"
             )
 
 
@@ -174,30 +177,34 @@ def _networks(config: DistillConfig, path: str) -> list[Network]:
     specs = modality_specs(config.data_module)
     distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
     if distilled:
-        named = config.network not in source.parts and config.network in (source.meta.get("teachers") or {})
-        held = named_teacher(source, config.network) if named else source
-        scored = _load(config, specs, held, config.network, config.network)
+        named = config.eval_component not in source.parts and config.eval_component in (
+            source.meta.get("teachers") or {}
+        )
+        held = load_referenced_teacher(source, config.eval_component) if named else source
+        scored = _load(config, specs, held, config.eval_component, config.eval_component)
     else:
-        modality = source.meta.get("modality", "rgb")
+        modality = source.meta.get("modality", STUDENT_MODALITY)
         name = f"pretrained_{modality}"
-        if config.network not in (NETWORK, name, "encoder"):
-            raise ConfigError(f"network={config.network}: {path} is not a distilled checkpoint, it holds {name} alone")
+        if config.eval_component not in (NETWORK, name, "encoder"):
+            raise ConfigError(
+                f"eval_component={config.eval_component}: {path} is not a distilled checkpoint, it holds {name} alone"
+            )
         scored = _load(config, specs, source, None, name)
     networks = [scored]
-    for entry in config.compare:
+    for entry in config.baselines:
         if entry == "random":
             untrained = random_network(scored, seed=config.seed)
             networks.append(replace(untrained, checkpoint="none: untrained weights"))
-        elif entry in source.meta.get("encoders", {}) or entry.startswith(PARTS):
+        elif entry in source.meta.get("encoders", {}) or entry.startswith(COMPONENT_PREFIXES):
             if distilled:
                 networks += _part(config, specs, source, entry)
             else:
-                print(f"compare: {path} is not a distilled checkpoint and has no {entry}; this row is left out")
+                print(f"baselines: {path} is not a distilled checkpoint and has no {entry}; this row is left out")
         else:
             other = read_checkpoint(entry)
             networks.append(_load(config, specs, other, None, _run_name(entry)))
     if len({n.name for n in networks}) != len(networks):
-        raise ConfigError(f"compare: two rows have the same name: {', '.join(n.name for n in networks)}")
+        raise ConfigError(f"baselines: two rows have the same name: {', '.join(n.name for n in networks)}")
     return networks
 
 
@@ -206,9 +213,9 @@ def _part(config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Chec
     if part in source.parts or part not in (source.meta.get("teachers") or {}):
         return [_load(config, specs, source, part, part)]  # the latter is an error, which lists those there are
     try:
-        return [_load(config, specs, named_teacher(source, part), part, part)]
+        return [_load(config, specs, load_referenced_teacher(source, part), part, part)]
     except (ConfigError, CheckpointError) as error:
-        print(f"compare: {part} is not in {source.path}, a slim file; this row is left out: {error}")
+        print(f"baselines: {part} is not in {source.path}, a slim file; this row is left out: {error}")
         return []
 
 
@@ -223,12 +230,14 @@ def _load(
 ) -> Network:
     """One encoder with the statistics that it was trained with."""
     if part and part not in source.parts and source.parts != ["encoder"]:
-        raise ConfigError(f"{source.path}: no part {part!r}, set network and compare to {', '.join(source.parts)}")
-    modality = part.rpartition("_")[2] if part else source.meta.get("modality", "rgb")
+        raise ConfigError(
+            f"{source.path}: no part {part!r}, set eval_component and baselines to {', '.join(source.parts)}"
+        )
+    modality = part.rpartition("_")[2] if part else source.meta.get("modality", STUDENT_MODALITY)
     if modality not in specs:
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
     spec, data = specs[modality], config.data_module
-    height, width = data.crop_size[0] // spec.scale, data.crop_size[1] // spec.scale
+    height, width = data.crop_size[0] // spec.input_stride, data.crop_size[1] // spec.input_stride
     silent = not source.meta.get("encoders")  # a file of another program does not say what its clips were
     try:
         inside = None if part and source.parts == ["encoder"] else part  # a teacher's own checkpoint
@@ -253,20 +262,20 @@ def _protocol(config: DistillConfig) -> Protocol:
         q_sample=data.q_sample,
         episodes=data.episodes,
         seed=config.seed,
-        heads=tuple(as_names("head", config.head)),
+        heads=tuple(as_names("classifier", config.classifier)),
         disjoint=data.disjoint,
         probe=config.probe,
     )
 
 
 def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> list[Job]:
-    """Every network with the clips shown as configured; the scored one also in the other ways (`readouts=all`)."""
+    """Every network with the clips shown as configured; the scored one also in the other ways (`input_modes=all`)."""
     data, specs = config.data_module, modality_specs(config.data_module)
     precision = resolve_precision(config.precision, process.device)
     context = partial(autocast, precision, process.device)
-    views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.views, config.seed)
-    grid = networks[0].encoder.geometry.grid
-    ways = [views, *(way for way in views.alternatives()[1:] if data.readouts == "all" and _masks_exist(way, grid))]
+    views = Views(data.n_masks, data.eval_mask_ratio, data.mask_type, data.eval_masks, config.seed)
+    grid = networks[0].encoder.config.grid
+    ways = [views, *(way for way in views.alternatives()[1:] if data.input_modes == "all" and _masks_exist(way, grid))]
     shown = [(networks[0], way) for way in ways] + [(network, views) for network in networks[1:]]
     return [
         network.job(specs[network.modality], way, device=process.device, autocast=context, precision=precision)
@@ -279,7 +288,7 @@ def _masks_exist(way: Views, grid: tuple[int, int, int]) -> bool:
     try:
         way.check(grid)
     except FewshotError as error:
-        print(f"readouts=all: left out: {error}")
+        print(f"input_modes=all: left out: {error}")
         return False
     return True
 
@@ -301,7 +310,7 @@ def _picture(dataset: ClipDataset) -> Any:
 
     def middle(index: int) -> np.ndarray:
         clip = dataset.index.clips[index]
-        frame: np.ndarray = dataset.readers["rgb"].read(clip.video, [clip.frames[len(clip.frames) // 2]])[0]
+        frame: np.ndarray = dataset.readers[STUDENT_MODALITY].read(clip.video, [clip.frames[len(clip.frames) // 2]])[0]
         return frame
 
     return middle

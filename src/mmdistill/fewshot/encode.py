@@ -22,8 +22,7 @@ from mmdistill.data.masking import visible_tokens
 from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.models.videomae import Encoder
 
 log = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ class Views:
     def _mask(self, owner: str, view: int, grid: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         text = f"view mask/{self.seed}/{view}/{owner}"
         rng = np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32))
-        return visible_tokens(grid, ratio=self.ratio, kind=self.kind, rng=rng)
+        return visible_tokens(grid, ratio=self.ratio, mask_type=self.kind, rng=rng)
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ class Job:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def key(self, data: str | Mapping[str, str]) -> str:
-        """Cache key for clips of this version (`data.version.data_version`; by modality).
+        """Cache key for clips of this version (`data.version.data_fingerprint`; by modality).
 
         Episodes, shots and heads do not belong here: they change nothing about the features.
         """
@@ -158,8 +157,10 @@ class ClipEncoder:
         """(B, D) float32."""
         clip = batch[self.spec.name]
         if self._x is None or self._clip is not clip:  # further views of the batch at hand are prepared already
-            g = self.encoder.geometry
-            x = prepare(clip.to(self.device), batch["view"].to(self.device), self.spec, (g.height, g.width))
+            g = self.encoder.config
+            x = preprocess_clips(
+                clip.to(self.device), batch["crop_box"].to(self.device), self.spec, (g.height, g.width)
+            )
             self._clip, self._x = clip, x
         with self.autocast():
             features = self.encoder.embed(self._x, None if visible is None else visible.to(self.device))
@@ -268,7 +269,7 @@ def embed_cached(
         jobs: networks and views; those found in the cache are not encoded.
         loader: called only if something must be encoded; on several ranks each rank's loader holds its part.
         index: all clips.
-        data: version of the clips' pixels, one for all or by modality (`data.version.data_version`).
+        data: version of the clips' pixels, one for all or by modality (`data.version.data_fingerprint`).
         cache: folder, or None for no cache.
         note: called on every rank after clips were encoded: plain values that stay with their features, as ``info``.
 

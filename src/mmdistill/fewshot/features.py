@@ -21,7 +21,7 @@ from safetensors.numpy import save as safetensors_bytes
 
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.scores import as_views
-from mmdistill.files import whole_file
+from mmdistill.files import atomic_open
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +92,14 @@ def save_features(features: Features, path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
         metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
-        write_whole(path, safetensors_bytes(arrays, metadata))
+        atomic_write_bytes(path, safetensors_bytes(arrays, metadata))
     elif path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         with tempfile.TemporaryFile(dir=path.parent) as buffer:
             np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
             buffer.seek(0)
-            write_whole(path, buffer.read())
+            atomic_write_bytes(path, buffer.read())
     else:
         raise FeatureError(f"{path}: features are written as .safetensors or .npz")
     return path
@@ -185,9 +185,9 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
     return digest.hexdigest()
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """`whole_file`, forced to disk before it takes its name."""
-    with whole_file(path) as file:
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """`atomic_open`, forced to disk before it takes its name."""
+    with atomic_open(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -206,7 +206,7 @@ def _describe(f: Features) -> dict[str, Any]:
 
 def _difference(a: Row, b: Row) -> dict[str, Any]:
     names = {"first": a.network, "first_readout": a.readout, "second": b.network, "second_readout": b.readout}
-    setting = {key: a.summary[key] for key in ("n_way", "k_shot", "head")}
+    setting = {key: a.summary[key] for key in ("n_way", "k_shot", "classifier")}
     return {**names, **setting, **paired_difference(a.scores, b.scores)}
 
 

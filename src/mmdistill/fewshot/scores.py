@@ -159,7 +159,7 @@ def summarise(scores: EpisodeScores) -> dict[str, Any]:
         "q_sample": episodes.q_sample,
         "classes": len(episodes.eligibility.classes) or len(np.unique(episodes.classes)),
         "classes_excluded": len(episodes.eligibility.excluded),
-        "head": scores.head,
+        "classifier": scores.head,
         "seed": episodes.seed,
         "disjoint": episodes.disjoint,
         "fits_not_converged": scores.stopped,
@@ -177,7 +177,7 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     Raises:
         FewshotError: the episodes are not the same.
     """
-    if not a.episodes.same_as(b.episodes):
+    if not a.episodes.link_or_copy(b.episodes):
         raise FewshotError("a paired difference needs the same episodes of the same clips on both sides")
     mean, _, error, ci95 = _mean_interval(a.accuracy - b.accuracy)
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}

@@ -1,0 +1,36 @@
+"""Modalities: rgb, flow, skeleton, and those that other distributions register."""
+
+from mmdistill.modalities.base import (
+    MODALITIES,
+    Modality,
+    ModalitySpec,
+    ReaderOptions,
+    get_modality,
+    modality_names,
+    preprocess_clips,
+    register_modality,
+    stored_statistics,
+)
+from mmdistill.modalities.flow import FlowModality
+from mmdistill.modalities.rgb import RgbModality
+from mmdistill.modalities.skeleton import SkeletonModality
+
+STUDENT_MODALITY = RgbModality.name  # the student sees RGB only
+BUILTIN_MODALITIES = (RgbModality.name, FlowModality.name, SkeletonModality.name)
+
+for _modality in (RgbModality(), FlowModality(), SkeletonModality()):
+    register_modality(_modality)
+
+__all__ = [
+    "BUILTIN_MODALITIES",
+    "MODALITIES",
+    "STUDENT_MODALITY",
+    "Modality",
+    "ModalitySpec",
+    "ReaderOptions",
+    "get_modality",
+    "modality_names",
+    "preprocess_clips",
+    "register_modality",
+    "stored_statistics",
+]

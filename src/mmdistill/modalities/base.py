@@ -1,36 +1,49 @@
-"""The table of modalities: the one place that knows what an ``rgb``, a ``flow`` or a ``skeleton`` clip looks like.
+"""What a modality is: its spec, its reader, its preprocessing and its display image.
 
-A modality is data, not a file: every loop, dataset and model is written once and told which `ModalitySpec` to use.
+`Modality` is the only place that knows how an ``rgb``, a ``flow`` or a ``skeleton`` clip differs. Datasets, models and
+both trainings work with any registered modality. See docs/extending.md for how to add one.
+
+Shapes: B batch, C channels, T frames, H x W stored frame, h x w model input.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdistill.models import TARGETS
+from mmdistill.plugins import Registry
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the command line needs names and channels only
+    import numpy as np
+    from torch import Tensor
+
+    from mmdistill.data.readers.base import Reader
 
 
 @dataclass(frozen=True)
 class ModalitySpec:
-    """What one modality looks like to a model.
+    """How clips of one modality become model input.
 
     Attributes:
-        name: ``rgb``, ``flow`` or ``skeleton``.
-        channels: channels of the model input: 3 colours in [0, 1], 2 displacements in px, 17 joint heat-maps in [0, 1].
-        scale: stored-frame pixels per input pixel and axis. 1 for images; 4 for heat-maps, which MM-CDFSL renders at
-            56 x 96 for a 224 x 384 frame, with a patch 4 times smaller, so that all modalities share one token grid.
-        mean, std: per channel, in the units above; the input is ``(value - mean) / std``. A single number serves all
-            channels.
-        target: what masked autoencoding predicts: ``patch`` (per-patch normalised values, VideoMAE section 3.1),
-            ``centred``, ``energy`` or ``pixel``; see `mmdistill.models.targets.patch_targets`.
-        sigma: standard deviation of a joint's Gaussian in heat-map pixels (skeleton only).
+        name: name of the modality.
+        channels: channels of the model input.
+        input_stride: stored-frame pixels per input pixel and axis. 1 for images. MM-CDFSL renders heat-maps at 56 x 96
+            for a 224 x 384 frame (stride 4) with a patch of 4, so that all modalities share one token grid.
+        mean, std: per channel, in the units of the modality; the input is ``(value - mean) / std``. A single value is
+            used for all channels.
+        target: what masked autoencoding predicts; see `mmdistill.models.targets.reconstruction_targets`.
+        sigma: standard deviation of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints.
     """
 
     name: str
     channels: int
-    scale: int
+    input_stride: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     target: str
-    sigma: float = 0.6
+    sigma: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("mean", "std"):
@@ -38,38 +51,129 @@ class ModalitySpec:
             if len(values) == 1:
                 object.__setattr__(self, field, tuple(values) * self.channels)
             elif len(values) != self.channels:
-                raise ValueError(
-                    f"{self.name}: {field} has {len(values)} values, {self.channels} channels need as many (or 1)"
-                )
+                raise ValueError(f"{self.name}: {field} has {len(values)} values, expected {self.channels} or 1")
         if min(self.std) <= 0:
             raise ValueError(f"{self.name}: std must be positive, got {self.std}")
-        if self.target not in ("patch", "centred", "energy", "pixel"):
-            raise ValueError(f"{self.name}: target is patch, centred, energy or pixel, got {self.target!r}")
+        if self.target not in TARGETS:
+            raise ValueError(f"{self.name}: target={self.target!r} is not one of {', '.join(TARGETS)}")
 
     def with_statistics(
         self, mean: tuple[float, ...], std: tuple[float, ...], sigma: float | None = None
     ) -> "ModalitySpec":
-        """The same modality with the statistics (and, unless None, the `sigma`) of another dataset."""
+        """The same spec with the statistics of another dataset. ``sigma=None`` keeps the own value."""
         return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What a checkpoint keeps, for its weights have learned from such inputs; see `stored_statistics`."""
-        drawn = {"sigma": self.sigma} if self.name == "skeleton" else {}
-        return {"mean": list(self.mean), "std": list(self.std), **drawn}
+        """What a checkpoint stores, because its weights depend on it; see `stored_statistics`."""
+        sigma = {} if self.sigma is None else {"sigma": self.sigma}
+        return {"mean": list(self.mean), "std": list(self.std), **sigma}
 
 
 def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
-    """Of a checkpoint's metadata, the arguments of `with_statistics`; None where it has none for the modality."""
+    """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if it stores none."""
     found = (meta.get("statistics") or {}).get(modality)
     return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
 
 
-MODALITIES: tuple[str, ...] = ("rgb", "flow", "skeleton")
+@dataclass(frozen=True)
+class ReaderOptions:
+    """What a reader needs besides its directory.
 
-# rgb: the ImageNet statistics that VideoMAE uses. flow and skeleton: identity until a dataset config gives its own.
-MODALITY_SPECS: dict[str, ModalitySpec] = {
-    "rgb": ModalitySpec("rgb", 3, 1, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "patch"),
-    "flow": ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "patch"),
-    "skeleton": ModalitySpec("skeleton", 17, 4, (0.0,), (1.0,), "pixel"),
-}
+    Attributes:
+        frame_size: (height, width) of the stored frames in px.
+        pattern: file name below the directory; None: the modality's default.
+        frame_number_offset: number of frame 0 in file names.
+        max_persons: persons kept per frame.
+    """
+
+    frame_size: tuple[int, int]
+    pattern: str | None = None
+    frame_number_offset: int = 0
+    max_persons: int = 2
+
+
+class Modality(ABC):
+    """One kind of input. Subclass it and call `register_modality` to add another one.
+
+    Attributes:
+        name: name in config keys, checkpoints and reports.
+        channels: channels of the model input.
+        mean, std, target, input_stride, sigma: defaults of `ModalitySpec` where a dataset config gives none.
+        is_frame_pair: sample k is made of frames k and k + 1, so a video of n frames has n - 1 samples.
+    """
+
+    name: str
+    channels: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    target: str = "norm_pix"
+    input_stride: int = 1
+    sigma: float | None = None
+    is_frame_pair: bool = False
+
+    def spec(self, **changes: Any) -> ModalitySpec:
+        """The modality's default spec with `changes`."""
+        own = {k: getattr(self, k) for k in ("name", "channels", "input_stride", "mean", "std", "target", "sigma")}
+        return ModalitySpec(**{**own, **changes})
+
+    @abstractmethod
+    def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
+        """A reader of the modality's files below `root`."""
+
+    @abstractmethod
+    def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
+        """Model input from a batch of raw clips; see `preprocess_clips`."""
+
+    def display_max(self, values: "Tensor") -> float:
+        """The value of (C, T, h, w) that is displayed at full brightness."""
+        return float(values.max())
+
+    def to_image(self, values: "Tensor") -> "np.ndarray":
+        """Images for a person to look at: the brightest channel.
+
+        Args:
+            values: (C, T, h, w) float32 in the modality's units, divided by `display_max`.
+
+        Returns:
+            (T, h, w, 3); values outside [0, 1] are clipped by the caller.
+        """
+        image: np.ndarray = values.amax(dim=0)[..., None].expand(-1, -1, -1, 3).numpy()
+        return image
+
+    def energy_to_image(self, values: "Tensor") -> "np.ndarray":
+        """Like `to_image` for motion energies, which have no sign: the brightest channel."""
+        return Modality.to_image(self, values)
+
+
+MODALITIES: Registry[Modality] = Registry("modality", "mmdistill.modalities")
+
+
+def register_modality(modality: Modality) -> Modality:
+    """Make a modality available to configs, datasets, trainings and evaluations under its name."""
+    return MODALITIES.register(modality.name, modality)
+
+
+def get_modality(name: str) -> Modality:
+    """The registered modality called `name`."""
+    return MODALITIES.get(name)
+
+
+def modality_names() -> tuple[str, ...]:
+    """Names of all registered modalities: rgb, flow, skeleton, then those added by others."""
+    return MODALITIES.names()
+
+
+def preprocess_clips(clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
+    """Crop, resize, flip and normalize a batch of raw clips on the device that holds them.
+
+    Args:
+        clips: what the modality's reader returns, batched.
+        crop_boxes: (B, 5) float: top, left, height, width of the crop in stored-frame px, and 1 for a horizontal flip.
+        spec: the modality's spec.
+        size: (h, w) of the model input.
+
+    Returns:
+        (B, C, T, h, w) float32
+    """
+    return get_modality(spec.name).preprocess(clips, crop_boxes, spec, size)

@@ -1,1 +1,3 @@
-"""Networks and their inputs. Nothing here knows a config or a file."""
+"""Networks, preprocessing and reconstruction targets. No module here knows configs or files."""
+
+TARGETS = ("norm_pix", "motion_energy", "pixel")  # what masked autoencoding predicts, see `targets`

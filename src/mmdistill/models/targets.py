@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmdistill.models import TARGETS
 from mmdistill.models.videomae import gather_patches
 
 
@@ -16,30 +17,29 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, kind:
         x: the clip.
         index: int64 token indices.
         grid: tokens along (t, h, w).
-        kind: ``patch``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE section
-            3.1). ``centred``: ``value - mean`` of the token and channel; like ``patch`` it hides a token's colour, but
-            does not blow up the noise of flat ones. ``energy``: ``|value - mean over the clip's frames|`` of the
-            same pixel and channel: where and when something moves, whatever its colour (after the motion-energy images
-            of Bobick and Davis, IEEE PAMI 2001). ``pixel``: the values of `x`.
+        kind: one of `TARGETS`.
+            ``norm_pix``: per token and channel ``(value - mean) / (std + 1e-6)`` with the unbiased std (VideoMAE, section
+            3.1). ``motion_energy``: ``|value - mean over the clip's frames|`` of the same pixel and channel, which shows
+            where and when something moves, independent of its color (after the motion-energy images of Bobick and Davis,
+            IEEE PAMI 2001). ``pixel``: the values of `x`.
 
     Raises:
         ValueError: another kind.
     """
-    if kind not in ("patch", "centred", "energy", "pixel"):
-        raise ValueError(f"target {kind!r} is not one of patch, centred, energy, pixel")
-    if kind == "energy":
+    if kind not in TARGETS:
+        raise ValueError(f"target {kind!r} is not one of {', '.join(TARGETS)}")
+    if kind == "motion_energy":
         x = (x - x.mean(dim=2, keepdim=True)).abs()
     patches = gather_patches(x, index, grid).flatten(3)  # (B, N, C, pt*ph*pw), fresh
-    if kind in ("patch", "centred"):
+    if kind == "norm_pix":
         patches.sub_(patches.mean(dim=3, keepdim=True))
-    if kind == "patch":
         # torch.std is ten times slower than the norm
         std = torch.linalg.vector_norm(patches, dim=3, keepdim=True).div_((patches.shape[3] - 1) ** 0.5)
         patches.div_(std.add_(1e-6))
     return patches.flatten(2)
 
 
-class _MeanSquare(torch.autograd.Function):
+class _ChunkedMSE(torch.autograd.Function):
     """Mean of ``(a - b)^2``; on a CPU with no array of that size but the gradient, which the system would have to give.
 
     torch's own takes 26 ms where this takes 11, forward and backward, for 2,416 tokens of 1,536 values on two cores.
@@ -65,10 +65,10 @@ class _MeanSquare(torch.autograd.Function):
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over removed tokens, in float32; the target gets no gradient. (B, N, P) twice -> scalar"""
-    return _MeanSquare.apply(prediction.float().flatten(0, 1), target.float().flatten(0, 1))
+    return _ChunkedMSE.apply(prediction.float().flatten(0, 1), target.float().flatten(0, 1))
 
 
-def trivial_loss(target: Tensor, channels: int) -> Tensor:
+def constant_baseline_loss(target: Tensor, channels: int) -> Tensor:
     """Loss of the best constant per channel, chosen in hindsight on this batch. (B, N, P) -> scalar
 
     A reconstruction loss that does not fall clearly below this number has learned nothing but the mean colour.

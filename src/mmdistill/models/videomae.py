@@ -19,7 +19,7 @@ from mmdistill.models.attention import Attention
 
 
 @dataclass(frozen=True)
-class EncoderGeometry:
+class EncoderConfig:
     """Everything that determines an encoder's tensors. Sizes are those of the *input* (heat-maps: 56 x 96, patch 4)."""
 
     channels: int
@@ -33,8 +33,7 @@ class EncoderGeometry:
     heads: int
     head_dim: int
     mlp_dim: int
-    learned_positions: bool = False
-    separable_positions: bool = False
+    pos_embed: str = "sincos"
 
     def __post_init__(self) -> None:
         for name, size, unit in (
@@ -57,13 +56,13 @@ class EncoderGeometry:
         return t * h * w
 
     @property
-    def token_values(self) -> int:
+    def patch_dim(self) -> int:
         """P, the number of input values in one token."""
         return self.channels * self.tubelet * self.patch * self.patch
 
 
 @dataclass(frozen=True)
-class DecoderGeometry:
+class DecoderConfig:
     """Width and depth of the decoder, which is thrown away after pretraining."""
 
     dim: int
@@ -102,11 +101,11 @@ def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
     return torch.cat(parts, dim=3).flatten(0, 2)
 
 
-def position_table(geometry: EncoderGeometry, dim: int) -> Tensor:
+def position_table(config: EncoderConfig, dim: int) -> Tensor:
     """The fixed positions of an encoder or of its decoder, which may have another width. (1, L, D)"""
-    if geometry.separable_positions:
-        return separable_positions(geometry.grid, dim)[None]
-    return sincos_positions(geometry.tokens, dim)[None]
+    if config.pos_embed == "sincos_separable":
+        return separable_positions(config.grid, dim)[None]
+    return sincos_positions(config.tokens, dim)[None]
 
 
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -128,7 +127,7 @@ def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tens
     return x.reshape(-1, pw).index_select(0, picked).view(b, index.shape[1], c, pt, ph, pw)
 
 
-def complement(index: Tensor, length: int) -> Tensor:
+def masked_indices(index: Tensor, length: int) -> Tensor:
     """The token indices that are not in `index`, sorted. (B, N) of distinct values -> (B, length - N)"""
     free = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
     free.scatter_(1, index, False)
@@ -151,7 +150,7 @@ def _init_weights(module: nn.Module) -> None:
 class _PatchEmbed(nn.Module):
     """VideoMAE's tubelet embedding: a Conv3d in name, applied as one linear map to gathered patches."""
 
-    def __init__(self, g: EncoderGeometry) -> None:
+    def __init__(self, g: EncoderConfig) -> None:
         super().__init__()
         kernel = (g.tubelet, g.patch, g.patch)
         self.proj = nn.Conv3d(g.channels, g.dim, kernel, stride=kernel)
@@ -166,16 +165,16 @@ class Encoder(nn.Module):
     """The ViT that is pretrained, distilled and evaluated.
 
     Args:
-        geometry: sizes.
+        config: sizes.
         drop_path: stochastic depth rate of the last block, rising linearly from 0 (only while training).
     """
 
-    def __init__(self, geometry: EncoderGeometry, *, drop_path: float = 0.0) -> None:
+    def __init__(self, config: EncoderConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        g = self.geometry = geometry
+        g = self.config = config
         self.checkpoint_activations = False
         self.patch_embed = _PatchEmbed(g)
-        if g.learned_positions:
+        if g.pos_embed == "learned":
             self.pos_embed = nn.Parameter(position_table(g, g.dim))
         else:
             self.register_buffer("pos_embed", position_table(g, g.dim), persistent=False)
@@ -194,7 +193,7 @@ class Encoder(nn.Module):
         Returns:
             (B, Lv, D)
         """
-        g = self.geometry
+        g = self.config
         if x.shape[1:] != (g.channels, g.num_frames, g.height, g.width):
             expected = (g.channels, g.num_frames, g.height, g.width)
             raise ValueError(f"encoder expects clips (C, T, H, W) = {expected}, got {tuple(x.shape[1:])}")
@@ -215,15 +214,15 @@ class Encoder(nn.Module):
         This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE's fc-norm is a LayerNorm whose affine
         weights start at 1 and 0 and are learned from labels; there are none here, so it has no parameters.
         """
-        return F.layer_norm(self(x, visible).mean(dim=1), (self.geometry.dim,), eps=1e-6)
+        return F.layer_norm(self(x, visible).mean(dim=1), (self.config.dim,), eps=1e-6)
 
 
 class _Decoder(nn.Module):
-    def __init__(self, g: DecoderGeometry, encoder: EncoderGeometry) -> None:
+    def __init__(self, g: DecoderConfig, encoder: EncoderConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
-        self.head = nn.Linear(g.dim, encoder.token_values)
+        self.head = nn.Linear(g.dim, encoder.patch_dim)
         self.channels = encoder.channels
         self.register_buffer("pos_embed", position_table(encoder, g.dim), persistent=False)
         self.apply(_init_weights)
@@ -248,9 +247,9 @@ class _Decoder(nn.Module):
 class VideoMAE(nn.Module):
     """Masked autoencoder: encode visible tokens, predict the values of removed ones."""
 
-    def __init__(self, encoder: EncoderGeometry, decoder: DecoderGeometry, *, drop_path: float = 0.0) -> None:
+    def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.decoder_geometry = decoder
+        self.make_decoder_config = decoder
         self.encoder = Encoder(encoder, drop_path=drop_path)
         self.encoder_to_decoder = nn.Linear(encoder.dim, decoder.dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
@@ -271,7 +270,7 @@ class VideoMAE(nn.Module):
             predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`; and `predict`.
         """
         if predict is None:
-            predict = complement(visible, self.encoder.geometry.tokens)
+            predict = masked_indices(visible, self.encoder.config.tokens)
         pos = self.decoder.pos_embed[0]
         seen = self.encoder_to_decoder(self.encoder(x, visible))
         seen = seen + pos[visible].to(seen.dtype)

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.readers.base import FrameError, Reader
-from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.base import FrameError, KeypointReader, Reader
+from mmdistill.modalities import get_modality
 
 EXAMPLES = 5  # of each kind of problem, kept by name
 
@@ -30,11 +30,17 @@ class ModalityCoverage:
 
 @dataclass
 class RallyCoverage:
-    """One rally. `players` counts frames in which person 0 (near) and 1 (far) have a joint with a score."""
+    """One rally.
+
+    Attributes:
+        players: frames in which person 0 (near) and person 1 (far) have a joint with a score.
+        person_frames: frames in which persons are expected; 0 without a keypoint modality.
+    """
 
     video: str
     modalities: dict[str, ModalityCoverage]
     players: tuple[int, int] = (0, 0)
+    person_frames: int = 0
 
 
 def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) -> RallyCoverage:
@@ -42,15 +48,15 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
     cv2.setNumThreads(0)
     result = RallyCoverage(rally.video, {})
     for name, reader in readers.items():
-        count = rally.num_frames - 1 if name == "flow" else rally.num_frames
+        count = rally.num_frames - get_modality(name).is_frame_pair
         entry = result.modalities[name] = ModalityCoverage(count)
-        if isinstance(reader, SkeletonReader):
-            result.players = _check_skeleton(rally, reader, entry)
+        if isinstance(reader, KeypointReader):
+            result.players, result.person_frames = _check_skeleton(rally, reader, entry), count
             continue
-        absent = set(reader.absent(rally.video, range(count)))
+        absent = set(reader.missing_frames(rally.video, range(count)))
         entry.absent = len(absent)
         last = rally.num_frames - 1  # of which some datasets have a flow file too
-        entry.surplus = 0 if reader.absent(rally.video, [last + 1]) else 1
+        entry.surplus = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
         if entry.surplus:
             entry.messages.append(f"{rally.video}: {name} goes on after frame {last}, the annotation's last")
         for frame in range(0, count, every):
@@ -68,12 +74,12 @@ def _try(read: Callable[[], Any], entry: ModalityCoverage) -> None:
             entry.messages.append(str(error))
 
 
-def _check_skeleton(rally: Rally, reader: SkeletonReader, entry: ModalityCoverage) -> tuple[int, int]:
-    if reader.absent(rally.video, [0]):
+def _check_skeleton(rally: Rally, reader: KeypointReader, entry: ModalityCoverage) -> tuple[int, int]:
+    if reader.missing_frames(rally.video, [0]):
         entry.absent = entry.expected
         return 0, 0
     try:
-        rows = reader.whole(rally.video)
+        rows = reader.load_video(rally.video)
     except FrameError as error:
         entry.unreadable = entry.expected
         entry.messages.append(str(error))
@@ -137,7 +143,7 @@ def summarise(results: Sequence[RallyCoverage]) -> dict[str, Any]:
                     "longer_than_annotated": bool(entry.surplus),
                 }
         players.update(near=result.players[0], far=result.players[1])
-    frames = totals.get("skeleton", Counter())["frames"]
+    frames = sum(result.person_frames for result in results)
     return {
         "complete": not gaps,
         "rallies": len(results),

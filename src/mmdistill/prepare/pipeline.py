@@ -22,7 +22,7 @@ from mmdistill import __version__
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.flow import FLOW_METHODS, flow_function
 from mmdistill.prepare.video import VideoError, decode, frame_rate, promised_frames, repeated_frames
 
@@ -115,7 +115,7 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Ou
         if settings.skeleton == "mediapipe":
             record["skeleton_frames"] = _skeletons(name, path, output, settings)
         record["complete"] = True
-        write_whole(state, json.dumps(record).encode())
+        atomic_write_bytes(state, json.dumps(record).encode())
     except (ValueError, OSError, cv2.error) as error:
         return Outcome(name, None, str(error))
     return Outcome(name, record, None)
@@ -145,7 +145,7 @@ def _begin(name: str, path: Path, output: Path, settings: Settings) -> tuple[dic
         for leftover in folder.glob(".tmp-*"):  # of a run that was killed in the middle of a write
             leftover.unlink()
     if not known.get("complete"):
-        write_whole(state, json.dumps({**wanted, "complete": False}).encode())
+        atomic_write_bytes(state, json.dumps({**wanted, "complete": False}).encode())
     return known, wanted
 
 
@@ -222,7 +222,7 @@ def _write_jpeg(path: Path, picture: np.ndarray, quality: int) -> None:
     good, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not good:
         raise ValueError(f"{path}: OpenCV cannot encode this picture")
-    write_whole(path, data.tobytes())
+    atomic_write_bytes(path, data.tobytes())
 
 
 def _skeletons(name: str, path: Path, output: Path, settings: Settings) -> dict[str, int]:
@@ -241,7 +241,7 @@ def write_annotations(output: Path) -> list[Rally]:
         if record["complete"]:
             records[state.stem] = record
     rallies = [Rally(name, r["num_frames"], r["fps"], ()) for name, r in records.items()]
-    write_whole(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())
+    atomic_write_bytes(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())
     methods = sorted({r["parts"]["flow"]["method"] for r in records.values()})
     provenance = {
         "made_by": f"mmdistill {__version__}",
@@ -257,5 +257,5 @@ def write_annotations(output: Path) -> list[Rally]:
         "skeleton": "persons 0 near and 1 far; COCO-17 in px of the source; score 0 where absent",
         "videos": records,
     }
-    write_whole(output / "provenance.json", (json.dumps(provenance, indent=1) + "\n").encode())
+    atomic_write_bytes(output / "provenance.json", (json.dumps(provenance, indent=1) + "\n").encode())
     return rallies

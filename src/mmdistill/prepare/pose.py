@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from mmdistill.errors import InputError
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.player_tracking import crops, find_players
 from mmdistill.prepare.video import decode
 
@@ -89,7 +89,7 @@ def write_skeletons(video: Path, target: Path, *, split: float, pose: PoseFuncti
         "total_frames": total,
         "img_shape": tuple(int(v) for v in shape),
     }
-    write_whole(target, pickle.dumps(entry, protocol=4))
+    atomic_write_bytes(target, pickle.dumps(entry, protocol=4))
     present = (rows[..., 2] > 0).any(axis=2).sum(axis=1)
     return SkeletonCounts(total, int(present[0]), int(present[1]))
 

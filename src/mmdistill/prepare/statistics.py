@@ -8,8 +8,7 @@ import torch
 
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, worker_init
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import ModalitySpec, preprocess_clips
 
 
 @dataclass
@@ -76,8 +75,8 @@ def dataset_statistics(
     done = 0
     for batch in loader:
         for name, spec in raw.items():
-            size = (dataset.crop[0] // spec.scale, dataset.crop[1] // spec.scale)
-            moments[name].add(prepare(batch[name], batch["view"], spec, size))
+            size = (dataset.crop_size[0] // spec.input_stride, dataset.crop_size[1] // spec.input_stride)
+            moments[name].add(preprocess_clips(batch[name], batch["crop_box"], spec, size))
         done += len(batch["index"])
         progress(done)
     return moments

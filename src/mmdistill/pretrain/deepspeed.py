@@ -6,8 +6,8 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from mmdistill.config import PretrainConfig, offloads, zero_stage
-from mmdistill.device import resolve_precision
+from mmdistill.config import PretrainConfig, has_offload, zero_stage
+from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import Process
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.training.optim import LearningRates, make_optimizer
@@ -29,11 +29,11 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`."""
     trainer, stage = config.trainer, zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
-    if offloads(config):
+    if has_offload(config):
         zero["offload_optimizer"] = {"device": "cpu"}
     out: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": trainer.accumulate,
+        "gradient_accumulation_steps": trainer.accumulate_grad_batches,
         "gradient_clipping": trainer.clip_grad or 0.0,
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
@@ -61,6 +61,6 @@ def make_engine(config: PretrainConfig, model: VideoMAE, rates: LearningRates, p
         model=model, optimizer=optimizer, config=deepspeed_config(config, precision), dist_init_required=False
     )
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None:  # a gradient that overflows at the least scale is a case for trainer.nonfinite
+    if scaler is not None:  # a gradient that overflows at the least scale is a case for trainer.on_nonfinite
         scaler.raise_error_at_min_scale = False
     return engine

@@ -19,7 +19,7 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     checkpoint = read_checkpoint(path)
     _check_sizes(encoder, checkpoint)
     state, note = dict(checkpoint.state_dict), None
-    channels = encoder.geometry.channels
+    channels = encoder.config.channels
     for name in [k for k in state if k.endswith("patch_embed.proj.weight")]:
         source = state[name].shape[1]
         if source != channels:
@@ -39,11 +39,11 @@ def _check_sizes(encoder: Encoder, checkpoint: Checkpoint) -> None:
     if embed is None or attention is None:
         return  # not an encoder: the list says so
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    g = encoder.geometry
+    g = encoder.config
     found = (embed.shape[0], depth, attention.shape[1])
     if found != (g.dim, g.depth, g.heads * g.head_dim):
         raise CheckpointError(
-            f"pretrain: {checkpoint.path} has width {found[0]}, depth {found[1]}, heads x head width {found[2]}; this "
+            f"init_from: {checkpoint.path} has width {found[0]}, depth {found[1]}, heads x head width {found[2]}; this "
             f"model has {g.dim}, {g.depth}, {g.heads * g.head_dim}; set model=, or model.dim, model.depth, model.heads "
             "and model.head_dim"
         )

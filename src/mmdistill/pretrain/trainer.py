@@ -16,15 +16,14 @@ import torch
 from torch.utils.data import default_collate
 
 from mmdistill import __version__
-from mmdistill.builders import clip_dataset, clip_loader, decoder_geometry, encoder_geometry, make_demo_data
+from mmdistill.builders import clip_dataset, clip_loader, make_decoder_config, make_demo_data, make_encoder_config
 from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.lock import run_lock
 from mmdistill.checkpoint.retention import find_resume
 from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
-from mmdistill.data.masking import predicted_part
-from mmdistill.data.sampler import EpochBatchSampler, other_batches
-from mmdistill.device import resolve_precision
+from mmdistill.data.masking import sample_decoder_tokens
+from mmdistill.data.sampler import EpochBatchSampler, batch_order_mismatch
 from mmdistill.distributed.collectives import (
     all_reduce_any,
     all_reduce_mean,
@@ -32,17 +31,17 @@ from mmdistill.distributed.collectives import (
     broadcast_run_dir,
     run_on_all_ranks,
 )
+from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.preprocessing import prepare
-from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
-from mmdistill.models.videomae import VideoMAE, complement
+from mmdistill.modalities import ModalitySpec, preprocess_clips
+from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
+from mmdistill.models.videomae import VideoMAE, masked_indices
 from mmdistill.pretrain.deepspeed import make_engine, open_process_group
 from mmdistill.pretrain.initialization import load_videomae
 from mmdistill.randomness import seed_step, seeded_rng
 from mmdistill.training.data_report import DataReport
-from mmdistill.training.nonfinite import LEAST_SCALE, NonFinite, frozen, grad_norm, zero_loss
-from mmdistill.training.optim import LearningRates, group_settings, make_schedule
+from mmdistill.training.nonfinite import MIN_LOSS_SCALE, NonFiniteGuard, frozen, grad_norm, zero_loss
+from mmdistill.training.optim import LearningRates, make_schedule, param_group_hparams
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.signals import stop_signals
 
@@ -99,24 +98,24 @@ class _Run:
             timeout_s=config.loader_timeout_s,
         )
         # an optimiser step never spans two epochs
-        self.batches = len(self.sampler) // trainer.accumulate * trainer.accumulate
+        self.batches = len(self.sampler) // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches
         if self.batches == 0:
-            clips = config.batch_size * process.world_size * trainer.accumulate
+            clips = config.batch_size * process.world_size * trainer.accumulate_grad_batches
             raise ConfigError(
                 f"{len(self.dataset)} clips are fewer than one optimiser step of {clips}; lower batch_size"
             )
         torch.manual_seed(config.seed)
-        self.geometry = encoder_geometry(config.model, data, self.spec)
-        model = VideoMAE(self.geometry, decoder_geometry(config.model), drop_path=config.model.drop_path)
+        self.config = make_encoder_config(config.model, data, self.spec)
+        model = VideoMAE(self.config, make_decoder_config(config.model), drop_path=config.model.drop_path)
         model.encoder.checkpoint_activations = trainer.activation_checkpointing
         if config.compile:
             model.encoder.compile(dynamic=False)
             model.decoder.compile(dynamic=False)
-        self.initialised = load_videomae(model.encoder, config.pretrain) if config.pretrain else None
-        global_batch = config.batch_size * process.world_size * trainer.accumulate
+        self.initialised = load_videomae(model.encoder, config.init_from) if config.init_from else None
+        global_batch = config.batch_size * process.world_size * trainer.accumulate_grad_batches
         self.rates = LearningRates.scaled(trainer.lr, trainer.min_lr, trainer.warmup_lr, global_batch=global_batch)
         self.engine = make_engine(config, model, self.rates, process)
-        steps = self.batches // trainer.accumulate
+        steps = self.batches // trainer.accumulate_grad_batches
         self.schedule = make_schedule(
             self.engine.optimizer if zero_stage(config) else self.engine.basic_optimizer,
             self.rates,
@@ -125,13 +124,13 @@ class _Run:
         )
         self.total_steps = trainer.epochs * steps
         self.behind = 0  # steps done, less `place`
-        self.settings = group_settings(self.schedule.optimizer)
+        self.settings = param_group_hparams(self.schedule.optimizer)
         self.autocast_inputs = resolve_precision(config.precision, process.device)
         self.at = _Progress()
         self.source: Path | None = None
         self.saved: dict[str, float] = {}  # losses of this training's checkpoints, also those in other folders
         self.report = DataReport(self.dataset, run_dir, is_main=process.is_main)
-        self.nonfinite = NonFinite(trainer.nonfinite, trainer.nonfinite_budget, process.say)
+        self.nonfinite = NonFiniteGuard(trainer.on_nonfinite, trainer.max_skipped_steps, process.say)
         self.usable = 0  # batches of the optimiser step at hand with a finite loss
         self.grad_norm = 0.0  # of the last step, before clipping
         # at stage 0 in float32 the gradients are the parameters' own; elsewhere DeepSpeed's optimiser looks after them
@@ -140,8 +139,8 @@ class _Run:
     @property
     def learned(self) -> dict[str, Any]:
         """What the weights have learned with, which their shapes do not tell."""
-        decoder = to_plain(decoder_geometry(self.config.model))
-        return {**to_plain(self.geometry), "decoder": decoder, **self.spec.statistics}
+        decoder = to_plain(make_decoder_config(self.config.model))
+        return {**to_plain(self.config), "decoder": decoder, **self.spec.statistics}
 
     @property
     def order(self) -> dict[str, int]:
@@ -150,7 +149,7 @@ class _Run:
             "seed": self.config.seed,
             "clips": len(self.dataset),
             "global_batch": self.config.batch_size * self.process.world_size,
-            "accumulate": self.config.trainer.accumulate,
+            "accumulate": self.config.trainer.accumulate_grad_batches,
         }
 
     @property
@@ -160,7 +159,7 @@ class _Run:
 
     def place(self, batches: int) -> int:
         """Where the schedule stands after `batches` more: steps of this run's batches from the first epoch on."""
-        return (self.at.epoch * self.batches + self.at.batch + batches) // self.config.trainer.accumulate
+        return (self.at.epoch * self.batches + self.at.batch + batches) // self.config.trainer.accumulate_grad_batches
 
     @property
     def where(self) -> str:
@@ -175,22 +174,22 @@ class _Run:
     def losses(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, trivial loss) of one batch; float32 scalars."""
         device = self.process.device
-        g = self.geometry
+        g = self.config
         clip = batch[self.config.modality].to(device, non_blocking=True)
         visible = batch["visible"].to(device, non_blocking=True)
-        x = prepare(clip, batch["view"], self.spec, (g.height, g.width))
+        x = preprocess_clips(clip, batch["crop_box"], self.spec, (g.height, g.width))
         dtype = next(self.engine.module.parameters()).dtype
         prediction, predict = self.engine(x.to(dtype), visible, self._predicted(visible, batch["index"].tolist()))
         target = patch_targets(x, predict, g.grid, kind=self.spec.target)
-        return reconstruction_loss(prediction, target), trivial_loss(target, g.channels)
+        return reconstruction_loss(prediction, target), constant_baseline_loss(target, g.channels)
 
     def _predicted(self, visible: torch.Tensor, clips: list[int]) -> torch.Tensor | None:
         """Tokens to reconstruct under dual masking; None: all that are removed."""
         if self.config.decoder_mask_ratio == 0:
             return None
-        removed, place = complement(visible, self.geometry.tokens), (self.config.seed, self.at.epoch, "predicted")
+        removed, place = masked_indices(visible, self.config.tokens), (self.config.seed, self.at.epoch, "predicted")
         n, ratio = removed.shape[1], self.config.decoder_mask_ratio
-        drawn = np.stack([predicted_part(n, ratio=ratio, rng=seeded_rng(*place, clip)) for clip in clips])
+        drawn = np.stack([sample_decoder_tokens(n, ratio=ratio, rng=seeded_rng(*place, clip)) for clip in clips])
         return removed.gather(1, torch.from_numpy(drawn).to(removed.device))
 
     def meta(self, loss: float) -> dict[str, Any]:
@@ -199,8 +198,8 @@ class _Run:
             "mmdistill_version": __version__,
             "kind": "pretrain",
             "modality": self.config.modality,
-            "encoders": {"encoder": to_plain(self.geometry)},
-            "decoder": to_plain(decoder_geometry(self.config.model)),
+            "encoders": {"encoder": to_plain(self.config)},
+            "decoder": to_plain(make_decoder_config(self.config.model)),
             "statistics": {self.config.modality: self.spec.statistics},
             "epoch": self.at.epoch,
             "step": self.step,
@@ -263,7 +262,7 @@ class _Run:
         if self.at.batch >= stored.get("batches", self.batches):
             self.at.restart()
         if self.at.batch and (other := _other(stored, self.order)):
-            raise ConfigError(other_batches(self.at.epoch, other))
+            raise ConfigError(batch_order_mismatch(self.at.epoch, other))
         for group, own in zip(self.schedule.optimizer.param_groups, self.settings, strict=True):
             group.update(own)
         self.schedule.step_update(self.place(0))
@@ -289,7 +288,7 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
         SystemExit: with `INTERRUPTED_EXIT_CODE` after a signal, when a whole checkpoint of the step in hand is written.
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
-    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.process_timeout_s)
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     resolve_precision(config.precision, process.device)  # refused before anything is made
     open_process_group(process)
     run_dir = broadcast_run_dir(run_dir)
@@ -366,7 +365,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         log.step(run.step, f"epoch {at.epoch} {note} {clips / seconds:.0f} clips/s {wait}")
         if at.batch >= run.batches:
             break
-        boundary = at.batch % trainer.accumulate == 0
+        boundary = at.batch % trainer.accumulate_grad_batches == 0
         if boundary and all_reduce_any(stop_signal() is not None, run.process.device):
             name = f"epoch={at.epoch:02d}-loss={at.means[0]:.4f}-step={run.step}"
             _stop(run, log, run.save(name, at.means[0]))
@@ -376,7 +375,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
     values = {
         "epoch": at.epoch,
         "loss": mean,
-        "trivial_loss": trivial_mean,
+        "constant_baseline_loss": trivial_mean,
         "lr": float(run.schedule.optimizer.param_groups[0]["lr"]),
         "clips_per_s": clips / seconds,
         "data_wait_percent": 100 * waited / seconds,
@@ -389,7 +388,7 @@ def _epoch(run: _Run, log: RunLog, stop_signal: Any) -> Path | None:
         f"epoch {at.epoch}: loss {mean:.4f}, trivial predictor {trivial_mean:.4f} (ratio {mean / trivial_mean:.3f}), "
         f"{clips / seconds:.1f} clips/s, data wait {100 * waited / seconds:.0f} %"
     )
-    if trainer.picture_freq and (at.epoch + 1) % trainer.picture_freq == 0:
+    if trainer.image_every_n_epochs and (at.epoch + 1) % trainer.image_every_n_epochs == 0:
         _picture(run, log)
     saved = None
     ended = at.epoch + 1 == trainer.epochs
@@ -424,11 +423,11 @@ def _stop(run: _Run, log: RunLog, path: Path) -> None:
 
 def _train_step(run: _Run, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
     """Forward, backward, optimiser step; the losses averaged over ranks, None where they are not finite."""
-    accumulate = run.config.trainer.accumulate
+    accumulate = run.config.trainer.accumulate_grad_batches
     loss, trivial = run.losses(batch)
     mean, trivial_mean = all_reduce_mean([loss, trivial])
     names = [run.dataset.index.clips[i].id for i in batch["index"].tolist()]
-    usable = run.nonfinite.note_loss(loss, mean, names, run.where)
+    usable = run.nonfinite.check_loss(loss, mean, names, run.where)
     first, last = run.at.batch % accumulate == 0, (run.at.batch + 1) % accumulate == 0
     run.usable = usable if first else run.usable + usable
     if usable or accumulate > 1:
@@ -454,7 +453,7 @@ def _optimise(run: _Run, last: bool) -> None:
         engine.step()
     if last and not plain:
         run.grad_norm = float(engine.get_global_grad_norm() or 0.0)
-        if engine.skipped_steps > before and (scale is None or scale <= LEAST_SCALE):
+        if engine.skipped_steps > before and (scale is None or scale <= MIN_LOSS_SCALE):
             reason = "gradient is not finite"
     if reason:
         run.nonfinite.skip(run.where, reason=reason)

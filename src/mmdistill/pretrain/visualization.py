@@ -1,6 +1,6 @@
 """What a masked autoencoder sees and says: input, masked input, reconstruction, frame by frame, as one picture.
 
-Under the target ``patch`` a network predicts a patch's pattern, not its mean and contrast; under ``centred`` not its
+Under the target ``norm_pix`` a network predicts a patch's pattern, not its mean and contrast; under ``centred`` not its
 mean. Two rows show both ways to fill them in: with the true patch's statistics, which the network does not know and
 which make any output look good, and with those of the visible patches, which it could know. Each row says which.
 
@@ -14,17 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from mmdistill.modalities.base import ModalitySpec
-from mmdistill.models.preprocessing import prepare
-from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.modalities import ModalitySpec, get_modality, preprocess_clips
+from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, gather_patches
 
-_GREY = 0.5  # of removed patches
+_GRAY = 0.5  # of removed patches
 _COLUMNS = 6  # frames shown at most
 _STD_FLOOR = 1e-6  # as in `patch_targets`
 
@@ -35,7 +33,7 @@ class Reconstruction:
 
     Attributes:
         spec: the modality.
-        rows: title -> (C, T, H, W) float32, in the input's normalised units or, for the target ``energy``, in those of
+        rows: title -> (C, T, H, W) float32, in the input's normalised units or, for the target ``motion_energy``, in those of
             the target; what is not shown is NaN.
         loss, trivial: of this clip: the network's, and that of the best constant per channel.
     """
@@ -52,16 +50,16 @@ def reconstruct(model: VideoMAE, batch: Mapping[str, Tensor], spec: ModalitySpec
 
     The model's mode is restored. Under ZeRO 3 all ranks must call this together.
     """
-    g = model.encoder.geometry
+    g = model.encoder.config
     parameter = next(model.parameters())
     clip, visible = batch[spec.name][:1].to(parameter.device), batch["visible"][:1].to(parameter.device)
-    x = prepare(clip, batch["view"][:1], spec, (g.height, g.width))
+    x = preprocess_clips(clip, batch["crop_box"][:1], spec, (g.height, g.width))
     training = model.training
     model.eval()
     prediction, removed = model(x.to(parameter.dtype), visible)
     model.train(training)
     target = patch_targets(x, removed, g.grid, kind=spec.target)
-    loss, trivial = reconstruction_loss(prediction, target), trivial_loss(target, g.channels)
+    loss, trivial = reconstruction_loss(prediction, target), constant_baseline_loss(target, g.channels)
     rows = _rows(x, visible, removed, prediction.float(), spec.target, g.grid)
     return Reconstruction(spec, {k: v.cpu() for k, v in rows.items()}, float(loss), float(trivial))
 
@@ -77,23 +75,21 @@ def _rows(
 
     hidden = torch.full_like(prediction, float("nan"))
     rows = {"input": x[0], "masked": shown(hidden, x)}
-    if kind == "energy":
+    if kind == "motion_energy":
         target = patch_targets(x, _all(x, grid), grid, kind=kind)
         whole = scatter_patches(target, _all(x, grid), grid, torch.empty(1, *size, device=x.device))
         return {**rows, "target: motion energy": whole[0], "prediction of it": shown(prediction, whole)}
     if kind == "pixel":
         return {**rows, "reconstruction": shown(prediction, x)}
-    names = "mean and std" if kind == "patch" else "mean"
     channels = x.shape[1]
     true_mean, true_std = _statistics(x, removed, grid)
     seen_mean, seen_std = (s.mean(dim=1, keepdim=True) for s in _statistics(x, visible, grid))
     values = prediction.unflatten(2, (channels, -1))  # (1, N, C, pt*ph*pw)
     for title, mean, std in (
-        (f"reconstruction + true\n{names} of each patch", true_mean, true_std),
-        (f"reconstruction + {names}\nof the visible patches", seen_mean, seen_std),
+        ("reconstruction + true\nmean and std of each patch", true_mean, true_std),
+        ("reconstruction + mean and std\nof the visible patches", seen_mean, seen_std),
     ):
-        scaled = values * (std + _STD_FLOOR) if kind == "patch" else values
-        rows[title] = shown((scaled + mean).flatten(2), x)
+        rows[title] = shown((values * (std + _STD_FLOOR) + mean).flatten(2), x)
     return rows
 
 
@@ -131,7 +127,7 @@ def draw(found: Reconstruction, title: str) -> np.ndarray:
     scale = _scale(found)
     for number, ((name, clip), line) in enumerate(zip(found.rows.items(), axes, strict=True)):
         energy = "energy" in name or name == "prediction of it"
-        images = to_colours(clip, spec, energy=energy, scale=scale["energy" if energy else "input"])
+        images = to_display_image(clip, spec, is_energy=energy, scale=scale["energy" if energy else "input"])
         for column, (ax, frame) in enumerate(zip(line, frames, strict=True)):
             ax.imshow(images[frame], interpolation="nearest")
             ax.set_xticks([])
@@ -155,8 +151,8 @@ def write(image: np.ndarray, path: Path) -> None:
 def _scale(found: Reconstruction) -> dict[str, float]:
     """Brightest value shown, of raw values and of energies: one for all rows, so that they compare."""
     spec, x = found.spec, found.rows["input"]
-    raw = _denormalise(x, spec)
-    largest = {"rgb": 1.0, "flow": float(raw.pow(2).sum(0).sqrt().max()), "skeleton": float(raw.max())}[spec.name]
+    raw = _denormalize(x, spec)
+    largest = get_modality(spec.name).display_max(raw)
     energy = found.rows.get("target: motion energy")
     brightest = float((energy * _std(spec)).max()) if energy is not None else 1.0
     return {"input": max(largest, 1e-6), "energy": max(brightest, 1e-6)}
@@ -166,24 +162,17 @@ def _std(spec: ModalitySpec) -> Tensor:
     return torch.tensor(spec.std).view(-1, 1, 1, 1)
 
 
-def _denormalise(x: Tensor, spec: ModalitySpec) -> Tensor:
+def _denormalize(x: Tensor, spec: ModalitySpec) -> Tensor:
     return x * _std(spec) + torch.tensor(spec.mean).view(-1, 1, 1, 1)
 
 
-def to_colours(clip: Tensor, spec: ModalitySpec, *, energy: bool, scale: float) -> np.ndarray:
-    """Pictures for people. (C, T, H, W) -> float32 (T, H, W, 3) in [0, 1]; NaN becomes grey.
+def to_display_image(clip: Tensor, spec: ModalitySpec, *, is_energy: bool, scale: float) -> np.ndarray:
+    """Images for a person to look at. (C, T, H, W) -> float32 (T, H, W, 3) in [0, 1]; NaN becomes gray.
 
-    rgb as it is. flow: hue is direction, saturation is length. skeleton: the brightest of the joints. Energies: rgb per
-    colour, the others the brightest channel.
+    The modality's `to_image` or, for motion energies, `energy_to_image` renders `clip` in its own units over `scale`.
     """
     hidden = clip.isnan().any(dim=0)[..., None].numpy()
-    x = torch.nan_to_num(clip * _std(spec) if energy else _denormalise(clip, spec)) / scale
-    if spec.name == "rgb":
-        out = x.permute(1, 2, 3, 0).numpy()
-    elif spec.name == "flow" and not energy:
-        angle = torch.atan2(x[1], x[0]) / (2 * torch.pi) % 1
-        length = x.pow(2).sum(0).sqrt().clamp(max=1)
-        out = hsv_to_rgb(torch.stack((angle, length, torch.ones_like(length)), dim=3).numpy())
-    else:
-        out = x.amax(dim=0)[..., None].expand(-1, -1, -1, 3).numpy()
-    return np.where(hidden, _GREY, np.clip(out, 0, 1)).astype(np.float32)
+    modality = get_modality(spec.name)
+    values = torch.nan_to_num(clip * _std(spec) if is_energy else _denormalize(clip, spec)) / scale
+    image = modality.energy_to_image(values) if is_energy else modality.to_image(values)
+    return np.where(hidden, _GRAY, np.clip(image, 0, 1)).astype(np.float32)

@@ -29,7 +29,7 @@ class DataReport:
         ``index`` is how the clips came about, ``missing`` what the policy did by modality and rally, ``modalities``
         the same as sums.
         """
-        marks = self.dataset.marks
+        marks = self.dataset.stats_tensor
         told = all_gather_objects({int(i): marks[i].tolist() for i in marks.any(dim=1).nonzero().flatten().tolist()})
         for rows in told:
             for i, row in rows.items():

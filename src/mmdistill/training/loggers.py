@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 
 IDS_FILE = "trackers.json"  # by tracker the id of the run in its own books
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _earlier_id(tracker: str, run_dir: Path, source: Path | None) -> tuple[str |
 def _keep_id(tracker: str, run_dir: Path, own: str) -> None:
     path = run_dir / IDS_FILE
     ids = json.loads(path.read_text()) if path.is_file() else {}
-    write_whole(path, json.dumps({**ids, tracker: own}, indent=1).encode() + b"\n")
+    atomic_write_bytes(path, json.dumps({**ids, tracker: own}, indent=1).encode() + b"\n")
 
 
 class Wandb:

@@ -19,14 +19,14 @@ from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.errors import MMDistillError
 
 POLICIES = ("raise", "skip")
-LEAST_SCALE = 1.0  # a gradient that overflows under this loss scale is not finite by itself
+MIN_LOSS_SCALE = 1.0  # a gradient that overflows under this loss scale is not finite by itself
 
 
 class NonFiniteError(MMDistillError, FloatingPointError):
     """A loss or gradient that is not finite; the message names step and clips. The weights are as before the step."""
 
 
-class NonFinite:
+class NonFiniteGuard:
     """The policy of one run.
 
     Args:
@@ -43,7 +43,7 @@ class NonFinite:
         self.skipped = 0
         self.clips: list[str] = []  # of the losses in this step that were not finite
 
-    def note_loss(self, own: torch.Tensor, mean: float, clips: Sequence[str], where: str) -> bool:
+    def check_loss(self, own: torch.Tensor, mean: float, clips: Sequence[str], where: str) -> bool:
         """Whether the loss of a batch may be used. All ranks call this with the same `mean`.
 
         Args:
@@ -66,7 +66,7 @@ class NonFinite:
         if self.policy == "raise":
             raise NonFiniteError(
                 f"loss is {mean} at {where}; weights were not changed. Clips: {', '.join(named)}. Lower trainer.lr, "
-                "set trainer.clip_grad, look at these clips, or set trainer.nonfinite=skip"
+                "set trainer.clip_grad, look at these clips, or set trainer.on_nonfinite=skip"
             )
         return False
 
@@ -85,7 +85,7 @@ class NonFinite:
         self.skipped += 1
         if self.skipped > self.budget:
             raise NonFiniteError(
-                f"{reason} at {where}: {self.skipped} steps skipped, trainer.nonfinite_budget={self.budget} allows no "
+                f"{reason} at {where}: {self.skipped} steps skipped, trainer.max_skipped_steps={self.budget} allows no "
                 f"more; weights were not changed.{names} Lower trainer.lr or look at these clips"
             )
         self.say(f"skipped step {self.skipped} of at most {self.budget}: {reason} at {where}.{names}")

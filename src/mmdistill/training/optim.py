@@ -43,7 +43,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
-def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def param_group_hparams(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What the config says of each group, to `update` it with: loading a state brings that of the run that wrote it."""
     return [{k: g[k] for k in ("weight_decay", "betas", "lr_scale") if k in g} for g in optimizer.param_groups]
 

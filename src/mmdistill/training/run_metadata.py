@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill import __version__
-from mmdistill.files import write_whole
+from mmdistill.files import atomic_write_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN_FILE = "run.json"
@@ -41,7 +41,7 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
         "config": dict(config),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps([*records, record], indent=1, ensure_ascii=False).encode() + b"\n")
+    atomic_write_bytes(path, json.dumps([*records, record], indent=1, ensure_ascii=False).encode() + b"\n")
     return record
 
 

@@ -25,7 +25,7 @@ def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Ite
     def asked() -> int | None:
         if received:
             return received[0]
-        return int(signal.SIGTERM) if launch.abandoned() else None
+        return int(signal.SIGTERM) if launch.launcher_exited() else None
 
     before = {number: signal.signal(number, note) for number in (signal.Signals[name] for name in names)}
     try:

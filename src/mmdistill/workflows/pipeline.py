@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill import __version__
-from mmdistill.checkpoint import newest_complete
+from mmdistill.checkpoint import latest_valid_checkpoint
 from mmdistill.config import DistillConfig, PretrainConfig, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.errors import MMDistillError
+from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,7 +54,7 @@ class Stage:
         """The overrides, with the teachers' checkpoints as they are now."""
         if not self.teachers:
             return list(self.overrides)
-        newest = {m: newest_complete(folder) for m, folder in self.teachers}
+        newest = {m: latest_valid_checkpoint(folder) for m, folder in self.teachers}
         return [*self.overrides, "trainer.ckpt_path={" + ",".join(f"{m}:{path}" for m, path in newest.items()) + "}"]
 
     def command(self) -> list[str]:
@@ -226,7 +227,7 @@ def method_stages(
         prefix: put before the stages' names.
     """
     shared = (f"seed={seed}", *common)
-    runs = {m: output / f"pretrain_{m}" for m in ("rgb", "flow", "skeleton")}
+    runs = {m: output / f"pretrain_{m}" for m in BUILTIN_MODALITIES}
     stages = [
         Stage(
             f"{prefix}pretrain {m}", "pretrain_main.py", (f"modality={m}", *shared, *pretrain, "resume=auto"), runs[m]
@@ -246,6 +247,6 @@ def method_stages(
         stages.append(Stage(name, "lit_main_mmdistill.py", only, alone, needs[:1], teachers[:1]))
         compare.append(str(alone / "checkpoints" / "last.ckpt"))
         last.append(stages[-1].name)
-    score = ("train=False", "test=True", f"ckpt_path={student}", f"compare=[{','.join(compare)}]", *shared, *test)
+    score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(compare)}]", *shared, *test)
     stages.append(Stage(f"{prefix}evaluate", "lit_main_mmdistill.py", score, output / "test", tuple(last)))
     return stages

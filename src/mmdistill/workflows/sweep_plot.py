@@ -17,7 +17,7 @@ Points = dict[tuple[str, ...], tuple[float, float]]  # values of the keys -> mea
 _TITLES = {"top1_action_ensemble": "few-shot accuracy", "loss": "loss of the last epoch", "train_loss": "training loss"}
 
 
-def drawn_keys(rows: Sequence[JobRow]) -> list[str]:
+def plotted_keys(rows: Sequence[JobRow]) -> list[str]:
     """The swept keys, without `seed` where anything else is swept too: seeds are repetitions."""
     keys = swept_keys(rows)
     return [k for k in keys if k != "seed"] or keys
@@ -57,7 +57,7 @@ def grid_of(points: Points) -> tuple[list[str], list[str], np.ndarray]:
 
 def draw(rows: Sequence[JobRow], path: Path) -> bool:
     """Write the picture; False, and no file, where fewer than two values are there to compare."""
-    keys = drawn_keys(rows)
+    keys = plotted_keys(rows)
     metric = next((r.metric for r in rows if r.metric), "")
     rows = [r for r in rows if r.metric == metric]
     if not metric or not keys or len(mean_over_seeds(rows, keys)) < 2:

@@ -64,8 +64,8 @@ def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) 
     """One row per setting; a list of `k_shot`, `n_way` or `head` in one job becomes a column like a swept key."""
     rows = []
     settings = report["settings"]
-    varied = [k for k in ("n_way", "k_shot", "head") if len({str(s[k]) for s in settings}) > 1]
-    keys = {"n_way": "data_module.n_way", "k_shot": "data_module.k_shot", "head": "head"}
+    varied = [k for k in ("n_way", "k_shot", "classifier") if len({str(s[k]) for s in settings}) > 1]
+    keys = {"n_way": "data_module.n_way", "k_shot": "data_module.k_shot", "classifier": "classifier"}
     for setting in settings:
         scored = setting["rows"].get(report["network"]) or next(iter(setting["rows"].values()))
         values = {k: float(v) for k, v in scored.items() if isinstance(v, int | float) and not isinstance(v, bool)}

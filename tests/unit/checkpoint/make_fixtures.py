@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
-ENCODER = EncoderGeometry(
+ENCODER = EncoderConfig(
     channels=3, num_frames=2, height=8, width=8, patch=4, tubelet=2, dim=8, depth=1, heads=2, head_dim=4, mlp_dim=16
 )
-DECODER = DecoderGeometry(dim=4, depth=1, heads=1, head_dim=4, mlp_dim=8)
-FREE_WIDTH = EncoderGeometry(  # like the user's width 1024 with 12 heads of 85
+DECODER = DecoderConfig(dim=4, depth=1, heads=1, head_dim=4, mlp_dim=8)
+FREE_WIDTH = EncoderConfig(  # like the user's width 1024 with 12 heads of 85
     channels=3, num_frames=4, height=8, width=12, patch=4, tubelet=2, dim=16, depth=2, heads=3, head_dim=5, mlp_dim=32
 )
 NAME = "epoch=01-loss=0.5000"

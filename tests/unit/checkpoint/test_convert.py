@@ -14,11 +14,11 @@ from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint,
 from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.inspect import inspect_checkpoint
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-GEOMETRY = EncoderGeometry(3, 4, 8, 12, 4, 2, 16, 2, 4, 4, 32)
+GEOMETRY = EncoderConfig(3, 4, 8, 12, 4, 2, 16, 2, 4, 4, 32)
 TARGETS = ["a.safetensors", "a.ckpt", "a.pt", "epoch=03-loss=0.2500"]
 
 
@@ -107,7 +107,7 @@ def test_lightning_file_from_weights_loads_in_lightning(tmp_path: Path) -> None:
     class Holder(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            net = VideoMAE(EncoderGeometry(3, 2, 8, 8, 4, 2, 8, 1, 2, 4, 16), DecoderGeometry(4, 1, 1, 4, 8))
+            net = VideoMAE(EncoderConfig(3, 2, 8, 8, 4, 2, 8, 1, 2, 4, 16), DecoderConfig(4, 1, 1, 4, 8))
             self.mask_token = net.mask_token
             for name, child in net.named_children():
                 setattr(self, name, child)
@@ -136,7 +136,7 @@ def test_export_huggingface(tmp_path: Path) -> None:
         out = theirs(x.transpose(1, 2)).last_hidden_state
         torch.testing.assert_close(out, student(x), rtol=0, atol=1e-5)
     back = load_encoder(folder)
-    assert back.geometry == GEOMETRY
+    assert back.config == GEOMETRY
     assert torch.equal(back.blocks[1].attn.qkv.weight, student.blocks[1].attn.qkv.weight)
 
 

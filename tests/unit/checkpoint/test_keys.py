@@ -13,9 +13,9 @@ from mmdistill.checkpoint.keys import (
     split_qkv_bias,
     to_huggingface,
 )
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
-GEOMETRY = EncoderGeometry(3, 2, 8, 8, 4, 2, 8, 2, 2, 4, 16)
+GEOMETRY = EncoderConfig(3, 2, 8, 8, 4, 2, 8, 2, 2, 4, 16)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,15 @@ from mmdistill.checkpoint import (
     save_safetensors,
     save_torch,
 )
-from mmdistill.models.videomae import DecoderGeometry, Encoder, EncoderGeometry, VideoMAE
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
-GEOMETRY = EncoderGeometry(3, 2, 8, 8, 4, 2, 8, 1, 2, 4, 16)
-DECODER = DecoderGeometry(4, 1, 1, 4, 8)
+GEOMETRY = EncoderConfig(3, 2, 8, 8, 4, 2, 8, 1, 2, 4, 16)
+DECODER = DecoderConfig(4, 1, 1, 4, 8)
 
 
 def encoders(**parts: Encoder) -> dict:
-    return {"encoders": {part: vars(encoder.geometry) for part, encoder in parts.items()}}
+    return {"encoders": {part: vars(encoder.config) for part, encoder in parts.items()}}
 
 
 def snapshot(module: torch.nn.Module) -> dict:
@@ -97,9 +97,9 @@ def test_parts_of_a_distilled_file(tmp_path: Path) -> None:
     content["mmdistill"] = {"kind": "distill", **encoders(student_rgb=student, teacher_skeleton=teacher)}
     save_torch(content, tmp_path / "last.ckpt")
     loaded = load_encoder(tmp_path / "last.ckpt")
-    assert loaded.geometry == student.geometry
+    assert loaded.config == student.config
     assert torch.equal(loaded.norm.weight, student.norm.weight)
-    assert load_encoder(tmp_path / "last.ckpt", part="teacher_skeleton").geometry == teacher.geometry
+    assert load_encoder(tmp_path / "last.ckpt", part="teacher_skeleton").config == teacher.config
     with pytest.raises(CheckpointError, match="no part 'teacher_flow'; it holds student_rgb, teacher_skeleton"):
         load_encoder(tmp_path / "last.ckpt", part="teacher_flow")
 
@@ -108,23 +108,23 @@ def test_free_width_fixture_with_heads() -> None:
     encoder, report = load_encoder_with_report(
         FIXTURES / "plain" / "free_width_sincos.pth", num_frames=4, height=8, width=12
     )
-    g = encoder.geometry
-    assert (g.dim, g.heads, g.head_dim, g.depth, g.mlp_dim, g.learned_positions) == (16, 3, 5, 2, 32, False)
+    g = encoder.config
+    assert (g.dim, g.heads, g.head_dim, g.depth, g.mlp_dim, g.pos_embed) == (16, 3, 5, 2, 32, "sincos")
     assert report.left_out == {"head_action": 2, "head_verb": 2, "head_noun": 2}
     encoder(torch.zeros(1, 3, 4, 8, 12))
     learned = load_encoder(FIXTURES / "plain" / "free_width_learned.pth", num_frames=4, height=8, width=12)
-    assert learned.geometry.learned_positions
+    assert learned.config.pos_embed == "learned"
     assert learned.pos_embed.shape == (1, 12, 16)
 
 
 def test_the_users_own_size(tmp_path: Path) -> None:
     """Width 1024, 12 heads of 85: qkv [3060, 1024], proj [1024, 1020]."""
-    source = Encoder(EncoderGeometry(3, 16, 224, 384, 16, 2, 1024, 1, 12, 85, 64))
+    source = Encoder(EncoderConfig(3, 16, 224, 384, 16, 2, 1024, 1, 12, 85, 64))
     state = source.state_dict()
     assert state["blocks.0.attn.qkv.weight"].shape == (3060, 1024)
     save_torch({"state_dict": state | {"head_action.weight": torch.zeros(5, 1024)}}, tmp_path / "own.pth")
     encoder = load_encoder(tmp_path / "own.pth", height=224, width=384)
-    assert encoder.geometry == source.geometry
+    assert encoder.config == source.config
     assert torch.equal(encoder.blocks[0].attn.proj.weight, source.blocks[0].attn.proj.weight)
 
 
@@ -134,8 +134,8 @@ def test_sincos_positions_are_recomputed(tmp_path: Path) -> None:
     longer = Encoder(replace(GEOMETRY, num_frames=8))
     report = load_weights(longer, tmp_path / "table.pt")
     assert any("recomputed" in note for note in report.notes)
-    assert torch.equal(longer.pos_embed, Encoder(longer.geometry).pos_embed)
-    learned = Encoder(replace(GEOMETRY, num_frames=8, learned_positions=True))
+    assert torch.equal(longer.pos_embed, Encoder(longer.config).pos_embed)
+    learned = Encoder(replace(GEOMETRY, num_frames=8, pos_embed="learned"))
     with torch.no_grad():
         learned.pos_embed.zero_()
     load_weights(learned, tmp_path / "table.pt")
@@ -143,7 +143,7 @@ def test_sincos_positions_are_recomputed(tmp_path: Path) -> None:
 
 
 def test_learned_positions_are_interpolated(tmp_path: Path) -> None:
-    source = Encoder(replace(GEOMETRY, learned_positions=True))
+    source = Encoder(replace(GEOMETRY, pos_embed="learned"))
     with torch.no_grad():
         source.pos_embed.copy_(torch.arange(4.0)[None, :, None].expand(1, 4, 8))  # 2 x 2, constant over width
     save_safetensors(
@@ -164,10 +164,10 @@ def test_positions_that_cannot_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_geometry_of_releases() -> None:
-    from mmdistill.checkpoint.architecture import geometry_from_tensors
+    from mmdistill.checkpoint.architecture import encoder_config_from_tensors
 
     for dim, heads in ((384, 6), (768, 12), (1024, 16), (1280, 16)):
         with torch.device("meta"):
-            state = Encoder(EncoderGeometry(3, 16, 224, 224, 16, 2, dim, 2, heads, dim // heads, 4 * dim)).state_dict()
-        geometry, _ = geometry_from_tensors(state)
+            state = Encoder(EncoderConfig(3, 16, 224, 224, 16, 2, dim, 2, heads, dim // heads, 4 * dim)).state_dict()
+        geometry, _ = encoder_config_from_tensors(state)
         assert (geometry.heads, geometry.depth, geometry.grid) == (heads, 2, (8, 14, 14))

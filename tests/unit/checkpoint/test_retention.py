@@ -14,7 +14,7 @@ import torch
 from mmdistill.checkpoint import (
     CheckpointError,
     directory_lock,
-    newest_complete,
+    latest_valid_checkpoint,
     prune,
     read_checkpoint,
     retention,
@@ -92,7 +92,7 @@ def test_an_interrupted_epoch_is_never_the_best(tmp_path: Path) -> None:
 def test_a_second_name_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(2):
         path, last = lightning(tmp_path, step, 0.5), tmp_path / "last.ckpt"
-        retention.same_as(path, last)
+        retention.link_or_copy(path, last)
         assert last.samefile(path)
     path.unlink()
     assert last.stat().st_size > 0
@@ -102,7 +102,7 @@ def test_a_second_name_is_replaced_at_once(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(retention.os, "link", refuse)
     path = lightning(tmp_path, 3, 0.4)
-    retention.same_as(path, last)
+    retention.link_or_copy(path, last)
     assert last.read_bytes() == path.read_bytes()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -113,7 +113,7 @@ def test_a_run_does_not_start_among_newer_checkpoints(tmp_path: Path) -> None:
     first, second = lightning(tmp_path, 1, 0.5), lightning(tmp_path, 2, 0.4)
     with pytest.MonkeyPatch.context() as other:
         other.setattr(retention, "rank_and_world", lambda: (1, 2))
-        other.setattr(retention, "newest_complete", lambda _: pytest.fail("only rank 0 searches"))
+        other.setattr(retention, "latest_valid_checkpoint", lambda _: pytest.fail("only rank 0 searches"))
         assert retention.find_resume("auto", tmp_path) is None  # rank 0 would tell it
     with pytest.raises(CheckpointError, match=r"holds checkpoints of an earlier run .*resume=auto"):
         retention.find_resume(None, tmp_path)
@@ -147,7 +147,7 @@ def test_a_damaged_newest_does_not_cost_the_one_before(tmp_path: Path) -> None:
     model = new / "checkpoint" / "mp_rank_00_model_states.pt"
     model.write_bytes(model.read_bytes()[:-1])
     assert prune(tmp_path, keep_last=1, save_top_k=1) == []
-    assert newest_complete(tmp_path) == old
+    assert latest_valid_checkpoint(tmp_path) == old
 
 
 def test_failure_to_delete_is_a_warning(
@@ -173,21 +173,21 @@ def test_interrupted_resave_is_repaired(tmp_path: Path) -> None:
     kept = tmp_path / f".old-{path.name}"
     path.rename(kept)  # killed between the two renames
     assert read_checkpoint(path).meta["step"] == 1
-    assert newest_complete(tmp_path) == path
+    assert latest_valid_checkpoint(tmp_path) == path
     shutil.copytree(path, kept)  # killed before the old one was deleted
-    assert newest_complete(tmp_path) == path
+    assert latest_valid_checkpoint(tmp_path) == path
     assert not kept.exists()
 
 
 def test_newest_by_step_also_of_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest_complete(tmp_path / "none") is None
-    assert newest_complete(tmp_path) is None
+    assert latest_valid_checkpoint(tmp_path / "none") is None
+    assert latest_valid_checkpoint(tmp_path) is None
     for step, name in ((30, "epoch=02-train_loss=0.1.ckpt"), (20, "last.ckpt")):
         content = {"state_dict": {"a": torch.zeros(3)}, "global_step": step, "pytorch-lightning_version": "2"}
         save_torch(content, tmp_path / name)
-    assert newest_complete(tmp_path) == tmp_path / "epoch=02-train_loss=0.1.ckpt"
+    assert latest_valid_checkpoint(tmp_path) == tmp_path / "epoch=02-train_loss=0.1.ckpt"
     (tmp_path / "epoch=02-train_loss=0.1.ckpt").write_bytes(b"")
-    assert newest_complete(tmp_path) == tmp_path / "last.ckpt"
+    assert latest_valid_checkpoint(tmp_path) == tmp_path / "last.ckpt"
     assert "epoch=02-train_loss=0.1.ckpt: truncated" in caplog.text
 
 

@@ -126,8 +126,8 @@ def test_parsed_config_is_read_only() -> None:
         (_distill, "data_module.label_fields=[]", "leaves no label"),
         (_distill, "data_module.annotations=clip", "annotations=clip is not one of clips, f3set; did you mean clips"),
         (_distill, "data_module.window_stride=0", "window_stride=0 must be at least 1"),
-        (_distill, "data_module.first_number=-1", "first_number=-1"),
-        (_distill, "data_module.min_scale=0", r"min_scale=0.0 must lie in \(0, 1\]"),
+        (_distill, "data_module.frame_number_offset=-1", "frame_number_offset=-1"),
+        (_distill, "data_module.random_crop_min_scale=0", r"min_scale=0.0 must lie in \(0, 1\]"),
         (_distill, "data_module.frame_pattern='{vid}.jpg'", "frame_pattern='{vid}.jpg' must name a file"),
         (_distill, "data_module.flow_pattern='{video}/{frame.x}'", "flow_pattern=.* must name a file"),
         (_distill, "data_module.modalities.flow.scale=0", "modalities.flow.scale=0 must be at least 1"),
@@ -135,15 +135,15 @@ def test_parsed_config_is_read_only() -> None:
         (_distill, "data_module.modalities.skeleton.sigma=0", "skeleton.sigma=0.0 must be positive"),
         (_pretrain, "data_module.mask_ratio=0.999", "data_module.mask_ratio=0.999 leaves none of "),
         (_distill, ["data_module.n_masks=2", "data_module.eval_mask_ratio=0.999"], "eval_mask_ratio=0.999 leaves none"),
-        (_distill, "head=[logistic,centriod]", "head=centriod is not one of .*did you mean centroid"),
+        (_distill, "classifier=[logistic,centriod]", "classifier=centriod is not one of .*did you mean centroid"),
         (_distill, "seed=-1", "seed=-1 must be at least 0"),
         (_distill, "trainer.betas=[0.9,1]", r"two numbers in \[0, 1\)"),
         (_distill, "trainer.clip_grad=0", "clip_grad=0.0 must be positive"),
         (_pretrain, "deepspeed.offload=true", "offload needs"),
         (_pretrain, ["dataset=epic", "modality=skeleton"], "modality: dataset epic has no skeleton, but rgb, flow"),
         (_distill, "dataset=epic", "trainer.teachers: dataset epic has no skeleton, but rgb, flow"),
-        (_distill, "network=student", "network=student: the name of a network ends in its modality"),
-        (_distill, "compare=[random,teacher_b]", "compare=teacher_b: the name of a network ends in its modality"),
+        (_distill, "eval_component=student", "eval_component=student: the name of a network ends in its modality"),
+        (_distill, "baselines=[random,teacher_b]", "baselines=teacher_b: the name of a network ends in its modality"),
     ],
 )
 def test_wrong_values_are_named(make: Any, override: str | list[str], message: str) -> None:
@@ -154,9 +154,9 @@ def test_wrong_values_are_named(make: Any, override: str | list[str], message: s
 
 def test_networks_are_named_by_their_modality() -> None:
     for name in ("student_ema_rgb", "teacher_flow", "pretrained_skeleton", "encoder"):
-        assert _distill(f"network={name}").network == name
-    assert _distill("compare=[random,/runs/student/last.ckpt]").compare[1] == "/runs/student/last.ckpt"
-    assert not _distill("test=False", "network=student").test  # nothing is scored
+        assert _distill(f"eval_component={name}").eval_component == name
+    assert _distill("baselines=[random,/runs/student/last.ckpt]").baselines[1] == "/runs/student/last.ckpt"
+    assert not _distill("test=False", "eval_component=student").test  # nothing is scored
 
 
 def test_the_schema_names_every_head() -> None:

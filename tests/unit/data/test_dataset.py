@@ -17,8 +17,8 @@ from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import get_modality
+from mmdistill.modalities import preprocess_clips
 
 RIGHT_WRIST = 10
 CROP = (48, 80)
@@ -50,7 +50,7 @@ def test_a_sample_has_the_agreed_types(dot: DotWorld) -> None:
         "flow": ("float16", (8, 2, 64, 96)),
         "skeleton": ("float32", (8, 2, 17, 3)),
         "visible": ("int64", (4 * 15,)),
-        "view": ("float32", (5,)),
+        "crop_box": ("float32", (5,)),
         "label": ("int64", ()),
         "index": ("int64", ()),
     }
@@ -63,10 +63,10 @@ def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotWorld) -> None:
         ds[key]
     assert same(ds[(2, 1)], again[(2, 1)])
     assert same(ds[1], again[(0, 1)])
-    views = {tuple(ds[(e, i)]["view"]) for e in range(5) for i in range(4)}
+    views = {tuple(ds[(e, i)]["crop_box"]) for e in range(5) for i in range(4)}
     assert len(views) == 20
     assert not np.array_equal(ds[(0, 0)]["visible"], ds[(1, 0)]["visible"])
-    assert not np.array_equal(ds[(0, 0)]["view"], dataset(dot, seed=8, **options)[(0, 0)]["view"])
+    assert not np.array_equal(ds[(0, 0)]["crop_box"], dataset(dot, seed=8, **options)[(0, 0)]["crop_box"])
 
 
 def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
@@ -85,7 +85,7 @@ def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
 
 def test_evaluation_sees_the_centre_unflipped_and_unmasked(dot: DotWorld) -> None:
     ds = dataset(dot, augment=False, mask_ratio=0.0, flip=1.0, min_scale=0.5)
-    assert ds[(5, 0)]["view"].tolist() == [8, 8, 48, 80, 0]
+    assert ds[(5, 0)]["crop_box"].tolist() == [8, 8, 48, 80, 0]
     assert len(ds[0]["visible"]) == 4 * 6 * 10
 
 
@@ -100,17 +100,17 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("options", [{}, {"flip": 1.0}, {"min_scale": 0.6}, {"flip": 0.5, "min_scale": 0.6}])
 def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, float], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
-    specs = {n: replace(s, mean=(0.0,), std=(1.0,)) for n, s in MODALITY_SPECS.items()}
+    specs = {n: replace(s, mean=(0.0,), std=(1.0,)) for n, s in get_modality.items()}
     specs["skeleton"] = replace(specs["skeleton"], scale=scale, sigma=1.0)
     compared = 0
     for epoch, i in [(e, i) for e in range(4) for i in range(len(ds))]:
         batch = default_collate([ds[(epoch, i)]])
-        view = batch["view"][0]
+        view = batch["crop_box"][0]
         flip, zoom = bool(view[4]), np.array([CROP[1], CROP[0]]) / view[[3, 2]].numpy()
-        rgb = prepare(batch["rgb"], batch["view"], specs["rgb"], CROP)[0]
-        flow = prepare(batch["flow"], batch["view"], specs["flow"], CROP)[0]
+        rgb = preprocess_clips(batch["rgb"], batch["crop_box"], specs["rgb"], CROP)[0]
+        flow = preprocess_clips(batch["flow"], batch["crop_box"], specs["flow"], CROP)[0]
         size = (CROP[0] // scale, CROP[1] // scale)
-        joints = prepare(batch["skeleton"], batch["view"], specs["skeleton"], size)[0]
+        joints = preprocess_clips(batch["skeleton"], batch["crop_box"], specs["skeleton"], size)[0]
         wrist = RIGHT_WRIST if flip else LEFT_WRIST
         assert float(joints[[j for j in range(17) if j != wrist]].abs().sum()) == 0
         for position, k in enumerate(ds.index.clips[i].frames):

@@ -10,7 +10,7 @@ from tests.synthetic_dots import DotWorld
 from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataset import ClipDataset
-from mmdistill.data.fingerprint import data_version
+from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.readers.rgb import RgbReader
 
@@ -33,18 +33,18 @@ def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -
 def test_a_changed_file_gives_a_new_version_of_its_modality(
     dot: DotWorld, modality: str, file: str, needed: bool
 ) -> None:
-    before, path = data_version(_dataset(dot), modality), dot.root / file
-    assert data_version(_dataset(dot), modality) == before
+    before, path = data_fingerprint(_dataset(dot), modality), dot.root / file
+    assert data_fingerprint(_dataset(dot), modality) == before
     changed = path.stat().st_mtime_ns + 1000
     os.utime(path, ns=(changed, changed))  # another render of the same size
-    touched = data_version(_dataset(dot), modality)
+    touched = data_fingerprint(_dataset(dot), modality)
     assert (touched != before) == needed
     path.write_bytes(path.read_bytes() + b"\0")
     os.utime(path, ns=(changed, changed))
-    longer = data_version(_dataset(dot), modality)
+    longer = data_fingerprint(_dataset(dot), modality)
     assert (longer != touched) == needed
     path.unlink()
-    assert (data_version(_dataset(dot), modality) != longer) == needed
+    assert (data_fingerprint(_dataset(dot), modality) != longer) == needed
 
 
 def test_clips_and_settings_are_part_of_it(dot: DotWorld) -> None:
@@ -57,12 +57,12 @@ def test_clips_and_settings_are_part_of_it(dot: DotWorld) -> None:
         _dataset(dot, ClipIndex((clip,), ("b",))),
         _dataset(dot, fewer),
     ]
-    versions = {data_version(ds, "skeleton") for ds in (base, *others)}
+    versions = {data_fingerprint(ds, "skeleton") for ds in (base, *others)}
     assert len(versions) == 5
     base.readers["skeleton"] = SkeletonReader(dot.root / "skeleton", frame_size=dot.size, max_persons=1)
-    assert data_version(base, "skeleton") not in versions
+    assert data_fingerprint(base, "skeleton") not in versions
     base.readers["rgb"] = RgbReader(dot.root / "other", frame_size=dot.size)
-    assert data_version(base, "rgb") != data_version(_dataset(dot), "rgb")
+    assert data_fingerprint(base, "rgb") != data_fingerprint(_dataset(dot), "rgb")
 
 
 def test_a_file_costs_one_look_however_many_clips_need_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,5 +79,5 @@ def test_a_file_costs_one_look_however_many_clips_need_it(tmp_path: Path, monkey
 
     for name in ("stat", "scandir", "listdir"):
         watch(name)
-    data_version(ds, "rgb")
+    data_fingerprint(ds, "rgb")
     assert len(looks) == 200 * (9 * 10 + 16)  # of the 160 frames that each video's clips have, 106 are different ones

@@ -9,10 +9,10 @@ import torch
 from mmdistill.distill import module
 from mmdistill.distill import parallel_encoders as beside
 from mmdistill.distill.module import MMDistill
-from mmdistill.distill.parallel_encoders import side_by_side
-from mmdistill.modalities.base import MODALITY_SPECS
+from mmdistill.distill.parallel_encoders import run_in_parallel
+from mmdistill.modalities import get_modality
 from mmdistill.models import attention
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.training.optim import LearningRates
 
 
@@ -33,13 +33,13 @@ def test_jobs_share_the_threads_and_keep_their_order(threads: int) -> None:
             together.wait()  # passed only if two of them run at once
         return torch.tensor([number, torch.get_num_threads(), torch.is_grad_enabled()])
 
-    rows = torch.stack(side_by_side([lambda n=n: job(n) for n in range(4)]))
+    rows = torch.stack(run_in_parallel([lambda n=n: job(n) for n in range(4)]))
     assert rows[:, 0].tolist() == [0, 1, 2, 3]
     assert set(rows[:, 1].tolist()) == {threads // min(threads, 4)}
     assert rows[:, 2].all()
     assert torch.get_num_threads() == threads
     with torch.no_grad():
-        assert not torch.stack(side_by_side([lambda: job(2), lambda: job(3)]))[:, 2].any()
+        assert not torch.stack(run_in_parallel([lambda: job(2), lambda: job(3)]))[:, 2].any()
 
 
 def test_denormals_are_flushed_there_too(threads: int) -> None:
@@ -47,12 +47,12 @@ def test_denormals_are_flushed_there_too(threads: int) -> None:
     beside._pool.cache_clear()
     tiny = torch.full((4,), 1e-30)
     assert (tiny * 1e-12).any()
-    assert not any(out.any() for out in side_by_side([lambda: tiny * 1e-12] * 4))
+    assert not any(out.any() for out in run_in_parallel([lambda: tiny * 1e-12] * 4))
 
 
 def test_threads_that_cannot_be_shared_out_are_not(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     monkeypatch.setattr(beside, "_pool", None)
-    assert len(side_by_side([lambda: torch.zeros(1)] * 3)) == 3
+    assert len(run_in_parallel([lambda: torch.zeros(1)] * 3)) == 3
 
 
 def test_an_error_comes_through(threads: int) -> None:
@@ -60,7 +60,7 @@ def test_an_error_comes_through(threads: int) -> None:
         raise ValueError("this one")
 
     with pytest.raises(ValueError, match="this one"):
-        side_by_side([lambda: torch.zeros(1), fail])
+        run_in_parallel([lambda: torch.zeros(1), fail])
 
 
 def test_one_by_one_with_one_thread_and_under_autocast(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
@@ -69,19 +69,19 @@ def test_one_by_one_with_one_thread_and_under_autocast(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(beside, "_pool", refused)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert side_by_side([lambda: torch.zeros(2, 2) @ torch.zeros(2, 2)] * 2)[0].dtype == torch.bfloat16
+        assert run_in_parallel([lambda: torch.zeros(2, 2) @ torch.zeros(2, 2)] * 2)[0].dtype == torch.bfloat16
     torch.set_num_threads(1)
-    assert len(side_by_side([lambda: torch.zeros(1)] * 2)) == 2
+    assert len(run_in_parallel([lambda: torch.zeros(1)] * 2)) == 2
 
 
 def _module() -> MMDistill:
     torch.manual_seed(0)
     teachers = {
-        m: Encoder(EncoderGeometry(s.channels, 4, 32 // s.scale, 32 // s.scale, 8 // s.scale, 2, 16, 2, 2, 8, 32))
-        for m, s in MODALITY_SPECS.items()
+        m: Encoder(EncoderConfig(s.channels, 4, 32 // s.scale, 32 // s.scale, 8 // s.scale, 2, 16, 2, 2, 8, 32))
+        for m, s in get_modality.items()
     }
     return MMDistill(
-        teachers, MODALITY_SPECS, rates=LearningRates(1e-3, 0, 0), weight_decay=0.05, betas=(0.9, 0.95),
+        teachers, get_modality, rates=LearningRates(1e-3, 0, 0), weight_decay=0.05, betas=(0.9, 0.95),
         warmup_steps=0, total_steps=1, meta={},
     ).train()  # fmt: skip
 
@@ -93,17 +93,17 @@ def _batch() -> dict[str, torch.Tensor]:
         "flow": torch.randn(2, 4, 2, 36, 40).half(),
         "skeleton": torch.rand(2, 4, 1, 17, 3) * 32,
         "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(2)]),
-        "view": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]),
+        "crop_box": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]),
         "index": torch.arange(2),
     }
 
 
 def test_a_step_is_the_same_side_by_side(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
-    monkeypatch.setattr(module, "side_by_side", lambda jobs: used.append(len(jobs)) or side_by_side(jobs))
+    monkeypatch.setattr(module, "run_in_parallel", lambda jobs: used.append(len(jobs)) or run_in_parallel(jobs))
     found = []
     for most in (0, 16):
-        monkeypatch.setattr(module, "MOST_TOKENS", most)
+        monkeypatch.setattr(module, "MAX_TOKENS_FOR_THREADING", most)
         net = _module()
         losses = net.losses(_batch())
         torch.stack([loss for loss, _ in losses.values()]).sum().backward()

@@ -15,11 +15,12 @@ from mmdistill.checkpoint import (
     save_torch,
 )
 from mmdistill.checkpoint.digest import weights_digest
+from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.distill.teachers import check_teachers, load_teachers, named_teacher, read_teacher
+from mmdistill.distill.teachers import check_teachers, load_teachers, read_teacher
 from mmdistill.evaluation.run import _networks
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.integration.test_resume import teacher
 from tests.tiny_data import overrides
 
@@ -53,7 +54,7 @@ def test_resume_reads_the_named_teachers(slim: Path) -> None:
     teachers, sources = load_teachers(config, modality_specs(config.data_module), slim)
     assert list(teachers) == list(MODALITIES)
     assert sources == read_checkpoint(slim).meta["teachers"]
-    assert teachers["flow"].geometry.channels == 2
+    assert teachers["flow"].config.channels == 2
 
 
 def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,7 +107,7 @@ def test_a_fresh_run_needs_paths() -> None:
 
 
 def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = configure("train=False", f"ckpt_path={slim}", "compare=[random,teacher_rgb,teacher_flow]")
+    config = configure("train=False", f"ckpt_path={slim}", "baselines=[random,teacher_rgb,teacher_flow]")
     rows = {n.name: n for n in _networks(config, str(slim))}
     assert list(rows) == ["student_rgb", "random", "teacher_rgb", "teacher_flow"]
     assert rows["teacher_flow"].checkpoint == str(tmp_path / "flow")
@@ -116,14 +117,14 @@ def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert f"teacher_flow is not in {slim}, a slim file; this row is left out" in said
     with pytest.raises(ConfigError, match="no part 'student_flow'"):
-        _networks(configure("train=False", f"ckpt_path={slim}", "compare=[student_flow]"), str(slim))
+        _networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), str(slim))
 
 
 def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
     """No metadata, as in older checkpoints of the method; skeletons may have been trained at the pixels' resolution."""
     paths = []
     for modality, channels in (("rgb", 3), ("flow", 2), ("skeleton", 17)):
-        geometry = EncoderGeometry(channels, 4, 32, 48, 16, 2, dim=384, depth=1, heads=6, head_dim=64, mlp_dim=384)
+        geometry = EncoderConfig(channels, 4, 32, 48, 16, 2, dim=384, depth=1, heads=6, head_dim=64, mlp_dim=384)
         state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
         (tmp_path / modality / "checkpoint").mkdir(parents=True)
         torch.save({"module": state}, tmp_path / modality / "checkpoint" / "mp_rank_00_model_states.pt")
@@ -138,14 +139,14 @@ def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
     config = configure(*given, "data_module.modalities.skeleton.scale=1")
     teachers, sources = load_teachers(config, modality_specs(config.data_module), None)
     for encoder in teachers.values():
-        g = encoder.geometry
+        g = encoder.config
         assert (g.num_frames, g.height, g.width, g.patch) == (4, 32, 48, 16)
 
-    encoders = {f"teacher_{m}": to_plain(e.geometry) for m, e in teachers.items()}
+    encoders = {f"teacher_{m}": to_plain(e.config) for m, e in teachers.items()}
     slim = Checkpoint(
         tmp_path / "slim.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
     )
-    assert named_teacher(slim, "teacher_flow").state_dict
+    assert load_referenced_teacher(slim, "teacher_flow").state_dict
 
     config = configure(*given, "data_module.modalities.skeleton.scale=4")
     with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.scale=1"):

@@ -22,7 +22,7 @@ from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.encode import Views, embed_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.scores import evaluate
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("validate")
     make_tiny(root / "data")
     torch.manual_seed(3)
-    geometry = EncoderGeometry(
+    geometry = EncoderConfig(
         channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16,
         mlp_dim=64,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -
     assert len({len(p.mine) for p in parts}) == 1
     assert set().union(*(p.mine for p in parts)) == set(parts[0].clips.tolist())
     assert len(parts[0].clips) < len(parts[0].dataset)  # clips outside the episodes are not encoded
-    assert all(p.episodes.same_as(parts[0].episodes) for p in parts)
+    assert all(p.episodes.link_or_copy(parts[0].episodes) for p in parts)
 
 
 def test_other_clips_can_be_validated_on(folder: Path) -> None:

@@ -7,15 +7,15 @@ from mmdistill.checkpoint import CheckpointError
 from mmdistill.evaluation.networks import load_network, random_network
 from mmdistill.fewshot.encode import Views
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.modalities import get_modality
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
 SIZES = {"rgb": (4, 32, 32), "flow": (4, 32, 32), "skeleton": (4, 16, 16)}
 
 
 def encoder(channels: int, seed: int) -> Encoder:
     torch.manual_seed(seed)
-    return Encoder(EncoderGeometry(channels, 4, 32, 32, 8, 2, dim=128, depth=1, heads=2, head_dim=64, mlp_dim=256))
+    return Encoder(EncoderConfig(channels, 4, 32, 32, 8, 2, dim=128, depth=1, heads=2, head_dim=64, mlp_dim=256))
 
 
 @pytest.fixture
@@ -41,8 +41,8 @@ def test_any_part_of_a_distilled_checkpoint(distilled: Path, part: str | None, n
     assert torch.equal(
         network.encoder.blocks[0].mlp.fc1.weight, encoder(3 if modality == "rgb" else 2, seed).blocks[0].mlp.fc1.weight
     )
-    job = network.job(MODALITY_SPECS[modality], Views())
-    assert job.network == name
+    job = network.job(get_modality(modality).spec(), Views())
+    assert job.eval_component == name
     assert job.info == {"checkpoint": str(distilled), "modality": modality}
 
 
@@ -57,7 +57,7 @@ def test_wrong_parts_modalities_and_specs_are_refused(distilled: Path):
     with pytest.raises(FewshotError, match="teacher_flow is of the modality flow, not rgb"):
         load_network(distilled, part="teacher_flow", modality="rgb", input_sizes=SIZES)
     with pytest.raises(FewshotError, match="takes rgb with 3 channels, the data are flow"):
-        load_network(distilled, input_sizes=SIZES).spec(MODALITY_SPECS["flow"])
+        load_network(distilled, input_sizes=SIZES).spec(get_modality("flow").spec())
 
 
 def test_the_random_network_is_seeded_and_leaves_the_generator_alone(distilled: Path):
@@ -76,7 +76,7 @@ def test_the_random_network_is_seeded_and_leaves_the_generator_alone(distilled: 
 
 def test_statistics_precision_and_weights_are_in_the_cache_key(distilled: Path):
     student = load_network(distilled, input_sizes=SIZES)
-    spec = MODALITY_SPECS["rgb"]
+    spec = get_modality("rgb").spec()
     keys = {
         student.job(spec, Views()).key("d"),
         student.job(spec.with_statistics((0.0,), (1.0,)), Views()).key("d"),

@@ -13,10 +13,10 @@ from mmdistill.checkpoint import save_torch
 from mmdistill.config import ConfigError, DistillConfig, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
-GEOMETRY = EncoderGeometry(
+GEOMETRY = EncoderConfig(
     channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64
 )
 
@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def _config(root: Path, *more: str) -> DistillConfig:
-    test = ["train=False", "ckpt_path=x", "accelerator=cpu", "head=[centroid,knn]"]
+    test = ["train=False", "ckpt_path=x", "accelerator=cpu", "classifier=[centroid,knn]"]
     return load_config(DistillConfig, "config_mmdistill", [*overrides(root), *EVAL, *test, *more])
 
 
@@ -76,10 +76,10 @@ def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path
     ways = {
         "student_rgb": [],
         f"student_rgb ({SHARED})": ["data_module.n_masks=2"],
-        f"student_rgb ({PER_CLIP})": ["data_module.n_masks=2", "data_module.views=per_clip"],
+        f"student_rgb ({PER_CLIP})": ["data_module.n_masks=2", "data_module.eval_masks=per_clip"],
     }
     for number, (name, way) in enumerate(ways.items()):
-        alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.readouts=one", *way)
+        alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.input_modes=configured", *way)
         assert list(alone["settings"][0]["rows"]) == ["student_rgb", "random", "teacher_rgb"]
         assert alone["readout"] == together[name]["readout"]
         assert alone["top1_action_ensemble"] == together[name]["top1_action_ensemble"]
@@ -92,11 +92,11 @@ def test_masks_that_leave_nothing_visible_are_left_out_unless_asked_for(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hidden = "data_module.eval_mask_ratio=0.99"
-    out = _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]")
+    out = _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]")
     assert list(out["settings"][0]["rows"]) == ["student_rgb"]
     assert "left out: 2 tube masks, 99% removed, shared: mask ratio 0.99 leaves none" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"eval_mask_ratio=0\.99 leaves none of 16 tokens visible"):
-        _evaluate(data, checkpoint, tmp_path, hidden, "compare=[]", "data_module.n_masks=2")
+        _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]", "data_module.n_masks=2")
 
 
 def test_compiling_is_for_training(
@@ -108,7 +108,7 @@ def test_compiling_is_for_training(
         raise AssertionError("compiled")
 
     monkeypatch.setattr(torch.nn.Module, "compile", refused)
-    common = ("feature_cache=null", "data_module.readouts=one", "compare=[]")
+    common = ("feature_cache=null", "data_module.input_modes=configured", "baselines=[]")
     plain = _evaluate(data, checkpoint, tmp_path, *common)["settings"][0]["rows"]["student_rgb"]
     assert "compile=true" not in capsys.readouterr().out
     asked = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
@@ -118,7 +118,7 @@ def test_compiling_is_for_training(
 
 def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     def cached() -> tuple[bool, float]:
-        out = _evaluate(data, checkpoint, tmp_path, "compare=[]", "data_module.readouts=one")
+        out = _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.input_modes=configured")
         return out["cached"], out["top1_action_ensemble"]
 
     assert not cached()[0]
@@ -137,7 +137,7 @@ def test_repeated_frames_are_reported_also_of_cached_features(
 ) -> None:
     (data / "frames" / "rally_T_0" / "000005.jpg").unlink()
     for cached in (False, True):
-        out = _evaluate(data, checkpoint, tmp_path, "compare=[]", "data_module.missing=repeat")
+        out = _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.on_missing=repeat")
         assert out["cached"] is cached
         assert out["missing"]["frames_repeated"] == {"rgb": {"rally_T_0": 1}}
         assert "missing=repeat: rgb 0 clips left out, 1 frames repeated" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_clips_of_another_size_than_trained_on_are_refused(data: Path, checkpoin
 
 
 def test_a_part_that_is_not_there_is_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
-    for override in ("network=teacher_old_rgb", "compare=[teacher_old_rgb]"):
+    for override in ("eval_component=teacher_old_rgb", "baselines=[teacher_old_rgb]"):
         with pytest.raises(ConfigError, match=r"no part 'teacher_old_rgb', set .* to student_rgb, teacher_rgb"):
             _evaluate(data, checkpoint, tmp_path, override)
 
@@ -157,8 +157,8 @@ def test_a_part_that_is_not_there_is_refused(data: Path, checkpoint: Path, tmp_p
 def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Path) -> None:
     state = {f"encoder.{key}": v for key, v in Encoder(GEOMETRY).state_dict().items()}
     save_torch({"module": state, "mmdistill": {"kind": "pretrain", "modality": "rgb"}}, tmp_path / "rgb.pt")
-    with pytest.raises(ConfigError, match=r"network=teacher_flow: .*rgb.pt is not a distilled checkpoint"):
-        _evaluate(data, tmp_path / "rgb.pt", tmp_path, "network=teacher_flow")
+    with pytest.raises(ConfigError, match=r"eval_component=teacher_flow: .*rgb.pt is not a distilled checkpoint"):
+        _evaluate(data, tmp_path / "rgb.pt", tmp_path, "eval_component=teacher_flow")
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Pat
     [
         ("data_module.q_sample=30", "only 0 of 4"),
         ("data_module.eval_clips=windows", "no clip has a label"),
-        ("network=student_ema_rgb", "network: the distilled checkpoint will have no student_ema_rgb"),
-        ("compare=[teacher_old_rgb]", "compare: the distilled checkpoint will have no teacher_old_rgb"),
-        ("compare=[/nowhere]", "compare: /nowhere is neither"),
+        ("eval_component=student_ema_rgb", "eval_component: the distilled checkpoint will have no student_ema_rgb"),
+        ("baselines=[teacher_old_rgb]", "baselines: the distilled checkpoint will have no teacher_old_rgb"),
+        ("baselines=[/nowhere]", "baselines: /nowhere is neither"),
     ],
 )
 def test_what_a_later_evaluation_cannot_do_is_said_before_the_training(data: Path, override: str, told: str) -> None:
@@ -182,6 +182,6 @@ def test_clips_that_show_the_same_frames_are_said(
 ) -> None:
     """Windows of 4 frames, one every 2: each of a video's four overlaps its neighbours."""
     windows = ("data_module.eval_clips=windows", "data_module.window_stride=2", "data_module.label=video")
-    out = _evaluate(data, checkpoint, tmp_path, *windows, "compare=[]", "data_module.readouts=one")
+    out = _evaluate(data, checkpoint, tmp_path, *windows, "baselines=[]", "data_module.input_modes=configured")
     assert out["overlapping_clips"] == 96
     assert "96 clips overlap in time with another clip of their class" in capsys.readouterr().out

@@ -11,9 +11,8 @@ from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.fewshot.encode import ClipEncoder, Job, Views, embed_cached, embed_clips
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import cache_file, merge_features
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.preprocessing import prepare
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.modalities import get_modality, preprocess_clips
+from mmdistill.models.videomae import Encoder, EncoderConfig
 
 N, GRID = 10, (2, 2, 3)
 INDEX = ClipIndex(
@@ -24,7 +23,7 @@ INDEX = ClipIndex(
 
 def tiny_encoder(seed: int = 0) -> Encoder:
     torch.manual_seed(seed)
-    geometry = EncoderGeometry(3, 4, 32, 48, 16, 2, dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32)
+    geometry = EncoderConfig(3, 4, 32, 48, 16, 2, dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32)
     assert geometry.grid == GRID
     return Encoder(geometry)
 
@@ -35,12 +34,12 @@ def loader(order: list[int] | None = None, batch: int = 4) -> list[dict[str, Ten
     view = torch.tensor([0.0, 0.0, 32.0, 48.0, 0.0])
     order = list(range(N)) if order is None else order
     rows = [torch.tensor(order[i : i + batch]) for i in range(0, len(order), batch)]
-    return [{"rgb": clips[r], "view": view.expand(len(r), 5), "index": r} for r in rows]
+    return [{"rgb": clips[r], "crop_box": view.expand(len(r), 5), "index": r} for r in rows]
 
 
 def job(views: Views = Views(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> Job:  # noqa: B008
     encoder = encoder or tiny_encoder()
-    return Job(network, ClipEncoder(encoder, MODALITY_SPECS["rgb"]), GRID, views, weights_digest(encoder))
+    return Job(network, ClipEncoder(encoder, get_modality("rgb").spec()), GRID, views, weights_digest(encoder))
 
 
 def test_whole_clip_features_are_the_encoder_s():
@@ -48,7 +47,9 @@ def test_whole_clip_features_are_the_encoder_s():
     (found,) = embed_clips([job(encoder=encoder)], loader(), INDEX)
     (batch,) = loader(batch=N)
     with torch.no_grad():
-        expected = encoder.embed(prepare(batch["rgb"], batch["view"], MODALITY_SPECS["rgb"], (32, 48)))
+        expected = encoder.embed(
+            preprocess_clips(batch["rgb"], batch["crop_box"], get_modality("rgb").spec(), (32, 48))
+        )
     assert found.features.shape == (N, 1, 16)
     np.testing.assert_allclose(found.features[:, 0], expected.numpy(), atol=1e-5)
     assert found.ids == tuple(c.id for c in INDEX.clips)

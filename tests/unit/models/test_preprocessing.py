@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
-from mmdistill.models.preprocessing import FLIPPED_JOINTS, prepare
+from mmdistill.modalities import ModalitySpec, get_modality, preprocess_clips
+from mmdistill.modalities.skeleton import FLIPPED_JOINTS
 
-RGB, FLOW, SKELETON = (MODALITY_SPECS[m] for m in ("rgb", "flow", "skeleton"))
+RGB, FLOW, SKELETON = (get_modality(m).spec() for m in ("rgb", "flow", "skeleton"))
 PLAIN_RGB = ModalitySpec("rgb", 3, 1, (0.0,), (1.0,), "pixel")
 
 
@@ -20,7 +20,7 @@ def _view(*rows: tuple[float, ...]) -> torch.Tensor:
 
 def test_rgb_crop_is_exact_and_normalised() -> None:
     clip = torch.randint(0, 256, (2, 2, 10, 12, 3), dtype=torch.uint8)
-    x = prepare(clip, _view((1, 3, 8, 8, 0), (2, 4, 8, 8, 1)), RGB, (8, 8))
+    x = preprocess_clips(clip, _view((1, 3, 8, 8, 0), (2, 4, 8, 8, 1)), RGB, (8, 8))
     first = (clip[0, :, 1:9, 3:11].numpy() / 255 - np.array(RGB.mean)) / np.array(RGB.std)
     second = (clip[1, :, 2:10, 4:12].numpy()[:, :, ::-1] / 255 - np.array(RGB.mean)) / np.array(RGB.std)
     np.testing.assert_allclose(x[0].permute(1, 2, 3, 0).numpy(), first, atol=1e-5)
@@ -42,11 +42,11 @@ def test_dot_flow_and_joint_stay_on_one_pixel(flip: int, crop: tuple[int, int, i
         flow[0, k, 1, y - 1 : y + 2, x - 1 : x + 2] = 1
         joints[0, k, 0, 9] = torch.tensor([x, y, 1.0])  # the left wrist
     view = _view((*crop, flip))
-    skeleton = dataclasses.replace(SKELETON, scale=1, sigma=1.0)
-    pixels = prepare(clip, view, PLAIN_RGB, size)[0, 0]
-    moved = prepare(flow, view, FLOW, size)[0]
+    skeleton = dataclasses.replace(SKELETON, input_stride=1, sigma=1.0)
+    pixels = preprocess_clips(clip, view, PLAIN_RGB, size)[0, 0]
+    moved = preprocess_clips(flow, view, FLOW, size)[0]
     joint = FLIPPED_JOINTS[9] if flip else 9
-    heat = prepare(joints, view, skeleton, size)[0, joint]
+    heat = preprocess_clips(joints, view, skeleton, size)[0, joint]
     zoom = size[0] / crop[2]
     for k in range(frames):
         if pixels[k].max() < 0.5:
@@ -60,7 +60,7 @@ def test_dot_flow_and_joint_stay_on_one_pixel(flip: int, crop: tuple[int, int, i
         assert float(moved[0, k, y, x]) == pytest.approx((-2 if flip else 2) * zoom, rel=0.05)
         assert float(moved[1, k, y, x]) == pytest.approx(zoom, rel=0.05)
     other = 9 if flip else FLIPPED_JOINTS[9]
-    assert prepare(joints, view, skeleton, size)[0, other].max() == 0
+    assert preprocess_clips(joints, view, skeleton, size)[0, other].max() == 0
 
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -73,7 +73,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def test_heatmaps_equal_a_direct_formula(sigma: float, mean: float, std: float, device: str) -> None:
     """Joints inside, at the border, far outside, on half pixels, not finite, with a score below 0: in float64."""
     rng = np.random.default_rng(0)
-    spec = dataclasses.replace(SKELETON, scale=4, sigma=sigma, mean=(mean,), std=(std,))
+    spec = dataclasses.replace(SKELETON, input_stride=4, sigma=sigma, mean=(mean,), std=(std,))
     joints = rng.uniform(-20, 80, size=(2, 3, 2, 17, 3))
     joints[..., 2] = rng.uniform(-0.1, 1, size=(2, 3, 2, 17))
     joints[0, 0, 0, 0] = np.nan
@@ -82,7 +82,7 @@ def test_heatmaps_equal_a_direct_formula(sigma: float, mean: float, std: float, 
     joints[1, 0, :, 5, :2] = [[1.5, 3.5], [3.5, 7.5]]  # half-way between heat-map pixels, and on them
     view = _view((0, 2, 48, 64, 0), (3, 1, 48, 64, 1))
     given = torch.from_numpy(joints).float().to(device)
-    out = prepare(given, view, spec, (12, 16)).cpu().double().numpy()
+    out = preprocess_clips(given, view, spec, (12, 16)).cpu().double().numpy()
     expected = _heat_by_formula(given.cpu().double().numpy(), view, sigma)
     np.testing.assert_allclose(out, (expected - mean) / std, atol=1e-5)
     assert (out[expected == 0] == np.float32(0 - mean) / np.float32(std)).all()
@@ -113,7 +113,7 @@ def test_heatmaps_cost_at_most_5_ms_per_clip_and_core() -> None:
 
     def seconds() -> float:
         start = time.process_time()
-        prepare(joints, view, SKELETON, (56, 96))
+        preprocess_clips(joints, view, SKELETON, (56, 96))
         return time.process_time() - start
 
     threads = torch.get_num_threads()
@@ -128,13 +128,15 @@ def test_both_players_are_drawn() -> None:
     joints = torch.zeros(1, 2, 2, 17, 3)
     joints[0, :, 0, 3] = torch.tensor([10.0, 10.0, 1.0])
     joints[0, :, 1, 3] = torch.tensor([30.0, 20.0, 0.5])
-    heat = prepare(joints, _view((0, 0, 32, 48, 0)), dataclasses.replace(SKELETON, scale=1, sigma=1.0), (32, 48))
+    heat = preprocess_clips(
+        joints, _view((0, 0, 32, 48, 0)), dataclasses.replace(SKELETON, input_stride=1, sigma=1.0), (32, 48)
+    )
     assert heat[0, 3, 0, 10, 10] == 1
     assert heat[0, 3, 0, 20, 30] == 0.5
 
 
 def test_statistics_are_applied_to_every_modality() -> None:
     spec = dataclasses.replace(FLOW, mean=(1.0, -2.0), std=(2.0, 4.0))
-    x = prepare(torch.ones(1, 2, 2, 8, 8), _view((0, 0, 8, 8, 0)), spec, (8, 8))
+    x = preprocess_clips(torch.ones(1, 2, 2, 8, 8), _view((0, 0, 8, 8, 0)), spec, (8, 8))
     assert torch.equal(x[0, 0], torch.zeros(2, 8, 8))
     assert torch.equal(x[0, 1], torch.full((2, 8, 8), 0.75))

@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-from mmdistill.models.targets import patch_targets, reconstruction_loss, trivial_loss
+from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import (
-    DecoderGeometry,
+    DecoderConfig,
     Encoder,
-    EncoderGeometry,
+    EncoderConfig,
     VideoMAE,
-    complement,
     gather_patches,
+    masked_indices,
     sincos_positions,
 )
 
-ENCODER = EncoderGeometry(
+ENCODER = EncoderConfig(
     channels=3,
     num_frames=4,
     height=32,
@@ -31,7 +31,7 @@ ENCODER = EncoderGeometry(
     head_dim=12,
     mlp_dim=96,
 )
-DECODER = DecoderGeometry(dim=24, depth=2, heads=2, head_dim=12, mlp_dim=48)
+DECODER = DecoderConfig(dim=24, depth=2, heads=2, head_dim=12, mlp_dim=48)
 
 
 def _pair() -> tuple[VideoMAE, VideoMAEForPreTraining]:
@@ -102,7 +102,7 @@ def test_encoder_and_loss_equal_transformers() -> None:
         reference = theirs(x.transpose(1, 2), bool_masked_pos=removed)
         features = theirs.videomae(x.transpose(1, 2), bool_masked_pos=removed).last_hidden_state
         prediction, predict = ours(x, visible)
-        target = patch_targets(x, predict, ENCODER.grid, kind="patch")
+        target = patch_targets(x, predict, ENCODER.grid, kind="norm_pix")
         loss = reconstruction_loss(prediction, target)
         tokens = ours.encoder(x, visible)
     torch.testing.assert_close(tokens, features, atol=1e-5, rtol=1e-5)
@@ -203,7 +203,7 @@ def test_trivial_loss_is_the_best_constant_per_channel() -> None:
     target = torch.randn(3, 5, 2 * 4, dtype=torch.float64)  # 2 channels
     channels = target.view(3, 5, 2, 4).numpy()
     best = sum(((channels[:, :, c] - channels[:, :, c].mean()) ** 2).sum() for c in range(2)) / channels.size
-    assert trivial_loss(target, 2).item() == pytest.approx(best, rel=1e-5)
+    assert constant_baseline_loss(target, 2).item() == pytest.approx(best, rel=1e-5)
 
 
 def test_dual_masking_predicts_a_subset_with_the_same_values_it_would_have_seen() -> None:
@@ -211,15 +211,15 @@ def test_dual_masking_predicts_a_subset_with_the_same_values_it_would_have_seen(
     x, visible = torch.randn(1, 3, 4, 32, 32), torch.tensor([[0, 5]])
     part = torch.tensor([[2, 7]])
     prediction, predict = model(x, visible, part)
-    assert prediction.shape == (1, 2, ENCODER.token_values)
+    assert prediction.shape == (1, 2, ENCODER.patch_dim)
     assert torch.equal(predict, part)
     whole, order = model(x, visible)
-    assert whole.shape == (1, 6, ENCODER.token_values)
-    assert torch.equal(order, complement(visible, 8))
+    assert whole.shape == (1, 6, ENCODER.patch_dim)
+    assert torch.equal(order, masked_indices(visible, 8))
 
 
 def test_width_that_heads_do_not_divide() -> None:
-    geometry = EncoderGeometry(3, 4, 32, 32, 16, 2, dim=64, depth=2, heads=5, head_dim=12, mlp_dim=96)
+    geometry = EncoderConfig(3, 4, 32, 32, 16, 2, dim=64, depth=2, heads=5, head_dim=12, mlp_dim=96)
     encoder = Encoder(geometry)
     assert encoder.state_dict()["blocks.0.attn.qkv.weight"].shape == (180, 64)
     assert encoder.state_dict()["blocks.0.attn.proj.weight"].shape == (64, 60)
@@ -246,7 +246,7 @@ def test_wrong_clip_size_is_named() -> None:
     with pytest.raises(ValueError, match=r"\(3, 4, 32, 32\), got \(3, 4, 16, 32\)"):
         Encoder(ENCODER)(torch.zeros(1, 3, 4, 16, 32))
     with pytest.raises(ValueError, match="width=30"):
-        EncoderGeometry(3, 4, 32, 30, 16, 2, 48, 2, 4, 12, 96)
+        EncoderConfig(3, 4, 32, 30, 16, 2, 48, 2, 4, 12, 96)
 
 
 def test_every_dtype_runs() -> None:

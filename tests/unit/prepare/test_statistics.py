@@ -19,8 +19,7 @@ from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
-from mmdistill.modalities.base import MODALITY_SPECS
-from mmdistill.models.preprocessing import prepare
+from mmdistill.modalities import get_modality, preprocess_clips
 from mmdistill.prepare.statistics import Moments, dataset_statistics, usable
 from tests.commands import Script
 
@@ -75,19 +74,21 @@ def test_streaming_equals_the_two_pass_formula_far_from_zero() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_statistics_are_those_of_the_model_input(root: Path, batch_size: int) -> None:
     ds = dataset(root)
-    got = dataset_statistics(ds, MODALITY_SPECS, batch_size=batch_size)
+    got = dataset_statistics(ds, get_modality, batch_size=batch_size)
     batch = default_collate([ds[(0, i)] for i in range(len(ds))])
     for name, moments in got.items():
-        spec = MODALITY_SPECS[name].with_statistics((0.0,), (1.0,))
-        x = prepare(batch[name], batch["view"], spec, (CROP[0] // spec.scale, CROP[1] // spec.scale))
+        spec = get_modality(name).spec().with_statistics((0.0,), (1.0,))
+        x = preprocess_clips(
+            batch[name], batch["crop_box"], spec, (CROP[0] // spec.input_stride, CROP[1] // spec.input_stride)
+        )
         values = x.double().transpose(0, 1).flatten(1).numpy()
         np.testing.assert_allclose(moments.mean, values.mean(axis=1), rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(moments.std, values.std(axis=1), rtol=1e-9, atol=1e-12)
         mean, std, flat = usable(moments)
         assert flat == ([0] if name == "skeleton" else [])
         if not flat:
-            spec = MODALITY_SPECS[name].with_statistics(mean, std)
-            x = prepare(batch[name], batch["view"], spec, CROP)
+            spec = get_modality(name).spec().with_statistics(mean, std)
+            x = preprocess_clips(batch[name], batch["crop_box"], spec, CROP)
             assert x.mean(dim=(0, 2, 3, 4)).abs().max() < 1e-3
             assert (x.std(dim=(0, 2, 3, 4)) - 1).abs().max() < 1e-3
 

@@ -1,4 +1,4 @@
-"""`pretrain=PATH`: an encoder initialised from VideoMAE weights of the same or another channel count."""
+"""`init_from=PATH`: an encoder initialised from VideoMAE weights of the same or another channel count."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import CheckpointError
-from mmdistill.models.videomae import Encoder, EncoderGeometry
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.pretrain.initialization import load_videomae
 
 
 def _encoder(channels: int, *, dim: int = 16, mlp_dim: int = 32) -> Encoder:
     torch.manual_seed(channels)
-    return Encoder(EncoderGeometry(channels, 4, 16, 16, 8, 2, dim, 2, 2, dim // 2, mlp_dim))
+    return Encoder(EncoderConfig(channels, 4, 16, 16, 8, 2, dim, 2, 2, dim // 2, mlp_dim))
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmdistill.config import ConfigError, PretrainConfig, stored_config, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.modalities.base import MODALITY_SPECS, ModalitySpec
+from mmdistill.modalities import ModalitySpec, get_modality
 from mmdistill.models.targets import patch_targets
-from mmdistill.models.videomae import DecoderGeometry, EncoderGeometry, VideoMAE, complement
-from mmdistill.pretrain.visualization import _rows, draw, reconstruct, scatter_patches, to_colours, write
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE, masked_indices
+from mmdistill.pretrain.visualization import _rows, draw, reconstruct, scatter_patches, to_display_image, write
 from tests.commands import Script, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
@@ -21,7 +21,7 @@ GRID = (2, 2, 3)
 
 
 def _spec(name: str, target: str) -> ModalitySpec:
-    channels = MODALITY_SPECS[name].channels
+    channels = get_modality(name).spec().channels
     return ModalitySpec(name, channels, 1, (0.3,), (0.5,), target)
 
 
@@ -30,7 +30,7 @@ def _clip(channels: int) -> torch.Tensor:
 
 
 VISIBLE = torch.tensor([[0, 4, 7]])
-REMOVED = complement(VISIBLE, 12)
+REMOVED = masked_indices(VISIBLE, 12)
 
 
 def test_scatter_is_the_inverse_of_the_targets_order() -> None:
@@ -43,17 +43,17 @@ def test_scatter_is_the_inverse_of_the_targets_order() -> None:
     assert (patch_targets(part, REMOVED, GRID, kind="pixel") == -7).all()
 
 
-@pytest.mark.parametrize("kind", ["patch", "centred", "pixel", "energy"])
+@pytest.mark.parametrize("kind", ["norm_pix", "centred", "pixel", "motion_energy"])
 def test_a_perfect_network_reconstructs_the_input(kind: str) -> None:
     x = _clip(2)
     rows = _rows(x, VISIBLE, REMOVED, patch_targets(x, REMOVED, GRID, kind=kind), kind, GRID)
     assert rows["masked"].isnan().float().mean() == pytest.approx(9 / 12)
-    if kind == "energy":
+    if kind == "motion_energy":
         assert torch.allclose(rows["target: motion energy"], rows["prediction of it"])
         return
     with_truth = next(v for k, v in rows.items() if k.startswith("reconstruction"))
     assert torch.allclose(with_truth, x[0], atol=1e-5)
-    if kind in ("patch", "centred"):
+    if kind in ("norm_pix", "centred"):
         assert any("+ true" in k for k in rows)
         blind = next(v for k, v in rows.items() if "visible patches" in k)
         assert not torch.allclose(blind, x[0], atol=1e-2)  # the removed patches' means stay unknown
@@ -63,7 +63,7 @@ def test_without_true_statistics_nothing_of_the_removed_patches_is_used() -> Non
     x, prediction = _clip(3), torch.randn(1, 9, 3 * 2 * 64)
     other = scatter_patches(torch.randn(1, 9, 3 * 2 * 64) * 5 + 3, REMOVED, GRID, x)
     title = "reconstruction + mean and std\nof the visible patches"
-    a, b = (_rows(c, VISIBLE, REMOVED, prediction, "patch", GRID)[title] for c in (x, other))
+    a, b = (_rows(c, VISIBLE, REMOVED, prediction, "norm_pix", GRID)[title] for c in (x, other))
     assert torch.allclose(a, b, atol=1e-5)
 
 
@@ -74,15 +74,15 @@ def _batch(name: str) -> dict[str, torch.Tensor]:
         "flow": torch.randn(1, 4, 2, 16, 24, generator=g).half(),
         "skeleton": torch.rand(1, 4, 2, 17, 3, generator=g) * 16,
     }[name]
-    return {name: clip, "visible": VISIBLE, "view": torch.tensor([[0.0, 0, 16, 24, 0]])}
+    return {name: clip, "visible": VISIBLE, "crop_box": torch.tensor([[0.0, 0, 16, 24, 0]])}
 
 
 @pytest.mark.parametrize("name", ["rgb", "flow", "skeleton"])
-@pytest.mark.parametrize("target", ["patch", "energy", "pixel"])
+@pytest.mark.parametrize("target", ["norm_pix", "motion_energy", "pixel"])
 def test_picture_of_each_modality(name: str, target: str, tmp_path: Path) -> None:
     spec = _spec(name, target)
-    geometry = EncoderGeometry(spec.channels, 4, 16, 24, 8, 2, dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32)
-    model = VideoMAE(geometry, DecoderGeometry(16, 1, 2, 8, 32)).train()
+    geometry = EncoderConfig(spec.channels, 4, 16, 24, 8, 2, dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32)
+    model = VideoMAE(geometry, DecoderConfig(16, 1, 2, 8, 32)).train()
     found = reconstruct(model, _batch(name), spec)
     assert model.training
     assert found.loss > 0
@@ -98,18 +98,23 @@ def test_colours_of_known_values() -> None:
     spec = ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "pixel")
     right = torch.zeros(2, 1, 1, 2)
     right[0, 0, 0, 0] = 3.0
-    colours = to_colours(right, spec, energy=False, scale=3.0)
+    colours = to_display_image(right, spec, is_energy=False, scale=3.0)
     assert colours[0, 0].tolist() == [[1, 0, 0], [1, 1, 1]]  # to the right is red, standing is white
     rgb = ModalitySpec("rgb", 3, 1, (0.5,), (0.5,), "pixel")
-    assert to_colours(torch.full((3, 1, 1, 1), -1.0), rgb, energy=False, scale=1.0)[0, 0, 0].tolist() == [0, 0, 0]
+    assert to_display_image(torch.full((3, 1, 1, 1), -1.0), rgb, is_energy=False, scale=1.0)[0, 0, 0].tolist() == [
+        0,
+        0,
+        0,
+    ]
     assert (
-        to_colours(torch.full((3, 1, 1, 1), float("nan")), rgb, energy=False, scale=1.0)[0, 0, 0].tolist() == [0.5] * 3
+        to_display_image(torch.full((3, 1, 1, 1), float("nan")), rgb, is_energy=False, scale=1.0)[0, 0, 0].tolist()
+        == [0.5] * 3
     )
 
 
 def test_pretraining_draws_and_the_script_draws_its_checkpoint(tmp_path: Path, script: Script) -> None:
     data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
-    arguments = [*overrides(data), *MODEL, "trainer.picture_freq=2", f"hydra.run.dir={run}"]
+    arguments = [*overrides(data), *MODEL, "trainer.image_every_n_epochs=2", f"hydra.run.dir={run}"]
     run_python("pretrain_main.py", "modality=rgb", *arguments)
     assert [p.name for p in (run / "pictures").iterdir()] == ["epoch=01.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()

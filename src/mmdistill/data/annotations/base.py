@@ -79,17 +79,19 @@ def annotation_reader(name: str) -> Callable[[AnnotationReader], AnnotationReade
 
 
 def load_annotations(
-    path: Path | str, *, annotations: str = "f3set", frames_dir: Path | str | None = None, first_number: int = 0
+    path: Path | str, *, annotations: str = "f3set", frames_dir: Path | str | None = None, frame_number_offset: int = 0
 ) -> list[Rally]:
     """The rallies of an annotation file by the reader called `annotations`.
 
     Args:
         frames_dir: the folder with one folder of frames per video, for formats that do not say how long a video is.
-        first_number: the number that frame 0 has in file names, for formats that count like the file names do.
+        frame_number_offset: the number that frame 0 has in file names, for formats that count like the file names do.
 
     Raises:
         ValueError: for an unknown reader; `AnnotationError` for the file.
     """
     if annotations not in ANNOTATION_READERS:
         raise ValueError(f"annotations={annotations!r} is not one of {', '.join(sorted(ANNOTATION_READERS))}")
-    return ANNOTATION_READERS[annotations](Path(path), None if frames_dir is None else Path(frames_dir), first_number)
+    return ANNOTATION_READERS[annotations](
+        Path(path), None if frames_dir is None else Path(frames_dir), frame_number_offset
+    )

@@ -20,7 +20,7 @@ _NAME = ("action_name", "action", "label")
 
 
 @annotation_reader("clips")
-def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[Rally]:
+def load_clips(path: Path, frames_dir: Path | None, frame_number_offset: int) -> list[Rally]:
     """JSON with ``clips[]``, as MM-CDFSL has it for EPIC-Kitchens, MECCANO, WEAR (targets) and Ego4D (source).
 
     A clip names its frames' folder (``clip_uid``, else ``participant_id`` / ``video_id``, else ``video_id``), where it
@@ -43,7 +43,7 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     lengths: dict[str, int] = {}
     names: dict[str, set[str]] = {}
     for number, clip in enumerate(clips):
-        video, event = _clip_event(f"{path}: clip {number}", clip, first_number)
+        video, event = _clip_event(f"{path}: clip {number}", clip, frame_number_offset)
         known = events.setdefault(video, [])
         if event in known:
             what = f"{event.label} at {event.frame}" if event.label else f"frame {event.frame}"
@@ -65,7 +65,7 @@ def load_clips(path: Path, frames_dir: Path | None, first_number: int) -> list[R
     ]
 
 
-def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event]:
+def _clip_event(where: str, clip: Any, frame_number_offset: int) -> tuple[str, Event]:
     """(video, event), labelled by the action's number."""
     if not isinstance(clip, dict):
         raise AnnotationError(f"{where}: expected an object, got {type(clip).__name__}")
@@ -78,7 +78,7 @@ def _clip_event(where: str, clip: Any, first_number: int) -> tuple[str, Event]:
     start = _first(clip, _START)
     if start is None:
         raise AnnotationError(f"{where}: the key 'start_frame' is missing")
-    frame = max(0, _number(where, "start_frame", start) - first_number)
+    frame = max(0, _number(where, "start_frame", start) - frame_number_offset)
     action = _first(clip, _ACTION)
     if action is not None:
         label = str(_number(where, "action_idx", action))

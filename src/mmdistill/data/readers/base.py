@@ -32,7 +32,7 @@ class Reader(ABC):
         """(T, ...) array of these frames. Raises `FrameError` for the first one that cannot be read."""
 
     @abstractmethod
-    def absent(self, video: str, frames: Sequence[int]) -> list[int]:
+    def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         """Those of `frames` for which there is no file. Looks at names only: a file may still turn out unreadable."""
 
     @abstractmethod
@@ -65,39 +65,48 @@ class Reader(ABC):
         return np.stack([good[g] for g in nearest]), [f for p, f in enumerate(frames) if p not in good]
 
 
+class KeypointReader(Reader):
+    """A modality with one file of keypoints per video."""
+
+    @abstractmethod
+    def path(self, video: str) -> str:
+        """Path of the file of `video`."""
+
+    @abstractmethod
+    def load_video(self, video: str) -> np.ndarray:
+        """All rows of a video, (T, M, J, 3); NaN where a keypoint with a score is not finite. Raises `FrameError`."""
+
+
 class _FileReader(Reader):
     """A modality with one file per frame."""
 
     pattern: str
 
     def __init__(
-        self, root: Path | str, *, frame_size: tuple[int, int], pattern: str | None = None, first_number: int = 0
+        self, root: Path | str, *, frame_size: tuple[int, int], pattern: str | None = None, frame_number_offset: int = 0
     ) -> None:
         """Args:
         root: the modality's folder.
         frame_size: stored (height, width) in px; another size is an error.
         pattern: file name under `root` with ``{video}`` and ``{frame:06d}``.
-        first_number: the number in the name of frame 0's file.
+        frame_number_offset: the number in the name of frame 0's file.
 
         Raises `ValueError` for a pattern that gives two frames, or two videos, the same file.
         """
         self.root, self.frame_size = str(root), frame_size
         self.pattern = pattern or self.pattern
-        self.first_number = first_number
-        if not names_each_frame(self.pattern):
-            key = "frame_pattern" if self.name == "rgb" else "flow_pattern"
-            raise ValueError(
-                f"{key}={self.pattern!r} must name a file by {{video}} and {{frame}}, like {type(self).pattern!r}"
-            )
+        self.frame_number_offset = frame_number_offset
+        if not is_unique_frame_pattern(self.pattern):
+            raise ValueError(f"{self.pattern!r} must contain {{video}} and {{frame}}, like {type(self).pattern!r}")
 
     def path(self, video: str, frame: int) -> str:
         """Where the file of `frame` lies."""
-        return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.first_number)}"
+        return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.frame_number_offset)}"
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
         return [self.path(video, k) for k in frames]
 
-    def absent(self, video: str, frames: Sequence[int]) -> list[int]:
+    def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         paths = [self.path(video, k).rpartition("/") for k in frames]
         listings = {folder: _listing(folder) for folder in {p[0] for p in paths}}  # far cheaper than a stat per file
         return [k for k, (folder, _, file) in zip(frames, paths, strict=True) if file not in listings[folder]]
@@ -119,7 +128,7 @@ def _listing(folder: str) -> frozenset[str]:
         return frozenset()
 
 
-def names_each_frame(pattern: str) -> bool:
+def is_unique_frame_pattern(pattern: str) -> bool:
     """Whether a pattern of file names, with ``{video}`` and ``{frame:06d}``, gives each frame of each video its own."""
     try:
         return len({pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}) == 4

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdistill.errors import InputError
-from mmdistill.files import whole_file
+from mmdistill.files import atomic_open
 
 FLOW_DTYPES = ("float32", "float16", "int16", "int8")
 
@@ -60,5 +60,5 @@ def write_flow(path: Path | str, flow: np.ndarray, *, dtype: str = "float16") ->
         whole = np.clip(np.rint(flow / scale), -limit, limit).astype(np.dtype(dtype).newbyteorder("<"))
         stored = np.zeros((), dtype=[("scale", "<f4"), ("flow", whole.dtype, flow.shape)])
         stored["scale"], stored["flow"] = scale, whole
-    with whole_file(Path(path)) as file:
+    with atomic_open(Path(path)) as file:
         np.save(file, stored, allow_pickle=False)

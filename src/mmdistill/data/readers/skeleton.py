@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, Reader
+from mmdistill.data.readers.base import FrameError, KeypointReader
 from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
 
 JOINTS = 17
@@ -17,7 +17,7 @@ JOINTS = 17
 SKELETON_CACHE_BYTES = 64 << 20  # of converted skeleton files, per reader and process
 
 
-class SkeletonReader(Reader):
+class SkeletonReader(KeypointReader):
     """Skeleton pickles: float32 (T, M, 17, 3), x and y in px of the stored frame (pixel centres whole), score.
 
     The file has keypoints in px of the ``img_shape`` they were found at; they are scaled to the stored frame. M is
@@ -53,11 +53,11 @@ class SkeletonReader(Reader):
     def settings(self) -> tuple[object, ...]:
         return (self.max_persons,)
 
-    def absent(self, video: str, frames: Sequence[int]) -> list[int]:
+    def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         return [] if os.path.exists(self.path(video)) else list(frames)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
-        rows = self.whole(video)
+        rows = self.load_video(video)
         beyond = [k for k in frames if not 0 <= k < len(rows)]
         if beyond:
             raise FrameError(f"{self.path(video)}: no row for frame {beyond[0]}, it has {len(rows)} rows")
@@ -68,7 +68,7 @@ class SkeletonReader(Reader):
             raise FrameError(f"{self.path(video)}: keypoint or keypoint_score is not finite at {where}")
         return taken
 
-    def whole(self, video: str) -> np.ndarray:
+    def load_video(self, video: str) -> np.ndarray:
         """All rows of a video; NaN where a keypoint with a score is not finite. Raises `FrameError`."""
         path = self.path(video)
         if path in self._cache:

@@ -71,7 +71,7 @@ def accuracy_by_shots(results: Results) -> str:
 
 def _shots_panel(axis: Axes, results: Results, n_way: int, head: str) -> None:
     shots = results.protocol.k_shot
-    rows = [r for r in results.rows if r.summary["n_way"] == n_way and r.summary["head"] == head]
+    rows = [r for r in results.rows if r.summary["n_way"] == n_way and r.summary["classifier"] == head]
     names = labels(rows)
     for number, name in enumerate(dict.fromkeys(names)):
         own = [r for r, n in zip(rows, names, strict=True) if n == name]

@@ -10,7 +10,7 @@ from mmdistill.fewshot.protocol import Results, Row
 
 def difference_to_first(results: Results, row: Row) -> dict[str, Any] | None:
     """The paired difference scored network - this row's network in its combination; None for the scored network."""
-    setting = ("n_way", "k_shot", "head")
+    setting = ("n_way", "k_shot", "classifier")
     scored = results.features[0]
     for d in results.differences:
         same = all(d[key] == row.summary[key] for key in setting)
@@ -42,7 +42,7 @@ def tables(results: Results) -> list[Table]:
 
 def select(results: Results, n_way: int, k_shot: int, head: str) -> list[Row]:
     """Rows of one combination and head."""
-    wanted = {"n_way": n_way, "k_shot": k_shot, "head": head}
+    wanted = {"n_way": n_way, "k_shot": k_shot, "classifier": head}
     return [row for row in results.rows if all(row.summary[key] == value for key, value in wanted.items())]
 
 

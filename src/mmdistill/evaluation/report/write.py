@@ -15,7 +15,7 @@ from mmdistill.evaluation.report.figures import label
 from mmdistill.evaluation.report.html_page import Picture, render_page
 from mmdistill.evaluation.report.tables import select, tables
 from mmdistill.fewshot.episodes import class_name
-from mmdistill.fewshot.features import write_whole
+from mmdistill.fewshot.features import atomic_write_bytes
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import per_class
 
@@ -65,7 +65,7 @@ def _settings(results: Results) -> list[dict[str, Any]]:
     out = []
     for n_way, k_shot in protocol.combinations():
         for head in protocol.heads:
-            setting = {"n_way": n_way, "k_shot": k_shot, "head": head}
+            setting = {"n_way": n_way, "k_shot": k_shot, "classifier": head}
             differences: dict[str, dict[str, float]] = {}
             for d in results.differences:
                 if all(d[key] == value for key, value in setting.items()):
@@ -121,7 +121,7 @@ def write_report(
     """
     folder = Path(folder)
     text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-    write_whole(folder / "fewshot.json", text.encode() + b"\n")
+    atomic_write_bytes(folder / "fewshot.json", text.encode() + b"\n")
     page = folder / "report.html"
-    write_whole(page, render_page(results, picture=picture, extra=extra or {}, embedding=embedding).encode())
+    atomic_write_bytes(page, render_page(results, picture=picture, extra=extra or {}, embedding=embedding).encode())
     return page

@@ -74,12 +74,12 @@ def test_other_file_name_patterns_and_first_numbers(dot: DotWorld) -> None:
     for k in range(4):
         (dot.root / f"frames/dot/{k:06d}.jpg").rename(folder / f"frame_{k + 1:010d}.jpg")
     reader = RgbReader(
-        dot.root / "frames", frame_size=dot.size, pattern="{video}/frame_{frame:010d}.jpg", first_number=1
+        dot.root / "frames", frame_size=dot.size, pattern="{video}/frame_{frame:010d}.jpg", frame_number_offset=1
     )
     x, y = dot.places[2]
     assert reader.read("P01_01", [2])[0, y, x, 0] > 150
-    assert reader.absent("P01_01", [0, 3, 4]) == [4]
-    assert reader.absent("nowhere", [0, 1]) == [0, 1]
+    assert reader.missing_frames("P01_01", [0, 3, 4]) == [4]
+    assert reader.missing_frames("nowhere", [0, 1]) == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", FLOW_DTYPES)

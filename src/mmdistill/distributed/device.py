@@ -10,7 +10,7 @@ from mmdistill.config import ConfigError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def keep_heap() -> None:
+def tune_malloc() -> None:
     """Let this process keep the memory it has freed, for the next step needs as much again (glibc's `mallopt`).
 
     Otherwise each step's activations come from the system anew, page by page: 8,000 to 15,000 faults and 3 % of a

@@ -1,0 +1,60 @@
+"""Optical flow: displacements (x, y) in px."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmdistill.modalities.base import Modality, ModalitySpec, ReaderOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from mmdistill.data.readers.base import Reader
+
+
+class FlowModality(Modality):
+    """Stored as .npy files, one per pair of frames (k, k + 1). Statistics come from the dataset config."""
+
+    name = "flow"
+    channels = 2
+    is_frame_pair = True
+
+    def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
+        """A `FlowReader`."""
+        from mmdistill.data.readers.flow import FlowReader
+
+        return FlowReader(
+            root,
+            frame_size=options.frame_size,
+            pattern=options.pattern,
+            frame_number_offset=options.frame_number_offset,
+        )
+
+    def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
+        """float (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.
+
+        A resize scales the displacements, and a horizontal flip negates their x component.
+        """
+        import torch
+
+        from mmdistill.models.preprocessing import crop_resize_flip, normalize
+
+        x = crop_resize_flip(clips.float().transpose(1, 2), crop_boxes, size)
+        boxes = crop_boxes.to(x.device, torch.float32)
+        scale = torch.tensor(size[::-1], device=x.device) / boxes[:, [3, 2]]  # (B, 2)
+        scale[:, 0] *= 1 - 2 * boxes[:, 4]
+        return normalize(x * scale[:, :, None, None, None], spec.mean, spec.std)
+
+    def display_max(self, values: "Tensor") -> float:
+        """The largest magnitude."""
+        return float(values.pow(2).sum(0).sqrt().max())
+
+    def to_image(self, values: "Tensor") -> "np.ndarray":
+        """Hue is the direction, brightness is fixed, saturation is the magnitude. (2, T, h, w) -> (T, h, w, 3)"""
+        import torch
+        from matplotlib.colors import hsv_to_rgb
+
+        angle = torch.atan2(values[1], values[0]) / (2 * torch.pi) % 1
+        magnitude = values.pow(2).sum(0).sqrt().clamp(max=1)
+        image: np.ndarray = hsv_to_rgb(torch.stack((angle, magnitude, torch.ones_like(magnitude)), dim=3).numpy())
+        return image

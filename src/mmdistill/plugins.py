@@ -1,0 +1,65 @@
+"""Registries of named components: modalities, annotation formats, classifiers.
+
+A component is registered by its own module, or by another distribution through a Python entry point. The entry point's
+name is the component's name, and its value is the component.
+"""
+
+import difflib
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from mmdistill.errors import InputError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Components by name, in the order of their registration.
+
+    Args:
+        kind: what a component is, for messages, for example ``modality``.
+        group: the entry point group, for example ``mmdistill.modalities``.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind, self.group = kind, group
+        self._components: dict[str, T] = {}
+
+    def register(self, name: str, component: T) -> T:
+        """Add a component.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._components:
+            raise ValueError(f"{self.kind} {name!r} is already registered")
+        self._components[name] = component
+        return component
+
+    def unregister(self, name: str) -> None:
+        """Remove a component that `register` added."""
+        del self._components[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all components, those of entry points last. Entry points are not loaded."""
+        return tuple(dict.fromkeys([*self._components, *entry_point_names(self.group)]))
+
+    def get(self, name: str) -> T:
+        """The component called `name`. An entry point is loaded on first use.
+
+        Raises:
+            InputError: there is no such component; the message lists the names.
+        """
+        if name not in self._components:
+            found = [entry for entry in entry_points(group=self.group) if entry.name == name]
+            if not found:
+                near = difflib.get_close_matches(name, self.names(), n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"{self.kind} {name!r} is not one of {', '.join(self.names())}{hint}")
+            self._components[name] = found[0].load()
+        return self._components[name]
+
+
+def entry_point_names(group: str) -> list[str]:
+    """Names of the entry points of a group, sorted."""
+    return sorted({entry.name for entry in entry_points(group=group)})
