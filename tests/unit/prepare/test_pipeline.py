@@ -21,7 +21,7 @@ from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.prepare.flow import flow_function
 from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames
-from scripts.prepare_data import _line
+from mmdistill.cli.prepare_data import _line
 from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[3]

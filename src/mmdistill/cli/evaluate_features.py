@@ -1,6 +1,6 @@
 """Evaluate features few-shot: ours or those of any other model.
 
-python scripts/evaluate_features.py features.npz --k-shot 1 5 --head logistic centroid --json result.json
+mmdistill evaluate-features features.npz --k-shot 1 5 --head logistic centroid --json result.json
 
 An .npz holds `features` [clips, D] or [clips, views, D], `labels` [clips] (integers or names) and, optionally `groups`
 [clips] (the rally or video of each clip). Several files of the same clips are put beside each other on the same
@@ -10,6 +10,7 @@ episodes: the first is the scored one.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mmdistill.fewshot.features import Features, atomic_write_bytes, load_featur
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="+", type=Path, help=".npz or .safetensors")
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, help="processes of the logistic head; default: all processors")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write fewshot.json and report.html here")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
@@ -50,9 +51,9 @@ def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
     ]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 when done, 2 when the features or the protocol are not usable, or the result not writable."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     try:
         protocol = Protocol(
             n_way=tuple(args.n_way),
@@ -83,7 +84,3 @@ def main() -> int:
         print(f"evaluate_features: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,13 +1,13 @@
 """Video files to training data: frames, flow, skeletons and an annotation file in the tennis layout.
 
-    python scripts/prepare_data.py VIDEO_OR_DIR --output data/mine [--skeleton mediapipe] [--flow farneback]
+    mmdistill prepare VIDEO_OR_DIR --output data/mine [--skeleton mediapipe] [--flow farneback]
 
 Started again after an interruption it only does what is missing. Exit status 1 if any video failed.
 """
 
 import argparse
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,9 +19,9 @@ from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all
 from mmdistill.prepare.video import VideoError, find_videos
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, prepare, say what was done and what to run next."""
-    options = _arguments()
+    options = _arguments(argv)
     console = Console(stderr=True)
     try:
         settings = Settings(
@@ -48,7 +48,7 @@ def main() -> int:
     return 1 if any(o.error for o in outcomes) else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
         "--split", type=float, default=0.4, help="near players have their feet below this height, 0 top, 1 bottom"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="videos at a time")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _line(outcome: Outcome) -> str:
@@ -103,7 +103,3 @@ def _what_next(console: Console, output: Path, outcomes: list[Outcome]) -> None:
     )
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,12 @@
 """Say what a checkpoint is: format, contents, architecture, and whether it is whole.
 
-python scripts/inspect_checkpoint.py PATH [--json] [--full]
+mmdistill inspect PATH [--json] [--full]
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
@@ -30,7 +31,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     return out
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 if the checkpoint is complete, 1 if it is not, 2 if nothing is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
@@ -40,7 +41,7 @@ def main() -> int:
         action="store_true",
         help="also compare the sha256 that manifests of older versions hold",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         report = inspect_checkpoint(args.path, full=args.full)
     except CheckpointError as error:
@@ -48,7 +49,3 @@ def main() -> int:
         return 2
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(lines(report)))
     return 0 if report["complete"] else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Is the data whole? Read every frame, flow and skeleton of an annotation file, before training does.
 
-    python scripts/check_data.py ANNOTATIONS --root data/tennis [--json report.json] [--write-clean clean.json]
-    python scripts/check_data.py dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
+    mmdistill check-data ANNOTATIONS --root data/tennis [--json report.json] [--write-clean clean.json]
+    mmdistill check-data dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
 
 The first is for the tennis layout; without --root only the annotations are checked. The second takes annotation reader,
 folders, file names and frame size from a dataset config, with overrides as for pretrain_main.py.
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, report."""
-    options = _arguments()
+    options = _arguments(argv)
     console = Console()
     readers: dict[str, Reader] = {}
     try:
@@ -71,7 +72,7 @@ def main() -> int:
     return 0 if report.get("complete", True) and not problems else 1
 
 
-def _arguments() -> argparse.Namespace:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -89,7 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--write-clean", type=Path, help="write the usable rallies and events here")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(argv)
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     files = [Path(w) for w in options.what if w not in options.overrides]
     if len(files) > 1:
@@ -138,7 +139,3 @@ def _show_coverage(console: Console, report: dict[str, Any]) -> None:
     if len(report["messages"]) > SHOWN_PROBLEMS:
         console.print(f"  and {len(report['messages']) - SHOWN_PROBLEMS} more; --json FILE lists all")
     console.print("complete" if report["complete"] else f"gaps in {len(report['rallies_with_gaps'])} rallies")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

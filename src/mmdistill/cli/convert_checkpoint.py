@@ -1,18 +1,19 @@
 """Write a checkpoint's weights in another format, chosen by the name of the target.
 
-python scripts/convert_checkpoint.py SRC weights.safetensors
-python scripts/convert_checkpoint.py SRC model.ckpt            # a Lightning file
-python scripts/convert_checkpoint.py SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
+mmdistill convert SRC weights.safetensors
+mmdistill convert SRC model.ckpt            # a Lightning file
+mmdistill convert SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.errors import CheckpointError
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 if written, 2 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
@@ -20,7 +21,7 @@ def main() -> int:
         "target", help="X.safetensors, X.ckpt, X.pt, or a name without such a suffix for a DeepSpeed directory"
     )
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         written = convert_checkpoint(args.source, args.target, force=args.force)
     except CheckpointError as error:
@@ -28,7 +29,3 @@ def main() -> int:
         return 2
     print(f"wrote {written}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """List the checkpoints below a folder and print what the next command needs.
 
-python scripts/find_checkpoints.py output
-python scripts/find_checkpoints.py output --best --json
+mmdistill find-checkpoints output
+mmdistill find-checkpoints output --best --json
 """
 
 import argparse
@@ -10,14 +10,13 @@ import json
 import shlex
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, choose, find_checkpoints
+from mmdistill.config.compose import CONFIGS
 from mmdistill.modalities import modality_names
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def size(count: int) -> str:
@@ -93,13 +92,13 @@ def show(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreada
         print(f"unreadable: {line}", file=sys.stderr)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 if checkpoints were found, 1 if none, 2 if the folder cannot be searched."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="any folder above the runs")
     parser.add_argument("--best", action="store_true", help="choose by lowest loss instead of by age")
     parser.add_argument("--json", action="store_true", help="print data instead of text")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unreadable: list[str] = []
     try:
         found = find_checkpoints(args.directory, unreadable=unreadable)
@@ -112,7 +111,3 @@ def main() -> int:
     else:
         show(found, chosen, unreadable, args.best)
     return 0 if found else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """An unlabelled training file: the rallies of annotation files, without their events.
 
-    python scripts/make_unlabel.py train.json [more.json ...] --output unlabel.json [--exclude val.json test.json]
+    mmdistill make-unlabel train.json [more.json ...] --output unlabel.json [--exclude val.json test.json]
 
 Rallies of the files after `--exclude` are left out, with `--by match` all rallies of their matches, so that nothing
 that is evaluated is trained on. Labels are not written at all.
@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
 from mmdistill.files import atomic_write_bytes
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, gather, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="files whose rallies are left out")
     parser.add_argument("--by", choices=["rally", "match"], default="rally", help="what is excluded")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         rallies = [rally for path in options.annotations for rally in load_f3set(path)]
         excluded = [rally for path in options.exclude for rally in load_f3set(path)]
@@ -47,7 +48,3 @@ def main() -> int:
     atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
     print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} left out")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

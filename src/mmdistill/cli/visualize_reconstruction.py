@@ -1,7 +1,7 @@
 """Pictures of what a pretraining checkpoint reconstructs: input, masked, reconstruction. One PNG per clip.
 
-python scripts/visualize_reconstruction.py output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
-python scripts/visualize_reconstruction.py CKPT --clips 8 --split val data_module.mask_ratio=0.5
+mmdistill visualize output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
+mmdistill visualize CKPT --clips 8 --split val data_module.mask_ratio=0.5
 
 The data, the mask and the modality are those of the checkpoint's own config; further arguments override its
 data_module, for example where the data lie now.
@@ -9,6 +9,7 @@ data_module, for example where the data lie now.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def pictures(args: argparse.Namespace) -> None:
         print(f"{path}: loss {found.loss:.4f}, trivial predictor {found.trivial:.4f}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint directory of pretrain_main.py")
     parser.add_argument("overrides", nargs="*", metavar="data_module.KEY=VALUE")
@@ -51,12 +52,8 @@ def main() -> int:
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
     try:
-        pictures(parser.parse_args())
+        pictures(parser.parse_args(argv))
     except (ConfigError, CheckpointError) as error:
         print(f"visualize_reconstruction: error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Split an annotation file into files that share no match, or no class.
 
-    python scripts/split_data.py all.json --output-dir splits --by match --fractions train=0.7 val=0.15 test=0.15
-    python scripts/split_data.py all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \\
+    mmdistill split-data all.json --output-dir splits --by match --fractions train=0.7 val=0.15 test=0.15
+    mmdistill split-data all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \\
         --label-fields type side technique direction
 
 The same seed gives the same files on every machine.
@@ -10,6 +10,7 @@ The same seed gives the same files on every machine.
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.data.annotations.base import AnnotationError
@@ -27,7 +28,7 @@ def _fraction(text: str) -> tuple[str, float]:
         raise ValueError(f"--fractions {text}: expected NAME=FRACTION, like train=0.7") from None
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, split, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -41,7 +42,7 @@ def main() -> int:
     )
     parser.add_argument("--min-events", type=int, default=1, help="leave out classes with fewer events (--by class)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         fractions = dict(_fraction(text) for text in options.fractions)
         if len(fractions) != len(options.fractions):
@@ -67,7 +68,3 @@ def main() -> int:
         labels = len({e.label for r in part for e in r.events})
         print(f"{path}: {len(part)} rallies, {sum(len(r.events) for r in part)} events, {labels} labels")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

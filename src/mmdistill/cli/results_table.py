@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.workflows.pipeline import Stage, StageError, method_stages, run_stages
@@ -31,14 +32,14 @@ def claim_stages(output: Path, seeds: list[int], extra: tuple[str, ...]) -> list
     return stages
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/claim"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time; each gets its share of the cores")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     began = time.monotonic()
     try:
         run_stages(claim_stages(args.output.resolve(), args.seeds, tuple(args.overrides)), parallel=args.parallel)
@@ -57,7 +58,3 @@ def main() -> int:
         json.dumps({"holds": holds(results), "seeds": args.seeds, "results": results})
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Mean and standard deviation of rgb, flow and skeleton of a training set, written as a dataset config.
 
-    python scripts/compute_stats.py --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \\
+    mmdistill compute-stats --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \\
         data_module.target_data_dir=data/mine
 
 then `dataset=mine` trains with it. The values are taken over what the model is given: the clips, crop, resizing and
@@ -9,6 +9,7 @@ heat-maps of training with the same overrides. They travel inside each checkpoin
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -31,9 +32,9 @@ from mmdistill.modalities import modality_names
 from mmdistill.prepare.statistics import dataset_statistics, usable
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, compute, write."""
-    options, overrides = _arguments()
+    options, overrides = _arguments(argv)
     console = Console(stderr=True)
     try:
         config = load_config(PretrainConfig, options.config_name, ["modality=rgb", *overrides])
@@ -68,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def _arguments() -> tuple[argparse.Namespace, list[str]]:
+def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -77,7 +78,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: the dataset's")
     parser.add_argument("--clips", type=int, help="use this many clips, evenly spread; default: all")
     parser.add_argument("overrides", nargs="*", help="as for pretrain_main.py")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(argv)
     return options, options.overrides
 
 
@@ -92,7 +93,3 @@ def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
         print(text, end="")
     else:
         atomic_write_bytes(output, text.encode())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,14 +1,15 @@
 """Write the features that a checkpoint gives the evaluation clips, as .npz or .safetensors.
 
-python scripts/extract_features.py PATH/TO/last.ckpt student.safetensors
-python scripts/extract_features.py PATH/TO/last.ckpt teacher.npz --part teacher_flow --n-masks 2 --views per_clip
-python scripts/extract_features.py PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
+mmdistill features PATH/TO/last.ckpt student.safetensors
+mmdistill features PATH/TO/last.ckpt teacher.npz --part teacher_flow --n-masks 2 --views per_clip
+mmdistill features PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
 
 Any checkpoint of any format, any part of it; what follows the options are Hydra overrides of the data.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from mmdistill.config import ConfigError, DistillConfig, explain
 from mmdistill.config.compose import load_config
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file or folder")
@@ -35,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config-name", default="config_mmdistill")
     parser.add_argument("--cache", type=Path, help="folder of the feature cache")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
@@ -82,9 +83,9 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     return path
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 when written, 2 when the input is not usable."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     try:
         extract(args, load_config(DistillConfig, args.config_name, [*args.overrides, "train=False", "test=False"]))
     except (HydraException, OmegaConfBaseException) as error:
@@ -96,7 +97,3 @@ def main() -> int:
         print(f"extract_features: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

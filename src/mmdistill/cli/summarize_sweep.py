@@ -1,6 +1,6 @@
 """A sweep as a table (sweep.csv), a picture (sweep.png) and lines here; failed jobs are named.
 
-python scripts/summarize_sweep.py output/2026-01-31/12-00-00
+mmdistill sweep-summary output/2026-01-31/12-00-00
 """
 
 import argparse
@@ -34,10 +34,10 @@ def _repeated(rows: Sequence[JobRow]) -> bool:
     return len({r.overrides.get("seed") for r in rows}) > 1 and "seed" not in plotted_keys(rows)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder that -m wrote")
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
     try:
         rows = read_sweep(folder)
     except ValueError as error:
@@ -55,7 +55,3 @@ def main() -> int:
     else:
         print("no picture: fewer than two finished values of a swept key")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

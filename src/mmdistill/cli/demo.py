@@ -5,19 +5,20 @@ A second call does only what is missing. ``--short`` takes one epoch of everythi
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.workflows.pipeline import StageError, method_stages, run_stages
 from mmdistill.workflows.results_table import claim_table, holds, read_results
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, say where the report lies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the runs")
     parser.add_argument("--short", action="store_true", help="one epoch each: shows that it runs, not that it learns")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     short = ("trainer.epochs=1", "trainer.warmup_epochs=0", "data_module.window_stride=8")
     stages = method_stages(
         args.output.resolve(),
@@ -41,7 +42,3 @@ def main() -> int:
     print(f"student > RGB pretrained > random init {verdict} in this {'one-epoch ' if args.short else ''}run")
     print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
