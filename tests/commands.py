@@ -1,10 +1,13 @@
 """Commands of the project as a user starts them: real processes, their output kept."""
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from tests.fork_server import ForkServer
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture `script`
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,15 +28,30 @@ def run_python(
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,
     gpus: bool = False,
+    fresh: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """``python arguments...`` in `environment`; fails with the end of its output unless its status is `expect`."""
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-        env=environment(gpus=gpus, **(env or {})),
-    )
+    """``python arguments...`` in `environment`; fails with the end of its output unless its status is `expect`.
+
+    The command runs in a fork of the session's server, or with `fresh` in an interpreter of its own: where imports are
+    what is tested, or the environment must be there before them.
+    """
+    argv, own = list(map(str, arguments)), environment(gpus=gpus, **(env or {}))
+    if fresh or gpus or argv[0] == "-c":
+        done = subprocess.run(
+            [sys.executable, *argv], cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT, env=own
+        )
+    else:
+        done = _server().run(argv, cwd=cwd, env=own, timeout=TIMEOUT)
     assert done.returncode == expect, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
+
+
+_servers: list[ForkServer] = []
+
+
+def _server() -> ForkServer:
+    """The server of this test process, started on first use."""
+    if not _servers:
+        _servers.append(ForkServer(ROOT, environment()))
+        atexit.register(_servers[0].close)
+    return _servers[0]

@@ -56,14 +56,14 @@ def _first_host(nodes: str) -> str:
     return first[1] + (first[2] or "") if first else "127.0.0.1"
 
 
-def launched() -> bool:
+def launched_externally() -> bool:
     """Whether a launcher started this process as one of its ranks."""
     return "RANK" in os.environ and not _single_process
 
 
 def is_nonzero_rank() -> bool:
     """Whether this is another rank than 0."""
-    return launched() and int(os.environ["RANK"]) > 0
+    return launched_externally() and int(os.environ["RANK"]) > 0
 
 
 def set_single_process_env() -> None:
@@ -103,7 +103,7 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
         raise ConfigError(f"devices={devices} must be a number, auto, -1 or a list of GPU numbers")
     if gpus is None and str(devices) not in ("auto", "-1") and (not isinstance(devices, int) or devices < 1):
         raise ConfigError(f"devices={devices} must be a number of at least 1, auto, -1 or a list of GPU numbers")
-    if launched():
+    if launched_externally():
         here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"])))
         asked = len(gpus) if gpus is not None else devices
         if str(asked) not in ("1", "auto", "-1", str(here)):
@@ -190,7 +190,7 @@ def _wait(ranks: list["subprocess.Popen[bytes]"]) -> int:
 
 def launcher_exited() -> bool:
     """Whether the launcher is gone: its ranks would train on unseen, so they treat this as a wish to stop."""
-    return launched() and os.getppid() != _PARENT
+    return launched_externally() and os.getppid() != _PARENT
 
 
 def reset_sigchld_handler() -> None:
