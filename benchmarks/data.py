@@ -34,7 +34,7 @@ from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modalities import get_modality, preprocess_clips
+from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ def _dataset(root: Path) -> ClipDataset:
     index = build_index([Rally("r", FRAMES, 25.0, ())], clips="windows", num_frames=16, stride=1)
     grid = (8, 14, 24)
     return ClipDataset(
-        index, _readers(root), grid=grid, crop=CROP, frame_size=SIZE, mask_ratio=0.9, augment=True, seed=0
+        index, _readers(root), grid=grid, crop_size=CROP, frame_size=SIZE, mask_ratio=0.9, augment=True, seed=0
     )
 
 
@@ -150,13 +150,14 @@ def _wait(root: Path) -> None:
     """Both trainings for two epochs of 13 steps; the first epoch starts the worker."""
     rally = {"video": "r", "fps": 25.0, "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "events": []}
     (root / "unlabel.json").write_text(json.dumps([rally]))
-    for modality, spec in get_modality.items():
+    for modality in BUILTIN_MODALITIES:
+        spec = get_modality(modality).spec()
         height, width, patch = CROP[0] // spec.input_stride, CROP[1] // spec.input_stride, 16 // spec.input_stride
         geometry = EncoderConfig(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
         state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
         meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}}
         save_torch({"state_dict": state, "mmdistill": meta}, root / f"{modality}.ckpt")
-    teachers = ",".join(f"{m}:{root / m}.ckpt" for m in get_modality)
+    teachers = ",".join(f"{m}:{root / m}.ckpt" for m in BUILTIN_MODALITIES)
     common = [
         *(
             f"data_module.{k}={v}"

@@ -7,7 +7,14 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
-from mmdistill.config import ConfigError, DataModuleConfig, ModelConfig, modality_setting, modality_specs
+from mmdistill.config import (
+    ConfigError,
+    DataModuleConfig,
+    ModelConfig,
+    modality_setting,
+    modality_setting_key,
+    modality_specs,
+)
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataloader import ClipLoader
@@ -116,15 +123,14 @@ def modality_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dic
     """Readers of the dataset's own files. Raises `ConfigError` where a folder is not set or absent."""
     readers = {}
     for modality in modalities:
-        key = f"modalities.{modality}.dir"
         options = ReaderOptions(
             frame_size=(data.frame_size[0], data.frame_size[1]),
             pattern=modality_setting(data, modality, "pattern"),
             frame_number_offset=data.frame_number_offset,
             max_persons=data.max_persons,
         )
-        root = data_path(data, modality_setting(data, modality, "dir"), key)
-        with raise_as_config_error(f"modalities.{modality}.pattern"):
+        root = data_path(data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir"))
+        with raise_as_config_error(modality_setting_key(data, modality, "pattern")):
             readers[modality] = get_modality(modality).open_reader(root, options)
     return readers
 

@@ -61,7 +61,7 @@ def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
     shutil.rmtree(root / "flow")
     (root / "flow").mkdir()
     data = _config(*overrides(root), "data_module.on_missing=skip").data_module
-    with pytest.raises(ConfigError, match="missing=skip leaves out all 12 clips, for want of flow of 12"):
+    with pytest.raises(ConfigError, match="on_missing=skip removes all 12 clips: 12 clips have no flow files;"):
         clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
 
 

@@ -283,10 +283,18 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
 
 def modality_setting(data: DataModuleConfig, modality: str, key: str) -> str | None:
     """``dir`` or ``pattern`` of a modality: its short key, such as `data_module.flow_dir`, or else its own key."""
-    short = next((name for name, target in SHORT_KEYS.items() if target == (modality, key)), None)
-    value = getattr(data, short) if short else None
-    own = getattr(data.modalities[modality], key) if modality in data.modalities else None
-    return own if value is None else value
+    short = modality_setting_key(data, modality, key)
+    if short in SHORT_KEYS:
+        return str(getattr(data, short))
+    return getattr(data.modalities[modality], key) if modality in data.modalities else None
+
+
+def modality_setting_key(data: DataModuleConfig, modality: str, key: str) -> str:
+    """The key of `data_module` that `modality_setting` reads, for messages: the short key if it is set."""
+    for short, target in SHORT_KEYS.items():
+        if target == (modality, key) and getattr(data, short) is not None:
+            return short
+    return f"modalities.{modality}.{key}"
 
 
 def as_ints(key: str, value: Any) -> list[int]:

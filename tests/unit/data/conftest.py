@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.synthetic_dots import DotWorld, write_dot
 
 

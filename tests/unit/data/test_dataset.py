@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.synthetic_dots import LEFT_WRIST, DotWorld, write_dot
 from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.data.annotations.base import Rally
@@ -17,8 +16,8 @@ from mmdistill.data.clips import build_index
 from mmdistill.data.dataset import ClipDataset, worker_init
 from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
-from mmdistill.modalities import get_modality
-from mmdistill.modalities import preprocess_clips
+from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
+from tests.synthetic_dots import LEFT_WRIST, DotWorld, write_dot
 
 RIGHT_WRIST = 10
 CROP = (48, 80)
@@ -29,7 +28,7 @@ def dataset(world: DotWorld, *, videos: tuple[str, ...] = ("dot",), stride: int 
     index = build_index(rallies, clips="windows", num_frames=8, stride=stride, label="video")
     options = {
         "grid": (4, 6, 10),
-        "crop": CROP,
+        "crop_size": CROP,
         "frame_size": world.size,
         "mask_ratio": 0.75,
         "seed": 7,
@@ -57,7 +56,7 @@ def test_a_sample_has_the_agreed_types(dot: DotWorld) -> None:
 
 
 def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotWorld) -> None:
-    options = {"flip": 0.5, "min_scale": 0.5}
+    options = {"hflip_prob": 0.5, "random_crop_min_scale": 0.5}
     ds, again = dataset(dot, **options), dataset(dot, **options)
     for key in [(0, 1), (3, 0), (0, 0)]:
         ds[key]
@@ -70,9 +69,9 @@ def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotWorld) -> None:
 
 
 def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
-    ds = dataset(dot, flip=0.3, min_scale=0.6)
+    ds = dataset(dot, hflip_prob=0.3, random_crop_min_scale=0.6)
     clip = ds.index.clips[0]
-    views = np.stack([ds.view(e, clip) for e in range(400)])
+    views = np.stack([ds.crop_box(e, clip) for e in range(400)])
     top, left, height, width, flip = views.T
     assert top.min() == left.min() == 0
     assert (top + height).max() == 64
@@ -84,7 +83,7 @@ def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
 
 
 def test_evaluation_sees_the_centre_unflipped_and_unmasked(dot: DotWorld) -> None:
-    ds = dataset(dot, augment=False, mask_ratio=0.0, flip=1.0, min_scale=0.5)
+    ds = dataset(dot, augment=False, mask_ratio=0.0, hflip_prob=1.0, random_crop_min_scale=0.5)
     assert ds[(5, 0)]["crop_box"].tolist() == [8, 8, 48, 80, 0]
     assert len(ds[0]["visible"]) == 4 * 6 * 10
 
@@ -97,11 +96,14 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"flip": 1.0}, {"min_scale": 0.6}, {"flip": 0.5, "min_scale": 0.6}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"hflip_prob": 1.0}, {"random_crop_min_scale": 0.6}, {"hflip_prob": 0.5, "random_crop_min_scale": 0.6}],
+)
 def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, float], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
-    specs = {n: replace(s, mean=(0.0,), std=(1.0,)) for n, s in get_modality.items()}
-    specs["skeleton"] = replace(specs["skeleton"], scale=scale, sigma=1.0)
+    specs = {n: get_modality(n).spec(mean=(0.0,), std=(1.0,)) for n in BUILTIN_MODALITIES}
+    specs["skeleton"] = replace(specs["skeleton"], input_stride=scale, sigma=1.0)
     compared = 0
     for epoch, i in [(e, i) for e in range(4) for i in range(len(ds))]:
         batch = default_collate([ds[(epoch, i)]])
@@ -131,7 +133,7 @@ def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, 
 
 
 def test_workers_give_what_the_main_process_gives(dot: DotWorld) -> None:
-    ds = dataset(dot, flip=0.5)
+    ds = dataset(dot, hflip_prob=0.5)
 
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:
         sampler = EpochBatchSampler(len(ds), batch_size=2, seed=1)
@@ -164,7 +166,7 @@ def test_missing_skip_leaves_clips_out_and_counts_them(tmp_path: Path) -> None:
     world = _two(tmp_path)
     (tmp_path / "flow/gap/pair_00005.npy").unlink()
     (tmp_path / "skeleton/dot.pkl").unlink()
-    ds = dataset(world, videos=("dot", "gap"), missing="skip")
+    ds = dataset(world, videos=("dot", "gap"), on_missing="skip")
     assert [c.id for c in ds.index.clips] == ["gap:000008", "gap:000012"]
     report = ds.missing_report()
     assert report["clips_left_out"] == {"flow": {"gap": 2}, "skeleton": {"dot": 4}}
@@ -177,7 +179,7 @@ def test_missing_repeat_counts_frames_once_over_all_workers(tmp_path: Path) -> N
     (tmp_path / "flow/gap/pair_00001.npy").unlink()
     (tmp_path / "frames/gap/000013.jpg").write_bytes(b"")
     (tmp_path / "skeleton/dot.pkl").unlink()
-    ds = dataset(world, videos=("dot", "gap"), stride=8, missing="repeat")
+    ds = dataset(world, videos=("dot", "gap"), stride=8, on_missing="repeat")
     assert [c.id for c in ds.index.clips] == ["gap:000000", "gap:000008"]
     for _ in range(2):
         list(DataLoader(ds, batch_size=1, num_workers=2))
@@ -191,7 +193,7 @@ def test_what_turns_out_unreadable_is_replaced_in_training_and_raises_in_evaluat
     world = _two(tmp_path)
     jpeg = tmp_path / "frames/gap/000022.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:500])
-    options: dict[str, object] = {"videos": ("dot", "gap"), "missing": "skip", "stride": 1}
+    options: dict[str, object] = {"videos": ("dot", "gap"), "on_missing": "skip", "stride": 1}
     ds = dataset(world, budget=0.1, **options)  # type: ignore[arg-type]
     bad = next(i for i, c in enumerate(ds.index.clips) if 22 in c.frames and c.video == "gap")
     replaced = ds[(3, bad)]
@@ -207,7 +209,7 @@ def test_more_unreadable_clips_than_the_budget_is_an_error(tmp_path: Path) -> No
     world = _two(tmp_path)
     for k in range(24):
         (tmp_path / f"frames/gap/{k:06d}.jpg").write_bytes(b"")
-    ds = dataset(world, videos=("dot", "gap"), missing="skip")
+    ds = dataset(world, videos=("dot", "gap"), on_missing="skip")
     with pytest.raises(FrameError, match=r"more than 1 of 8 clips cannot be read.*check_data"):
         list(map(ds.__getitem__, range(8)))
 
@@ -221,11 +223,11 @@ def test_a_dataset_survives_spawned_workers(dot: DotWorld) -> None:
 
 
 def test_wrong_arguments_are_named(dot: DotWorld) -> None:
-    for wrong in ({"missing": "zero"}, {"crop": (80, 80)}, {"min_scale": 0.0}, {"mask_ratio": 1.0}):
-        with pytest.raises(ValueError, match=r"missing|crop|min_scale|ratio"):
+    for wrong in ({"on_missing": "zero"}, {"crop_size": (80, 80)}, {"random_crop_min_scale": 0.0}, {"mask_ratio": 1.0}):
+        with pytest.raises(ValueError, match=r"on_missing=|crop_size=|random_crop_min_scale=|ratio"):
             dataset(dot, **wrong)
 
 
 def test_no_data_left_behind(dot: DotWorld) -> None:
     shutil.rmtree(dot.root / "flow")
-    assert len(dataset(dot, missing="skip")) == 0
+    assert len(dataset(dot, on_missing="skip")) == 0

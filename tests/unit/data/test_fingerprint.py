@@ -5,19 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.synthetic_dots import DotWorld
 
 from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
-from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
+from tests.synthetic_dots import DotWorld
 
 
 def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -> ClipDataset:
     index = index or build_index([Rally("dot", 24, 25.0, (Event(8, "a"),))], clips="events", num_frames=4)
-    return ClipDataset(index, dot.readers(), **{"grid": (2, 4, 6), "crop": (64, 96), "frame_size": dot.size, **changes})
+    return ClipDataset(
+        index, dot.readers(), **{"grid": (2, 4, 6), "crop_size": (64, 96), "frame_size": dot.size, **changes}
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,8 +54,8 @@ def test_clips_and_settings_are_part_of_it(dot: DotWorld) -> None:
     clip = base.index.clips[0]
     fewer = ClipIndex((replace(clip, frames=clip.frames[1:]),), base.index.classes)
     others = [
-        _dataset(dot, crop=(32, 96)),
-        _dataset(dot, missing="repeat"),
+        _dataset(dot, crop_size=(32, 96)),
+        _dataset(dot, on_missing="repeat"),
         _dataset(dot, ClipIndex((clip,), ("b",))),
         _dataset(dot, fewer),
     ]
@@ -70,7 +72,7 @@ def test_a_file_costs_one_look_however_many_clips_need_it(tmp_path: Path, monkey
     rallies = [Rally(f"r{i}", 200, 25.0, tuple(Event(8 + 10 * k, "a") for k in range(10))) for i in range(200)]
     index = build_index(rallies, clips="events", num_frames=16)
     reader = RgbReader(tmp_path, frame_size=(32, 48))
-    ds = ClipDataset(index, {"rgb": reader}, grid=(8, 2, 3), crop=(32, 48), frame_size=(32, 48))
+    ds = ClipDataset(index, {"rgb": reader}, grid=(8, 2, 3), crop_size=(32, 48), frame_size=(32, 48))
     looks: list[object] = []
 
     def watch(name: str) -> None:

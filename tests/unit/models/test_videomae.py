@@ -170,9 +170,8 @@ def test_targets_against_loops() -> None:
     mean, std = block.mean((1, 2, 3), keepdims=True), block.std((1, 2, 3), ddof=1, keepdims=True)
     for kind, expected in (
         ("pixel", block),
-        ("patch", (block - mean) / (std + 1e-6)),
-        ("centred", block - mean),
-        ("energy", moving),
+        ("norm_pix", (block - mean) / (std + 1e-6)),
+        ("motion_energy", moving),
     ):
         found = patch_targets(torch.from_numpy(x), torch.tensor([[token]]), grid, kind=kind)
         np.testing.assert_allclose(found[0, 0].numpy(), expected.reshape(-1), atol=1e-9, err_msg=kind)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.data.annotations.f3set import load_f3set, match_of, read_f3set, select_fields, to_json
 from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.f3set import load_f3set, match_of, read_f3set, select_fields, to_json
 
 REAL = Path(__file__).resolve().parents[5] / "shared" / "data" / "f3set-tennis"
 LABEL = "near_deuce_serve_-_-_T_-_in"

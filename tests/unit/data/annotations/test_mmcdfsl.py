@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mmdistill.builders import clip_dataset
-from mmdistill.config.compose import load_config
 from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
@@ -19,8 +18,15 @@ from mmdistill.config import (
     PretrainConfig,
     modality_specs,
 )
-from mmdistill.data.annotations.base import AnnotationError, Event, Rally
-from mmdistill.data.annotations.base import ANNOTATION_READERS, annotation_reader, load_annotations
+from mmdistill.config.compose import load_config
+from mmdistill.data.annotations.base import (
+    ANNOTATION_READERS,
+    AnnotationError,
+    Event,
+    Rally,
+    annotation_reader,
+    load_annotations,
+)
 from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script
@@ -149,8 +155,11 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
         clip_dataset(data, ("skeleton",), training=False, seed=0)
     with pytest.raises(ConfigError, match="modality: dataset wear has no skeleton, but rgb, flow"):
         _pretraining("wear", tmp_path, "skeleton")
-    data = dataclasses.replace(data, modalities={**data.modalities, "skeleton": ModalityConfig(4, [0], [1], "pixel")})
-    with pytest.raises(ConfigError, match=r"data_module\.skeleton_dir is not set"):
+    data = dataclasses.replace(
+        data,
+        modalities={**data.modalities, "skeleton": ModalityConfig(input_stride=4, mean=[0], std=[1], target="pixel")},
+    )
+    with pytest.raises(ConfigError, match=r"data_module\.modalities\.skeleton\.dir is not set"):
         clip_dataset(data, ("skeleton",), training=False, seed=0)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
 from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
 from mmdistill.data.annotations.splits import split_by_class, split_by_match
 from tests.commands import Script
 

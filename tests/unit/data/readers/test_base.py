@@ -6,13 +6,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tests.synthetic_dots import LEFT_WRIST, DotWorld
 
 from mmdistill.data.readers.base import FrameError
-from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.readers.flow import FlowReader
-from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, read_flow, write_flow
+from mmdistill.data.readers.rgb import RgbReader
+from mmdistill.data.readers.skeleton import SkeletonReader
+from tests.synthetic_dots import LEFT_WRIST, DotWorld
 
 
 def test_frame_k_flow_k_and_joint_k_show_the_same_place(dot: DotWorld) -> None:
@@ -34,7 +34,7 @@ def test_frame_k_flow_k_and_joint_k_show_the_same_place(dot: DotWorld) -> None:
 
 @pytest.mark.parametrize("pattern", ["{vid}/{frame}.jpg", "{video}/frame.jpg", "{frame:06d}.jpg", "{video}/{}.jpg"])
 def test_a_pattern_that_does_not_tell_frames_apart_is_refused(pattern: str) -> None:
-    with pytest.raises(ValueError, match=r"frame_pattern=.* must name a file by \{video\} and \{frame\}"):
+    with pytest.raises(ValueError, match=r"must contain \{video\} and \{frame\}, like"):
         RgbReader("frames", frame_size=(8, 8), pattern=pattern)
 
 
