@@ -20,7 +20,7 @@ from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalityS
 
 HEAD_NAMES = (
     "logistic", "logistic_l2", "knn", "knn_euclidean",
-    "centroid", "centroid_centred", "centroid_euclidean", "centroid_l2", "centroid_cl2",
+    "centroid", "centroid_centered", "centroid_euclidean", "centroid_l2", "centroid_cl2",
 )  # fmt: skip
 COMPONENT_PREFIXES = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
 DEEPSPEED_STAGES = {
@@ -243,9 +243,28 @@ def _validate_data(data: DataModuleConfig) -> None:
     for name in data.modalities:
         _choice(key + "modalities", name, modality_names())
     modality_specs(data)
+    for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
+        _validate_pattern(data, name)
     _leaves_tokens(key + "mask_ratio", data.mask_ratio, data)
     if data.n_masks:
         _leaves_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
+
+
+def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
+    """Raise if the file name pattern of a modality gives two frames or two videos the same file."""
+    pattern, fields = modality_setting(data, modality, "pattern"), get_modality(modality).pattern_fields
+    if pattern is None or not fields:
+        return
+    try:
+        files = {pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
+        files = set()
+    if len(files) < 2 ** len(fields):
+        names = " and ".join(f"{{{field}}}" for field in fields)
+        raise ConfigError(
+            f"data_module.{modality_setting_key(data, modality, 'pattern')}={pattern!r} must contain {names}; "
+            "see configs/dataset for examples"
+        )
 
 
 def _leaves_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:

@@ -59,7 +59,7 @@ HEADS: dict[str, Head] = {
     "logistic": Head("logistic"),
     "logistic_l2": Head("logistic", normalise=True),
     "centroid": Head("centroid"),
-    "centroid_centred": Head("centroid", centre=True),
+    "centroid_centered": Head("centroid", centre=True),
     "centroid_euclidean": Head("centroid", "euclidean"),
     "centroid_l2": Head("centroid", "euclidean", normalise=True),
     "centroid_cl2": Head("centroid", "euclidean", centre=True, normalise=True),

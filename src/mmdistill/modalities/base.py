@@ -101,6 +101,7 @@ class Modality(ABC):
         channels: channels of the model input.
         mean, std, target, input_stride, sigma: defaults of `ModalitySpec` where a dataset config gives none.
         is_frame_pair: sample k is made of frames k and k + 1, so a video of n frames has n - 1 samples.
+        pattern_fields: fields that the file name pattern of a dataset must contain, for example ``video`` and ``frame``.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Modality(ABC):
     input_stride: int = 1
     sigma: float | None = None
     is_frame_pair: bool = False
+    pattern_fields: tuple[str, ...] = ()
 
     def spec(self, **changes: Any) -> ModalitySpec:
         """The modality's default spec with `changes`."""

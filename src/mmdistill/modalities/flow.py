@@ -18,6 +18,7 @@ class FlowModality(Modality):
     name = "flow"
     channels = 2
     is_frame_pair = True
+    pattern_fields = ("video", "frame")
 
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
         """A `FlowReader`."""

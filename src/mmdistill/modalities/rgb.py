@@ -19,6 +19,7 @@ class RgbModality(Modality):
     channels = 3
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    pattern_fields = ("video", "frame")
 
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
         """A `RgbReader`."""

@@ -22,6 +22,7 @@ class SkeletonModality(Modality):
     target = "pixel"
     input_stride = 4
     sigma = 0.6
+    pattern_fields = ("video",)
 
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
         """A `SkeletonReader`."""

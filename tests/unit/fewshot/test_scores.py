@@ -36,7 +36,7 @@ def test_perfect_features_score_exactly_one(head: str, k_shot: int):
     assert summarise(scores)["top1_action_ensemble"] == 1.0
 
 
-@pytest.mark.parametrize("head", ["logistic", "centroid", "centroid_centred", "centroid_euclidean", "knn"])
+@pytest.mark.parametrize("head", ["logistic", "centroid", "centroid_centered", "centroid_euclidean", "knn"])
 def test_features_without_signal_score_chance(head: str):
     features = np.random.default_rng(5).normal(size=(len(LABELS), 12))
     row = summarise(evaluate(features, draw(100), head, workers=1))
