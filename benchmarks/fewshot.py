@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mmdistill.data.clips import Clip
-from mmdistill.fewshot.encode import ClipEncoder, Job, Views
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.scores import evaluate
 from mmdistill.modalities import get_modality
@@ -75,7 +75,7 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
     """Rate of the encoding of masked clips, preparation of the pixels included, beside that of a matrix product."""
     encode = ClipEncoder(Encoder(VIT_S), get_modality("rgb").spec())
     views = Views(2, ratio)
-    job = Job("benchmark", encode, VIT_S.grid, views)
+    job = EncodingJob("benchmark", encode, VIT_S.grid, views)
     view = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
     rgb = torch.randint(0, 255, (batch, 16, 224, 398, 3), dtype=torch.uint8)
     owners = [Clip(str(i), "", (), -1, "") for i in range(batch)]

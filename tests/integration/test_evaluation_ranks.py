@@ -1,6 +1,5 @@
 """Two processes share the work, and agree. One spawn for all of it, because starting processes is what takes time."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,11 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.fewshot.encode import Job, embed_cached
+from mmdistill.fewshot.encode import EncodingJob, encode_cached
 from mmdistill.fewshot.errors import FeatureError
-from mmdistill.fewshot.features import Features, load_features, save_features
+from mmdistill.fewshot.features import load_features, save_features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
+from tests.synthetic_features import make_features
 
 INDEX = ClipIndex(tuple(Clip(f"c{i}", "v", (0,), 0, "v") for i in range(7)), ("a",))
 PROTOCOL = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
@@ -38,20 +38,20 @@ def _rank(rank: int, folder: str) -> None:
         {"index": torch.tensor([5, 3, 1])}
     ]
     options = {"data": "d", "cache": folder, "show_progress": False}
-    job = Job("student_rgb", encode, (1, 1, 1), weights="w")
-    (made,) = embed_cached([job], lambda: batches, INDEX, **options)
+    job = EncodingJob("student_rgb", encode, (1, 1, 1), weights="w")
+    (made,) = encode_cached([job], lambda: batches, INDEX, **options)
     np.save(f"{folder}/features{rank}.npy", made.features)
     dist.barrier()
-    (again,) = embed_cached([job], lambda: pytest.fail("everything is cached"), INDEX, **options)
+    (again,) = encode_cached([job], lambda: pytest.fail("everything is cached"), INDEX, **options)
     assert np.array_equal(again.features, made.features)
 
-    broken = Job("teacher_flow", broken_on_rank_one, (1, 1, 1))
-    with pytest.raises(FeatureError, match="teacher_flow: NaN" if rank == 1 else r"rank 1 failed.*teacher_flow: NaN"):
-        embed_cached([broken], lambda: batches, INDEX, **options)
+    broken = EncodingJob("teacher_flow", broken_on_rank_one, (1, 1, 1))
+    with pytest.raises(FeatureError, match="teacher_flow: NaN" if rank == 1 else r"rank 1 of 2: teacher_flow: NaN"):
+        encode_cached([broken], lambda: batches, INDEX, **options)
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_results_of_one_and_fail_together(make_features: Callable[..., Features], tmp_path: Path):
+def test_two_ranks_give_the_results_of_one_and_fail_together(tmp_path: Path):
     f = make_features("student_rgb", 2.0)
     save_features(f, tmp_path / "f.safetensors")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)

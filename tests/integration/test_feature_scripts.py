@@ -65,7 +65,7 @@ def test_extract_reads_a_checkpoint_and_the_clips(tmp_path: Path, script: Script
     flow = load_features(tmp_path / "flow.npz")
     assert flow.features.shape == (8, 2, 64)
     assert flow.network == "teacher_flow"
-    assert flow.readout == "2 tube masks, 75% removed, shared"
+    assert flow.input_mode == "2 tube masks, 75% removed, shared"
     assert len(flow.classes) == 4
     assert flow.groups[0] == "rally_CC_0"
     parts["student_rgb.encoder.norm.weight"].fill_(float("nan"))

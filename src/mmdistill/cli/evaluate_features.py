@@ -43,8 +43,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
-    """Features whose network and readout stand twice are told apart by their file's name."""
-    keys = [(f.network, f.readout) for f in found]
+    """Features whose network and input_mode stand twice are told apart by their file's name."""
+    keys = [(f.network, f.input_mode) for f in found]
     return [
         f if keys.count(key) == 1 else replace(f, info={**f.info, "network": f"{f.network} ({file.stem})"})
         for f, key, file in zip(found, keys, files, strict=True)

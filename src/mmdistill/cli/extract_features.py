@@ -47,7 +47,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     from mmdistill.distributed.device import autocast, resolve_precision
     from mmdistill.distributed.process import start_process
     from mmdistill.evaluation.networks import load_network
-    from mmdistill.fewshot.encode import Views, embed_cached
+    from mmdistill.fewshot.encode import Views, encode_cached
     from mmdistill.fewshot.features import save_features
 
     if args.out.suffix not in (".npz", ".safetensors"):
@@ -71,7 +71,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     context = partial(autocast, precision, process.device)
     job = network.job(specs[network.modality], views, device=process.device, autocast=context, precision=precision)
     pin = process.device.type == "cuda"
-    (features,) = embed_cached(
+    (features,) = encode_cached(
         [job],
         lambda: clip_loader(dataset, num_workers=config.num_workers, pin=pin, batch_size=config.batch_size),
         index,
@@ -79,7 +79,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
         cache=args.cache,
     )
     path = save_features(features, args.out)
-    print(f"{path}: {features.network}, {features.readout}, features {list(features.features.shape)}")
+    print(f"{path}: {features.network}, {features.input_mode}, features {list(features.features.shape)}")
     return path
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.fewshot.encode import ClipEncoder, Job, Views
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -57,8 +57,8 @@ class Network:
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         precision: str = "32",
-    ) -> Job:
-        """This network as work for `embed.embed_clips`; one for each way the clips are shown.
+    ) -> EncodingJob:
+        """This network as work for `encode.encode_clips`; one for each way the clips are shown.
 
         `precision` names what `autocast` does, for the cache.
 
@@ -70,7 +70,7 @@ class Network:
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
         encode = ClipEncoder(self.encoder, spec, device=device, autocast=autocast)
-        return Job(self.name, encode, self.encoder.config.grid, views, digest, info)
+        return EncodingJob(self.name, encode, self.encoder.config.grid, views, digest, info)
 
 
 def load_network(

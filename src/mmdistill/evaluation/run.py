@@ -43,7 +43,7 @@ from mmdistill.distributed.device import autocast, resolve_precision
 from mmdistill.distributed.process import Process, start_process
 from mmdistill.evaluation.networks import Network, random_network
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
-from mmdistill.fewshot.encode import Job, Views, embed_cached
+from mmdistill.fewshot.encode import EncodingJob, Views, encode_cached
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
@@ -85,7 +85,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     jobs = _jobs(config, networks, process)
     versions = {m: data_fingerprint(dataset, m) for m in modalities} if config.feature_cache else ""
-    features = embed_cached(
+    features = encode_cached(
         jobs,
         lambda: _loader(config, dataset, process),
         dataset.index,
@@ -128,7 +128,7 @@ def check_evaluation(config: DistillConfig) -> None:
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
     parts = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
-    for key, part in [("network", config.eval_component), *(("compare", entry) for entry in named)]:
+    for key, part in [("eval_component", config.eval_component), *(("baselines", entry) for entry in named)]:
         if part not in parts:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {part}, but {', '.join(parts)}")
     for entry in config.baselines:
@@ -268,7 +268,7 @@ def _protocol(config: DistillConfig) -> Protocol:
     )
 
 
-def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> list[Job]:
+def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> list[EncodingJob]:
     """Every network with the clips shown as configured; the scored one also in the other ways (`input_modes=all`)."""
     data, specs = config.data_module, modality_specs(config.data_module)
     precision = resolve_precision(config.precision, process.device)
@@ -284,7 +284,7 @@ def _jobs(config: DistillConfig, networks: list[Network], process: Process) -> l
 
 
 def _masks_exist(way: Views, grid: tuple[int, int, int]) -> bool:
-    """Whether a readout that nobody asked for leaves a token visible; if not, say that it is left out."""
+    """Whether a input_mode that nobody asked for leaves a token visible; if not, say that it is left out."""
     try:
         way.check(grid)
     except FewshotError as error:

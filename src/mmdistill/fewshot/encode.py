@@ -64,7 +64,7 @@ class Views:
         return max(1, self.n_masks)
 
     @property
-    def readout(self) -> str:
+    def input_mode(self) -> str:
         """For tables."""
         if self.n_masks == 0:
             return "whole clip"
@@ -74,7 +74,7 @@ class Views:
         """This and the other two of: the whole clip, shared masks, masks per clip. To be shown beside each other."""
         masked = replace(self, n_masks=self.n_masks or 2)
         ways = [replace(masked, n_masks=0), replace(masked, sharing="shared"), replace(masked, sharing="per_clip")]
-        return (self, *(way for way in ways if way.readout != self.readout))
+        return (self, *(way for way in ways if way.input_mode != self.input_mode))
 
     def settings(self) -> dict[str, Any]:
         """What features depend on, for the cache key: nothing but the number of views where nothing is masked."""
@@ -85,7 +85,7 @@ class Views:
         try:
             self.visible([Clip("", "", (), -1, "")], 0, grid)
         except ValueError as error:
-            raise FewshotError(f"{self.readout}: {error}") from error
+            raise FewshotError(f"{self.input_mode}: {error}") from error
 
     def visible(self, clips: Sequence[Clip], view: int, grid: tuple[int, int, int]) -> Tensor | None:
         """Visible tokens of one view. int64 (B, Lv), or None for all tokens."""
@@ -102,7 +102,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodingJob:
     """One network read out in one way.
 
     Attributes:
@@ -167,8 +167,8 @@ class ClipEncoder:
         return features.float()
 
 
-def embed_clips(
-    jobs: Sequence[Job], loader: Iterable[Mapping[str, Tensor]], index: ClipIndex, *, show_progress: bool = True
+def encode_clips(
+    jobs: Sequence[EncodingJob], loader: Iterable[Mapping[str, Tensor]], index: ClipIndex, *, show_progress: bool = True
 ) -> list[Features]:
     """Encode the clips of a loader for all jobs, reading each clip once.
 
@@ -206,7 +206,9 @@ def embed_clips(
     return [_features(job, block, order, index, s) for job, block, s in zip(jobs, blocks, seconds, strict=True)]
 
 
-def _encode(job: Job, batch: Mapping[str, Tensor], clips: Sequence[Clip]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _encode(
+    job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence[Clip]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     """All views of one batch. float32 (B, V, D)"""
     views = []
     for view in range(job.views.count):
@@ -225,7 +227,7 @@ def _encode(job: Job, batch: Mapping[str, Tensor], clips: Sequence[Clip]) -> np.
 
 
 def _features(
-    job: Job,
+    job: EncodingJob,
     blocks: Sequence[np.ndarray[Any, np.dtype[np.float32]]],
     order: list[int],
     index: ClipIndex,
@@ -242,19 +244,19 @@ def _features(
     return Features(x, labels, ids, groups, index.classes, info)
 
 
-def _describe(job: Job) -> dict[str, Any]:
+def _describe(job: EncodingJob) -> dict[str, Any]:
     return {
         **job.info,
         "network": job.network,
-        "readout": job.views.readout,
+        "input_mode": job.views.input_mode,
         "views": job.views.sharing if job.views.n_masks else "whole",
         "n_masks": job.views.n_masks,
         "mask_ratio": job.views.ratio if job.views.n_masks else 0.0,
     }
 
 
-def embed_cached(
-    jobs: Sequence[Job],
+def encode_cached(
+    jobs: Sequence[EncodingJob],
     loader: Callable[[], Iterable[Mapping[str, Tensor]]],
     index: ClipIndex,
     *,
@@ -263,7 +265,7 @@ def embed_cached(
     show_progress: bool = True,
     note: Callable[[], Mapping[str, Any]] = dict,
 ) -> list[Features]:
-    """`embed_clips` with a cache, over all ranks of a process group where there is one.
+    """`encode_clips` with a cache, over all ranks of a process group where there is one.
 
     Args:
         jobs: networks and views; those found in the cache are not encoded.
@@ -287,7 +289,7 @@ def embed_cached(
         ids = [clip.id for clip in index.clips]
         wanted = [jobs[i] for i in missing]
         parts = run_on_all_ranks(
-            lambda: embed_clips(wanted, loader(), index, show_progress=show_progress), error_class=None
+            lambda: encode_clips(wanted, loader(), index, show_progress=show_progress), error_class=None
         )
         noted = dict(note())
         for number, i in enumerate(missing):
@@ -303,6 +305,6 @@ def embed_cached(
     return [_note(f, job, i not in made) for i, (f, job) in enumerate(zip(found, jobs, strict=True)) if f is not None]
 
 
-def _note(features: Features, job: Job, cached: bool) -> Features:
+def _note(features: Features, job: EncodingJob, cached: bool) -> Features:
     """Cached features carry the name that this run gives the network, which may differ from the one that made them."""
     return replace(features, info={**features.info, **_describe(job), "cached": cached})

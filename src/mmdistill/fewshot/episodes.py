@@ -107,7 +107,7 @@ class Episodes:
             raise EpisodeError(f"rank {rank} is not in [0, {world_size})")
         return self.take(np.arange(rank, len(self), world_size))
 
-    def link_or_copy(self, other: "Episodes") -> bool:
+    def has_same_clips(self, other: "Episodes") -> bool:
         """Whether both hold the same clips in the same order, so that results can be compared pair by pair."""
         return (
             np.array_equal(self.support, other.support)

@@ -68,9 +68,9 @@ class Features:
         return str(self.info.get("network", "features"))
 
     @property
-    def readout(self) -> str:
+    def input_mode(self) -> str:
         """How the clips were shown to it."""
-        return str(self.info.get("readout", f"{self.features.shape[1]} view" + "s" * (self.features.shape[1] != 1)))
+        return str(self.info.get("input_mode", f"{self.features.shape[1]} view" + "s" * (self.features.shape[1] != 1)))
 
     def same_clips(self, other: "Features") -> bool:
         """Whether episodes drawn for one are valid for the other."""

@@ -16,7 +16,7 @@ from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.logistic import default_workers
 from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
-from mmdistill.fewshot.scores import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarise
+from mmdistill.fewshot.scores import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarize
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Row:
     """One network, read out in one way, on one combination, with one head."""
 
     network: str
-    readout: str
+    input_mode: str
     scores: EpisodeScores
     summary: dict[str, Any]
 
@@ -103,10 +103,10 @@ class Results:
 
     Attributes:
         protocol: what was asked.
-        features: of each network and readout, the scored one first.
+        features: of each network and input_mode, the scored one first.
         rows: in the order combination, head, network.
         differences: paired differences between networks on the same episodes, first minus second.
-        probes: full label set, one per network and readout.
+        probes: full label set, one per network and input_mode.
     """
 
     protocol: Protocol
@@ -122,7 +122,7 @@ class Results:
 
 
 def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progress: bool = True) -> Results:
-    """Evaluate features of several networks (and readouts) on the same episodes.
+    """Evaluate features of several networks (and input_modes) on the same episodes.
 
     In a process group each rank takes its share of the episodes and all return the same results.
 
@@ -132,7 +132,7 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
         protocol: what to ask.
 
     Raises:
-        FewshotError: the clips differ, two entries have the same name and readout, or the labels do not hold the
+        FewshotError: the clips differ, two entries have the same name and input_mode, or the labels do not hold the
             episodes.
     """
     features = tuple(features)
@@ -148,7 +148,7 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
                 block = []
                 for f in features:
                     scores = _evaluate_over_ranks(f, episodes, head, protocol, lambda n: advance(n * world))
-                    block.append(Row(f.network, f.readout, scores, {**_describe(f), **summarise(scores)}))
+                    block.append(Row(f.network, f.input_mode, scores, {**_describe(f), **summarize(scores)}))
                 rows += block
                 differences += [_difference(a, b) for i, a in enumerate(block) for b in block[i + 1 :]]
     stopped = sum(row.scores.stopped for row in rows)
@@ -161,12 +161,12 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
 def _check_features(features: tuple[Features, ...]) -> Features:
     if not features:
         raise FewshotError("no features to evaluate")
-    names = [(f.network, f.readout) for f in features]
+    names = [(f.network, f.input_mode) for f in features]
     for f in features[1:]:
         if not f.same_clips(features[0]):
             raise FewshotError(f"{f.network} and {features[0].network} have features of different clips")
     if len(set(names)) != len(names):
-        raise FewshotError(f"two networks have the same name and readout: {', '.join(map(str, names))}")
+        raise FewshotError(f"two networks have the same name and input_mode: {', '.join(map(str, names))}")
     return features[0]
 
 
@@ -201,18 +201,23 @@ def _evaluate_over_ranks(
 
 def _describe(f: Features) -> dict[str, Any]:
     keep = ("checkpoint", "modality", "views", "n_masks", "mask_ratio", "seconds", "cached")
-    return {"network": f.network, "readout": f.readout, **{k: f.info[k] for k in keep if k in f.info}}
+    return {"network": f.network, "input_mode": f.input_mode, **{k: f.info[k] for k in keep if k in f.info}}
 
 
 def _difference(a: Row, b: Row) -> dict[str, Any]:
-    names = {"first": a.network, "first_readout": a.readout, "second": b.network, "second_readout": b.readout}
+    names = {
+        "first": a.network,
+        "first_input_mode": a.input_mode,
+        "second": b.network,
+        "second_input_mode": b.input_mode,
+    }
     setting = {key: a.summary[key] for key in ("n_way", "k_shot", "classifier")}
     return {**names, **setting, **paired_difference(a.scores, b.scores)}
 
 
 def _probe(f: Features, protocol: Protocol) -> dict[str, Any]:
     found = probe_full_label_set(f.features, f.labels, groups=f.groups, seed=protocol.seed)
-    return {"network": f.network, "readout": f.readout, **found}
+    return {"network": f.network, "input_mode": f.input_mode, **found}
 
 
 def class_table(row: Row, classes: Sequence[str]) -> Mapping[str, Mapping[str, float]]:

@@ -139,7 +139,7 @@ def _mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float, fl
     return float(values.mean()), std, error, float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
-def summarise(scores: EpisodeScores) -> dict[str, Any]:
+def summarize(scores: EpisodeScores) -> dict[str, Any]:
     """The numbers of one row, as plain values.
 
     `top1_action_ensemble` is the mean accuracy (a fraction), `..._std` the standard deviation over episodes,
@@ -177,7 +177,7 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     Raises:
         FewshotError: the episodes are not the same.
     """
-    if not a.episodes.link_or_copy(b.episodes):
+    if not a.episodes.has_same_clips(b.episodes):
         raise FewshotError("a paired difference needs the same episodes of the same clips on both sides")
     mean, _, error, ci95 = _mean_interval(a.accuracy - b.accuracy)
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}

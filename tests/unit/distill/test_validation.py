@@ -19,7 +19,7 @@ from mmdistill.distill.validation import METRIC, Validation, make_validation
 from mmdistill.distributed.launch import free_port
 from mmdistill.distributed.process import Process
 from mmdistill.evaluation.networks import Network
-from mmdistill.fewshot.encode import Views, embed_clips
+from mmdistill.fewshot.encode import Views, encode_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.scores import evaluate
 from mmdistill.models.videomae import Encoder, EncoderConfig
@@ -86,7 +86,7 @@ def _independent(config: DistillConfig, path: Path) -> float:
     dataset = clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
     job = student.job(modality_specs(config.data_module)["rgb"], Views())
     loader = clip_loader(dataset, num_workers=0, pin=False, batch_size=5)
-    (features,) = embed_clips([job], loader, dataset.index, show_progress=False)
+    (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
     episodes = sample_episodes(
         features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups
     )
@@ -146,7 +146,7 @@ def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -
     assert len({len(p.mine) for p in parts}) == 1
     assert set().union(*(p.mine for p in parts)) == set(parts[0].clips.tolist())
     assert len(parts[0].clips) < len(parts[0].dataset)  # clips outside the episodes are not encoded
-    assert all(p.episodes.link_or_copy(parts[0].episodes) for p in parts)
+    assert all(p.episodes.has_same_clips(parts[0].episodes) for p in parts)
 
 
 def test_other_clips_can_be_validated_on(folder: Path) -> None:

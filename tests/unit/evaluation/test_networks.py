@@ -42,7 +42,7 @@ def test_any_part_of_a_distilled_checkpoint(distilled: Path, part: str | None, n
         network.encoder.blocks[0].mlp.fc1.weight, encoder(3 if modality == "rgb" else 2, seed).blocks[0].mlp.fc1.weight
     )
     job = network.job(get_modality(modality).spec(), Views())
-    assert job.eval_component == name
+    assert job.network == name
     assert job.info == {"checkpoint": str(distilled), "modality": modality}
 
 

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint in this process: readouts beside each other, and when cached features are stale."""
+"""The evaluation of a checkpoint in this process: input_modes beside each other, and when cached features are stale."""
 
 import json
 from pathlib import Path
@@ -53,10 +53,10 @@ SHARED, PER_CLIP = "2 tube masks, 75% removed, shared", "2 tube masks, 75% remov
 def test_the_three_readouts_stand_beside_each_other_with_their_cost(
     data: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """By default; the headline and the other networks' rows are those of the configured readout."""
+    """By default; the headline and the other networks' rows are those of the configured input_mode."""
     out = _evaluate(data, checkpoint, tmp_path)
     assert json.loads((tmp_path / "fewshot.json").read_text()) == out
-    assert (out["network"], out["readout"]) == ("student_rgb", "whole clip")
+    assert (out["network"], out["input_mode"]) == ("student_rgb", "whole clip")
     masked = [f"student_rgb ({SHARED})", f"student_rgb ({PER_CLIP})"]
     for setting in out["settings"]:
         assert list(setting["rows"]) == ["student_rgb", *masked, "random", "teacher_rgb"]
@@ -81,10 +81,10 @@ def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path
     for number, (name, way) in enumerate(ways.items()):
         alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.input_modes=configured", *way)
         assert list(alone["settings"][0]["rows"]) == ["student_rgb", "random", "teacher_rgb"]
-        assert alone["readout"] == together[name]["readout"]
+        assert alone["input_mode"] == together[name]["input_mode"]
         assert alone["top1_action_ensemble"] == together[name]["top1_action_ensemble"]
     headline = _evaluate(data, checkpoint, tmp_path / "masked", "data_module.n_masks=2")
-    assert headline["readout"] == SHARED
+    assert headline["input_mode"] == SHARED
     assert "student_rgb (whole clip)" in headline["settings"][0]["rows"]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.fewshot.encode import ClipEncoder, Job, Views, embed_cached, embed_clips
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views, encode_cached, encode_clips
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import cache_file, merge_features
 from mmdistill.modalities import get_modality, preprocess_clips
@@ -37,14 +37,14 @@ def loader(order: list[int] | None = None, batch: int = 4) -> list[dict[str, Ten
     return [{"rgb": clips[r], "crop_box": view.expand(len(r), 5), "index": r} for r in rows]
 
 
-def job(views: Views = Views(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> Job:  # noqa: B008
+def job(views: Views = Views(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> EncodingJob:  # noqa: B008
     encoder = encoder or tiny_encoder()
-    return Job(network, ClipEncoder(encoder, get_modality("rgb").spec()), GRID, views, weights_digest(encoder))
+    return EncodingJob(network, ClipEncoder(encoder, get_modality("rgb").spec()), GRID, views, weights_digest(encoder))
 
 
 def test_whole_clip_features_are_the_encoder_s():
     encoder = tiny_encoder()
-    (found,) = embed_clips([job(encoder=encoder)], loader(), INDEX)
+    (found,) = encode_clips([job(encoder=encoder)], loader(), INDEX)
     (batch,) = loader(batch=N)
     with torch.no_grad():
         expected = encoder.embed(
@@ -55,16 +55,16 @@ def test_whole_clip_features_are_the_encoder_s():
     assert found.ids == tuple(c.id for c in INDEX.clips)
     assert found.groups[3] == "v1"
     assert found.labels.tolist() == [i % 3 for i in range(N)]
-    assert (found.info["network"], found.readout) == ("student_rgb", "whole clip")
+    assert (found.info["network"], found.input_mode) == ("student_rgb", "whole clip")
 
 
 @pytest.mark.parametrize("sharing", ["shared", "per_clip"])
 def test_masks_do_not_depend_on_order_batch_or_ranks(sharing: str):
     views = Views(3, 0.5, "tube", sharing, seed=7)
-    (whole,) = embed_clips([job(views)], loader(), INDEX)
-    (mixed,) = embed_clips([job(views)], loader([7, 2, 9, 0, 1, 5, 3, 8, 6, 4], batch=3), INDEX)
+    (whole,) = encode_clips([job(views)], loader(), INDEX)
+    (mixed,) = encode_clips([job(views)], loader([7, 2, 9, 0, 1, 5, 3, 8, 6, 4], batch=3), INDEX)
     np.testing.assert_allclose(mixed.features, whole.features, atol=1e-5)
-    parts = [embed_clips([job(views)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
+    parts = [encode_clips([job(views)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
     merged = merge_features(parts, whole.ids)
     np.testing.assert_allclose(merged.features, whole.features, atol=1e-5)
     assert merged.same_clips(whole)
@@ -92,7 +92,9 @@ def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
         seen.extend(batch["index"].tolist())
         return batch["index"][:, None].float().expand(-1, 5)
 
-    made = embed_clips([Job("a", encode, GRID, Views(3, 0.5)), Job("b", encode, GRID)], loader(), INDEX)
+    made = encode_clips(
+        [EncodingJob("a", encode, GRID, Views(3, 0.5)), EncodingJob("b", encode, GRID)], loader(), INDEX
+    )
     assert sorted(seen) == sorted(list(range(N)) * 4)
     assert [m.features.shape for m in made] == [(N, 3, 5), (N, 1, 5)]
     assert made[0].features[:, 0, 0].tolist() == list(range(N))
@@ -103,7 +105,7 @@ def test_nan_weights_fail_loudly_naming_network_and_clips():
     with torch.no_grad():
         encoder.blocks[0].mlp.fc1.weight.fill_(float("nan"))
     with pytest.raises(FeatureError, match=r"student_rgb: NaN.*4 of 4 clips.*v0#0, v0#1, v1#2"):
-        embed_clips([job(encoder=encoder)], loader(), INDEX)
+        encode_clips([job(encoder=encoder)], loader(), INDEX)
 
 
 def test_one_bad_clip_is_named():
@@ -111,21 +113,21 @@ def test_one_bad_clip_is_named():
         return torch.where(batch["index"] == 5, torch.inf, 1.0)[:, None].expand(-1, 3)
 
     with pytest.raises(FeatureError, match=r"teacher_flow.*1 of 4.*v2#5"):
-        embed_clips([Job("teacher_flow", encode, GRID)], loader(), INDEX)
+        encode_clips([EncodingJob("teacher_flow", encode, GRID)], loader(), INDEX)
 
 
 def test_collapsed_features_are_reported(caplog: pytest.LogCaptureFixture):
-    embed_clips([Job("student_rgb", lambda b, v: torch.ones(len(b["index"]), 3), GRID)], loader(), INDEX)
+    encode_clips([EncodingJob("student_rgb", lambda b, v: torch.ones(len(b["index"]), 3), GRID)], loader(), INDEX)
     assert "student_rgb: all 10 clips have the same features" in caplog.text
 
 
 def test_clips_twice_or_never_are_an_error():
     with pytest.raises(FeatureError, match="11 clips, of which only 10"):
-        embed_clips([job()], loader([*range(N), 0]), INDEX)
+        encode_clips([job()], loader([*range(N), 0]), INDEX)
     with pytest.raises(FeatureError, match=r"for 10 clips; missing \['v4#9'\]"):
-        embed_cached([job()], lambda: loader(list(range(9))), INDEX, data="d", cache=None)
+        encode_cached([job()], lambda: loader(list(range(9))), INDEX, data="d", cache=None)
     with pytest.raises(FeatureError, match="no clip"):
-        embed_clips([job()], [], INDEX)
+        encode_clips([job()], [], INDEX)
 
 
 def test_the_cache_saves_the_second_encoding(tmp_path: Path):
@@ -133,14 +135,14 @@ def test_the_cache_saves_the_second_encoding(tmp_path: Path):
         raise AssertionError("the data were read although everything is cached")
 
     jobs = [job(), job(Views(2, 0.5))]
-    first = embed_cached(jobs, loader, INDEX, data="d", cache=tmp_path)
-    again = embed_cached(jobs, never, INDEX, data="d", cache=tmp_path)
+    first = encode_cached(jobs, loader, INDEX, data="d", cache=tmp_path)
+    again = encode_cached(jobs, never, INDEX, data="d", cache=tmp_path)
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a.features, b.features)
         assert a.same_clips(b)
         assert (a.info["cached"], b.info["cached"]) == (False, True)
         assert b.info["seconds"] == a.info["seconds"]
-    (renamed,) = embed_cached([job(network="teacher_rgb")], never, INDEX, data="d", cache=tmp_path)
+    (renamed,) = encode_cached([job(network="teacher_rgb")], never, INDEX, data="d", cache=tmp_path)
     assert renamed.network == "teacher_rgb"  # same weights: no second encoding, but this run's name
 
 
@@ -163,12 +165,12 @@ def test_the_cache_key_holds_weights_data_and_settings():
 
 
 def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    (first,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path)
+    (first,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path)
     path = cache_file(tmp_path, job().key("d"))
     data = bytearray(path.read_bytes())
     data[-50] ^= 1
     path.write_bytes(data)
-    (again,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path)
+    (again,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path)
     assert "computed again" in caplog.text
     assert np.array_equal(first.features, again.features)
     assert not again.info["cached"]
@@ -176,7 +178,7 @@ def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCap
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "cache").write_text("a file where a folder should be")
-    (found,) = embed_cached([job()], loader, INDEX, data="d", cache=tmp_path / "cache")
+    (found,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path / "cache")
     assert len(found.features) == len(INDEX.clips)
     assert "not kept in the cache" in caplog.text
 
@@ -185,7 +187,7 @@ def test_a_cache_that_cannot_be_written_does_not_end_the_evaluation(tmp_path: Pa
 def test_the_alternatives_are_the_three_readouts_this_one_first(views: Views):
     found = views.alternatives()
     assert found[0] == views
-    assert len({v.readout for v in found}) == len(found) == 3
+    assert len({v.input_mode for v in found}) == len(found) == 3
     assert {(v.n_masks > 0) * v.sharing for v in found} == {"", "shared", "per_clip"}
 
 

@@ -35,8 +35,8 @@ def test_no_end_effects_each_clip_and_class_is_drawn_equally_often():
 
 def test_a_longer_series_starts_with_the_shorter_one_and_the_seed_matters():
     short, long = draw(episodes=10), draw(episodes=30)
-    assert short.link_or_copy(long.take(range(10)))
-    assert not short.link_or_copy(draw(episodes=10, seed=4))
+    assert short.has_same_clips(long.take(range(10)))
+    assert not short.has_same_clips(draw(episodes=10, seed=4))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -60,7 +60,7 @@ def test_small_classes_are_excluded_by_name_and_count():
 
 def test_clips_without_label_are_never_drawn():
     labels = np.concatenate((LABELS, np.full(500, -1)))
-    assert draw(labels).link_or_copy(draw())
+    assert draw(labels).has_same_clips(draw())
 
 
 @pytest.mark.parametrize(

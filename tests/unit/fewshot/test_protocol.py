@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
@@ -8,11 +6,10 @@ from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.fewshot.scores import evaluate, paired_difference
+from tests.synthetic_features import make_features
 
-Make = Callable[..., Features]
 
-
-def test_every_combination_head_and_network_has_a_row(make_features: Make):
+def test_every_combination_head_and_network_has_a_row():
     networks = [make_features("student_rgb", 1.0), make_features("teacher_rgb", 2.0), make_features("random", 9.0)]
     protocol = Protocol(n_way=(5, 3), k_shot=(1, 5), q_sample=5, episodes=30, heads=("centroid", "knn"))
     results = run_protocol(networks, protocol, show_progress=False)
@@ -24,7 +21,7 @@ def test_every_combination_head_and_network_has_a_row(make_features: Make):
     means = [r.summary["top1_action_ensemble"] for r in results.rows[:3]]
     assert means[0] > means[1] > means[2]
     first = results.differences[0]
-    assert (first["first"], first["second"], first["n_way"], first["head"]) == (
+    assert (first["first"], first["second"], first["n_way"], first["classifier"]) == (
         "student_rgb",
         "teacher_rgb",
         5,
@@ -34,7 +31,7 @@ def test_every_combination_head_and_network_has_a_row(make_features: Make):
     assert first["difference"] == pytest.approx(means[0] - means[1])
 
 
-def test_rows_are_those_of_a_direct_evaluation(make_features: Make):
+def test_rows_are_those_of_a_direct_evaluation():
     f = make_features("student_rgb", 2.0, views=2)
     row = run_protocol([f], Protocol(q_sample=5, episodes=20, seed=3), show_progress=False).headline
     episodes = sample_episodes(f.labels, n_way=5, k_shot=1, q_sample=5, episodes=20, seed=3)
@@ -43,7 +40,7 @@ def test_rows_are_those_of_a_direct_evaluation(make_features: Make):
     assert paired_difference(row.scores, direct)["difference"] == 0
 
 
-def test_the_check_needs_labels_only_and_names_small_classes(make_features: Make):
+def test_the_check_needs_labels_only_and_names_small_classes():
     f = make_features("student_rgb", 1.0)
     lines = Protocol(k_shot=(1, 5)).check(f.labels.tolist(), f.groups, f.classes)
     assert lines[0] == "5-way 1-shot, 15 queries: 8 classes to draw from; no class is excluded"
@@ -63,7 +60,7 @@ def test_what_would_fail_after_the_encoding_is_found_before():
         Protocol(n_way=(2,), q_sample=3, probe=True).check(labels, groups, names)
 
 
-def test_probe_rows(make_features: Make):
+def test_probe_rows():
     networks = [make_features("student_rgb", 0.5), make_features("random", 30.0)]
     protocol = Protocol(q_sample=5, episodes=5, heads=("centroid",), probe=True)
     good, bad = run_protocol(networks, protocol, show_progress=False).probes
@@ -77,14 +74,14 @@ def test_probe_rows(make_features: Make):
 @pytest.mark.parametrize(
     "wrong", [{"k_shot": ()}, {"episodes": 1}, {"heads": ("svm",)}, {"n_way": (9,)}, {"disjoint": "rally"}]
 )
-def test_bad_protocols_are_refused(make_features: Make, wrong: dict[str, object]):
+def test_bad_protocols_are_refused(wrong: dict[str, object]):
     with pytest.raises(FewshotError):
         run_protocol(
             [make_features("a", 1.0)], Protocol(**{"episodes": 5, "q_sample": 5, **wrong}), show_progress=False
         )
 
 
-def test_networks_must_have_the_same_clips_and_different_names(make_features: Make):
+def test_networks_must_have_the_same_clips_and_different_names():
     a = make_features("a", 1.0)
     other = Features(a.features[1:], a.labels[1:], a.ids[1:], a.groups[1:], a.classes, {"network": "b"})
     for networks, message in (([a, other], "different clips"), ([a, a], "same name"), ([], "no features")):

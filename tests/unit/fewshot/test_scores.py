@@ -11,7 +11,7 @@ from mmdistill.fewshot.scores import (
     merge_scores,
     paired_difference,
     per_class,
-    summarise,
+    summarize,
 )
 
 LABELS = np.repeat(np.arange(8), 25)
@@ -33,13 +33,13 @@ def noisy(seed: int = 0, *, views: int = 2, noise: float = 1.0, width: int = 16)
 def test_perfect_features_score_exactly_one(head: str, k_shot: int):
     scores = evaluate(np.eye(8)[LABELS], draw(10, k_shot=k_shot), head, workers=1)
     assert (scores.accuracy == 1.0).all()
-    assert summarise(scores)["top1_action_ensemble"] == 1.0
+    assert summarize(scores)["top1_action_ensemble"] == 1.0
 
 
 @pytest.mark.parametrize("head", ["logistic", "centroid", "centroid_centered", "centroid_euclidean", "knn"])
 def test_features_without_signal_score_chance(head: str):
     features = np.random.default_rng(5).normal(size=(len(LABELS), 12))
-    row = summarise(evaluate(features, draw(100), head, workers=1))
+    row = summarize(evaluate(features, draw(100), head, workers=1))
     assert abs(row["top1_action_ensemble"] - 0.2) < 1.5 * row["ci95"]
 
 
@@ -158,7 +158,7 @@ def test_features_are_checked():
 
 def test_summary_is_the_written_out_formula():
     scores = evaluate(noisy(noise=3.0), draw(50), "centroid")
-    row, a = summarise(scores), scores.accuracy
+    row, a = summarize(scores), scores.accuracy
     assert row["top1_action_ensemble"] == pytest.approx(a.mean())
     std = np.sqrt(((a - a.mean()) ** 2).sum() / 49)
     assert row["top1_action_ensemble_std"] == pytest.approx(std)
@@ -166,13 +166,13 @@ def test_summary_is_the_written_out_formula():
     assert row["ci95"] == pytest.approx(2.0095752 * std / np.sqrt(50))  # t table, 49 degrees of freedom
     assert (row["episodes"], row["n_way"], row["k_shot"], row["q_sample"]) == (50, 5, 2, 10)
     with pytest.raises(ValueError, match="at least 2"):
-        summarise(evaluate(noisy(), draw(1), "centroid"))
+        summarize(evaluate(noisy(), draw(1), "centroid"))
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
     features = noisy(noise=3.0)
     truth = evaluate(features, draw(4000, seed=99), "centroid").accuracy.mean()
-    rows = [summarise(evaluate(features, draw(40, seed=s), "centroid")) for s in range(100)]
+    rows = [summarize(evaluate(features, draw(40, seed=s), "centroid")) for s in range(100)]
     covered = sum(abs(r["top1_action_ensemble"] - truth) <= r["ci95"] for r in rows)
     assert 87 <= covered <= 100
 

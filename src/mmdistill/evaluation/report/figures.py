@@ -32,14 +32,14 @@ _STYLE: Any = {
 }
 
 
-def label(network: str, readout: str, *, usual: str) -> str:
-    """Name of a curve; the readout is added where it is not that of the scored network."""
-    return network if readout == usual else f"{network} ({readout})"
+def label(network: str, input_mode: str, *, usual: str) -> str:
+    """Name of a curve; the input_mode is added where it is not that of the scored network."""
+    return network if input_mode == usual else f"{network} ({input_mode})"
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
     """Names of rows, of which the first is the scored network."""
-    return [label(row.network, row.readout, usual=rows[0].readout) for row in rows]
+    return [label(row.network, row.input_mode, usual=rows[0].input_mode) for row in rows]
 
 
 def shorten(text: str, limit: int = 34) -> str:
@@ -170,7 +170,7 @@ def embedding_map(
                 style: Any = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
                 name = shorten(first.classes[value])
                 axis.scatter(plane[own, 0], plane[own, 1], s=14, alpha=0.75, linewidths=0, label=name, **style)
-            axis.set(xticks=[], yticks=[], title=shorten(label(f.network, f.readout, usual=first.readout), 44))
+            axis.set(xticks=[], yticks=[], title=shorten(label(f.network, f.input_mode, usual=first.input_mode), 44))
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(features), fontsize=9)
         return _svg(figure)
@@ -178,8 +178,8 @@ def embedding_map(
 
 def probe_bars(probes: Sequence[Mapping[str, float | str]]) -> str:
     """Accuracy on the full label set, linear probe and k-NN beside each other."""
-    usual = str(probes[0]["readout"])
-    names = [label(str(p["network"]), str(p["readout"]), usual=usual) for p in probes]
+    usual = str(probes[0]["input_mode"])
+    names = [label(str(p["network"]), str(p["input_mode"]), usual=usual) for p in probes]
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.5, 1.2 + 0.5 * len(names)), layout="constrained")
         axis = figure.subplots()

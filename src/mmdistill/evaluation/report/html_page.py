@@ -110,7 +110,7 @@ def _summary(results: Results, title: str) -> str:
         f'<p class="lead">{100 * s["top1_action_ensemble"]:.2f} % ± {100 * s["ci95"]:.2f} '
         f"<small>{html.escape(title_of(row))}; chance {100 / s['n_way']:.1f} %</small></p>\n"
         f"<p>Scored network: <strong>{html.escape(row.network)}</strong>{checkpoint}, clips shown as "
-        f"{html.escape(row.readout)}. {len(scored.ids)} clips{apart}.</p>\n"
+        f"{html.escape(row.input_mode)}. {len(scored.ids)} clips{apart}.</p>\n"
         f'<p class="note">± is the half width of the 95 % interval of the mean over episodes. It covers the choice of '
         f"episodes from these clips, not other clips or another training run. {excluded}.</p></header>"
     )
@@ -137,7 +137,8 @@ def _tables(results: Results) -> str:
     if results.probes:
         keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
         lines = [
-            (str(p["network"]), str(p["readout"]), *(f"{100 * float(p[k]):.2f}" for k in keys)) for p in results.probes
+            (str(p["network"]), str(p["input_mode"]), *(f"{100 * float(p[k]):.2f}" for k in keys))
+            for p in results.probes
         ]
         titles = (
             "network",

@@ -14,8 +14,8 @@ def difference_to_first(results: Results, row: Row) -> dict[str, Any] | None:
     scored = results.features[0]
     for d in results.differences:
         same = all(d[key] == row.summary[key] for key in setting)
-        first = (d["first"], d["first_readout"]) == (scored.network, scored.readout)
-        if same and first and (d["second"], d["second_readout"]) == (row.network, row.readout):
+        first = (d["first"], d["first_input_mode"]) == (scored.network, scored.input_mode)
+        if same and first and (d["second"], d["second_input_mode"]) == (row.network, row.input_mode):
             return d
     return None
 
@@ -47,11 +47,11 @@ def select(results: Results, n_way: int, k_shot: int, head: str) -> list[Row]:
 
 
 def row_cells(results: Results, row: Row) -> tuple[str, ...]:
-    """network, readout, accuracy ± ci95 (%), std (%), paired difference (%), seconds of encoding"""
+    """network, input_mode, accuracy ± ci95 (%), std (%), paired difference (%), seconds of encoding"""
     s, d = row.summary, difference_to_first(results, row)
     return (
         row.network,
-        row.readout,
+        row.input_mode,
         f"{100 * s['top1_action_ensemble']:.2f} ± {100 * s['ci95']:.2f}",
         f"{100 * s['top1_action_ensemble_std']:.1f}",
         "" if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
@@ -63,7 +63,7 @@ def title_of(row: Row) -> str:
     """What a table asks."""
     s = row.summary
     asked = f"{s['episodes']} episodes from {s['classes']} classes, {s['q_sample']} queries each"
-    return f"{s['n_way']}-way {s['k_shot']}-shot, {s['head']}: {asked}"
+    return f"{s['n_way']}-way {s['k_shot']}-shot, {s['classifier']}: {asked}"
 
 
 def columns(results: Results) -> tuple[str, ...]:
@@ -83,6 +83,6 @@ def _probe_table(results: Results) -> Table:
         table.add_column(name, overflow="fold")
     for p in results.probes:
         values = [f"{100 * p[key]:.2f}" for key in ("linear_top1", "linear_macro", "knn_top1")]
-        table.add_row(p["network"], p["readout"], *values)
+        table.add_row(p["network"], p["input_mode"], *values)
     table.add_row("most frequent class", "", f"{100 * results.probes[0]['majority']:.2f}", "", "")
     return table

@@ -28,7 +28,7 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
     At the top stand the keys of the headline row: `top1_action_ensemble`, `..._std`, `..._std_error`, `ci95` (half
     width of the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. `settings` has
     one entry per combination and head, with `rows` by network and paired `differences` by "first - second" (the keys
-    name the readout too where it is not the headline's). `probes`, `per_class` (by class name) and `excluded_classes`
+    name the input_mode too where it is not the headline's). `probes`, `per_class` (by class name) and `excluded_classes`
     (clips by class name) follow.
 
     Args:
@@ -59,8 +59,8 @@ def _excluded(row: Row, names: Sequence[str]) -> dict[str, int]:
 def _settings(results: Results) -> list[dict[str, Any]]:
     protocol = results.protocol
 
-    def name(network: str, readout: str) -> str:
-        return label(network, readout, usual=results.headline.readout)
+    def name(network: str, input_mode: str) -> str:
+        return label(network, input_mode, usual=results.headline.input_mode)
 
     out = []
     for n_way, k_shot in protocol.combinations():
@@ -69,11 +69,11 @@ def _settings(results: Results) -> list[dict[str, Any]]:
             differences: dict[str, dict[str, float]] = {}
             for d in results.differences:
                 if all(d[key] == value for key, value in setting.items()):
-                    a, b = name(d["first"], d["first_readout"]), name(d["second"], d["second_readout"])
+                    a, b = name(d["first"], d["first_input_mode"]), name(d["second"], d["second_input_mode"])
                     differences[f"{a} - {b}"] = {key: d[key] for key in _DIFFERENCE}
                     differences[f"{b} - {a}"] = _reversed(d)
             found = select(results, n_way, k_shot, head)
-            rows = {name(r.network, r.readout): r.summary for r in found}
+            rows = {name(r.network, r.input_mode): r.summary for r in found}
             excluded = _excluded(found[0], results.features[0].classes)
             out.append({**setting, "rows": rows, "differences": differences, "excluded_classes": excluded})
     return out

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,15 +18,15 @@ from mmdistill.evaluation.report.html_page import typical_episode
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, Results, run_protocol
+from tests.synthetic_features import make_features
 
-Make = Callable[..., Features]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def results(make_features: Make) -> Results:
+def results() -> Results:
     networks = [
-        make_features("student_rgb", 1.5, views=2, readout="2 tube masks"),
+        make_features("student_rgb", 1.5, views=2, input_mode="2 tube masks"),
         make_features("student_rgb", 1.5),
         make_features("<script>alert(1)</script>", 3.0),
         make_features("random", 9.0),
@@ -53,7 +53,7 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
         assert 0 < found[f"top1_action_ensemble{key}"] < 1
     assert found["top1_action_ensemble_std_error"] < found["ci95"] < 0.1
     assert (found["episodes"], found["n_way"], found["k_shot"], found["q_sample"]) == (40, 5, 1, 6)
-    assert [(s["k_shot"], s["head"]) for s in found["settings"]] == [
+    assert [(s["k_shot"], s["classifier"]) for s in found["settings"]] == [
         (1, "centroid"),
         (1, "knn"),
         (5, "centroid"),
@@ -77,7 +77,7 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
     assert found["probes"][0]["network"] == "student_rgb"
 
 
-def test_excluded_classes_stand_in_the_json_and_on_the_page(make_features: Make, tmp_path: Path):
+def test_excluded_classes_stand_in_the_json_and_on_the_page(tmp_path: Path):
     f = make_features("student_rgb", 1.0)
     keep = np.flatnonzero((f.labels != 7) | (np.arange(len(f.labels)) % 3 == 0))
     small = Features(
@@ -100,7 +100,7 @@ def test_tables_show_percent_network_and_paired_difference(results: Results):
     row = results.headline.summary
     assert f"{100 * row['top1_action_ensemble']:.2f} ± {100 * row['ci95']:.2f}" in text
     assert "scored network: student_rgb, checkpoint /runs/student_rgb.ckpt" in text
-    d = next(d for d in results.differences if d["second"] == "random" and d["first_readout"] == "2 tube masks")
+    d = next(d for d in results.differences if d["second"] == "random" and d["first_input_mode"] == "2 tube masks")
     assert f"+{100 * d['difference']:.2f} ± {100 * d['ci95']:.2f}" in text
     assert text.count("leads by") == 4
     narrow = Console(width=80, file=io.StringIO())
