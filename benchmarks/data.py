@@ -27,7 +27,7 @@ from mmdistill.checkpoint import save_torch
 from mmdistill.config import to_plain
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.clips import build_index
-from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--wait", action="store_true")
     options = parser.parse_args()
-    worker_init(0)
+    init_worker(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _make(root)
@@ -135,7 +135,7 @@ def _throughput(dataset: ClipDataset, workers: int) -> None:
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        worker_init_fn=worker_init,
+        worker_init_fn=init_worker,
         persistent_workers=workers > 0,
     )
     list(loader)  # start the workers

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from mmdistill.checkpoint.keys import from_huggingface
-from mmdistill.data.masking import visible_tokens
+from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distributed.device import autocast, tune_malloc
@@ -116,7 +116,7 @@ def distill_flops(geometries: dict[str, EncoderConfig], visible: int, *, cached:
 
 def mask(g: EncoderConfig, ratio: float, setting: Setting) -> Tensor:
     """(B, Lv)"""
-    drawn = torch.from_numpy(visible_tokens(g.grid, ratio=ratio, mask_type="tube", rng=seeded_rng(0)))
+    drawn = torch.from_numpy(sample_visible_tokens(g.grid, ratio=ratio, mask_type="tube", rng=seeded_rng(0)))
     return drawn.expand(setting.batch, -1).to(setting.device)
 
 
@@ -162,9 +162,9 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     ours, theirs = ours.to(device), theirs.to(device)
     x = torch.randn(clips, 3, g.num_frames, g.height, g.width).to(device)
     visible = mask(g, 0.9, setting)
-    removed = masked_indices(visible, g.tokens)
+    removed = masked_indices(visible, g.num_tokens)
     half = removed[:, torch.randperm(removed.shape[1])[: removed.shape[1] // 2].sort().values.to(device)]
-    hidden = torch.ones(clips, g.tokens, dtype=torch.bool, device=device).scatter(1, visible, False)
+    hidden = torch.ones(clips, g.num_tokens, dtype=torch.bool, device=device).scatter(1, visible, False)
 
     def our_loss(predict: Tensor | None) -> Tensor:
         prediction, index = ours(x, visible, predict)
@@ -178,8 +178,8 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     with torch.no_grad():
         losses = {"ours": float(our_loss(None)), "transformers": float(their_loss())}
     n, all_, some = visible.shape[1], removed.shape[1], half.shape[1]
-    theirs_full = pretrain_flops(g, d, n, all_, g.tokens)
-    theirs_full += 2 * (g.tokens - n) * g.patch_dim * g.dim * 2  # transformers embeds the removed patches too
+    theirs_full = pretrain_flops(g, d, n, all_, g.num_tokens)
+    theirs_full += 2 * (g.num_tokens - n) * g.patch_dim * g.dim * 2  # transformers embeds the removed patches too
     return {
         "pretrain, transformers": (clips * theirs_full, stepper(theirs, their_loss, setting)),
         "pretrain, full decoder": (

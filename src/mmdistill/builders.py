@@ -18,7 +18,7 @@ from mmdistill.config import (
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.readers.base import Reader
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
@@ -64,7 +64,7 @@ def _under_root(data: DataModuleConfig, value: str) -> Path:
     return Path(data.target_data_dir).expanduser() / Path(value).expanduser()
 
 
-def data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
+def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
     """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
     if value is None:
         raise ConfigError(f"data_module.{key} is not set; dataset {data.name} has none, or give its folder")
@@ -76,11 +76,11 @@ def data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
     return path
 
 
-def annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
+def resolve_annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
     """The annotation file of one phase."""
     if training:
-        return data_path(data, data.unlabel_json_path, "unlabel_json_path")
-    return data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
+        return resolve_data_path(data, data.unlabel_json_path, "unlabel_json_path")
+    return resolve_data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
 
 
 def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
@@ -94,9 +94,9 @@ def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
     )
 
 
-def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
+def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     """Training clips (labels unused) or labelled evaluation clips. Raises `ConfigError` where there is none."""
-    path = annotation_path(data, training=training)
+    path = resolve_annotation_path(data, training=training)
     with raise_as_config_error():
         rallies = load_rallies(data, path)
         index = build_index(
@@ -119,7 +119,7 @@ def clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     return index
 
 
-def modality_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
+def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
     """Readers of the dataset's own files. Raises `ConfigError` where a folder is not set or absent."""
     readers = {}
     for modality in modalities:
@@ -129,24 +129,26 @@ def modality_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dic
             frame_number_offset=data.frame_number_offset,
             max_persons=data.max_persons,
         )
-        root = data_path(data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir"))
+        root = resolve_data_path(
+            data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir")
+        )
         with raise_as_config_error(modality_setting_key(data, modality, "pattern")):
             readers[modality] = get_modality(modality).open_reader(root, options)
     return readers
 
 
-def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
+def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
     """The dataset of one phase. Evaluation clips are whole: centre crop, no mask, never replaced in silence."""
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
             raise ConfigError(f"data_module.modalities has no entry {modality}; it has {', '.join(specs)}")
-    index = clip_index(data, training=training)
+    index = make_clip_index(data, training=training)
     height, width = data.crop_size
     with raise_as_config_error():
         dataset = ClipDataset(
             index,
-            modality_readers(data, modalities),
+            open_readers(data, modalities),
             grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
             crop_size=(height, width),
             frame_size=(data.frame_size[0], data.frame_size[1]),
@@ -159,7 +161,7 @@ def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, trainin
             on_missing=data.on_missing,
         )
     if not len(dataset):
-        lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_left_out"].items()}
+        lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
         message = ", ".join(f"{count} clips have no {m} files" for m, count in lacking.items())
         raise ConfigError(
             f"data_module.on_missing={data.on_missing} removes all {len(index.clips)} clips: {message}; check "
@@ -168,29 +170,29 @@ def clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, trainin
     return dataset
 
 
-def clip_loader(
+def make_clip_loader(
     dataset: Dataset,
     *,
     num_workers: int,
-    pin: bool,
+    pin_memory: bool,
     batch_sampler: Sampler | None = None,
     batch_size: int = 1,
     timeout_s: float = 0.0,
-    kind: type[ClipLoader] = ClipLoader,
+    loader_class: type[ClipLoader] = ClipLoader,
 ) -> ClipLoader:
-    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs. `kind` is its class.
+    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs. `loader_class` is its class.
 
     One that needs more than `timeout_s` for a batch (0: no limit), or dies, makes the loader raise.
     """
-    return kind(
+    return loader_class(
         dataset,
         batch_sampler=batch_sampler,
         batch_size=1 if batch_sampler is not None else batch_size,
         num_workers=num_workers,
-        worker_init_fn=worker_init,
+        worker_init_fn=init_worker,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers > 0 else None,
-        pin_memory=pin,
+        pin_memory=pin_memory,
         timeout=timeout_s if num_workers > 0 else 0,
     )
 

@@ -155,14 +155,14 @@ def _allow_fp16() -> None:
 def _never_cached() -> None:
     """All modalities are read, and teachers run, in every epoch."""
     distill_run.TeacherCache.serves = lambda self, epoch: False  # type: ignore[method-assign]
-    make = distill_run.clip_dataset
+    make = distill_run.make_clip_dataset
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         dataset = make(*args, **kwargs)
         dataset.lasting = tuple(dataset.readers)
         return dataset
 
-    distill_run.clip_dataset = whole
+    distill_run.make_clip_dataset = whole
 
 
 def _rank(run: dict[str, Any], rank: int) -> int:

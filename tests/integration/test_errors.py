@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from mmdistill.builders import clip_loader
+from mmdistill.builders import make_clip_loader
 from mmdistill.config import PretrainConfig, explain
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import load_f3set
@@ -82,7 +82,7 @@ class _DyingWorker:
 
 
 def test_a_dead_worker_is_told_though_a_connection_breaks_first() -> None:
-    loader = iter(clip_loader(_DyingWorker(), num_workers=1, pin=False))
+    loader = iter(make_clip_loader(_DyingWorker(), num_workers=1, pin_memory=False))
     torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises too, if it is in time
     try:
         with pytest.raises(RuntimeError, match=r"DataLoader worker ended: \d+ \(SIGKILL\)"):

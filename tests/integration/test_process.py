@@ -31,7 +31,7 @@ def test_a_process_leaves_its_group_before_python_shuts_down() -> None:
 _DENORMALS = """
 import sys, torch
 from torch.utils.data import DataLoader
-from mmdistill.data.dataset import worker_init
+from mmdistill.data.dataset import init_worker
 from mmdistill.distributed.process import start_process
 
 def left(n):
@@ -44,7 +44,7 @@ class Products:
 def all_found():
     x = torch.full((1 << 20,), 1e-30, requires_grad=True)
     x.mul(1e-9).backward(torch.full((1 << 20,), 1e-30))
-    worker = next(iter(DataLoader(Products(), num_workers=1, worker_init_fn=worker_init, multiprocessing_context=way)))
+    worker = next(iter(DataLoader(Products(), num_workers=1, worker_init_fn=init_worker, multiprocessing_context=way)))
     return [left(8), left(1 << 20), x.grad.view(torch.int32).count_nonzero().item(), int(worker)]
 
 if __name__ == "__main__":

@@ -290,13 +290,13 @@ def test_the_log_says_what_the_missing_policy_did(runs: Runs) -> None:
     assert runs.codes["repeat"] == [0, 0], runs.log("repeat")
     report = json.loads((runs.root / "repeat" / "data_report.json").read_text())
     assert report["index"]["clips"] == 72
-    assert report["modalities"] == {"rgb": {"clips_left_out": 0, "frames_repeated": 1}}  # by one rank's worker
+    assert report["modalities"] == {"rgb": {"clips_skipped": 0, "frames_repeated": 1}}  # by one rank's worker
     assert report["missing"]["frames_repeated"] == {"rgb": {"rally_CC_0": 1}}
     assert "data: 72 clips of 24 rallies" in runs.log("repeat")
     assert "missing=repeat: rgb 0 clips left out, 1 frames repeated; 0 clips replaced" in runs.log("repeat")
     assert runs.codes["skip"] == [0], runs.log("skip")
     report = json.loads((runs.root / "skip" / "data_report.json").read_text())
-    assert report["modalities"]["rgb"]["clips_left_out"] == 1
-    assert report["modalities"]["flow"]["clips_left_out"] == 0
+    assert report["modalities"]["rgb"]["clips_skipped"] == 1
+    assert report["modalities"]["flow"]["clips_skipped"] == 0
     assert report["missing"]["clips"] == 71
     assert runs.log("skip").count("missing=skip: rgb 1 clips left out") == 2  # at the start and at the end

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdistill.builders import clip_dataset
+from mmdistill.builders import make_clip_dataset
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import load_config
 from tests.tiny_data import make_tiny, overrides
@@ -20,7 +20,7 @@ def _config(*arguments: str) -> PretrainConfig:
 def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Path) -> None:
     """The same pictures under EPIC-like names, counted from 1, with a clips[] annotation."""
     root = make_tiny(tmp_path / "tiny", per_class=2)
-    plain = clip_dataset(_config(*overrides(root)).data_module, ("rgb",), training=False, seed=0)
+    plain = make_clip_dataset(_config(*overrides(root)).data_module, ("rgb",), training=False, seed=0)
     clips = []
     for number, clip in enumerate(plain.index.clips):
         folder = root / "epic" / clip.video
@@ -29,7 +29,7 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
             shutil.copy(source, folder / f"frame_{int(source.stem) + 1:010d}.jpg")
         clips.append({"video_id": clip.video, "start_frame": clip.frames[0] + 1, "action_idx": number % 2})
     (root / "epic.json").write_text(json.dumps({"clips": clips}))
-    other = clip_dataset(
+    other = make_clip_dataset(
         _config(
             *overrides(root),
             "data_module.annotations=clips",
@@ -53,7 +53,7 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
 def test_rallies_that_are_too_short_are_counted(tmp_path: Path) -> None:
     data = _config(*overrides(make_tiny(tmp_path)), "data_module.num_frames=16").data_module
     with pytest.raises(ConfigError, match="Of 24 rallies 24 have less than the 17 frames"):
-        clip_dataset(data, ("rgb",), training=True, seed=0)
+        make_clip_dataset(data, ("rgb",), training=True, seed=0)
 
 
 def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
     (root / "flow").mkdir()
     data = _config(*overrides(root), "data_module.on_missing=skip").data_module
     with pytest.raises(ConfigError, match="on_missing=skip removes all 12 clips: 12 clips have no flow files;"):
-        clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
+        make_clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
 
 
 def test_skeletons_alone_are_enough_for_skeletons(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "frames")
-    assert len(clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12
+    assert len(make_clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdistill.builders import annotation_path, load_rallies, modality_readers
+from mmdistill.builders import load_rallies, open_readers, resolve_annotation_path
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     readers: dict[str, Reader] = {}
     try:
         data = _data(options)
-        path = options.annotations or annotation_path(data, training=options.split == "unlabel")
+        path = options.annotations or resolve_annotation_path(data, training=options.split == "unlabel")
         rallies, problems = _rallies(data, path)
         if options.write_clean and data.annotations != "f3set":
             raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
         if options.root is not None or options.overrides:
-            readers = modality_readers(data, tuple(options.modalities or data.modalities))
+            readers = open_readers(data, tuple(options.modalities or data.modalities))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"check_data: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdistill.builders import clip_dataset, make_demo_data
+from mmdistill.builders import make_clip_dataset, make_demo_data
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = tuple(options.modalities or specs)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of reading
-        dataset = clip_dataset(data, names, training=True, seed=config.seed)
+        dataset = make_clip_dataset(data, names, training=True, seed=config.seed)
         with Progress(console=console) as bar:
             count = min(options.clips or len(dataset), len(dataset))
             task = bar.add_task("clips", total=count)

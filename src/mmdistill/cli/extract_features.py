@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode and write."""
-    from mmdistill.builders import clip_dataset, clip_loader, make_demo_data
+    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
     from mmdistill.config import modality_specs
     from mmdistill.data.fingerprint import data_fingerprint
     from mmdistill.distributed.device import autocast, resolve_precision
@@ -58,7 +58,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     sizes = {m: (data.num_frames, *(side // spec.input_stride for side in data.crop_size)) for m, spec in specs.items()}
     network = load_network(args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes)
     make_demo_data(data)
-    dataset = clip_dataset(data, (network.modality,), training=False, seed=config.seed)
+    dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
     index = dataset.index
     views = Views(
         data.n_masks if args.n_masks is None else args.n_masks,
@@ -73,7 +73,7 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     pin = process.device.type == "cuda"
     (features,) = encode_cached(
         [job],
-        lambda: clip_loader(dataset, num_workers=config.num_workers, pin=pin, batch_size=config.batch_size),
+        lambda: make_clip_loader(dataset, num_workers=config.num_workers, pin_memory=pin, batch_size=config.batch_size),
         index,
         data=data_fingerprint(dataset, network.modality) if args.cache else "",
         cache=args.cache,

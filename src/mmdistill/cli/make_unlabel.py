@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmdistill.data.annotations.base import AnnotationError
-from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
+from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
 from mmdistill.files import atomic_write_bytes
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if twice:
         print(f"make_unlabel: {twice[0]} is in two of the files", file=sys.stderr)
         return 2
-    key = match_of if options.by == "match" else str
+    key = match_name if options.by == "match" else str
     out = {key(rally.video) for rally in excluded}
     kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in out]
     if not kept:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import default_collate
 
-from mmdistill.builders import clip_dataset
+from mmdistill.builders import make_clip_dataset
 from mmdistill.checkpoint import CheckpointError, load_weights, read_checkpoint
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
@@ -32,7 +32,9 @@ def pictures(args: argparse.Namespace) -> None:
     geometry = EncoderConfig(**checkpoint.meta["encoders"]["encoder"])
     model = VideoMAE(geometry, DecoderConfig(**checkpoint.meta["decoder"]))
     load_weights(model, args.checkpoint)
-    dataset = clip_dataset(config.data_module, (config.modality,), training=args.split == "train", seed=config.seed)
+    dataset = make_clip_dataset(
+        config.data_module, (config.modality,), training=args.split == "train", seed=config.seed
+    )
     dataset.mask_ratio = config.data_module.mask_ratio
     dataset.augment = False
     out = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"

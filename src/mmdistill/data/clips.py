@@ -94,11 +94,11 @@ def build_index(
             shifted += start != draft.start
             own = select_fields(draft.label, label_fields) if draft.label else None
             drafts.append((rally, _ClipSpec(draft.id, start, rally.video if label == "video" else own)))
-    report = {"rallies": len(rallies), "shifted_into_the_video": shifted, "too_short": too_short}
+    report = {"rallies": len(rallies), "shifted_into_video": shifted, "too_short": too_short}
     return _finish(drafts, range(0, span, sampling_rate), {**report, "without_events": without_events})
 
 
-def overlapping(clips: Sequence[Clip]) -> int:
+def count_overlapping_clips(clips: Sequence[Clip]) -> int:
     """Labelled clips that overlap in time with another clip of their class."""
     spans: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
     for number, clip in enumerate(clips):

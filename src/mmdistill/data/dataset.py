@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.data.masking import visible_tokens
+from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.randomness import seeded_rng
 
@@ -39,14 +39,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         grid: tokens (t, h, w).
         crop_size: (height, width) of the view, in px of the stored frame.
         frame_size: (height, width) of the stored frames.
-        mask_type, mask_ratio: see `visible_tokens`.
+        mask_type, mask_ratio: see `sample_visible_tokens`.
         augment: training: draw view and flip. Otherwise the centre crop.
         random_crop_min_scale: smallest view, as a fraction of `crop`.
         hflip_prob: probability of a horizontal flip.
         cached_epochs: with N > 0, epoch e looks like epoch ``e % N``, and from epoch N on only `always_decoded` modalities
             are read: the others' features are kept, see `mmdistill.distill.teacher_cache`.
         always_decoded: see `cached_epochs`.
-        budget: largest share of clips that may be replaced before that is an error.
+        max_replaced_fraction: largest share of clips that may be replaced before that is an error.
 
     Raises:
         ValueError: naming the argument; `FrameError` from ``ds[...]`` for files.
@@ -67,7 +67,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         random_crop_min_scale: float = 1.0,
         hflip_prob: float = 0.0,
         on_missing: str = "error",
-        budget: float = 0.05,
+        max_replaced_fraction: float = 0.05,
         cached_epochs: int = 0,
         always_decoded: tuple[str, ...] = ("rgb",),
     ) -> None:
@@ -77,7 +77,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"crop_size={crop_size} is larger than the stored frame {frame_size}")
         if not 0 < random_crop_min_scale <= 1:
             raise ValueError(f"random_crop_min_scale={random_crop_min_scale} must lie in (0, 1]")
-        visible_tokens(
+        sample_visible_tokens(
             grid, ratio=mask_ratio, mask_type=mask_type, rng=np.random.default_rng(0)
         )  # refuse a bad mask now
         self.readers = dict(readers)
@@ -89,7 +89,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             random_crop_min_scale,
             hflip_prob,
         )
-        self.on_missing, self.budget = on_missing, budget
+        self.on_missing, self.max_replaced_fraction = on_missing, max_replaced_fraction
         self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
         self._left_out: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if on_missing == "error" else self._drop_missing(index)
@@ -137,7 +137,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
         `stats` are those of several processes, merged; None: of this one.
 
-        ``clips_left_out`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
+        ``clips_skipped`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
         each clip counts once, however often it was read.
         """
         repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
@@ -154,7 +154,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return {
             "policy": self.on_missing,
             "clips": len(self),
-            "clips_left_out": {name: dict(c) for name, c in self._left_out.items() if c},
+            "clips_skipped": {name: dict(c) for name, c in self._left_out.items() if c},
             "frames_repeated": {name: dict(c) for name, c in repeated.items() if c},
             "clips_replaced": dict(replaced),
         }
@@ -166,13 +166,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if cached and name not in self.always_decoded:
                 continue
             if self.on_missing == "repeat":
-                sample[name], repeated = reader.read_repeating(clip.video, clip.frames)
+                sample[name], repeated = reader.read_with_repeats(clip.video, clip.frames)
                 if repeated:
                     self._seen[i, column] = len(repeated)
             else:
                 sample[name] = reader.read(clip.video, clip.frames)
         rng = seeded_rng(self.seed, epoch, clip.id, "mask")
-        sample["visible"] = visible_tokens(self.grid, ratio=self.mask_ratio, mask_type=self.mask_type, rng=rng)
+        sample["visible"] = sample_visible_tokens(self.grid, ratio=self.mask_ratio, mask_type=self.mask_type, rng=rng)
         sample["crop_box"] = self.crop_box(epoch, clip)
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
         return sample
@@ -180,7 +180,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool = False) -> dict[str, Any]:
         """Another clip in place of one that cannot be read."""
         self._seen[i, -1] = 1
-        allowed = max(1, math.ceil(self.budget * len(self)))
+        allowed = max(1, math.ceil(self.max_replaced_fraction * len(self)))
         if int(self._seen[:, -1].sum()) <= allowed:
             rng = seeded_rng(self.seed, epoch, self.index.clips[i].id, "replacement")
             for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
@@ -213,11 +213,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 self._left_out[name][clip.video] += 1
             if not lacking:
                 kept.append(clip)
-        report = {**index.report, "left_out_as_missing": len(index.clips) - len(kept)}
+        report = {**index.report, "skipped_as_missing": len(index.clips) - len(kept)}
         return ClipIndex(tuple(kept), index.classes, report)
 
 
-def worker_init(_worker: int) -> None:
+def init_worker(_worker: int) -> None:
     """One thread per loader worker: the workers are the parallelism. Denormals are flushed here too."""
     torch.set_flush_denormal(True)
     cv2.setNumThreads(0)

@@ -6,7 +6,9 @@
 import numpy as np
 
 
-def visible_tokens(grid: tuple[int, int, int], *, ratio: float, mask_type: str, rng: np.random.Generator) -> np.ndarray:
+def sample_visible_tokens(
+    grid: tuple[int, int, int], *, ratio: float, mask_type: str, rng: np.random.Generator
+) -> np.ndarray:
     """Sorted indices of the visible tokens of a (t, h, w) grid, t major, then h, then w.
 
     `tube` removes ``round(ratio * h * w)`` places for all times (VideoMAE, arXiv 2203.12602, section 3.2); `random`

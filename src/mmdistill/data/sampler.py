@@ -12,7 +12,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, clip number) for one rank.
 
     Over all ranks each clip occurs once per epoch. With `drop_last` the tail that does not fill a batch on every rank
-    is left out (`dropped` clips, others each epoch); without it the tail is split over the ranks, some of which may
+    is left out (`num_dropped` clips, others each epoch); without it the tail is split over the ranks, some of which may
     then have a smaller batch or one batch less.
 
     Args:
@@ -44,7 +44,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.dropped = n % (batch_size * world_size) if drop_last else 0
+        self.num_dropped = n % (batch_size * world_size) if drop_last else 0
         self.set_state(epoch, start_batch)
 
     def set_state(self, epoch: int, start_batch: int) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from mmdistill.builders import clip_dataset, clip_loader
+from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.sampler import EpochBatchSampler, batch_order_mismatch
@@ -30,7 +30,7 @@ class DistillData(pl.LightningDataModule):
     def __init__(self, config: DistillConfig, modalities: tuple[str, ...], process: Process) -> None:
         super().__init__()
         self.validation = make_validation(config, process)
-        self.dataset = clip_dataset(config.data_module, modalities, training=True, seed=config.seed)
+        self.dataset = make_clip_dataset(config.data_module, modalities, training=True, seed=config.seed)
         self.sampler = EpochBatchSampler(
             len(self.dataset),
             batch_size=config.batch_size,
@@ -72,13 +72,13 @@ class DistillData(pl.LightningDataModule):
         """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
         done = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
         self.sampler.set_state(*(self._start or (done, 0)))  # a file without a place was written at an epoch's end
-        return clip_loader(
+        return make_clip_loader(
             self.dataset,
             num_workers=self._config.num_workers,
-            pin=self._pin,
+            pin_memory=self._pin,
             batch_sampler=self.sampler,
             timeout_s=self._config.loader_timeout_s,
-            kind=ResumableLoader,
+            loader_class=ResumableLoader,
         )
 
     def val_dataloader(self) -> Any:

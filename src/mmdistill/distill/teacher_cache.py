@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import all_gather_objects, barrier, broadcast_object, get_rank, get_world_size
 from mmdistill.files import atomic_open
@@ -177,7 +177,7 @@ class TeacherCacheCallback(Callback):
             Subset(self.dataset, mine),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            worker_init_fn=worker_init,
+            worker_init_fn=init_worker,
         )
         with trainer.precision_plugin.train_step_context(), torch.no_grad():
             for batch in loader:

@@ -95,7 +95,7 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
 def _first_line(config: DistillConfig, teachers: dict[str, Encoder], module: MMDistill, data: DistillData) -> str:
     return (
         f"distil {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, {len(data.sampler)} batches of "
-        f"{config.batch_size} ({data.sampler.dropped} clips left out each epoch), base_lr {config.trainer.lr:g} -> "
+        f"{config.batch_size} ({data.sampler.num_dropped} clips left out each epoch), base_lr {config.trainer.lr:g} -> "
         f"lr {module.rates.lr:g}"
     )
 

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from mmdistill.builders import clip_dataset, clip_loader
+from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.config import DistillConfig, as_ints
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
@@ -38,7 +38,7 @@ class Validation(pl.Callback):
     Args:
         dataset: evaluation clips (rgb).
         episodes: over their positions; only their clips are read.
-        loader: arguments of `clip_loader`.
+        loader: arguments of `make_clip_loader`.
         rank, world_size: this process among all.
     """
 
@@ -54,7 +54,7 @@ class Validation(pl.Callback):
 
     def dataloader(self) -> DataLoader[Any]:
         """This rank's clips."""
-        return clip_loader(Subset(self.dataset, self.mine), **self._loader)
+        return make_clip_loader(Subset(self.dataset, self.mine), **self._loader)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing seen yet."""
@@ -104,7 +104,7 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
     if not trainer.check_val_every_n_epoch:
         return None
     source = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
-    dataset = clip_dataset(source, (STUDENT_MODALITY,), training=False, seed=config.seed)
+    dataset = make_clip_dataset(source, (STUDENT_MODALITY,), training=False, seed=config.seed)
     clips = dataset.index.clips
     episodes = sample_episodes(
         [c.label for c in clips],

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from mmdistill.builders import (
-    annotation_path,
     check_token_grid,
-    clip_dataset,
-    clip_index,
-    clip_loader,
     load_rallies,
+    make_clip_dataset,
+    make_clip_index,
+    make_clip_loader,
     make_demo_data,
+    resolve_annotation_path,
     sampling_rate_warnings,
 )
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
@@ -35,7 +35,7 @@ from mmdistill.config import (
     to_plain,
 )
 from mmdistill.data.annotations.base import AnnotationError
-from mmdistill.data.clips import ClipIndex, overlapping
+from mmdistill.data.clips import ClipIndex, count_overlapping_clips
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
@@ -73,7 +73,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     make_demo_data(config.data_module)
     networks = _networks(config, checkpoint)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
-    dataset = clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
+    dataset = make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
     seen, told = _seen_in_training(config.data_module, dataset.index)
@@ -101,7 +101,7 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
         "precision": resolve_precision(config.precision, process.device),
         "index": dataset.index.report,
         "missing": missing,
-        "overlapping_clips": overlapping(dataset.index.clips),
+        "overlapping_clips": count_overlapping_clips(dataset.index.clips),
         "rallies_in_training": seen,
     }
     if process.is_main:
@@ -122,7 +122,7 @@ def check_evaluation(config: DistillConfig) -> None:
     """
     make_demo_data(config.data_module)
     try:
-        _checked(_protocol(config), clip_index(config.data_module, training=False))
+        _checked(_protocol(config), make_clip_index(config.data_module, training=False))
     except (FewshotError, AnnotationError) as error:
         raise ConfigError(f"test=True could not be done after the training: {error}") from error
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
@@ -142,7 +142,7 @@ def _checked(protocol: Protocol, index: ClipIndex) -> list[str]:
     """What the labels hold, in lines; raises where that is not enough."""
     clips = index.clips
     lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes)
-    shared = overlapping(clips)
+    shared = count_overlapping_clips(clips)
     if shared and protocol.disjoint is None:
         lines.append(
             f"{shared} clips overlap in time with another clip of their class: support and query may show the same "
@@ -157,7 +157,7 @@ def _seen_in_training(data: DataModuleConfig, index: ClipIndex) -> tuple[int | N
     """How many evaluated rallies are in `unlabel_json_path` too (None: it cannot be read), and what to say of it."""
     evaluated = {clip.video for clip in index.clips}
     try:
-        trained = {rally.video for rally in load_rallies(data, annotation_path(data, training=True))}
+        trained = {rally.video for rally in load_rallies(data, resolve_annotation_path(data, training=True))}
     except (ConfigError, AnnotationError) as error:
         return None, [f"whether evaluated rallies were trained on is not known: {error}"]
     count = len(evaluated & trained)
@@ -296,10 +296,10 @@ def _masks_exist(way: Views, grid: tuple[int, int, int]) -> bool:
 def _loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> Iterable[Mapping[str, Tensor]]:
     """This rank's share of the clips, in order."""
     mine = range(process.rank, len(dataset), process.world_size)
-    return clip_loader(
+    return make_clip_loader(
         Subset(dataset, mine),
         num_workers=config.num_workers,
-        pin=process.device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
         batch_size=config.batch_size,
         timeout_s=config.loader_timeout_s,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdistill.console import progress
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.data.masking import visible_tokens
+from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
@@ -98,7 +98,7 @@ class Views:
     def _mask(self, owner: str, view: int, grid: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.int64]]:
         text = f"view mask/{self.seed}/{view}/{owner}"
         rng = np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32))
-        return visible_tokens(grid, ratio=self.ratio, mask_type=self.kind, rng=rng)
+        return sample_visible_tokens(grid, ratio=self.ratio, mask_type=self.kind, rng=rng)
 
 
 @dataclass(frozen=True)

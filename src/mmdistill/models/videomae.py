@@ -50,7 +50,7 @@ class EncoderConfig:
         return self.num_frames // self.tubelet, self.height // self.patch, self.width // self.patch
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """L, the number of tokens of a whole clip."""
         t, h, w = self.grid
         return t * h * w
@@ -105,7 +105,7 @@ def position_table(config: EncoderConfig, dim: int) -> Tensor:
     """The fixed positions of an encoder or of its decoder, which may have another width. (1, L, D)"""
     if config.pos_embed == "sincos_separable":
         return separable_positions(config.grid, dim)[None]
-    return sincos_positions(config.tokens, dim)[None]
+    return sincos_positions(config.num_tokens, dim)[None]
 
 
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
             expected = (g.channels, g.num_frames, g.height, g.width)
             raise ValueError(f"encoder expects clips (C, T, H, W) = {expected}, got {tuple(x.shape[1:])}")
         if visible is None:
-            visible = torch.arange(g.tokens, device=x.device).expand(x.shape[0], -1)
+            visible = torch.arange(g.num_tokens, device=x.device).expand(x.shape[0], -1)
         tokens = self.patch_embed(gather_patches(x, visible, g.grid))  # (B, Lv, D)
         tokens = tokens + self.pos_embed[0][visible].to(tokens.dtype)
         for block in self.blocks:
@@ -249,7 +249,7 @@ class VideoMAE(nn.Module):
 
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.make_decoder_config = decoder
+        self.decoder_config = decoder
         self.encoder = Encoder(encoder, drop_path=drop_path)
         self.encoder_to_decoder = nn.Linear(encoder.dim, decoder.dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.dim))
@@ -270,7 +270,7 @@ class VideoMAE(nn.Module):
             predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`; and `predict`.
         """
         if predict is None:
-            predict = masked_indices(visible, self.encoder.config.tokens)
+            predict = masked_indices(visible, self.encoder.config.num_tokens)
         pos = self.decoder.pos_embed[0]
         seen = self.encoder_to_decoder(self.encoder(x, visible))
         seen = seen + pos[visible].to(seen.dtype)

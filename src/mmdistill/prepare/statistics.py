@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 
 
@@ -71,7 +71,7 @@ def dataset_statistics(
     moments = {name: Moments.empty(spec.channels) for name, spec in raw.items()}
     chosen = np.linspace(0, len(dataset) - 1, min(clips or len(dataset), len(dataset))).round().astype(int)
     batches = [[(0, int(i)) for i in part] for part in np.array_split(chosen, -(-len(chosen) // batch_size))]
-    loader = ClipLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=worker_init)
+    loader = ClipLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=init_worker)
     done = 0
     for batch in loader:
         for name, spec in raw.items():

@@ -16,7 +16,13 @@ import torch
 from torch.utils.data import default_collate
 
 from mmdistill import __version__
-from mmdistill.builders import clip_dataset, clip_loader, make_decoder_config, make_demo_data, make_encoder_config
+from mmdistill.builders import (
+    make_clip_dataset,
+    make_clip_loader,
+    make_decoder_config,
+    make_demo_data,
+    make_encoder_config,
+)
 from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.lock import run_lock
@@ -81,7 +87,7 @@ class _Run:
     def __init__(self, config: PretrainConfig, run_dir: Path, process: Process) -> None:
         self.config, self.run_dir, self.process = config, run_dir, process
         data, trainer = config.data_module, config.trainer
-        self.dataset = clip_dataset(data, (config.modality,), training=True, seed=config.seed)
+        self.dataset = make_clip_dataset(data, (config.modality,), training=True, seed=config.seed)
         self.spec: ModalitySpec = modality_specs(data)[config.modality]
         self.sampler = EpochBatchSampler(
             len(self.dataset),
@@ -90,10 +96,10 @@ class _Run:
             rank=process.rank,
             world_size=process.world_size,
         )
-        self.loader = clip_loader(
+        self.loader = make_clip_loader(
             self.dataset,
             num_workers=config.num_workers,
-            pin=process.device.type == "cuda",
+            pin_memory=process.device.type == "cuda",
             batch_sampler=self.sampler,
             timeout_s=config.loader_timeout_s,
         )
@@ -187,7 +193,7 @@ class _Run:
         """Tokens to reconstruct under dual masking; None: all that are removed."""
         if self.config.decoder_mask_ratio == 0:
             return None
-        removed, place = masked_indices(visible, self.config.tokens), (self.config.seed, self.at.epoch, "predicted")
+        removed, place = masked_indices(visible, self.config.num_tokens), (self.config.seed, self.at.epoch, "predicted")
         n, ratio = removed.shape[1], self.config.decoder_mask_ratio
         drawn = np.stack([sample_decoder_tokens(n, ratio=ratio, rng=seeded_rng(*place, clip)) for clip in clips])
         return removed.gather(1, torch.from_numpy(drawn).to(removed.device))

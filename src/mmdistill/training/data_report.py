@@ -52,7 +52,7 @@ class DataReport:
         index = report["index"]
         return (
             f"data: {report['missing']['clips']} clips of {index['rallies']} rallies ({len(index['too_short'])} too "
-            f"short, {len(index['without_events'])} without events, {index['shifted_into_the_video']} clips shifted "
+            f"short, {len(index['without_events'])} without events, {index['shifted_into_video']} clips shifted "
             f"into their video); {missing_line(report['missing'], self.dataset.readers)}"
         )
 
@@ -63,13 +63,13 @@ class DataReport:
 
 def modality_sums(missing: Mapping[str, Any], modality: str) -> dict[str, int]:
     """Of a `ClipDataset.missing_report`: clips left out and frames repeated, over all rallies."""
-    return {key: sum(missing[key].get(modality, {}).values()) for key in ("clips_left_out", "frames_repeated")}
+    return {key: sum(missing[key].get(modality, {}).values()) for key in ("clips_skipped", "frames_repeated")}
 
 
 def missing_line(missing: Mapping[str, Any], modalities: Iterable[str]) -> str:
     """A `ClipDataset.missing_report` in one line."""
     sums = {name: modality_sums(missing, name) for name in modalities}
     parts = [
-        f"{m} {s['clips_left_out']} clips left out, {s['frames_repeated']} frames repeated" for m, s in sums.items()
+        f"{m} {s['clips_skipped']} clips left out, {s['frames_repeated']} frames repeated" for m, s in sums.items()
     ]
     return f"missing={missing['policy']}: {'; '.join(parts)}; {sum(missing['clips_replaced'].values())} clips replaced"

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.clips import build_index, overlapping
+from mmdistill.data.clips import build_index, count_overlapping_clips
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"
@@ -37,7 +37,7 @@ def test_no_clip_leaves_the_video_or_uses_its_last_frame(anchor: str, rate: int,
         assert max(clip.frames) <= frames - 2
         assert len(clip.frames) == 8
         assert {b - a for a, b in pairwise(clip.frames)} == {rate}
-    assert index.report["shifted_into_the_video"] > 0
+    assert index.report["shifted_into_video"] > 0
 
 
 def test_a_video_too_short_gives_no_clip_and_is_listed() -> None:
@@ -77,5 +77,9 @@ def test_wrong_arguments_are_named(wrong: dict[str, object]) -> None:
 def test_clips_of_one_class_that_overlap_are_counted() -> None:
     events = [(10, A), (15, B), (17, A), (30, A), (38, A)]
     clips = build_index([rally(60, *events)], clips="events", num_frames=8).clips
-    assert overlapping(clips) == 2  # 10 and 17 share a frame; 15 is of another class; 30 and 38 touch, no more
-    assert overlapping(build_index([rally(60)], clips="windows", num_frames=8, stride=1).clips) == 0  # no label
+    assert (
+        count_overlapping_clips(clips) == 2
+    )  # 10 and 17 share a frame; 15 is of another class; 30 and 38 touch, no more
+    assert (
+        count_overlapping_clips(build_index([rally(60)], clips="windows", num_frames=8, stride=1).clips) == 0
+    )  # no label

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.clips import build_index
-from mmdistill.data.dataset import ClipDataset, worker_init
+from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
@@ -137,7 +137,7 @@ def test_workers_give_what_the_main_process_gives(dot: DotWorld) -> None:
 
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:
         sampler = EpochBatchSampler(len(ds), batch_size=2, seed=1)
-        loader = DataLoader(ds, batch_sampler=sampler, num_workers=workers, worker_init_fn=worker_init)
+        loader = DataLoader(ds, batch_sampler=sampler, num_workers=workers, worker_init_fn=init_worker)
         return list(loader)
 
     for a, b in zip(batches(0), batches(2), strict=True):
@@ -169,8 +169,8 @@ def test_missing_skip_leaves_clips_out_and_counts_them(tmp_path: Path) -> None:
     ds = dataset(world, videos=("dot", "gap"), on_missing="skip")
     assert [c.id for c in ds.index.clips] == ["gap:000008", "gap:000012"]
     report = ds.missing_report()
-    assert report["clips_left_out"] == {"flow": {"gap": 2}, "skeleton": {"dot": 4}}
-    assert ds.index.report["left_out_as_missing"] == 6
+    assert report["clips_skipped"] == {"flow": {"gap": 2}, "skeleton": {"dot": 4}}
+    assert ds.index.report["skipped_as_missing"] == 6
     assert ds.index.classes == ("dot", "gap")
 
 
@@ -185,7 +185,7 @@ def test_missing_repeat_counts_frames_once_over_all_workers(tmp_path: Path) -> N
         list(DataLoader(ds, batch_size=1, num_workers=2))
     report = ds.missing_report()
     assert report["frames_repeated"] == {"rgb": {"gap": 1}, "flow": {"gap": 1}}
-    assert report["clips_left_out"] == {"skeleton": {"dot": 2}}
+    assert report["clips_skipped"] == {"skeleton": {"dot": 2}}
     np.testing.assert_array_equal(ds[0]["flow"][1], ds[0]["flow"][0])
 
 
@@ -194,12 +194,12 @@ def test_what_turns_out_unreadable_is_replaced_in_training_and_raises_in_evaluat
     jpeg = tmp_path / "frames/gap/000022.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:500])
     options: dict[str, object] = {"videos": ("dot", "gap"), "on_missing": "skip", "stride": 1}
-    ds = dataset(world, budget=0.1, **options)  # type: ignore[arg-type]
+    ds = dataset(world, max_replaced_fraction=0.1, **options)  # type: ignore[arg-type]
     bad = next(i for i, c in enumerate(ds.index.clips) if 22 in c.frames and c.video == "gap")
     replaced = ds[(3, bad)]
     assert int(replaced["index"]) != bad
     assert same(replaced, ds[(3, int(replaced["index"]))])
-    assert same(replaced, dataset(world, budget=0.1, **options)[(3, bad)])  # type: ignore[arg-type]
+    assert same(replaced, dataset(world, max_replaced_fraction=0.1, **options)[(3, bad)])  # type: ignore[arg-type]
     assert ds.missing_report()["clips_replaced"] == {"gap": 1}
     with pytest.raises(FrameError, match="truncated JPEG"):
         dataset(world, augment=False, **options)[bad]  # type: ignore[arg-type]

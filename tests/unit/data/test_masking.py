@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmdistill.data.masking import sample_decoder_tokens, visible_tokens
+from mmdistill.data.masking import sample_decoder_tokens, sample_visible_tokens
 
 
 @pytest.mark.parametrize("kind", ["tube", "random"])
@@ -13,7 +13,7 @@ def test_the_number_of_visible_tokens_depends_on_nothing_random(kind: str, ratio
     unit = 14 * 24 if kind == "tube" else 8 * 14 * 24
     wanted = (unit - round(ratio * unit)) * (8 if kind == "tube" else 1)
     for seed in range(20):
-        got = visible_tokens(grid, ratio=ratio, mask_type=kind, rng=np.random.default_rng(seed))
+        got = sample_visible_tokens(grid, ratio=ratio, mask_type=kind, rng=np.random.default_rng(seed))
         assert got.dtype == np.int64
         assert len(got) == wanted
         assert (np.diff(got) > 0).all()
@@ -22,7 +22,7 @@ def test_the_number_of_visible_tokens_depends_on_nothing_random(kind: str, ratio
 
 
 def test_a_tube_shows_the_same_places_at_all_times() -> None:
-    got = visible_tokens((4, 3, 5), ratio=0.6, mask_type="tube", rng=np.random.default_rng(0)).reshape(4, -1)
+    got = sample_visible_tokens((4, 3, 5), ratio=0.6, mask_type="tube", rng=np.random.default_rng(0)).reshape(4, -1)
     assert (got - np.arange(4)[:, None] * 15 == got[0]).all()
 
 
@@ -31,18 +31,18 @@ def test_every_token_is_visible_equally_often(kind: str) -> None:
     rng = np.random.default_rng(0)
     seen = np.zeros(2 * 3 * 4)
     for _ in range(4000):
-        seen[visible_tokens((2, 3, 4), ratio=0.75, mask_type=kind, rng=rng)] += 1
+        seen[sample_visible_tokens((2, 3, 4), ratio=0.75, mask_type=kind, rng=rng)] += 1
     assert np.abs(seen / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
 
 
 def test_bad_masks_are_refused() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="tube, random"):
-        visible_tokens((2, 2, 2), ratio=0.5, mask_type="block", rng=rng)
+        sample_visible_tokens((2, 2, 2), ratio=0.5, mask_type="block", rng=rng)
     with pytest.raises(ValueError, match="must lie in"):
-        visible_tokens((2, 2, 2), ratio=1.0, mask_type="tube", rng=rng)
+        sample_visible_tokens((2, 2, 2), ratio=1.0, mask_type="tube", rng=rng)
     with pytest.raises(ValueError, match="leaves none"):
-        visible_tokens((2, 2, 2), ratio=0.9, mask_type="tube", rng=rng)
+        sample_visible_tokens((2, 2, 2), ratio=0.9, mask_type="tube", rng=rng)
 
 
 def test_the_predicted_part_is_of_each_place_equally_often() -> None:

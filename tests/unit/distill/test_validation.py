@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from mmdistill.builders import clip_dataset, clip_loader
+from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
@@ -83,9 +83,9 @@ def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
 def _independent(config: DistillConfig, path: Path) -> float:
     """All evaluation clips through the evaluation's own encoding, then the same episodes."""
     student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
-    dataset = clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
+    dataset = make_clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
     job = student.job(modality_specs(config.data_module)["rgb"], Views())
-    loader = clip_loader(dataset, num_workers=0, pin=False, batch_size=5)
+    loader = make_clip_loader(dataset, num_workers=0, pin_memory=False, batch_size=5)
     (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
     episodes = sample_episodes(
         features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdistill.cli.prepare_data import _line
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow import FlowReader
@@ -21,7 +22,6 @@ from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.prepare.flow import flow_function
 from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all, prepare_video, stored_size
 from mmdistill.prepare.video import VideoError, decode, find_videos, frame_rate, repeated_frames
-from mmdistill.cli.prepare_data import _line
 from tests.commands import Script
 
 ROOT = Path(__file__).resolve().parents[3]

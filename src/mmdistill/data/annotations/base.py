@@ -54,7 +54,7 @@ def read_json(path: Path | str) -> Any:
         raise AnnotationError(f"{path}: not JSON ({error})") from error
 
 
-def safe_name(video: str) -> bool:
+def is_safe_name(video: str) -> bool:
     """Whether a video's name stays inside the data folder when it becomes part of a path (sub-folders are fine)."""
     parts = video.replace("\\", "/").split("/")
     return all(parts) and ".." not in parts and "\0" not in video

@@ -17,8 +17,8 @@ from mmdistill.data.annotations.base import (
     Problem,
     Rally,
     annotation_reader,
+    is_safe_name,
     read_json,
-    safe_name,
 )
 
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
@@ -76,7 +76,7 @@ def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
     if missing:
         return [Problem(name, None, f"the key {key!r} is missing") for key in missing]
     found = []
-    if not isinstance(entry["video"], str) or not safe_name(entry["video"]):
+    if not isinstance(entry["video"], str) or not is_safe_name(entry["video"]):
         found.append(Problem(name, None, f"video={entry['video']!r} is not a file name"))
     if not _whole(entry["num_frames"]) or entry["num_frames"] < 1:
         found.append(Problem(name, None, f"num_frames={entry['num_frames']!r} is not a count of frames"))
@@ -146,7 +146,7 @@ def select_fields(label: str, fields: Sequence[str] | None) -> str:
     return "_".join(part for part, name in zip(parts, F3SET_FIELDS, strict=True) if name in fields)
 
 
-def match_of(video: str) -> str:
+def match_name(video: str) -> str:
     """The match of an F3Set rally: its video's name without the first and last frame number."""
     parts = video.rsplit("_", 2)
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else video

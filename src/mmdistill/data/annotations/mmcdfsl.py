@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmdistill.data.annotations.base import AnnotationError, Event, Rally, annotation_reader, read_json, safe_name
+from mmdistill.data.annotations.base import AnnotationError, Event, Rally, annotation_reader, is_safe_name, read_json
 
 UNKNOWN_FPS = 30.0  # these formats give no rate, and nothing depends on it
 
@@ -72,7 +72,7 @@ def _clip_event(where: str, clip: Any, frame_number_offset: int) -> tuple[str, E
     video = clip.get("clip_uid") or clip.get("video_id")
     if "clip_uid" not in clip and "participant_id" in clip:
         video = f"{clip['participant_id']}/{video}"
-    if not isinstance(video, str) or not safe_name(video):
+    if not isinstance(video, str) or not is_safe_name(video):
         raise AnnotationError(f"{where}: clip_uid or video_id is not a file name (got {video!r})")
     where = f"{where} ({video})"
     start = _first(clip, _START)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.annotations.f3set import match_of, select_fields
+from mmdistill.data.annotations.f3set import match_name, select_fields
 from mmdistill.randomness import seeded_rng
 
 
@@ -14,7 +14,7 @@ def split_by_match(
     fractions: Mapping[str, float],
     *,
     seed: int,
-    match: Callable[[str], str] = match_of,
+    match: Callable[[str], str] = match_name,
 ) -> dict[str, list[Rally]]:
     """Whole matches per split, so that no court, player pair or day is in two of them.
 

@@ -44,7 +44,7 @@ class Reader(ABC):
         """What else decides the arrays, besides the files and the stored frame's size."""
         return ()
 
-    def read_repeating(self, video: str, frames: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    def read_with_repeats(self, video: str, frames: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         """Like `read`, but an unreadable frame is replaced by the nearest readable one (the earlier of two).
 
         Returns the array and the frames that were replaced. Raises `FrameError` if none can be read.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations.base import AnnotationError
-from mmdistill.data.annotations.f3set import load_f3set, match_of, read_f3set, select_fields, to_json
+from mmdistill.data.annotations.f3set import load_f3set, match_name, read_f3set, select_fields, to_json
 
 REAL = Path(__file__).resolve().parents[5] / "shared" / "data" / "f3set-tennis"
 LABEL = "near_deuce_serve_-_-_T_-_in"
@@ -95,5 +95,5 @@ def test_labels_at_a_chosen_granularity() -> None:
 
 
 def test_the_match_of_a_rally() -> None:
-    assert match_of("20210909-W-US_Open-SF-A-B_170943_171285") == "20210909-W-US_Open-SF-A-B"
-    assert match_of("holiday_video") == "holiday_video"
+    assert match_name("20210909-W-US_Open-SF-A-B_170943_171285") == "20210909-W-US_Open-SF-A-B"
+    assert match_name("holiday_video") == "holiday_video"

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.builders import clip_dataset
+from mmdistill.builders import make_clip_dataset
 from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
@@ -102,7 +102,7 @@ def test_a_dataset_is_its_yaml(tmp_path: Path, name: str, training: bool) -> Non
     write_layout(tmp_path, name, data)
     modalities = tuple(modality_specs(data))
     assert modalities == ("rgb", "flow")
-    ds = clip_dataset(data, modalities, training=training, seed=0)
+    ds = make_clip_dataset(data, modalities, training=training, seed=0)
     assert ds.index.classes == (() if training else LAYOUTS[name][3])
     assert [c.frames[0] for c in ds.index.clips] == [0, 4]
     assert {c.label for c in ds.index.clips} == ({-1} if training else {0, 1})
@@ -152,7 +152,7 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
     data = _compose("wear", tmp_path)
     write_layout(tmp_path, "wear", data)
     with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
-        clip_dataset(data, ("skeleton",), training=False, seed=0)
+        make_clip_dataset(data, ("skeleton",), training=False, seed=0)
     with pytest.raises(ConfigError, match="modality: dataset wear has no skeleton, but rgb, flow"):
         _pretraining("wear", tmp_path, "skeleton")
     data = dataclasses.replace(
@@ -160,7 +160,7 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
         modalities={**data.modalities, "skeleton": ModalityConfig(input_stride=4, mean=[0], std=[1], target="pixel")},
     )
     with pytest.raises(ConfigError, match=r"data_module\.modalities\.skeleton\.dir is not set"):
-        clip_dataset(data, ("skeleton",), training=False, seed=0)
+        make_clip_dataset(data, ("skeleton",), training=False, seed=0)
 
 
 def _overrides(name: str, root: Path) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.annotations.f3set import load_f3set, match_of, to_json
+from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
 from mmdistill.data.annotations.splits import split_by_class, split_by_match
 from tests.commands import Script
 
@@ -32,7 +32,7 @@ def rallies(matches: int = 10, each: int = 4) -> list[Rally]:
 def test_no_match_is_in_two_splits_and_none_is_lost() -> None:
     every = rallies()
     parts = split_by_match(every, {"train": 0.7, "val": 0.2, "test": 0.1}, seed=0)
-    matches = {name: {match_of(r.video) for r in part} for name, part in parts.items()}
+    matches = {name: {match_name(r.video) for r in part} for name, part in parts.items()}
     assert sorted(r.video for part in parts.values() for r in part) == sorted(r.video for r in every)
     assert sum(map(len, matches.values())) == len(set.union(*matches.values())) == 10
     assert [len(matches[n]) for n in ("train", "val", "test")] == [7, 2, 1]

@@ -209,11 +209,11 @@ def test_repeating_takes_the_nearest_readable_frame(dot: DotWorld) -> None:
     whole = reader.read("dot", range(8))
     for k in (2, 3, 4, 7):
         (dot.root / f"frames/dot/{k:06d}.jpg").unlink()
-    got, repeated = reader.read_repeating("dot", range(8))
+    got, repeated = reader.read_with_repeats("dot", range(8))
     assert repeated == [2, 3, 4, 7]
     np.testing.assert_array_equal(got, whole[[0, 1, 1, 1, 5, 5, 6, 6]])
     with pytest.raises(FrameError):
-        reader.read_repeating("dot", [2, 3])
+        reader.read_with_repeats("dot", [2, 3])
 
 
 def test_padding_after_the_end_marker_is_no_damage(dot: DotWorld) -> None:
