@@ -224,7 +224,7 @@ _FAILING = {
     "first is 1": ("1:defect:bound=60,late0=1", "[rank1]: TypeError: a defect"),
     "a worker of 1 dies too": ("1:defect:bound=60,worker1", "[rank1]: TypeError: a defect"),
     "1 is suspended": ("all:nan:bound=1,stop1", "mmdistill: error: loss is nan"),
-    "0 is suspended": ("all:defect:bound=1,stop0,late1=1", "mmdistill: rank 1 lost the others: TypeError: a defect"),
+    "0 is suspended": ("all:defect:bound=1,stop0,late1=1", "mmdistill: rank 1: connection to other ranks lost: TypeError: a defect"),
 }
 
 
@@ -249,7 +249,7 @@ def test_a_failure_is_told_once_and_holds_nobody(failing: Path, name: str) -> No
     shown = (failing / f"{name}.log").read_text()
     told = [line for line in shown.splitlines() if line.endswith(("loss is nan", "a defect"))]
     assert told == [_FAILING[name][1]], shown
-    assert "lost the others" not in shown or name == "0 is suspended"
+    assert "connection to other ranks lost" not in shown or name == "0 is suspended"
     ends = [end for end in json.loads((failing / f"{name}.json").read_text()) if end[1] is not None]
     assert [code for code, _ in ends] == [1] * (1 if "suspended" in name else 2)
     assert max(seconds for _, seconds in ends) < launch._GRACE, shown  # then the launcher would kill

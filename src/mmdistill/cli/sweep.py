@@ -1,7 +1,7 @@
-"""Hydra sweeps (`-m`): a failing job does not end the others, and a folder of jobs becomes a table. Imports no torch.
+"""Hydra sweeps (`-m`): a failed job does not stop the other jobs. Imports no torch.
 
-Each job's folder holds what Hydra writes (``.hydra/overrides.yaml``), the run's own ``metrics.csv`` or
-``fewshot.json``, and after a failure ``failed.json``.
+The folder of a job holds Hydra's ``.hydra/overrides.yaml``, the run's ``metrics.csv`` or ``fewshot.json``, and
+``failed.json`` if the job failed.
 """
 
 import json
@@ -19,62 +19,64 @@ from omegaconf import DictConfig
 from mmdistill.errors import MMDistillError
 from mmdistill.workflows.sweep_results import FAILED, objective
 
-FAILED_EXIT_CODE = 1  # of a sweep with at least one failed job
+FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
 
-_failed: list[Path] = []  # of the sweep that this process led, filled by `SweepFailureCallback`
+_failed: list[Path] = []  # records of failed jobs in this process's sweep, filled by `SweepFailureCallback`
 
 
 def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception], str]) -> float | None:
-    """One job of a sweep; an exception is written to ``failed.json`` of its folder and said, and the sweep goes on.
+    """Run one job of a sweep. An exception is printed and written to ``failed.json``, and the sweep continues.
 
-    In a world of several processes it is raised: a rank that went on alone would wait for the others for ever. A
-    `SystemExit` (a stop by a signal) ends the sweep too.
+    With several processes the exception is raised, because a rank that continues alone waits forever for the others.
+    `SystemExit`, for example after a stop signal, ends the sweep too.
+
+    Args:
+        job: the job.
+        run_dir: its folder.
+        explain: turns an exception of this package into a message.
 
     Returns:
         `objective` of the job; None after a failure, which Optuna counts as a failed trial.
     """
     record = run_dir / FAILED
-    record.unlink(missing_ok=True)  # of an earlier sweep into this folder
+    record.unlink(missing_ok=True)  # may exist from an earlier sweep into this folder
     try:
         job()
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        own = isinstance(error, MMDistillError)
-        line = explain(error) if own else f"{type(error).__name__}: {error}"
-        trace = "" if own else traceback.format_exc()
+        expected = isinstance(error, MMDistillError)
+        line = explain(error) if expected else f"{type(error).__name__}: {error}"
+        trace = "" if expected else traceback.format_exc()
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"error": line, "traceback": trace}, indent=1, ensure_ascii=False) + "\n")
-        print(f"{trace}mmdistill: job {run_dir.name} failed, the sweep goes on: {line}", file=sys.stderr, flush=True)
+        print(f"{trace}mmdistill: job {run_dir.name} failed, the sweep continues: {line}", file=sys.stderr, flush=True)
         return None
     return objective(run_dir)
 
 
 class SweepFailureCallback(Callback):
-    """Hydra's callback (``hydra.callbacks`` in the top-level configs): counts the failed jobs when the sweep is over.
+    """Hydra callback that collects the failed jobs at the end of a sweep (``hydra.callbacks`` in the main configs).
 
-    Jobs may have run in other processes (joblib, submitit), so it looks at their folders.
+    It reads the job folders, because jobs may run in other processes (joblib, submitit).
     """
 
     def __init__(self) -> None:
-        self._began = 0.0
+        self._start_time = 0.0
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Records older than this are of another sweep."""
-        self._began = time.time()
+        """Store the start time. Older records belong to another sweep."""
+        self._start_time = time.time()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """See `exit_if_failed`."""
+        """Collect the records of failed jobs for `exit_if_failed`."""
         records = sorted(Path(str(config.hydra.sweep.dir)).rglob(FAILED))
-        _failed.extend(r for r in records if r.stat().st_mtime >= self._began - 1)
+        _failed.extend(r for r in records if r.stat().st_mtime >= self._start_time - 1)
 
 
 def exit_if_failed() -> None:
-    """End with `FAILED_EXIT_CODE` and a list of the failed jobs, if there are any."""
+    """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""
     if _failed:
         lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in _failed]
         print(f"mmdistill: error: {len(_failed)} jobs of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
         raise SystemExit(FAILED_EXIT_CODE)
-
-
-# Summary -------------------------------------------------------------------------------------------------------------

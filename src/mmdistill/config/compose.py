@@ -7,6 +7,7 @@ from typing import TypeVar
 from hydra import compose, initialize_config_dir
 
 from mmdistill.config import (
+    ConfigError,
     DistillConfig,
     PretrainConfig,
     parse,
@@ -17,11 +18,34 @@ from mmdistill.config.overrides import quote_overrides
 T = TypeVar("T", PretrainConfig, DistillConfig)
 
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+PACKAGE = Path(__file__).resolve().parents[1]
+# root of the source tree; None if the package is installed without its source tree
+SOURCE_ROOT = PACKAGE.parents[1] if PACKAGE.parent.name == "src" else None
+# a wheel holds the configs inside the package
+CONFIGS = PACKAGE / "configs" if SOURCE_ROOT is None else SOURCE_ROOT / "configs"
 
 
-def load_config(schema: type[T], config_name: str, overrides: Sequence[str]) -> T:
-    """A config as the entrypoints compose it, for scripts; `overrides` are as typed on a command line."""
+def load_config(
+    schema: type[T], config_name: str, overrides: Sequence[str], *, config_dir: Path | str | None = None
+) -> T:
+    """Compose a config as the entrypoints do.
+
+    Args:
+        schema: dataclass of the config.
+        config_name: file name in configs/ without its suffix.
+        overrides: overrides as typed on a command line.
+        config_dir: additional folder of configs, as Hydra's ``--config-dir``.
+
+    Raises:
+        ConfigError: `config_dir` is no folder, or a value is invalid.
+        HydraException: the config cannot be composed.
+    """
     register_schemas()
+    more = [*overrides]
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
+        more.append(f"hydra.searchpath=[file://{folder}]")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return parse(compose(config_name, quote_overrides(overrides)), schema)
+        return parse(compose(config_name, quote_overrides(more)), schema)

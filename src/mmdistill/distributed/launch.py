@@ -130,14 +130,14 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[g] if seen else str(g) for g in gpus)
 
 
-def spawn_ranks(count: int, run_dir: str, *, cwd: str) -> int:
+def spawn_ranks(count: int, run_dir: str, *, cwd: str, program: Sequence[str]) -> int:
     """Run this very command as `count` ranks in the folder `run_dir`; the exit status of the first that failed, or 0.
 
     Signals are passed on. When one rank fails the others get some seconds, then they are killed: none is left behind.
     """
     escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
     arguments = add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])
-    command = [sys.executable, str(Path(cwd) / sys.argv[0]), *arguments]
+    command = [sys.executable, *program, *arguments]
     place = {
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),

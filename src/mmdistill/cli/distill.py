@@ -1,0 +1,30 @@
+"""The command ``mmdistill distill`` and the script ``lit_main_mmdistill.py``. Imports no torch."""
+
+from collections.abc import Sequence
+
+from mmdistill.cli.entrypoint import run_entrypoint
+from mmdistill.config import DistillConfig
+
+
+def run_distillation(config: DistillConfig, run_dir: str) -> None:
+    """Distill if `train` is set, evaluate if `test` is set. torch is imported here, after the config is valid."""
+    from pathlib import Path
+
+    checkpoint = config.ckpt_path
+    if config.train:
+        from mmdistill.distill import distill
+        from mmdistill.evaluation.run import check_evaluation
+
+        if config.test:
+            check_evaluation(config)
+        checkpoint = str(distill(config, Path(run_dir)))
+    if config.test and checkpoint:
+        from mmdistill.evaluation.run import evaluate_checkpoint
+
+        evaluate_checkpoint(config, checkpoint, Path(run_dir))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compose the config from `argv`, then distill and evaluate; see `run_entrypoint`."""
+    run_entrypoint(run_distillation, DistillConfig, config_name="config_mmdistill", verb="distill", argv=argv)
+    return 0

@@ -1,0 +1,21 @@
+"""The command ``mmdistill pretrain`` and the script ``pretrain_main.py``. Imports no torch."""
+
+from collections.abc import Sequence
+
+from mmdistill.cli.entrypoint import run_entrypoint
+from mmdistill.config import PretrainConfig
+
+
+def run_pretraining(config: PretrainConfig, run_dir: str) -> None:
+    """Pretrain one model. torch is imported here, after the config is valid."""
+    from pathlib import Path
+
+    from mmdistill.pretrain import pretrain
+
+    pretrain(config, Path(run_dir))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compose the config from `argv`, then pretrain; see `run_entrypoint`."""
+    run_entrypoint(run_pretraining, PretrainConfig, config_name="config_pretrain", verb="pretrain", argv=argv)
+    return 0
