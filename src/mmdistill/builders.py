@@ -205,6 +205,12 @@ def make_demo_data(data: DataModuleConfig) -> None:
         make_demo(Path(data.target_data_dir), frame_size=(data.frame_size[0], data.frame_size[1]))
 
 
+def token_grid(data: DataModuleConfig) -> tuple[int, int]:
+    """Rows and columns of tokens per frame, the same for all modalities."""
+    rows, columns = (side // data.patch_size for side in data.crop_size)
+    return rows, columns
+
+
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
     """Raise `ConfigError` unless the encoder takes this dataset's clips: channels, frames, size, tubelet, patch."""
     g = encoder.config

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     )
     from mmdistill.checkpoint.find import CheckpointInfo, find_checkpoints
     from mmdistill.checkpoint.formats.names import CheckpointFormat
-    from mmdistill.checkpoint.load import LoadReport, load_encoder, load_encoder_with_report, load_weights
+    from mmdistill.checkpoint.load import (
+        LoadReport,
+        load_encoder,
+        load_encoder_for_clips,
+        load_encoder_with_report,
+        load_weights,
+    )
     from mmdistill.checkpoint.locate import detect_format
     from mmdistill.checkpoint.lock import directory_lock
     from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
@@ -39,6 +45,7 @@ _HOME = {
     "find_checkpoints": "find",
     "load_deepspeed": "deepspeed_engine",
     "load_encoder": "load",
+    "load_encoder_for_clips": "load",
     "load_encoder_with_report": "load",
     "load_torch": "write",
     "load_weights": "load",
@@ -66,6 +73,7 @@ __all__ = [
     "latest_valid_checkpoint",
     "load_deepspeed",
     "load_encoder",
+    "load_encoder_for_clips",
     "load_encoder_with_report",
     "load_torch",
     "load_weights",

@@ -99,7 +99,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
             verify_manifest(place.root, full=True)
         if place.format is CheckpointFormat.DEEPSPEED:
             verify_manifest(place.root)  # optimizer shards too, which reading weights may not touch
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(place)
     except (CheckpointError, OSError) as error:
         report["problem"] = str(error)
         return report

@@ -285,6 +285,32 @@ def load_encoder_with_report(
     return encoder, report
 
 
+def load_encoder_for_clips(
+    checkpoint: Checkpoint, *, part: str | None = None, num_frames: int, token_grid: tuple[int, int]
+) -> Encoder:
+    """`load_encoder` for clips of a given token grid, for files that may lack metadata.
+
+    Such files do not store the input size, because sin-cos positions have no tensor. It is taken to be `num_frames`
+    frames of `token_grid` patches of the size in the weights, at any resolution of the modality's input. Files with
+    metadata keep their own size. The caller compares the size with its data.
+
+    Args:
+        checkpoint: what `read_checkpoint` returned.
+        part: name of the component; None is the student or the only encoder.
+        num_frames: frames per clip.
+        token_grid: rows and columns of patches per frame.
+
+    Raises:
+        CheckpointError, WeightMismatchError: as `load_encoder`.
+    """
+    state, component, _ = select_encoder(checkpoint, part)
+    if (checkpoint.meta.get("encoders") or {}).get(component):
+        return load_encoder(checkpoint, part=component)
+    patch = int(state["patch_embed.proj.weight"].shape[-1])
+    height, width = (count * patch for count in token_grid)
+    return load_encoder(checkpoint, part=component, num_frames=num_frames, height=height, width=width)
+
+
 def load_encoder(
     source: str | os.PathLike[str] | Checkpoint,
     *,

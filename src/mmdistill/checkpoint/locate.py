@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,15 @@ class Location:
         format: the layout.
         root: the file itself, or the directory that holds ``latest``, ``meta.json`` and the tag (DeepSpeed).
         tag: the directory with the ``*_states.pt`` files (DeepSpeed only).
+        content: what a pickled file holds, with memory-mapped tensors: its format is known only from its content, and
+            readers do not unpickle it again. None for DeepSpeed directories and ``.safetensors``.
     """
 
     given: Path
     format: CheckpointFormat
     root: Path
     tag: Path | None = None
+    content: Any = field(default=None, repr=False, compare=False)
 
     @property
     def model_files(self) -> list[Path]:
@@ -216,8 +219,9 @@ def locate(path: str | os.PathLike[str]) -> Location:
         raise CorruptCheckpointError(f"{where}: truncated: the file is empty (0 bytes); use another checkpoint")
     if is_safetensors(where):
         return Location(given, CheckpointFormat.WEIGHTS, where)
-    if where.suffix in FILE_SUFFIXES:  # the content decides, and it is cheap: tensors are mapped, not read
-        return Location(given, content_format(load_pickle(where, verify=False)), where)
+    if where.suffix in FILE_SUFFIXES:
+        content = load_pickle(where, verify=False)
+        return Location(given, content_format(content), where, content=content)
     raise CheckpointError(
         f"{where}: not a checkpoint that is known here; expected a directory or {', '.join(FILE_SUFFIXES)}"
     )

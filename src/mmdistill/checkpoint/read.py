@@ -20,7 +20,7 @@ from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.deepspeed_zero import read_zero
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import META, CheckpointFormat
-from mmdistill.checkpoint.formats.torch_zip import THREADS, load_pickle
+from mmdistill.checkpoint.formats.torch_zip import THREADS, is_zip, load_pickle, verify_zip
 from mmdistill.checkpoint.keys import (
     COMPONENT_PREFIXES,
     canonical_names,
@@ -232,7 +232,7 @@ def read_meta(place: Location) -> dict[str, Any]:
         return _found_meta(load_pickle(place.model_files[0], verify=False))
     if is_safetensors(place.root):
         return _safetensors_meta(safetensors_header(place.root)[1], place.root)
-    return _found_meta(load_pickle(place.root, verify=False))
+    return _found_meta(place.content)
 
 
 def _safetensors_meta(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -245,18 +245,18 @@ def _safetensors_meta(metadata: Mapping[str, str], path: Path) -> dict[str, Any]
     return meta if isinstance(meta, dict) else {}
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
-    """Read any checkpoint.
+def read_checkpoint(source: str | os.PathLike[str] | Location, *, verify: bool = True) -> Checkpoint:
+    """Read any checkpoint. Each file is unpickled once; pass the result on instead of reading the path again.
 
     Args:
-        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
-            ``.safetensors``, or a Hugging Face folder.
+        source: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
+            ``.safetensors``, or a Hugging Face folder; or its `locate`.
         verify: compare every byte with the checksums that the format carries (zip CRCs, manifest, safetensors CRCs).
 
     Raises:
         CheckpointError: or a subclass; one sentence naming the file.
     """
-    place = locate(path)
+    place = source if isinstance(source, Location) else locate(source)
     stage = world = None
     notes: tuple[str, ...] = ()
     if place.format is CheckpointFormat.DEEPSPEED:
@@ -269,8 +269,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
         raw, metadata = _read_safetensors(place.root, verify)
         meta = _safetensors_meta(metadata, place.root)
     else:
-        pickled = load_pickle(place.root, verify=verify)
-        raw, meta = _tensors(pickled, place.root), _found_meta(pickled)
+        if verify and is_zip(place.root):
+            verify_zip(place.root)
+        raw, meta = _tensors(place.content, place.root), _found_meta(place.content)
     told = meta.get("encoders")
     if not isinstance(told or {}, dict) or not all(isinstance(fields, dict) for fields in (told or {}).values()):
         raise CheckpointError(f"{place.given}: 'encoders' of its metadata should hold the geometry of each encoder")

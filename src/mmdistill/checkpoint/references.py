@@ -18,15 +18,15 @@ def load_referenced_teacher(source: Checkpoint, part: str) -> Checkpoint:
     named = (source.meta.get("teachers") or {}).get(part)
     if not named:
         raise CheckpointError(f"{source.path} holds {', '.join(source.parts)} and names no {part}")
-    _require_exists(named["path"], part, named, source.path)
+    require_exists(named["path"], part, named, source.path)
     checkpoint = read_checkpoint(named["path"])
     own = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(part, {})
     size = {name: own[name] for name in ("num_frames", "height", "width") if name in own}
-    _require_same_digest(named["path"], weights_digest(load_encoder(checkpoint, **size)), part, named, source.path)
+    require_same_digest(named["path"], weights_digest(load_encoder(checkpoint, **size)), part, named, source.path)
     return checkpoint
 
 
-def _require_exists(path: str, part: str, named: dict[str, Any], slim: object) -> None:
+def require_exists(path: str, part: str, named: dict[str, Any], slim: object) -> None:
     if not Path(path).expanduser().exists():
         raise CheckpointError(
             f"{path}: does not exist; {slim} is slim and was distilled with this {part} (sha256 {named['sha256']}): "
@@ -34,7 +34,7 @@ def _require_exists(path: str, part: str, named: dict[str, Any], slim: object) -
         )
 
 
-def _require_same_digest(path: str, digest: str, part: str, named: dict[str, Any], slim: object) -> None:
+def require_same_digest(path: str, digest: str, part: str, named: dict[str, Any], slim: object) -> None:
     if digest != named["sha256"]:
         raise CheckpointError(
             f"{path}: its weights have sha256 {digest}, but {slim} was distilled with {part} of sha256 "

@@ -15,7 +15,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.deepspeed_zero import read_zero
 from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
-from mmdistill.checkpoint.formats.torch_zip import load_pickle, verify_zip
+from mmdistill.checkpoint.formats.torch_zip import is_zip, verify_zip
 from mmdistill.checkpoint.locate import existing, locate
 from mmdistill.checkpoint.read import read_meta
 from mmdistill.checkpoint.write import discard, recover, sync
@@ -58,10 +58,10 @@ def verify(path: Path) -> None:
     """
     place = locate(path)
     if place.format is not CheckpointFormat.DEEPSPEED:
-        if place.root.suffix == ".safetensors":
+        if place.content is None:
             read_meta(place)
-        else:
-            load_pickle(place.root)
+        elif is_zip(place.root):
+            verify_zip(place.root)
     elif verify_manifest(place.root) is None:
         read_zero(place)
         for file in place.optim_files:

@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode and write."""
-    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
+    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data, token_grid
     from mmdistill.config import modality_specs
     from mmdistill.data.fingerprint import data_fingerprint
     from mmdistill.distributed.device import autocast, resolve_precision
@@ -56,7 +56,9 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
     process = start_process(accelerator=config.accelerator, seed=config.seed)
     specs = modality_specs(data)
     sizes = {m: (data.num_frames, *(side // spec.input_stride for side in data.crop_size)) for m, spec in specs.items()}
-    network = load_network(args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes)
+    network = load_network(
+        args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes, token_grid=token_grid(data)
+    )
     make_demo_data(data)
     dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
     index = dataset.index

@@ -4,10 +4,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mmdistill.builders import check_token_grid, sampling_rate_warnings
-from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
+from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, load_encoder_for_clips, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.checkpoint.references import _require_exists, _require_same_digest
+from mmdistill.checkpoint.references import require_exists, require_same_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -28,23 +28,12 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
             f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
             "check the order (rgb, flow, skeleton)"
         )
-    encoder = _encoder(checkpoint, data)
+    encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
     check_token_grid(encoder, spec, data, path)
     _check_inputs(checkpoint, spec, path)
     for line in sampling_rate_warnings(checkpoint.meta, data, path):
         log.info(line)
     return encoder
-
-
-def _encoder(checkpoint: Checkpoint, data: DataModuleConfig) -> Encoder:
-    """Its encoder. A file of another program does not tell its input size (sin-cos positions are not stored); it is
-    taken to be the data's."""
-    if checkpoint.meta.get("encoders"):
-        return load_encoder(checkpoint)
-    shapes = (v.shape for k, v in checkpoint.state_dict.items() if k.endswith("patch_embed.proj.weight"))
-    patch = next((shape[-1] for shape in shapes), data.patch_size)
-    height, width = (size // data.patch_size * patch for size in data.crop_size)
-    return load_encoder(checkpoint, num_frames=data.num_frames, height=height, width=width)
 
 
 def _check_inputs(checkpoint: Checkpoint, spec: ModalitySpec, path: object) -> None:
@@ -91,16 +80,16 @@ def load_teachers(
             _check_inputs(resumed, specs[modality], resume)
             if modality in given and Path(given[modality]).expanduser().exists():  # else those of the file are all
                 own = read_teacher(given[modality], modality, specs[modality], config.data_module)
-                _require_same_digest(given[modality], weights_digest(own), part, named[part], resume)
+                require_same_digest(given[modality], weights_digest(own), part, named[part], resume)
             sources[part] = named[part]
             continue
         path = given.get(modality) or str(named[part]["path"])
         if part in named:
-            _require_exists(path, part, named[part], resume)
+            require_exists(path, part, named[part], resume)
         teachers[modality] = read_teacher(path, modality, specs[modality], config.data_module)
         digest = weights_digest(teachers[modality])
         if part in named:
-            _require_same_digest(path, digest, part, named[part], resume)
+            require_same_digest(path, digest, part, named[part], resume)
         sources[part] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
     return teachers, sources
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
+from mmdistill.checkpoint import Checkpoint, load_encoder, load_encoder_for_clips, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
 from mmdistill.fewshot.errors import FewshotError
@@ -79,6 +79,7 @@ def load_network(
     part: str | None = None,
     modality: str | None = None,
     input_sizes: Mapping[str, tuple[int, int, int]] | None = None,
+    token_grid: tuple[int, int] | None = None,
 ) -> Network:
     """An encoder of a checkpoint of any format.
 
@@ -87,8 +88,9 @@ def load_network(
         part: ``student_rgb``, ``teacher_flow``, ``encoder`` ...; None: the student of a distilled checkpoint, the
             encoder of a pretraining one.
         modality: needed only where neither the file nor the number of channels tells.
-        input_sizes: by modality (frames, height, width) of the model input. Files that do not say their own (those of
-            other programs) get this one; with others it must agree.
+        input_sizes: by modality (frames, height, width) of the model input; the encoder's must be the same.
+        token_grid: rows and columns of patches per frame, needed for files without metadata if `input_sizes` is given
+            (see `load_encoder_for_clips`).
 
     Raises:
         CheckpointError: the path cannot be read or has no such part.
@@ -105,8 +107,10 @@ def load_network(
     if modality is not None and modality != found:
         raise FewshotError(f"{path}: {taken} is of the modality {found}, not {modality}")
     size = (input_sizes or {}).get(found)
-    frames, height, width = size if size and not checkpoint.meta.get("encoders") else (None, None, None)
-    encoder = load_encoder(checkpoint, part=taken, num_frames=frames, height=height, width=width)
+    if size and token_grid:
+        encoder = load_encoder_for_clips(checkpoint, part=taken, num_frames=size[0], token_grid=token_grid)
+    else:
+        encoder = load_encoder(checkpoint, part=taken)
     g = encoder.config
     if size and size != (g.num_frames, g.height, g.width):
         raise FewshotError(

@@ -19,10 +19,9 @@ from mmdistill.builders import (
     make_demo_data,
     resolve_annotation_path,
     sampling_rate_warnings,
+    token_grid,
 )
-from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, read_checkpoint
-from mmdistill.checkpoint.locate import locate
-from mmdistill.checkpoint.read import read_meta
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, read_checkpoint
 from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import (
     COMPONENT_PREFIXES,
@@ -71,13 +70,14 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     make_demo_data(config.data_module)
-    networks = _networks(config, checkpoint)
+    source = read_checkpoint(checkpoint)
+    networks = _networks(config, source)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _protocol(config)
     lines = _checked(protocol, dataset.index)
     seen, told = _seen_in_training(config.data_module, dataset.index)
-    lines += [*told, *sampling_rate_warnings(read_meta(locate(checkpoint)), config.data_module, checkpoint)]
+    lines += [*told, *sampling_rate_warnings(source.meta, config.data_module, checkpoint)]
     if config.compile:
         lines.append("compile=true is for training: an evaluation encodes each clip once, which compiling would delay")
     if process.is_main:
@@ -171,9 +171,9 @@ def _frames_repeated(features: list[Features]) -> dict[str, dict[str, int]]:
     return {modality: counts for modality, counts in own.items() if counts}
 
 
-def _networks(config: DistillConfig, path: str) -> list[Network]:
-    """The scored network first, then those of `compare`."""
-    source = read_checkpoint(path)
+def _networks(config: DistillConfig, source: Checkpoint) -> list[Network]:
+    """The scored network first, then those of `baselines`."""
+    path = source.path
     specs = modality_specs(config.data_module)
     distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
     if distilled:
@@ -237,17 +237,9 @@ def _load(
     if modality not in specs:
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
     spec, data = specs[modality], config.data_module
-    height, width = data.crop_size[0] // spec.input_stride, data.crop_size[1] // spec.input_stride
-    silent = not source.meta.get("encoders")  # a file of another program does not say what its clips were
     try:
         inside = None if part and source.parts == ["encoder"] else part  # a teacher's own checkpoint
-        encoder = load_encoder(
-            source,
-            part=inside,
-            num_frames=data.num_frames if silent else None,
-            height=height if silent else None,
-            width=width if silent else None,
-        )
+        encoder = load_encoder_for_clips(source, part=inside, num_frames=data.num_frames, token_grid=token_grid(data))
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)

@@ -112,7 +112,7 @@ def test_a_run_does_not_start_among_newer_checkpoints(tmp_path: Path) -> None:
     assert retention.find_resume("auto", tmp_path / "none") is None
     first, second = lightning(tmp_path, 1, 0.5), lightning(tmp_path, 2, 0.4)
     with pytest.MonkeyPatch.context() as other:
-        other.setattr(retention, "rank_and_world", lambda: (1, 2))
+        other.setattr(retention, "get_rank", lambda: 1)
         other.setattr(retention, "latest_valid_checkpoint", lambda _: pytest.fail("only rank 0 searches"))
         assert retention.find_resume("auto", tmp_path) is None  # rank 0 would tell it
     with pytest.raises(CheckpointError, match=r"holds checkpoints of an earlier run .*resume=auto"):

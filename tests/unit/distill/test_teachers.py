@@ -73,7 +73,7 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
 def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
     (tmp_path / "flow").rename(tmp_path / "elsewhere")
     config = configure("resume=auto")
-    with pytest.raises(ConfigError, match=r"flow: does not exist; .*is slim .* teacher_flow \(sha256 \w{64}"):
+    with pytest.raises(CheckpointError, match=r"flow: does not exist; .*is slim .* teacher_flow \(sha256 \w{64}"):
         load_teachers(config, modality_specs(config.data_module), slim)
     paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
     config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")
@@ -85,7 +85,7 @@ def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "flow")
     found = weights_digest(load_encoder(teacher(tmp_path / "flow", "flow", 7)))
     config = configure("resume=auto")
-    with pytest.raises(ConfigError, match="its weights have sha256") as raised:
+    with pytest.raises(CheckpointError, match="its weights have sha256") as raised:
         load_teachers(config, modality_specs(config.data_module), slim)
     assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), wanted, found, "slim.ckpt"))
     with pytest.raises(CheckpointError, match=f"{wanted}.*{found}"):
@@ -108,16 +108,16 @@ def test_a_fresh_run_needs_paths() -> None:
 
 def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configure("train=False", f"ckpt_path={slim}", "baselines=[random,teacher_rgb,teacher_flow]")
-    rows = {n.name: n for n in _networks(config, str(slim))}
+    rows = {n.name: n for n in _networks(config, read_checkpoint(slim))}
     assert list(rows) == ["student_rgb", "random", "teacher_rgb", "teacher_flow"]
     assert rows["teacher_flow"].checkpoint == str(tmp_path / "flow")
     assert torch.equal(rows["student_rgb"].encoder.norm.weight, rows["teacher_rgb"].encoder.norm.weight + 1)
     shutil.rmtree(tmp_path / "flow")
-    assert [n.name for n in _networks(config, str(slim))] == ["student_rgb", "random", "teacher_rgb"]
+    assert [n.name for n in _networks(config, read_checkpoint(slim))] == ["student_rgb", "random", "teacher_rgb"]
     said = capsys.readouterr().out
     assert f"teacher_flow is not in {slim}, a slim file; this row is left out" in said
     with pytest.raises(ConfigError, match="no part 'student_flow'"):
-        _networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), str(slim))
+        _networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), read_checkpoint(slim))
 
 
 def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
         "data_module.frame_size=[32,48]",
         "data_module.patch_size=16",
     )
-    config = configure(*given, "data_module.modalities.skeleton.scale=1")
+    config = configure(*given, "data_module.modalities.skeleton.input_stride=1")
     teachers, sources = load_teachers(config, modality_specs(config.data_module), None)
     for encoder in teachers.values():
         g = encoder.config
@@ -148,6 +148,6 @@ def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
     )
     assert load_referenced_teacher(slim, "teacher_flow").state_dict
 
-    config = configure(*given, "data_module.modalities.skeleton.scale=4")
-    with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.scale=1"):
+    config = configure(*given, "data_module.modalities.skeleton.input_stride=4")
+    with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.input_stride=1"):
         load_teachers(config, modality_specs(config.data_module), None)

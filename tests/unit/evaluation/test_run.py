@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import save_torch
-from mmdistill.config import ConfigError, DistillConfig, to_plain
+from mmdistill.checkpoint import read_checkpoint, save_torch
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
+from mmdistill.distill.teachers import read_teacher
+from mmdistill.evaluation.run import _networks, check_evaluation, evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -185,3 +186,35 @@ def test_clips_that_show_the_same_frames_are_said(
     out = _evaluate(data, checkpoint, tmp_path, *windows, "baselines=[]", "data_module.input_modes=configured")
     assert out["overlapping_clips"] == 96
     assert "96 clips overlap in time with another clip of their class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pth"])
+def test_evaluation_unpickles_a_checkpoint_once(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    read: list[Path] = []
+    real = torch.load
+
+    def load(path: Path, *args: Any, **keywords: Any) -> Any:
+        read.append(Path(path))
+        return real(path, *args, **keywords)
+
+    monkeypatch.setattr(torch, "load", load)
+    path = checkpoint.rename(checkpoint.with_suffix(f".{suffix}"))
+    _evaluate(data, path, tmp_path, "baselines=[random,teacher_rgb]", "data_module.input_modes=configured")
+    assert read == [path]
+
+
+def test_input_size_without_metadata_is_the_token_grid_in_each_phase(tmp_path: Path) -> None:
+    """A teacher with patch 16 for heat-maps of 64 x 64; the config halves them, so patches should have 8 pixels."""
+    geometry = EncoderConfig(17, 4, 64, 64, 16, 2, dim=384, depth=1, heads=6, head_dim=64, mlp_dim=64)
+    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
+    save_torch({"model": state, "mmdistill": {"modality": "skeleton"}}, tmp_path / "s.pth")
+    size = ("data_module.crop_size=[64,64]", "data_module.frame_size=[64,72]", "data_module.patch_size=16")
+    config = _config(tmp_path, *size, "data_module.modalities.skeleton.input_stride=2")
+    spec = modality_specs(config.data_module)["skeleton"]
+    hint = r"height 64 / 32, width 64 / 32, patch 16 / 8; set data_module\.modalities\.skeleton\.input_stride=1"
+    with pytest.raises(ConfigError, match=hint):
+        read_teacher(str(tmp_path / "s.pth"), "skeleton", spec, config.data_module)
+    with pytest.raises(ConfigError, match=hint):
+        _networks(config, read_checkpoint(tmp_path / "s.pth"))
