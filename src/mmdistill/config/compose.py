@@ -19,9 +19,8 @@ T = TypeVar("T", PretrainConfig, DistillConfig)
 
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# root of the source tree; None if the package is installed without its source tree
-SOURCE_ROOT = PACKAGE.parents[1] if PACKAGE.parent.name == "src" else None
-# a wheel holds the configs inside the package
+# Root of the source tree. None if a wheel is installed, which contains the configs inside the package.
+SOURCE_ROOT = None if (PACKAGE / "configs").is_dir() else PACKAGE.parents[1]
 CONFIGS = PACKAGE / "configs" if SOURCE_ROOT is None else SOURCE_ROOT / "configs"
 
 
