@@ -1,4 +1,4 @@
-"""What is there and what is not, before training: every file of every rally, read the way training reads it."""
+"""Check of prepared data before training: read every file of every rally in the way the training reads it."""
 
 import multiprocessing
 from collections import Counter
@@ -14,25 +14,35 @@ from mmdistill.data.annotations.base import Rally
 from mmdistill.data.readers.base import FrameError, KeypointReader, Reader
 from mmdistill.modalities import get_modality
 
-EXAMPLES = 5  # of each kind of problem, kept by name
+MAX_MESSAGES = 5  # about unreadable files, per rally and modality
 
 
 @dataclass
 class ModalityCoverage:
-    """One modality of one rally: frames expected, absent (no file), unreadable (a file, but not usable)."""
+    """Files of one modality of one rally.
 
-    expected: int
-    absent: int = 0
-    unreadable: int = 0
-    surplus: int = 0
+    Attributes:
+        expected_frames: frames that the annotation requires.
+        missing_frames: frames without a file or row.
+        unreadable_frames: frames whose file or row exists and cannot be used.
+        extra_frames: frames after the last annotated one. Of modalities with one file per frame, only the first such
+            frame is looked up, so the value is 0 or 1.
+        messages: text of each problem.
+    """
+
+    expected_frames: int
+    missing_frames: int = 0
+    unreadable_frames: int = 0
+    extra_frames: int = 0
     messages: list[str] = field(default_factory=list)
 
 
 @dataclass
 class RallyCoverage:
-    """One rally.
+    """Files of one rally.
 
     Attributes:
+        modalities: by name.
         players: frames in which person 0 (near) and person 1 (far) have a joint with a score.
         person_frames: frames in which persons are expected; 0 without a keypoint modality.
     """
@@ -44,56 +54,57 @@ class RallyCoverage:
 
 
 def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) -> RallyCoverage:
-    """Read a rally's files. `every` > 1 opens only each n-th of the files that are there (absence is always exact)."""
+    """Read the files of a rally. `every` > 1 opens only each n-th existing file; missing files are always counted."""
     cv2.setNumThreads(0)
     result = RallyCoverage(rally.video, {})
     for name, reader in readers.items():
         count = rally.num_frames - get_modality(name).is_frame_pair
-        entry = result.modalities[name] = ModalityCoverage(count)
+        coverage = result.modalities[name] = ModalityCoverage(count)
         if isinstance(reader, KeypointReader):
-            result.players, result.person_frames = _check_skeleton(rally, reader, entry), count
+            result.players, result.person_frames = _check_keypoints(rally, reader, coverage), count
             continue
-        absent = set(reader.missing_frames(rally.video, range(count)))
-        entry.absent = len(absent)
-        last = rally.num_frames - 1  # of which some datasets have a flow file too
-        entry.surplus = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
-        if entry.surplus:
-            entry.messages.append(f"{rally.video}: {name} goes on after frame {last}, the annotation's last")
+        missing = set(reader.missing_frames(rally.video, range(count)))
+        coverage.missing_frames = len(missing)
+        last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
+        coverage.extra_frames = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
+        if coverage.extra_frames:
+            coverage.messages.append(f"{rally.video}: {name} continues after frame {last}, the last annotated frame")
         for frame in range(0, count, every):
-            if frame not in absent:
-                _try(lambda r=reader, k=frame: r.read(rally.video, [k]), entry)
+            if frame not in missing:
+                _count_if_unreadable(reader, rally.video, frame, coverage)
     return result
 
 
-def _try(read: Callable[[], Any], entry: ModalityCoverage) -> None:
+def _count_if_unreadable(reader: Reader, video: str, frame: int, coverage: ModalityCoverage) -> None:
     try:
-        read()
+        reader.read(video, [frame])
     except FrameError as error:
-        entry.unreadable += 1
-        if len(entry.messages) < EXAMPLES:
-            entry.messages.append(str(error))
+        coverage.unreadable_frames += 1
+        if len(coverage.messages) < MAX_MESSAGES:
+            coverage.messages.append(str(error))
 
 
-def _check_skeleton(rally: Rally, reader: KeypointReader, entry: ModalityCoverage) -> tuple[int, int]:
+def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> tuple[int, int]:
+    """Frames in which the near and the far player were found."""
     if reader.missing_frames(rally.video, [0]):
-        entry.absent = entry.expected
+        coverage.missing_frames = coverage.expected_frames
         return 0, 0
     try:
         rows = reader.load_video(rally.video)
     except FrameError as error:
-        entry.unreadable = entry.expected
-        entry.messages.append(str(error))
+        coverage.unreadable_frames = coverage.expected_frames
+        coverage.messages.append(str(error))
         return 0, 0
-    entry.absent = max(0, entry.expected - len(rows))
-    if len(rows) != entry.expected:
-        entry.surplus = max(0, len(rows) - entry.expected)
-        entry.messages.append(
-            f"{reader.path(rally.video)}: {len(rows)} rows, but the annotation has {entry.expected} frames"
+    coverage.missing_frames = max(0, coverage.expected_frames - len(rows))
+    if len(rows) != coverage.expected_frames:
+        coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
+        coverage.messages.append(
+            f"{reader.path(rally.video)}: {len(rows)} rows, but the annotation has {coverage.expected_frames} frames"
         )
     for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
-        _try(lambda k=int(frame): reader.read(rally.video, [k]), entry)
-    present = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
-    return int(present[0]), int(present[1]) if len(present) > 1 else 0
+        _count_if_unreadable(reader, rally.video, int(frame), coverage)
+    found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
+    return int(found[0]), int(found[1]) if len(found) > 1 else 0
 
 
 def check_all(
@@ -104,7 +115,7 @@ def check_all(
     every: int = 1,
     progress: Callable[[RallyCoverage], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Check every rally, in parallel, and sum up; see `summarise`."""
+    """Check every rally in `workers` processes and return the totals; see `summarize`."""
     results = []
     if workers <= 1:
         for rally in rallies:
@@ -117,40 +128,45 @@ def check_all(
             for job in as_completed(jobs):
                 results.append(job.result())
                 progress(results[-1])
-    return summarise(sorted(results, key=lambda r: r.video))
+    return summarize(sorted(results, key=lambda r: r.video))
 
 
-def summarise(results: Sequence[RallyCoverage]) -> dict[str, Any]:
-    """Plain containers: totals per modality and player, and every rally that has a gap, by name.
+def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
+    """Totals per modality and player, and each rally with a gap, in containers that JSON can store.
 
-    ``complete`` is true if nothing is absent, unreadable or of another length than the annotation says.
+    ``complete`` is true if no frame is missing or unreadable and no rally is longer than annotated.
     """
     totals: dict[str, Counter[str]] = {}
     gaps: dict[str, Any] = {}
     messages: list[str] = []
     players: Counter[str] = Counter()
     for result in results:
-        for name, entry in result.modalities.items():
+        for name, coverage in result.modalities.items():
+            missing, unreadable = coverage.missing_frames, coverage.unreadable_frames
             counts = totals.setdefault(name, Counter())
-            counts.update(frames=entry.expected, absent=entry.absent, unreadable=entry.unreadable)
-            counts.update(rallies=1, rallies_without=int(entry.absent == entry.expected))
-            counts.update(rallies_of_another_length=int(entry.surplus > 0))
-            messages += entry.messages
-            if entry.absent or entry.unreadable or entry.surplus:
+            counts.update(expected_frames=coverage.expected_frames)
+            counts.update(missing_frames=missing, unreadable_frames=unreadable, rallies=1)
+            counts.update(rallies_without_files=int(missing == coverage.expected_frames))
+            counts.update(rallies_longer_than_annotated=int(coverage.extra_frames > 0))
+            messages += coverage.messages
+            if missing or unreadable or coverage.extra_frames:
                 gaps.setdefault(result.video, {})[name] = {
-                    "absent": entry.absent,
-                    "unreadable": entry.unreadable,
-                    "longer_than_annotated": bool(entry.surplus),
+                    "missing_frames": missing,
+                    "unreadable_frames": unreadable,
+                    "longer_than_annotated": bool(coverage.extra_frames),
                 }
         players.update(near=result.players[0], far=result.players[1])
     frames = sum(result.person_frames for result in results)
+    found = {
+        player: {"found_frames": players[player], "expected_frames": frames, "share": players[player] / frames}
+        for player in ("near", "far")
+        if frames
+    }
     return {
         "complete": not gaps,
         "rallies": len(results),
         "modalities": {name: dict(counts) for name, counts in totals.items()},
-        "players": {who: {"frames": players[who], "share": players[who] / frames} for who in ("near", "far")}
-        if frames
-        else {},
+        "players": found,
         "rallies_with_gaps": gaps,
         "messages": messages,
     }

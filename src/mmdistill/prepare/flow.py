@@ -1,4 +1,4 @@
-"""Dense optical flow between consecutive frames, by OpenCV."""
+"""Dense optical flow between consecutive frames, computed with OpenCV."""
 
 from collections.abc import Callable
 
@@ -13,20 +13,24 @@ FLOW_METHODS = {
 FlowFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def flow_function(method: str) -> FlowFunction:
-    """A function of two grey uint8 (H, W) pictures: float32 (2, H, W), where each pixel went, (x, y) in px.
+def make_flow_function(method: str) -> FlowFunction:
+    """A function that computes the flow from one gray image to another with `method`, a key of `FLOW_METHODS`.
 
-    Raises `ValueError` for an unknown method.
+    Its arguments are uint8 (H, W). It returns the displacement of each pixel of the first image, float32 (2, H, W),
+    (x, y) in px.
+
+    Raises:
+        ValueError: for an unknown method.
     """
     if method == "dis":
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        return lambda first, second: _channels_first(dis.calc(first, second, None))
+        return lambda first, second: _to_channels_first(dis.calc(first, second, None))
     if method == "farneback":
-        return lambda first, second: _channels_first(
+        return lambda first, second: _to_channels_first(
             cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)
         )
     raise ValueError(f"flow={method!r} is not one of {', '.join(FLOW_METHODS)}")
 
 
-def _channels_first(flow: np.ndarray) -> np.ndarray:
+def _to_channels_first(flow: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(flow.transpose(2, 0, 1), dtype=np.float32)

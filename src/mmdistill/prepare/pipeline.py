@@ -1,4 +1,4 @@
-"""Many videos to the tennis layout: in parallel, resumable, each file whole or not there.
+"""Preparation of videos in the tennis layout: parallel, resumable, with atomic writes.
 
 OUTPUT/vid_frames_224/{video}/{frame:06d}.jpg        OUTPUT/skeletons/f3set-tennis/{video}.pkl
 OUTPUT/tennis_flows/{video}/pair_{frame:05d}.npy     OUTPUT/unlabel.json  OUTPUT/provenance.json
@@ -23,11 +23,18 @@ from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.files import atomic_write_bytes
-from mmdistill.prepare.flow import FLOW_METHODS, flow_function
-from mmdistill.prepare.video import VideoError, decode, frame_rate, promised_frames, repeated_frames
+from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
+from mmdistill.prepare.video import (
+    VideoError,
+    container_frame_count,
+    decode_frames,
+    find_repeated_frames,
+    mean_frame_rate,
+)
 
-FRAMES, FLOWS, SKELETONS, STATES = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
-FINGERPRINT_BYTES = 1 << 20  # of the head and the tail of a video
+FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
+FINGERPRINT_BYTES = 1 << 20  # read from the start and from the end of a video
+DEFAULT_FPS = 25.0  # of a video with a single frame: the annotation requires a frame rate
 
 
 @dataclass(frozen=True)
@@ -35,12 +42,12 @@ class Settings:
     """How videos are prepared.
 
     Attributes:
-        height: of the stored frames, px; the width keeps the aspect (1920 x 1080 becomes 398 x 224).
-        quality: of the JPEGs.
+        height: height of the stored frames in px. The width keeps the aspect ratio (1920 x 1080 becomes 398 x 224).
+        quality: JPEG quality, 1 to 100.
         flow: ``dis``, ``farneback`` or ``none``.
-        flow_dtype: how flow is stored, see `write_flow`.
+        flow_dtype: number format of the flow files, see `write_flow`.
         skeleton: ``mediapipe`` or ``none``.
-        split: height that divides near from far player, as a fraction from the top.
+        split: image height that separates the near from the far player, as a fraction from the top.
     """
 
     height: int = 224
@@ -59,21 +66,20 @@ class Settings:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         if self.height < 16 or not 1 <= self.quality <= 100 or not 0 <= self.split <= 1:
-            raise ValueError(f"height, quality or split out of range: {self}")
+            raise ValueError(f"height, quality or split is out of range: {self}")
 
-    def parts(self) -> dict[str, dict[str, Any]]:
-        """What each part of the output depends on."""
-        pictures = {"height": self.height}
+    def by_output(self) -> dict[str, dict[str, Any]]:
+        """The settings that each kind of output file depends on."""
         return {
-            "frames": {**pictures, "quality": self.quality},
-            "flow": {**pictures, "method": self.flow, "dtype": self.flow_dtype},
+            "frames": {"height": self.height, "quality": self.quality},
+            "flow": {"height": self.height, "method": self.flow, "dtype": self.flow_dtype},
             "skeleton": {"method": self.skeleton, "split": self.split},
         }
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one video: its record, or the error that ended it."""
+class PrepareResult:
+    """Result of one video: its record, or the message of the error that stopped it."""
 
     video: str
     record: dict[str, Any] | None
@@ -81,83 +87,95 @@ class Outcome:
 
 
 def prepare_all(
-    videos: dict[str, Path], output: Path, settings: Settings, *, workers: int, progress: Callable[[Outcome], None]
-) -> list[Outcome]:
-    """Prepare every video, then write `unlabel.json` and `provenance.json` over all that are whole in `output`.
+    videos: dict[str, Path],
+    output: Path,
+    settings: Settings,
+    *,
+    workers: int,
+    progress: Callable[[PrepareResult], None],
+) -> list[PrepareResult]:
+    """Prepare every video, then write `unlabel.json` and `provenance.json` for all complete videos in `output`.
 
-    A broken video ends with an error in its `Outcome`; the others go on.
+    A video that cannot be prepared gets an error in its `PrepareResult`; the other videos are still prepared.
     """
     output.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    results = []
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
         jobs = {pool.submit(prepare_video, name, path, output, settings): name for name, path in videos.items()}
         for job in as_completed(jobs):
             try:
-                outcomes.append(job.result())
+                results.append(job.result())
             except BrokenProcessPool:  # killed from outside, out of memory, or a decoder that crashed
-                message = "a worker process died; start again, with --workers 1 to see which video it was"
-                outcomes.append(Outcome(jobs[job], None, message))
-            progress(outcomes[-1])
+                message = "a worker process died; rerun with --workers 1 to find the video that causes it"
+                results.append(PrepareResult(jobs[job], None, message))
+            progress(results[-1])
     write_annotations(output)
-    return sorted(outcomes, key=lambda o: o.video)
+    return sorted(results, key=lambda r: r.video)
 
 
-def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Outcome:
-    """One video. Files that are there from an interrupted run with the same source and settings are kept."""
-    cv2.setNumThreads(1)  # videos are the parallelism
+def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> PrepareResult:
+    """Prepare one video. Existing files from the same source and settings are kept."""
+    cv2.setNumThreads(1)  # the parallelism is over videos
     try:
-        state = output / STATES / f"{name}.json"
-        known, wanted = _begin(name, path, output, settings)
-        if known.get("complete") and known["parts"] == wanted["parts"] and _all_there(name, output, known):
-            return Outcome(name, known, None)
-        record = {**wanted, **_frames_and_flow(name, path, output, settings)}
+        old, record = _start_record(name, path, output, settings)
+        if old.get("complete") and old["parts"] == record["parts"] and _has_all_files(name, output, old):
+            return PrepareResult(name, old, None)
+        record |= _write_frames_and_flow(name, path, output, settings)
         if settings.skeleton == "mediapipe":
-            record["skeleton_frames"] = _skeletons(name, path, output, settings)
+            record["skeleton_frames"] = _write_skeletons(name, path, output, settings)
         record["complete"] = True
-        atomic_write_bytes(state, json.dumps(record).encode())
+        atomic_write_bytes(_record_path(name, output), json.dumps(record).encode())
     except (ValueError, OSError, cv2.error) as error:
-        return Outcome(name, None, str(error))
-    return Outcome(name, record, None)
+        return PrepareResult(name, None, str(error))
+    return PrepareResult(name, record, None)
 
 
-def _begin(name: str, path: Path, output: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is recorded, what is wanted); removes parts that were made from another source or with other settings."""
-    state = output / STATES / f"{name}.json"
-    state.parent.mkdir(parents=True, exist_ok=True)
-    wanted: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.parts()}
-    known: dict[str, Any] = json.loads(state.read_text()) if state.exists() else {}
-    folders = {"frames": output / FRAMES / name, "flow": output / FLOWS / name}
-    files = {"skeleton": output / SKELETONS / f"{name}.pkl"}
-    if not known and (taken := [str(p) for p in (*folders.values(), *files.values()) if p.exists()]):
-        raise ValueError(
-            f"{path}: {taken[0]} is already there and not made by this script; choose another output folder"
-        )
-    for part, settings_of_part in wanted["parts"].items():
-        same = known.get("fingerprint") == wanted["fingerprint"] and known["parts"].get(part) == settings_of_part
-        if known and not same:
-            known["complete"] = False
-            if part in folders:
-                shutil.rmtree(folders[part], ignore_errors=True)
+def _record_path(name: str, output: Path) -> Path:
+    return output / RECORD_DIR / f"{name}.json"
+
+
+def _start_record(
+    name: str, path: Path, output: Path, settings: Settings
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Remove the files that another source or other settings produced.
+
+    Returns:
+        The record of the earlier run, empty if there is none, and the beginning of the new record.
+    """
+    new: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
+    record_path = _record_path(name, output)
+    old: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
+    folders = {"frames": output / FRAME_DIR / name, "flow": output / FLOW_DIR / name}
+    skeleton = output / SKELETON_DIR / f"{name}.pkl"
+    existing = [str(p) for p in (*folders.values(), skeleton) if p.exists()]
+    if existing and not old:
+        raise ValueError(f"{path}: {existing[0]} exists and this script did not write it; choose another output folder")
+    for kind, kind_settings in new["parts"].items():
+        unchanged = old.get("fingerprint") == new["fingerprint"] and old["parts"].get(kind) == kind_settings
+        if old and not unchanged:
+            old["complete"] = False
+            if kind in folders:
+                shutil.rmtree(folders[kind], ignore_errors=True)
             else:
-                files[part].unlink(missing_ok=True)
+                skeleton.unlink(missing_ok=True)
     for folder in folders.values():
-        for leftover in folder.glob(".tmp-*"):  # of a run that was killed in the middle of a write
-            leftover.unlink()
-    if not known.get("complete"):
-        atomic_write_bytes(state, json.dumps({**wanted, "complete": False}).encode())
-    return known, wanted
+        for temporary in folder.glob(".tmp-*"):  # left by a run that was killed during a write
+            temporary.unlink()
+    if not old.get("complete"):
+        atomic_write_bytes(record_path, json.dumps({**new, "complete": False}).encode())
+    return old, new
 
 
-def _all_there(name: str, output: Path, record: dict[str, Any]) -> bool:
-    """Whether no file of a finished video was deleted since."""
+def _has_all_files(name: str, output: Path, record: dict[str, Any]) -> bool:
+    """Whether the files of a completed video still exist; they are counted, not opened."""
     count = record["num_frames"]
-    pictures = len(list((output / FRAMES / name).glob("*.jpg"))) == count
-    flows = record["parts"]["flow"]["method"] == "none" or (
-        len(list((output / FLOWS / name).glob("pair_*.npy"))) == count - 1
+    frames = len(list((output / FRAME_DIR / name).glob("*.jpg"))) == count
+    flow = record["parts"]["flow"]["method"] == "none" or (
+        len(list((output / FLOW_DIR / name).glob("pair_*.npy"))) == count - 1
     )
-    skeleton = record["parts"]["skeleton"]["method"] == "none" or (output / SKELETONS / f"{name}.pkl").exists()
-    return pictures and flows and skeleton
+    skeleton = record["parts"]["skeleton"]["method"] == "none" or (output / SKELETON_DIR / f"{name}.pkl").exists()
+    return frames and flow and skeleton
 
 
 def _fingerprint(path: Path) -> str:
@@ -170,91 +188,92 @@ def _fingerprint(path: Path) -> str:
 
 
 def stored_size(height: int, width: int, stored_height: int) -> tuple[int, int]:
-    """(height, width) of the stored frames of a video, in px."""
+    """(height, width) in px of the stored frames of a video of `height` x `width` px."""
     return stored_height, max(1, round(width * stored_height / height))
 
 
-def _frames_and_flow(name: str, path: Path, output: Path, settings: Settings) -> dict[str, Any]:
-    frames, flows = output / FRAMES / name, output / FLOWS / name
-    frames.mkdir(parents=True, exist_ok=True)
-    flow = None
+def _write_frames_and_flow(name: str, path: Path, output: Path, settings: Settings) -> dict[str, Any]:
+    """Write the missing frames and flow files of a video and return what was measured on it."""
+    frame_dir, flow_dir = output / FRAME_DIR / name, output / FLOW_DIR / name
+    frame_dir.mkdir(parents=True, exist_ok=True)
+    compute_flow = None
     if settings.flow != "none":
-        flows.mkdir(parents=True, exist_ok=True)
-        flow = flow_function(settings.flow)
+        flow_dir.mkdir(parents=True, exist_ok=True)
+        compute_flow = make_flow_function(settings.flow)
     seconds: list[float] = []
-    changes: list[float] = []
+    differences: list[float] = []
     source, stored = (0, 0), (0, 0)
-    before: np.ndarray | None = None
-    for frame in decode(path):
+    previous: np.ndarray | None = None
+    for frame in decode_frames(path):
         if frame.number == 0:
             source = frame.pixels.shape[:2]
             stored = stored_size(*source, settings.height)
         elif frame.pixels.shape[:2] != source:
-            raise VideoError(f"{path}: its size changes at frame {frame.number}")
-        picture = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
-        _write_jpeg(frames / f"{frame.number:06d}.jpg", picture, settings.quality)
-        grey = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
-        if before is not None:
-            changes.append(float(cv2.absdiff(before, grey).mean()))
-            target = flows / f"pair_{frame.number - 1:05d}.npy"
-            if flow is not None and not target.exists():
-                write_flow(target, flow(before, grey), dtype=settings.flow_dtype)
-        before = grey
+            raise VideoError(f"{path}: the frame size changes at frame {frame.number}")
+        image = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
+        _write_jpeg(frame_dir / f"{frame.number:06d}.jpg", image, settings.quality)
+        gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+        if previous is not None:
+            differences.append(float(cv2.absdiff(previous, gray).mean()))
+            flow_path = flow_dir / f"pair_{frame.number - 1:05d}.npy"
+            if compute_flow is not None and not flow_path.exists():
+                write_flow(flow_path, compute_flow(previous, gray), dtype=settings.flow_dtype)
+        previous = gray
         seconds.append(frame.seconds)
-    rate = frame_rate(seconds)
-    apart = max((abs(s - seconds[0] - k / rate) for k, s in enumerate(seconds)), default=0.0) if rate else 0.0
-    irregular = apart * rate > 0.5  # frames
+    fps = mean_frame_rate(seconds)
+    deviation = max((abs(s - seconds[0] - k / fps) for k, s in enumerate(seconds)), default=0.0) if fps else 0.0
+    is_irregular = deviation * fps > 0.5  # frames
     return {
         "num_frames": len(seconds),
-        "promised_frames": promised_frames(path),
-        "fps": rate or 25.0,  # one frame has no rate; the annotation needs one
-        "largest_timestamp_deviation_s": round(apart, 6),
-        **({"timestamps_s": [round(s, 6) for s in seconds]} if irregular else {}),
-        "repeated_frames": repeated_frames(changes),
+        "container_frame_count": container_frame_count(path),
+        "fps": fps or DEFAULT_FPS,
+        "largest_timestamp_deviation_s": round(deviation, 6),
+        **({"timestamps_s": [round(s, 6) for s in seconds]} if is_irregular else {}),
+        "repeated_frames": find_repeated_frames(differences),
         "source_size": list(source),
         "stored_size": list(stored),
     }
 
 
-def _write_jpeg(path: Path, picture: np.ndarray, quality: int) -> None:
+def _write_jpeg(path: Path, image: np.ndarray, quality: int) -> None:
     if path.exists():
         return
-    good, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not good:
-        raise ValueError(f"{path}: OpenCV cannot encode this picture")
+    success, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not success:
+        raise ValueError(f"{path}: OpenCV cannot encode this image as JPEG")
     atomic_write_bytes(path, data.tobytes())
 
 
-def _skeletons(name: str, path: Path, output: Path, settings: Settings) -> dict[str, int]:
-    from mmdistill.prepare.pose import mediapipe_pose, write_skeletons
+def _write_skeletons(name: str, path: Path, output: Path, settings: Settings) -> dict[str, int]:
+    from mmdistill.prepare.pose import load_mediapipe_pose, write_skeletons
 
-    target = output / SKELETONS / f"{name}.pkl"
+    target = output / SKELETON_DIR / f"{name}.pkl"
     target.parent.mkdir(parents=True, exist_ok=True)
-    return asdict(write_skeletons(path, target, split=settings.split, pose=mediapipe_pose()))
+    return asdict(write_skeletons(path, target, split=settings.split, pose=load_mediapipe_pose()))
 
 
 def write_annotations(output: Path) -> list[Rally]:
-    """`unlabel.json` (every whole video a rally without events) and `provenance.json`, from what is in `output`."""
+    """Write `unlabel.json`, with each complete video in `output` as a rally without events, and `provenance.json`."""
     records = {}
-    for state in sorted((output / STATES).glob("*.json")):
-        record = json.loads(state.read_text())
+    for path in sorted((output / RECORD_DIR).glob("*.json")):
+        record = json.loads(path.read_text())
         if record["complete"]:
-            records[state.stem] = record
+            records[path.stem] = record
     rallies = [Rally(name, r["num_frames"], r["fps"], ()) for name, r in records.items()]
     atomic_write_bytes(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())
     methods = sorted({r["parts"]["flow"]["method"] for r in records.values()})
     provenance = {
         "made_by": f"mmdistill {__version__}",
         "opencv": cv2.__version__,
-        "frames": "numbered from 0 in the decoder's order, resized with INTER_AREA",
+        "frames": "numbered from 0 in the order of the decoder, resized with INTER_AREA",
         "flow": {
             "methods": {m: FLOW_METHODS.get(m, "no flow") for m in methods},
-            "pair": "pair k leads from frame k to frame k + 1",
+            "pair": "pair k is the flow from frame k to frame k + 1",
             "channels": "x, y",
             "unit": "px of the stored frame",
-            "computed_on": "grey stored frames before JPEG compression",
+            "computed_on": "gray stored frames before JPEG compression",
         },
-        "skeleton": "persons 0 near and 1 far; COCO-17 in px of the source; score 0 where absent",
+        "skeleton": "person 0 near, person 1 far; COCO-17 keypoints in px of the source video; score 0 if not found",
         "videos": records,
     }
     atomic_write_bytes(output / "provenance.json", (json.dumps(provenance, indent=1) + "\n").encode())

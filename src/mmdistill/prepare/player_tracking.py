@@ -1,8 +1,9 @@
-"""Where the near and the far player are: what moves before a camera that stands still.
+"""Detection and tracking of the near and the far player as motion in front of a static camera.
 
-Each frame is compared with the median of the video. What differs is grouped into blobs, and in each part of the picture
-(feet above or below a dividing height) the smooth path through the blobs with the largest moving area is the player. A
-moving camera, or a person who never moves, is not found: that person is then absent, never guessed.
+Each frame is compared with the median of the video, and differing pixels are grouped into blobs. The image is divided
+at a height: blobs with their feet below it belong to the near player, the others to the far player. Each player is the
+smooth track through the blobs with the largest area. The method does not work with a moving camera. A person who never
+moves is not found and is reported as absent, never guessed.
 """
 
 from pathlib import Path
@@ -10,49 +11,51 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdistill.prepare.video import decode
+from mmdistill.prepare.video import decode_frames
 
-WORK_HEIGHT = 360  # px, of the reduced picture that is searched
-BACKGROUND_FRAMES = 25  # at least, where the video has them; twice as many at most
-DIFFERENCE = 28  # grey levels, of the colour that differs most
-SMALLEST = 50  # px of the reduced picture
-PER_FRAME = 8  # blobs kept per frame and part
-GAP = 20  # frames a player may be invisible between two of a path
-REACH = 0.07  # picture heights that a player moves between two frames at the outside
-SHORTEST = 5  # frames of a path
-SMOOTH = 7  # frames, of the running median of a track's size
+WORK_HEIGHT = 360  # px; blobs are searched in an image of this height
+BACKGROUND_FRAMES = 25  # minimum, if the video has them; the maximum is twice as many
+MIN_DIFFERENCE = 28  # gray levels, of the color channel that differs most
+MIN_BLOB_AREA = 50  # px of the reduced image
+MAX_BLOBS = 8  # per frame and player
+MAX_GAP = 20  # frames between two boxes of a track
+STEP_SCALE = 0.07  # image heights; an upper bound of a player's motion between two frames
+MIN_TRACK_BOXES = 5
+SMOOTHING_RADIUS = 7  # frames, of the running median of the box size
 
 
 def find_players(path: Path, *, split: float) -> np.ndarray:
-    """Boxes of the near and far player.
+    """Boxes of the near and the far player.
 
     Args:
-        split: height that divides the picture, as a fraction from the top; a player with feet below it is near.
+        path: the video.
+        split: height that divides the image, as a fraction from the top. A player with feet below it is near.
 
     Returns:
         float64 (2, T, 4): person 0 near, 1 far; left, top, width, height in px of the source; NaN where not found.
 
-    Raises `VideoError` from decoding.
+    Raises:
+        VideoError: if the video cannot be decoded.
     """
-    background, scale = _background(path)
-    blobs = [_blobs(_reduce(frame.pixels), background) for frame in decode(path)]
+    background, scale = _median_background(path)
+    blobs = [_find_moving_blobs(_reduce(frame.pixels), background) for frame in decode_frames(path)]
     near, far = [], []
     for boxes in blobs:
-        below = boxes[:, 1] + boxes[:, 3] > split * WORK_HEIGHT
-        near.append(boxes[below][:PER_FRAME])
-        far.append(boxes[~below][:PER_FRAME])
-    return np.stack([_player(boxes) for boxes in (near, far)]) * scale
+        is_near = boxes[:, 1] + boxes[:, 3] > split * WORK_HEIGHT
+        near.append(boxes[is_near][:MAX_BLOBS])
+        far.append(boxes[~is_near][:MAX_BLOBS])
+    return np.stack([_track_player(boxes) for boxes in (near, far)]) * scale
 
 
-def _background(path: Path) -> tuple[np.ndarray, float]:
-    """Median of frames spread evenly over the video, at `WORK_HEIGHT`, and source px per reduced px.
+def _median_background(path: Path) -> tuple[np.ndarray, float]:
+    """Median of evenly spaced frames at `WORK_HEIGHT`, and source px per reduced px.
 
-    The number of frames is not known beforehand: each `step`-th is kept, and when there are too many, every other one
-    is dropped and the step doubled. So memory does not grow with the video.
+    The length of the video is not known in advance. Every `step`-th frame is kept; when there are too many, every
+    second one is dropped and the step is doubled. The memory use is therefore independent of the length.
     """
     kept: list[np.ndarray] = []
     step, scale = 1, 1.0
-    for frame in decode(path):
+    for frame in decode_frames(path):
         if frame.number % step == 0:
             kept.append(_reduce(frame.pixels))
             scale = frame.pixels.shape[0] / WORK_HEIGHT
@@ -66,88 +69,89 @@ def _reduce(pixels: np.ndarray) -> np.ndarray:
     return cv2.resize(pixels, (round(width * WORK_HEIGHT / height), WORK_HEIGHT), interpolation=cv2.INTER_AREA)
 
 
-def _blobs(picture: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Boxes (n, 4) of what differs, the largest area first."""
-    moving = (cv2.absdiff(picture, background).max(axis=2) > DIFFERENCE).astype(np.uint8)
-    closed = cv2.morphologyEx(moving, cv2.MORPH_CLOSE, np.ones((9, 5), np.uint8))
+def _find_moving_blobs(image: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Boxes (n, 4) of the pixels that differ from the background, largest area first."""
+    differs = (cv2.absdiff(image, background).max(axis=2) > MIN_DIFFERENCE).astype(np.uint8)
+    closed = cv2.morphologyEx(differs, cv2.MORPH_CLOSE, np.ones((9, 5), np.uint8))
     _, _, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=8)
-    stats = stats[1:]  # the first is the background
-    person = (stats[:, 4] >= SMALLEST) & (stats[:, 2] < 3 * stats[:, 3]) & (stats[:, 3] < 0.9 * WORK_HEIGHT)
-    stats = stats[person]
+    stats = stats[1:]  # the first component is the background
+    is_person = (stats[:, 4] >= MIN_BLOB_AREA) & (stats[:, 2] < 3 * stats[:, 3]) & (stats[:, 3] < 0.9 * WORK_HEIGHT)
+    stats = stats[is_person]
     return stats[np.argsort(-stats[:, 4], kind="stable"), :4].astype(np.float64)
 
 
-def _player(candidates: list[np.ndarray]) -> np.ndarray:
-    """(T, 4) boxes of the best path through the candidates, then of the best paths before and after it."""
+def _track_player(candidates: list[np.ndarray]) -> np.ndarray:
+    """Boxes (T, 4) of the best track through the candidates, and of the best tracks before and after it."""
     out = np.full((len(candidates), 4), np.nan)
     areas = [float(c[0, 2] * c[0, 3]) for c in candidates if len(c)]
-    unit = float(np.median(areas)) if areas else 1.0
-    todo = [(0, len(candidates))]
-    while todo:
-        first, last = todo.pop()
-        path = _best_path(candidates[first:last], unit)
-        if len(path) < SHORTEST:
+    area_unit = float(np.median(areas)) if areas else 1.0
+    intervals = [(0, len(candidates))]
+    while intervals:
+        first, last = intervals.pop()
+        track = _find_best_track(candidates[first:last], area_unit)
+        if len(track) < MIN_TRACK_BOXES:
             continue
-        frames = [first + k for k, _ in path]
-        boxes = np.stack([candidates[first + k][i] for k, i in path])
-        between = np.arange(frames[0], frames[-1] + 1)
-        out[between] = np.stack([np.interp(between, frames, boxes[:, i]) for i in range(4)], axis=1)
-        todo += [(first, frames[0]), (frames[-1] + 1, last)]
+        frames = [first + k for k, _ in track]
+        boxes = np.stack([candidates[first + k][i] for k, i in track])
+        covered = np.arange(frames[0], frames[-1] + 1)
+        out[covered] = np.stack([np.interp(covered, frames, boxes[:, i]) for i in range(4)], axis=1)
+        intervals += [(first, frames[0]), (frames[-1] + 1, last)]
     return out
 
 
-def _best_path(candidates: list[np.ndarray], unit: float) -> list[tuple[int, int]]:
-    """(frame, candidate) of the path with the largest sum of areas (in units of `unit`) minus the cost of its jumps.
+def _find_best_track(candidates: list[np.ndarray], area_unit: float) -> list[tuple[int, int]]:
+    """(frame, candidate) pairs of the track with the highest score, found by dynamic programming.
 
-    Dynamic programming. A step over g frames may skip up to `GAP` of them; a distance of `REACH` picture heights times
-    sqrt(g) costs as much as one box of `unit` brings, and twice that distance is impossible.
+    The score is the sum of box areas, in multiples of `area_unit`, minus the cost of the steps. A step spans g frames,
+    at most `MAX_GAP`, and costs (distance / (STEP_SCALE * WORK_HEIGHT * sqrt(g)))². Steps with a cost above 4 are not
+    allowed.
     """
-    best: list[np.ndarray] = []
-    back: list[list[tuple[int, int] | None]] = []
-    end: tuple[float, tuple[int, int] | None] = (0.0, None)
+    scores: list[np.ndarray] = []
+    predecessors: list[list[tuple[int, int] | None]] = []
+    best_end: tuple[float, tuple[int, int] | None] = (0.0, None)
     for k, boxes in enumerate(candidates):
-        score = boxes[:, 2] * boxes[:, 3] / unit
-        origin: list[tuple[int, int] | None] = [None] * len(boxes)
+        area = boxes[:, 2] * boxes[:, 3] / area_unit
+        predecessor: list[tuple[int, int] | None] = [None] * len(boxes)
         gain = np.zeros(len(boxes))
-        for g in range(1, min(GAP, k) + 1):
+        for g in range(1, min(MAX_GAP, k) + 1):
             if not len(boxes) or not len(candidates[k - g]):
                 continue
-            apart = _centres(boxes)[:, None] - _centres(candidates[k - g])[None]
-            distance = np.hypot(apart[..., 0], apart[..., 1]) / (REACH * WORK_HEIGHT * g**0.5)
-            value = np.where(distance <= 2, best[k - g][None] - distance**2, -np.inf)
+            offset = _box_centers(boxes)[:, None] - _box_centers(candidates[k - g])[None]
+            distance = np.hypot(offset[..., 0], offset[..., 1]) / (STEP_SCALE * WORK_HEIGHT * g**0.5)
+            value = np.where(distance <= 2, scores[k - g][None] - distance**2, -np.inf)
             for j in np.flatnonzero(value.max(axis=1) > gain):
-                origin[j], gain[j] = (k - g, int(value[j].argmax())), value[j].max()
-        best.append(score + gain)
-        back.append(origin)
-        if len(boxes) and best[k].max() > end[0]:
-            end = (float(best[k].max()), (k, int(best[k].argmax())))
-    path = []
-    at = end[1]
-    while at is not None:
-        path.append(at)
-        at = back[at[0]][at[1]]
-    return path[::-1]
+                predecessor[j], gain[j] = (k - g, int(value[j].argmax())), value[j].max()
+        scores.append(area + gain)
+        predecessors.append(predecessor)
+        if len(boxes) and scores[k].max() > best_end[0]:
+            best_end = (float(scores[k].max()), (k, int(scores[k].argmax())))
+    track = []
+    node = best_end[1]
+    while node is not None:
+        track.append(node)
+        node = predecessors[node[0]][node[1]]
+    return track[::-1]
 
 
-def _centres(boxes: np.ndarray) -> np.ndarray:
-    """(..., 4) left, top, width, height -> (..., 2) x, y"""
+def _box_centers(boxes: np.ndarray) -> np.ndarray:
+    """(..., 4) left, top, width, height -> (..., 2) x, y."""
     return boxes[..., :2] + boxes[..., 2:] / 2
 
 
-def crops(boxes: np.ndarray, *, margin: float = 2.0) -> np.ndarray:
+def square_crops(boxes: np.ndarray, *, margin: float = 2.0) -> np.ndarray:
     """Square crops around boxes: (T, 4) -> (T, 3) left, top, side in px; all NaN if there is no box at all.
 
-    The side is `margin` times the running median of the box's longer side, so that a racket or a shadow that joins the
-    blob for a frame does not change it. A player who stands still becomes background: frames without a box look where
-    the nearest one in time was, and the pose model decides whether somebody is there.
+    The side is `margin` times the running median of the longer box side, so that a racket or a shadow that joins the
+    blob for one frame does not change it. A player who stands still becomes background. Frames without a box therefore
+    use the box of the nearest frame that has one, and the pose model decides whether a person is there.
     """
     longer = np.fmax(boxes[:, 2], boxes[:, 3])
-    known = np.flatnonzero(~np.isnan(longer))
+    with_box = np.flatnonzero(~np.isnan(longer))
     out = np.full((len(boxes), 3), np.nan)
-    if len(known) == 0:
+    if len(with_box) == 0:
         return out
     for k in range(len(boxes)):
-        at = known[np.abs(known - k).argmin()]
-        side = margin * np.nanmedian(longer[max(0, at - SMOOTH) : at + SMOOTH + 1])
-        out[k] = *(_centres(boxes[at]) - side / 2), side
+        nearest = with_box[np.abs(with_box - k).argmin()]
+        side = margin * np.nanmedian(longer[max(0, nearest - SMOOTHING_RADIUS) : nearest + SMOOTHING_RADIUS + 1])
+        out[k] = *(_box_centers(boxes[nearest]) - side / 2), side
     return out

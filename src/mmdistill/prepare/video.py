@@ -1,4 +1,4 @@
-"""Video files, frame by frame, with the decoder's own timestamps."""
+"""Decoding of video files, frame by frame, with the decoder's timestamps."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,34 +14,36 @@ COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number
 
 
 class VideoError(InputError):
-    """A video that cannot be read to its end; the message names the file and the frame reached."""
+    """A video that cannot be decoded to its end. The message names the file and the last decoded frame."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame `number` (from 0), shown at `seconds`; `pixels` is uint8 (H, W, 3) BGR."""
+    """Frame `number`, counted from 0, with its timestamp `seconds`; `pixels` is uint8 (H, W, 3) BGR."""
 
     number: int
     seconds: float
     pixels: np.ndarray
 
 
-def decode(path: Path) -> Iterator[Frame]:
-    """Every frame of a video, in order, at whatever rate it has. No frame is repeated or left out.
+def decode_frames(path: Path) -> Iterator[Frame]:
+    """Yield every frame of a video in order, at any frame rate, without repeating or skipping a frame.
+
+    OpenCV opens the first half of an ``.avi`` like a complete file. The number of decoded frames is therefore compared
+    with the number that the container declares, with `COUNT_TOLERANCE`.
 
     Raises:
-        VideoError: where the file cannot be opened, or ends before the length that it promises. Half an ``.avi`` opens
-            like a whole one, so the promised length is compared at the end, with `COUNT_TOLERANCE`.
+        VideoError: if the file cannot be opened or has fewer frames than the container declares.
     """
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
-            raise VideoError(f"{path}: cannot be opened as a video; no frame was reached")
-        promised = _promised(capture)
+            raise VideoError(f"{path}: cannot be opened as a video; no frame was decoded")
+        declared = _container_frame_count(capture)
         number = 0
         while True:
-            good, pixels = capture.read()
-            if not good:
+            success, pixels = capture.read()
+            if not success:
                 break
             yield Frame(number, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, pixels)
             number += 1
@@ -49,53 +51,55 @@ def decode(path: Path) -> Iterator[Frame]:
         capture.release()
     if number == 0:
         raise VideoError(f"{path}: no frame can be decoded")
-    if promised > 0 and number < promised * (1 - COUNT_TOLERANCE) - 1:
+    if declared > 0 and number < declared * (1 - COUNT_TOLERANCE) - 1:
         raise VideoError(
-            f"{path}: truncated or broken, it ends after frame {number - 1}, but promises {promised} frames"
+            f"{path}: truncated or broken, it ends after frame {number - 1}, but the container declares {declared} frames"
         )
 
 
-def promised_frames(path: Path) -> int:
-    """The number of frames that the container gives, exact or an estimate; 0 where it gives none."""
+def container_frame_count(path: Path) -> int:
+    """The number of frames that the container declares, exact or an estimate; 0 if it declares none."""
     capture = cv2.VideoCapture(str(path))
     try:
-        return _promised(capture)
+        return _container_frame_count(capture)
     finally:
         capture.release()
 
 
-def _promised(capture: cv2.VideoCapture) -> int:
+def _container_frame_count(capture: cv2.VideoCapture) -> int:
     return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
 
-def frame_rate(seconds: list[float]) -> float:
-    """Frames per second from timestamps; the mean rate where they are irregular. 0 for fewer than two frames."""
+def mean_frame_rate(seconds: list[float]) -> float:
+    """Mean frame rate in fps from the timestamps of all frames; 0 for fewer than two frames."""
     if len(seconds) < 2 or seconds[-1] <= seconds[0]:
         return 0.0
     return (len(seconds) - 1) / (seconds[-1] - seconds[0])
 
 
-def repeated_frames(changes: list[float]) -> list[int]:
-    """Frames that only repeat the one before, as when 25 fps footage is stored at 30 fps: their flow is zero.
+def find_repeated_frames(differences: list[float]) -> list[int]:
+    """Numbers of frames that repeat the previous frame, as in 25 fps footage stored at 30 fps. Their flow is zero.
 
     Args:
-        changes: mean absolute difference of frame k + 1 to frame k, for each k.
+        differences: mean absolute difference between frames k and k + 1, for each k.
 
-    A frame counts where it changes less than 0.4 times as much as is usual within three frames of it.
+    Returns:
+        Frames whose difference is less than 0.4 times the median difference within three frames.
     """
-    values = np.array(changes)
+    values = np.array(differences)
     found = []
-    for k, change in enumerate(values):
-        usual = float(np.median(values[max(0, k - 3) : k + 4]))
-        if usual > 0 and change < 0.4 * usual:
+    for k, difference in enumerate(values):
+        median = float(np.median(values[max(0, k - 3) : k + 4]))
+        if median > 0 and difference < 0.4 * median:
             found.append(k + 1)
     return found
 
 
 def find_videos(source: Path) -> dict[str, Path]:
-    """Video files of a folder and its sub-folders (or the one file), by name without suffix, sorted.
+    """Video files below a folder, or the single file `source`, by file name without suffix, sorted.
 
-    Raises `VideoError` where there is none, or two have the same name.
+    Raises:
+        VideoError: if there is no video, or two videos have the same name.
     """
     if source.is_file():
         return {source.stem: source}
@@ -104,7 +108,9 @@ def find_videos(source: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()):
         if path.stem in found:
-            raise VideoError(f"{path} and {found[path.stem]} have the same name; rename one, frames are stored by it")
+            raise VideoError(
+                f"{path} and {found[path.stem]} have the same name; rename one, because output files are named after it"
+            )
         found[path.stem] = path
     if not found:
         raise VideoError(f"{source}: no video file ({', '.join(VIDEO_SUFFIXES)})")
