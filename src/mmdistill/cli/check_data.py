@@ -1,13 +1,14 @@
-"""Is the data whole? Read every frame, flow and skeleton of an annotation file, before training does.
+"""Check that the data of an annotation file is complete: read every frame, flow and skeleton file.
 
     mmdistill check-data ANNOTATIONS --root data/tennis [--json report.json] [--write-clean clean.json]
     mmdistill check-data dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
 
-The first is for the tennis layout; without --root only the annotations are checked. The second takes annotation reader,
-folders, file names and frame size from a dataset config, with overrides as for pretrain_main.py.
+The first form is for the tennis layout. Without --root it checks only the annotations. The second form reads annotation
+format, folders, file names and frame size from a dataset config and accepts the overrides of pretrain_main.py.
 
-Exit status: 0 nothing is missing or wrong, 1 something is, 2 the check cannot be made. `--write-clean` writes the
-usable rallies and events of an F3Set annotation file that has mistakes.
+Exit status: 0 if the data is complete, 1 if there are gaps or errors, 2 if the check cannot run. `--write-clean` copies
+an F3Set annotation file without its invalid rallies and events. It checks the annotations only: the frame, flow and
+skeleton files of the remaining rallies must still exist.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmdistill.builders import load_rallies, open_readers, resolve_annotation_path
-from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain
+from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
 from mmdistill.data.annotations.base import SHOWN_PROBLEMS, Problem, Rally
@@ -36,16 +37,25 @@ from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
+COVERAGE_COLUMNS = (  # key of the report, column title
+    ("expected_frames", "expected frames"),
+    ("missing_frames", "missing frames"),
+    ("unreadable_frames", "unreadable frames"),
+    ("rallies", "rallies"),
+    ("rallies_without_files", "rallies without any file"),
+    ("rallies_longer_than_annotated", "rallies longer than annotated"),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, check, report."""
+    """Check the data and print a report. Returns the exit status."""
     options = _arguments(argv)
     console = Console()
     readers: dict[str, Reader] = {}
     try:
-        data = _data(options)
+        data = _data_config(options)
         path = options.annotations or resolve_annotation_path(data, training=options.split == "unlabel")
-        rallies, problems = _rallies(data, path)
+        rallies, problems = _read_rallies(data, path)
         if options.write_clean and data.annotations != "f3set":
             raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
         if options.root is not None or options.overrides:
@@ -53,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"check_data: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
-    _show_annotations(console, path, rallies, problems)
+    _print_annotations(console, path, rallies, problems)
     if options.write_clean:
         atomic_write_bytes(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
-        console.print(f"the usable part is in {options.write_clean}", markup=False, soft_wrap=True)
+        console.print(_clean_file_message(options.write_clean, rallies, data), markup=False, soft_wrap=True)
     report: dict[str, Any] = {"annotation_problems": [str(p) for p in problems]}
     if readers:
         with Progress(console=Console(stderr=True)) as bar:
@@ -66,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.advance(task)
 
             report |= check_all(rallies, readers, workers=options.workers, every=options.every, progress=progress)
-        _show_coverage(console, report)
+        _print_coverage(console, report)
     if options.json:
         atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if report.get("complete", True) and not problems else 1
@@ -76,20 +86,32 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("what", nargs="+", metavar="ANNOTATIONS | KEY=VALUE", help="a file, or overrides, or both")
     parser.add_argument(
-        "--split", choices=["unlabel", "eval"], default="unlabel", help="which annotation file of the dataset config"
+        "what",
+        nargs="+",
+        metavar="ANNOTATIONS | KEY=VALUE",
+        help="annotation file, overrides of a dataset config, or both",
+    )
+    parser.add_argument(
+        "--split",
+        choices=["unlabel", "eval"],
+        default="unlabel",
+        help="annotation file of the dataset config: training or evaluation (default unlabel)",
     )
     parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
-    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: the dataset's")
-    parser.add_argument("--frames-dir", help="under the root")
-    parser.add_argument("--flow-dir", help="under the root")
-    parser.add_argument("--skeleton-dir", help="under the root")
-    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of the stored frames")
-    parser.add_argument("--every", type=int, default=1, help="open only each n-th file; absent ones are always counted")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="write the report here")
-    parser.add_argument("--write-clean", type=Path, help="write the usable rallies and events here")
+    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
+    parser.add_argument("--frames-dir", help="folder of the frames below the data folder")
+    parser.add_argument("--flow-dir", help="folder of the flow files below the data folder")
+    parser.add_argument("--skeleton-dir", help="folder of the skeleton files below the data folder")
+    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="stored frames, px")
+    parser.add_argument(
+        "--every", type=int, default=1, help="open only every n-th file; missing files are always counted"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: all cores)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the full report")
+    parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events")
     options = parser.parse_intermixed_args(argv)
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     files = [Path(w) for w in options.what if w not in options.overrides]
@@ -99,8 +121,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _data(options: argparse.Namespace) -> DataModuleConfig:
-    """The dataset config, and the options in the places of its keys. Crop and clips play no role here."""
+def _data_config(options: argparse.Namespace) -> DataModuleConfig:
+    """The dataset config with the values of the command-line options. Crop and clip settings are not used."""
     chosen = any(override.startswith("dataset=") for override in options.overrides)
     overrides = [*([] if chosen else ["dataset=tennis"]), "modality=rgb", *options.overrides]
     data = load_config(PretrainConfig, "config_pretrain", overrides).data_module
@@ -109,12 +131,17 @@ def _data(options: argparse.Namespace) -> DataModuleConfig:
     return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})
 
 
-def _rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
-    """The rallies; what is wrong with an F3Set file in full, where other readers stop at the first mistake."""
+def _read_rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
+    """The rallies, and all errors of an F3Set file. Other readers raise at the first error."""
     return read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
 
 
-def _show_annotations(console: Console, path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
+def _clean_file_message(path: Path, rallies: list[Rally], data: DataModuleConfig) -> str:
+    folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
+    return f"{path}: {len(rallies)} valid rallies; training needs the files of each of them in {folders}"
+
+
+def _print_annotations(console: Console, path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
     events = [event for rally in rallies for event in rally.events]
     labels = len({event.label for event in events})
     console.print(
@@ -126,16 +153,17 @@ def _show_annotations(console: Console, path: Path, rallies: list[Rally], proble
         console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more problems")
 
 
-def _show_coverage(console: Console, report: dict[str, Any]) -> None:
-    table = Table("modality", "frames", "absent", "unreadable", "rallies", "without any", "longer than annotated")
+def _print_coverage(console: Console, report: dict[str, Any]) -> None:
+    table = Table("modality", *(title for _, title in COVERAGE_COLUMNS))
     for name, counts in report["modalities"].items():
-        keys = ("frames", "absent", "unreadable", "rallies", "rallies_without", "rallies_of_another_length")
-        table.add_row(name, *(str(counts[key]) for key in keys))
+        table.add_row(name, *(str(counts[key]) for key, _ in COVERAGE_COLUMNS))
     console.print(table)
-    for who, counts in report["players"].items():
-        console.print(f"{who} player: {counts['frames']} frames with a skeleton ({100 * counts['share']:.1f} %)")
+    for player, counts in report["players"].items():
+        found = f"{counts['found_frames']} of {counts['expected_frames']} frames ({100 * counts['share']:.1f} %)"
+        console.print(f"{player} player found in {found}", soft_wrap=True)
     for message in report["messages"][:SHOWN_PROBLEMS]:
         console.print(f"  {message}", markup=False, soft_wrap=True)
     if len(report["messages"]) > SHOWN_PROBLEMS:
-        console.print(f"  and {len(report['messages']) - SHOWN_PROBLEMS} more; --json FILE lists all")
-    console.print("complete" if report["complete"] else f"gaps in {len(report['rallies_with_gaps'])} rallies")
+        console.print(f"  and {len(report['messages']) - SHOWN_PROBLEMS} more problems; --json FILE writes all")
+    gaps = len(report["rallies_with_gaps"])
+    console.print("complete" if report["complete"] else f"gaps in {gaps} of {report['rallies']} rallies")

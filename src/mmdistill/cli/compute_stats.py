@@ -1,10 +1,10 @@
-"""Mean and standard deviation of rgb, flow and skeleton of a training set, written as a dataset config.
+r"""Compute mean and standard deviation of each modality of a training set and write them as a dataset config.
 
-    mmdistill compute-stats --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \\
+    mmdistill compute-stats --config-name config_pretrain_tennis --output configs/dataset/mine.yaml \
         data_module.target_data_dir=data/mine
 
-then `dataset=mine` trains with it. The values are taken over what the model is given: the clips, crop, resizing and
-heat-maps of training with the same overrides. They travel inside each checkpoint.
+`dataset=mine` then trains with this config. The values are computed from the model input: the clips, crops, resizing
+and heat-maps of a training with the same overrides. Each checkpoint stores them.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from mmdistill.config import (
 )
 from mmdistill.config.compose import load_config
 from mmdistill.files import atomic_write_bytes
-from mmdistill.modalities import modality_names
-from mmdistill.prepare.statistics import dataset_statistics, usable
+from mmdistill.modalities import ModalitySpec, modality_names
+from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, compute, write."""
+    """Compute the statistics and write the config. Returns the exit status."""
     options, overrides = _arguments(argv)
     console = Console(stderr=True)
     try:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         specs = modality_specs(data)
         names = tuple(options.modalities or specs)
         if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of reading
+            options.output.parent.mkdir(parents=True, exist_ok=True)  # an error here comes before the long computation
         dataset = make_clip_dataset(data, names, training=True, seed=config.seed)
         with Progress(console=console) as bar:
             count = min(options.clips or len(dataset), len(dataset))
@@ -60,13 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     plain = to_plain(data)
     for name, moment in moments.items():
-        mean, std, flat = usable(moment)
+        mean, std, constant = to_mean_std(moment)
         plain["modalities"][name] |= {"mean": list(mean), "std": list(std)}
         console.print(f"{name}: mean {mean}, std {std}", markup=False, highlight=False, soft_wrap=True)
-        if flat:
-            console.print(f"{name}: channels {flat} never vary; their std is set to 1", markup=False, soft_wrap=True)
+        if constant:
+            message = _constant_channels_message(specs[name], constant)
+            console.print(message, markup=False, highlight=False, soft_wrap=True)
     _write(options.output, plain, count)
     return 0
+
+
+def _constant_channels_message(spec: ModalitySpec, constant: list[int]) -> str:
+    """Says which channels are constant, and why if the modality has one channel per keypoint."""
+    if spec.sigma is None:
+        return f"{spec.name}: channels {constant} have the same value everywhere; their std is set to 1"
+    if len(constant) == spec.channels:
+        return f"{spec.name}: no skeleton was found in the training set; the std of all channels is set to 1"
+    return f"{spec.name}: joints {constant} were not found in the training set; their std is set to 1"
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -74,10 +84,10 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config-name", default="config_pretrain")
-    parser.add_argument("--output", type=Path, help="dataset config to write; without it, standard output")
-    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: the dataset's")
-    parser.add_argument("--clips", type=int, help="use this many clips, evenly spread; default: all")
-    parser.add_argument("overrides", nargs="*", help="as for pretrain_main.py")
+    parser.add_argument("--output", type=Path, help="dataset config to write (default: standard output)")
+    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
+    parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")
+    parser.add_argument("overrides", nargs="*", help="overrides, as for pretrain_main.py")
     options = parser.parse_intermixed_args(argv)
     return options, options.overrides
 
@@ -85,7 +95,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     defaults = to_plain(DataModuleConfig())
     kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
-    if output is not None and kept["name"] != "demo":  # "demo" is what makes the demo data
+    if output is not None and kept["name"] != "demo":  # the name "demo" triggers the rendering of the demo data
         kept["name"] = output.stem
     text = "# @package data_module\n" + f"# statistics over {clips} clips, by scripts/compute_stats.py\n"
     text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)

@@ -1,9 +1,9 @@
-"""An unlabelled training file: the rallies of annotation files, without their events.
+"""Write an unlabeled training file: the rallies of annotation files without their events.
 
     mmdistill make-unlabel train.json [more.json ...] --output unlabel.json [--exclude val.json test.json]
 
-Rallies of the files after `--exclude` are left out, with `--by match` all rallies of their matches, so that nothing
-that is evaluated is trained on. Labels are not written at all.
+`--exclude` removes the rallies of the evaluation files, with `--by match` all rallies of their matches, so that the
+training does not see them. The output contains no labels.
 """
 
 import argparse
@@ -20,14 +20,16 @@ from mmdistill.files import atomic_write_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, gather, write."""
+    """Write the file. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("annotations", type=Path, nargs="+", help="F3Set JSON files")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="files whose rallies are left out")
-    parser.add_argument("--by", choices=["rally", "match"], default="rally", help="what is excluded")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="files whose rallies are excluded")
+    parser.add_argument(
+        "--by", choices=["rally", "match"], default="rally", help="exclude rallies, or their whole matches"
+    )
     options = parser.parse_args(argv)
     try:
         rallies = [rally for path in options.annotations for rally in load_f3set(path)]
@@ -35,16 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AnnotationError, OSError) as error:
         print(f"make_unlabel: {error}", file=sys.stderr)
         return 2
-    twice = [name for name, count in Counter(rally.video for rally in rallies).items() if count > 1]
-    if twice:
-        print(f"make_unlabel: {twice[0]} is in two of the files", file=sys.stderr)
+    duplicates = [name for name, count in Counter(rally.video for rally in rallies).items() if count > 1]
+    if duplicates:
+        print(f"make_unlabel: {duplicates[0]} is in more than one of the files", file=sys.stderr)
         return 2
     key = match_name if options.by == "match" else str
-    out = {key(rally.video) for rally in excluded}
-    kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in out]
+    excluded_keys = {key(rally.video) for rally in excluded}
+    kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in excluded_keys]
     if not kept:
-        print("make_unlabel: no rally is left", file=sys.stderr)
+        print("make_unlabel: all rallies are excluded", file=sys.stderr)
         return 2
     atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
-    print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} left out")
+    print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} excluded")
     return 0

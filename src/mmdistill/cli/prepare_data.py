@@ -1,8 +1,8 @@
-"""Video files to training data: frames, flow, skeletons and an annotation file in the tennis layout.
+"""Convert video files to training data: frames, flow, skeletons and an annotation file in the tennis layout.
 
     mmdistill prepare VIDEO_OR_DIR --output data/mine [--skeleton mediapipe] [--flow farneback]
 
-Started again after an interruption it only does what is missing. Exit status 1 if any video failed.
+An interrupted run can be repeated; it computes only what is missing. The exit status is 1 if any video failed.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from rich.progress import Progress
 
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.prepare.flow import FLOW_METHODS
-from mmdistill.prepare.pipeline import Outcome, Settings, prepare_all
+from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_all
 from mmdistill.prepare.video import VideoError, find_videos
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, prepare, say what was done and what to run next."""
+    """Prepare the videos, print a summary and the next commands. Returns the exit status."""
     options = _arguments(argv)
     console = Console(stderr=True)
     try:
@@ -39,66 +39,81 @@ def main(argv: Sequence[str] | None = None) -> int:
     with Progress(console=console) as bar:
         task = bar.add_task(f"{len(videos)} videos", total=len(videos))
 
-        def progress(outcome: Outcome) -> None:
+        def progress(result: PrepareResult) -> None:
             bar.advance(task)
-            console.print(_line(outcome), markup=False, highlight=False, soft_wrap=True)
+            console.print(format_result(result), markup=False, highlight=False, soft_wrap=True)
 
-        outcomes = prepare_all(videos, options.output, settings, workers=options.workers, progress=progress)
-    _what_next(console, options.output, outcomes)
-    return 1 if any(o.error for o in outcomes) else 0
+        results = prepare_all(videos, options.output, settings, workers=options.workers, progress=progress)
+    _print_next_commands(console, options.output, results)
+    return 1 if any(r.error for r in results) else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("source", type=Path, help="a video file, or a folder of them")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--height", type=int, default=224, help="of the stored frames, px (default 224)")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs (default 95)")
-    parser.add_argument("--flow", choices=[*FLOW_METHODS, "none"], default="dis")
-    parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16")
-    parser.add_argument("--skeleton", choices=["mediapipe", "none"], default="none", help="mediapipe: the pose extra")
+    parser.add_argument("source", type=Path, help="a video file, or a folder with video files")
+    parser.add_argument("--output", type=Path, required=True, help="output folder")
+    parser.add_argument("--height", type=int, default=224, help="height of the stored frames in px (default 224)")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default 95)")
+    parser.add_argument("--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="method (default dis)")
+    parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format (default float16)")
     parser.add_argument(
-        "--split", type=float, default=0.4, help="near players have their feet below this height, 0 top, 1 bottom"
+        "--skeleton", choices=["mediapipe", "none"], default="none", help="mediapipe needs the pose extra"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="videos at a time")
+    parser.add_argument(
+        "--split",
+        type=float,
+        default=0.4,
+        help="image height, 0 top to 1 bottom: a player with feet below it is near (default 0.4)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="number of processes; each prepares one video at a time (default: all cores)",
+    )
     return parser.parse_args(argv)
 
 
-def _line(outcome: Outcome) -> str:
-    if outcome.record is None:
-        return f"FAILED {outcome.video}: {outcome.error}"
-    record = outcome.record
-    people = record.get("skeleton_frames")
-    found = f", near player in {people['near']}, far in {people['far']}" if people else ""
+def format_result(result: PrepareResult) -> str:
+    """The log line of one video."""
+    if result.record is None:
+        return f"FAILED {result.video}: {result.error}"
+    record = result.record
+    frames = record["num_frames"]
     height, width = record["stored_size"]
-    repeats = len(record["repeated_frames"])
-    repeated = f", {repeats} of them repeat the one before (their flow is zero)" if repeats else ""
-    size = f"{record['num_frames']} frames at {record['fps']:.2f} fps, {height} x {width}"
-    promised = record.get("promised_frames", 0)
-    fewer = f", the file promises {promised}" if promised not in (0, record["num_frames"]) else ""
-    late = record["largest_timestamp_deviation_s"]
-    uneven = (
-        f", unevenly spaced (up to {late:.3f} s from this rate; see timestamps_s)" if "timestamps_s" in record else ""
-    )
-    return f"{outcome.video}: {size}{fewer}{uneven}{repeated}{found}"
+    facts = [f"{frames} frames at {record['fps']:.2f} fps", f"{height} x {width}"]
+    declared = record.get("container_frame_count", 0)
+    if declared not in (0, frames):
+        facts.append(f"the container declares {declared} frames")
+    if "timestamps_s" in record:
+        deviation = record["largest_timestamp_deviation_s"]
+        facts.append(f"variable frame rate (up to {deviation:.3f} s from the mean rate; see timestamps_s)")
+    if record["repeated_frames"]:
+        facts.append(f"{len(record['repeated_frames'])} repeated frames (zero flow)")
+    if "skeleton_frames" in record:
+        found = record["skeleton_frames"]
+        facts.append(
+            f"near player found in {found['near']} of {frames} frames, far player in {found['far']} of {frames}"
+        )
+    return f"{result.video}: {', '.join(facts)}"
 
 
-def _what_next(console: Console, output: Path, outcomes: list[Outcome]) -> None:
-    whole = [o.record for o in outcomes if o.record]
-    if not whole:
+def _print_next_commands(console: Console, output: Path, results: list[PrepareResult]) -> None:
+    complete = [r.record for r in results if r.record]
+    if not complete:
         return
-    sizes = sorted({tuple(record["stored_size"]) for record in whole})
-    lines = [f"{len(whole)} of {len(outcomes)} videos are in {output}; all of it is listed in {output}/provenance.json"]
+    sizes = sorted({tuple(record["stored_size"]) for record in complete})
+    lines = [f"{len(complete)} of {len(results)} videos are in {output}; see {output}/provenance.json"]
     if len(sizes) > 1:
-        lines.append(f"their stored sizes differ ({sizes}): prepare videos of one shape into one folder each")
+        lines.append(f"the stored sizes differ ({sizes}): prepare videos of one aspect ratio per output folder")
     lines.append(
-        f"python pretrain_main.py --config-name=config_pretrain_tennis modality=rgb "
+        f"to pretrain: python pretrain_main.py --config-name=config_pretrain_tennis modality=rgb "
         f"data_module.target_data_dir={output} data_module.frame_size=[{sizes[0][0]},{sizes[0][1]}]"
     )
     lines.append(
-        f"few-shot with the video as class: data_module.eval_clips=windows data_module.label=video "
+        f"to evaluate with the video as class, add: data_module.eval_clips=windows data_module.label=video "
         f"data_module.fewshot_eval_json_path={(output / 'unlabel.json').resolve()}"
     )
     for line in lines:

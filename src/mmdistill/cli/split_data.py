@@ -1,7 +1,7 @@
-"""Split an annotation file into files that share no match, or no class.
+r"""Split an annotation file into files that share no match or no class.
 
     mmdistill split-data all.json --output-dir splits --by match --fractions train=0.7 val=0.15 test=0.15
-    mmdistill split-data all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \\
+    mmdistill split-data all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \
         --label-fields type side technique direction
 
 The same seed gives the same files on every machine.
@@ -19,8 +19,8 @@ from mmdistill.data.annotations.splits import split_by_class, split_by_match
 from mmdistill.files import atomic_write_bytes
 
 
-def _fraction(text: str) -> tuple[str, float]:
-    """NAME=FRACTION as both."""
+def _parse_fraction(text: str) -> tuple[str, float]:
+    """Parse NAME=FRACTION."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)
@@ -29,22 +29,22 @@ def _fraction(text: str) -> tuple[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, split, write."""
+    """Write the split files. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("annotations", type=Path, help="F3Set JSON")
-    parser.add_argument("--output-dir", type=Path, required=True, help="one NAME.json per split is written here")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for one NAME.json per split")
     parser.add_argument("--by", choices=["match", "class"], required=True)
     parser.add_argument("--fractions", nargs="+", required=True, metavar="NAME=FRACTION")
     parser.add_argument(
-        "--label-fields", nargs="+", choices=F3SET_FIELDS, help="what makes a class; default: all fields"
+        "--label-fields", nargs="+", choices=F3SET_FIELDS, help="label fields that define a class (default: all)"
     )
-    parser.add_argument("--min-events", type=int, default=1, help="leave out classes with fewer events (--by class)")
+    parser.add_argument("--min-events", type=int, default=1, help="exclude classes with fewer events (with --by class)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     try:
-        fractions = dict(_fraction(text) for text in options.fractions)
+        fractions = dict(_parse_fraction(text) for text in options.fractions)
         if len(fractions) != len(options.fractions):
             raise ValueError("--fractions: a name occurs twice")
         rallies = load_f3set(options.annotations)

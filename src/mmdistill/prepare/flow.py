@@ -24,10 +24,10 @@ def make_flow_function(method: str) -> FlowFunction:
     """
     if method == "dis":
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        return lambda first, second: _to_channels_first(dis.calc(first, second, None))
+        return lambda first, second: _to_channels_first(dis.calc(first, second, None))  # type: ignore[call-overload]
     if method == "farneback":
         return lambda first, second: _to_channels_first(
-            cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+            cv2.calcOpticalFlowFarneback(first, second, None, 0.5, 3, 15, 3, 5, 1.2, 0)  # type: ignore[call-overload]
         )
     raise ValueError(f"flow={method!r} is not one of {', '.join(FLOW_METHODS)}")
 

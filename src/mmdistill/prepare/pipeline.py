@@ -135,9 +135,7 @@ def _record_path(name: str, output: Path) -> Path:
     return output / RECORD_DIR / f"{name}.json"
 
 
-def _start_record(
-    name: str, path: Path, output: Path, settings: Settings
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _start_record(name: str, path: Path, output: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     """Remove the files that another source or other settings produced.
 
     Returns:

@@ -53,7 +53,8 @@ def decode_frames(path: Path) -> Iterator[Frame]:
         raise VideoError(f"{path}: no frame can be decoded")
     if declared > 0 and number < declared * (1 - COUNT_TOLERANCE) - 1:
         raise VideoError(
-            f"{path}: truncated or broken, it ends after frame {number - 1}, but the container declares {declared} frames"
+            f"{path}: truncated or broken, it ends after frame {number - 1}, "
+            f"but the container declares {declared} frames"
         )
 
 
