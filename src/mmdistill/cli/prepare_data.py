@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         videos = find_videos(options.source)
     except (VideoError, ValueError) as error:
-        console.print(f"prepare_data: {error}", style="red", markup=False, highlight=False)
+        console.print(f"prepare_data: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     with Progress(console=console) as bar:
         task = bar.add_task(f"{len(videos)} videos", total=len(videos))

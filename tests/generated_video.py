@@ -1,0 +1,85 @@
+"""Generated videos: a moving square, and a clip like a tennis broadcast."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+SQUARE_SIZE = (96, 160)  # height, width of a moving-square video, px
+
+
+def write_moving_square(path: Path, *, frames: int = 20, fps: float = 25.0, seed: int = 0) -> Path:
+    """A textured square that moves 4 px right and 2 px down per frame on a textured background, as Motion JPEG."""
+    rng = np.random.default_rng(seed)
+    height, width = SQUARE_SIZE
+    background = cv2.GaussianBlur(rng.integers(0, 80, (height, width, 3), np.uint8), (0, 0), 2)
+    square = cv2.GaussianBlur(rng.integers(100, 255, (40, 40, 3), np.uint8), (0, 0), 1.5)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), fps, (width, height))
+    assert writer.isOpened()
+    for k in range(frames):
+        image = background.copy()
+        x, y = 8 + 4 * k, 6 + 2 * k
+        region = image[y : y + 40, x : x + 40]
+        region[:] = square[: region.shape[0], : region.shape[1]]
+        writer.write(image)
+    writer.release()
+    return path
+
+
+@dataclass(frozen=True)
+class BroadcastClip:
+    """A generated broadcast clip.
+
+    Attributes:
+        path: the ``.mp4`` file.
+        num_frames: frames of the file.
+        repeated: numbers of frames that repeat the previous frame.
+        near, far: (T, 2) x, y of the players' centers in px. NaN after the cut.
+        cut: first frame of the second shot, which shows no court.
+    """
+
+    path: Path
+    num_frames: int
+    repeated: list[int]
+    near: np.ndarray
+    far: np.ndarray
+    cut: int
+
+
+def write_broadcast_clip(
+    path: Path, *, num_frames: int = 60, cut: int = 52, size: tuple[int, int] = (720, 1280)
+) -> BroadcastClip:
+    """A static camera behind a court, a large near and a small far player, then a cut to another shot.
+
+    The file has 30 fps and the content 25 fps, as in real broadcasts: frames 3, 9, 15, ... repeat the previous frame.
+    """
+    rng = np.random.default_rng(0)
+    height, width = size
+    court = cv2.resize(rng.integers(60, 120, (36, 64, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    for y in (0.2, 0.45, 0.85):
+        cv2.line(court, (width // 8, int(y * height)), (width * 7 // 8, int(y * height)), (225, 225, 225), 3)
+    crowd = cv2.resize(rng.integers(0, 255, (90, 160, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    textures = [cv2.resize(rng.integers(150, 255, (8, 4, 3), np.uint8), (w, h)) for w, h in ((60, 150), (26, 64))]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 30.0, (width, height))
+    assert writer.isOpened()
+    repeated = list(range(3, num_frames, 6))
+    centers = np.full((2, num_frames, 2), np.nan)
+    image, step = court, 0
+    for k in range(num_frames):
+        if k not in repeated:
+            image = (crowd if k >= cut else court).copy()
+            if k < cut:
+                near = (300 + 11 * step, 540 + int(12 * np.sin(step / 3)))
+                far = (820 - 7 * step, 180 + int(6 * np.sin(step / 4)))
+                for (x, y), texture in zip((near, far), textures, strict=True):
+                    h, w = texture.shape[:2]
+                    image[y - h // 2 : y + h // 2, x - w // 2 : x + w // 2] = texture
+            noise = rng.integers(0, 6, (height // 4, width // 4, 1), np.uint8)  # of the camera sensor
+            image = cv2.add(image, np.repeat(cv2.resize(noise, (width, height))[..., None], 3, axis=2))
+            step += 1
+        if k < cut:
+            centers[:, k] = near, far
+        writer.write(image)
+    writer.release()
+    return BroadcastClip(path, num_frames, repeated, centers[0], centers[1], cut)

@@ -1,0 +1,93 @@
+"""The command ``check-data``: its tables, its exit status and the cleaned annotation file."""
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmdistill.cli.check_data import main
+from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.f3set import load_f3set, to_json
+from mmdistill.data.readers.flow_file import write_flow
+
+SIZE, FRAMES = (16, 24), 6
+LABEL = "near_deuce_serve_-_-_T_-_in"
+RALLIES = [Rally(name, FRAMES, 25.0, (Event(3, LABEL),)) for name in ("m_1_10", "m_20_30")]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two rallies in the tennis layout; the far player has no skeleton."""
+    monkeypatch.setenv("COLUMNS", "160")
+    scores = np.ones((2, FRAMES, 17))
+    scores[1] = 0
+    entry = {"keypoint": np.ones((2, FRAMES, 17, 2)), "keypoint_score": scores, "img_shape": SIZE}
+    (tmp_path / "skeletons/f3set-tennis").mkdir(parents=True)
+    for rally in RALLIES:
+        frames, flows = tmp_path / "vid_frames_224" / rally.video, tmp_path / "tennis_flows" / rally.video
+        frames.mkdir(parents=True)
+        flows.mkdir(parents=True)
+        for k in range(FRAMES):
+            cv2.imwrite(str(frames / f"{k:06d}.jpg"), np.full((*SIZE, 3), 20 * k, np.uint8))
+            if k < FRAMES - 1:
+                write_flow(flows / f"pair_{k:05d}.npy", np.zeros((2, *SIZE), np.float32))
+        (tmp_path / f"skeletons/f3set-tennis/{rally.video}.pkl").write_bytes(pickle.dumps(entry))
+    (tmp_path / "a.json").write_text(json.dumps(to_json(RALLIES)))
+    return tmp_path
+
+
+def check(root: Path, *more: object) -> int:
+    options = ["--root", root, "--frame-size", *SIZE, "--workers", 1, *more]
+    return main([str(root / "a.json"), *map(str, options)])
+
+
+def test_complete_data_exits_with_0(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(root) == 0
+    text = capsys.readouterr().out
+    assert f"{root / 'a.json'}: 2 rallies, 2 events, 1 labels" in text
+    for title in ("expected frames", "missing frames", "unreadable frames", "rallies without any file"):
+        assert title in text
+    assert "rallies longer than annotated" in text
+    assert "near player found in 12 of 12 frames (100.0 %)" in text
+    assert "far player found in 0 of 12 frames (0.0 %)" in text
+    assert text.rstrip().endswith("complete")
+
+
+def test_gaps_exit_with_1_and_are_counted_in_the_json_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame, flow = root / "vid_frames_224/m_1_10/000002.jpg", root / "tennis_flows/m_20_30/pair_00000.npy"
+    frame.write_bytes(frame.read_bytes()[:-40])
+    flow.unlink()
+    assert check(root, "--json", root / "r.json") == 1
+    text = capsys.readouterr().out
+    assert "gaps in 2 of 2 rallies" in text
+    assert "000002.jpg: truncated JPEG" in text
+    report = json.loads((root / "r.json").read_text())
+    assert report["modalities"]["flow"]["missing_frames"] == 1
+    assert report["modalities"]["rgb"]["unreadable_frames"] == 1
+    assert report["annotation_problems"] == []
+
+
+def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = to_json(RALLIES)[0]
+    entry["events"] = [{"frame": f, "label": LABEL} for f in (5, 3, 3, 99)]
+    (tmp_path / "a.json").write_text(json.dumps([entry, {"video": "x"}]))
+    clean = tmp_path / "clean.json"
+    assert main([str(tmp_path / "a.json"), "--write-clean", str(clean)]) == 1
+    text = capsys.readouterr().out
+    for expected in ("m_1_10, event 1", "event 2: a duplicate", "event 3: frame=99 is out of range", "x: the key"):
+        assert expected in text
+    folders = "vid_frames_224 (rgb), tennis_flows (flow), skeletons/f3set-tennis (skeleton)"
+    assert f"{clean}: 1 valid rallies; training needs the files of each of them in {folders}" in text
+    assert [e.frame for e in load_f3set(clean)[0].events] == [3, 5]
+
+
+def test_checks_that_cannot_run_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["a.json", "b.json"])
+    assert stopped.value.code == 2
+    assert "one annotation file at a time: a.json, b.json" in capsys.readouterr().err

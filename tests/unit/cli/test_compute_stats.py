@@ -1,0 +1,88 @@
+"""The command ``compute-stats``: a dataset config with the statistics of the model input."""
+
+import json
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from mmdistill.cli.compute_stats import main
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import to_json
+from mmdistill.data.readers.flow_file import write_flow
+
+SIZE, FRAMES = (32, 48), 18
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """One rally in the tennis layout with random frames and flow of mean 1 and std 3."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "vid_frames_224/a").mkdir(parents=True)
+    (tmp_path / "tennis_flows/a").mkdir(parents=True)
+    for k in range(FRAMES):
+        cv2.imwrite(str(tmp_path / f"vid_frames_224/a/{k:06d}.jpg"), rng.integers(0, 255, (*SIZE, 3), np.uint8))
+        write_flow(tmp_path / f"tennis_flows/a/pair_{k:05d}.npy", rng.normal(1, 3, (2, *SIZE)).astype(np.float32))
+    (tmp_path / "unlabel.json").write_text(json.dumps(to_json([Rally("a", FRAMES, 25.0, ())])))
+    return tmp_path
+
+
+def write_skeletons(root: Path, missing: list[int]) -> None:
+    scores = np.ones((2, FRAMES, 17))
+    scores[:, :, missing] = 0
+    keypoints = np.random.default_rng(0).uniform(8, 24, (2, FRAMES, 17, 2))
+    entry = {"keypoint": keypoints, "keypoint_score": scores, "total_frames": FRAMES, "img_shape": SIZE}
+    (root / "skeletons").mkdir()
+    (root / "skeletons/a.pkl").write_bytes(pickle.dumps(entry))
+
+
+def compute(root: Path, *options: object) -> int:
+    overrides = [
+        f"data_module.target_data_dir={root}",
+        "data_module.skeleton_dir=skeletons",
+        f"data_module.frame_size={list(SIZE)}",
+        "data_module.crop_size=[32,32]",
+        "data_module.num_frames=4",
+        "data_module.mask_ratio=0.5",
+        "num_workers=0",
+    ]
+    return main(["--config-name", "config_pretrain_tennis", *map(str, options), *overrides])
+
+
+def test_config_contains_the_statistics(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_skeletons(root, missing=[0])
+    out = root / "new" / "mine.yaml"
+    assert compute(root, "--clips", 99, "--output", out) == 0
+    text = out.read_text()
+    assert text.startswith("# @package data_module\n# statistics over 4 clips, by scripts/compute_stats.py\n")
+    config = yaml.safe_load(text)
+    assert config["name"] == "mine"
+    assert 0.4 < config["modalities"]["rgb"]["mean"][0] < 0.6
+    assert config["modalities"]["flow"]["mean"] == pytest.approx([1, 1], abs=0.2)
+    assert config["modalities"]["flow"]["std"] == pytest.approx([3, 3], abs=0.2)
+    assert len(config["modalities"]["skeleton"]["std"]) == 17
+    message = "skeleton: joints [0] were not found in the training set; their std is set to 1"
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_training_set_without_skeletons_is_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_skeletons(root, missing=list(range(17)))
+    assert compute(root, "--modalities", "skeleton", "--clips", 1) == 0
+    done = capsys.readouterr()
+    assert "no skeleton was found in the training set; the std of all channels is set to 1" in done.err
+    assert yaml.safe_load(done.out)["modalities"]["skeleton"]["std"] == [1.0] * 17
+
+
+def test_constant_image_channels_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (root / "tennis_flows/a").iterdir():
+        write_flow(path, np.ones((2, *SIZE), np.float32))
+    assert compute(root, "--modalities", "flow", "--clips", 1) == 0
+    assert "flow: channels [0, 1] have the same value everywhere; their std is set to 1" in capsys.readouterr().err
+
+
+def test_missing_data_exits_with_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compute(root) == 2
+    assert "skeleton" in capsys.readouterr().err

@@ -1,0 +1,50 @@
+"""The command ``split-data``: one annotation file per split."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdistill.cli.split_data import main
+from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.f3set import load_f3set, to_json
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> str:
+    """Ten matches of four rallies, each with three types of strokes."""
+    events = tuple(
+        Event(5 * i, f"near_ad_{kind}_fh_gs_CC_-_in") for i, kind in enumerate(("serve", "return", "stroke"))
+    )
+    rallies = [Rally(f"match{m}_{100 * r}_{100 * r + 50}", 51, 25.0, events) for m in range(10) for r in range(4)]
+    (tmp_path / "all.json").write_text(json.dumps(to_json(rallies)))
+    return str(tmp_path / "all.json")
+
+
+def test_one_file_per_split_is_written(annotations: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [annotations, "--output-dir", str(tmp_path / "s"), "--by", "match"]
+    assert main([*given, "--fractions", "train=0.8", "val=0.2"]) == 0
+    assert len(load_f3set(tmp_path / "s/train.json")) == 32
+    assert len(load_f3set(tmp_path / "s/val.json")) == 8
+    assert f"{tmp_path / 's/train.json'}: 32 rallies, 96 events, 3 labels" in capsys.readouterr().out
+
+
+def test_classes_are_split_by_the_given_fields(annotations: str, tmp_path: Path) -> None:
+    given = [annotations, "--output-dir", str(tmp_path), "--by", "class", "--label-fields", "type"]
+    assert main([*given, "--fractions", "base=0.6", "novel=0.4"]) == 0
+    types = [
+        {e.label.split("_")[2] for r in load_f3set(tmp_path / f"{n}.json") for e in r.events} for n in ("base", "novel")
+    ]
+    assert types[0] | types[1] == {"serve", "return", "stroke"}
+    assert not types[0] & types[1]
+
+
+@pytest.mark.parametrize(
+    ("fractions", "message"),
+    [(["train", "val=0.2"], "--fractions train: expected"), (["a=0.5", "a=0.5"], "a name occurs twice")],
+)
+def test_wrong_fractions_exit_with_2(
+    annotations: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], fractions: list[str], message: str
+) -> None:
+    assert main([annotations, "--output-dir", str(tmp_path), "--by", "match", "--fractions", *fractions]) == 2
+    assert message in capsys.readouterr().err
