@@ -1,7 +1,5 @@
-"""Sweeps: failing jobs, launchers, the summary, and that every experiment's jobs compose."""
+"""Sweeps as processes: failing jobs, launchers, Optuna, and equality with single runs."""
 
-import csv
-import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from mmdistill.config import DistillConfig, PretrainConfig, parse, register_schemas
-from mmdistill.workflows.sweep_results import last_metrics, objective, read_sweep, swept_keys
-from tests.commands import Script, run_python
+from mmdistill.workflows.sweep_results import read_sweep
+from tests.commands import run_python
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,92 +146,3 @@ def test_each_job_equals_itself_run_alone(alone: tuple[list[str], Path], tmp_pat
         assert own.keys() == other.keys()
         assert all(torch.equal(own[k], other[k]) for k in own)
         assert a.parents[1].name == b.parents[1].name
-
-
-# The summary ---------------------------------------------------------------------------------------------------------
-
-
-def _job(
-    root: Path, number: int, overrides: list[str], *, loss: float | None = None, shots: dict[int, float] | None = None
-) -> None:
-    job = root / f"run_{number}"
-    (job / ".hydra").mkdir(parents=True)
-    (job / ".hydra" / "overrides.yaml").write_text("".join(f"- {json.dumps(o)}\n" for o in overrides))
-    if loss is not None:
-        (job / "metrics.csv").write_text(f"step,loss,lr\n1,9,1\n2,{loss},\n")
-    if shots:
-        settings = [
-            {
-                "n_way": 5,
-                "k_shot": k,
-                "head": "logistic",
-                "rows": {"student_rgb": {"top1_action_ensemble": v, "ci95": 0.01}},
-            }
-            for k, v in shots.items()
-        ]
-        first = next(iter(shots.values()))
-        report = {"network": "student_rgb", "top1_action_ensemble": first, "settings": settings}
-        (job / "fewshot.json").write_text(json.dumps(report))
-
-
-def _table(root: Path) -> list[dict[str, str]]:
-    with (root / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_last_number_of_each_column_counts(tmp_path: Path) -> None:
-    _job(tmp_path, 0, [], loss=0.5)
-    assert last_metrics(tmp_path / "run_0" / "metrics.csv") == {"step": 2, "loss": 0.5, "lr": 1}
-    assert objective(tmp_path / "run_0") == 0.5
-    with pytest.raises(ValueError, match=r"neither|no fewshot.json"):
-        objective(tmp_path)
-
-
-def test_one_key_gives_a_line_and_failed_jobs_are_named(tmp_path: Path, script: Script) -> None:
-    for i, ratio in enumerate((0.5, 0.75, 0.9)):
-        _job(tmp_path, i, ["modality=rgb", f"data_module.mask_ratio={ratio}"], loss=1 + ratio)
-    _job(tmp_path, 3, ["modality=rgb", "data_module.mask_ratio=0.95"])
-    (tmp_path / "run_3" / "failed.json").write_text(json.dumps({"error": "no memory\nsecond line", "traceback": ""}))
-    said = script("summarize_sweep.py", tmp_path).stdout
-    assert "run_3" in said
-    assert "no memory" in said
-    rows = _table(tmp_path)
-    assert list(rows[0])[:2] == ["job", "data_module.mask_ratio"]
-    assert [(r["data_module.mask_ratio"], r["loss"], r["error"]) for r in rows[1:]] == [
-        ("0.75", "1.75", ""), ("0.9", "1.9", ""), ("0.95", "", "no memory"),
-    ]  # fmt: skip
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_two_keys_give_a_heat_map_and_seeds_are_averaged(tmp_path: Path, script: Script) -> None:
-    from mmdistill.workflows.sweep_plot import grid_of, mean_over_seeds
-
-    jobs = [(t, r, s) for t in ("[rgb]", "[rgb,flow]") for r in (0.5, 0.75) for s in (0, 1)]
-    for i, (teachers, ratio, seed) in enumerate(jobs):
-        text = [f"trainer.teachers={teachers}", f"data_module.mask_ratio={ratio}", f"seed={seed}"]
-        _job(tmp_path, i, text, shots={1: 0.4 + 0.1 * ratio + 0.2 * seed + 0.1 * len(teachers)})
-    rows = read_sweep(tmp_path)
-    assert swept_keys(rows) == ["trainer.teachers", "data_module.mask_ratio", "seed"]
-    points = mean_over_seeds(rows, ["trainer.teachers", "data_module.mask_ratio"])
-    assert points[("[rgb]", "0.5")] == pytest.approx((0.45 + 0.1 + 0.1 * 5, 0.1))
-    xs, ys, values = grid_of(points)
-    assert (xs, ys, values.shape) == (["0.5", "0.75"], ["[rgb]", "[rgb,flow]"], (2, 2))
-    assert "±" in script("summarize_sweep.py", tmp_path).stdout
-    assert (tmp_path / "sweep.png").is_file()
-
-
-def test_a_list_of_shots_in_one_job_is_a_key_of_its_own(tmp_path: Path) -> None:
-    _job(tmp_path, 0, ["data_module.k_shot=[1,5]"], shots={1: 0.3, 5: 0.6})
-    rows = read_sweep(tmp_path)
-    assert [(r.overrides["data_module.k_shot"], r.values["top1_action_ensemble"]) for r in rows] == [
-        ("1", 0.3),
-        ("5", 0.6),
-    ]
-
-
-def test_an_unfinished_job_and_an_empty_folder_are_said(tmp_path: Path, script: Script) -> None:
-    done = script("summarize_sweep.py", tmp_path)
-    assert done.returncode == 2
-    assert "holds no job" in done.stderr
-    _job(tmp_path, 0, ["seed=1"])
-    assert "unfinished" in script("summarize_sweep.py", tmp_path).stdout

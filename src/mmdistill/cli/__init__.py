@@ -1,0 +1,1 @@
+"""Command line: the verbs of ``mmdistill``. Each module has ``main(argv) -> exit status``."""

@@ -1,6 +1,6 @@
-"""The main job on the demo data: pretrain rgb, flow and skeleton, distil, evaluate. `make demo` calls this.
+"""Run the whole method on generated data: pretrain rgb, flow and skeleton, distill, evaluate. `make demo` calls this.
 
-A second call does only what is missing. ``--short`` takes one epoch of everything, to see that it runs.
+A second call runs only the missing stages.
 """
 
 import argparse
@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.workflows.pipeline import StageError, method_stages, run_stages
-from mmdistill.workflows.results_table import claim_table, holds, read_results
+from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stages, say where the report lies."""
+    """Run the stages, then print the results and the paths of the report. 0 if done, 1 if a stage failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the runs")
-    parser.add_argument("--short", action="store_true", help="one epoch each: shows that it runs, not that it learns")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--short", action="store_true", help="one epoch per stage: checks that the pipeline runs, not that it learns"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default 0)")
     args = parser.parse_args(argv)
     short = ("trainer.epochs=1", "trainer.warmup_epochs=0", "data_module.window_stride=8")
     stages = method_stages(
@@ -33,12 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("demo: stopped; `make demo` goes on from here", file=sys.stderr)
+        print("demo: interrupted; the same command continues from here", file=sys.stderr)
         return 130
     report = args.output / "test"
     results = read_results(report)
-    print("\n" + claim_table([results], [args.seed]))
-    verdict = "holds" if holds([results]) else "does NOT hold"
-    print(f"student > RGB pretrained > random init {verdict} in this {'one-epoch ' if args.short else ''}run")
+    print("\n" + render_results_table([results], [args.seed]))
+    print("The table shows few-shot accuracy in percent, with 95 % confidence intervals over the episodes.")
+    confirmed = "confirmed" if student_beats_baselines([results]) else "NOT confirmed"
+    print(f"Expected order, student > RGB pretrained > random initialization: {confirmed} in this run.")
+    if args.short:
+        print("One epoch per stage is too short to learn; this run only checks that the pipeline works.")
     print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}")
     return 0

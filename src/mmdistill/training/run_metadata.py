@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill import __version__
+from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.files import atomic_write_bytes
 
-ROOT = Path(__file__).resolve().parents[3]
 RUN_FILE = "run.json"
 
 
@@ -36,7 +36,7 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": git_state(ROOT),
+        "git": git_state(SOURCE_ROOT),
         "environment": {**environment(accelerator), "processes": processes},
         "config": dict(config),
     }
@@ -45,8 +45,10 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
     return record
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
-    """Commit, whether files differ from it and which; None where git or a repository is missing."""
+def git_state(root: Path | None) -> dict[str, Any] | None:
+    """Commit, whether files differ from it and which; None without git, a repository or a source tree (`root`)."""
+    if root is None:
+        return None
 
     def ask(*words: str) -> str:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Several runs of the entrypoints, one after another or side by side, of which only the missing ones are done."""
+"""Run several stages (pretraining, distillation, evaluation) one after another or in parallel; skip completed ones."""
 
 import json
 import os
@@ -14,136 +14,148 @@ from typing import Any
 from mmdistill import __version__
 from mmdistill.checkpoint import latest_valid_checkpoint
 from mmdistill.config import DistillConfig, PretrainConfig, to_plain
-from mmdistill.config.compose import load_config
+from mmdistill.config.compose import SOURCE_ROOT, load_config
 from mmdistill.errors import MMDistillError
+from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
-ROOT = Path(__file__).resolve().parents[3]
-ENTRYPOINTS: dict[str, tuple[Any, str]] = {
-    "pretrain_main.py": (PretrainConfig, "config_pretrain"),
-    "lit_main_mmdistill.py": (DistillConfig, "config_mmdistill"),
+DONE_FILE = "done.json"
+VERBS: dict[str, tuple[Any, str]] = {  # verb of `mmdistill` -> schema and name of its config
+    "pretrain": (PretrainConfig, "config_pretrain"),
+    "distill": (DistillConfig, "config_mmdistill"),
 }
 
 
 class StageError(MMDistillError):
-    """A run failed, or its folder holds another one; the message names it and what to do."""
+    """A stage failed, or its folder holds another run. The message names the folder and the fix."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One run.
+    """One run of a verb.
 
     Attributes:
-        name: for messages.
-        script: entrypoint, relative to the repository root.
+        name: name in messages.
+        verb: ``pretrain`` or ``distill``.
         overrides: Hydra overrides.
-        run_dir: the run's folder; ``done.json`` in it says that the run is finished, ``run.json`` which one it is.
-        needs: names of stages that must be finished first.
-        teachers: ``checkpoints`` folders by modality; the newest checkpoint in each becomes `trainer.ckpt_path`.
+        run_dir: folder of the run. ``run.json`` in it holds the config, ``done.json`` exists when the run is complete.
+        needs: names of the stages that must be complete first.
+        teachers: (modality, ``checkpoints`` folder). The latest checkpoint of each becomes `trainer.ckpt_path`.
     """
 
     name: str
-    script: str
+    verb: str
     overrides: tuple[str, ...]
     run_dir: Path
     needs: tuple[str, ...] = ()
     teachers: tuple[tuple[str, Path], ...] = ()
 
-    def _arguments(self) -> list[str]:
-        """The overrides, with the teachers' checkpoints as they are now."""
+    def arguments(self) -> list[str]:
+        """The overrides, including the current checkpoints of the teachers."""
         if not self.teachers:
             return list(self.overrides)
-        newest = {m: latest_valid_checkpoint(folder) for m, folder in self.teachers}
-        return [*self.overrides, "trainer.ckpt_path={" + ",".join(f"{m}:{path}" for m, path in newest.items()) + "}"]
+        latest = {m: latest_valid_checkpoint(folder) for m, folder in self.teachers}
+        return [*self.overrides, "trainer.ckpt_path={" + ",".join(f"{m}:{path}" for m, path in latest.items()) + "}"]
 
     def command(self) -> list[str]:
-        """The command line."""
-        return [sys.executable, str(ROOT / self.script), *self._arguments(), f"hydra.run.dir={self.run_dir}"]
+        """The command line that starts the run."""
+        return [sys.executable, "-m", "mmdistill", self.verb, *self.arguments(), f"hydra.run.dir={self.run_dir}"]
 
     def config(self) -> dict[str, Any]:
-        """What the run would be started with, all defaults among it, as ``run.json`` holds it."""
-        schema, name = ENTRYPOINTS[Path(self.script).name]
-        plain: dict[str, Any] = json.loads(json.dumps(to_plain(load_config(schema, name, self._arguments()))))
+        """The complete config of the run in the form of ``run.json``."""
+        schema, name = VERBS[self.verb]
+        plain: dict[str, Any] = json.loads(json.dumps(to_plain(load_config(schema, name, self.arguments()))))
         return plain
 
-    def records(self) -> list[dict[str, Any]]:
-        """Each start of the run so far."""
+    def start_records(self) -> list[dict[str, Any]]:
+        """One record of ``run.json`` per start of the run."""
         path = self.run_dir / RUN_FILE
         return json.loads(path.read_text()) if path.is_file() else []
 
-    def marker(self) -> dict[str, Any] | None:
-        """When the run was finished, and from which ones it was made; None before."""
-        path = self.run_dir / "done.json"
+    def done_record(self) -> dict[str, Any] | None:
+        """Content of ``done.json``: time of completion and of the stages it needs. None for an incomplete run."""
+        path = self.run_dir / DONE_FILE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def check(self) -> None:
-        """Whether what the folder holds, finished or begun, is this run; never reused or gone on with in silence.
+    def check_run_dir(self) -> None:
+        """Check that a run in the folder has this stage's config and version.
 
         Raises:
-            StageError: it was started with other settings, or by another version.
+            StageError: it has other settings or another version.
         """
-        records = self.records()
-        if not records and self.marker() is None:
+        records = self.start_records()
+        if not records and self.done_record() is None:
             return
-        way_out = "move it away, or give another --output"
+        hint = "move it away or give another --output"
         if not records:
-            raise StageError(f"{self.run_dir} has no {RUN_FILE}, which would say what run it holds; {way_out}")
-        now = self.config()
+            raise StageError(f"{self.run_dir} has no {RUN_FILE}, so its settings are unknown; {hint}")
+        requested = self.config()
         for record in records:
-            other = _differences(record["config"], now)
-            if other:
+            differences = config_differences(record["config"], requested)
+            if differences:
                 raise StageError(
-                    f"{self.run_dir} holds a run with other settings (there / now): {'; '.join(other[:3])}; {way_out}"
+                    f"{self.run_dir} holds a run with other settings (existing / requested): "
+                    f"{'; '.join(differences[:3])}; {hint}"
                 )
             version = record["environment"]["mmdistill"]
             if version != __version__:
-                raise StageError(f"{self.run_dir} was made by mmdistill {version}, this is {__version__}; {way_out}")
+                raise StageError(
+                    f"{self.run_dir} was created by mmdistill {version}, the current version is {__version__}; {hint}"
+                )
 
-    def mark_done(self, seconds: float, needs: dict[str, str]) -> None:
-        """Record the end of the run, and when those that it `needs` had ended."""
+    def write_done_record(self, seconds: float, needs: dict[str, str]) -> None:
+        """Mark the run as complete.
+
+        Args:
+            seconds: duration of the run.
+            needs: name of each needed stage -> its time of completion.
+        """
         content = {"finished": datetime.now(UTC).isoformat(), "needs": needs, "seconds": round(seconds, 1)}
-        (self.run_dir / "done.json").write_text(json.dumps(content, indent=1))
+        atomic_write_bytes(self.run_dir / DONE_FILE, json.dumps(content, indent=1).encode())
 
 
-def _differences(there: Any, now: Any, key: str = "") -> list[str]:
+def config_differences(existing: Any, requested: Any, key: str = "") -> list[str]:
     """``trainer.epochs 1 / 12`` for each value that differs."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        names = [*there, *(name for name in now if name not in there)]
+    if isinstance(existing, dict) and isinstance(requested, dict):
+        names = [*existing, *(name for name in requested if name not in existing)]
         prefix = f"{key}." if key else ""
-        return [d for name in names for d in _differences(there.get(name), now.get(name), prefix + name)]
-    return [] if there == now else [f"{key} {there} / {now}"]
+        pairs = [(existing.get(name), requested.get(name), prefix + name) for name in names]
+        return [difference for pair in pairs for difference in config_differences(*pair)]
+    return [] if existing == requested else [f"{key} {existing} / {requested}"]
 
 
-def done_already(stages: Sequence[Stage]) -> list[Stage]:
-    """Those that are done, by this very config and version, and from the runs that are there now.
+def completed_stages(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that are complete with the current config and version, and made from the current runs they need.
 
     Raises:
-        StageError: a folder holds another run, or one that was made from another run of a stage that it needs.
+        StageError: a folder holds another run, or a stage was made from an earlier run of a stage that it needs.
     """
-    ended = {s.name: (s.marker() or {}).get("finished") for s in stages}
-    done = [s for s in stages if s.marker() is not None]
+    records = {stage.name: stage.done_record() for stage in stages}
+    finish_times = {name: (record or {}).get("finished") for name, record in records.items()}
     for stage in stages:
-        for need, when in (stage.marker() or {}).get("needs", {}).items():
-            if ended.get(need) != when:
-                raise StageError(f"{stage.run_dir} was made from an earlier run of {need}; move it away too")
-        stage.check()
-    return done
+        for need, finished in (records[stage.name] or {}).get("needs", {}).items():
+            if finish_times.get(need) != finished:
+                raise StageError(f"{stage.run_dir} was created from an earlier run of {need}; move it away too")
+        stage.check_run_dir()
+    return [stage for stage in stages if records[stage.name] is not None]
 
 
-def _other_code(stages: Sequence[Stage]) -> str:
-    """One line where stages were made by another commit than this; "" where not."""
-    now = _commit(git_state(ROOT))
+def commit_mismatch(stages: Sequence[Stage]) -> str:
+    """One line that names the stages created by a different commit; empty if there are none."""
+    current = commit_name(git_state(SOURCE_ROOT))
     others: dict[str, list[str]] = {}
     for stage in stages:
-        for commit in {_commit(record["git"]) for record in stage.records()} - {now}:
+        for commit in {commit_name(record["git"]) for record in stage.start_records()} - {current}:
             others.setdefault(commit, []).append(stage.name)
-    told = "; ".join(f"{', '.join(names)} by {commit}" for commit, names in others.items())
-    return f"made by other code than this ({now}): {told}; to do one again, move its folder away" if told else ""
+    if not others:
+        return ""
+    listed = "; ".join(f"{', '.join(names)} by {commit}" for commit, names in others.items())
+    return f"created by a different commit than the current {current}: {listed}; to rerun a stage, move its folder away"
 
 
-def _commit(state: dict[str, Any] | None) -> str:
-    """A name for the code: the commit, and whether the package or its configs differ from it."""
+def commit_name(state: dict[str, Any] | None) -> str:
+    """Short name of a git state: the commit, and whether the package or its configs have uncommitted changes."""
     if state is None:
         return "no commit"
     changed = any(name.startswith(("src/", "configs/")) for name in state["changed"])
@@ -151,45 +163,47 @@ def _commit(state: dict[str, Any] | None) -> str:
 
 
 def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
-    """Run what is missing, at most `parallel` at a time, each with its share of the cores.
+    """Run the missing stages. Each of several parallel runs gets its share of the CPU cores.
 
-    One at a time prints to this terminal; side by side each writes ``log.txt`` in its folder, and a line here tells of
-    starts and ends. Ctrl-C is passed on: runs write a checkpoint and the next call goes on from it.
+    A single run prints to this terminal. Parallel runs write ``log.txt`` in their folders, and this process prints a
+    line at each start and end. Ctrl-C reaches all runs; they write a checkpoint, and the next call resumes from it.
+
+    Args:
+        stages: all stages.
+        parallel: maximum number of simultaneous runs.
 
     Raises:
-        StageError: of `done_already`, before anything starts; or a run failed, then those that run are ended first.
+        StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // parallel))}
-    ready = done_already(stages)
-    waiting = [s for s in stages if s not in ready]
-    done = {s.name for s in ready}
-    if done:
-        print(f"done already: {', '.join(s.name for s in ready)}", flush=True)
-    if other := _other_code(stages):
-        print(other, flush=True)
+    completed = completed_stages(stages)
+    waiting = [stage for stage in stages if stage not in completed]
+    done = {stage.name for stage in completed}
+    if completed:
+        print(f"already complete: {', '.join(stage.name for stage in completed)}", flush=True)
+    if message := commit_mismatch(stages):
+        print(message, flush=True)
     running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
-    total = len(stages)
     try:
         while waiting or running:
             for stage in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
                 waiting.remove(stage)
-                print(f"[{len(done) + len(running) + 1}/{total}] {stage.name}", flush=True)
-                running[stage.name] = (stage, _start(stage, environment, quiet=parallel > 1), time.monotonic())
+                print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}", flush=True)
+                running[stage.name] = (stage, start_stage(stage, environment, to_file=parallel > 1), time.monotonic())
             if not running:
-                raise StageError(
-                    f"nothing can start: {', '.join(s.name for s in waiting)} wait for stages that do not exist"
-                )
-            finished = [name for name, (_, process, _) in running.items() if process.poll() is not None]
-            for name in finished:
-                stage, process, began = running.pop(name)
+                names = ", ".join(stage.name for stage in waiting)
+                raise StageError(f"no stage can start: {names} need stages that do not exist")
+            for name in [name for name, (_, process, _) in running.items() if process.poll() is not None]:
+                stage, process, start_time = running.pop(name)
+                seconds = time.monotonic() - start_time
                 if process.returncode != 0:
                     log = f"; see {stage.run_dir / 'log.txt'}" if parallel > 1 else ""
-                    raise StageError(f"{name} ended with status {process.returncode}{log}")
-                ends = {s.name: (s.marker() or {}).get("finished", "") for s in stages if s.name in stage.needs}
-                stage.mark_done(time.monotonic() - began, ends)
+                    raise StageError(f"{name} failed with exit status {process.returncode}{log}")
+                needs = {s.name: (s.done_record() or {}).get("finished", "") for s in stages if s.name in stage.needs}
+                stage.write_done_record(seconds, needs)
                 done.add(name)
-                print(f"{name}: done in {time.monotonic() - began:.0f} s", flush=True)
+                print(f"{name}: complete after {seconds:.0f} s", flush=True)
             time.sleep(0.2)
     finally:
         for _, process, _ in running.values():
@@ -198,12 +212,13 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
             process.wait()
 
 
-def _start(stage: Stage, environment: dict[str, str], *, quiet: bool) -> "subprocess.Popen[bytes]":
-    if not quiet:
-        return subprocess.Popen(stage.command(), cwd=ROOT, env=environment)
+def start_stage(stage: Stage, environment: dict[str, str], *, to_file: bool) -> "subprocess.Popen[bytes]":
+    """Start the run of a stage, with its output in ``log.txt`` of its folder if `to_file` is set."""
+    if not to_file:
+        return subprocess.Popen(stage.command(), env=environment)
     stage.run_dir.mkdir(parents=True, exist_ok=True)
     with (stage.run_dir / "log.txt").open("ab") as log:
-        return subprocess.Popen(stage.command(), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(stage.command(), env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def method_stages(
@@ -217,36 +232,37 @@ def method_stages(
     rgb_only: bool = False,
     prefix: str = "",
 ) -> list[Stage]:
-    """The whole method as stages: three pretrainings, the distillation, its evaluation.
+    """The stages of the method: three pretrainings, the distillation and its evaluation.
 
     Args:
         output: folder of the runs ``pretrain_rgb``, ``pretrain_flow``, ``pretrain_skeleton``, ``mmdistill``, ``test``.
-        seed: of all of them.
-        common, pretrain, distill, test: further overrides for all, or for one kind of stage.
-        rgb_only: also distil the RGB teacher alone, and score that student beside the other.
-        prefix: put before the stages' names.
+        seed: seed of all stages.
+        common: further overrides for all stages.
+        pretrain: further overrides for the pretrainings.
+        distill: further overrides for the distillations.
+        test: further overrides for the evaluation.
+        rgb_only: also distill from the RGB teacher alone, and evaluate that student as a baseline.
+        prefix: text in front of the names of the stages.
     """
     shared = (f"seed={seed}", *common)
     runs = {m: output / f"pretrain_{m}" for m in BUILTIN_MODALITIES}
     stages = [
-        Stage(
-            f"{prefix}pretrain {m}", "pretrain_main.py", (f"modality={m}", *shared, *pretrain, "resume=auto"), runs[m]
-        )
-        for m in runs
+        Stage(f"{prefix}pretrain {m}", "pretrain", (f"modality={m}", *shared, *pretrain, "resume=auto"), run_dir)
+        for m, run_dir in runs.items()
     ]
-    teachers = tuple((m, run / "checkpoints") for m, run in runs.items())
+    teachers = tuple((m, run_dir / "checkpoints") for m, run_dir in runs.items())
     fit = ("test=False", *shared, *distill, "resume=auto")
-    needs = tuple(s.name for s in stages)
-    stages.append(Stage(f"{prefix}distil", "lit_main_mmdistill.py", fit, output / "mmdistill", needs, teachers))
+    needs = tuple(stage.name for stage in stages)
+    stages.append(Stage(f"{prefix}distill", "distill", fit, output / "mmdistill", needs, teachers))
     student = output / "mmdistill" / "checkpoints" / "last.ckpt"
-    compare = ["random", "teacher_rgb", "teacher_flow", "teacher_skeleton"]
-    last = [stages[-1].name]
+    baselines = ["random", "teacher_rgb", "teacher_flow", "teacher_skeleton"]
+    students = [stages[-1].name]
     if rgb_only:
-        alone = output / "mmdistill_rgb_only"
-        name, only = f"{prefix}distil rgb only", (*fit, "trainer.teachers=[rgb]")
-        stages.append(Stage(name, "lit_main_mmdistill.py", only, alone, needs[:1], teachers[:1]))
-        compare.append(str(alone / "checkpoints" / "last.ckpt"))
-        last.append(stages[-1].name)
-    score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(compare)}]", *shared, *test)
-    stages.append(Stage(f"{prefix}evaluate", "lit_main_mmdistill.py", score, output / "test", tuple(last)))
+        run_dir = output / "mmdistill_rgb_only"
+        overrides = (*fit, "trainer.teachers=[rgb]")
+        stages.append(Stage(f"{prefix}distill rgb only", "distill", overrides, run_dir, needs[:1], teachers[:1]))
+        baselines.append(str(run_dir / "checkpoints" / "last.ckpt"))
+        students.append(stages[-1].name)
+    score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(baselines)}]", *shared, *test)
+    stages.append(Stage(f"{prefix}evaluate", "distill", score, output / "test", tuple(students)))
     return stages

@@ -1,4 +1,4 @@
-"""The table that answers whether distillation helps: one column per training seed, one for each row and difference."""
+"""Table of few-shot results: one column per training seed, one row per network and per paired difference."""
 
 import json
 from collections.abc import Sequence
@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 ROWS = {  # label in the table -> name in fewshot.json
-    "distilled student (RGB at test)": "student_rgb",
+    "distilled student (RGB at test time)": "student_rgb",
     "RGB pretrained": "teacher_rgb",
-    "random init": "random",
+    "random initialization": "random",
     "distilled from RGB alone": "mmdistill_rgb_only",
-    "flow teacher (flow at test)": "teacher_flow",
-    "skeleton teacher (skeletons at test)": "teacher_skeleton",
+    "flow teacher (flow at test time)": "teacher_flow",
+    "skeleton teacher (skeletons at test time)": "teacher_skeleton",
 }
 DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("student_rgb", "mmdistill_rgb_only"))
 
 
 def read_results(run: Path) -> dict[str, Any]:
-    """The ``fewshot.json`` of an evaluation's run folder."""
+    """Read ``fewshot.json`` of the run folder of an evaluation."""
     results: dict[str, Any] = json.loads((run / "fewshot.json").read_text())
     return results
 
@@ -26,13 +26,15 @@ def _setting(result: dict[str, Any], k_shot: int) -> dict[str, Any]:
     return next(s for s in result["settings"] if s["k_shot"] == k_shot)
 
 
-def claim_table(results: Sequence[dict[str, Any]], seeds: Sequence[int], *, k_shots: Sequence[int] = (1, 5)) -> str:
-    """Markdown, in percent with 95 % half widths over episodes. Rows that were not evaluated are left out."""
+def render_results_table(
+    results: Sequence[dict[str, Any]], seeds: Sequence[int], *, k_shots: Sequence[int] = (1, 5)
+) -> str:
+    """Markdown table in percent, ± half width of the 95 % interval over episodes. Missing networks are omitted."""
     lines: list[str] = []
     for k_shot in k_shots:
         settings = [_setting(result, k_shot) for result in results]
-        head = " | ".join(f"seed {s}" for s in seeds)
-        lines += [f"### {settings[0]['n_way']}-way {k_shot}-shot", "", f"| | {head} |", "|---|" + "---|" * len(seeds)]
+        header = " | ".join(f"seed {s}" for s in seeds)
+        lines += [f"### {settings[0]['n_way']}-way {k_shot}-shot", "", f"| | {header} |", "|---|" + "---|" * len(seeds)]
         for label, name in ROWS.items():
             rows = [s["rows"].get(name) for s in settings]
             if all(rows):
@@ -47,8 +49,8 @@ def claim_table(results: Sequence[dict[str, Any]], seeds: Sequence[int], *, k_sh
     return "\n".join(lines)
 
 
-def holds(results: Sequence[dict[str, Any]], *, k_shots: Sequence[int] = (1, 5)) -> bool:
-    """Whether student > RGB pretrained > random, with the whole paired interval above 0, for each seed and shot."""
+def student_beats_baselines(results: Sequence[dict[str, Any]], *, k_shots: Sequence[int] = (1, 5)) -> bool:
+    """Whether student > RGB pretrained > random for each seed and shot, with every paired 95 % interval above 0."""
     return all(
         _setting(result, k)["differences"][f"{a} - {b}"]["low"] > 0
         for result in results

@@ -1,6 +1,6 @@
-"""The picture of a sweep: a line over one swept key, a heat-map over two, a line for each key over more.
+"""Plot the results of a sweep: a line for one swept key, a heat-map for two, one line plot per key for more.
 
-Shapes: X, Y values of the swept keys.
+Shapes: X and Y are the numbers of values of two swept keys.
 """
 
 import statistics
@@ -13,18 +13,18 @@ from matplotlib.figure import Figure
 
 from mmdistill.workflows.sweep_results import JobRow, swept_keys
 
-Points = dict[tuple[str, ...], tuple[float, float]]  # values of the keys -> mean and standard deviation of the metric
+Points = dict[tuple[str, ...], tuple[float, float]]  # values of the keys -> (mean, standard deviation) of the metric
 _TITLES = {"top1_action_ensemble": "few-shot accuracy", "loss": "loss of the last epoch", "train_loss": "training loss"}
 
 
 def plotted_keys(rows: Sequence[JobRow]) -> list[str]:
-    """The swept keys, without `seed` where anything else is swept too: seeds are repetitions."""
+    """The swept keys without `seed`, unless only `seed` is swept: seeds are repetitions."""
     keys = swept_keys(rows)
     return [k for k in keys if k != "seed"] or keys
 
 
 def mean_over_seeds(rows: Sequence[JobRow], keys: Sequence[str]) -> Points:
-    """Mean and population standard deviation of the metric over the finished jobs that share the values of `keys`."""
+    """Mean and population standard deviation of the metric over the finished jobs with equal values of `keys`."""
     found: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         if row.metric:
@@ -32,8 +32,8 @@ def mean_over_seeds(rows: Sequence[JobRow], keys: Sequence[str]) -> Points:
     return {point: (statistics.fmean(v), statistics.pstdev(v)) for point, v in found.items()}
 
 
-def ordered(values: Sequence[str]) -> list[str]:
-    """Distinct values, by size where all are numbers, else as they came."""
+def sort_values(values: Sequence[str]) -> list[str]:
+    """Distinct values, sorted if all are numbers, else in order of appearance."""
     distinct = list(dict.fromkeys(values))
     return sorted(distinct, key=float) if all(_is_number(v) for v in distinct) else distinct
 
@@ -46,17 +46,17 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def grid_of(points: Points) -> tuple[list[str], list[str], np.ndarray]:
-    """Columns (second key), rows (first key) and means, NaN where no job finished. (Y, X)"""
-    ys, xs = ordered([p[0] for p in points]), ordered([p[1] for p in points])
+def to_grid(points: Points) -> tuple[list[str], list[str], np.ndarray]:
+    """Values of the second key (X), of the first key (Y), and the means (Y, X); NaN where no job finished."""
+    ys, xs = sort_values([p[0] for p in points]), sort_values([p[1] for p in points])
     values = np.full((len(ys), len(xs)), np.nan)
     for (y, x), (mean, _) in points.items():
         values[ys.index(y), xs.index(x)] = mean
     return xs, ys, values
 
 
-def draw(rows: Sequence[JobRow], path: Path) -> bool:
-    """Write the picture; False, and no file, where fewer than two values are there to compare."""
+def plot_sweep(rows: Sequence[JobRow], path: Path) -> bool:
+    """Write the plot. Returns False and writes nothing if there are fewer than two points."""
     keys = plotted_keys(rows)
     metric = next((r.metric for r in rows if r.metric), "")
     rows = [r for r in rows if r.metric == metric]
@@ -67,30 +67,30 @@ def draw(rows: Sequence[JobRow], path: Path) -> bool:
     axes = figure.subplots(1, panels, squeeze=False)[0]
     title = _TITLES.get(metric, metric)
     if len(keys) == 2:
-        _heat_map(figure, axes[0], mean_over_seeds(rows, keys), keys, title)
+        _plot_heat_map(figure, axes[0], mean_over_seeds(rows, keys), keys, title)
     else:
         for ax, key in zip(axes, keys, strict=True):
-            _line(ax, mean_over_seeds(rows, [key]), key, title, others=len(keys) > 1)
+            _plot_line(ax, mean_over_seeds(rows, [key]), key, title, averaged=len(keys) > 1)
     figure.savefig(path, dpi=120)
     return True
 
 
-def _line(
-    ax: Axes, points: Mapping[tuple[str, ...], tuple[float, float]], key: str, title: str, *, others: bool
+def _plot_line(
+    ax: Axes, points: Mapping[tuple[str, ...], tuple[float, float]], key: str, title: str, *, averaged: bool
 ) -> None:
-    xs = ordered([p[0] for p in points])
+    xs = sort_values([p[0] for p in points])
     numeric = all(_is_number(x) for x in xs)
-    places = [float(x) for x in xs] if numeric else list(range(len(xs)))
+    positions = [float(x) for x in xs] if numeric else list(range(len(xs)))
     means, spreads = zip(*(points[(x,)] for x in xs), strict=True)
-    ax.errorbar(places, means, yerr=spreads if any(spreads) else None, marker="o", capsize=3, color="#0072B2")
-    ax.set_xticks(places, xs)
+    ax.errorbar(positions, means, yerr=spreads if any(spreads) else None, marker="o", capsize=3, color="#0072B2")
+    ax.set_xticks(positions, xs)
     ax.set_xlabel(key)
-    ax.set_ylabel(f"{title}{' (mean over the other keys)' if others else ''}")
+    ax.set_ylabel(f"{title}{' (mean over the other keys)' if averaged else ''}")
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _heat_map(figure: Figure, ax: Axes, points: Points, keys: Sequence[str], title: str) -> None:
-    xs, ys, values = grid_of(points)
+def _plot_heat_map(figure: Figure, ax: Axes, points: Points, keys: Sequence[str], title: str) -> None:
+    xs, ys, values = to_grid(points)
     image = ax.imshow(values, aspect="auto", cmap="viridis")
     ax.set_xticks(range(len(xs)), xs)
     ax.set_yticks(range(len(ys)), ys)

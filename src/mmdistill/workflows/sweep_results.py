@@ -1,4 +1,4 @@
-"""Results of a finished Hydra sweep: one row per job."""
+"""Read the results of a Hydra sweep: one row per job, or per few-shot setting of a job."""
 
 import csv
 import json
@@ -10,17 +10,21 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mmdistill.errors import InputError
+
+FAILED = "failed.json"  # record of a failed job in its folder
+
 
 @dataclass(frozen=True)
 class JobRow:
-    """One line of the table: a job, or one few-shot setting of a job.
+    """One row of the table: a job, or one few-shot setting of a job.
 
     Attributes:
-        job: folder name.
-        overrides: key to value, as text.
-        metric: name of the number that is drawn; empty for a failed job.
-        values: all numbers by name.
-        error: first line of the failure; empty if there was none.
+        job: folder of the job, relative to the folder of the sweep.
+        overrides: key -> value, as text.
+        metric: name of the plotted value; empty for a failed job.
+        values: all numeric results by name.
+        error: first line of the error message; empty without an error.
     """
 
     job: str
@@ -31,14 +35,14 @@ class JobRow:
 
 
 def read_sweep(folder: Path) -> list[JobRow]:
-    """The jobs of a multirun folder, in the order of their numbers.
+    """Read the jobs of a sweep folder, in the order of their numbers.
 
     Raises:
-        ValueError: there is no job in it.
+        InputError: the folder contains no job.
     """
     jobs = sorted((p.parents[1] for p in folder.rglob(".hydra/overrides.yaml")), key=_job_order)
     if not jobs:
-        raise ValueError(f"{folder} holds no job with .hydra/overrides.yaml; give the folder that `-m` wrote")
+        raise InputError(f"{folder} contains no job with .hydra/overrides.yaml; give the folder that `-m` wrote")
     return [row for job in jobs for row in _job_rows(job, job.relative_to(folder).as_posix())]
 
 
@@ -61,7 +65,7 @@ def _job_rows(job: Path, name: str) -> list[JobRow]:
 
 
 def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) -> list[JobRow]:
-    """One row per setting; a list of `k_shot`, `n_way` or `head` in one job becomes a column like a swept key."""
+    """One row per few-shot setting. A list of `k_shot`, `n_way` or `classifier` values counts as a swept key."""
     rows = []
     settings = report["settings"]
     varied = [k for k in ("n_way", "k_shot", "classifier") if len({str(s[k]) for s in settings}) > 1]
@@ -80,13 +84,13 @@ def _overrides(path: Path) -> dict[str, str]:
 
 
 def swept_keys(rows: Sequence[JobRow]) -> list[str]:
-    """Keys whose value differs between the jobs."""
+    """The keys whose value differs between jobs."""
     keys = dict.fromkeys(key for row in rows for key in row.overrides)
     return [key for key in keys if len({row.overrides.get(key) for row in rows}) > 1]
 
 
 def write_table(rows: Sequence[JobRow], path: Path) -> None:
-    """``sweep.csv``: job, the swept keys, all numbers, the error."""
+    """Write ``sweep.csv`` with the columns job, swept keys, results, error."""
     keys = swept_keys(rows)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     with path.open("w", newline="") as file:
@@ -97,14 +101,11 @@ def write_table(rows: Sequence[JobRow], path: Path) -> None:
             writer.writerow([row.job, *(row.overrides.get(key, "") for key in keys), *numbers, row.error])
 
 
-FAILED = "failed.json"
-
-
 def objective(run_dir: Path) -> float:
-    """What a run is judged by, from its files: few-shot accuracy (larger is better), else its last epoch's loss.
+    """Objective of a run for a sweeper: few-shot accuracy (maximize), else the loss of the last epoch (minimize).
 
     Raises:
-        ValueError: the run left neither.
+        ValueError: the run folder has neither.
     """
     accuracy = run_dir / "fewshot.json"
     if accuracy.is_file():
@@ -117,7 +118,7 @@ def objective(run_dir: Path) -> float:
 
 
 def last_metrics(path: Path) -> dict[str, float]:
-    """The last number in each column of a metrics.csv; empty where there is no file."""
+    """Last number of each column of a metrics.csv; empty if the file does not exist."""
     last: dict[str, float] = {}
     if path.is_file():
         with path.open(newline="") as file:
@@ -126,5 +127,5 @@ def last_metrics(path: Path) -> dict[str, float]:
                     try:
                         last[name] = float(value)
                     except (TypeError, ValueError):
-                        continue  # an empty cell: Lightning writes each metric into a row of its own
+                        continue  # empty cell: Lightning writes each metric in its own row
     return last

@@ -1,8 +1,8 @@
-"""The claim's table and verdict on results with known numbers."""
+"""Results table and comparison with the baselines, on known numbers."""
 
 from typing import Any
 
-from mmdistill.workflows.results_table import claim_table, holds
+from mmdistill.workflows.results_table import render_results_table, student_beats_baselines
 
 
 def _result(student: float, teacher: float, random: float, *, low: float) -> dict[str, Any]:
@@ -23,17 +23,17 @@ def _result(student: float, teacher: float, random: float, *, low: float) -> dic
     }
 
 
-def test_table_has_a_column_per_seed_and_no_row_that_was_not_measured() -> None:
-    text = claim_table([_result(70, 60, 25, low=0.1), _result(50, 60, 25, low=-0.11)], [3, 8])
+def test_table_has_a_column_per_seed_and_omits_missing_rows() -> None:
+    text = render_results_table([_result(70, 60, 25, low=0.1), _result(50, 60, 25, low=-0.11)], [3, 8])
     assert "| | seed 3 | seed 8 |" in text
     assert text.count("### 4-way") == 2
-    assert "| distilled student (RGB at test) | 70.0 ± 0.4 | 50.0 ± 0.4 |" in text
+    assert "| distilled student (RGB at test time) | 70.0 ± 0.4 | 50.0 ± 0.4 |" in text
     assert "| *difference student_rgb − teacher_rgb* | +10.0 ± 1.0 | -10.0 ± 1.0 |" in text
     assert "RGB alone" not in text
     assert "flow" not in text
 
 
-def test_claim_needs_every_interval_above_zero() -> None:
+def test_every_interval_must_be_above_zero() -> None:
     good = _result(70, 60, 25, low=0.1)
-    assert holds([good, good])
-    assert not holds([good, _result(60, 60, 25, low=-0.001)])
+    assert student_beats_baselines([good, good])
+    assert not student_beats_baselines([good, _result(60, 60, 25, low=-0.001)])
