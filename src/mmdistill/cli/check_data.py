@@ -30,7 +30,7 @@ from mmdistill.builders import load_rallies, open_readers, resolve_annotation_pa
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
-from mmdistill.data.annotations.base import SHOWN_PROBLEMS, Problem, Rally
+from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Problem, Rally
 from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
 from mmdistill.files import atomic_write_bytes
@@ -147,10 +147,10 @@ def _print_annotations(console: Console, path: Path, rallies: list[Rally], probl
     console.print(
         f"{path}: {len(rallies)} rallies, {len(events)} events, {labels} labels", markup=False, soft_wrap=True
     )
-    for problem in problems[:SHOWN_PROBLEMS]:
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
         console.print(f"  {problem}", markup=False, soft_wrap=True)
-    if len(problems) > SHOWN_PROBLEMS:
-        console.print(f"  and {len(problems) - SHOWN_PROBLEMS} more problems")
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        console.print(f"  and {len(problems) - MAX_PROBLEMS_SHOWN} more problems")
 
 
 def _print_coverage(console: Console, report: dict[str, Any]) -> None:
@@ -161,9 +161,9 @@ def _print_coverage(console: Console, report: dict[str, Any]) -> None:
     for player, counts in report["players"].items():
         found = f"{counts['found_frames']} of {counts['expected_frames']} frames ({100 * counts['share']:.1f} %)"
         console.print(f"{player} player found in {found}", soft_wrap=True)
-    for message in report["messages"][:SHOWN_PROBLEMS]:
+    for message in report["messages"][:MAX_PROBLEMS_SHOWN]:
         console.print(f"  {message}", markup=False, soft_wrap=True)
-    if len(report["messages"]) > SHOWN_PROBLEMS:
-        console.print(f"  and {len(report['messages']) - SHOWN_PROBLEMS} more problems; --json FILE writes all")
+    if len(report["messages"]) > MAX_PROBLEMS_SHOWN:
+        console.print(f"  and {len(report['messages']) - MAX_PROBLEMS_SHOWN} more problems; --json FILE writes all")
     gaps = len(report["rallies_with_gaps"])
     console.print("complete" if report["complete"] else f"gaps in {gaps} of {report['rallies']} rallies")

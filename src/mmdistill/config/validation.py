@@ -14,7 +14,7 @@ from mmdistill.config.schema import (
     PretrainConfig,
     TrainerConfig,
 )
-from mmdistill.data.annotations.base import ANNOTATION_READERS
+from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 
@@ -207,7 +207,7 @@ def _validate_data(data: DataModuleConfig) -> None:
     _choice(key + "eval_masks", data.eval_masks, ("shared", "per_clip"))
     _choice(key + "input_modes", data.input_modes, ("all", "configured"))
     _choice(key + "label", data.label, ("event", "video"))
-    _choice(key + "annotations", data.annotations, sorted(ANNOTATION_READERS))
+    _choice(key + "annotations", data.annotations, ANNOTATION_FORMATS.names())
     if data.label_fields is not None:
         for name in data.label_fields:
             _choice(key + "label_fields", name, F3SET_FIELDS)

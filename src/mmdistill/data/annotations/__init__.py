@@ -2,21 +2,21 @@
 
 from mmdistill.data.annotations import f3set, mmcdfsl
 from mmdistill.data.annotations.base import (
-    ANNOTATION_READERS,
+    ANNOTATION_FORMATS,
     AnnotationError,
     Event,
     Rally,
-    annotation_reader,
     load_annotations,
+    register_annotation_format,
 )
 
 __all__ = [
-    "ANNOTATION_READERS",
+    "ANNOTATION_FORMATS",
     "AnnotationError",
     "Event",
     "Rally",
-    "annotation_reader",
     "f3set",
     "load_annotations",
     "mmcdfsl",
+    "register_annotation_format",
 ]

@@ -1,4 +1,4 @@
-"""What every annotation format is read into, and the registry of formats."""
+"""Rallies and events, which every annotation format is read into, and the registry of formats."""
 
 import json
 from collections.abc import Callable
@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.errors import InputError
+from mmdistill.plugins import Registry
 
-SHOWN_PROBLEMS = 8
+MAX_PROBLEMS_SHOWN = 8
 
 
 class AnnotationError(InputError):
-    """An annotation file that cannot be used as it is; the message names rally, event and field."""
+    """An invalid annotation file. The message names the file, rally, event and field."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens at `frame` (counted from 0). `label` is "" where nobody said what."""
+    """An action at `frame` (counted from 0). `label` is "" for an event without a label."""
 
     frame: int
     label: str
@@ -25,7 +26,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Rally:
-    """One video of `num_frames` frames. `video` names its files in every modality."""
+    """One video of `num_frames` frames. `video` is its name in the files of every modality."""
 
     video: str
     num_frames: int
@@ -35,7 +36,7 @@ class Rally:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with an annotation file. `event` is its position in the rally; None: the rally itself."""
+    """One defect of an annotation file. `event` is the event's position in the rally; None: the rally itself."""
 
     rally: str
     event: int | None
@@ -47,7 +48,11 @@ class Problem:
 
 
 def read_json(path: Path | str) -> Any:
-    """The content of a JSON file. Raises `AnnotationError` naming the file and the place."""
+    """The content of a JSON file.
+
+    Raises:
+        AnnotationError: the file is not JSON; names the file, line and column.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -55,25 +60,29 @@ def read_json(path: Path | str) -> Any:
 
 
 def is_safe_name(video: str) -> bool:
-    """Whether a video's name stays inside the data folder when it becomes part of a path (sub-folders are fine)."""
+    """Whether a path built from a video's name stays inside the data folder. Subfolders are allowed."""
     parts = video.replace("\\", "/").split("/")
     return all(parts) and ".." not in parts and "\0" not in video
 
 
+# (annotation file, folder with one folder of frames per video or None, number of frame 0 in file names) -> rallies
 AnnotationReader = Callable[[Path, Path | None, int], list[Rally]]
 
+ANNOTATION_FORMATS: Registry[AnnotationReader] = Registry("annotation format", "mmdistill.annotations")
 
-ANNOTATION_READERS: dict[str, AnnotationReader] = {}
 
+def register_annotation_format(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
+    """Decorator that registers an annotation reader under `name`, a value of ``data_module.annotations``.
 
-def annotation_reader(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
-    """Register a reader under `name`, the value of ``data_module.annotations``."""
+    The reader gets the annotation file, the folder that holds one folder of frames per video (None if not set), and the
+    number that frame 0 has in file names. It raises `AnnotationError` for an invalid file.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(reader: AnnotationReader) -> AnnotationReader:
-        if name in ANNOTATION_READERS:
-            raise ValueError(f"an annotation reader {name!r} is registered already")
-        ANNOTATION_READERS[name] = reader
-        return reader
+        return ANNOTATION_FORMATS.register(name, reader)
 
     return register
 
@@ -81,17 +90,17 @@ def annotation_reader(name: str) -> Callable[[AnnotationReader], AnnotationReade
 def load_annotations(
     path: Path | str, *, annotations: str = "f3set", frames_dir: Path | str | None = None, frame_number_offset: int = 0
 ) -> list[Rally]:
-    """The rallies of an annotation file by the reader called `annotations`.
+    """The rallies of an annotation file.
 
     Args:
-        frames_dir: the folder with one folder of frames per video, for formats that do not say how long a video is.
-        frame_number_offset: the number that frame 0 has in file names, for formats that count like the file names do.
+        path: the file.
+        annotations: name of its format.
+        frames_dir: folder with one folder of frames per video, for formats that do not store the length of a video.
+        frame_number_offset: number of frame 0 in file names, for formats that number frames like the file names.
 
     Raises:
-        ValueError: for an unknown reader; `AnnotationError` for the file.
+        InputError: the format is unknown.
+        AnnotationError: the file is invalid.
     """
-    if annotations not in ANNOTATION_READERS:
-        raise ValueError(f"annotations={annotations!r} is not one of {', '.join(sorted(ANNOTATION_READERS))}")
-    return ANNOTATION_READERS[annotations](
-        Path(path), None if frames_dir is None else Path(frames_dir), frame_number_offset
-    )
+    reader = ANNOTATION_FORMATS.get(annotations)
+    return reader(Path(path), None if frames_dir is None else Path(frames_dir), frame_number_offset)

@@ -1,8 +1,7 @@
-"""Annotation files: which rallies there are and what happens in them.
+"""The annotation format of F3Set (ICLR 2025, arXiv 2504.08222).
 
-A reader turns one file into rallies, everything else is shared. `load_f3set` reads the JSON of F3Set (ICLR 2025,
-arXiv 2504.08222): a list of rallies, each with `video`, `num_frames`, `fps` and `events` (`frame`, `label`), the label
-being eight fields joined by ``_``. Frames count from 0.
+A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label has eight fields joined
+by ``_``. Frames are counted from 0.
 """
 
 import math
@@ -11,43 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.data.annotations.base import (
-    SHOWN_PROBLEMS,
+    MAX_PROBLEMS_SHOWN,
     AnnotationError,
     Event,
     Problem,
     Rally,
-    annotation_reader,
     is_safe_name,
     read_json,
+    register_annotation_format,
 )
 
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
 
 
 def load_f3set(path: Path | str) -> list[Rally]:
-    """The rallies of an F3Set JSON, in its order.
+    """The rallies of an F3Set JSON file, in the order of the file.
 
     Raises:
-        AnnotationError: for a missing key, a label without eight fields, an event that is a duplicate, out of order or
-            out of range, a video that occurs twice: all of them are named, the first few in full.
+        AnnotationError: a key is missing, a label does not have eight fields, an event is a duplicate, out of order or
+            out of range, or a video occurs twice. The message counts all problems and shows the first ones.
     """
     rallies, problems = read_f3set(path)
     if problems:
-        shown = "\n  ".join(str(p) for p in problems[:SHOWN_PROBLEMS])
-        more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+        shown = "\n  ".join(str(p) for p in problems[:MAX_PROBLEMS_SHOWN])
+        more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         raise AnnotationError(
             f"{path}: {len(problems)} problems:\n  {shown}{more}\n"
             "`python scripts/check_data.py ANNOTATIONS --write-clean FILE` writes a copy without them"
         )
     if not rallies:
-        raise AnnotationError(f"{path}: it holds no rally")
+        raise AnnotationError(f"{path}: contains no rally")
     return rallies
 
 
 def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
-    """The usable rallies of an F3Set JSON with their usable events in order, and everything that was wrong.
+    """The valid rallies of an F3Set JSON file with their valid events in order, and all problems of the others.
 
-    Raises `AnnotationError` where the file is no JSON list at all.
+    Raises:
+        AnnotationError: the file is not a JSON list.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
@@ -58,18 +58,18 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
     for number, entry in enumerate(entries):
         name = entry.get("video") if isinstance(entry, dict) else None
         name = name if isinstance(name, str) and name else f"rally {number}"
-        found = _rally_problems(name, entry, seen)
+        found = _find_rally_problems(name, entry, seen)
         problems += found
         if found:
             continue
         seen.add(name)
-        events, wrong = _events(name, entry["events"], entry["num_frames"])
-        problems += wrong
+        events, event_problems = _parse_events(name, entry["events"], entry["num_frames"])
+        problems += event_problems
         rallies.append(Rally(name, entry["num_frames"], float(entry["fps"]), events))
     return rallies, problems
 
 
-def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
+def _find_rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
     if not isinstance(entry, dict):
         return [Problem(name, None, f"expected a JSON object, got {type(entry).__name__}")]
     missing = [key for key in ("video", "num_frames", "fps", "events") if key not in entry]
@@ -78,7 +78,7 @@ def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
     found = []
     if not isinstance(entry["video"], str) or not is_safe_name(entry["video"]):
         found.append(Problem(name, None, f"video={entry['video']!r} is not a file name"))
-    if not _whole(entry["num_frames"]) or entry["num_frames"] < 1:
+    if not _is_integer(entry["num_frames"]) or entry["num_frames"] < 1:
         found.append(Problem(name, None, f"num_frames={entry['num_frames']!r} is not a count of frames"))
     fps = entry["fps"]
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
@@ -90,19 +90,19 @@ def _rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
     return found
 
 
-def _events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[Problem]]:
-    """The usable events sorted by frame, and what was wrong with the others."""
+def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[Problem]]:
+    """The valid events sorted by frame, and the problems of the others."""
     events: list[Event] = []
     problems: list[Problem] = []
     last = -1
     for number, entry in enumerate(entries):
-        message = _event_problem(entry, num_frames)
+        message = _check_event(entry, num_frames)
         if not message:
             frame, label = entry["frame"], entry["label"]
             if Event(frame, label) in events:
                 message = f"a duplicate of frame {frame}, {label}"
             else:
-                if frame < last:  # usable, but the file is not what it should be
+                if frame < last:  # the event is valid, the order of the file is not
                     problems.append(Problem(rally, number, f"frame {frame} comes after frame {last}: out of order"))
                 events.append(Event(frame, label))
                 last = max(last, frame)
@@ -111,14 +111,15 @@ def _events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Even
     return tuple(sorted(events, key=lambda e: e.frame)), problems
 
 
-def _event_problem(entry: Any, num_frames: int) -> str:
+def _check_event(entry: Any, num_frames: int) -> str:
+    """The problem of one event; "" if there is none."""
     if not isinstance(entry, dict):
         return f"expected a JSON object, got {type(entry).__name__}"
     for key in ("frame", "label"):
         if key not in entry:
             return f"the key {key!r} is missing"
     frame, label = entry["frame"], entry["label"]
-    if not _whole(frame):
+    if not _is_integer(frame):
         return f"frame={frame!r} is not a whole number"
     if not 0 <= frame < num_frames:
         return f"frame={frame} is out of range, the rally has frames 0 to {num_frames - 1}"
@@ -131,9 +132,10 @@ def _event_problem(entry: Any, num_frames: int) -> str:
 
 
 def select_fields(label: str, fields: Sequence[str] | None) -> str:
-    """A label at a chosen granularity: the named F3Set fields, in F3Set's order, joined by ``_``. None keeps all.
+    """A label reduced to the named F3Set fields, in F3Set's order, joined by ``_``. None keeps all.
 
-    Raises `ValueError` for an unknown field or a label without eight fields.
+    Raises:
+        ValueError: a field is unknown, or the label does not have eight fields.
     """
     if fields is None:
         return label
@@ -147,13 +149,13 @@ def select_fields(label: str, fields: Sequence[str] | None) -> str:
 
 
 def match_name(video: str) -> str:
-    """The match of an F3Set rally: its video's name without the first and last frame number."""
+    """The match of an F3Set rally: the video's name without the numbers of its first and last frame."""
     parts = video.rsplit("_", 2)
     return parts[0] if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else video
 
 
 def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
-    """Rallies as F3Set JSON entries (the keys that this package reads)."""
+    """Rallies as F3Set JSON entries, with the keys that this package reads."""
     return [
         {
             "video": r.video,
@@ -165,10 +167,10 @@ def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
     ]
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-@annotation_reader("f3set")
-def _f3set(path: Path, _frames_dir: Path | None, _first_number: int) -> list[Rally]:
+@register_annotation_format("f3set")
+def _load(path: Path, _frames_dir: Path | None, _frame_number_offset: int) -> list[Rally]:
     return load_f3set(path)

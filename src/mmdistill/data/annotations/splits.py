@@ -1,4 +1,4 @@
-"""Seeded splits of annotated rallies: disjoint in matches, or disjoint in classes."""
+"""Seeded splits of annotated rallies that share no match, or no class."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +16,25 @@ def split_by_match(
     seed: int,
     match: Callable[[str], str] = match_name,
 ) -> dict[str, list[Rally]]:
-    """Whole matches per split, so that no court, player pair or day is in two of them.
+    """Assign whole matches to splits, so that no court, player pair or day is in two splits.
 
-    Matches are drawn in a seeded order, each to the split that lacks most events for its fraction.
+    Matches are assigned in a seeded random order, each to the split that is furthest below its fraction of the events.
 
     Args:
-        fractions: share of the events by name of the split; they sum to 1.
+        rallies: all rallies.
+        fractions: fraction of the events per split; they sum to 1.
+        seed: seed of the order.
+        match: gives the match of a video's name.
 
     Raises:
-        ValueError: for fractions that do not sum to 1, or fewer matches than splits.
+        ValueError: the fractions do not sum to 1, or there are fewer matches than splits.
     """
-    targets = _checked(fractions)
+    targets = _check_fractions(fractions)
     matches: dict[str, list[Rally]] = {}
     for rally in rallies:
         matches.setdefault(match(rally.video), []).append(rally)
     if len(matches) < len(targets):
-        raise ValueError(f"{len(matches)} matches cannot make {len(targets)} splits that share none")
+        raise ValueError(f"{len(matches)} matches cannot make {len(targets)} splits without a common match")
     sizes = {name: sum(len(r.events) for r in part) or len(part) for name, part in matches.items()}
     chosen = _assign(sizes, targets, seed=seed)
     return {name: [r for r in rallies if chosen[match(r.video)] == name] for name in targets}
@@ -45,17 +48,19 @@ def split_by_class(
     label_fields: Sequence[str] | None = None,
     min_events: int = 1,
 ) -> dict[str, list[Rally]]:
-    """Whole classes per split: an event goes to the split of its class, so rallies may occur in several.
+    """Assign whole classes to splits. An event goes to the split of its class, so a rally may be in several splits.
 
     Args:
-        fractions: share of the classes by name of the split; they sum to 1.
-        label_fields: what makes the class, see `select_fields`.
-        min_events: classes with fewer events are left out.
+        rallies: all rallies.
+        fractions: fraction of the classes per split; they sum to 1.
+        seed: seed of the order.
+        label_fields: fields that define the class, see `select_fields`.
+        min_events: classes with fewer events are skipped.
 
     Raises:
-        ValueError: as `split_by_match`.
+        ValueError: the fractions do not sum to 1, or there are fewer classes than splits.
     """
-    targets = _checked(fractions)
+    targets = _check_fractions(fractions)
     counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events)
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
     if len(classes) < len(targets):
@@ -70,24 +75,24 @@ def split_by_class(
     return out
 
 
-def _checked(fractions: Mapping[str, float]) -> dict[str, float]:
+def _check_fractions(fractions: Mapping[str, float]) -> dict[str, float]:
     if len(fractions) < 2 or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"fractions {dict(fractions)} must be two or more positive numbers that sum to 1")
     return dict(fractions)
 
 
 def _assign(sizes: Mapping[str, int], targets: Mapping[str, float], *, seed: int) -> dict[str, str]:
-    """Each item to the split that is furthest below its share; the order is seeded, every split gets at least one."""
+    """Assign each item to the split that is furthest below its target. Every split gets at least one item."""
     names = sorted(sizes)
     order = [names[i] for i in seeded_rng(seed, "split").permutation(len(names))]
     total = sum(sizes.values())
-    got = dict.fromkeys(targets, 0)
+    assigned = dict.fromkeys(targets, 0)
     chosen: dict[str, str] = {}
     for number, item in enumerate(order):
         empty = [name for name in targets if name not in chosen.values()]
-        left = len(order) - number
-        candidates = empty if left <= len(empty) else list(targets)
-        best = max(candidates, key=lambda name: targets[name] - got[name] / total)
+        remaining = len(order) - number
+        candidates = empty if remaining <= len(empty) else list(targets)
+        best = max(candidates, key=lambda name: targets[name] - assigned[name] / total)
         chosen[item] = best
-        got[best] += sizes[item]
+        assigned[best] += sizes[item]
     return chosen

@@ -20,12 +20,12 @@ from mmdistill.config import (
 )
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import (
-    ANNOTATION_READERS,
+    ANNOTATION_FORMATS,
     AnnotationError,
     Event,
     Rally,
-    annotation_reader,
     load_annotations,
+    register_annotation_format,
 )
 from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow_file import write_flow
@@ -206,7 +206,10 @@ def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> N
         ({"video_id": "a", "start_frame": -1}, "start_frame=-1 is not a number from 0"),
         ({"video_id": "a", "start_frame": 1, "action_idx": "x"}, "action_idx='x' is not a number"),
         ({"video_id": "a", "start_frame": 9, "num_frames": 9, "action_idx": 1}, "frame 9 is out of range"),
-        ({"video_id": "a", "start_frame": 1, "action_idx": 1}, "how long is a"),
+        (
+            {"video_id": "a", "start_frame": 1, "action_idx": 1},
+            "cannot determine the length of a: its clips have no num_frames",
+        ),
         ("text", "clip 0: expected an object"),
     ],
 )
@@ -246,7 +249,7 @@ def test_a_video_has_one_length(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     clips = [{"video_id": "a", "start_frame": s, "num_frames": n, "action_idx": 1} for s, n in ((0, 90), (50, 60))]
     path.write_text(json.dumps({"clips": clips}))
-    with pytest.raises(AnnotationError, match=r"clip 1 \(a\): num_frames=60, an earlier clip of this video says 90"):
+    with pytest.raises(AnnotationError, match=r"clip 1 \(a\): num_frames=60, an earlier clip of this video has 90"):
         load_annotations(path, annotations="clips")
 
 
@@ -255,18 +258,18 @@ def registered() -> Callable[[str], None]:
     names: list[str] = []
     yield names.append  # type: ignore[misc]
     for name in names:
-        del ANNOTATION_READERS[name]
+        ANNOTATION_FORMATS.unregister(name)
 
 
 def test_a_format_of_ones_own_is_one_function(tmp_path: Path, registered: Callable[[str], None]) -> None:
-    @annotation_reader("lines")
+    @register_annotation_format("lines")
     def lines(path: Path, _frames: Path | None, _first: int) -> list[Rally]:
         return [Rally(line, 20, 30.0, ()) for line in path.read_text().split()]
 
     registered("lines")
     (tmp_path / "a.txt").write_text("one two")
     assert [r.video for r in load_annotations(tmp_path / "a.txt", annotations="lines")] == ["one", "two"]
-    with pytest.raises(ValueError, match="registered already"):
-        annotation_reader("lines")(lines)
-    with pytest.raises(ValueError, match="'nothing' is not one of clips, f3set, lines"):
+    with pytest.raises(ValueError, match="already registered"):
+        register_annotation_format("lines")(lines)
+    with pytest.raises(ValueError, match="annotation format 'nothing' is not one of f3set, clips, lines"):
         load_annotations(tmp_path / "a.txt", annotations="nothing")
