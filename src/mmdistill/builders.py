@@ -159,6 +159,7 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
             random_crop_min_scale=data.random_crop_min_scale,
             hflip_prob=data.hflip_prob,
             on_missing=data.on_missing,
+            always_decoded=(STUDENT_MODALITY,),
         )
     if not len(dataset):
         lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}

@@ -85,7 +85,7 @@ def test_a_dead_worker_is_told_though_a_connection_breaks_first() -> None:
     loader = iter(make_clip_loader(_DyingWorker(), num_workers=1, pin_memory=False))
     torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises too, if it is in time
     try:
-        with pytest.raises(RuntimeError, match=r"DataLoader worker ended: \d+ \(SIGKILL\)"):
+        with pytest.raises(RuntimeError, match=r"DataLoader worker exited: \d+ \(SIGKILL\)"):
             next(loader)
     finally:
         signal.signal(signal.SIGCHLD, torchs)

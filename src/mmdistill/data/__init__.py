@@ -1,1 +1,1 @@
-"""Annotations, clips, readers, masks and the demo dataset. Knows no model and no configuration."""
+"""Annotations, clips, readers, masks, samplers and the dataset. Imports no model and no config."""

@@ -1,4 +1,4 @@
-"""Clips as samples: raw arrays, the tokens that are visible, and one view that all modalities share."""
+"""Clips as samples: raw arrays, visible tokens, and one crop box that all modalities share."""
 
 import math
 from collections import Counter
@@ -16,40 +16,47 @@ from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.randomness import seeded_rng
 
 ON_MISSING = ("error", "repeat", "skip")
-REPLACEMENTS = 8  # other clips tried in place of one that cannot be read
+MAX_REPLACEMENT_TRIES = 8  # clips tried in place of one that cannot be read
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
-    """``ds[(epoch, i)]`` is clip i as it looks in that epoch; ``ds[i]`` means epoch 0.
+    """``ds[(epoch, i)]`` is the sample of clip i in that epoch. ``ds[i]`` is its sample in epoch 0.
 
-    A sample depends on (seed, epoch, clip id) and the files alone, never on what was read before or by which worker.
+    A sample is a pure function of the seed, the epoch, the clip id and the files. Its keys are the modalities (raw
+    arrays, see their readers), ``visible`` (int64 [L_vis], sorted indices of visible tokens), ``crop_box`` (see
+    `crop_box`), ``label`` and ``index`` (int64).
 
-    What cannot be read is a policy:
+    Policies for missing or unreadable files:
 
-    - ``error``: raise, naming the file.
-    - ``repeat``: an unreadable frame shows the nearest readable one of its clip. Clips without any are left out.
-    - ``skip``: clips that lack a file are left out of `index` from the start.
+    - ``error``: raise an error that names the file.
+    - ``repeat``: replace an unreadable frame by the nearest readable one of its clip. Clips without any are skipped.
+    - ``skip``: remove clips with a missing file from `index` at the start.
 
-    What is found unreadable only later (a truncated JPEG, say) is replaced by another, seeded clip in training, and
-    raises in evaluation, where each clip counts. `missing_report` says what was done.
+    With ``repeat`` and ``skip``, a file may turn out to be unreadable only when it is read, for example a truncated
+    JPEG. In training the clip is then replaced by another, seeded one. In evaluation it raises, because each clip
+    counts. `missing_report` counts all of these.
 
     Args:
-        index: the clips. ``self.index`` is without those left out.
-        readers: by modality; each becomes a key of the sample.
-        grid: tokens (t, h, w).
-        crop_size: (height, width) of the view, in px of the stored frame.
-        frame_size: (height, width) of the stored frames.
-        mask_type, mask_ratio: see `sample_visible_tokens`.
-        augment: training: draw view and flip. Otherwise the centre crop.
-        random_crop_min_scale: smallest view, as a fraction of `crop`.
+        index: the clips. ``self.index`` does not contain the skipped ones.
+        readers: readers by modality.
+        grid: tokens along (t, h, w).
+        crop_size: (height, width) of the crop in px of the stored frame.
+        frame_size: (height, width) of the stored frames in px.
+        mask_type: see `sample_visible_tokens`.
+        mask_ratio: see `sample_visible_tokens`.
+        seed: seed of crops, flips, masks and replacements.
+        augment: True (training): random crop and flip. False: center crop.
+        random_crop_min_scale: smallest random crop, as a fraction of `crop_size`.
         hflip_prob: probability of a horizontal flip.
-        cached_epochs: with N > 0, epoch e looks like epoch ``e % N``, and from epoch N on only `always_decoded` modalities
-            are read: the others' features are kept, see `mmdistill.distill.teacher_cache`.
+        on_missing: ``error``, ``repeat`` or ``skip``.
+        max_replaced_fraction: fraction of clips that may be replaced. More replaced clips are an error.
+        cached_epochs: N > 0: epoch e has the samples of epoch ``e % N``. From epoch N on only `always_decoded`
+            modalities are read, because `mmdistill.distill.teacher_cache` has the features of the others.
         always_decoded: see `cached_epochs`.
-        max_replaced_fraction: largest share of clips that may be replaced before that is an error.
 
     Raises:
-        ValueError: naming the argument; `FrameError` from ``ds[...]`` for files.
+        ValueError: an argument is invalid; names it.
+        FrameError: raised by ``ds[...]`` if a file cannot be read.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         on_missing: str = "error",
         max_replaced_fraction: float = 0.05,
         cached_epochs: int = 0,
-        always_decoded: tuple[str, ...] = ("rgb",),
+        always_decoded: tuple[str, ...] = (),
     ) -> None:
         if on_missing not in ON_MISSING:
             raise ValueError(f"on_missing={on_missing!r} is not one of {', '.join(ON_MISSING)}")
@@ -77,24 +84,18 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"crop_size={crop_size} is larger than the stored frame {frame_size}")
         if not 0 < random_crop_min_scale <= 1:
             raise ValueError(f"random_crop_min_scale={random_crop_min_scale} must lie in (0, 1]")
-        sample_visible_tokens(
-            grid, ratio=mask_ratio, mask_type=mask_type, rng=np.random.default_rng(0)
-        )  # refuse a bad mask now
+        sample_visible_tokens(grid, ratio=mask_ratio, mask_type=mask_type, rng=seeded_rng(seed))  # checks its arguments
         self.readers = dict(readers)
         self.grid, self.crop_size, self.frame_size = grid, crop_size, frame_size
         self.mask_type, self.mask_ratio = mask_type, mask_ratio
-        self.seed, self.augment, self.random_crop_min_scale, self.hflip_prob = (
-            seed,
-            augment,
-            random_crop_min_scale,
-            hflip_prob,
-        )
+        self.seed, self.augment = seed, augment
+        self.random_crop_min_scale, self.hflip_prob = random_crop_min_scale, hflip_prob
         self.on_missing, self.max_replaced_fraction = on_missing, max_replaced_fraction
         self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
-        self._left_out: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
+        self._skipped: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if on_missing == "error" else self._drop_missing(index)
-        # Workers write here what they did, one cell per clip and modality; the last column: clip replaced. Writing a
-        # cell again gives the same value, so no lock is needed, and the main process sees it.
+        # Shared memory that workers write to: frames repeated per clip and modality; last column: clip was replaced. A
+        # cell always gets the same value, so no lock is needed.
         self._seen = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16).share_memory_()
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         i %= len(self)
         cached = 0 < self.cached_epochs <= epoch
         epoch = epoch % self.cached_epochs if self.cached_epochs else epoch
-        if cached and self._seen[i, -1]:  # replaced when all of it was read: its features are not there
+        if cached and self._seen[i, -1]:  # it was replaced when all modalities were read, so the cache has no features
             return self._replacement(epoch, i, FrameError("its files could not be read"), cached)
         try:
             return self._sample(epoch, i, cached)
@@ -117,44 +118,46 @@ class ClipDataset(Dataset[dict[str, Any]]):
             return self._replacement(epoch, i, error, cached)
 
     def crop_box(self, epoch: int, clip: Clip) -> np.ndarray:
-        """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a flip."""
-        (rows, columns), (height, width) = self.frame_size, self.crop_size
+        """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a horizontal flip."""
+        (frame_height, frame_width), (height, width) = self.frame_size, self.crop_size
         if not self.augment:
-            return np.array([(rows - height) // 2, (columns - width) // 2, height, width, 0], np.float32)
+            return np.array([(frame_height - height) // 2, (frame_width - width) // 2, height, width, 0], np.float32)
         rng = seeded_rng(self.seed, epoch, clip.id, "view")
         scale = rng.uniform(self.random_crop_min_scale, 1.0)
         height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+        top, left = rng.integers(frame_height - height + 1), rng.integers(frame_width - width + 1)
         return np.array([top, left, height, width, rng.random() < self.hflip_prob], np.float32)
 
     @property
     def stats_tensor(self) -> torch.Tensor:
-        """int16 [clips, modalities + 1]: frames repeated of each clip, and whether it was replaced; a copy."""
+        """int16 [clips, modalities + 1], copied: frames repeated per clip and modality; last column: clip replaced."""
         return self._seen.clone()
 
     def missing_report(self, stats: torch.Tensor | None = None) -> dict[str, Any]:
-        """What the policy did so far, counted per modality and rally, all workers together.
+        """Counts of skipped clips, repeated frames and replaced clips.
 
-        `stats` are those of several processes, merged; None: of this one.
+        Args:
+            stats: `stats_tensor` merged over several processes; None: that of this process and its workers.
 
-        ``clips_skipped`` and ``frames_repeated`` are {modality: {rally: count}}, ``clips_replaced`` {rally: count};
-        each clip counts once, however often it was read.
+        Returns:
+            ``clips_skipped`` and ``frames_repeated``: {modality: {rally: count}}; ``clips_replaced``: {rally: count}. A
+            clip is counted once, however often it is read.
         """
         repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         replaced: Counter[str] = Counter()
-        done = self._seen if stats is None else stats
-        for i in done.any(dim=1).nonzero().flatten().tolist():
+        stats = self._seen if stats is None else stats
+        for i in stats.any(dim=1).nonzero().flatten().tolist():
             video = self.index.clips[i].video
-            *frames, whole = done[i].tolist()
+            *frames, is_replaced = stats[i].tolist()
             for name, count in zip(self.readers, frames, strict=True):
                 if count:
                     repeated[name][video] += count
-            if whole:
+            if is_replaced:
                 replaced[video] += 1
         return {
             "policy": self.on_missing,
             "clips": len(self),
-            "clips_skipped": {name: dict(c) for name, c in self._left_out.items() if c},
+            "clips_skipped": {name: dict(c) for name, c in self._skipped.items() if c},
             "frames_repeated": {name: dict(c) for name, c in repeated.items() if c},
             "clips_replaced": dict(replaced),
         }
@@ -178,12 +181,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return sample
 
     def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool = False) -> dict[str, Any]:
-        """Another clip in place of one that cannot be read."""
+        """The sample of another clip, in place of one that cannot be read."""
         self._seen[i, -1] = 1
         allowed = max(1, math.ceil(self.max_replaced_fraction * len(self)))
         if int(self._seen[:, -1].sum()) <= allowed:
             rng = seeded_rng(self.seed, epoch, self.index.clips[i].id, "replacement")
-            for other in rng.integers(len(self), size=REPLACEMENTS).tolist():
+            for other in rng.integers(len(self), size=MAX_REPLACEMENT_TRIES).tolist():
                 if cached and self._seen[other, -1]:
                     continue
                 try:
@@ -196,29 +199,29 @@ class ClipDataset(Dataset[dict[str, Any]]):
         ) from error
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:
-        """Without the clips that the policy leaves out."""
-        wanted: dict[str, set[int]] = {}
+        """The index without the clips that the policy skips."""
+        needed: dict[str, set[int]] = {}
         for clip in index.clips:
-            wanted.setdefault(clip.video, set()).update(clip.frames)
-        absent = {
+            needed.setdefault(clip.video, set()).update(clip.frames)
+        missing = {
             (name, video): set(reader.missing_frames(video, sorted(frames)))
             for name, reader in self.readers.items()
-            for video, frames in wanted.items()
+            for video, frames in needed.items()
         }
         kept = []
         for clip in index.clips:
             limit = len(clip.frames) if self.on_missing == "repeat" else 1
-            lacking = [n for n in self.readers if len(absent[n, clip.video].intersection(clip.frames)) >= limit]
-            for name in lacking:
-                self._left_out[name][clip.video] += 1
-            if not lacking:
+            incomplete = [n for n in self.readers if len(missing[n, clip.video].intersection(clip.frames)) >= limit]
+            for name in incomplete:
+                self._skipped[name][clip.video] += 1
+            if not incomplete:
                 kept.append(clip)
         report = {**index.report, "skipped_as_missing": len(index.clips) - len(kept)}
         return ClipIndex(tuple(kept), index.classes, report)
 
 
 def init_worker(_worker: int) -> None:
-    """One thread per loader worker: the workers are the parallelism. Denormals are flushed here too."""
+    """Use one thread in this loader worker and flush denormals. Parallelism comes from the number of workers."""
     torch.set_flush_denormal(True)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Which pixels a dataset has, without opening a file: features made of them are valid until this changes."""
+"""A hash of what determines a dataset's samples. Cached features are valid as long as it does not change."""
 
 import hashlib
 import os
@@ -7,11 +7,11 @@ from mmdistill.data.dataset import ClipDataset
 
 
 def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
-    """sha256 over what decides the samples of one modality.
+    """SHA-256 of what determines the samples of one modality, as hexadecimal text.
 
-    That is the clips with their labels, the crop, the policy for missing data, and name, size and time of change (ns)
-    of every file that the clips need: a frame that is rendered again gives another version, one that is missing too. A
-    file costs one `stat`, a few microseconds on a local disk.
+    It covers the clips with their labels, the crop, the policy for missing data, and path, size and modification time
+    (ns) of every file that the clips need. No file is opened; each costs one `stat`, a few microseconds on a local
+    disk.
     """
     reader = dataset.readers[modality]
     settings = (dataset.crop_size, dataset.frame_size, dataset.on_missing, reader.settings)
@@ -23,13 +23,13 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     digest.update(repr(dataset.index.classes).encode())
     for video, frames in needed.items():
         for path in reader.files(video, sorted(frames)):
-            digest.update(f"{os.path.abspath(path)}\0{_state(path)}\n".encode())
+            digest.update(f"{os.path.abspath(path)}\0{_file_state(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _state(path: str) -> str:
+def _file_state(path: str) -> str:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return "absent"
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"

@@ -1,6 +1,6 @@
-"""Which tokens a clip shows. The same number for every clip, so that batches stay rectangular.
+"""Token masks. Every clip has the same number of visible tokens, so that batches stay rectangular.
 
-0 means keep and 1 means remove wherever a boolean mask appears; what is handed on here are the indices that are kept.
+Masks are passed on as indices of visible tokens. In a boolean mask, 0 means keep and 1 means remove.
 """
 
 import numpy as np
@@ -9,29 +9,35 @@ import numpy as np
 def sample_visible_tokens(
     grid: tuple[int, int, int], *, ratio: float, mask_type: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """Sorted indices of the visible tokens of a (t, h, w) grid, t major, then h, then w.
+    """Draw the visible tokens of a clip.
 
-    `tube` removes ``round(ratio * h * w)`` places for all times (VideoMAE, arXiv 2203.12602, section 3.2); `random`
-    removes ``round(ratio * t * h * w)`` tokens. Halves round to even, as Python's `round` does.
+    Args:
+        grid: tokens along (t, h, w).
+        ratio: fraction of tokens that are removed.
+        mask_type: ``tube`` removes the same ``round(ratio * h * w)`` positions at all times (VideoMAE, arXiv
+            2203.12602, section 3.2). ``random`` removes ``round(ratio * t * h * w)`` tokens. `round` rounds halves to
+            even.
+        rng: generator of the clip.
 
     Returns:
-        int64 [L_vis].
+        int64 [L_vis], sorted token indices (t major, then h, then w).
 
     Raises:
-        ValueError: for another `kind`, a ratio outside [0, 1), or one that leaves nothing visible.
+        ValueError: the mask type is unknown, the ratio is outside [0, 1), or it leaves no visible token.
     """
     t, h, w = grid
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1)")
     if mask_type == "tube":
-        kept = _kept(h * w, ratio, rng)
+        kept = _sample_kept(h * w, ratio, rng)
         return (np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept).reshape(-1)
     if mask_type == "random":
-        return _kept(t * h * w, ratio, rng)
+        return _sample_kept(t * h * w, ratio, rng)
     raise ValueError(f"mask_type={mask_type!r} is not one of tube, random")
 
 
-def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+def _sample_kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
+    """Sorted numbers below `count`, without ``round(ratio * count)`` of them."""
     removed = round(ratio * count)
     if removed == count:
         raise ValueError(f"mask ratio {ratio} leaves none of {count} tokens visible")
@@ -39,14 +45,14 @@ def _kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
 
 
 def sample_decoder_tokens(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """A clip's removed tokens that are reconstructed under dual masking (VideoMAE V2, arXiv 2303.16727, section 3.2).
+    """Draw the removed tokens that the decoder reconstructs (dual masking, VideoMAE V2, arXiv 2303.16727, section 3.2).
 
     Args:
-        removed: N, how many there are.
-        ratio: fraction of them that is left out.
-        rng: the clip's own, so that neither batch mates nor the number of processes change its draw.
+        removed: N, number of removed tokens of the clip.
+        ratio: fraction of them that is not reconstructed.
+        rng: generator of the clip, so that the draw depends neither on the batch nor on the number of processes.
 
     Returns:
-        max(1, round(N * (1 - ratio))) of the numbers 0 to N - 1, sorted, int64
+        int64 [max(1, round(N * (1 - ratio)))], sorted numbers between 0 and N - 1.
     """
     return np.sort(rng.permutation(removed)[: max(1, round(removed * (1 - ratio)))])

@@ -1,4 +1,4 @@
-"""The order of the clips, a pure function of (seed, epoch, rank, world size): a resumed run asks for the same ones."""
+"""The order of the clips, a pure function of seed, epoch, rank and world size. A resumed run gets the same order."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,24 +9,28 @@ from mmdistill.randomness import seeded_rng
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, clip number) for one rank.
-
-    Over all ranks each clip occurs once per epoch. With `drop_last` the tail that does not fill a batch on every rank
-    is left out (`num_dropped` clips, others each epoch); without it the tail is split over the ranks, some of which may
-    then have a smaller batch or one batch less.
+    """Batches of (epoch, clip number) for one rank. Over all ranks each clip occurs once per epoch.
 
     Args:
-        n: clips in the dataset.
+        num_clips: clips in the dataset.
         batch_size: clips per rank and batch.
-        start_batch: batches of the epoch that are skipped, for a resume in its middle.
+        seed: seed of the order.
+        epoch: epoch of the next iteration.
+        rank: this process.
+        world_size: number of processes.
+        shuffle: False: clips in their own order.
+        drop_last: drop the last `num_dropped` clips of the order, which do not fill a batch on every rank; these are
+            different clips in each epoch. False: split them over the ranks, so that some ranks may have a smaller
+            batch or one batch less.
+        start_batch: number of batches to skip, for a resume within an epoch.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: an argument is invalid; names it.
     """
 
     def __init__(
         self,
-        n: int,
+        num_clips: int,
         *,
         batch_size: int,
         seed: int,
@@ -37,50 +41,56 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         drop_last: bool = True,
         start_batch: int = 0,
     ) -> None:
-        if n < 0 or batch_size < 1 or world_size < 1:
-            raise ValueError(f"n={n}, batch_size={batch_size}, world_size={world_size}: each must be positive")
+        if num_clips < 0 or batch_size < 1 or world_size < 1:
+            raise ValueError(
+                f"num_clips={num_clips}, batch_size={batch_size}, world_size={world_size}: each must be positive"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must lie in [0, world_size={world_size})")
-        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_dropped = n % (batch_size * world_size) if drop_last else 0
+        self.num_dropped = num_clips % (batch_size * world_size) if drop_last else 0
         self.set_state(epoch, start_batch)
 
     def set_state(self, epoch: int, start_batch: int) -> None:
-        """Go to a place: the next iteration starts there. Raises `ValueError` past the end of the epoch."""
+        """Set where the next iteration starts.
+
+        Raises:
+            ValueError: the position is after the end of the epoch.
+        """
         if epoch < 0 or not 0 <= start_batch <= len(self):
             raise ValueError(f"epoch={epoch}, start_batch={start_batch}: an epoch has {len(self)} batches")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank, whatever `start_batch` is."""
-        whole, tail = divmod(self.n, self.batch_size * self.world_size)
-        return whole + (not self.drop_last and self._tail(tail).stop > self._tail(tail).start)
+        """Batches of a full epoch on this rank, independent of `start_batch`."""
+        num_full, tail = divmod(self.num_clips, self.batch_size * self.world_size)
+        return num_full + (not self.drop_last and self._tail_share(tail).stop > self._tail_share(tail).start)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.n)
+        order = np.arange(self.num_clips)
         if self.shuffle:
-            order = seeded_rng(self.seed, self.epoch, "order").permutation(self.n)
+            order = seeded_rng(self.seed, self.epoch, "order").permutation(self.num_clips)
         step = self.batch_size * self.world_size
-        whole = self.n // step
+        num_full = self.num_clips // step
         for batch in range(self.start_batch, len(self)):
-            if batch < whole:
+            if batch < num_full:
                 first = batch * step + self.rank * self.batch_size
-                taken = range(first, first + self.batch_size)
+                selected = range(first, first + self.batch_size)
             else:
-                taken = range(whole * step, self.n)[self._tail(self.n % step)]
-            yield [(self.epoch, int(order[i])) for i in taken]
+                selected = range(num_full * step, self.num_clips)[self._tail_share(self.num_clips % step)]
+            yield [(self.epoch, int(order[i])) for i in selected]
 
-    def _tail(self, count: int) -> slice:
-        """This rank's share of the last `count` clips."""
+    def _tail_share(self, count: int) -> slice:
+        """The slice of the last `count` clips that this rank gets."""
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
 
 def batch_order_mismatch(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:
-    """Why a run cannot go on inside an epoch: what decides its batches was (stored) and is (own) another."""
-    told = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
+    """Message for a resume within an epoch with other batches. `other` maps settings to (checkpoint, run) values."""
+    message = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
     return (
-        f"resume: the checkpoint was written inside epoch {epoch}, whose batches are not those of this run "
-        f"(checkpoint / run): {told}; use the same settings, or resume from an epoch's end"
+        f"resume: the checkpoint was written within epoch {epoch}, and this run has other batches "
+        f"(checkpoint / run): {message}; use the same settings, or resume from the end of an epoch"
     )

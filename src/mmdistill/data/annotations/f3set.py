@@ -1,7 +1,7 @@
 """The annotation format of F3Set (ICLR 2025, arXiv 2504.08222).
 
-A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label has eight fields joined
-by ``_``. Frames are counted from 0.
+A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label has eight fields,
+joined by ``_``. Frames are counted from 0.
 """
 
 import math

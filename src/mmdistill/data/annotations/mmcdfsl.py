@@ -126,8 +126,8 @@ def _video_length(path: Path, video: str, events: list[Event], length: int | Non
         length = sum(entry.name.lower().endswith((".jpg", ".jpeg")) for entry in os.scandir(frames_dir / video))
     if not length:
         raise AnnotationError(
-            f"{path}: cannot determine the length of {video}: its clips have no num_frames, and there are no frames under "
-            f"{frames_dir or 'data_module.frames_dir'}"
+            f"{path}: cannot determine the length of {video}: its clips have no num_frames, and there are no frames "
+            f"under {frames_dir or 'data_module.frames_dir'}"
         )
     for event in events:
         if event.frame >= length:
