@@ -1,4 +1,4 @@
-"""A dataset of seconds in the tennis layout: a bright square moves in one of four directions, a joint with it."""
+"""A small dataset in the tennis layout: a bright square and a joint that move in one of four directions."""
 
 import json
 import pickle
@@ -36,9 +36,9 @@ def _rally(
     joints = np.zeros((2, FRAMES, 17, 2), np.float32)
     for k in range(FRAMES):
         x, y = 16 + step[0] * (k - 6), 16 + step[1] * (k - 6)
-        picture = np.broadcast_to(background, (HEIGHT, WIDTH, 3)).astype(np.uint8).copy()
-        picture[y - 3 : y + 4, x - 3 : x + 4] = 240
-        cv2.imwrite(str(frames / f"{k:06d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        image = np.broadcast_to(background, (HEIGHT, WIDTH, 3)).astype(np.uint8).copy()
+        image[y - 3 : y + 4, x - 3 : x + 4] = 240
+        cv2.imwrite(str(frames / f"{k:06d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
         joints[0, k] = (x, y)
         if k < FRAMES - 1:
             flow = np.zeros((2, HEIGHT, WIDTH), np.float16)
@@ -54,7 +54,7 @@ def _rally(
 
 
 def overrides(root: Path) -> list[str]:
-    """What makes the entrypoints read it, with a model of a few thousand parameters."""
+    """Overrides that select this dataset, with short clips and a training of two epochs."""
     return [
         "data_module.name=tiny",
         f"data_module.target_data_dir={root}",
@@ -68,7 +68,7 @@ def overrides(root: Path) -> list[str]:
         "data_module.num_frames=4",
         "data_module.window_stride=3",
         "data_module.label_fields=null",
-        "data_module.patch_size=8",  # not the demo recipe's values, which may change
+        "data_module.patch_size=8",  # set here because the values of the demo dataset may change
         "data_module.mask_type=tube",
         "data_module.mask_ratio=0.75",
         "num_workers=0",

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.synthetic_dots import DotWorld, write_dot
+from tests.synthetic_dots import DotVideo, write_dot_video
 
 
 @pytest.fixture
-def dot(tmp_path: Path) -> DotWorld:
-    return write_dot(tmp_path)
+def dot(tmp_path: Path) -> DotVideo:
+    return write_dot_video(tmp_path)

@@ -17,13 +17,13 @@ from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
-from tests.synthetic_dots import LEFT_WRIST, DotWorld, write_dot
+from tests.synthetic_dots import LEFT_WRIST, DotVideo, write_dot_video
 
 RIGHT_WRIST = 10
 CROP = (48, 80)
 
 
-def dataset(world: DotWorld, *, videos: tuple[str, ...] = ("dot",), stride: int = 4, **changes: object) -> ClipDataset:
+def dataset(world: DotVideo, *, videos: tuple[str, ...] = ("dot",), stride: int = 4, **changes: object) -> ClipDataset:
     rallies = [Rally(v, 24, 25.0, ()) for v in videos]
     index = build_index(rallies, clips="windows", num_frames=8, stride=stride, label="video")
     options = {
@@ -42,7 +42,7 @@ def same(a: dict[str, object], b: dict[str, object]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)  # type: ignore[arg-type]
 
 
-def test_a_sample_has_the_agreed_types(dot: DotWorld) -> None:
+def test_a_sample_has_the_agreed_types(dot: DotVideo) -> None:
     sample = dataset(dot)[0]
     assert {k: (v.dtype.name, v.shape) for k, v in sample.items()} == {
         "rgb": ("uint8", (8, 64, 96, 3)),
@@ -55,7 +55,7 @@ def test_a_sample_has_the_agreed_types(dot: DotWorld) -> None:
     }
 
 
-def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotWorld) -> None:
+def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotVideo) -> None:
     options = {"hflip_prob": 0.5, "random_crop_min_scale": 0.5}
     ds, again = dataset(dot, **options), dataset(dot, **options)
     for key in [(0, 1), (3, 0), (0, 0)]:
@@ -68,7 +68,7 @@ def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotWorld) -> None:
     assert not np.array_equal(ds[(0, 0)]["crop_box"], dataset(dot, seed=8, **options)[(0, 0)]["crop_box"])
 
 
-def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
+def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotVideo) -> None:
     ds = dataset(dot, hflip_prob=0.3, random_crop_min_scale=0.6)
     clip = ds.index.clips[0]
     views = np.stack([ds.crop_box(e, clip) for e in range(400)])
@@ -82,7 +82,7 @@ def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotWorld) -> None:
     assert 0.2 < flip.mean() < 0.4
 
 
-def test_evaluation_sees_the_centre_unflipped_and_unmasked(dot: DotWorld) -> None:
+def test_evaluation_sees_the_centre_unflipped_and_unmasked(dot: DotVideo) -> None:
     ds = dataset(dot, augment=False, mask_ratio=0.0, hflip_prob=1.0, random_crop_min_scale=0.5)
     assert ds[(5, 0)]["crop_box"].tolist() == [8, 8, 48, 80, 0]
     assert len(ds[0]["visible"]) == 4 * 6 * 10
@@ -100,7 +100,7 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
     "options",
     [{}, {"hflip_prob": 1.0}, {"random_crop_min_scale": 0.6}, {"hflip_prob": 0.5, "random_crop_min_scale": 0.6}],
 )
-def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, float], scale: int) -> None:
+def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotVideo, options: dict[str, float], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
     specs = {n: get_modality(n).spec(mean=(0.0,), std=(1.0,)) for n in BUILTIN_MODALITIES}
     specs["skeleton"] = replace(specs["skeleton"], input_stride=scale, sigma=1.0)
@@ -116,14 +116,14 @@ def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, 
         wrist = RIGHT_WRIST if flip else LEFT_WRIST
         assert float(joints[[j for j in range(17) if j != wrist]].abs().sum()) == 0
         for position, k in enumerate(ds.index.clips[i].frames):
-            x, y = (dot.places[k] - view[[1, 0]].numpy() + 0.5) * zoom - 0.5
+            x, y = (dot.positions[k] - view[[1, 0]].numpy() + 0.5) * zoom - 0.5
             x = CROP[1] - 1 - x if flip else x
             if not (6 < x < CROP[1] - 7 and 6 < y < CROP[0] - 7):
                 continue  # the dot lies on the border or outside of this view
             compared += 1
             red = rgb[0, position] - rgb[2, position] - 0.2
             assert _peak(red) == pytest.approx((x, y), abs=0.35)
-            moved = (dot.places[k + 1] - dot.places[k]) * zoom * (np.array([-1, 1]) if flip else 1)
+            moved = (dot.positions[k + 1] - dot.positions[k]) * zoom * (np.array([-1, 1]) if flip else 1)
             assert _peak(flow[0, position].abs()) == pytest.approx((x, y), abs=0.35)
             strongest = flow[:, position].flatten(1)[:, int(flow[0, position].abs().argmax())]
             np.testing.assert_allclose(strongest, moved, rtol=0.05)
@@ -132,7 +132,7 @@ def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotWorld, options: dict[str, 
     assert compared > 40
 
 
-def test_workers_give_what_the_main_process_gives(dot: DotWorld) -> None:
+def test_workers_give_what_the_main_process_gives(dot: DotVideo) -> None:
     ds = dataset(dot, hflip_prob=0.5)
 
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:
@@ -144,9 +144,9 @@ def test_workers_give_what_the_main_process_gives(dot: DotWorld) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def _two(tmp_path: Path) -> DotWorld:
-    world = write_dot(tmp_path)
-    write_dot(tmp_path, video="gap")
+def _two(tmp_path: Path) -> DotVideo:
+    world = write_dot_video(tmp_path)
+    write_dot_video(tmp_path, video="gap")
     return world
 
 
@@ -214,7 +214,7 @@ def test_more_unreadable_clips_than_the_budget_is_an_error(tmp_path: Path) -> No
         list(map(ds.__getitem__, range(8)))
 
 
-def test_a_dataset_survives_spawned_workers(dot: DotWorld) -> None:
+def test_a_dataset_survives_spawned_workers(dot: DotVideo) -> None:
     ds = pickle.loads(pickle.dumps(dataset(dot)))
     assert same(ds[0], dataset(dot)[0])
     context = multiprocessing.get_context("spawn")
@@ -222,12 +222,12 @@ def test_a_dataset_survives_spawned_workers(dot: DotWorld) -> None:
     assert len(list(loader)) == 1
 
 
-def test_wrong_arguments_are_named(dot: DotWorld) -> None:
+def test_wrong_arguments_are_named(dot: DotVideo) -> None:
     for wrong in ({"on_missing": "zero"}, {"crop_size": (80, 80)}, {"random_crop_min_scale": 0.0}, {"mask_ratio": 1.0}):
         with pytest.raises(ValueError, match=r"on_missing=|crop_size=|random_crop_min_scale=|ratio"):
             dataset(dot, **wrong)
 
 
-def test_no_data_left_behind(dot: DotWorld) -> None:
+def test_no_data_left_behind(dot: DotVideo) -> None:
     shutil.rmtree(dot.root / "flow")
     assert len(dataset(dot, on_missing="skip")) == 0

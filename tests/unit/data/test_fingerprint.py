@@ -12,10 +12,10 @@ from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
-from tests.synthetic_dots import DotWorld
+from tests.synthetic_dots import DotVideo
 
 
-def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -> ClipDataset:
+def _dataset(dot: DotVideo, index: ClipIndex | None = None, **changes: object) -> ClipDataset:
     index = index or build_index([Rally("dot", 24, 25.0, (Event(8, "a"),))], clips="events", num_frames=4)
     return ClipDataset(
         index, dot.readers(), **{"grid": (2, 4, 6), "crop_size": (64, 96), "frame_size": dot.size, **changes}
@@ -33,7 +33,7 @@ def _dataset(dot: DotWorld, index: ClipIndex | None = None, **changes: object) -
     ],
 )
 def test_a_changed_file_gives_a_new_version_of_its_modality(
-    dot: DotWorld, modality: str, file: str, needed: bool
+    dot: DotVideo, modality: str, file: str, needed: bool
 ) -> None:
     before, path = data_fingerprint(_dataset(dot), modality), dot.root / file
     assert data_fingerprint(_dataset(dot), modality) == before
@@ -49,7 +49,7 @@ def test_a_changed_file_gives_a_new_version_of_its_modality(
     assert (data_fingerprint(_dataset(dot), modality) != longer) == needed
 
 
-def test_clips_and_settings_are_part_of_it(dot: DotWorld) -> None:
+def test_clips_and_settings_are_part_of_it(dot: DotVideo) -> None:
     base = _dataset(dot)
     clip = base.index.clips[0]
     fewer = ClipIndex((replace(clip, frames=clip.frames[1:]),), base.index.classes)

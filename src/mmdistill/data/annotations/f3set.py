@@ -120,7 +120,7 @@ def _check_event(entry: Any, num_frames: int) -> str:
             return f"the key {key!r} is missing"
     frame, label = entry["frame"], entry["label"]
     if not _is_integer(frame):
-        return f"frame={frame!r} is not a whole number"
+        return f"frame={frame!r} is not an integer"
     if not 0 <= frame < num_frames:
         return f"frame={frame} is out of range, the rally has frames 0 to {num_frames - 1}"
     if not isinstance(label, str):

@@ -1,0 +1,1 @@
+"""Readers: one per modality, from frame numbers to raw arrays."""

@@ -1,8 +1,9 @@
-"""One reader per modality: numbers of frames in, raw arrays out. Nothing is guessed: what cannot be read is an error.
+"""The interface of readers. A reader turns frame numbers into raw arrays of one modality.
 
-A frame has one number, counted from 0, in all modalities: picture k, the flow from k to k + 1, row k of the skeletons.
+A frame has the same number, counted from 0, in all modalities: image k, the flow from frame k to k + 1, row k of the
+skeletons. A reader never guesses: a frame that cannot be read raises `FrameError`.
 
-Shapes: T frames asked for, H x W stored frame, M persons, 17 COCO joints.
+Shapes: T requested frames, H x W stored frame, M persons, J joints.
 """
 
 import os
@@ -16,57 +17,69 @@ from mmdistill.errors import InputError
 
 
 class FrameError(InputError):
-    """A frame that is missing or cannot be read; the message names the file and what is wrong with it.
+    """A frame that is missing or cannot be read. The message names the file and the problem.
 
-    One argument only: loader workers rebuild the exception from its message.
+    It takes the message as its only argument, because loader workers rebuild the exception from it.
     """
 
 
 class Reader(ABC):
-    """Reads one modality of any video."""
+    """Reads one modality of any video.
+
+    Attributes:
+        name: name of the modality.
+    """
 
     name: str
 
     @abstractmethod
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
-        """(T, ...) array of these frames. Raises `FrameError` for the first one that cannot be read."""
+        """The raw array of these frames, (T, ...), in the given order.
+
+        Raises:
+            FrameError: a frame cannot be read; names the first one.
+        """
 
     @abstractmethod
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
-        """Those of `frames` for which there is no file. Looks at names only: a file may still turn out unreadable."""
+        """The frames that have no file. Files are not opened, so the others may still be unreadable."""
 
     @abstractmethod
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
-        """Paths of the files that `read` opens, each once, whether they are there or not."""
+        """Paths of the files that `read` opens, each once, whether they exist or not."""
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """What else decides the arrays, besides the files and the stored frame's size."""
+        """Options that change the arrays, besides the files and the size of the stored frame."""
         return ()
 
     def read_with_repeats(self, video: str, frames: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """Like `read`, but an unreadable frame is replaced by the nearest readable one (the earlier of two).
+        """Like `read`, but replace an unreadable frame by the nearest readable one (the earlier one in a tie).
 
-        Returns the array and the frames that were replaced. Raises `FrameError` if none can be read.
+        Returns:
+            The array, (T, ...), and the numbers of the replaced frames.
+
+        Raises:
+            FrameError: no frame can be read.
         """
         try:
             return self.read(video, frames), []
         except FrameError as error:
             first_error = error
-        good: dict[int, np.ndarray] = {}
+        readable: dict[int, np.ndarray] = {}
         for position, frame in enumerate(frames):
             try:
-                good[position] = self.read(video, [frame])[0]
+                readable[position] = self.read(video, [frame])[0]
             except FrameError:
                 continue
-        if not good:
+        if not readable:
             raise first_error
-        nearest = [min(good, key=lambda g, p=position: (abs(g - p), g)) for position in range(len(frames))]
-        return np.stack([good[g] for g in nearest]), [f for p, f in enumerate(frames) if p not in good]
+        nearest = [min(readable, key=lambda r, p=position: (abs(r - p), r)) for position in range(len(frames))]
+        return np.stack([readable[r] for r in nearest]), [f for p, f in enumerate(frames) if p not in readable]
 
 
 class KeypointReader(Reader):
-    """A modality with one file of keypoints per video."""
+    """Reader of a modality with one keypoint file per video."""
 
     @abstractmethod
     def path(self, video: str) -> str:
@@ -74,24 +87,35 @@ class KeypointReader(Reader):
 
     @abstractmethod
     def load_video(self, video: str) -> np.ndarray:
-        """All rows of a video, (T, M, J, 3); NaN where a keypoint with a score is not finite. Raises `FrameError`."""
+        """All rows of a video, float32 (T, M, J, 3). A keypoint with a score that is not finite is NaN.
+
+        Raises:
+            FrameError: the file cannot be read.
+        """
 
 
-class _FileReader(Reader):
-    """A modality with one file per frame."""
+class FrameFileReader(Reader):
+    """Reader of a modality with one file per frame.
+
+    Attributes:
+        pattern: file name below the root, with ``{video}`` and ``{frame:06d}``.
+    """
 
     pattern: str
 
     def __init__(
         self, root: Path | str, *, frame_size: tuple[int, int], pattern: str | None = None, frame_number_offset: int = 0
     ) -> None:
-        """Args:
-        root: the modality's folder.
-        frame_size: stored (height, width) in px; another size is an error.
-        pattern: file name under `root` with ``{video}`` and ``{frame:06d}``.
-        frame_number_offset: the number in the name of frame 0's file.
+        """Set the location of the files.
 
-        Raises `ValueError` for a pattern that gives two frames, or two videos, the same file.
+        Args:
+            root: folder of the modality.
+            frame_size: (height, width) of the stored frames in px. A file of another size is an error.
+            pattern: file name below `root`; None: the default of the class.
+            frame_number_offset: number of frame 0 in file names.
+
+        Raises:
+            ValueError: the pattern gives the same file to two frames or two videos.
         """
         self.root, self.frame_size = str(root), frame_size
         self.pattern = pattern or self.pattern
@@ -100,7 +124,7 @@ class _FileReader(Reader):
             raise ValueError(f"{self.pattern!r} must contain {{video}} and {{frame}}, like {type(self).pattern!r}")
 
     def path(self, video: str, frame: int) -> str:
-        """Where the file of `frame` lies."""
+        """Path of the file of `frame`."""
         return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.frame_number_offset)}"
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
@@ -108,10 +132,10 @@ class _FileReader(Reader):
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         paths = [self.path(video, k).rpartition("/") for k in frames]
-        listings = {folder: _listing(folder) for folder in {p[0] for p in paths}}  # far cheaper than a stat per file
+        listings = {folder: _list_files(folder) for folder in {p[0] for p in paths}}  # much faster than a stat per file
         return [k for k, (folder, _, file) in zip(frames, paths, strict=True) if file not in listings[folder]]
 
-    def _bytes(self, path: str) -> bytes:
+    def _read_bytes(self, path: str) -> bytes:
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -121,7 +145,7 @@ class _FileReader(Reader):
             raise FrameError(f"{path}: {error.strerror}") from error
 
 
-def _listing(folder: str) -> frozenset[str]:
+def _list_files(folder: str) -> frozenset[str]:
     try:
         return frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -129,7 +153,7 @@ def _listing(folder: str) -> frozenset[str]:
 
 
 def is_unique_frame_pattern(pattern: str) -> bool:
-    """Whether a pattern of file names, with ``{video}`` and ``{frame:06d}``, gives each frame of each video its own."""
+    """Whether a pattern with ``{video}`` and ``{frame:06d}`` gives every frame of every video its own file name."""
     try:
         return len({pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}) == 4
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):

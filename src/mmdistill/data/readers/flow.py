@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmdistill.data.readers.base import FrameError, _FileReader
+from mmdistill.data.readers.base import FrameError, FrameFileReader
 from mmdistill.data.readers.flow_file import FlowFileError, read_flow
 
 
-class FlowReader(_FileReader):
+class FlowReader(FrameFileReader):
     """Optical flow: float16 (T, 2, H, W), displacement (x, y) in px of the stored frame."""
 
     name = "flow"
@@ -18,7 +18,7 @@ class FlowReader(_FileReader):
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         height, width = self.frame_size
         out = np.empty((len(frames), 2, height, width), np.float16)
-        halves = torch.from_numpy(out)
+        out_tensor = torch.from_numpy(out)
         for position, frame in enumerate(frames):
             path = self.path(video, frame)
             try:
@@ -29,7 +29,7 @@ class FlowReader(_FileReader):
                 raise FrameError(str(error)) from error
             if flow.shape != (2, height, width):
                 raise FrameError(f"{path}: shape {flow.shape}, but data_module.frame_size needs (2, {height}, {width})")
-            halves[position].copy_(torch.from_numpy(flow))  # 20 times faster than NumPy's conversion to float16
-            if ((out[position].view(np.uint16) & 0x7C00) == 0x7C00).any():  # exponent all ones: infinite or NaN
+            out_tensor[position].copy_(torch.from_numpy(flow))  # 20 times faster than NumPy's conversion to float16
+            if ((out[position].view(np.uint16) & 0x7C00) == 0x7C00).any():  # all exponent bits set: infinite or NaN
                 raise FrameError(f"{path}: values that are not finite in float16")
         return out

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, _FileReader
+from mmdistill.data.readers.base import FrameError, FrameFileReader
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+PADDING = b"\0\r\n "  # some encoders write it after the end marker
 
 
-PADDING = b"\0\r\n "  # that some writers add after the end
-
-
-class RgbReader(_FileReader):
+class RgbReader(FrameFileReader):
     """JPEG frames: uint8 (T, H, W, 3), RGB."""
 
     name = "rgb"
@@ -24,19 +22,25 @@ class RgbReader(_FileReader):
         out = np.empty((len(frames), height, width, 3), np.uint8)
         for position, frame in enumerate(frames):
             path = self.path(video, frame)
-            picture = decode_jpeg(self._bytes(path), path)
-            if picture.shape != (height, width, 3):
-                found = f"{picture.shape[0]} x {picture.shape[1]}"
-                raise FrameError(f"{path}: {found} px, but data_module.frame_size says {height} x {width}")
-            cv2.cvtColor(picture, cv2.COLOR_BGR2RGB, dst=out[position])
+            image = decode_jpeg(self._read_bytes(path), path)
+            if image.shape != (height, width, 3):
+                found = f"{image.shape[0]} x {image.shape[1]}"
+                raise FrameError(f"{path}: {found} px, but data_module.frame_size is {height} x {width}")
+            cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[position])
         return out
 
 
 def decode_jpeg(data: bytes, path: str) -> np.ndarray:
-    """A whole JPEG as uint8 (H, W, 3) BGR.
+    """Decode a JPEG. uint8 (H, W, 3), BGR
 
-    OpenCV decodes half a file to a picture of full size with flat grey rows, so the end marker is looked for first.
-    Raises `FrameError`.
+    OpenCV decodes a truncated file to an image of full size with gray rows, so the end marker is checked first.
+
+    Args:
+        data: content of the file.
+        path: path of the file, for messages.
+
+    Raises:
+        FrameError: the data are empty, truncated, damaged or not a JPEG.
     """
     if not data:
         raise FrameError(f"{path}: empty file")
@@ -44,7 +48,7 @@ def decode_jpeg(data: bytes, path: str) -> np.ndarray:
         raise FrameError(f"{path}: not a JPEG")
     if not data.endswith(JPEG_END) and not data.rstrip(PADDING).endswith(JPEG_END):
         raise FrameError(f"{path}: truncated JPEG ({len(data)} bytes, no end marker)")
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if picture is None:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
         raise FrameError(f"{path}: damaged JPEG")
-    return picture
+    return image

@@ -1,9 +1,8 @@
-"""A pickle reader that admits NumPy arrays and builtin containers, and runs nothing else.
+"""An unpickler for NumPy arrays and builtin containers that executes no other code.
 
-A pickle is a program. Skeleton files come from other people's machines, so every name that a file wants to call is
-looked up in an exact list; anything else is refused by name before a single call is made to it. Instead of NumPy's own
-constructors the file gets the small functions below, which accept only what an honest array writes: the real
-``numpy.ndarray``, called with a buffer of one's choice as objects, is a way to run code.
+A pickle can call any function. Skeleton files come from other machines, so only the names of an exact list may be
+called; any other name raises an error before it is imported. The small functions below replace NumPy's constructors and
+accept only what NumPy writes: a file could make the real ``numpy.ndarray`` execute code with a crafted object buffer.
 """
 
 import pickle
@@ -18,22 +17,22 @@ from mmdistill.errors import InputError
 
 
 class UnsafePickleError(InputError):
-    """A pickle that wants more than arrays and containers, or that is damaged; the message names the file."""
+    """A pickle that is damaged, or that needs more than arrays and containers. The message names the file."""
 
 
 class _ArrayType:
-    """Stands for ``numpy.ndarray`` in a file; an argument of the functions below, never called."""
+    """Replaces ``numpy.ndarray``. The functions below take it as an argument; it is never called."""
 
 
 def _empty_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> np.ndarray:
-    """``numpy.core.multiarray._reconstruct``: an empty array, filled by the state that follows in the file."""
+    """``numpy.core.multiarray._reconstruct``: an empty array. The state that follows in the file fills it."""
     if subtype is not _ArrayType:
         raise UnsafePickleError("an array of a class other than numpy.ndarray")
     return np.empty((0,), dtype="u1")
 
 
 def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    """``numpy.core.numeric._frombuffer``. Object dtypes are refused by NumPy itself."""
+    """``numpy.core.numeric._frombuffer``. NumPy itself rejects object dtypes."""
     return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
 
 
@@ -52,14 +51,14 @@ def _dtype(kind: Any, align: bool = False, copy: bool = False) -> np.dtype:
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
-    """``_codecs.encode``, with which old protocols write bytes."""
+    """``_codecs.encode``, which old protocols use for bytes."""
     if encoding not in ("latin1", "latin-1", "iso-8859-1"):
         raise UnsafePickleError(f"the encoding {encoding!r}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """``bytes()``, with which old protocols write empty bytes."""
+    """``bytes()``, which old protocols use for empty bytes."""
     return b""
 
 
@@ -92,20 +91,20 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(path: Path) -> Any:
-    """What `path` holds, if that is arrays, numbers, text and builtin containers.
+    """Load a pickle file of arrays, numbers, text and builtin containers.
 
     Raises:
-        UnsafePickleError: for a name outside the list (no code of it runs), and for a damaged or truncated file.
-        OSError: where the file cannot be opened.
+        UnsafePickleError: the file needs a name outside the list (which is not executed), or is damaged or truncated.
+        OSError: the file cannot be opened.
     """
     with path.open("rb") as file:
         try:
             return _Unpickler(file).load()
         except UnsafePickleError as error:
             raise UnsafePickleError(
-                f"{path}: refused, it asks for {error}; only NumPy arrays and builtin containers are read"
+                f"{path}: rejected because it needs {error}; only NumPy arrays and builtin containers are allowed"
             ) from None
         except (MemoryError, RecursionError):
             raise
-        except Exception as error:  # a damaged pickle raises nearly anything: IndexError, TypeError, UnicodeError, ...
-            raise UnsafePickleError(f"{path}: not a whole pickle ({type(error).__name__}: {error})") from error
+        except Exception as error:  # a damaged pickle may raise IndexError, TypeError, UnicodeError, ...
+            raise UnsafePickleError(f"{path}: not a complete pickle ({type(error).__name__}: {error})") from error

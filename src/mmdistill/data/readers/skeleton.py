@@ -11,18 +11,16 @@ import numpy as np
 from mmdistill.data.readers.base import FrameError, KeypointReader
 from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
 
-JOINTS = 17
-
-
-SKELETON_CACHE_BYTES = 64 << 20  # of converted skeleton files, per reader and process
+NUM_JOINTS = 17  # COCO
+SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
 
 
 class SkeletonReader(KeypointReader):
-    """Skeleton pickles: float32 (T, M, 17, 3), x and y in px of the stored frame (pixel centres whole), score.
+    """Skeleton pickles: float32 (T, M, 17, 3), rows (x, y, score) in px of the stored frame.
 
-    The file has keypoints in px of the ``img_shape`` they were found at; they are scaled to the stored frame. M is
-    `max_persons` always: persons that are not there have score 0, and of too many the ones with the largest sum of
-    scores are kept, in the file's order.
+    Pixel centers are at integers. A file has keypoints in px of its ``img_shape``; they are scaled to the stored frame.
+    M is always `max_persons`: absent persons have score 0. If a file has more persons, those with the largest sums of
+    scores are kept, in the order of the file.
     """
 
     name = "skeleton"
@@ -39,11 +37,11 @@ class SkeletonReader(KeypointReader):
         self.root, self.frame_size = str(root), frame_size
         self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern, cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._cached = 0
+        self._cached_bytes = 0
         self.files_read = 0
 
     def path(self, video: str) -> str:
-        """Where the file of `video` lies."""
+        """Path of the file of `video`."""
         return f"{self.root}/{self.pattern.format(video=video)}"
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
@@ -58,18 +56,22 @@ class SkeletonReader(KeypointReader):
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         rows = self.load_video(video)
-        beyond = [k for k in frames if not 0 <= k < len(rows)]
-        if beyond:
-            raise FrameError(f"{self.path(video)}: no row for frame {beyond[0]}, it has {len(rows)} rows")
-        taken = rows[list(frames)]
-        if np.isnan(taken).any():
-            k, m, j = np.argwhere(np.isnan(taken).any(axis=-1))[0]
+        missing = [k for k in frames if not 0 <= k < len(rows)]
+        if missing:
+            raise FrameError(f"{self.path(video)}: no row for frame {missing[0]}, the file has {len(rows)} rows")
+        selected = rows[list(frames)]
+        if np.isnan(selected).any():
+            k, m, j = np.argwhere(np.isnan(selected).any(axis=-1))[0]
             where = f"frame {frames[k]}, person {m}, joint {j}"
             raise FrameError(f"{self.path(video)}: keypoint or keypoint_score is not finite at {where}")
-        return taken
+        return selected
 
     def load_video(self, video: str) -> np.ndarray:
-        """All rows of a video; NaN where a keypoint with a score is not finite. Raises `FrameError`."""
+        """All rows of a video, float32 (T, M, 17, 3). A keypoint with a score that is not finite is NaN.
+
+        Raises:
+            FrameError: the file is missing or invalid.
+        """
         path = self.path(video)
         if path in self._cache:
             self._cache.move_to_end(path)
@@ -77,9 +79,9 @@ class SkeletonReader(KeypointReader):
         rows = self._load(path)
         self.files_read += 1
         self._cache[path] = rows
-        self._cached += rows.nbytes
-        while self._cached > self.cache_bytes and len(self._cache) > 1:
-            self._cached -= self._cache.popitem(last=False)[1].nbytes
+        self._cached_bytes += rows.nbytes
+        while self._cached_bytes > self.cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return rows
 
     def _load(self, path: str) -> np.ndarray:
@@ -94,12 +96,12 @@ class SkeletonReader(KeypointReader):
         rows = np.empty((*scores.shape, 3), np.float32)
         rows[..., :2] = (joints + 0.5) * scale - 0.5
         rows[..., 2] = scores
-        rows[scores == 0] = 0  # an absent joint has no place, whatever the file says
+        rows[scores == 0] = 0  # the position of an absent joint is not defined
         rows[~np.isfinite(rows).all(axis=-1)] = np.nan
         return self._fit_persons(rows)
 
     def _fit_persons(self, rows: np.ndarray) -> np.ndarray:
-        """(T, any, 17, 3) -> (T, M, 17, 3)"""
+        """Keep or add persons. (T, persons of the file, 17, 3) -> (T, M, 17, 3)"""
         found = rows.shape[1]
         if found > self.max_persons:
             best = np.argsort(-np.nan_to_num(rows[..., 2]).sum(axis=(0, 2)), kind="stable")[: self.max_persons]
@@ -111,18 +113,18 @@ def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple
     """Check the content of a skeleton file.
 
     Returns:
-        keypoints float64 (T, M, 17, 2) in px of the picture they were found in, scores float64 (T, M, 17), and that
-        picture's (height, width).
+        keypoints float64 (T, M, 17, 2) in px of the source image, scores float64 (T, M, 17), and (height, width) of the
+        source image.
 
     Raises:
-        FrameError: naming the file and the key.
+        FrameError: a key is missing or invalid; names the file and the key.
     """
     if not isinstance(entry, dict):
         raise FrameError(f"{path}: expected a dict, got {type(entry).__name__}")
     for key in ("keypoint", "keypoint_score", "img_shape"):
         if key not in entry:
             keys = ", ".join(sorted(map(str, entry)))
-            raise FrameError(f"{path}: the key {key!r} is missing; there are {keys}")
+            raise FrameError(f"{path}: the key {key!r} is missing; the file has {keys}")
     try:
         joints = np.asarray(entry["keypoint"], dtype=np.float64)
         scores = np.asarray(entry["keypoint_score"], dtype=np.float64)
@@ -131,7 +133,7 @@ def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple
         raise FrameError(f"{path}: keypoint, keypoint_score or img_shape are not numbers ({error})") from error
     if joints.ndim == 3:
         joints, scores = joints[None], scores[None]
-    if joints.ndim != 4 or joints.shape[2:] != (JOINTS, 2):
+    if joints.ndim != 4 or joints.shape[2:] != (NUM_JOINTS, 2):
         raise FrameError(f"{path}: keypoint has shape {joints.shape}, expected (M, T, 17, 2) or (T, 17, 2)")
     if scores.shape != joints.shape[:3]:
         raise FrameError(f"{path}: keypoint_score has shape {scores.shape}, keypoint needs {joints.shape[:3]}")

@@ -43,7 +43,7 @@ def test_a_clean_file_comes_back_as_it_was(tmp_path: Path) -> None:
     [
         (rally(events=[{"frame": 40, "label": LABEL}]), "m_1_40, event 0: frame=40 is out of range"),
         (rally(events=[{"frame": -1, "label": LABEL}]), "m_1_40, event 0: frame=-1 is out of range"),
-        (rally(events=[{"frame": 3.5, "label": LABEL}]), "event 0: frame=3.5 is not a whole number"),
+        (rally(events=[{"frame": 3.5, "label": LABEL}]), "event 0: frame=3.5 is not an integer"),
         (
             rally(events=[{"frame": 9, "label": LABEL}, {"frame": 3, "label": LABEL}]),
             "event 1: frame 3 comes after",

@@ -1,4 +1,4 @@
-"""Hostile pickles: refused by name, and nothing of them runs."""
+"""Malicious pickles are rejected by name and never executed."""
 
 import pickle
 from collections import OrderedDict, defaultdict
@@ -10,8 +10,8 @@ import pytest
 from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
 
 
-class _Touch:
-    """A pickle of this makes a file when it is read without care."""
+class _CreatesFile:
+    """Its pickle creates a file if it is loaded with `pickle.load`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class _Touch:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_arrays_and_containers_come_back(tmp_path: Path, protocol: int) -> None:
+def test_arrays_and_containers_are_loaded(tmp_path: Path, protocol: int) -> None:
     data = {
         "keypoint": np.random.default_rng(0).normal(size=(2, 5, 17, 2)).astype(np.float32),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -34,39 +34,39 @@ def test_arrays_and_containers_come_back(tmp_path: Path, protocol: int) -> None:
     }
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(data, protocol=protocol))
-    back = load_pickle(path)
+    loaded = load_pickle(path)
     for key in ("keypoint", "fortran", "big", "empty"):
-        assert back[key].dtype.newbyteorder("=") == data[key].dtype.newbyteorder("=")
-        np.testing.assert_array_equal(back[key], data[key])
-    assert back["scalar"] == 1.5
-    assert back["objects"][2] == "x"
-    assert back["rest"] == data["rest"]
-    assert back["shape"] == data["shape"]
+        assert loaded[key].dtype.newbyteorder("=") == data[key].dtype.newbyteorder("=")
+        np.testing.assert_array_equal(loaded[key], data[key])
+    assert loaded["scalar"] == 1.5
+    assert loaded["objects"][2] == "x"
+    assert loaded["rest"] == data["rest"]
+    assert loaded["shape"] == data["shape"]
 
 
-def test_files_of_numpy_1_are_read(tmp_path: Path) -> None:
+def test_files_of_numpy_1_are_loaded(tmp_path: Path) -> None:
     data = np.arange(4.0)
     text = pickle.dumps(data, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     (tmp_path / "a.pkl").write_bytes(text)
     np.testing.assert_array_equal(load_pickle(tmp_path / "a.pkl"), data)
 
 
-@pytest.mark.parametrize("inside", ["top", "dict", "object array", "defaultdict"])
-def test_code_is_refused_by_name_and_does_not_run(tmp_path: Path, inside: str) -> None:
-    trap = tmp_path / "ran"
-    bad = _Touch(trap)
+@pytest.mark.parametrize("position", ["top", "dict", "object array", "defaultdict"])
+def test_code_is_rejected_by_name_and_not_executed(tmp_path: Path, position: str) -> None:
+    created = tmp_path / "created"
+    unsafe = _CreatesFile(created)
     array = np.empty(1, dtype=object)
-    array[0] = bad
-    data = {"top": bad, "dict": {"keypoint": bad}, "object array": array, "defaultdict": defaultdict(list, x=[bad])}
+    array[0] = unsafe
+    data = {"top": unsafe, "dict": {"keypoint": unsafe}, "object array": array, "defaultdict": defaultdict(list, x=[unsafe])}
     path = tmp_path / "a.pkl"
-    path.write_bytes(pickle.dumps(data[inside]))
-    with pytest.raises(UnsafePickleError, match=r"a\.pkl: refused, it asks for the name"):
+    path.write_bytes(pickle.dumps(data[position]))
+    with pytest.raises(UnsafePickleError, match=r"a\.pkl: rejected because it needs the name"):
         load_pickle(path)
-    assert not trap.exists()
+    assert not created.exists()
 
 
 @pytest.mark.parametrize(
-    ("program", "named"),
+    ("program", "message"),
     [
         (b"cposix\nsystem\n(S'true'\ntR.", "posix.system"),
         (b"cbuiltins\neval\n(S'1'\ntR.", "builtins.eval"),
@@ -76,23 +76,23 @@ def test_code_is_refused_by_name_and_does_not_run(tmp_path: Path, inside: str) -
         (b"\x80\x02X\x01\x00\x00\x00aQ.", "a persistent id"),
     ],
 )
-def test_known_tricks_are_refused(tmp_path: Path, program: bytes, named: str) -> None:
+def test_known_exploits_are_rejected(tmp_path: Path, program: bytes, message: str) -> None:
     (tmp_path / "a.pkl").write_bytes(program)
-    with pytest.raises(UnsafePickleError, match=named):
+    with pytest.raises(UnsafePickleError, match=message):
         load_pickle(tmp_path / "a.pkl")
 
 
-def test_a_buffer_never_becomes_objects(tmp_path: Path) -> None:
-    """numpy.ndarray called with a buffer and an object type would follow pointers of the file's choice."""
+def test_buffer_is_not_read_as_objects(tmp_path: Path) -> None:
+    """numpy.ndarray with a buffer and an object dtype would dereference pointers stored in the file."""
     call = b"cnumpy\nndarray\n((I1\ntcnumpy\ndtype\n(S'O8'\ntRC\x08AAAAAAAAtR."
     (tmp_path / "a.pkl").write_bytes(call)
     with pytest.raises(UnsafePickleError):
         load_pickle(tmp_path / "a.pkl")
 
 
-def test_damaged_files_are_named(tmp_path: Path) -> None:
-    whole = pickle.dumps({"keypoint": np.zeros((1, 4, 17, 2))})
-    for length in (0, 1, len(whole) // 2, len(whole) - 1):
-        (tmp_path / "a.pkl").write_bytes(whole[:length])
-        with pytest.raises(UnsafePickleError, match=r"a\.pkl: not a whole pickle"):
+def test_damaged_file_raises_an_error_that_names_it(tmp_path: Path) -> None:
+    data = pickle.dumps({"keypoint": np.zeros((1, 4, 17, 2))})
+    for length in (0, 1, len(data) // 2, len(data) - 1):
+        (tmp_path / "a.pkl").write_bytes(data[:length])
+        with pytest.raises(UnsafePickleError, match=r"a\.pkl: not a complete pickle"):
             load_pickle(tmp_path / "a.pkl")

@@ -1,0 +1,1 @@
+"""Abstract tests of an interface. Subclass one for each implementation; see docs/extending.md."""

@@ -1,0 +1,82 @@
+"""What every annotation format must do. Subclass `AnnotationFormatContract` for each format."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from mmdistill.data.annotations import ANNOTATION_FORMATS, AnnotationError, Rally, load_annotations
+
+NUM_FRAMES = 40
+VIDEOS = {"match_0_40": (3, 20), "folder/b": (0,)}  # video -> frames of its events
+
+
+class AnnotationFormatContract(ABC):
+    """Tests of one format on files that `write_annotations` writes.
+
+    Attributes:
+        format_name: name in the registry.
+    """
+
+    format_name: str
+
+    @abstractmethod
+    def write_annotations(self, path: Path, videos: Mapping[str, Sequence[int]]) -> None:
+        """Write a valid file with these videos of `NUM_FRAMES` frames, and an event at each frame."""
+
+    def load(self, path: Path) -> list[Rally]:
+        return load_annotations(path, annotations=self.format_name)
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        self.write_annotations(tmp_path / "annotations", VIDEOS)
+        return tmp_path / "annotations"
+
+    def test_format_is_registered(self) -> None:
+        assert self.format_name in ANNOTATION_FORMATS.names()
+
+    def test_rallies_have_the_written_videos_and_events(self, path: Path) -> None:
+        rallies = self.load(path)
+        assert {r.video: tuple(e.frame for e in r.events) for r in rallies} == VIDEOS
+        assert len(rallies) == len(VIDEOS)
+        for rally in rallies:
+            assert rally.num_frames == NUM_FRAMES
+            assert rally.fps > 0
+            assert all(isinstance(event.label, str) for event in rally.events)
+
+    def test_loading_twice_gives_equal_rallies(self, path: Path) -> None:
+        assert self.load(path) == self.load(path)
+
+    @pytest.mark.parametrize("frame", [-1, NUM_FRAMES, NUM_FRAMES + 5])
+    def test_event_outside_the_video_raises_an_error(self, tmp_path: Path, frame: int) -> None:
+        path = tmp_path / "annotations"
+        self.write_annotations(path, {"a": (3, frame)})
+        with pytest.raises(AnnotationError) as caught:
+            self.load(path)
+        assert str(path) in str(caught.value)
+
+    @pytest.mark.parametrize("video", ["../a", "a/../../b", "/a", ""])
+    def test_video_name_that_leaves_the_data_folder_raises_an_error(self, tmp_path: Path, video: str) -> None:
+        path = tmp_path / "annotations"
+        self.write_annotations(path, {video: (3,)})
+        with pytest.raises(AnnotationError) as caught:
+            self.load(path)
+        assert str(path) in str(caught.value)
+
+    def test_duplicate_event_raises_an_error(self, tmp_path: Path) -> None:
+        self.write_annotations(tmp_path / "annotations", {"a": (3, 3)})
+        with pytest.raises(AnnotationError, match="duplicate"):
+            self.load(tmp_path / "annotations")
+
+    @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[{", b"null", b"[]", b"{}"])
+    def test_invalid_file_raises_an_error_that_names_it(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "annotations"
+        path.write_bytes(content)
+        with pytest.raises(AnnotationError) as caught:
+            self.load(path)
+        assert str(path) in str(caught.value)
+
+    def test_absent_file_raises_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            self.load(tmp_path / "absent")

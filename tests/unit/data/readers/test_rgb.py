@@ -1,0 +1,60 @@
+"""RGB frames: sizes, damaged and unusual JPEG files."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmdistill.data.readers.base import FrameError, Reader
+from mmdistill.data.readers.rgb import RgbReader
+from tests.contracts.reader_contract import ReaderContract
+from tests.synthetic_dots import DotVideo, write_dot_video
+
+SIZE = (64, 96)
+
+
+class TestRgbReaderContract(ReaderContract):
+    frame_shape = (*SIZE, 3)
+    dtype = "uint8"
+
+    def write_video(self, root: Path, video: str, num_frames: int) -> None:
+        write_dot_video(root, video=video, frames=num_frames)
+
+    def open_reader(self, root: Path) -> Reader:
+        return RgbReader(root / "frames", frame_size=SIZE)
+
+
+@pytest.mark.parametrize(("keep", "message"), [(0, "empty file"), (0.5, "truncated JPEG"), (0.99, "truncated JPEG")])
+def test_damaged_jpeg_raises(dot: DotVideo, keep: float, message: str) -> None:
+    path = dot.root / "frames/dot/000002.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(FrameError, match=message) as caught:
+        dot.readers()["rgb"].read("dot", [1, 2, 3])
+    assert str(path) in str(caught.value)
+
+
+def test_wrong_size_and_missing_file_raise(dot: DotVideo) -> None:
+    reader = RgbReader(dot.root / "frames", frame_size=(64, 98))
+    with pytest.raises(FrameError, match=r"64 x 96 px, but data_module.frame_size is 64 x 98"):
+        reader.read("dot", [0])
+    with pytest.raises(FrameError, match=r"000099.jpg: no such rgb file"):
+        dot.readers()["rgb"].read("dot", [99])
+
+
+def test_padding_after_the_end_marker_is_allowed(dot: DotVideo) -> None:
+    path = dot.root / "frames/dot/000002.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data + b"\0" * 40 + b"\n")
+    assert dot.readers()["rgb"].read("dot", [2]).shape == (1, 64, 96, 3)
+    path.write_bytes(data[: len(data) // 2] + b"\0" * (len(data) // 2))  # a copy that stopped on a preallocated file
+    with pytest.raises(FrameError, match="truncated JPEG"):
+        dot.readers()["rgb"].read("dot", [2])
+
+
+def test_progressive_and_gray_jpegs_decode(tmp_path: Path) -> None:
+    (tmp_path / "v").mkdir()
+    image = np.full((16, 24), 200, np.uint8)
+    cv2.imwrite(str(tmp_path / "v/000000.jpg"), image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    assert RgbReader(tmp_path, frame_size=(16, 24)).read("v", [0]).mean() == pytest.approx(200, abs=2)
