@@ -15,7 +15,7 @@ def test_last_number_of_each_column_counts(tmp_path: Path) -> None:
     write_job(tmp_path, 0, [], loss=0.5)
     assert last_metrics(tmp_path / "run_0" / "metrics.csv") == {"step": 2, "loss": 0.5, "lr": 1}
     assert objective(tmp_path / "run_0") == 0.5
-    with pytest.raises(ValueError, match="has no fewshot.json and no loss"):
+    with pytest.raises(ValueError, match=r"has no fewshot\.json and no loss"):
         objective(tmp_path)
 
 
