@@ -123,7 +123,7 @@ def test_check_data_reads_a_dataset_by_its_yaml(tmp_path: Path, name: str, scrip
         assert done.returncode == 0, done.stdout
         assert "1 rallies, 2 events" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["modalities"]
-    assert (found["rgb"]["frames"], found["flow"]["frames"]) == (FRAMES, FRAMES - 1)
+    assert (found["rgb"]["expected_frames"], found["flow"]["expected_frames"]) == (FRAMES, FRAMES - 1)
     frame, flow = (tmp_path / text.format(k=9) for text in LAYOUTS[name][:2])
     frame.write_bytes(frame.read_bytes()[:-9])
     flow.unlink()
@@ -131,7 +131,7 @@ def test_check_data_reads_a_dataset_by_its_yaml(tmp_path: Path, name: str, scrip
     assert done.returncode == 1
     assert f"{frame}: truncated JPEG" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["modalities"]
-    assert (found["rgb"]["unreadable"], found["flow"]["absent"]) == (1, 1)
+    assert (found["rgb"]["unreadable_frames"], found["flow"]["missing_frames"]) == (1, 1)
     done = script("check_data.py", *given, "data_module.flow_dir=elsewhere")
     assert (done.returncode, "data_module.flow_dir" in done.stderr) == (2, True)
 
