@@ -1,7 +1,7 @@
-"""Pictures of the demo dataset: a court, a pinhole camera behind the near baseline, two players, DIS flow.
+"""Images of the demo dataset: a court, a pinhole camera behind the near baseline, two players, DIS flow.
 
-Drawn with OpenCV at `SUPERSAMPLE` times the stored size and reduced by area. World axes and metres as in
-`demo_motion`. Pixel coordinates count from 0 at the centre of the first pixel. ``T`` frames, ``H`` x ``W`` px.
+Images are drawn with OpenCV at `SUPERSAMPLE` times the stored size and averaged down. World axes are those of
+`demo.motion`, in meters. Pixel coordinates are 0 at the center of the first pixel. Shapes: T frames, H x W px.
 """
 
 import colorsys
@@ -14,12 +14,12 @@ import numpy as np
 from mmdistill.demo.motion import Figure
 
 SUPERSAMPLE = 4
-_SHIFT = 4  # OpenCV's fixed-point bits: polygons are drawn at 1/16 px
+_SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates: polygons are drawn at 1/16 px
 COURT_LENGTH, COURT_HALF_WIDTH, SINGLES_HALF_WIDTH = 23.77, 5.485, 4.115
 SERVICE_FROM_NET, NET_Y, NET_HEIGHT = 6.40, 11.885, 0.914
-WALL_Y = 30.0
+WALL_Y = 30.0  # these lengths and positions are in meters
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -27,180 +27,224 @@ class Camera:
     """A pinhole camera.
 
     Attributes:
-        position: (3,) metres; axes: (3, 3) rows right, down, forward; focal: px; centre: (x, y) px.
+        position: (3,) meters.
+        axes: (3, 3), rows right, down, forward.
+        focal: focal length in px.
+        center: principal point (x, y) in px.
     """
 
     position: np.ndarray
     axes: np.ndarray
     focal: float
-    centre: tuple[float, float]
+    center: tuple[float, float]
 
     @classmethod
-    def look(
+    def look_at(
         cls,
         position: tuple[float, float, float],
         target: tuple[float, float, float],
         focal: float,
         size: tuple[int, int],
     ) -> "Camera":
-        """A level camera at `position` with `target` in the middle of a picture of `size` (H, W)."""
-        at = np.array(position, dtype=np.float64)
-        forward = np.array(target) - at
+        """A camera without roll at `position`, with `target` at the center of an image of `size` (H, W)."""
+        origin = np.array(position, dtype=np.float64)
+        forward = np.array(target) - origin
         forward /= np.linalg.norm(forward)
         right = np.cross(forward, [0.0, 0.0, 1.0])
         right /= np.linalg.norm(right)
         down = np.cross(forward, right)
-        return cls(at, np.stack([right, down, forward]), focal, ((size[1] - 1) / 2, (size[0] - 1) / 2))
+        return cls(origin, np.stack([right, down, forward]), focal, ((size[1] - 1) / 2, (size[0] - 1) / 2))
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pixels (..., 2) and depth in metres (...) of world points (..., 3)."""
+        """Pixel coordinates (..., 2) and depths in meters (...) of world points (..., 3)."""
         local = (points - self.position) @ self.axes.T
         depth = np.maximum(local[..., 2], 0.05)
-        return local[..., :2] / depth[..., None] * self.focal + np.array(self.centre), depth
+        return local[..., :2] / depth[..., None] * self.focal + np.array(self.center), depth
 
 
 @dataclass(frozen=True)
 class Outfit:
-    """Colours of one player, RGB 0 to 255."""
+    """Colors of one player, RGB 0 to 255."""
 
-    shirt: Colour
-    shorts: Colour
-    skin: Colour
-    hair: Colour
-    shoes: Colour
-    accent: Colour
-    racket: Colour
-    strings: Colour
-    sleeve: float  # share of the upper arm that the shirt covers
+    shirt: Color
+    shorts: Color
+    skin: Color
+    hair: Color
+    shoes: Color
+    accent: Color
+    racket: Color
+    strings: Color
+    sleeve: float  # fraction of the upper arm that the shirt covers
 
 
 @dataclass(frozen=True)
-class Look:
-    """Colours and light of one court, and the weather of the picture.
+class Appearance:
+    """Appearance of one rally: colors, light and image quality.
 
     Attributes:
-        court, surround, wall, crowd, net: colours.
-        gain, gradient: light level, and its change over the picture along `angle` (radians).
-        blur, noise: standard deviations in px and in grey levels; jpeg: quality.
-        jitter: standard deviation of the camera's shake in px.
-        shade: where the shadow of the stadium begins (metres from the near baseline) and how dark it is (0 none).
+        court, surround, wall, crowd, net: colors.
+        gain: light level.
+        gradient: change of the light level over the image, in the direction `angle`.
+        angle: direction of the light in radians.
+        tint: light level per color channel.
+        blur: standard deviation in px.
+        noise: standard deviation in gray levels.
+        jpeg: JPEG quality.
+        jitter: standard deviation of the camera shake in px.
+        shadow: start of the stadium's shadow in meters from the near baseline, and its opacity (0 none).
     """
 
-    court: Colour
-    surround: Colour
-    wall: Colour
-    crowd: Colour
-    net: Colour
+    court: Color
+    surround: Color
+    wall: Color
+    crowd: Color
+    net: Color
     gain: float
     gradient: float
     angle: float
-    tint: Colour
+    tint: Color
     blur: float
     noise: float
     jpeg: int
     jitter: float
-    shade: tuple[float, float]
+    shadow: tuple[float, float]
 
 
-def _hsv(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Colour:
+def _random_color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Color:
     r, g, b = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
     return r * 255, g * 255, b * 255
 
 
-def _mix(default: Colour, other: Colour, share: float) -> Colour:
-    share = min(max(share, 0.0), 1.0)
-    r, g, b = (d + (o - d) * share for d, o in zip(default, other, strict=True))
+def _blend(default: Color, other: Color, weight: float) -> Color:
+    weight = min(max(weight, 0.0), 1.0)
+    r, g, b = (d + (o - d) * weight for d, o in zip(default, other, strict=True))
     return r, g, b
 
 
-def _distance(a: Colour, b: Colour) -> float:
-    """Distance of two colours; brightness counts double, as it does for the eye."""
+def _color_distance(a: Color, b: Color) -> float:
+    """Distance between two colors, with a larger weight on brightness, as in human vision."""
     x, y = np.array(a), np.array(b)
     luma = np.array([0.3, 0.59, 0.11])
     return float(np.hypot(np.linalg.norm(x - y), 1.5 * (luma @ (x - y))))
 
 
-def _contrasting(draw: Callable[[], Colour], others: list[Colour], least: float) -> Colour:
-    """The first of 40 draws at least `least` away from all `others`, else the farthest of them."""
+def _draw_contrasting_color(draw: Callable[[], Color], others: list[Color], min_distance: float) -> Color:
+    """The first of 40 draws with a distance of at least `min_distance` from all `others`, or the most distant one."""
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(40):
-        colour = draw()
-        distance = min(_distance(colour, other) for other in others)
+        color = draw()
+        distance = min(_color_distance(color, other) for other in others)
         if distance > best_distance:
-            best, best_distance = colour, distance
-        if distance >= least:
+            best, best_distance = color, distance
+        if distance >= min_distance:
             break
     return best
 
 
-def random_court(rng: np.random.Generator, nuisance: float) -> dict[str, Colour | float]:
-    """What belongs to a place rather than to one rally: colours, light direction, camera."""
+@dataclass(frozen=True)
+class CourtStyle:
+    """Properties that all rallies on one court share.
+
+    Attributes:
+        court, surround, wall, crowd: colors.
+        angle: direction of the light in radians.
+        gradient: mean change of the light level over the image.
+        distance: distance of the camera behind the near player in meters.
+        height: height of the camera in meters.
+        offset: sideways position of the camera in meters.
+    """
+
+    court: Color
+    surround: Color
+    wall: Color
+    crowd: Color
+    angle: float
+    gradient: float
+    distance: float
+    height: float
+    offset: float
+
+
+def random_court(rng: np.random.Generator, nuisance: float) -> CourtStyle:
+    """Draw the properties of a court."""
     n = nuisance
-    court = _mix((62.0, 104.0, 158.0), _hsv(rng, (0.25, 0.65), (0.35, 0.75)), n)
-    surround = _mix((78.0, 128.0, 96.0), _hsv(rng, (0.2, 0.6), (0.3, 0.7)), n)
-    wall = _mix((38.0, 66.0, 92.0), _hsv(rng, (0.2, 0.6), (0.15, 0.45)), n)
-    crowd = _mix((110.0, 100.0, 100.0), _hsv(rng, (0.0, 0.3), (0.25, 0.6)), n)
+    court = _blend((62.0, 104.0, 158.0), _random_color(rng, (0.25, 0.65), (0.35, 0.75)), n)
+    surround = _blend((78.0, 128.0, 96.0), _random_color(rng, (0.2, 0.6), (0.3, 0.7)), n)
+    wall = _blend((38.0, 66.0, 92.0), _random_color(rng, (0.2, 0.6), (0.15, 0.45)), n)
+    crowd = _blend((110.0, 100.0, 100.0), _random_color(rng, (0.0, 0.3), (0.25, 0.6)), n)
     spread = min(n, 1.5)
-    return {
-        "court": court,
-        "surround": surround,
-        "wall": wall,
-        "crowd": crowd,
-        "angle": float(rng.uniform(0, 2 * np.pi)),
-        "gradient": float(0.08 + 0.22 * n * rng.uniform()),
-        "distance": float(8.6 + 1.6 * spread * rng.uniform(-1, 1)),
-        "height": float(2.9 + 0.6 * spread * rng.uniform(-1, 1)),
-        "aim": float(0.5 * spread * rng.uniform(-1, 1)),
-    }
+    return CourtStyle(
+        court=court,
+        surround=surround,
+        wall=wall,
+        crowd=crowd,
+        angle=float(rng.uniform(0, 2 * np.pi)),
+        gradient=float(0.08 + 0.22 * n * rng.uniform()),
+        distance=float(8.6 + 1.6 * spread * rng.uniform(-1, 1)),
+        height=float(2.9 + 0.6 * spread * rng.uniform(-1, 1)),
+        offset=float(0.5 * spread * rng.uniform(-1, 1)),
+    )
 
 
-def random_look(court: dict[str, Colour | float], rng: np.random.Generator, nuisance: float) -> Look:
-    """The court on one day: its colours a little changed, light, shake, blur, noise and JPEG quality."""
+def random_appearance(style: CourtStyle, rng: np.random.Generator, nuisance: float) -> Appearance:
+    """Draw the appearance of one rally: the court's colors with small changes, light, shake, image quality."""
     n = nuisance
 
-    def today(name: str) -> Colour:
-        r, g, b = court[name]  # type: ignore[misc]
+    def vary(color: Color) -> Color:
+        r, g, b = color
         change = 1 + 0.10 * n * rng.uniform(-1, 1, 3)
         return float(r * change[0]), float(g * change[1]), float(b * change[2])
 
     warm = 1 + 0.06 * n * rng.uniform(-1, 1)
-    return Look(
-        court=today("court"),
-        surround=today("surround"),
-        wall=today("wall"),
-        crowd=today("crowd"),
+    return Appearance(
+        court=vary(style.court),
+        surround=vary(style.surround),
+        wall=vary(style.wall),
+        crowd=vary(style.crowd),
         net=(30.0, 34.0, 36.0),
         gain=float(1 + 0.22 * min(n, 2) * rng.uniform(-1, 1)),
-        gradient=float(court["gradient"]) * float(rng.uniform(0.7, 1.3)),  # type: ignore[arg-type]
-        angle=float(court["angle"]),  # type: ignore[arg-type]
+        gradient=style.gradient * float(rng.uniform(0.7, 1.3)),
+        angle=style.angle,
         tint=(warm, 1.0, 2 - warm),
         blur=float(0.25 + 0.4 * n * rng.uniform()),
         noise=float(1.2 * n * rng.uniform(0.5, 1)),
         jpeg=round(88 - min(12 * n * float(rng.uniform()), 40)),
         jitter=float(0.35 * n * rng.uniform(0.3, 1)),
-        shade=(float(rng.uniform(-6, 18)), float(0.35 * min(n, 1.5) * rng.uniform() * (rng.uniform() < 0.6))),
+        shadow=(float(rng.uniform(-6, 18)), float(0.35 * min(n, 1.5) * rng.uniform() * (rng.uniform() < 0.6))),
     )
 
 
-_SKINS: tuple[Colour, ...] = ((232, 190, 160), (208, 158, 124), (170, 118, 86), (124, 82, 58), (92, 62, 46))
+_SKINS: tuple[Color, ...] = ((232, 190, 160), (208, 158, 124), (170, 118, 86), (124, 82, 58), (92, 62, 46))
 
 
-def random_outfit(look: Look, rng: np.random.Generator, nuisance: float) -> Outfit:
-    """Clothes that can be told from the court they are seen against."""
-    n, ground = nuisance, [look.court, look.surround]
-    shirt = _mix((236, 222, 96), _contrasting(lambda: _hsv(rng, (0.0, 0.85), (0.15, 1.0)), ground, 120), n)
-    shorts = _mix((30, 32, 44), _contrasting(lambda: _hsv(rng, (0.0, 0.6), (0.1, 1.0)), ground, 100), n)
-    skin = _mix(_SKINS[0], _contrasting(lambda: _SKINS[int(rng.integers(len(_SKINS)))], ground, 90), n)
-    hair = _mix((52, 36, 28), _contrasting(lambda: _hsv(rng, (0.0, 0.6), (0.05, 0.9)), ground, 70), n)
-    racket = _mix((235, 60, 50), _contrasting(lambda: _hsv(rng, (0.0, 0.9), (0.1, 1.0)), ground, 110), n)
-    strings = _mix((228, 228, 214), _contrasting(lambda: _hsv(rng, (0.0, 0.3), (0.1, 1.0)), ground, 110), n)
+def random_outfit(appearance: Appearance, rng: np.random.Generator, nuisance: float) -> Outfit:
+    """Draw clothes with a contrast to the court."""
+    n, ground = nuisance, [appearance.court, appearance.surround]
+    shirt = _blend(
+        (236, 222, 96), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.85), (0.15, 1.0)), ground, 120), n
+    )
+    shorts = _blend(
+        (30, 32, 44), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.6), (0.1, 1.0)), ground, 100), n
+    )
+    skin = _blend(_SKINS[0], _draw_contrasting_color(lambda: _SKINS[int(rng.integers(len(_SKINS)))], ground, 90), n)
+    hair = _blend(
+        (52, 36, 28), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.6), (0.05, 0.9)), ground, 70), n
+    )
+    racket = _blend(
+        (235, 60, 50), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.9), (0.1, 1.0)), ground, 110), n
+    )
+    strings = _blend(
+        (228, 228, 214), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.3), (0.1, 1.0)), ground, 110), n
+    )
     return Outfit(
         shirt=shirt,
         shorts=shorts,
         skin=skin,
         hair=hair,
-        shoes=_mix((240, 240, 240), _hsv(rng, (0.0, 0.7), (0.3, 1.0)), n),
-        accent=_mix((40, 40, 60), _contrasting(lambda: _hsv(rng, (0.0, 0.8), (0.1, 1.0)), [shirt], 90), n),
+        shoes=_blend((240, 240, 240), _random_color(rng, (0.0, 0.7), (0.3, 1.0)), n),
+        accent=_blend(
+            (40, 40, 60), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.8), (0.1, 1.0)), [shirt], 90), n
+        ),
         racket=racket,
         strings=strings,
         sleeve=float(0.55 + 0.45 * min(n, 1) * rng.uniform(-1, 1)),
@@ -208,13 +252,14 @@ def random_outfit(look: Look, rng: np.random.Generator, nuisance: float) -> Outf
 
 
 class Canvas:
-    """An enlarged picture that is drawn on in pixel coordinates of the stored frame."""
+    """An image of `SUPERSAMPLE` times the stored size. Drawing uses pixel coordinates of the stored frame."""
 
     def __init__(self, image: np.ndarray) -> None:
         self.image = image
 
     @classmethod
     def blank(cls, size: tuple[int, int], channels: int = 3) -> "Canvas":
+        """A black canvas for a stored frame of `size` (H, W)."""
         return cls(np.zeros((size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE, channels), np.uint8))
 
     @staticmethod
@@ -222,11 +267,11 @@ class Canvas:
         enlarged = (points + 0.5) * SUPERSAMPLE - 0.5
         return np.rint(np.clip(enlarged, -8000, 8000) * (1 << _SHIFT)).astype(np.int32)
 
-    def polygon(self, points: np.ndarray, colour: Colour, *, alpha: float = 1.0) -> None:
+    def fill_polygon(self, points: np.ndarray, color: Color, *, alpha: float = 1.0) -> None:
         """Fill a convex polygon (K, 2)."""
         fixed = self._fixed(points)
         if alpha >= 1:
-            cv2.fillConvexPoly(self.image, fixed, colour, cv2.LINE_8, _SHIFT)
+            cv2.fillConvexPoly(self.image, fixed, color, cv2.LINE_8, _SHIFT)
             return
         low, high = fixed.min(0) >> _SHIFT, (fixed.max(0) >> _SHIFT) + 2
         height, width = self.image.shape[:2]
@@ -234,23 +279,23 @@ class Canvas:
         y0, y1 = np.clip([low[1], high[1]], 0, height)
         if x0 >= x1 or y0 >= y1:
             return
-        part = self.image[y0:y1, x0:x1]
-        over = part.copy()
-        cv2.fillConvexPoly(over, fixed - (np.array([x0, y0]) << _SHIFT).astype(np.int32), colour, cv2.LINE_8, _SHIFT)
-        cv2.addWeighted(over, alpha, part, 1 - alpha, 0, dst=part)
+        region = self.image[y0:y1, x0:x1]
+        opaque = region.copy()
+        cv2.fillConvexPoly(opaque, fixed - (np.array([x0, y0]) << _SHIFT).astype(np.int32), color, cv2.LINE_8, _SHIFT)
+        cv2.addWeighted(opaque, alpha, region, 1 - alpha, 0, dst=region)
 
-    def hull(self, centres: np.ndarray, radii: np.ndarray, colour: Colour) -> None:
-        """Fill the convex hull of circles: centres (K, 2), radii (K,) px."""
-        points = (centres[:, None] + radii[:, None, None] * _CIRCLE).reshape(-1, 2).astype(np.float32)
-        self.polygon(cv2.convexHull(points)[:, 0], colour)
+    def fill_hull(self, centers: np.ndarray, radii: np.ndarray, color: Color) -> None:
+        """Fill the convex hull of circles with centers (K, 2) and radii (K,) in px."""
+        points = (centers[:, None] + radii[:, None, None] * _CIRCLE).reshape(-1, 2).astype(np.float32)
+        self.fill_polygon(cv2.convexHull(points)[:, 0], color)
 
-    def outline(self, points: np.ndarray, colour: Colour, width: float) -> None:
-        """Draw a closed line `width` px wide."""
+    def draw_outline(self, points: np.ndarray, color: Color, width: float) -> None:
+        """Draw a closed line of `width` px."""
         thickness = max(1, round(width * SUPERSAMPLE))
-        cv2.polylines(self.image, [self._fixed(points)], True, colour, thickness, cv2.LINE_8, _SHIFT)
+        cv2.polylines(self.image, [self._fixed(points)], True, color, thickness, cv2.LINE_8, _SHIFT)
 
-    def reduced(self) -> np.ndarray:
-        """The picture in its stored size (H, W, C)."""
+    def downsample(self) -> np.ndarray:
+        """The image at its stored size (H, W, C)."""
         height, width = self.image.shape[:2]
         return cv2.resize(self.image, (width // SUPERSAMPLE, height // SUPERSAMPLE), interpolation=cv2.INTER_AREA)
 
@@ -259,209 +304,228 @@ _ANGLES = np.linspace(0, 2 * np.pi, 14, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
 
 
-def draw_court(camera: Camera, look: Look, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """The empty court: crowd, wall, surround, lines, net. uint8 (H, W, 3) times `SUPERSAMPLE`, RGB."""
+def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Draw the empty court at `SUPERSAMPLE` times `size` (H, W): crowd, wall, surround, lines, net. uint8 RGB."""
     canvas = Canvas.blank(size)
     height, width = canvas.image.shape[:2]
-    # The crowd: coarse blobs, smooth enough that a masked autoencoder can guess them.
-    blobs = np.clip(np.array(look.crowd) * (1 + 0.22 * rng.standard_normal((10, 22, 3))), 0, 255).astype(np.float32)
+    # The crowd: coarse and smooth, so that a masked autoencoder can predict it.
+    blobs = np.clip(np.array(appearance.crowd) * (1 + 0.22 * rng.standard_normal((10, 22, 3))), 0, 255).astype(
+        np.float32
+    )
     canvas.image[:] = cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
 
-    def world(*points: tuple[float, float, float]) -> np.ndarray:
+    def project(*points: tuple[float, float, float]) -> np.ndarray:
         return camera.project(np.array(points))[0]
 
-    def flat(x0: float, x1: float, y0: float, y1: float, colour: Colour, alpha: float = 1.0) -> None:
-        canvas.polygon(world((x0, y0, 0), (x1, y0, 0), (x1, y1, 0), (x0, y1, 0)), colour, alpha=alpha)
+    def fill_ground(x0: float, x1: float, y0: float, y1: float, color: Color, alpha: float = 1.0) -> None:
+        canvas.fill_polygon(project((x0, y0, 0), (x1, y0, 0), (x1, y1, 0), (x0, y1, 0)), color, alpha=alpha)
 
-    def upright(x0: float, x1: float, y: float, z0: float, z1: float, colour: Colour, alpha: float = 1.0) -> None:
-        canvas.polygon(world((x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)), colour, alpha=alpha)
+    def fill_vertical(x0: float, x1: float, y: float, z0: float, z1: float, color: Color, alpha: float = 1.0) -> None:
+        canvas.fill_polygon(project((x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)), color, alpha=alpha)
 
-    upright(-40, 40, WALL_Y, 0, float(rng.uniform(2.2, 3.0)), look.wall)
+    fill_vertical(-40, 40, WALL_Y, 0, float(rng.uniform(2.2, 3.0)), appearance.wall)
     for x in np.arange(-9, 9, 4.5) + rng.uniform(0, 3):
-        upright(x, x + 1.8, WALL_Y, 0.5, 1.2, _mix(look.wall, (235.0, 235.0, 235.0), 0.5))
+        fill_vertical(x, x + 1.8, WALL_Y, 0.5, 1.2, _blend(appearance.wall, (235.0, 235.0, 235.0), 0.5))
 
-    front = float(camera.position[1]) + 0.5
-    flat(-40, 40, front, WALL_Y, look.surround)
-    flat(-COURT_HALF_WIDTH, COURT_HALF_WIDTH, 0, COURT_LENGTH, look.court)
+    near_edge = float(camera.position[1]) + 0.5
+    fill_ground(-40, 40, near_edge, WALL_Y, appearance.surround)
+    fill_ground(-COURT_HALF_WIDTH, COURT_HALF_WIDTH, 0, COURT_LENGTH, appearance.court)
     white, line = (238.0, 238.0, 232.0), 0.045
     for x in (-COURT_HALF_WIDTH, -SINGLES_HALF_WIDTH, SINGLES_HALF_WIDTH, COURT_HALF_WIDTH):
-        flat(x - line, x + line, 0, COURT_LENGTH, white)
+        fill_ground(x - line, x + line, 0, COURT_LENGTH, white)
     for y in (0.0, NET_Y - SERVICE_FROM_NET, NET_Y + SERVICE_FROM_NET, COURT_LENGTH):
-        reach = COURT_HALF_WIDTH if y in (0.0, COURT_LENGTH) else SINGLES_HALF_WIDTH
-        flat(-reach, reach, y - 1.6 * line, y + 1.6 * line, white)
-    flat(-line, line, NET_Y - SERVICE_FROM_NET, NET_Y + SERVICE_FROM_NET, white)
-    flat(-line, line, 0, 0.25, white)
-    begin, dark = look.shade
-    if dark > 0:
-        flat(-40, 40, max(begin, front), max(begin + 9, front), (0.0, 0.0, 0.0), dark)
+        half_width = COURT_HALF_WIDTH if y in (0.0, COURT_LENGTH) else SINGLES_HALF_WIDTH
+        fill_ground(-half_width, half_width, y - 1.6 * line, y + 1.6 * line, white)
+    fill_ground(-line, line, NET_Y - SERVICE_FROM_NET, NET_Y + SERVICE_FROM_NET, white)
+    fill_ground(-line, line, 0, 0.25, white)
+    start, opacity = appearance.shadow
+    if opacity > 0:
+        fill_ground(-40, 40, max(start, near_edge), max(start + 9, near_edge), (0.0, 0.0, 0.0), opacity)
 
-    reach, tape = 6.4, NET_HEIGHT - 0.09
-    upright(-reach, reach, NET_Y, 0, tape, look.net, 0.5)
-    upright(-reach, reach, NET_Y, tape, NET_HEIGHT, white)
-    upright(-0.04, 0.04, NET_Y, 0, NET_HEIGHT, white)
+    half_width, tape = 6.4, NET_HEIGHT - 0.09
+    fill_vertical(-half_width, half_width, NET_Y, 0, tape, appearance.net, 0.5)
+    fill_vertical(-half_width, half_width, NET_Y, tape, NET_HEIGHT, white)
+    fill_vertical(-0.04, 0.04, NET_Y, 0, NET_HEIGHT, white)
     return canvas.image
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One figure ready to be drawn: its body, world track and outfit."""
+class DrawablePlayer:
+    """What is needed to draw a player: motion, clothes and size."""
 
     figure: Figure
     outfit: Outfit
-    height: float  # metres
-    build: float
+    height: float  # meters
+    thickness: float  # scales the thickness of all body parts
 
 
-def _shade(colour: Colour, factor: float) -> Colour:
-    r, g, b = (min(255.0, c * factor) for c in colour)
+def _scale_brightness(color: Color, factor: float) -> Color:
+    r, g, b = (min(255.0, c * factor) for c in color)
     return r, g, b
 
 
-class _Painter:
-    """Collects the parts of one figure in one frame and draws them from far to near."""
+class _DepthSortedPainter:
+    """Collects the body parts of one player in one frame and draws them from far to near."""
 
-    def __init__(self, canvas: Canvas, camera: Camera, affine: np.ndarray, metre: float) -> None:
-        self.canvas, self.camera, self.affine, self.metre = canvas, camera, affine, metre
+    def __init__(self, canvas: Canvas, camera: Camera, affine: np.ndarray, pixels_per_meter: float) -> None:
+        self.canvas, self.camera, self.affine, self.pixels_per_meter = canvas, camera, affine, pixels_per_meter
         self.parts: list[tuple[float, Callable[[], None]]] = []
 
-    def pixels(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixel coordinates and depths of world points, with the camera shake."""
         uv, depth = self.camera.project(points)
         return uv @ self.affine[:, :2].T + self.affine[:, 2], depth
 
-    def bone(self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, colour: Colour, nearer: float = 0.0) -> None:
-        """A limb from a to b with radii in metres. `nearer` metres bring it forward in the order."""
-        uv, depth = self.pixels(np.stack([a, b]))
-        radii = np.array([ra, rb]) * self.metre
-        self.parts.append((float(depth.mean()) - nearer, lambda: self.canvas.hull(uv, radii, colour)))
+    def add_limb(
+        self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, color: Color, depth_bias: float = 0.0
+    ) -> None:
+        """Add a limb from a to b, with radii in meters. `depth_bias` moves it toward the camera by so many meters."""
+        uv, depth = self.project(np.stack([a, b]))
+        radii = np.array([ra, rb]) * self.pixels_per_meter
+        self.parts.append((float(depth.mean()) - depth_bias, lambda: self.canvas.fill_hull(uv, radii, color)))
 
-    def hull(self, points: np.ndarray, radii: list[float], colour: Colour, nearer: float = 0.0) -> None:
-        uv, depth = self.pixels(points)
-        scaled = np.array(radii) * self.metre
-        self.parts.append((float(depth.mean()) - nearer, lambda: self.canvas.hull(uv, scaled, colour)))
+    def add_hull(self, points: np.ndarray, radii: list[float], color: Color, depth_bias: float = 0.0) -> None:
+        """Add the convex hull of circles at `points` (K, 3), with radii in meters."""
+        uv, depth = self.project(points)
+        scaled = np.array(radii) * self.pixels_per_meter
+        self.parts.append((float(depth.mean()) - depth_bias, lambda: self.canvas.fill_hull(uv, scaled, color)))
 
     def paint(self) -> None:
+        """Draw the collected parts."""
         for _, draw in sorted(self.parts, key=lambda part: -part[0]):
             draw()
 
 
-def _racket(p: _Painter, figure: Figure, t: int, outfit: Outfit) -> None:
+def _add_racket(painter: _DepthSortedPainter, figure: Figure, t: int, outfit: Outfit) -> None:
     grip, along = figure.grip[t], figure.racket[t]
     across = np.cross(along, figure.normal[t])
     ring = grip + along * 0.50 + 0.175 * np.cos(_ANGLES)[:, None] * along + 0.135 * np.sin(_ANGLES)[:, None] * across
-    uv, depth = p.pixels(ring)
-    p.bone(grip - 0.06 * along, grip + 0.34 * along, 0.028, 0.022, outfit.racket)
+    uv, depth = painter.project(ring)
+    painter.add_limb(grip - 0.06 * along, grip + 0.34 * along, 0.028, 0.022, outfit.racket)
 
     def head() -> None:
-        p.canvas.polygon(cv2.convexHull(uv.astype(np.float32))[:, 0], outfit.strings)
-        p.canvas.outline(uv, outfit.racket, 0.04 * p.metre)
+        painter.canvas.fill_polygon(cv2.convexHull(uv.astype(np.float32))[:, 0], outfit.strings)
+        painter.canvas.draw_outline(uv, outfit.racket, 0.04 * painter.pixels_per_meter)
 
-    p.parts.append((float(depth.mean()), head))
+    painter.parts.append((float(depth.mean()), head))
 
 
-def _limbs(p: _Painter, drawn: Drawn, t: int) -> None:
-    j, o, s = drawn.figure.joints[t], drawn.outfit, drawn.height * drawn.build
+def _add_limbs(painter: _DepthSortedPainter, player: DrawablePlayer, t: int) -> None:
+    j, o, s = player.figure.joints[t], player.outfit, player.height * player.thickness
     for shoulder, elbow, wrist in ((5, 7, 9), (6, 8, 10)):
         sleeve = j[shoulder] + o.sleeve * (j[elbow] - j[shoulder])
-        p.bone(j[shoulder], j[elbow], 0.036 * s, 0.032 * s, o.skin)
-        p.bone(j[shoulder], sleeve, 0.040 * s, 0.038 * s, o.shirt, nearer=0.01)
+        painter.add_limb(j[shoulder], j[elbow], 0.036 * s, 0.032 * s, o.skin)
+        painter.add_limb(j[shoulder], sleeve, 0.040 * s, 0.038 * s, o.shirt, depth_bias=0.01)
         hand = j[wrist] + 0.2 * (j[wrist] - j[elbow])
-        p.bone(j[elbow], hand, 0.032 * s, 0.027 * s, _shade(o.skin, 0.94))
+        painter.add_limb(j[elbow], hand, 0.032 * s, 0.027 * s, _scale_brightness(o.skin, 0.94))
     for hip, knee, ankle in ((11, 13, 15), (12, 14, 16)):
         hem = j[hip] + 0.55 * (j[knee] - j[hip])
-        p.bone(j[hip], j[knee], 0.055 * s, 0.040 * s, _shade(o.skin, 0.9))
-        p.bone(j[hip], hem, 0.064 * s, 0.058 * s, o.shorts, nearer=0.01)
-        p.bone(j[knee], j[ankle], 0.040 * s, 0.026 * s, _shade(o.skin, 0.86))
-        toe = j[ankle] + 0.07 * drawn.height * (drawn.figure.chest[t] * 0.6) - np.array([0, 0, 0.018 * s])
-        p.bone(j[ankle] - np.array([0, 0, 0.018 * s]), toe, 0.026 * s, 0.024 * s, o.shoes, nearer=0.02)
+        painter.add_limb(j[hip], j[knee], 0.055 * s, 0.040 * s, _scale_brightness(o.skin, 0.9))
+        painter.add_limb(j[hip], hem, 0.064 * s, 0.058 * s, o.shorts, depth_bias=0.01)
+        painter.add_limb(j[knee], j[ankle], 0.040 * s, 0.026 * s, _scale_brightness(o.skin, 0.86))
+        toe = j[ankle] + 0.07 * player.height * (player.figure.chest[t] * 0.6) - np.array([0, 0, 0.018 * s])
+        painter.add_limb(j[ankle] - np.array([0, 0, 0.018 * s]), toe, 0.026 * s, 0.024 * s, o.shoes, depth_bias=0.02)
 
 
-def draw_figure(canvas: Canvas, camera: Camera, affine: np.ndarray, drawn: Drawn, t: int) -> None:
-    """Draw a player with racket at frame t.
+def draw_player(canvas: Canvas, camera: Camera, affine: np.ndarray, player: DrawablePlayer, t: int) -> None:
+    """Draw a player with racket in frame t.
 
     Args:
-        affine: (2, 3) the camera's shake, applied to projected pixels.
+        canvas: the image to draw on.
+        camera: projects world points to pixels.
+        affine: (2, 3) camera shake, applied to projected pixels.
+        player: the player.
+        t: number of the frame.
     """
-    figure, o, s = drawn.figure, drawn.outfit, drawn.height * drawn.build
+    figure, o, s = player.figure, player.outfit, player.height * player.thickness
     j = figure.joints[t]
     depth = camera.project(j[[5, 6, 11, 12]].mean(0))[1]
-    p = _Painter(canvas, camera, affine, camera.focal / float(depth))
+    painter = _DepthSortedPainter(canvas, camera, affine, camera.focal / float(depth))
 
-    ring = figure.ground[t] + 0.2 * drawn.height * np.concatenate([_CIRCLE, np.zeros((len(_CIRCLE), 1))], -1)
-    canvas.polygon(p.pixels(ring)[0], (0.0, 0.0, 0.0), alpha=0.3)
+    ring = figure.ground[t] + 0.2 * player.height * np.concatenate([_CIRCLE, np.zeros((len(_CIRCLE), 1))], -1)
+    canvas.fill_polygon(painter.project(ring)[0], (0.0, 0.0, 0.0), alpha=0.3)
 
-    # The side of the torso is darker than back and chest, so that a turn shows.
+    # The side of the torso is darker than back and chest, so that a rotation is visible.
     shade = 0.74 + 0.26 * abs(float(figure.chest[t, 1]))
-    p.hull(j[[5, 6, 12, 11]], [0.046 * s, 0.046 * s, 0.055 * s, 0.055 * s], _shade(o.shirt, shade))
-    p.hull(j[[11, 12]] + np.array([0, 0, 0.01]), [0.066 * s, 0.066 * s], o.shorts, nearer=-0.01)
-    towards = float(figure.chest[t] @ camera.axes[2])
-    if abs(towards) > 0.35:
+    painter.add_hull(j[[5, 6, 12, 11]], [0.046 * s, 0.046 * s, 0.055 * s, 0.055 * s], _scale_brightness(o.shirt, shade))
+    painter.add_hull(j[[11, 12]] + np.array([0, 0, 0.01]), [0.066 * s, 0.066 * s], o.shorts, depth_bias=-0.01)
+    toward_camera = float(figure.chest[t] @ camera.axes[2])
+    if abs(toward_camera) > 0.35:
         middle = 0.62 * j[[5, 6]].mean(0) + 0.38 * j[[11, 12]].mean(0)
         across = 0.5 * (j[6] - j[5])
         stripe = np.stack([middle - 0.55 * across, middle + 0.55 * across])
-        p.hull(stripe, [0.03 * s, 0.03 * s], o.accent, nearer=0.08)
-    _limbs(p, drawn, t)
-    _racket(p, figure, t, o)
+        painter.add_hull(stripe, [0.03 * s, 0.03 * s], o.accent, depth_bias=0.08)
+    _add_limbs(painter, player, t)
+    _add_racket(painter, figure, t, o)
     neck = j[[5, 6]].mean(0)
-    p.bone(neck, figure.head[t], 0.03 * s, 0.03 * s, _shade(o.skin, 0.85))
-    p.bone(figure.head[t], figure.head[t], 0.064 * drawn.height, 0.064 * drawn.height, o.hair, nearer=0.02)
+    painter.add_limb(neck, figure.head[t], 0.03 * s, 0.03 * s, _scale_brightness(o.skin, 0.85))
+    painter.add_limb(
+        figure.head[t], figure.head[t], 0.064 * player.height, 0.064 * player.height, o.hair, depth_bias=0.02
+    )
     face = figure.head[t] + 0.42 * (j[0] - figure.head[t])
-    p.bone(face, face, 0.054 * drawn.height, 0.054 * drawn.height, o.skin, nearer=0.02)
-    p.paint()
+    painter.add_limb(face, face, 0.054 * player.height, 0.054 * player.height, o.skin, depth_bias=0.02)
+    painter.paint()
 
 
-def shake(num_frames: int, jitter: float, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """The camera's shake: slow shift and zoom about the middle of the picture, affine (T, 2, 3)."""
+def random_camera_shake(num_frames: int, jitter: float, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Camera shake: slow shift and zoom about the image center, as affine maps (T, 2, 3)."""
     state, track = np.zeros(3), []
     for _ in range(num_frames):
         state = 0.85 * state + np.sqrt(1 - 0.85**2) * rng.standard_normal(3)
         zoom = 1 + 0.012 * jitter * state[2]
-        centre = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
-        shift = centre * (1 - zoom) + jitter * state[:2]
+        center = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
+        shift = center * (1 - zoom) + jitter * state[:2]
         track.append([[zoom, 0, shift[0]], [0, zoom, shift[1]]])
     return np.array(track)
 
 
 def apply_affine(affine: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Shake (T, 2, 3) applied to pixels (T, ..., 2)."""
-    spread = (slice(None),) + (None,) * (pixels.ndim - 2)
-    return np.einsum("t...ij,t...j->t...i", affine[spread][..., :2], pixels) + affine[spread][..., 2]
+    """Apply camera shake (T, 2, 3) to pixel coordinates (T, ..., 2)."""
+    broadcast = (slice(None),) + (None,) * (pixels.ndim - 2)
+    affine = affine[broadcast]
+    moved: np.ndarray = np.einsum("t...ij,t...j->t...i", affine[..., :2], pixels) + affine[..., 2]
+    return moved
 
 
-def warped_court(court: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """The enlarged empty court as the shaken camera sees it."""
+def warp_court(court: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The supersampled empty court, moved by the camera shake (2, 3)."""
     a = affine[:, :2]
-    # pixel u of the stored frame is (u + 0.5) * s - 0.5 of the enlarged one
+    # pixel u of the stored frame is pixel (u + 0.5) * SUPERSAMPLE - 0.5 of the supersampled one
     offset = SUPERSAMPLE * (affine[:, 2] + 0.5 - a @ [0.5, 0.5]) - 0.5 + a @ [0.5, 0.5]
     matrix = np.concatenate([a, offset[:, None]], 1)
     height, width = court.shape[:2]
     return cv2.warpAffine(court, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def light_map(look: Look, size: tuple[int, int]) -> np.ndarray:
-    """Factor on every pixel and colour, float32 (H, W, 3)."""
+def make_light_map(appearance: Appearance, size: tuple[int, int]) -> np.ndarray:
+    """Light level of every pixel and color channel, float32 (H, W, 3)."""
     y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
-    ramp = 1 + look.gradient * 0.7 * (np.cos(look.angle) * x + np.sin(look.angle) * y)
-    return (look.gain * ramp[..., None] * np.array(look.tint)).astype(np.float32)
+    ramp = 1 + appearance.gradient * 0.7 * (np.cos(appearance.angle) * x + np.sin(appearance.angle) * y)
+    light: np.ndarray = (appearance.gain * ramp[..., None] * np.array(appearance.tint)).astype(np.float32)
+    return light
 
 
-def develop(canvas: Canvas, look: Look, light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The stored picture: reduced, blurred, lit, with sensor noise. uint8 (H, W, 3) RGB."""
-    picture = canvas.reduced().astype(np.float32)
-    picture = cv2.GaussianBlur(picture, (0, 0), look.blur) * light
-    if look.noise > 0:
-        picture += look.noise * rng.standard_normal(picture.shape, dtype=np.float32)
-    return np.rint(np.clip(picture, 0, 255)).astype(np.uint8)
+def postprocess(canvas: Canvas, appearance: Appearance, light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Downsample the canvas, then apply blur, light and sensor noise. uint8 (H, W, 3) RGB."""
+    image = canvas.downsample().astype(np.float32)
+    image = cv2.GaussianBlur(image, (0, 0), appearance.blur) * light
+    if appearance.noise > 0:
+        image += appearance.noise * rng.standard_normal(image.shape, dtype=np.float32)
+    pixels: np.ndarray = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    return pixels
 
 
-def dense_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """DIS flow (medium preset) between two RGB pictures, float32 (2, H, W) px.
+def compute_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """DIS flow (medium preset) from one RGB image to another, float32 (2, H, W) px.
 
-    Computed at twice the size: the finest level of the preset is half of what it is given.
+    It is computed at twice the size, because the finest level of the preset has half the size of its input.
     """
     height, width = first.shape[:2]
-    grey = [
-        cv2.resize(cv2.cvtColor(p, cv2.COLOR_RGB2GRAY), (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
-        for p in (first, second)
+    gray = [
+        cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC)
+        for image in (first, second)
     ]
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(grey[0], grey[1], None)
-    return cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA).transpose(2, 0, 1) / 2
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    flow = dis.calc(gray[0], gray[1], None)  # type: ignore[call-overload]
+    stored: np.ndarray = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA).transpose(2, 0, 1) / 2
+    return stored
