@@ -168,7 +168,7 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
 
     def our_loss(predict: Tensor | None) -> Tensor:
         prediction, index = ours(x, visible, predict)
-        target = patch_targets(x, index, g.grid, kind="norm_pix")
+        target = patch_targets(x, index, g.grid, target="norm_pix")
         constant_baseline_loss(target, g.channels)  # which a run logs too
         return reconstruction_loss(prediction, target)
 

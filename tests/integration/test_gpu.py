@@ -92,7 +92,7 @@ def test_inputs_loss_and_gradients_are_the_cpus(modality: str) -> None:
         x = preprocess_clips(raw.to(device), view.to(device), spec, (size, size))
         prediction, index = model(x, visible.to(device))
         assert index.equal(masked_indices(visible, 32).to(device))
-        loss = reconstruction_loss(prediction, patch_targets(x, index, model.encoder.config.grid, kind="norm_pix"))
+        loss = reconstruction_loss(prediction, patch_targets(x, index, model.encoder.config.grid, target="norm_pix"))
         loss.backward()
         found.append((x.cpu(), loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
     (x, loss, gradients), (x_gpu, loss_gpu, gradients_gpu) = found

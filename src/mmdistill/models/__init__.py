@@ -1,3 +1,3 @@
-"""Networks, preprocessing and reconstruction targets. No module here knows configs or files."""
+"""Networks, preprocessing and reconstruction targets. No module here uses configs or files."""
 
-TARGETS = ("norm_pix", "motion_energy", "pixel")  # what masked autoencoding predicts, see `targets`
+TARGETS = ("norm_pix", "motion_energy", "pixel")  # targets of masked autoencoding, see `targets.patch_targets`

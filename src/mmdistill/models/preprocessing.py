@@ -1,7 +1,7 @@
-"""Tensor operations that turn raw clips into model input, on the device: crop, resize, flip, normalize, heat-maps.
+"""Tensor operations from raw clips to model input, on the device: crop, resize, flip, normalize, render heat-maps.
 
-Each modality composes them in its `preprocess` method, see `mmdistill.modalities`. The same crop box is applied to every
-modality of a clip, so that a joint, its pixel and its displacement stay at the same position.
+Each modality composes them in its `preprocess` method, see `mmdistill.modalities`. The same crop box is applied to
+every modality of a clip, so that a joint, its pixel and its displacement stay at the same position.
 
 Shapes: B batch, C channels, T frames, H x W stored frame, h x w model input, M persons, J joints.
 """
@@ -27,19 +27,19 @@ def crop_resize_flip(x: Tensor, crop_boxes: Tensor, size: tuple[int, int]) -> Te
     integers.
     """
     h, w = size
-    view = crop_boxes.to(x.device, torch.float32)
-    whole = view[:, :4].round().equal(view[:, :4])
-    if whole and bool((view[:, 2] == h).all()) and bool((view[:, 3] == w).all()):
-        cut = [
+    boxes = crop_boxes.to(x.device, torch.float32)
+    is_integer = boxes[:, :4].round().equal(boxes[:, :4])
+    if is_integer and bool((boxes[:, 2] == h).all()) and bool((boxes[:, 3] == w).all()):
+        crops = [
             clip[:, :, int(top) : int(top) + h, int(left) : int(left) + w]
-            for clip, (top, left) in zip(x, view[:, :2].tolist(), strict=True)
+            for clip, (top, left) in zip(x, boxes[:, :2].tolist(), strict=True)
         ]
-        out = [c.flip(3) if flip else c for c, flip in zip(cut, view[:, 4].bool().tolist(), strict=True)]
+        out = [c.flip(3) if flip else c for c, flip in zip(crops, boxes[:, 4].bool().tolist(), strict=True)]
         return torch.stack(out)
     b, c, t, height, width = x.shape
-    ys = view[:, 0, None] + (torch.arange(h, device=x.device) + 0.5) * view[:, 2, None] / h  # (B, h) in px
-    xs = view[:, 1, None] + (torch.arange(w, device=x.device) + 0.5) * view[:, 3, None] / w
-    xs = torch.where(view[:, 4, None].bool(), xs.flip(1), xs)
+    ys = boxes[:, 0, None] + (torch.arange(h, device=x.device) + 0.5) * boxes[:, 2, None] / h  # (B, h) in px
+    xs = boxes[:, 1, None] + (torch.arange(w, device=x.device) + 0.5) * boxes[:, 3, None] / w
+    xs = torch.where(boxes[:, 4, None].bool(), xs.flip(1), xs)
     grid = torch.stack(
         (
             (xs * 2 / width - 1)[:, None, :].expand(b, h, w),
@@ -72,15 +72,16 @@ def render_heatmaps(
 ) -> Tensor:
     """Render every joint of every person. (B, T, M, J, 3) in heat-map px -> (B, J, T, h, w), normalized
 
-    ``score * exp(-(dx^2 + dy^2) / (2 sigma^2))``, the maximum over persons, and exactly 0 where |dx| or |dy| exceeds
-    3 sigma: an infinite tail would dominate a per-patch normalised target. Joints that are not finite count as absent.
+    The value is ``score * exp(-(dx^2 + dy^2) / (2 sigma^2))``, the maximum over persons, and exactly 0 if |dx| or |dy|
+    exceeds 3 sigma: an infinite tail would dominate a per-patch normalized target. Joints that are not finite are
+    absent.
 
-    Only the pixels around each joint are computed (S of them on each axis); all others are the normalised zero, which
-    the picture is filled with. Normalising is monotonic, so the maximum may be taken after it.
+    Only S pixels per axis around each joint are computed. All other pixels are the normalized zero. Normalization is
+    monotonic, so the maximum is taken after it.
     """
     b, t, persons, channels, _ = joints.shape
     if persons == 0:
-        raise ValueError("a skeleton clip has no person axis entries; readers pad with score 0")
+        raise ValueError("the clip has 0 persons; a reader must pad with persons of score 0")
     present = joints.isfinite().all(dim=-1)
     joints = torch.where(present[..., None], joints, 0.0)
     rows, ys = gaussian_1d(joints[..., 1], size[0], sigma)  # (B, T, M, J, S)
@@ -90,26 +91,26 @@ def render_heatmaps(
     stds = torch.tensor(std, device=joints.device)
     value = rows[..., :, None] * columns[..., None, :]  # (B, T, M, J, S, S)
     value.sub_(means[:, None, None]).div_(stds[:, None, None])
-    picture = (
+    image = (
         torch.arange(b, device=joints.device).view(-1, 1, 1, 1) * channels
         + torch.arange(channels, device=joints.device)
-    ) * t + torch.arange(t, device=joints.device).view(-1, 1, 1)  # (B, T, 1, J): its number in the output
-    place = ((picture[..., None] * size[0] + ys) * size[1])[..., :, None] + xs[..., None, :]
+    ) * t + torch.arange(t, device=joints.device).view(-1, 1, 1)  # (B, T, 1, J): index of the image in the output
+    pixel = ((image[..., None] * size[0] + ys) * size[1])[..., :, None] + xs[..., None, :]
     empty = (0 - means) / stds
     heat = empty.view(-1, 1, 1, 1).expand(b, channels, t, *size).contiguous()
-    heat.view(-1).scatter_reduce_(0, place.flatten(), value.flatten(), "amax")
+    heat.view(-1).scatter_reduce_(0, pixel.flatten(), value.flatten(), "amax")
     return heat
 
 
-def gaussian_1d(centre: Tensor, length: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """A Gaussian along one axis, around each centre. (...) px -> values (..., S), their int64 pixel numbers (..., S)
+def gaussian_1d(center: Tensor, length: int, sigma: float) -> tuple[Tensor, Tensor]:
+    """A Gaussian along one axis around each center. (...) px -> values (..., S), int64 pixel indices (..., S)
 
-    Beyond 3 sigma and outside 0 to length - 1 the value is 0, at a number inside: it changes no maximum.
+    A value beyond 3 sigma or outside 0 to length - 1 is 0 at a valid index, so that it changes no maximum.
     """
-    reach = math.floor(3 * sigma + 0.5)  # from the nearest pixel, which is up to half a pixel away from the centre
-    nearest = centre.round().clamp(-reach - 1, length + reach)
-    at = nearest[..., None] + torch.arange(-reach, reach + 1, device=centre.device)
-    distance = at - centre[..., None]
-    drawn = (distance.abs() <= 3 * sigma) & (at >= 0) & (at < length)
-    value = torch.where(drawn, torch.exp(-(distance**2) / (2 * sigma**2)), 0.0)
-    return value, at.clamp(0, length - 1).long()
+    radius = math.floor(3 * sigma + 0.5)  # from the nearest pixel, which is up to half a pixel away from the center
+    nearest = center.round().clamp(-radius - 1, length + radius)
+    pixel = nearest[..., None] + torch.arange(-radius, radius + 1, device=center.device)
+    distance = pixel - center[..., None]
+    is_drawn = (distance.abs() <= 3 * sigma) & (pixel >= 0) & (pixel < length)
+    value = torch.where(is_drawn, torch.exp(-(distance**2) / (2 * sigma**2)), 0.0)
+    return value, pixel.clamp(0, length - 1).long()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class CrossModalTransfer(nn.Module):
-    """One two-layer MLP per teacher, from the student's feature to that teacher's.
+    """One two-layer MLP per teacher, from the student's feature to the teacher's feature.
 
     Args:
         dim: width of the student's feature.
@@ -20,5 +20,5 @@ class CrossModalTransfer(nn.Module):
             self.add_module(f"mlp_to_{modality}", nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width)))
 
     def forward(self, feature: Tensor) -> dict[str, Tensor]:
-        """(B, D) -> for each modality (B, D of that teacher)"""
+        """(B, D) -> (B, width of the teacher) by modality"""
         return {m: self.get_submodule(f"mlp_to_{m}")(feature) for m in self.modalities}

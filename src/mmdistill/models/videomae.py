@@ -1,7 +1,7 @@
 """VideoMAE (Tong et al., NeurIPS 2022, arXiv 2203.12602): encoder, decoder, masked autoencoder.
 
-Parameter names are VideoMAE's, so its checkpoints and Hugging Face's fit. Only the visible patches are embedded and
-encoded; blocks are timm's `Block` of BEiT, which has the same names and fused attention.
+Parameter names are those of VideoMAE, so its checkpoints and those of Hugging Face can be loaded. Only visible patches
+are embedded and encoded. Blocks are timm's `Block` of BEiT, which has the same parameter names.
 
 Shapes: B batch, C channels, T frames, H x W pixels, L tokens (t major, then h, then w), Lv visible tokens, Lp
 predicted tokens, D encoder width, Dd decoder width, P = tubelet * patch * patch * C values of one token.
@@ -20,7 +20,7 @@ from mmdistill.models.attention import Attention
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything that determines an encoder's tensors. Sizes are those of the *input* (heat-maps: 56 x 96, patch 4)."""
+    """Everything that determines an encoder's tensors. Sizes are of the model input (heat-maps: 56 x 96, patch 4)."""
 
     channels: int
     num_frames: int
@@ -51,7 +51,7 @@ class EncoderConfig:
 
     @property
     def num_tokens(self) -> int:
-        """L, the number of tokens of a whole clip."""
+        """L, the number of tokens of a clip."""
         t, h, w = self.grid
         return t * h * w
 
@@ -63,7 +63,7 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Width and depth of the decoder, which is thrown away after pretraining."""
+    """Width and depth of the decoder, which is used in pretraining only."""
 
     dim: int
     depth: int
@@ -73,9 +73,9 @@ class DecoderConfig:
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
-    """Fixed positions of Vaswani et al. 2017 section 3.5, as in VideoMAE: sine in even, cosine in odd columns. (L, D)
+    """Fixed position embedding as in VideoMAE: sine in even, cosine in odd columns. (L, D) float32
 
-    The token index is one running number over (t, h, w). Computed in float64, returned in float32.
+    Source: Vaswani et al. 2017, section 3.5. The position is the token index over (t, h, w). Computed in float64.
     """
     rates = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * rates  # (L, ceil(D / 2))
@@ -83,16 +83,16 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 
 
 def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
-    """Fixed positions with columns of their own for t (a quarter), h and w (three eighths each). (L, D)
+    """Fixed position embedding with separate columns for t (a quarter), h and w (three eighths each). (L, D) float32
 
-    `sincos_positions` of one running index makes a column of tokens look alike only at one wavelength; with an axis of
-    its own, neighbourhood in space and time is linear in the table, which short trainings of small models profit from.
+    Tokens with the same t, h or w share columns, unlike those of `sincos_positions`. Short trainings of small models
+    benefit from this.
 
     Raises:
         ValueError: `dim` is not a multiple of 16.
     """
     if dim % 16:
-        raise ValueError(f"separable positions need a width that is a multiple of 16, got {dim}")
+        raise ValueError(f"pos_embed=sincos_separable needs a width that is a multiple of 16, got {dim}")
     parts = []
     for axis, width in enumerate((dim // 4, dim * 3 // 8, dim * 3 // 8)):
         shape = [1, 1, 1, width]
@@ -102,39 +102,39 @@ def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
 
 
 def position_table(config: EncoderConfig, dim: int) -> Tensor:
-    """The fixed positions of an encoder or of its decoder, which may have another width. (1, L, D)"""
+    """The fixed position embedding of an encoder or decoder of width `dim`. (1, L, D)"""
     if config.pos_embed == "sincos_separable":
         return separable_positions(config.grid, dim)[None]
     return sincos_positions(config.num_tokens, dim)[None]
 
 
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """The tokens `index` of clip `x`, without touching the others. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)
+    """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)
 
-    A token is read as C * pt * ph lines of pw pixels, which lie together in memory.
+    A patch is copied as C * pt * ph lines of pw pixels, which are contiguous in memory.
     """
     b, c, frames, height, width = x.shape
     t, h, w = grid
     pt, ph, pw = frames // t, height // h, width // w
 
-    def places(count: int, stride: int) -> Tensor:
+    def offsets(count: int, stride: int) -> Tensor:
         return torch.arange(count, device=x.device) * stride
 
-    clip, channel, frame = c * frames * height * w, frames * height * w, height * w  # in lines
-    first = index // (h * w) * (pt * frame) + index // w % h * (ph * w) + index % w + places(b, clip)[:, None]
-    lines = places(c, channel)[:, None, None] + places(pt, frame)[:, None] + places(ph, w)
-    picked = (first[:, :, None] + lines.flatten()).flatten()
-    return x.reshape(-1, pw).index_select(0, picked).view(b, index.shape[1], c, pt, ph, pw)
+    clip, channel, frame = c * frames * height * w, frames * height * w, height * w  # strides in lines
+    first = index // (h * w) * (pt * frame) + index // w % h * (ph * w) + index % w + offsets(b, clip)[:, None]
+    lines = offsets(c, channel)[:, None, None] + offsets(pt, frame)[:, None] + offsets(ph, w)
+    selected = (first[:, :, None] + lines.flatten()).flatten()
+    return x.reshape(-1, pw).index_select(0, selected).view(b, index.shape[1], c, pt, ph, pw)
 
 
 def masked_indices(index: Tensor, length: int) -> Tensor:
-    """The token indices that are not in `index`, sorted. (B, N) of distinct values -> (B, length - N)"""
-    free = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
-    free.scatter_(1, index, False)
-    return free.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
+    """The sorted token indices that are not in `index`. (B, N) of distinct values -> (B, length - N)"""
+    is_masked = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
+    is_masked.scatter_(1, index, False)
+    return is_masked.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
 
 
-def _block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
+def _make_block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
     block = Block(dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path)
     block.attn = Attention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
     return block
@@ -148,13 +148,13 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class _PatchEmbed(nn.Module):
-    """VideoMAE's tubelet embedding: a Conv3d in name, applied as one linear map to gathered patches."""
+    """VideoMAE's tubelet embedding: the weights of a Conv3d, applied as a linear map to gathered patches."""
 
     def __init__(self, g: EncoderConfig) -> None:
         super().__init__()
         kernel = (g.tubelet, g.patch, g.patch)
         self.proj = nn.Conv3d(g.channels, g.dim, kernel, stride=kernel)
-        nn.init.xavier_uniform_(self.proj.weight.data.view(g.dim, -1))  # as the linear map that it is
+        nn.init.xavier_uniform_(self.proj.weight.data.view(g.dim, -1))  # initialized like a linear layer
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, N, C, pt, ph, pw) -> (B, N, D)"""
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
     Args:
         config: sizes.
-        drop_path: stochastic depth rate of the last block, rising linearly from 0 (only while training).
+        drop_path: stochastic depth rate of the last block. Rates increase linearly from 0. Used in training only.
     """
 
     def __init__(self, config: EncoderConfig, *, drop_path: float = 0.0) -> None:
@@ -179,19 +179,22 @@ class Encoder(nn.Module):
         else:
             self.register_buffer("pos_embed", position_table(g, g.dim), persistent=False)
         rates = [drop_path * i / max(g.depth - 1, 1) for i in range(g.depth)]
-        self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim, rate) for rate in rates)
+        self.blocks = nn.ModuleList(_make_block(g.dim, g.heads, g.head_dim, g.mlp_dim, rate) for rate in rates)
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
         self.blocks.apply(_init_weights)
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Tokens after the final norm.
+        """Encode tokens.
 
         Args:
-            x: (B, C, T, H, W) float, normalised.
-            visible: (B, Lv) int64 indices of the tokens to encode; None encodes all L.
+            x: (B, C, T, H, W) float, normalized.
+            visible: (B, Lv) int64 indices of the tokens to encode; None: all L.
 
         Returns:
-            (B, Lv, D)
+            (B, Lv, D), after the final norm.
+
+        Raises:
+            ValueError: the clips have another size.
         """
         g = self.config
         if x.shape[1:] != (g.channels, g.num_frames, g.height, g.width):
@@ -209,18 +212,20 @@ class Encoder(nn.Module):
         return self.norm(tokens)
 
     def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The clip feature: fc-norm (LayerNorm without affine weights) of the mean over the encoded tokens. (B, D)
+        """The clip feature: LayerNorm without affine weights of the mean over the encoded tokens. (B, D)
 
-        This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE's fc-norm is a LayerNorm whose affine
-        weights start at 1 and 0 and are learned from labels; there are none here, so it has no parameters.
+        This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE learns the affine weights of this fc-norm
+        from labels, starting at 1 and 0. There are no labels here, so the norm has no parameters.
         """
         return F.layer_norm(self(x, visible).mean(dim=1), (self.config.dim,), eps=1e-6)
 
 
 class _Decoder(nn.Module):
+    """VideoMAE's decoder and prediction head."""
+
     def __init__(self, g: DecoderConfig, encoder: EncoderConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
+        self.blocks = nn.ModuleList(_make_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
         self.head = nn.Linear(g.dim, encoder.patch_dim)
         self.channels = encoder.channels
@@ -228,16 +233,16 @@ class _Decoder(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, tokens: Tensor, last: int) -> Tensor:
-        """Run all tokens, return the predictions of the `last` ones. (B, N, Dd) -> (B, last, P)
+        """Decode all tokens and predict the values of the last ones. (B, N, Dd) -> (B, last, P)
 
-        The last block computes these only: nothing needs its other tokens. The head's rows are in VideoMAE's order,
-        (pt, ph, pw, C); predictions have each channel's values together.
+        The last block computes only the tokens that are predicted. The rows of the head are in VideoMAE's order,
+        (pt, ph, pw, C); the predictions are in the order (C, pt, ph, pw).
         """
-        *most, block = self.blocks
-        for before in most:
-            tokens = before(tokens)
-        gathered = block.attn(block.norm1(tokens), last=last)
-        tokens = tokens[:, -last:] + gathered
+        *first_blocks, block = self.blocks
+        for first_block in first_blocks:
+            tokens = first_block(tokens)
+        attended = block.attn(block.norm1(tokens), last=last)
+        tokens = tokens[:, -last:] + attended
         tokens = self.norm(tokens + block.mlp(block.norm2(tokens)))
         rows = (self.head.weight, self.head.bias)
         weight, bias = (p.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1) for p in rows)
@@ -245,7 +250,7 @@ class _Decoder(nn.Module):
 
 
 class VideoMAE(nn.Module):
-    """Masked autoencoder: encode visible tokens, predict the values of removed ones."""
+    """Masked autoencoder: encodes visible tokens and predicts the values of removed tokens."""
 
     def __init__(self, encoder: EncoderConfig, decoder: DecoderConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -261,13 +266,13 @@ class VideoMAE(nn.Module):
         """Predict removed tokens.
 
         Args:
-            x: (B, C, T, H, W) float, normalised.
-            visible: (B, Lv) int64 tokens given to the encoder.
-            predict: (B, Lp) int64 tokens to reconstruct; None: every token that is not visible. A subset is VideoMAE
-                V2's dual masking (arXiv 2303.16727, section 3.2).
+            x: (B, C, T, H, W) float, normalized.
+            visible: (B, Lv) int64 indices of the tokens that are encoded.
+            predict: (B, Lp) int64 indices of the tokens to predict; None: all tokens that are not visible. A subset is
+                the dual masking of VideoMAE V2 (arXiv 2303.16727, section 3.2).
 
         Returns:
-            predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`; and `predict`.
+            Predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`, and `predict`.
         """
         if predict is None:
             predict = masked_indices(visible, self.encoder.config.num_tokens)

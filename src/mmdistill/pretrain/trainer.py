@@ -186,7 +186,7 @@ class _Run:
         x = preprocess_clips(clip, batch["crop_box"], self.spec, (g.height, g.width))
         dtype = next(self.engine.module.parameters()).dtype
         prediction, predict = self.engine(x.to(dtype), visible, self._predicted(visible, batch["index"].tolist()))
-        target = patch_targets(x, predict, g.grid, kind=self.spec.target)
+        target = patch_targets(x, predict, g.grid, target=self.spec.target)
         return reconstruction_loss(prediction, target), constant_baseline_loss(target, g.channels)
 
     def _predicted(self, visible: torch.Tensor, clips: list[int]) -> torch.Tensor | None:

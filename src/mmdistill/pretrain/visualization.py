@@ -58,7 +58,7 @@ def reconstruct(model: VideoMAE, batch: Mapping[str, Tensor], spec: ModalitySpec
     model.eval()
     prediction, removed = model(x.to(parameter.dtype), visible)
     model.train(training)
-    target = patch_targets(x, removed, g.grid, kind=spec.target)
+    target = patch_targets(x, removed, g.grid, target=spec.target)
     loss, trivial = reconstruction_loss(prediction, target), constant_baseline_loss(target, g.channels)
     rows = _rows(x, visible, removed, prediction.float(), spec.target, g.grid)
     return Reconstruction(spec, {k: v.cpu() for k, v in rows.items()}, float(loss), float(trivial))
@@ -76,7 +76,7 @@ def _rows(
     hidden = torch.full_like(prediction, float("nan"))
     rows = {"input": x[0], "masked": shown(hidden, x)}
     if kind == "motion_energy":
-        target = patch_targets(x, _all(x, grid), grid, kind=kind)
+        target = patch_targets(x, _all(x, grid), grid, target=kind)
         whole = scatter_patches(target, _all(x, grid), grid, torch.empty(1, *size, device=x.device))
         return {**rows, "target: motion energy": whole[0], "prediction of it": shown(prediction, whole)}
     if kind == "pixel":

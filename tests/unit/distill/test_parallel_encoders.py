@@ -11,8 +11,8 @@ from mmdistill.distill import parallel_encoders as beside
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.parallel_encoders import run_in_parallel
 from mmdistill.modalities import get_modality
-from mmdistill.models import attention
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from mmdistill.ops import cpu
 from mmdistill.training.optim import LearningRates
 
 
@@ -117,9 +117,9 @@ def test_a_step_is_the_same_side_by_side(threads: int, monkeypatch: pytest.Monke
 
 def test_recomputed_blocks_run_alone(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     """The number of threads decides how long clips' attention is shared out: it must be the same both times."""
-    monkeypatch.setattr(attention, "_SHORT", 4)
-    monkeypatch.setattr(attention, "_MOST_KEPT", 0)
-    monkeypatch.setattr(attention, "_LEAST", 2)
+    monkeypatch.setattr(cpu, "SHORT_CLIP_TOKENS", 4)
+    monkeypatch.setattr(cpu, "MAX_SAVED_PROBABILITIES", 0)
+    monkeypatch.setattr(cpu, "MIN_CHUNK_QUERIES", 2)
     net = _module()
     net.student.checkpoint_activations = True
     torch.stack([loss for loss, _ in net.losses(_batch()).values()]).sum().backward()

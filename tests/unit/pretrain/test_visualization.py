@@ -36,17 +36,17 @@ REMOVED = masked_indices(VISIBLE, 12)
 def test_scatter_is_the_inverse_of_the_targets_order() -> None:
     x = _clip(3)
     every = torch.arange(12)[None]
-    values = patch_targets(x, every, GRID, kind="pixel")
+    values = patch_targets(x, every, GRID, target="pixel")
     assert torch.equal(scatter_patches(values, every, GRID, torch.zeros_like(x)), x)
     part = scatter_patches(values[:, REMOVED[0]] * 0 - 7, REMOVED, GRID, x)
-    assert torch.equal(patch_targets(part, VISIBLE, GRID, kind="pixel"), values[:, VISIBLE[0]])
-    assert (patch_targets(part, REMOVED, GRID, kind="pixel") == -7).all()
+    assert torch.equal(patch_targets(part, VISIBLE, GRID, target="pixel"), values[:, VISIBLE[0]])
+    assert (patch_targets(part, REMOVED, GRID, target="pixel") == -7).all()
 
 
 @pytest.mark.parametrize("kind", ["norm_pix", "centred", "pixel", "motion_energy"])
 def test_a_perfect_network_reconstructs_the_input(kind: str) -> None:
     x = _clip(2)
-    rows = _rows(x, VISIBLE, REMOVED, patch_targets(x, REMOVED, GRID, kind=kind), kind, GRID)
+    rows = _rows(x, VISIBLE, REMOVED, patch_targets(x, REMOVED, GRID, target=kind), kind, GRID)
     assert rows["masked"].isnan().float().mean() == pytest.approx(9 / 12)
     if kind == "motion_energy":
         assert torch.allclose(rows["target: motion energy"], rows["prediction of it"])

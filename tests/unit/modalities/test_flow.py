@@ -1,0 +1,39 @@
+"""Flow to model input and to images."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmdistill.modalities import ReaderOptions, get_modality, preprocess_clips
+
+FLOW = get_modality("flow").spec()
+
+
+def test_statistics_are_applied_per_channel() -> None:
+    spec = get_modality("flow").spec(mean=(1.0, -2.0), std=(2.0, 4.0))
+    x = preprocess_clips(torch.ones(1, 2, 2, 8, 8), torch.tensor([[0.0, 0, 8, 8, 0]]), spec, (8, 8))
+    assert torch.equal(x[0, 0], torch.zeros(2, 8, 8))
+    assert torch.equal(x[0, 1], torch.full((2, 8, 8), 0.75))
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_resize_scales_displacements_and_flip_negates_x(flip: int) -> None:
+    clips = torch.ones(1, 3, 2, 8, 12)
+    x = preprocess_clips(clips, torch.tensor([[0.0, 0, 8, 12, flip]]), FLOW, (4, 24))
+    assert x.shape == (1, 2, 3, 4, 24)
+    torch.testing.assert_close(x[0, 0], torch.full((3, 4, 24), -2.0 if flip else 2.0))
+    torch.testing.assert_close(x[0, 1], torch.full((3, 4, 24), 0.5))
+
+
+def test_reader_gets_the_options() -> None:
+    reader = get_modality("flow").open_reader("root", ReaderOptions(frame_size=(4, 6)))
+    assert reader.files("a", [3]) == ["root/a/pair_00003.npy"]
+    assert get_modality("flow").is_frame_pair
+
+
+def test_image_encodes_direction_as_hue_and_magnitude_as_saturation() -> None:
+    flow = get_modality("flow")
+    values = torch.tensor([[0.0, 1.0, -1.0, 0.5], [0.0, 0.0, 0.0, 0.0]]).view(2, 1, 1, 4)
+    assert flow.display_max(2 * values) == 2.0
+    expected = [[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 0.5, 0.5]]  # white, red, cyan, light red
+    np.testing.assert_allclose(flow.to_image(values)[0, 0], expected, atol=1e-6)
