@@ -1,4 +1,4 @@
-"""What is wrong with an input, in one line for its user."""
+"""One-line messages for errors of Hydra, OmegaConf and this package."""
 
 import difflib
 import re
@@ -7,12 +7,13 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdistill.config.renames import describe_old_key, renamed_key
 from mmdistill.config.schema import CommonConfig
 from mmdistill.errors import MMDistillError
 
 
 def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema."""
+    """Every dotted key of a schema. Keys of `modalities`, a dictionary, are not included."""
     keys = []
     for f in fields(schema):
         keys.append(prefix + f.name)
@@ -21,41 +22,65 @@ def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-# what a DataLoader makes of an exception in a worker: the traceback there, and the message at its end
+# DataLoader replaces the message of an exception in a worker by that worker's traceback, which ends with the message.
 _FROM_WORKER = re.compile(
     r"Caught (\w+) in DataLoader worker process \d+\.\nOriginal Traceback.*\n[\w.]*\1: (.*?)\n?", re.DOTALL
 )
 
 
 def explain(error: Exception, schema: type[Any]) -> str:
-    """One sentence for a Hydra or OmegaConf error, with the nearest known keys; our own errors say it themselves."""
+    """Describe an error for the user: the message of an own error, one sentence for one of Hydra or OmegaConf.
+
+    An old key is reported with its replacement, an unknown key with the nearest known keys.
+
+    Args:
+        error: any exception.
+        schema: class of the config, whose keys are suggested.
+    """
     if isinstance(error, MMDistillError) and not isinstance(error.__cause__, OmegaConfBaseException):
         worker = _FROM_WORKER.fullmatch(str(error))
-        return worker[2] if worker else str(error)  # whole: the lines below the first list what is wrong
+        return worker[2] if worker else str(error)  # in full: later lines list the details
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
     if missing := re.search(r"missing mandatory value: (\S+)", text, re.IGNORECASE):
         return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
-    match = re.search(r"Key '([^']+)'", text)
-    firsts = [next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain]
-    message = firsts[0]
-    for detail in firsts[1:]:
-        if detail not in message and "$VALUE" not in detail:  # OmegaConf's own text before it is filled in
+    if old := _describe_old_keys(chain, text, schema):
+        return old
+    first_lines = [
+        next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain
+    ]
+    message = first_lines[0]
+    for detail in first_lines[1:]:
+        if detail not in message and "$VALUE" not in detail:  # a template of OmegaConf that is not filled in
             message += f" ({detail})"
     if "Ambiguous value for argument" in text:
         message += ": a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\""
-    if options := getattr(error, "options", None):  # Hydra's, where a group has no such file
+    if options := getattr(error, "options", None):  # set by Hydra if a group has no such file
         message += f". Available: {', '.join(options)}"
-    if match:
-        word = match[1]
-        leaves = known_keys(schema)
-        near = [
-            k
-            for k in leaves
-            if k.rsplit(".", 1)[-1] in difflib.get_close_matches(word, {k.rsplit(".", 1)[-1] for k in leaves}, n=3)
-        ]
-        if near:
-            message += f". Near matches: {', '.join(near[:3])}"
+    if match := re.search(r"Key '([^']+)'", text):
+        message += near_matches(match[1], schema)
     return message
+
+
+def near_matches(name: str, schema: type[Any]) -> str:
+    """``. Near matches: ...`` with at most three keys of `schema` whose last part is similar to `name`, or nothing."""
+    keys = known_keys(schema)
+    close = difflib.get_close_matches(name, {key.rsplit(".", 1)[-1] for key in keys}, n=3)
+    near = [key for key in keys if key.rsplit(".", 1)[-1] in close]
+    return f". Near matches: {', '.join(near[:3])}" if near else ""
+
+
+def _describe_old_keys(chain: list[BaseException], text: str, schema: type[Any]) -> str | None:
+    """What replaces the old key or config group that an error is about; None if it is about none."""
+    keys = [key for key in (getattr(e, "full_key", None) for e in chain) if key]
+    group = re.search(r"Could not (?:find|override) '(\w+)[/'@]", text)
+    for key in [*keys, *([group[1]] if group else [])]:
+        new = renamed_key(key)
+        description = describe_old_key(key)
+        if description is None or (new is not None and ".modalities." not in new and new not in known_keys(schema)):
+            continue
+        file = re.search(r"In '([^']+)'", text)
+        return f"{file[1]}: {description}" if file else description
+    return None

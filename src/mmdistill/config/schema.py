@@ -26,7 +26,6 @@ class Sealable:
 class ModelConfig(Sealable):
     """Sizes of the encoder and decoder (`model=tiny|small|base|large`)."""
 
-    name: str = MISSING
     dim: int = MISSING  # encoder width
     depth: int = MISSING  # encoder blocks
     heads: int = MISSING  # attention heads

@@ -1,0 +1,137 @@
+"""Keys and values of earlier versions, and what replaces them.
+
+An old name in a command or a YAML file raises an error that gives the new one. The config that an old checkpoint stores
+is translated.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Old dotted key -> new dotted key. ``*`` is the name of a modality.
+RENAMED_KEYS = {
+    "compare": "baselines",
+    "head": "classifier",
+    "network": "eval_component",
+    "pretrain": "init_from",
+    "process_timeout_s": "distributed_timeout_s",
+    "data_module.first_number": "data_module.frame_number_offset",
+    "data_module.flip": "data_module.hflip_prob",
+    "data_module.min_scale": "data_module.random_crop_min_scale",
+    "data_module.missing": "data_module.on_missing",
+    "data_module.readouts": "data_module.input_modes",
+    "data_module.views": "data_module.eval_masks",
+    "data_module.modalities.*.scale": "data_module.modalities.*.input_stride",
+    "trainer.accumulate": "trainer.accumulate_grad_batches",
+    "trainer.nonfinite": "trainer.on_nonfinite",
+    "trainer.nonfinite_budget": "trainer.max_skipped_steps",
+    "trainer.picture_freq": "trainer.image_every_n_epochs",
+    "trainer.teacher_cache": "trainer.cache_teacher_epochs",
+}
+_USE_STRATEGY = "use strategy=deepspeed_stage_N or strategy=deepspeed_stage_N_offload"
+# Old dotted key, or group of config files -> what to do instead.
+REMOVED_KEYS = {
+    "deepspeed": _USE_STRATEGY,
+    "deepspeed.offload": _USE_STRATEGY,
+    "deepspeed.zero_stage": _USE_STRATEGY,
+    "model.learned_positions": "use model.pos_embed=learned",
+    "model.name": "delete it; it had no effect",
+    "model.separable_positions": "use model.pos_embed=sincos_separable",
+}
+# (dotted key, old value) -> new value
+RENAMED_VALUES = {
+    ("classifier", "centroid_centred"): "centroid_centered",
+    ("data_module.input_modes", "one"): "configured",
+    ("data_module.modalities.*.target", "energy"): "motion_energy",
+    ("data_module.modalities.*.target", "patch"): "norm_pix",
+}
+# (dotted key, old value) -> what to do instead
+REMOVED_VALUES = {("data_module.modalities.*.target", "centred"): "use norm_pix or pixel"}
+
+_MODALITY = re.compile(r"^data_module\.modalities\.([^.]+)\.")
+
+
+def _general(key: str) -> str:
+    """`key` with ``*`` in place of the modality's name."""
+    return _MODALITY.sub("data_module.modalities.*.", key)
+
+
+def renamed_key(key: str) -> str | None:
+    """The new dotted key of an old one; None if `key` was not renamed."""
+    new = RENAMED_KEYS.get(_general(key))
+    modality = _MODALITY.match(key)
+    return new.replace("*", modality[1]) if new is not None and modality is not None else new
+
+
+def describe_old_key(key: str) -> str | None:
+    """What replaces an old dotted key, as a sentence; None if `key` is no old key."""
+    new = renamed_key(key)
+    if new is not None:
+        return f"{key} was renamed to {new}"
+    removed = next((old for old in (key, key.split(".")[0]) if old in REMOVED_KEYS), None)
+    return None if removed is None else f"{key} was removed; {REMOVED_KEYS[removed]}"
+
+
+def describe_old_value(key: str, value: object) -> str | None:
+    """What replaces an old value of a key, as a sentence; None if `value` is no old value."""
+    pair = (_general(key), value)
+    if pair in RENAMED_VALUES:
+        return f"{key}={value} was renamed to {key}={RENAMED_VALUES[pair]}"
+    return f"{key}={value} was removed; {REMOVED_VALUES[pair]}" if pair in REMOVED_VALUES else None
+
+
+def translate_stored(plain: dict[str, Any]) -> dict[str, Any]:
+    """A stored config with the keys and values of this version.
+
+    Args:
+        plain: builtin containers, as `mmdistill.config.to_plain` returns them. It is not changed.
+    """
+    out: dict[str, Any] = {}
+    old: dict[str, Any] = {}  # removed keys, which `_translate_removed` turns into others
+    for key, value in _leaves(plain):
+        section = key.split(".")[0]
+        if key in REMOVED_KEYS or section == "deepspeed":
+            old[key] = value
+            continue
+        new = renamed_key(key) or key
+        node = out
+        *parents, last = new.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _translate_value(new, value)
+    return _translate_removed(out, old)
+
+
+def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested dictionaries. A dictionary with keys of its own, such as `ckpt_path`, stays."""
+    for name, value in plain.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and not key.endswith(".ckpt_path"):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _translate_value(key: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_translate_value(key, element) for element in value]
+    return RENAMED_VALUES.get((_general(key), value), value) if isinstance(value, str) else value
+
+
+def _translate_removed(config: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Express removed keys by those that replace them."""
+    if old.get("model.learned_positions"):
+        config["model"]["pos_embed"] = "learned"
+    elif old.get("model.separable_positions"):
+        config["model"]["pos_embed"] = "sincos_separable"
+    strategy, stage = config.get("strategy", "auto"), old.get("deepspeed.zero_stage", 0)
+    if strategy == "auto" and stage:
+        strategy = f"deepspeed_stage_{stage}"
+    if old.get("deepspeed.offload") and not strategy.endswith("_offload"):
+        strategy = "deepspeed_stage_2_offload" if strategy == "deepspeed" else f"{strategy}_offload"
+    if "deepspeed.zero_stage" in old:
+        config["strategy"] = strategy
+    for name, modality in config.get("data_module", {}).get("modalities", {}).items():
+        if name in ("rgb", "flow"):  # had a sigma without effect
+            modality.pop("sigma", None)
+    return config
