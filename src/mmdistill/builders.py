@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset, Sampler
 
 from mmdistill.config import (
+    SHORT_KEYS,
     ConfigError,
     DataModuleConfig,
     ModelConfig,
@@ -67,7 +68,9 @@ def _under_root(data: DataModuleConfig, value: str) -> Path:
 def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
     """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
     if value is None:
-        raise ConfigError(f"data_module.{key} is not set; dataset {data.name} has none, or give its folder")
+        short = next((short for short, (m, k) in SHORT_KEYS.items() if key == f"modalities.{m}.{k}"), None)
+        also = f" (nor its short form data_module.{short})" if short else ""
+        raise ConfigError(f"data_module.{key} is not set{also}; set it if dataset {data.name} has these files")
     path = _under_root(data, value)
     if not path.exists():
         raise ConfigError(

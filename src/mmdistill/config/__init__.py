@@ -1,8 +1,8 @@
 """The typed schema of every configuration.
 
-With `cli` and `sweep`, which Hydra calls, the only part that knows OmegaConf. The entrypoints compose a config, turn it
-into the dataclasses of `schema` with `parse`, which checks them (`checks`) and makes them read-only, and pass those on.
-Nothing here imports torch, so a wrong key is reported at once.
+An entrypoint composes a config. `parse` converts it to the dataclasses of `schema`, validates it and makes it
+read-only. Besides this package only `cli`, which Hydra calls, uses OmegaConf. Nothing here imports torch, so that an
+invalid key is reported at once.
 """
 
 from mmdistill.config.error_messages import explain
@@ -17,9 +17,9 @@ from mmdistill.config.schema import (
     register_schemas,
 )
 from mmdistill.config.validation import (
+    CLASSIFIER_NAMES,
     COMPONENT_PREFIXES,
     DEEPSPEED_STAGES,
-    HEAD_NAMES,
     SHORT_KEYS,
     as_ints,
     as_names,
@@ -32,9 +32,9 @@ from mmdistill.config.validation import (
 )
 
 __all__ = [
+    "CLASSIFIER_NAMES",
     "COMPONENT_PREFIXES",
     "DEEPSPEED_STAGES",
-    "HEAD_NAMES",
     "SHORT_KEYS",
     "ConfigError",
     "DataModuleConfig",

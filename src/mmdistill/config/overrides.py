@@ -1,26 +1,26 @@
-"""The command line's edge: what Hydra's override grammar would refuse is quoted. Imports no torch."""
+"""Command-line overrides: quote values that Hydra's override grammar rejects. Imports no torch."""
 
 import re
 from collections.abc import Sequence
 
-_BARE = re.compile(r"[\w\s/+.$%*@?|:\\-]*", re.ASCII)  # what Hydra takes without quotes
+_BARE = re.compile(r"[\w\s/+.$%*@?|:\\-]*", re.ASCII)  # accepted by Hydra without quotes
 _CALL = re.compile(r"[A-Za-z_]\w*\(.*\)", re.DOTALL)  # range(1,5), choice(a,b)
 _OVERRIDE = re.compile(r"^(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)$", re.DOTALL)
 
 
 def quote_overrides(argv: Sequence[str]) -> list[str]:
-    """Quote values that Hydra's grammar would refuse, and drop the launcher's ``--local_rank``.
+    """Quote values that Hydra's grammar rejects, and remove the ``--local_rank`` that a launcher adds.
 
-    Hydra reads ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` as a syntax error because of the second ``=``, and likewise
-    ``~``, brackets inside a path and letters beyond ASCII. Such values, also as elements of a list, mapping or comma
-    sweep, are put in single quotes. What is quoted already stays as it is; a comma outside quotes stays a sweep.
+    ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` is a syntax error for Hydra because of the second ``=``. The same holds for
+    ``~``, brackets inside a path and non-ASCII letters. Such values are put in single quotes, also as elements of a
+    list, a mapping or a comma sweep. Quoted values stay as they are. A comma outside quotes remains a sweep.
     """
     out = []
-    given = iter(argv)
-    for argument in given:
+    arguments = iter(argv)
+    for argument in arguments:
         if re.match(r"^--local[_-]rank(=|$)", argument):
             if "=" not in argument:
-                next(given, None)  # its value
+                next(arguments, None)  # its value
             continue
         match = _OVERRIDE.match(argument)
         if match:
@@ -30,26 +30,30 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
 
 
 def is_override(argument: str) -> bool:
-    """Whether it is ``key=value`` in Hydra's sense, and not an option or a bare word."""
+    """Whether `argument` is ``key=value`` for Hydra, not an option or a single word."""
     return _OVERRIDE.match(argument) is not None
 
 
 def add_overrides(argv: Sequence[str], more: Sequence[str]) -> list[str]:
-    """`more` behind the last override of a command line: Hydra takes them in one block, and the last one counts."""
-    at = max((i + 1 for i, argument in enumerate(argv) if is_override(argument)), default=len(argv))
-    return [*argv[:at], *more, *argv[at:]]
+    """Insert `more` after the last override of a command line.
+
+    Hydra accepts overrides in one block only, and the last value of a key takes effect.
+    """
+    end = max((i + 1 for i, argument in enumerate(argv) if is_override(argument)), default=len(argv))
+    return [*argv[:end], *more, *argv[end:]]
 
 
 def _quote_value(value: str) -> str:
     value = value.strip()
     if value[:1] in "'\"":
         return value
-    parts = _split_top(value)
+    parts = _split_at_commas(value)
     if len(parts) > 1:
         return ",".join(_quote_value(part) for part in parts)
     for opening, closing in ("[]", "{}"):
-        if value.startswith(opening) and value.endswith(closing):
-            return opening + ",".join(_quote_element(part, opening) for part in _split_top(value[1:-1])) + closing
+        if value.startswith(opening) and value.endswith(closing) and _is_balanced(value[1:-1]):
+            elements = _split_at_commas(value[1:-1])
+            return opening + ",".join(_quote_element(element, opening) for element in elements) + closing
     if "=" not in value and (_BARE.fullmatch(value) or _CALL.fullmatch(value) or "${" in value):
         return value
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -63,8 +67,18 @@ def _quote_element(part: str, opening: str) -> str:
     return _quote_value(part)
 
 
-def _split_top(text: str) -> list[str]:
-    """Split at commas outside brackets and quotes; a quote opens only where a value begins, not inside a word."""
+def _is_balanced(text: str) -> bool:
+    """Whether every bracket in `text` is closed: false for the inner part of ``{video}/{frame}``."""
+    depth = 0
+    for char in text:
+        depth += (char in "[{") - (char in "]}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def _split_at_commas(text: str) -> list[str]:
+    """Split at commas outside brackets and quotes. A quote opens only at the start of a value, not inside a word."""
     parts, depth, quote, start = [], 0, "", 0
     for i, char in enumerate(text):
         if quote:

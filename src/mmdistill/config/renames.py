@@ -86,11 +86,16 @@ def translate_stored(plain: dict[str, Any]) -> dict[str, Any]:
     Args:
         plain: builtin containers, as `mmdistill.config.to_plain` returns them. It is not changed.
     """
+    modalities = plain.get("data_module", {}).get("modalities", {})
+    without_effect = {  # every modality had a value of sigma
+        f"data_module.modalities.{m}.sigma" for m in ("rgb", "flow") if "scale" in modalities.get(m, {})
+    }
     out: dict[str, Any] = {}
     old: dict[str, Any] = {}  # removed keys, which `_translate_removed` turns into others
     for key, value in _leaves(plain):
-        section = key.split(".")[0]
-        if key in REMOVED_KEYS or section == "deepspeed":
+        if key in without_effect:
+            continue
+        if key in REMOVED_KEYS:
             old[key] = value
             continue
         new = renamed_key(key) or key
@@ -131,7 +136,4 @@ def _translate_removed(config: dict[str, Any], old: dict[str, Any]) -> dict[str,
         strategy = "deepspeed_stage_2_offload" if strategy == "deepspeed" else f"{strategy}_offload"
     if "deepspeed.zero_stage" in old:
         config["strategy"] = strategy
-    for name, modality in config.get("data_module", {}).get("modalities", {}).items():
-        if name in ("rgb", "flow"):  # had a sigma without effect
-            modality.pop("sigma", None)
     return config

@@ -1,4 +1,4 @@
-"""Which values a config may have, before anything else happens; and those of its keys that take several forms."""
+"""Validation of config values, and access to keys that take several forms. Runs before any data is read."""
 
 import difflib
 import importlib.util
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+from mmdistill.config.renames import describe_old_value
 from mmdistill.config.schema import (
     ConfigError,
     DataModuleConfig,
@@ -17,12 +18,14 @@ from mmdistill.config.schema import (
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
+from mmdistill.models import TARGETS
+from mmdistill.plugins import entry_point_names
 
-HEAD_NAMES = (
+CLASSIFIER_NAMES = (
     "logistic", "logistic_l2", "knn", "knn_euclidean",
     "centroid", "centroid_centered", "centroid_euclidean", "centroid_l2", "centroid_cl2",
 )  # fmt: skip
-COMPONENT_PREFIXES = ("teacher_", "student_")  # how parts of a distilled checkpoint are named
+COMPONENT_PREFIXES = ("teacher_", "student_")  # of the components of a distilled checkpoint
 DEEPSPEED_STAGES = {
     "deepspeed": 2,
     "deepspeed_stage_0": 0,
@@ -48,40 +51,49 @@ SHORT_KEYS = {  # key of data_module -> (modality, key of data_module.modalities
 }
 
 
-def _choice(key: str, value: object, allowed: Sequence[object]) -> None:
+def _validate_choice(key: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
+        if old := describe_old_value(key, value):
+            raise ConfigError(old)
         near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, allowed))}{hint}")
 
 
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(f"{key}={value} must be at least {least}")
+def _validate_minimum(key: str, value: float, minimum: float) -> None:
+    if value < minimum:
+        raise ConfigError(f"{key}={value} must be at least {minimum}")
 
 
-def _fraction(key: str, value: float, *, below_one: bool = False) -> None:
+def _validate_fraction(key: str, value: float, *, below_one: bool = False) -> None:
     if not 0 <= value <= 1 or (below_one and value == 1):
         raise ConfigError(f"{key}={value} must lie in [0, 1{')' if below_one else ']'}")
 
 
+def _validate_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:
+    if value % divisor:
+        below = value // divisor * divisor
+        near = f"{below} or {below + divisor}" if below else f"{divisor}"
+        raise ConfigError(f"{key}={value} is not a multiple of {divisor_key}={divisor}; use {near}")
+
+
 def validate(config: PretrainConfig | DistillConfig) -> None:
-    """Raises `ConfigError`, naming the key, where values are wrong or do not go together."""
-    _choice("accelerator", config.accelerator, ("auto", "cpu", "gpu"))
-    _choice("precision", config.precision, ("auto", "32", "bf16", "16"))
+    """Raise `ConfigError` if a value is not allowed or two values are incompatible. The message names the keys."""
+    _validate_choice("accelerator", config.accelerator, ("auto", "cpu", "gpu"))
+    _validate_choice("precision", config.precision, ("auto", "32", "bf16", "16"))
     if config.precision == "16" and config.accelerator == "cpu":
-        raise ConfigError("precision=16 needs a GPU, and accelerator=cpu; use precision=32 (or bf16)")
-    _at_least("seed", config.seed, 0)
-    _at_least("batch_size", config.batch_size, 1)
-    _at_least("num_workers", config.num_workers, 0)
-    _at_least("distributed_timeout_s", config.distributed_timeout_s, 1)
-    _at_least("loader_timeout_s", config.loader_timeout_s, 0)
+        raise ConfigError("precision=16 needs a GPU, and accelerator=cpu; use precision=32 or precision=bf16")
+    _validate_minimum("seed", config.seed, 0)
+    _validate_minimum("batch_size", config.batch_size, 1)
+    _validate_minimum("num_workers", config.num_workers, 0)
+    _validate_minimum("distributed_timeout_s", config.distributed_timeout_s, 1)
+    _validate_minimum("loader_timeout_s", config.loader_timeout_s, 0)
     for name in config.stop_signals:
-        _choice("stop_signals", name, [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")])
+        _validate_choice("stop_signals", name, [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")])
     for name in as_names("logger", config.logger):
-        _choice("logger", name, ("tensorboard", "csv", "wandb", "mlflow"))
+        _validate_choice("logger", name, ("tensorboard", "csv", "wandb", "mlflow"))
         if name in ("wandb", "mlflow") and importlib.util.find_spec(name) is None:
-            raise ConfigError(f"logger={name}: {name} is not installed; pip install {name}, or leave it out of logger")
+            raise ConfigError(f"logger={name}: {name} is not installed; pip install {name}, or remove it from logger")
     _validate_data(config.data_module)
     _validate_trainer(config.trainer)
     if isinstance(config, PretrainConfig):
@@ -92,73 +104,79 @@ def validate(config: PretrainConfig | DistillConfig) -> None:
 
 def _validate_trainer(trainer: TrainerConfig) -> None:
     for key in ("epochs", "accumulate_grad_batches", "save_ckpt_freq"):
-        _at_least(f"trainer.{key}", getattr(trainer, key), 1)
+        _validate_minimum(f"trainer.{key}", getattr(trainer, key), 1)
     for key in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay"):
-        _at_least(f"trainer.{key}", getattr(trainer, key), 0)
+        _validate_minimum(f"trainer.{key}", getattr(trainer, key), 0)
     if trainer.keep_last is not None:
-        _at_least("trainer.keep_last", trainer.keep_last, 1)
+        _validate_minimum("trainer.keep_last", trainer.keep_last, 1)
     if trainer.save_top_k is not None:
-        _at_least("trainer.save_top_k", trainer.save_top_k, -1)
-    _choice("trainer.on_nonfinite", trainer.on_nonfinite, ("raise", "skip"))
-    _at_least("trainer.max_skipped_steps", trainer.max_skipped_steps, 0)
+        _validate_minimum("trainer.save_top_k", trainer.save_top_k, -1)
+    _validate_choice("trainer.on_nonfinite", trainer.on_nonfinite, ("raise", "skip"))
+    _validate_minimum("trainer.max_skipped_steps", trainer.max_skipped_steps, 0)
     if trainer.layer_decay is not None and not 0 < trainer.layer_decay <= 1:
-        raise ConfigError(f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]")
+        raise ConfigError(
+            f"trainer.layer_decay={trainer.layer_decay} must lie in (0, 1]; use null for one learning rate"
+        )
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers in [0, 1)")
     if trainer.clip_grad is not None and trainer.clip_grad <= 0:
-        raise ConfigError(f"trainer.clip_grad={trainer.clip_grad} must be positive; null clips nothing")
+        raise ConfigError(f"trainer.clip_grad={trainer.clip_grad} must be positive; use null for no clipping")
 
 
 def _validate_pretrain(config: PretrainConfig) -> None:
-    _choice("modality", config.modality, modality_names())
-    _has_modality("modality", config.modality, config.data_module)
-    _at_least("trainer.image_every_n_epochs", config.trainer.image_every_n_epochs, 0)
-    _choice("strategy", config.strategy, tuple(PRETRAIN_STAGES))
-    _choice("model.pos_embed", config.model.pos_embed, POS_EMBEDS)
+    _validate_choice("modality", config.modality, modality_names())
+    _validate_modality("modality", config.modality, config.data_module)
+    _validate_minimum("trainer.image_every_n_epochs", config.trainer.image_every_n_epochs, 0)
+    _validate_choice("strategy", config.strategy, tuple(PRETRAIN_STAGES))
+    _validate_choice("model.pos_embed", config.model.pos_embed, POS_EMBEDS)
     if zero_stage(config) == 3 and config.trainer.on_nonfinite == "skip":
         raise ConfigError(
             "trainer.on_nonfinite=skip does not work with ZeRO stage 3; use stage 2 or on_nonfinite=raise"
         )
     if zero_stage(config) == 3 and config.compile:
-        raise ConfigError("compile=true does not work with ZeRO stage 3, which gathers weights inside the encoder")
-    _fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
+        raise ConfigError(
+            "compile=true does not work with ZeRO stage 3, which gathers weights inside the encoder; "
+            "use stage 2 or compile=false"
+        )
+    _validate_fraction("decoder_mask_ratio", config.decoder_mask_ratio, below_one=True)
     model = config.model
     if model.head_dim is None and model.dim % model.heads:
         raise ConfigError(f"model.dim={model.dim} is not divisible by model.heads={model.heads}; set model.head_dim")
     if model.decoder_dim % model.decoder_heads:
         raise ConfigError(
-            f"model.decoder_dim={model.decoder_dim} is not divisible by model.decoder_heads={model.decoder_heads}"
+            f"model.decoder_dim={model.decoder_dim} is not divisible by model.decoder_heads={model.decoder_heads}; "
+            "change one of them"
         )
 
 
 def zero_stage(config: PretrainConfig) -> int:
-    """ZeRO stage that `strategy` selects for a pretraining."""
+    """ZeRO stage that the `strategy` of a pretraining selects."""
     return PRETRAIN_STAGES[config.strategy]
 
 
 def has_offload(config: PretrainConfig | DistillConfig) -> bool:
-    """Whether the optimizer's state is kept in host memory."""
+    """Whether the optimizer state is kept in host memory."""
     return config.strategy.endswith("_offload")
 
 
-def _has_modality(key: str, modality: str, data: DataModuleConfig) -> None:
+def _validate_modality(key: str, modality: str, data: DataModuleConfig) -> None:
     if modality not in data.modalities:
         raise ConfigError(
-            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; choose among these, or "
-            f"describe it in data_module.modalities.{modality}"
+            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; use one of these, or "
+            f"add data_module.modalities.{modality} to the dataset's config"
         )
 
 
 def _validate_distill(config: DistillConfig) -> None:
     if config.strategy.startswith("deepspeed_stage_3"):
         raise ConfigError(
-            f"strategy={config.strategy}: no process holds all the weights, so a checkpoint could not stay one file; "
-            "use strategy=deepspeed_stage_2"
+            f"strategy={config.strategy}: in stage 3 no process holds all weights, so a checkpoint could not be one "
+            "file; use strategy=deepspeed_stage_2"
         )
-    _choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
-    _at_least("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
-    _at_least("trainer.val_episodes", config.trainer.val_episodes, 2)
-    _choice("trainer.monitor", config.trainer.monitor, ("train_loss", "val_top1_action"))
+    _validate_choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
+    _validate_minimum("trainer.check_val_every_n_epoch", config.trainer.check_val_every_n_epoch or 0, 0)
+    _validate_minimum("trainer.val_episodes", config.trainer.val_episodes, 2)
+    _validate_choice("trainer.monitor", config.trainer.monitor, ("train_loss", "val_top1_action"))
     every, saved = config.trainer.check_val_every_n_epoch, config.trainer.save_ckpt_freq
     if config.trainer.monitor == "val_top1_action" and (not every or saved % every):
         raise ConfigError(
@@ -166,88 +184,88 @@ def _validate_distill(config: DistillConfig) -> None:
             f"trainer.check_val_every_n_epoch={every} must divide trainer.save_ckpt_freq={saved}"
         )
     if config.trainer.ema is not None and not 0 <= config.trainer.ema < 1:
-        raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1)")
-    _at_least("trainer.cache_teacher_epochs", config.trainer.cache_teacher_epochs, 0)
+        raise ConfigError(f"trainer.ema={config.trainer.ema} must lie in [0, 1); use null for no average")
+    _validate_minimum("trainer.cache_teacher_epochs", config.trainer.cache_teacher_epochs, 0)
     for teacher in config.trainer.teachers:
-        _choice("trainer.teachers", teacher, modality_names())
+        _validate_choice("trainer.teachers", teacher, modality_names())
     if STUDENT_MODALITY not in config.trainer.teachers:
         raise ConfigError("trainer.teachers must contain rgb: the student starts as a copy of the RGB teacher")
     if config.train:
         for teacher in config.trainer.teachers:
-            _has_modality("trainer.teachers", teacher, config.data_module)
-    for head in as_names("classifier", config.classifier):
-        _choice("classifier", head, HEAD_NAMES)
+            _validate_modality("trainer.teachers", teacher, config.data_module)
+    for name in as_names("classifier", config.classifier):
+        _validate_choice("classifier", name, (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers")))
     if config.test:
-        _validate_networks(config)
-    named = config.resume is not None and config.trainer.ckpt_path is None  # a checkpoint names its teachers
-    if config.train and not named:
+        _validate_components(config)
+    teachers_in_checkpoint = config.resume is not None and config.trainer.ckpt_path is None
+    if config.train and not teachers_in_checkpoint:
         teacher_paths(config.trainer)
     elif not config.train and config.test and config.ckpt_path is None:
         raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
 
 
-def _validate_networks(config: DistillConfig) -> None:
-    """What is scored names its modality: ``student_rgb``, ``teacher_flow``, ``pretrained_skeleton``."""
-    own = [] if config.eval_component == "encoder" else [config.eval_component]
-    compared = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
-    for key, part in [*(("eval_component", part) for part in own), *(("baselines", part) for part in compared)]:
-        if part.rpartition("_")[2] not in modality_names():
+def _validate_components(config: DistillConfig) -> None:
+    """The name of an evaluated component ends with its modality: ``student_rgb``, ``pretrained_skeleton``."""
+    scored = [] if config.eval_component == "encoder" else [("eval_component", config.eval_component)]
+    baselines = [("baselines", name) for name in config.baselines if name.startswith(COMPONENT_PREFIXES)]
+    for key, component in (*scored, *baselines):
+        if component.rpartition("_")[2] not in modality_names():
             raise ConfigError(
-                f"{key}={part}: a component's name ends with its modality, like student_rgb, teacher_flow"
+                f"{key}={component}: a component's name ends with its modality, like student_rgb, teacher_flow"
             )
 
 
 def _validate_data(data: DataModuleConfig) -> None:
     key = "data_module."
-    _choice(key + "train_clips", data.train_clips, ("windows", "events", "first"))
-    _choice(key + "eval_clips", data.eval_clips, ("events", "first", "windows"))
-    _choice(key + "clip_anchor", data.clip_anchor, ("start", "center"))
-    _choice(key + "on_missing", data.on_missing, ("error", "repeat", "skip"))
-    _choice(key + "mask_type", data.mask_type, ("tube", "random"))
-    _choice(key + "eval_masks", data.eval_masks, ("shared", "per_clip"))
-    _choice(key + "input_modes", data.input_modes, ("all", "configured"))
-    _choice(key + "label", data.label, ("event", "video"))
-    _choice(key + "annotations", data.annotations, ANNOTATION_FORMATS.names())
+    _validate_choice(key + "train_clips", data.train_clips, ("windows", "events", "first"))
+    _validate_choice(key + "eval_clips", data.eval_clips, ("events", "first", "windows"))
+    _validate_choice(key + "clip_anchor", data.clip_anchor, ("start", "center"))
+    _validate_choice(key + "on_missing", data.on_missing, ("error", "repeat", "skip"))
+    _validate_choice(key + "mask_type", data.mask_type, ("tube", "random"))
+    _validate_choice(key + "eval_masks", data.eval_masks, ("shared", "per_clip"))
+    _validate_choice(key + "input_modes", data.input_modes, ("all", "configured"))
+    _validate_choice(key + "label", data.label, ("event", "video"))
+    _validate_choice(key + "annotations", data.annotations, ANNOTATION_FORMATS.names())
     if data.label_fields is not None:
         for name in data.label_fields:
-            _choice(key + "label_fields", name, F3SET_FIELDS)
+            _validate_choice(key + "label_fields", name, F3SET_FIELDS)
         if not data.label_fields:
-            raise ConfigError(f"{key}label_fields=[] leaves no label; null takes all of {', '.join(F3SET_FIELDS)}")
+            raise ConfigError(f"{key}label_fields=[] selects no field; use null for all of {', '.join(F3SET_FIELDS)}")
     if data.disjoint is not None:
-        _choice(key + "disjoint", data.disjoint, ("video",))
-    _fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
-    _fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
-    _fraction(key + "hflip_prob", data.hflip_prob)
+        _validate_choice(key + "disjoint", data.disjoint, ("video",))
+    _validate_fraction(key + "mask_ratio", data.mask_ratio, below_one=True)
+    _validate_fraction(key + "eval_mask_ratio", data.eval_mask_ratio, below_one=True)
+    _validate_fraction(key + "hflip_prob", data.hflip_prob)
     for name in ("num_frames", "sampling_rate", "max_persons", "q_sample", "tubelet", "patch_size"):
-        _at_least(key + name, getattr(data, name), 1)
+        _validate_minimum(key + name, getattr(data, name), 1)
     if data.window_stride is not None:
-        _at_least(key + "window_stride", data.window_stride, 1)
-    _at_least(key + "frame_number_offset", data.frame_number_offset, 0)
+        _validate_minimum(key + "window_stride", data.window_stride, 1)
+    _validate_minimum(key + "frame_number_offset", data.frame_number_offset, 0)
     if not 0 < data.random_crop_min_scale <= 1:
         raise ConfigError(f"{key}random_crop_min_scale={data.random_crop_min_scale} must lie in (0, 1]")
-    for name, least in (("n_way", 2), ("k_shot", 1)):
+    for name, minimum in (("n_way", 2), ("k_shot", 1)):
         for value in as_ints(key + name, getattr(data, name)):
-            _at_least(key + name, value, least)
-    _at_least(key + "episodes", data.episodes, 2)  # one episode has no standard error
-    _at_least(key + "n_masks", data.n_masks, 0)
+            _validate_minimum(key + name, value, minimum)
+    _validate_minimum(key + "episodes", data.episodes, 2)  # a standard error needs two
+    _validate_minimum(key + "n_masks", data.n_masks, 0)
     for name in ("frame_size", "crop_size"):
         if len(getattr(data, name)) != 2:
             raise ConfigError(f"{key}{name}={getattr(data, name)} must be [height, width] in px")
     for axis, (frame, crop) in enumerate(zip(data.frame_size, data.crop_size, strict=True)):
         if crop > frame:
-            raise ConfigError(f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}")
-        if crop % data.patch_size:
-            raise ConfigError(f"{key}crop_size[{axis}]={crop} is not a multiple of patch_size={data.patch_size}")
-    if data.num_frames % data.tubelet:
-        raise ConfigError(f"{key}num_frames={data.num_frames} is not a multiple of tubelet={data.tubelet}")
+            raise ConfigError(
+                f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}; use at most {frame}"
+            )
+        _validate_multiple(f"{key}crop_size[{axis}]", crop, "patch_size", data.patch_size)
+    _validate_multiple(key + "num_frames", data.num_frames, "tubelet", data.tubelet)
     for name in data.modalities:
-        _choice(key + "modalities", name, modality_names())
+        _validate_choice(key + "modalities", name, modality_names())
     modality_specs(data)
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
         _validate_pattern(data, name)
-    _leaves_tokens(key + "mask_ratio", data.mask_ratio, data)
+    _validate_visible_tokens(key + "mask_ratio", data.mask_ratio, data)
     if data.n_masks:
-        _leaves_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
+        _validate_visible_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
 
 
 def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
@@ -267,25 +285,29 @@ def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
         )
 
 
-def _leaves_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
-    """A mask removes what `mmdistill.data.masking` says: places of the picture (tube) or single tokens (random)."""
+def _validate_visible_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
+    """Raise if a mask removes all tokens. A tube mask removes spatial positions, a random mask single tokens."""
     tokens = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
     if data.mask_type == "random":
         tokens *= data.num_frames // data.tubelet
     if round(ratio * tokens) == tokens:
-        raise ConfigError(f"{key}={ratio} leaves none of {tokens} tokens visible")
+        raise ConfigError(f"{key}={ratio} leaves none of {tokens} tokens visible; use a smaller ratio")
 
 
 def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
-    """The dataset's modalities with its statistics. Raises `ConfigError` where a modality's values do not fit."""
+    """Specs of the dataset's modalities. Raises `ConfigError` if a value of a modality is not allowed."""
     specs = {}
     for name, m in data.modalities.items():
         key = f"data_module.modalities.{name}"
-        _at_least(f"{key}.input_stride", m.input_stride, 1)
+        _validate_minimum(f"{key}.input_stride", m.input_stride, 1)
+        _validate_choice(f"{key}.target", m.target, TARGETS)
         if m.sigma is not None and m.sigma <= 0:
-            raise ConfigError(f"{key}.sigma={m.sigma} must be positive")
+            raise ConfigError(f"{key}.sigma={m.sigma} must be positive; use null for the modality's default")
         if data.patch_size % m.input_stride or any(size % m.input_stride for size in data.crop_size):
-            raise ConfigError(f"{key}.input_stride={m.input_stride} must divide patch_size and crop_size")
+            raise ConfigError(
+                f"{key}.input_stride={m.input_stride} must divide data_module.patch_size={data.patch_size} and "
+                f"data_module.crop_size={data.crop_size}"
+            )
         modality = get_modality(name)
         try:
             specs[name] = modality.spec(
@@ -301,7 +323,11 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
 
 
 def modality_setting(data: DataModuleConfig, modality: str, key: str) -> str | None:
-    """``dir`` or ``pattern`` of a modality: its short key, such as `data_module.flow_dir`, or else its own key."""
+    """Value of ``dir`` or ``pattern`` of a modality; None if it is not set.
+
+    The short key, such as `data_module.flow_dir`, takes precedence over `data_module.modalities.flow.dir`: a dataset
+    config usually sets the latter, and a command line the former.
+    """
     short = modality_setting_key(data, modality, key)
     if short in SHORT_KEYS:
         return str(getattr(data, short))
@@ -317,7 +343,7 @@ def modality_setting_key(data: DataModuleConfig, modality: str, key: str) -> str
 
 
 def as_ints(key: str, value: Any) -> list[int]:
-    """A whole number or a list of them, as a list."""
+    """A value that is a whole number or a list of them, as a list. Raises `ConfigError`, naming `key`, for others."""
     values = value if isinstance(value, list | tuple) else [value]
     if not values or any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise ConfigError(f"{key}={value} must be a whole number or a list of whole numbers")
@@ -325,7 +351,7 @@ def as_ints(key: str, value: Any) -> list[int]:
 
 
 def as_names(key: str, value: Any) -> list[str]:
-    """A name or a list of them, as a list."""
+    """A value that is a name or a list of them, as a list. Raises `ConfigError`, naming `key`, for others."""
     values = value if isinstance(value, list | tuple) else [value]
     if not values or any(not isinstance(v, str) for v in values):
         raise ConfigError(f"{key}={value} must be a name or a list of names")
@@ -333,20 +359,25 @@ def as_names(key: str, value: Any) -> list[str]:
 
 
 def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
-    """`trainer.ckpt_path` by modality: a list is in the order of `modality_names` (of all, or of the teachers)."""
+    """Checkpoint of each teacher, by modality.
+
+    Raises:
+        ConfigError: `trainer.ckpt_path` is neither a mapping with an entry for each teacher, nor a list of one path per
+            teacher or per modality, in the order of `modality_names`.
+    """
     given, names = trainer.ckpt_path, modality_names()
     wanted = [m for m in names if m in trainer.teachers]
-    how = (
+    rule = (
         f"trainer.ckpt_path must name a checkpoint for each of {', '.join(wanted)}: a list in this order, or a mapping"
     )
     if isinstance(given, dict):
         unknown = set(given) - set(names)
         if unknown or any(m not in given for m in wanted):
-            raise ConfigError(f"{how}; got the keys {', '.join(map(str, given))}")
+            raise ConfigError(f"{rule}; got the keys {', '.join(map(str, given))}")
         return {m: str(given[m]) for m in wanted}
     if isinstance(given, list | tuple):
         if len(given) == len(wanted):
             return dict(zip(wanted, map(str, given), strict=True))
         if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(wanted) <= set(names[: len(given)]):
             return {m: str(given[names.index(m)]) for m in wanted}
-    raise ConfigError(f"{how}; got {given!r}. `python scripts/find_checkpoints.py output` prints one to paste")
+    raise ConfigError(f"{rule}; got {given!r}. `python find_checkpoints.py output` prints a list to copy")

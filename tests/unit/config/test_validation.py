@@ -1,282 +1,316 @@
-"""The schema: every file composes, every key is read, every wrong key is named."""
+"""Each rule names the key, the value, what is allowed and the fix; keys that take several forms give one."""
 
-import ast
-import dataclasses
+import importlib.util
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
 
+from mmdistill.builders import make_clip_dataset
 from mmdistill.config import (
-    HEAD_NAMES,
+    CLASSIFIER_NAMES,
+    SHORT_KEYS,
     ConfigError,
     DistillConfig,
     PretrainConfig,
-    explain,
-    parse,
-    register_schemas,
-    schema,
+    has_offload,
+    modality_setting,
+    modality_setting_key,
+    modality_specs,
     teacher_paths,
+    zero_stage,
 )
-from mmdistill.config.compose import CONFIGS, load_config
-from mmdistill.config.overrides import quote_overrides
-from tests.commands import TIMEOUT
+from mmdistill.config.compose import load_config
+from tests.configs import TEACHERS, distill_config, pretrain_config
+from tests.tiny_data import make_tiny, overrides
 
-ROOT = Path(__file__).resolve().parents[3]
-PATHS = "trainer.ckpt_path=[a,b,c]"
+D = "data_module."
+M = "data_module.modalities."
+FIELDS = "player, court, type, side, technique, direction, approach, outcome"
+
+# overrides -> message, or the start of a message that ends with "..."
+COMMON = [
+    ("accelerator=tpu", "accelerator=tpu is not one of auto, cpu, gpu; did you mean gpu?"),
+    ("precision=fp16", "precision=fp16 is not one of auto, 32, bf16, 16; did you mean bf16?"),
+    (
+        "precision='16' accelerator=cpu",
+        "precision=16 needs a GPU, and accelerator=cpu; use precision=32 or precision=bf16",
+    ),
+    ("seed=-1", "seed=-1 must be at least 0"),
+    ("batch_size=0", "batch_size=0 must be at least 1"),
+    ("num_workers=-1", "num_workers=-1 must be at least 0"),
+    ("distributed_timeout_s=0", "distributed_timeout_s=0.0 must be at least 1"),
+    ("loader_timeout_s=-1", "loader_timeout_s=-1.0 must be at least 0"),
+    ("stop_signals=[SIGKILL]", "stop_signals=SIGKILL is not one of SIGHUP, SIGINT, ..."),
+    (
+        "logger=[csv,tensorbord]",
+        "logger=tensorbord is not one of tensorboard, csv, wandb, mlflow; did you mean tensorboard?",
+    ),
+    ("logger=3", "logger=3 must be a name or a list of names"),
+    ("trainer.epochs=0", "trainer.epochs=0 must be at least 1"),
+    ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0 must be at least 1"),
+    ("trainer.save_ckpt_freq=0", "trainer.save_ckpt_freq=0 must be at least 1"),
+    ("trainer.lr=-1", "trainer.lr=-1.0 must be at least 0"),
+    ("trainer.min_lr=-1", "trainer.min_lr=-1.0 must be at least 0"),
+    ("trainer.warmup_lr=-1", "trainer.warmup_lr=-1.0 must be at least 0"),
+    ("trainer.warmup_epochs=-1", "trainer.warmup_epochs=-1.0 must be at least 0"),
+    ("trainer.weight_decay=-1", "trainer.weight_decay=-1.0 must be at least 0"),
+    ("trainer.keep_last=0", "trainer.keep_last=0 must be at least 1"),
+    ("trainer.save_top_k=-2", "trainer.save_top_k=-2 must be at least -1"),
+    ("trainer.on_nonfinite=ignore", "trainer.on_nonfinite=ignore is not one of raise, skip"),
+    ("trainer.max_skipped_steps=-1", "trainer.max_skipped_steps=-1 must be at least 0"),
+    ("trainer.layer_decay=0", "trainer.layer_decay=0.0 must lie in (0, 1]; use null for one learning rate"),
+    ("trainer.betas=[0.9,1]", "trainer.betas=[0.9, 1.0] must be two numbers in [0, 1)"),
+    ("trainer.clip_grad=0", "trainer.clip_grad=0.0 must be positive; use null for no clipping"),
+    (D + "train_clips=window", D + "train_clips=window is not one of windows, events, first; did you mean windows?"),
+    (D + "eval_clips=event", D + "eval_clips=event is not one of events, first, windows; did you mean events?"),
+    (D + "clip_anchor=end", D + "clip_anchor=end is not one of start, center"),
+    (D + "on_missing=ignore", D + "on_missing=ignore is not one of error, repeat, skip"),
+    (D + "mask_type=tubes", D + "mask_type=tubes is not one of tube, random; did you mean tube?"),
+    (D + "eval_masks=same", D + "eval_masks=same is not one of shared, per_clip; did you mean shared?"),
+    (D + "input_modes=some", D + "input_modes=some is not one of all, configured"),
+    (D + "label=player", D + "label=player is not one of event, video"),
+    (D + "annotations=clip", D + "annotations=clip is not one of clips, f3set; did you mean clips?"),
+    (D + "label_fields=[court,foo]", f"{D}label_fields=foo is not one of {FIELDS}"),
+    (D + "label_fields=[]", f"{D}label_fields=[] selects no field; use null for all of {FIELDS}"),
+    (D + "disjoint=vidoe", D + "disjoint=vidoe is not one of video; did you mean video?"),
+    (D + "mask_ratio=1", D + "mask_ratio=1.0 must lie in [0, 1)"),
+    (D + "eval_mask_ratio=1", D + "eval_mask_ratio=1.0 must lie in [0, 1)"),
+    (D + "hflip_prob=1.5", D + "hflip_prob=1.5 must lie in [0, 1]"),
+    (D + "num_frames=0", D + "num_frames=0 must be at least 1"),
+    (D + "sampling_rate=0", D + "sampling_rate=0 must be at least 1"),
+    (D + "max_persons=0", D + "max_persons=0 must be at least 1"),
+    (D + "q_sample=0", D + "q_sample=0 must be at least 1"),
+    (D + "tubelet=0", D + "tubelet=0 must be at least 1"),
+    (D + "patch_size=0", D + "patch_size=0 must be at least 1"),
+    (D + "window_stride=0", D + "window_stride=0 must be at least 1"),
+    (D + "frame_number_offset=-1", D + "frame_number_offset=-1 must be at least 0"),
+    (D + "random_crop_min_scale=0", D + "random_crop_min_scale=0.0 must lie in (0, 1]"),
+    (D + "n_way=1", D + "n_way=1 must be at least 2"),
+    (D + "n_way=two", D + "n_way=two must be a whole number or a list of whole numbers"),
+    (D + "k_shot=[1,0]", D + "k_shot=0 must be at least 1"),
+    (D + "episodes=1", D + "episodes=1 must be at least 2"),
+    (D + "n_masks=-1", D + "n_masks=-1 must be at least 0"),
+    (D + "frame_size=[64]", D + "frame_size=[64] must be [height, width] in px"),
+    (D + "crop_size=[64,64,3]", D + "crop_size=[64, 64, 3] must be [height, width] in px"),
+    (D + "crop_size=[64,72]", D + "crop_size[1]=72 is larger than frame_size[1]=68; use at most 68"),
+    (D + "crop_size=[64,56]", D + "crop_size[1]=56 is not a multiple of patch_size=16; use 48 or 64"),
+    (D + "crop_size=[8,64]", D + "crop_size[0]=8 is not a multiple of patch_size=16; use 16"),
+    (D + "num_frames=7", D + "num_frames=7 is not a multiple of tubelet=2; use 6 or 8"),
+    (D + "mask_ratio=0.999", D + "mask_ratio=0.999 leaves none of 64 tokens visible; use a smaller ratio"),
+    (
+        D + "mask_ratio=0.99 " + D + "mask_type=tube",
+        D + "mask_ratio=0.99 leaves none of 16 tokens visible; use a smaller ratio",
+    ),
+    (
+        f"{D}n_masks=2 {D}eval_mask_ratio=0.999",
+        D + "eval_mask_ratio=0.999 leaves none of 64 tokens visible; use a smaller ratio",
+    ),
+    (
+        D + "frame_pattern='{vid}.jpg'",
+        D + "frame_pattern='{vid}.jpg' must contain {video} and {frame}; see configs/dataset for examples",
+    ),
+    (
+        D + "flow_pattern='{video}/{frame.x}'",
+        D + "flow_pattern='{video}/{frame.x}' must contain {video} and {frame}; ...",
+    ),
+    (M + "rgb.pattern='{video}.jpg'", M + "rgb.pattern='{video}.jpg' must contain {video} and {frame}; ..."),
+    (
+        M + "skeleton.pattern=all.pkl",
+        M + "skeleton.pattern='all.pkl' must contain {video}; see configs/dataset for examples",
+    ),
+    (M + "flow.input_stride=0", M + "flow.input_stride=0 must be at least 1"),
+    (
+        M + "flow.input_stride=3",
+        M + "flow.input_stride=3 must divide data_module.patch_size=16 and data_module.crop_size=[64, 64]",
+    ),
+    (M + "flow.mean=[1,2,3]", M + "flow: mean has 3 values, expected 2 or 1"),
+    (M + "flow.std=[0]", M + "flow: std must be positive, got (0.0, 0.0)"),
+    (
+        M + "flow.target=pixels",
+        M + "flow.target=pixels is not one of norm_pix, motion_energy, pixel; did you mean pixel?",
+    ),
+    (M + "skeleton.sigma=0", M + "skeleton.sigma=0.0 must be positive; use null for the modality's default"),
+]
+PRETRAIN = [
+    ("modality=rbg", "modality=rbg is not one of rgb, flow, skeleton; did you mean rgb?"),
+    ("trainer.image_every_n_epochs=-1", "trainer.image_every_n_epochs=-1 must be at least 0"),
+    (
+        "strategy=deepspeed_stage_0_offload",
+        "strategy=deepspeed_stage_0_offload is not one of auto, ddp, deepspeed, ...",
+    ),
+    ("model.pos_embed=fixed", "model.pos_embed=fixed is not one of sincos, sincos_separable, learned"),
+    (
+        "strategy=deepspeed_stage_3 trainer.on_nonfinite=skip",
+        "trainer.on_nonfinite=skip does not work with ZeRO stage 3; use stage 2 or on_nonfinite=raise",
+    ),
+    (
+        "strategy=deepspeed_stage_3 compile=true",
+        "compile=true does not work with ZeRO stage 3, which gathers weights "
+        "inside the encoder; use stage 2 or compile=false",
+    ),
+    ("decoder_mask_ratio=1", "decoder_mask_ratio=1.0 must lie in [0, 1)"),
+    ("model.heads=5", "model.dim=128 is not divisible by model.heads=5; set model.head_dim"),
+    ("model.decoder_heads=5", "model.decoder_dim=64 is not divisible by model.decoder_heads=5; change one of them"),
+]
+DISTILL = [
+    (
+        "strategy=deepspeed_stage_3",
+        "strategy=deepspeed_stage_3: in stage 3 no process holds all weights, so a checkpoint "
+        "could not be one file; use strategy=deepspeed_stage_2",
+    ),
+    ("strategy=dpp", "strategy=dpp is not one of auto, ddp, deepspeed, ..."),
+    ("trainer.check_val_every_n_epoch=-1", "trainer.check_val_every_n_epoch=-1 must be at least 0"),
+    ("trainer.val_episodes=1", "trainer.val_episodes=1 must be at least 2"),
+    ("trainer.monitor=loss", "trainer.monitor=loss is not one of train_loss, val_top1_action"),
+    (
+        "trainer.monitor=val_top1_action",
+        "trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
+        "trainer.check_val_every_n_epoch=None must divide trainer.save_ckpt_freq=4",
+    ),
+    ("trainer.ema=1", "trainer.ema=1.0 must lie in [0, 1); use null for no average"),
+    ("trainer.cache_teacher_epochs=-1", "trainer.cache_teacher_epochs=-1 must be at least 0"),
+    ("trainer.teachers=[rgb,flwo]", "trainer.teachers=flwo is not one of rgb, flow, skeleton; did you mean flow?"),
+    ("trainer.teachers=[flow]", "trainer.teachers must contain rgb: the student starts as a copy of the RGB teacher"),
+    (
+        "trainer.ckpt_path=[a]",
+        "trainer.ckpt_path must name a checkpoint for each of rgb, flow, skeleton: a list in this "
+        "order, or a mapping; got ['a']. `python find_checkpoints.py output` prints a list to copy",
+    ),
+    ("classifier=[logistic,centriod]", "classifier=centriod is not one of logistic, ..."),
+    ("classifier=[]", "classifier=[] must be a name or a list of names"),
+    ("train=False", "train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate"),
+    (
+        "eval_component=student",
+        "eval_component=student: a component's name ends with its modality, like student_rgb, teacher_flow",
+    ),
+    (
+        "baselines=[random,teacher_b]",
+        "baselines=teacher_b: a component's name ends with its modality, like student_rgb, teacher_flow",
+    ),
+]
 
 
-def _compose(name: str, *overrides: str) -> DictConfig:
-    register_schemas()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        return compose(name, overrides=list(overrides))
-
-
-def _pretrain(*overrides: str) -> PretrainConfig:
-    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *overrides])
-
-
-def _distill(*overrides: str) -> DistillConfig:
-    return load_config(DistillConfig, "config_mmdistill", [PATHS, *overrides])
-
-
-def test_every_yaml_composes() -> None:
-    """Top-level files alone, each file of a group as an override of the entrypoint that has this group."""
-    files = sorted(CONFIGS.rglob("*.yaml"))
-    composed = 0
-    for file in files:
-        group = file.parent.relative_to(CONFIGS).as_posix()
-        if group == ".":
-            pretrain, overrides = "pretrain" in file.stem, []
-        else:
-            pretrain = group == "model" or file.stem.startswith("pretrain")
-            teachers = ["trainer.teachers=[rgb,flow]"] if group == "dataset" else []  # that every dataset has
-            overrides = [f"{group}={file.stem}", *teachers]
-        name = file.stem if group == "." else ("config_pretrain" if pretrain else "config_mmdistill")
-        kind, needed = (PretrainConfig, ["modality=rgb"]) if pretrain else (DistillConfig, [PATHS, "ckpt_path=a"])
-        parse(_compose(name, *needed, *overrides), kind)
-        composed += 1
-    assert composed == len(files) > 15
-
-
-@pytest.mark.parametrize("end", ["", "_offload"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_strategy_selects_zero_stage_and_offload(stage: int, end: str) -> None:
-    from mmdistill.pretrain.deepspeed import deepspeed_config
-
-    if stage == 0 and end:
-        with pytest.raises(ConfigError, match="strategy=deepspeed_stage_0_offload is not one of auto, ddp"):
-            _pretrain("strategy=deepspeed_stage_0_offload")
-        return
-    zero = deepspeed_config(_pretrain(f"strategy=deepspeed_stage_{stage}{end}"), "32")["zero_optimization"]
-    assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))
-
-
-def test_fp16_on_cpu_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="precision=16 needs a GPU, and accelerator=cpu"):
-        _distill("precision=16", "accelerator=cpu")
-
-
-def test_every_key_is_read() -> None:
-    """Each field of each schema class occurs as an attribute outside the schema."""
-    read: set[str] = set()
-    sources = [*(ROOT / "src").rglob("*.py"), *ROOT.glob("*.py")]
-    for path in sources:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-    for path in CONFIGS.glob("*.yaml"):  # run folders are named by keys
-        read.update(re.findall(r"\$\{(\w+)\}", path.read_text()))
-    classes = [cls for cls in vars(schema).values() if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
-    assert len(classes) == 9
-    assert not {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c) if f.name not in read}
-
-
-def test_parsed_config_is_read_only() -> None:
-    config = _pretrain()
-    with pytest.raises(dataclasses.FrozenInstanceError, match=r"TrainerConfig\.lr"):
-        config.trainer.lr = 1.0
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.data_module.modalities["rgb"].input_stride = 3
+def _rules() -> list[tuple[Callable[..., object], str, str]]:
+    pretrain = [(pretrain_config, *rule) for rule in (*COMMON, *PRETRAIN)]
+    return [*pretrain, *((distill_config, *rule) for rule in DISTILL)]
 
 
 @pytest.mark.parametrize(
-    ("make", "override", "message"),
-    [
-        (_pretrain, "modality=rbg", "did you mean rgb"),
-        (_pretrain, "trainer.epochs=0", "trainer.epochs=0 must be at least 1"),
-        (_pretrain, "data_module.mask_ratio=1", "mask_ratio"),
-        (_pretrain, "data_module.mask_type=tubes", "did you mean tube"),
-        (_pretrain, "data_module.crop_size=[64,56]", r"crop_size\[1\]=56 is not a multiple of patch_size=16"),
-        (_pretrain, "data_module.crop_size=[64,72]", "larger than frame_size"),
-        (_pretrain, "data_module.num_frames=7", "num_frames=7"),
-        (_pretrain, "model.heads=5", "model.dim=128 is not divisible by model.heads=5"),
-        (_distill, "trainer.teachers=[flow]", "must contain rgb"),
-        (_distill, "trainer.ckpt_path=[a]", "find_checkpoints"),
-        (_distill, "train=False", "ckpt_path=PATH"),
-        (_distill, "data_module.k_shot=[1,0]", "k_shot=0"),
-        (_distill, "data_module.n_way=two", "n_way=two"),
-        (_distill, "data_module.disjoint=vidoe", "data_module.disjoint=vidoe is not one of video; did you mean video"),
-        (_distill, "data_module.label_fields=[court,foo]", "label_fields=foo is not one of player"),
-        (_distill, "data_module.label_fields=[]", "leaves no label"),
-        (_distill, "data_module.annotations=clip", "annotations=clip is not one of clips, f3set; did you mean clips"),
-        (_distill, "data_module.window_stride=0", "window_stride=0 must be at least 1"),
-        (_distill, "data_module.frame_number_offset=-1", "frame_number_offset=-1"),
-        (_distill, "data_module.random_crop_min_scale=0", r"min_scale=0.0 must lie in \(0, 1\]"),
-        (
-            _distill,
-            "data_module.frame_pattern='{vid}.jpg'",
-            "frame_pattern='{vid}.jpg' must contain {video} and {frame}",
-        ),
-        (
-            _distill,
-            "data_module.flow_pattern='{video}/{frame.x}'",
-            "flow_pattern='{video}/{frame.x}' must contain {video} and {frame}",
-        ),
-        (_distill, "data_module.modalities.flow.input_stride=0", "modalities.flow.input_stride=0 must be at least 1"),
-        (_distill, "data_module.modalities.flow.mean=[1,2,3]", "modalities.flow: mean has 3 values, expected 2 or 1"),
-        (_distill, "data_module.modalities.skeleton.sigma=0", "skeleton.sigma=0.0 must be positive"),
-        (_pretrain, "data_module.mask_ratio=0.999", "data_module.mask_ratio=0.999 leaves none of "),
-        (_distill, ["data_module.n_masks=2", "data_module.eval_mask_ratio=0.999"], "eval_mask_ratio=0.999 leaves none"),
-        (_distill, "classifier=[logistic,centriod]", "classifier=centriod is not one of .*did you mean centroid"),
-        (_distill, "seed=-1", "seed=-1 must be at least 0"),
-        (_distill, "trainer.betas=[0.9,1]", r"two numbers in \[0, 1\)"),
-        (_distill, "trainer.clip_grad=0", "clip_grad=0.0 must be positive"),
-        (
-            _distill,
-            "data_module.modalities.skeleton.pattern=all.pkl",
-            "skeleton.pattern='all.pkl' must contain {video};",
-        ),
-        (_pretrain, ["dataset=epic", "modality=skeleton"], "modality: dataset epic has no skeleton, but rgb, flow"),
-        (_distill, "dataset=epic", "trainer.teachers: dataset epic has no skeleton, but rgb, flow"),
-        (
-            _distill,
-            "eval_component=student",
-            "eval_component=student: a component's name ends with its modality, like student_rgb",
-        ),
-        (
-            _distill,
-            "baselines=[random,teacher_b]",
-            "baselines=teacher_b: a component's name ends with its modality, like student_rgb",
-        ),
-    ],
+    ("make", "given", "message"), _rules(), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_wrong_values_are_named(make: Any, override: str | list[str], message: str) -> None:
-    """Before anything is read or made."""
-    with pytest.raises(ConfigError, match=message):
-        make(*([override] if isinstance(override, str) else override))
+def test_invalid_values_raise(make: Callable[..., object], given: str, message: str) -> None:
+    """Before anything is read or written."""
+    pattern = re.escape(message.removesuffix("...")) + ("" if message.endswith("...") else "$")
+    with pytest.raises(ConfigError, match="^" + pattern):
+        make(*given.split())
 
 
-def test_networks_are_named_by_their_modality() -> None:
+@pytest.mark.parametrize("given", [rule[0] for rule in COMMON])
+def test_rules_of_common_keys_hold_for_both_phases(given: str) -> None:
+    with pytest.raises(ConfigError):
+        distill_config(*given.split())
+
+
+def test_absent_logger_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="logger=wandb: wandb is not installed; pip install wandb, or remove it from"):
+        pretrain_config("logger=[csv,wandb]")
+
+
+def test_dataset_without_modality_raises() -> None:
+    fix = "use one of these, or add data_module.modalities.skeleton to the dataset's config"
+    rest = f"has no skeleton, but rgb, flow; {fix}"
+    with pytest.raises(ConfigError, match=f"^modality: dataset epic {rest}$"):
+        load_config(PretrainConfig, "config_pretrain", ["modality=skeleton", "dataset=epic"])
+    with pytest.raises(ConfigError, match=f"^trainer.teachers: dataset epic {rest}$"):
+        load_config(DistillConfig, "config_mmdistill", [TEACHERS, "dataset=epic"])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "deepspeed"])
+def test_named_strategies_select_their_stage(strategy: str) -> None:
+    config = pretrain_config(f"strategy={strategy}")
+    assert (zero_stage(config), has_offload(config)) == (2 if strategy == "deepspeed" else 0, False)
+
+
+@pytest.mark.parametrize(("stage", "end"), [(0, ""), *((s, e) for s in (1, 2, 3) for e in ("", "_offload"))])
+def test_strategy_selects_zero_stage_and_offload(stage: int, end: str) -> None:
+    from mmdistill.pretrain.deepspeed import deepspeed_config
+
+    config = pretrain_config(f"strategy=deepspeed_stage_{stage}{end}")
+    assert (zero_stage(config), has_offload(config)) == (stage, bool(end))
+    zero = deepspeed_config(config, "32")["zero_optimization"]
+    assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))
+
+
+def test_component_names_end_with_their_modality() -> None:
     for name in ("student_ema_rgb", "teacher_flow", "pretrained_skeleton", "encoder"):
-        assert _distill(f"eval_component={name}").eval_component == name
-    assert _distill("baselines=[random,/runs/student/last.ckpt]").baselines[1] == "/runs/student/last.ckpt"
-    assert not _distill("test=False", "eval_component=student").test  # nothing is scored
+        assert distill_config(f"eval_component={name}").eval_component == name
+    assert distill_config("baselines=[random,/runs/student/last.ckpt]").baselines[1] == "/runs/student/last.ckpt"
+    assert not distill_config("test=False", "eval_component=student").test  # nothing is scored
 
 
-def test_the_schema_names_every_head() -> None:
-    from mmdistill.fewshot.classifiers import HEADS
+def test_config_names_every_classifier() -> None:
+    from mmdistill.fewshot import classifiers
 
-    assert sorted(HEAD_NAMES) == sorted(HEADS)
+    registered = getattr(classifiers, "CLASSIFIERS", None) or classifiers.HEADS
+    assert sorted(CLASSIFIER_NAMES) == sorted(registered)
 
 
 def test_teacher_paths_take_list_and_mapping() -> None:
     expected = {"rgb": "a", "flow": "b", "skeleton": "c"}
-    assert teacher_paths(_distill().trainer) == expected
-    mapping = "trainer.ckpt_path={skeleton:c,rgb:a,flow:b}"
-    assert teacher_paths(parse(_compose("config_mmdistill", mapping), DistillConfig).trainer) == expected
-    with pytest.raises(ConfigError, match="flwo"):
-        parse(_compose("config_mmdistill", "trainer.ckpt_path={rgb:a,flwo:b,skeleton:c}"), DistillConfig)
-    two = _distill("trainer.teachers=[rgb,skeleton]", "trainer.ckpt_path=[a,c]")
+    assert teacher_paths(distill_config().trainer) == expected
+    mapping = load_config(DistillConfig, "config_mmdistill", ["trainer.ckpt_path={skeleton:c,rgb:a,flow:b}"])
+    assert teacher_paths(mapping.trainer) == expected
+    with pytest.raises(ConfigError, match="got the keys rgb, flwo, skeleton"):
+        load_config(DistillConfig, "config_mmdistill", ["trainer.ckpt_path={rgb:a,flwo:b,skeleton:c}"])
+    two = distill_config("trainer.teachers=[rgb,skeleton]", "trainer.ckpt_path=[a,c]")
     assert teacher_paths(two.trainer) == {"rgb": "a", "skeleton": "c"}
-    assert teacher_paths(_distill("trainer.teachers=[rgb,skeleton]").trainer) == {"rgb": "a", "skeleton": "c"}
+    assert teacher_paths(distill_config("trainer.teachers=[rgb,skeleton]").trainer) == {"rgb": "a", "skeleton": "c"}
 
 
-@pytest.mark.parametrize(
-    ("argument", "quoted"),
-    [
-        ("ckpt_path=/p/epoch=49-train_loss=0.0081.ckpt", "ckpt_path='/p/epoch=49-train_loss=0.0081.ckpt'"),
-        ("ckpt_path='/p/epoch=49.ckpt'", "ckpt_path='/p/epoch=49.ckpt'"),
-        ("trainer.ckpt_path=[/a/epoch=1-loss=2,/b]", "trainer.ckpt_path=['/a/epoch=1-loss=2',/b]"),
-        ("trainer.ckpt_path={rgb:/a/epoch=1,flow:/b}", "trainer.ckpt_path={rgb:'/a/epoch=1',flow:/b}"),
-        ("ckpt_path=/a/epoch=1,/a/epoch=2", "ckpt_path='/a/epoch=1','/a/epoch=2'"),
-        ("trainer.epochs=3", "trainer.epochs=3"),
-        ("--config-name=config_mmdistill_tennis", "--config-name=config_mmdistill_tennis"),
-        ("-m", "-m"),
-        ("ckpt_path=/it's/epoch=1", "ckpt_path='/it\\'s/epoch=1'"),
-    ],
-)
-def test_equals_signs_are_quoted(argument: str, quoted: str) -> None:
-    assert quote_overrides([argument]) == [quoted]
+@pytest.mark.parametrize(("short", "target"), SHORT_KEYS.items())
+def test_short_key_on_the_command_line_takes_precedence(short: str, target: tuple[str, str]) -> None:
+    modality, key = target
+    long, first, second = f"modalities.{modality}.{key}", "a/{video}/{frame}", "b/{video}/{frame}"
+    data = load_config(PretrainConfig, "config_pretrain", ["modality=rgb", f"data_module.{short}={first}"]).data_module
+    assert (modality_setting(data, modality, key), modality_setting_key(data, modality, key)) == (first, short)
+    data = pretrain_config(f"data_module.{long}={second}").data_module
+    assert (modality_setting(data, modality, key), modality_setting_key(data, modality, key)) == (second, long)
+    data = pretrain_config(f"data_module.{long}={second}", f"data_module.{short}={first}").data_module
+    assert (modality_setting(data, modality, key), modality_setting_key(data, modality, key)) == (first, short)
 
 
-def test_quoted_paths_arrive_unchanged() -> None:
-    for path in (
-        "/p/epoch=49-train_loss=0.0081.ckpt",
-        "/a b/epoch=1",
-        "/x[1]/epoch=2",
-        "/it's/epoch=3",
-        "/数据/epoch=4",
-    ):
-        assert _compose("config_mmdistill", PATHS, *quote_overrides([f"ckpt_path={path}"])).ckpt_path == path
-    listed = _compose("config_mmdistill", *quote_overrides(["trainer.ckpt_path=[/a/epoch=1-loss=2,/b/c=d/e=f,/g]"]))
-    assert list(listed.trainer.ckpt_path) == ["/a/epoch=1-loss=2", "/b/c=d/e=f", "/g"]
+def test_short_keys_work_in_a_dataset_file(tmp_path: Path) -> None:
+    lines = ["# @package data_module", "name: mine", "target_data_dir: /data", "unlabel_json_path: a.json",
+             "fewshot_eval_json_path: b.json", "frame_size: [64, 64]", "crop_size: [64, 64]", "modalities:",
+             "  rgb: {input_stride: 1, mean: [0], std: [1], target: pixel}",
+             "  flow: {dir: long, input_stride: 1, mean: [0], std: [1], target: pixel}"]  # fmt: skip
+    values = {
+        short: "{video}/{frame}" if key == "pattern" else f"{name}_files" for short, (name, key) in SHORT_KEYS.items()
+    }
+    (tmp_path / "dataset").mkdir()
+    file = tmp_path / "dataset" / "mine.yaml"
+    file.write_text("\n".join([*lines, *(f'{short}: "{value}"' for short, value in values.items())]))
+    given = ["modality=flow", "dataset=mine"]
+    data = load_config(PretrainConfig, "config_pretrain", given, config_dir=tmp_path).data_module
+    assert {short: modality_setting(data, *target) for short, target in SHORT_KEYS.items()} == values
 
 
-def test_launcher_flags_are_dropped() -> None:
-    assert quote_overrides(["--local_rank=0", "--local-rank=1", "modality=rgb"]) == ["modality=rgb"]
-
-
-def _run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-
-
-def test_misspelt_keys_fail_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
-    done = _run("pretrain_main.py", "modality=rgb", "trainer.epcohs=3")
-    assert done.returncode == 2
-    assert "epcohs" in done.stderr
-    assert "trainer.epochs" in done.stderr
-    assert "Traceback" not in done.stderr
-    (tmp_path / "bad.yaml").write_text("defaults:\n  - config_pretrain\n  - _self_\ntrainer:\n  epcohs: 3\n")
-    done = _run("pretrain_main.py", f"--config-dir={tmp_path}", "--config-name=bad", "modality=rgb")
-    assert done.returncode == 2
-    assert "epcohs" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = _run("pretrain_main.py", "modality=rgb", "trainer.epochs=three")
-    assert done.returncode == 2
-    assert "trainer.epochs" in done.stderr
-
-
-def test_help_and_validation_import_no_torch() -> None:
-    code = (
-        "import sys, runpy; sys.argv = ['pretrain_main.py', '--help']\n"
-        "try:\n    runpy.run_path('pretrain_main.py', run_name='__main__')\n"
-        "except SystemExit as end:\n    assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules"
+def test_unset_folder_is_named_by_both_keys(tmp_path: Path) -> None:
+    given = [given for given in overrides(make_tiny(tmp_path / "data", per_class=1)) if "skeleton_dir" not in given]
+    data = pretrain_config(*given, "data_module.modalities.skeleton.dir=null").data_module
+    message = (
+        "data_module.modalities.skeleton.dir is not set (nor its short form data_module.skeleton_dir); "
+        "set it if dataset tiny has these files"
     )
-    done = _run("-c", code)
-    assert done.returncode == 0, done.stderr
-    assert "target_data_dir" in done.stdout
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_clip_dataset(data, ("skeleton",), training=True, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ("dataset=tenis", "Could not find 'dataset/tenis'. Available: demo, ego4d, epic, meccano, tennis, wear"),
-        ("trainer.lr=abc", "trainer.lr=abc (Value 'abc' of type 'str' could not be converted to Float)"),
-        ("seed=1", "modality is not given; give it on the command line, for example modality=rgb"),
-    ],
-)
-def test_what_may_be_given_is_told(given: str, told: str) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's or ours
-        load_config(PretrainConfig, "config_pretrain", [given])
-    message = explain(caught.value, PretrainConfig)
-    assert told in message
-    assert "$VALUE" not in message
-    assert "Near matches" not in message
+def test_specs_have_the_values_of_the_dataset() -> None:
+    specs = modality_specs(pretrain_config(M + "flow.mean=[1,2]", M + "skeleton.sigma=null").data_module)
+    assert list(specs) == ["rgb", "flow", "skeleton"]
+    assert (specs["flow"].mean, specs["flow"].std, specs["flow"].target) == ((1.0, 2.0), (1.0, 1.0), "pixel")
+    assert (specs["skeleton"].sigma, specs["skeleton"].input_stride) == (0.6, 2)

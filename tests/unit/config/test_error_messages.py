@@ -1,0 +1,58 @@
+"""Errors of Hydra and OmegaConf become one sentence with the nearest keys; own errors stay as they are."""
+
+import pytest
+
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, explain
+from mmdistill.config.compose import load_config
+from mmdistill.config.error_messages import known_keys, near_matches
+
+
+def explain_overrides(*overrides: str) -> str:
+    """Message for the error of composing a pretraining with `overrides`."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra's or ours
+        load_config(PretrainConfig, "config_pretrain", list(overrides))
+    return explain(caught.value, PretrainConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dataset=tenis", "Could not find 'dataset/tenis'. Available: demo, ego4d, epic, meccano, tennis, wear"),
+        ("trainer.lr=abc", "trainer.lr=abc (Value 'abc' of type 'str' could not be converted to Float)"),
+        ("seed=1", "modality is not given; give it on the command line, for example modality=rgb"),
+    ],
+)
+def test_allowed_values_are_listed(override: str, message: str) -> None:
+    shown = explain_overrides(override)
+    assert message in shown
+    assert "$VALUE" not in shown
+    assert "Near matches" not in shown
+
+
+def test_unknown_key_is_reported_with_near_matches() -> None:
+    assert explain_overrides("modality=rgb", "trainer.epcohs=3").endswith(". Near matches: trainer.epochs")
+    assert explain_overrides("modality=rgb", "+trainer.epcohs=3") == (
+        "unknown key trainer.epcohs. Near matches: trainer.epochs"
+    )
+    assert explain_overrides("modality=rgb", "+zzz=3") == "unknown key zzz"
+
+
+def test_comma_outside_quotes_is_explained() -> None:
+    shown = explain_overrides("modality=rgb", "init_from=/a, b/c")
+    assert "a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\"" in shown
+
+
+def test_own_error_is_reported_in_full() -> None:
+    assert explain(ConfigError("two\nlines"), PretrainConfig) == "two\nlines"
+
+
+def test_error_of_a_loader_worker_is_reported_without_its_traceback() -> None:
+    shown = "Caught FrameError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+    error = ConfigError(f"{shown}mmdistill.data.readers.base.FrameError: /a.jpg: no such rgb file\n")
+    assert explain(error, PretrainConfig) == "/a.jpg: no such rgb file"
+
+
+def test_known_keys_are_dotted() -> None:
+    assert {"seed", "model.dim", "trainer.lr", "data_module.mask_ratio"} <= set(known_keys(PretrainConfig))
+    assert "model.dim" not in known_keys(DistillConfig)
+    assert near_matches("epsiodes", DistillConfig) == ". Near matches: data_module.episodes, trainer.val_episodes"
