@@ -1,10 +1,12 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmdistill.fewshot.episodes import EpisodeError, Episodes, eligible_classes, sample_episodes
+from tests.generated_annotations import make_f3set_entries
 
 F3SET = Path(__file__).resolve().parents[4] / "shared" / "data" / "f3set-tennis"
 LABELS = np.repeat([0, 1, 2, 3, 4, 5], [20, 20, 20, 20, 20, 7])
@@ -125,6 +127,22 @@ def test_f3set_has_as_many_classes_to_draw_from_as_published(split: str, classes
     names, labels = np.unique([e["label"] for r in rallies for e in r["events"]], return_inverse=True)
     found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())
     assert len(found.classes) == classes
+    groups = [r["video"] for r in rallies for _ in r["events"]]
+    for disjoint in (None, "video"):
+        episodes = sample_episodes(
+            labels, n_way=5, k_shot=1, q_sample=15, episodes=20, seed=0, groups=groups, disjoint=disjoint
+        )
+        assert len(np.unique(episodes.query[0])) == 75
+
+
+def test_classes_of_generated_f3set_annotations_are_counted():
+    rallies = make_f3set_entries(matches=30, rallies_per_match=20)
+    events = [e["label"] for r in rallies for e in r["events"]]
+    names, labels = np.unique(events, return_inverse=True)
+    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())
+    large = {name for name, count in Counter(events).items() if count >= 16}
+    assert {names[c] for c in found.classes} == large
+    assert 5 <= len(large) < len(names)
     groups = [r["video"] for r in rallies for _ in r["events"]]
     for disjoint in (None, "video"):
         episodes = sample_episodes(

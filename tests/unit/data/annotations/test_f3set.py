@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations.base import AnnotationError
-from mmdistill.data.annotations.f3set import load_f3set, match_name, read_f3set, select_fields, to_json
+from mmdistill.data.annotations.f3set import (
+    F3SET_FIELDS,
+    load_f3set,
+    match_name,
+    read_f3set,
+    select_fields,
+    to_json,
+)
+from tests.generated_annotations import make_f3set_entries
 
 REAL = Path(__file__).resolve().parents[5] / "shared" / "data" / "f3set-tennis"
 LABEL = "near_deuce_serve_-_-_T_-_in"
@@ -31,6 +39,23 @@ def test_real_files_have_the_published_counts(split: str, rallies: int, events: 
     read = load_f3set(REAL / f"{split}.json")
     every = [event for r in read for event in r.events]
     assert (len(read), len(every), len({e.label for e in every})) == (rallies, events, labels)
+
+
+def test_file_with_all_keys_of_f3set_is_read_completely(tmp_path: Path) -> None:
+    """Videos, lengths, frame rates and events of a generated file with several matches and all kinds of labels."""
+    entries = make_f3set_entries()
+    rallies = load_f3set(write(tmp_path / "a.json", entries))
+    assert [(r.video, r.num_frames, r.fps) for r in rallies] == [
+        (entry["video"], entry["num_frames"], entry["fps"]) for entry in entries
+    ]
+    for read, entry in zip(rallies, entries, strict=True):
+        assert [(e.frame, e.label) for e in read.events] == [(e["frame"], e["label"]) for e in entry["events"]]
+    labels = [event.label for read in rallies for event in read.events]
+    values = {field: {select_fields(label, [field]) for label in labels} for field in F3SET_FIELDS}
+    assert values["type"] == {"serve", "return", "stroke"}
+    assert values["player"] == {"near", "far"}
+    assert all(len(found) > 1 for found in values.values())
+    assert len({match_name(read.video) for read in rallies}) == 6
 
 
 def test_a_clean_file_comes_back_as_it_was(tmp_path: Path) -> None:

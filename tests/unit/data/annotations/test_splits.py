@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
+from mmdistill.data.annotations.f3set import load_f3set, match_name
 from mmdistill.data.annotations.splits import split_by_class, split_by_match
-from tests.commands import Script
+from tests.generated_annotations import make_f3set_entries
 
 ROOT = Path(__file__).resolve().parents[4]
 REAL = ROOT.parent / "shared" / "data" / "f3set-tennis" / "val.json"
@@ -69,22 +69,12 @@ def test_too_few_matches_or_classes_are_refused() -> None:
     assert all(split_by_match(rallies(3), thirds, seed=s)[n] for s in range(5) for n in thirds)
 
 
-def test_the_script_writes_a_file_per_split(tmp_path: Path, script: Script) -> None:
-    (tmp_path / "all.json").write_text(json.dumps(to_json(rallies())))
-    given = [tmp_path / "all.json", "--output-dir", tmp_path / "s", "--by", "match"]
-    done = script("split_data.py", *given, "--fractions", "train=0.8", "val=0.2")
-    assert done.returncode == 0, done.stderr
-    assert len(load_f3set(tmp_path / "s/train.json")) == 32
-    assert len(load_f3set(tmp_path / "s/val.json")) == 8
-    for wrong, told in ((["train", "val=0.2"], "--fractions train: expected"), (["a=0.5", "a=0.5"], "occurs twice")):
-        failed = script("split_data.py", *given, "--fractions", *wrong)
-        assert failed.returncode == 2
-        assert told in failed.stderr
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="the F3Set annotations are not beside this repository")
-def test_the_real_file_splits_near_its_fractions() -> None:
-    every = load_f3set(REAL)
+@pytest.mark.parametrize("source", ["generated", "real"])
+def test_splits_by_match_are_near_the_fractions(source: str, tmp_path: Path) -> None:
+    if source == "real" and not REAL.exists():
+        pytest.skip("the F3Set annotations are not beside this repository")
+    (tmp_path / "generated.json").write_text(json.dumps(make_f3set_entries(matches=60)))
+    every = load_f3set(REAL if source == "real" else tmp_path / "generated.json")
     parts = split_by_match(every, {"train": 0.7, "val": 0.3}, seed=0)
     events = {name: sum(len(r.events) for r in part) for name, part in parts.items()}
     assert events["train"] / sum(events.values()) == pytest.approx(0.7, abs=0.03)
