@@ -30,7 +30,7 @@ from mmdistill.checkpoint import (
 from mmdistill.checkpoint import deepspeed_engine as layer
 from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
 from mmdistill.checkpoint.formats.manifest import verify_manifest
-from mmdistill.checkpoint.formats.torch_zip import load_pickle
+from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.unit.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
 
@@ -96,7 +96,7 @@ def resume(rank: int, folder: Path, world: int) -> None:
         again = build(stage, bf16)
         restored = load_deepspeed(again, path)
         stock = build(stage, bf16)
-        with layer._plain_path(path) as plain:
+        with layer._glob_safe_path(path) as plain:
             stock.load_checkpoint(plain)
         trained = [t for k, t in read_checkpoint(path).state_dict.items() if "decoder.norm" not in k]
         put(folder, f"resume-w{world}-{name}", rank, {
@@ -129,15 +129,15 @@ def full_disk(rank: int, folder: Path) -> None:
     path = save_deepspeed(engine, folder / "full" / "last", META, {})
     stamp = verify_manifest(path)
     train(engine, 1, False, start=1)
-    torch_writer, small_writer = layer.stream_torch, layer.write_bytes
+    torch_writer, small_writer = layer.write_torch, layer.write_bytes
 
     def fail(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
     if rank == 1:
-        layer.stream_torch = fail
+        layer.write_torch = fail
     first = outcome(lambda: save_deepspeed(engine, path, META, {}))
-    layer.stream_torch = torch_writer
+    layer.write_torch = torch_writer
     if rank == 0:
         layer.write_bytes = fail
     second = outcome(lambda: save_deepspeed(engine, path, META, {}))
@@ -168,7 +168,7 @@ def between(rank: int, folder: Path) -> None:
     save_deepspeed(engine, folder / "last", META, {})
     train(engine, 1, False, start=1)
     if rank == 1:
-        layer.stream_torch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        layer.write_torch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     save_deepspeed(engine, folder / "last", META, {})
 
 
@@ -179,9 +179,9 @@ def judge(folder: Path) -> dict:
     if path is None:
         return {"found": False, "unfinished": unfinished}
     manifest = verify_manifest(path, full=True) or {}
-    shards = [load_pickle(f) for f in sorted((path / "checkpoint").iterdir()) if "optim" in f.name]
+    shards = [read_torch_file(f) for f in sorted((path / "checkpoint").iterdir()) if "optim" in f.name]
     steps = [adam_step(s) for s in shards]
-    counted = load_pickle(path / "checkpoint" / "mp_rank_00_model_states.pt")["global_steps"]
+    counted = read_torch_file(path / "checkpoint" / "mp_rank_00_model_states.pt")["global_steps"]
     complete = [n for n in os.listdir(folder) if not n.startswith(".")]
     return {
         "found": True,

@@ -211,7 +211,7 @@ def test_slim_files_name_their_teachers(runs: Runs) -> None:
     report = inspect.inspect_checkpoint(path)
     assert report["complete"]
     assert any("teacher_flow" in line and "sha256" in line for line in report["missing"])
-    assert set(report["parts"]) == {"student_rgb", "cmt"}
+    assert set(report["components"]) == {"student_rgb", "cmt"}
 
 
 def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
     held = sorted(int(p.name[6:8]) for p in (runs.root / "kept" / "checkpoints").glob("epoch=*"))
     assert len(losses) == 5
     assert held == sorted({3, 4, losses.index(min(losses))})
-    assert "taken over from process" in runs.log("kept")
+    assert "removed the lock of process" in runs.log("kept")
     assert not (runs.root / "kept" / "checkpoints" / ".lock").exists()
 
 
@@ -282,7 +282,7 @@ def test_a_fresh_run_in_a_used_folder_is_refused(runs: Runs, name: str, world: i
 @pytest.mark.parametrize(("name", "world"), [("locked", 2), ("locked_distill", 1)])
 def test_a_second_job_in_a_folder_is_refused(runs: Runs, name: str, world: int) -> None:
     assert runs.codes[name] == [2] * world, runs.log(name)
-    assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints here" in runs.log(name)
+    assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints to this folder" in runs.log(name)
     assert list((runs.root / "held" / "checkpoints").iterdir()) == []
 
 

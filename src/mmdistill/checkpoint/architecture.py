@@ -11,14 +11,14 @@ from torch import Tensor
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, sincos_positions
 
-# Heads of VideoMAE's and VideoMAE V2's models by width; head_dim = width // heads.
-_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16}
-_FREE_WIDTH_HEADS = (12, 16, 6, 3, 8)  # tried in order where heads * head_dim is not the width
-_FRAMES, _SIDE = 16, 14  # VideoMAE's clip length and 224 / 16, assumed where nothing in the file tells
+# Number of heads of VideoMAE's and VideoMAE V2's models by width; head_dim = width // heads.
+_NUM_HEADS_BY_WIDTH = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+_NUM_HEADS_CANDIDATES = (12, 16, 6, 3, 8)  # tried in this order if heads * head_dim is not the width
+_DEFAULT_NUM_FRAMES, _DEFAULT_GRID_SIDE = 16, 14  # VideoMAE's clip length and 224 / 16, for files without metadata
 
 
 def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
-    """The geometry that a checkpoint's metadata holds. Raises `CheckpointError` for unknown or missing fields."""
+    """Build the encoder config from metadata. Raises `CheckpointError` for missing or invalid fields."""
     known = {f.name for f in dataclasses.fields(EncoderConfig)}
     if "pos_embed" not in fields:  # written before version 0.2
         fixed = "sincos_separable" if fields.get("separable_positions") else "sincos"
@@ -26,35 +26,35 @@ def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
     try:
         return EncoderConfig(**{k: v for k, v in fields.items() if k in known})
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the metadata's encoder geometry is incomplete ({error})") from error
+        raise CheckpointError(f"the encoder config in the metadata is incomplete ({error})") from error
 
 
-def _heads(dim: int, inner: int, heads: int | None) -> int:
+def _infer_num_heads(dim: int, inner: int, heads: int | None) -> int:
     if heads is not None:
         if inner % heads:
             raise CheckpointError(f"heads={heads} does not divide the attention width {inner}")
         return heads
     if inner == dim:
-        if dim in _HEADS:
-            return _HEADS[dim]
+        if dim in _NUM_HEADS_BY_WIDTH:
+            return _NUM_HEADS_BY_WIDTH[dim]
         if dim % 64 == 0:
             return dim // 64
-    for guess in _FREE_WIDTH_HEADS:
-        if inner != dim and dim // guess * guess == inner:
-            return guess
+    for count in _NUM_HEADS_CANDIDATES:
+        if inner != dim and dim // count * count == inner:
+            return count
     raise CheckpointError(
-        f"the number of heads cannot be told from width {dim} and attention width {inner}; give heads="
+        f"the number of heads cannot be inferred from width {dim} and attention width {inner}; give heads="
     )
 
 
 def is_sincos(positions: Tensor) -> bool:
-    """Whether (1, L, D) is the fixed table rather than something learned."""
+    """Whether (1, L, D) is the fixed sin-cos table rather than learned position embeddings."""
     _, length, dim = positions.shape
     return bool(torch.allclose(positions[0].float(), sincos_positions(length, dim), atol=1e-5))
 
 
-def token_grid(tokens: int, frames: int) -> tuple[int, int, int]:
-    """(t, h, w) of `tokens` positions over `frames` tubelets: a square if there is one, else nearest to 7 : 12."""
+def infer_token_grid(tokens: int, frames: int) -> tuple[int, int, int]:
+    """Infer (t, h, w) of `tokens` positions over `frames` tubelets: square, or else closest to h : w = 7 : 12."""
     t = frames if tokens % frames == 0 else math.gcd(tokens, frames)
     area = tokens // t
     side = math.isqrt(area)
@@ -73,20 +73,28 @@ def encoder_config_from_tensors(
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[EncoderConfig, list[str]]:
-    """Geometry of an encoder's tensors (names without ``encoder.``), and what had to be assumed.
+    """Infer the config of an encoder from its tensors.
 
     Args:
-        state: the tensors.
-        heads: where the tensors leave it open.
-        num_frames, height, width: the input size. Sin-cos positions are not stored, so nothing in such a file tells it:
-            VideoMAE's 16 frames of 14 x 14 patches are assumed.
+        state: the tensors, names without ``encoder.``.
+        heads: number of attention heads, if the tensors do not determine it.
+        num_frames: frames per clip. The input size is not stored in files without learned positions; the defaults of
+            the three arguments are then VideoMAE's 16 frames of 14 x 14 patches.
+        height: height of the input in pixels.
+        width: width of the input in pixels.
+
+    Returns:
+        The config, and a sentence for each assumption.
+
+    Raises:
+        CheckpointError: the tensors are not those of an encoder, or do not determine the number of heads.
     """
     notes = []
     try:
         conv, fc1 = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
         qkv = state["blocks.0.attn.qkv.weight"]
     except KeyError as error:
-        raise CheckpointError(f"no encoder here: {error} is missing") from error
+        raise CheckpointError(f"not an encoder: {error} is missing") from error
     if conv.ndim != 5 or conv.shape[3] != conv.shape[4]:
         raise CheckpointError(
             f"patch_embed.proj.weight has shape {list(conv.shape)}, a tubelet embedding has [D, C, t, p, p]"
@@ -94,19 +102,19 @@ def encoder_config_from_tensors(
     dim, channels, tubelet, patch, _ = conv.shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     inner = qkv.shape[0] // 3
-    count = _heads(dim, inner, heads)
-    if heads is None and not (inner == dim and dim in _HEADS):
-        notes.append(f"{count} heads of {inner // count} inferred from the attention width {inner}")
+    num_heads = _infer_num_heads(dim, inner, heads)
+    if heads is None and not (inner == dim and dim in _NUM_HEADS_BY_WIDTH):
+        notes.append(f"{num_heads} heads of {inner // num_heads} inferred from the attention width {inner}")
     positions = state.get("pos_embed")
     learned = positions is not None and not is_sincos(positions)
     if positions is not None:
-        frames = (num_frames or _FRAMES) // tubelet
-        t, h, w = token_grid(positions.shape[1], frames)
+        frames = (num_frames or _DEFAULT_NUM_FRAMES) // tubelet
+        t, h, w = infer_token_grid(positions.shape[1], frames)
     else:
-        t, h, w = _FRAMES // tubelet if tubelet <= _FRAMES else 1, _SIDE, _SIDE
+        t, h, w = max(_DEFAULT_NUM_FRAMES // tubelet, 1), _DEFAULT_GRID_SIDE, _DEFAULT_GRID_SIDE
         if num_frames is None or height is None or width is None:
             notes.append(
-                "input size not in the file: VideoMAE's 16 frames of 14 x 14 patches assumed where none was given"
+                "input size not in the file: VideoMAE's 16 frames of 14 x 14 patches assumed where no size was given"
             )
     return EncoderConfig(
         channels=channels,
@@ -117,25 +125,25 @@ def encoder_config_from_tensors(
         tubelet=tubelet,
         dim=dim,
         depth=depth,
-        heads=count,
-        head_dim=inner // count,
+        heads=num_heads,
+        head_dim=inner // num_heads,
         mlp_dim=fc1.shape[0],
         pos_embed="learned" if learned else "sincos",
     ), notes
 
 
 def decoder_config_from_tensors(state: Mapping[str, Tensor]) -> DecoderConfig | None:
-    """Geometry of ``decoder.*`` tensors, or None where there are none."""
+    """Infer the config of the decoder from ``decoder.*`` tensors; None if there are none."""
     if "decoder.blocks.0.attn.qkv.weight" not in state:
         return None
     inner, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
     depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.blocks."))
-    heads = _heads(dim, inner // 3, None)
+    heads = _infer_num_heads(dim, inner // 3, None)
     return DecoderConfig(dim, depth, heads, inner // 3 // heads, state["decoder.blocks.0.mlp.fc1.weight"].shape[0])
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:
-    """Learned positions on another token grid, trilinear in (T, H, W). (1, L, D) -> (1, L', D)"""
+    """Interpolate learned positions (1, L, D) to another token grid, trilinearly in (T, H, W): (1, L', D)."""
     dim = positions.shape[2]
     grid = positions.float().view(1, *source, dim).permute(0, 4, 1, 2, 3)
     out = torch.nn.functional.interpolate(grid, size=target, mode="trilinear", align_corners=False)

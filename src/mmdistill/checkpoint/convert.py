@@ -1,4 +1,4 @@
-"""The same weights in another format. Names are canonical in all of them, and values equal to the last bit."""
+"""Convert checkpoints between formats. Names are canonical in all formats and values are bit-identical."""
 
 import json
 import os
@@ -11,28 +11,28 @@ from torch import Tensor
 
 from mmdistill import __version__
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.manifest import describe, manifest_bytes
-from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, TAG
-from mmdistill.checkpoint.read import EMBEDDED, read_checkpoint
+from mmdistill.checkpoint.formats.manifest import manifest_bytes, manifest_entry
+from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, METADATA_KEY, TAG
+from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.checkpoint.write import (
+    fsync_path,
     save_safetensors,
     save_torch,
-    staged_directory,
-    stream_torch,
-    sync,
     write_bytes,
+    write_directory,
+    write_torch,
 )
 
 
-def _owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own storage: a view would be saved with everything that it views."""
+def _clone_views(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clone tensors that are views of a larger storage, which ``torch.save`` would write completely."""
     return {
         k: v if v.untyped_storage().nbytes() == v.numel() * v.element_size() else v.clone() for k, v in state.items()
     }
 
 
 def write_deepspeed(state: Mapping[str, Tensor], target: Path, meta: Mapping[str, Any]) -> None:
-    """A directory as DeepSpeed writes at stage 0, without an optimizer: ``load_checkpoint(load_module_only=True)``."""
+    """Write a directory as DeepSpeed does at stage 0, without optimizer; read with ``load_module_only=True``."""
     step = int(meta.get("step") or 0)
     content: dict[str, Any] = {
         "module": dict(state),
@@ -49,22 +49,22 @@ def write_deepspeed(state: Mapping[str, Tensor], target: Path, meta: Mapping[str
         "mp_world_size": 1,
         "ds_config": {"zero_optimization": {"stage": 0}},
         "ds_version": None,
-        EMBEDDED: dict(meta),
+        METADATA_KEY: dict(meta),
     }
 
     def fill(folder: Path) -> None:
         (folder / TAG).mkdir()
         name = f"{TAG}/mp_rank_00_model_states.pt"
-        stream_torch(content, folder / name)
-        files = {name: describe(folder / name)}
+        write_torch(content, folder / name)
+        files = {name: manifest_entry(folder / name)}
         text = json.dumps(dict(meta), indent=1, sort_keys=True) + "\n"
-        for small, data in ((LATEST, TAG.encode()), (META, text.encode())):
-            files[small] = describe(folder / small, write_bytes(folder / small, data))
-        sync(folder / TAG)
-        facts = {key: meta.get(key) for key in ("epoch", "loss", "kind", "modality")}
-        write_bytes(folder / MANIFEST, manifest_bytes(files, world_size=1, stage=0, step=step, **facts))
+        for file, data in ((LATEST, TAG.encode()), (META, text.encode())):
+            files[file] = manifest_entry(folder / file, write_bytes(folder / file, data))
+        fsync_path(folder / TAG)
+        summary = {key: meta.get(key) for key in ("epoch", "loss", "kind", "modality")}
+        write_bytes(folder / MANIFEST, manifest_bytes(files, world_size=1, stage=0, step=step, **summary))
 
-    staged_directory(target, fill)
+    write_directory(target, fill)
 
 
 def _lightning_version() -> str:
@@ -75,26 +75,29 @@ def _lightning_version() -> str:
 
 
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write the weights and metadata of `source` as the format that the name of `target` asks for.
+    """Write the weights and metadata of `source` in the format given by the name of `target`.
 
     Args:
         source: anything that `read_checkpoint` reads.
-        target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name with
-            none of these suffixes: a DeepSpeed directory. Optimizer states are not converted.
-        force: replace what is there.
+        target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name without
+            these suffixes for a DeepSpeed directory. Optimizer states are not converted.
+        force: replace an existing `target`.
+
+    Returns:
+        `target` with ``~`` expanded.
 
     Raises:
         CheckpointError: `target` exists, or cannot be written.
     """
-    where = Path(target).expanduser()
-    if where.exists() and not force:
-        raise CheckpointError(f"{target}: exists; give another name, or --force to replace it")
+    target_path = Path(target).expanduser()
+    if target_path.exists() and not force:
+        raise CheckpointError(f"{target}: exists; choose another name, or use --force to replace it")
     checkpoint = read_checkpoint(source)
     meta = {"mmdistill_version": __version__, **checkpoint.meta}
-    state = _owned(checkpoint.state_dict)
-    if where.suffix == ".safetensors":
-        save_safetensors(state, where, meta)
-    elif where.suffix == ".ckpt":
+    state = _clone_views(checkpoint.state_dict)
+    if target_path.suffix == ".safetensors":
+        save_safetensors(state, target_path, meta)
+    elif target_path.suffix == ".ckpt":
         save_torch(
             {
                 "epoch": int(meta.get("epoch") or 0),
@@ -103,12 +106,12 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
                 "state_dict": state,
                 "optimizer_states": [],
                 "lr_schedulers": [],
-                EMBEDDED: meta,
+                METADATA_KEY: meta,
             },
-            where,
+            target_path,
         )
-    elif where.suffix in (".pt", ".pth"):
-        save_torch({"model": state, EMBEDDED: meta}, where)
+    elif target_path.suffix in (".pt", ".pth"):
+        save_torch({"model": state, METADATA_KEY: meta}, target_path)
     else:
-        write_deepspeed(state, where, meta)
-    return where
+        write_deepspeed(state, target_path, meta)
+    return target_path

@@ -1,18 +1,18 @@
-"""What can be wrong with a checkpoint. Every message names the file and what to do."""
+"""Errors of the checkpoint layer. Each message names the file and a way to fix the problem."""
 
 from mmdistill.errors import InputError
 
 
 class CheckpointError(InputError):
-    """A checkpoint cannot be used: it is missing, incomplete, of an unknown layout, or the request does not fit it."""
+    """A checkpoint cannot be used: missing, incomplete, of an unknown format, or unsuitable for the request."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Bytes on disk are not the bytes that were written: truncated, flipped, or mixed from two saves."""
+    """The bytes on disk differ from those that were written: truncated, flipped, or mixed from two saves."""
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """A pickle asks for something other than tensors and plain containers. Nothing of it was run."""
+    """A pickle references something other than tensors and plain containers. None of its code was executed."""
 
 
 class WeightMismatchError(CheckpointError):
@@ -20,4 +20,4 @@ class WeightMismatchError(CheckpointError):
 
 
 class ResumeMismatchError(CheckpointError):
-    """A raw DeepSpeed directory was written under another world size, ZeRO stage or precision."""
+    """A raw DeepSpeed directory was written with another world size, ZeRO stage or precision."""

@@ -1,4 +1,4 @@
-"""The student alone, for use without this project."""
+"""Export one encoder, by default the student, for use without this project."""
 
 import json
 import os
@@ -16,57 +16,57 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import load_encoder_with_report
 from mmdistill.checkpoint.read import read_checkpoint
-from mmdistill.checkpoint.write import save_safetensors, staged_directory, sync, write_bytes
+from mmdistill.checkpoint.write import fsync_path, save_safetensors, write_bytes, write_directory
 from mmdistill.models.videomae import Encoder
 
 FORMATS = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
 
 
-class _Features(nn.Module):
-    """A clip's feature as one call. (B, C, T, H, W) normalised -> (B, D)"""
+class _FeatureExtractor(nn.Module):
+    """Computes the feature of a clip in one call: (B, C, T, H, W) normalized -> (B, D)."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, clip: Tensor) -> Tensor:
-        """See `Encoder.embed`."""
+        """Call `Encoder.embed`."""
         return self.encoder.embed(clip)
 
 
-def huggingface_config(encoder: Encoder) -> dict[str, Any]:
-    """The ``config.json`` of ``transformers.VideoMAEModel``.
+def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
+    """Build the ``config.json`` of ``transformers.VideoMAEModel``.
 
     Raises:
-        CheckpointError: an architecture that VideoMAEModel cannot have.
+        CheckpointError: VideoMAEModel does not support the architecture.
     """
-    g = encoder.config
-    if g.pos_embed == "learned":
+    config = encoder.config
+    if config.pos_embed == "learned":
         raise CheckpointError(
-            "this encoder's positions are learned, and transformers' VideoMAE has fixed ones; use safetensors"
+            "this encoder has learned positions, which transformers' VideoMAE does not support; use safetensors"
         )
-    if g.pos_embed == "sincos_separable":
+    if config.pos_embed == "sincos_separable":
         raise CheckpointError(
-            "this encoder's positions are separable in (t, h, w), and transformers' VideoMAE numbers its tokens in one "
-            "row; use --to safetensors, onnx or torch_export"
+            "this encoder has positions separable in (t, h, w), which transformers' VideoMAE does not support; use "
+            "--to safetensors, onnx or torch_export"
         )
-    if g.heads * g.head_dim != g.dim:
+    if config.heads * config.head_dim != config.dim:
         raise CheckpointError(
-            f"this encoder has {g.heads} heads of {g.head_dim} in a width of {g.dim}, which transformers' VideoMAE "
-            "cannot have; use --to safetensors, onnx or torch_export"
+            f"this encoder has {config.heads} heads of {config.head_dim} in a width of {config.dim}, which "
+            "transformers' VideoMAE does not support; use --to safetensors, onnx or torch_export"
         )
     return {
         "architectures": ["VideoMAEModel"],
         "model_type": "videomae",
-        "image_size": [g.height, g.width],
-        "patch_size": g.patch,
-        "num_channels": g.channels,
-        "num_frames": g.num_frames,
-        "tubelet_size": g.tubelet,
-        "hidden_size": g.dim,
-        "num_hidden_layers": g.depth,
-        "num_attention_heads": g.heads,
-        "intermediate_size": g.mlp_dim,
+        "image_size": [config.height, config.width],
+        "patch_size": config.patch,
+        "num_channels": config.channels,
+        "num_frames": config.num_frames,
+        "tubelet_size": config.tubelet,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_dim,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -77,37 +77,39 @@ def huggingface_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def _export_hf(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
-    config = huggingface_config(encoder)
+    config = make_huggingface_config(encoder)
 
     def fill(folder: Path) -> None:
         save_safetensors(to_huggingface(encoder.state_dict()), folder / "model.safetensors", meta)
         text = json.dumps({**config, "mmdistill": meta}, indent=1, sort_keys=True) + "\n"
         write_bytes(folder / "config.json", text.encode())
 
-    staged_directory(target, fill)
+    write_directory(target, fill)
 
 
-def _example(encoder: Encoder) -> Tensor:
-    g = encoder.config
-    return torch.zeros(2, g.channels, g.num_frames, g.height, g.width)
+def _make_example_batch(encoder: Encoder) -> Tensor:
+    config = encoder.config
+    return torch.zeros(2, config.channels, config.num_frames, config.height, config.width)
 
 
 def _export_torch(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(_Features(encoder).eval(), (_example(encoder),), dynamic_shapes=({0: batch},))
-    _replace(target, lambda staged: torch.export.save(program, staged))
+    program = torch.export.export(
+        _FeatureExtractor(encoder).eval(), (_make_example_batch(encoder),), dynamic_shapes=({0: batch},)
+    )
+    _write_atomically(target, lambda staged: torch.export.save(program, staged))
 
 
 def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
-    lacking = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if lacking:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
         raise CheckpointError(
-            f"{target}: not written: ONNX export needs the packages {' and '.join(lacking)}; pip install them"
+            f"{target}: not written: ONNX export needs the packages {' and '.join(missing)}; pip install them"
         )
     batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
-        _Features(encoder).eval(),
-        (_example(encoder),),
+        _FeatureExtractor(encoder).eval(),
+        (_make_example_batch(encoder),),
         dynamo=True,
         input_names=["clip"],
         output_names=["feature"],
@@ -116,17 +118,17 @@ def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
     )
     if program is None:
         raise CheckpointError(f"{target}: not written: torch.onnx returned no program")
-    _replace(target, lambda staged: program.save(staged, external_data=False))
+    _write_atomically(target, lambda staged: program.save(staged, external_data=False))
 
 
-def _replace(target: Path, write: Callable[[str], None]) -> None:
+def _write_atomically(target: Path, write: Callable[[str], None]) -> None:
     staged = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(str(staged))
-        sync(staged)
+        fsync_path(staged)
         os.replace(staged, target)
-        sync(target.parent)
+        fsync_path(target.parent)
     except OSError as error:
         raise CheckpointError(f"{target}: not saved ({error})") from error
     finally:
@@ -142,43 +144,46 @@ def export_student(
     target: str | os.PathLike[str],
     *,
     to: str,
-    part: str | None = None,
+    component: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write one encoder of a checkpoint.
+    """Write one encoder of a checkpoint in another format.
 
     Args:
         path: a distilled (or pretrained) checkpoint in any format.
         target: the file, or for ``hf`` the folder, to write.
         to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``), ``onnx`` or
             ``torch_export`` (clip in, feature out, any batch size).
-        part: another encoder than the student.
-        force: replace what is there.
+        component: name of the encoder; None is the student.
+        force: replace an existing `target`.
+
+    Returns:
+        `target` with ``~`` expanded.
 
     Raises:
-        CheckpointError: the target exists, the architecture has no place in that format, or a package is missing.
+        CheckpointError: `target` exists, the format does not support the architecture, or a package is missing.
     """
-    where = Path(target).expanduser()
+    target_path = Path(target).expanduser()
     if to not in FORMATS:
         raise CheckpointError(f"--to {to}: choose one of {', '.join(FORMATS)}")
-    if where.exists() and not force:
-        raise CheckpointError(f"{target}: exists; give another name, or --force to replace it")
-    source = read_checkpoint(path).meta
-    encoder, report = load_encoder_with_report(path, part=part)
+    if target_path.exists() and not force:
+        raise CheckpointError(f"{target}: exists; choose another name, or use --force to replace it")
+    checkpoint = read_checkpoint(path)
+    encoder, report = load_encoder_with_report(checkpoint, part=component)
     encoder.eval()
-    taken = report.part or "encoder"
-    modality = taken.rpartition("_")[2] if "_" in taken else source.get("modality")
-    statistics = source.get("statistics") or {}
+    name = report.component or "encoder"
+    modality = name.rpartition("_")[2] if "_" in name else checkpoint.meta.get("modality")
+    statistics = checkpoint.meta.get("statistics") or {}
     meta = {
         "mmdistill_version": __version__,
         "kind": "weights",
-        "part": taken,
+        "component": name,
         "modality": modality,
         "encoders": {"encoder": asdict(encoder.config)},
         "decoder": None,
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
-        "epoch": source.get("epoch"),
-        "step": source.get("step"),
+        "epoch": checkpoint.meta.get("epoch"),
+        "step": checkpoint.meta.get("step"),
     }
     writers = {
         "safetensors": _export_safetensors,
@@ -186,5 +191,5 @@ def export_student(
         "onnx": _export_onnx,
         "torch_export": _export_torch,
     }
-    writers[to](encoder, where, meta)
-    return where
+    writers[to](encoder, target_path, meta)
+    return target_path

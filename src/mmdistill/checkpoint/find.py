@@ -1,4 +1,4 @@
-"""Find the checkpoints below a folder, from names, small JSON files and the ends of archives. No tensor is read."""
+"""Find the checkpoints below a folder by names, small JSON files and the ends of archives. No tensor is read."""
 
 import datetime
 import json
@@ -21,14 +21,14 @@ from mmdistill.checkpoint.formats.names import (
 )
 from mmdistill.modalities import modality_names
 
-DISTILLED = "distilled"  # the group of distillation checkpoints, beside the modalities
+DISTILLED = "distilled"  # group of the distillation checkpoints; the other groups are modalities
 UNKNOWN = "unknown"
 _EPOCH = re.compile(r"epoch=(\d+)")
 _LOSS = re.compile(r"(?:^|[-_])(?:\w+_)?loss=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 _RUN_TIME = re.compile(r"(\d{4}-\d\d-\d\d)/(\d\d-\d\d-\d\d)(?:/|$)")
 _PICKLED_EPOCH = re.compile(rb"X\x05\x00\x00\x00epoch(?:q.|r.{4})?(?:K(.)|M(..)|J(.{4}))", re.DOTALL)
-_HEADER = 1 << 17  # bytes of an archive's first record that are searched for the epoch
-_END_RECORD = 22
+_SEARCHED_BYTES = 1 << 17  # start of a file that is searched for the epoch
+_ZIP_END_RECORD_BYTES = 22
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class CheckpointInfo:
         path: absolute.
         format: ``deepspeed``, ``lightning`` or ``weights``.
         modality: ``rgb``, ``flow``, ``skeleton``, ``distilled`` or ``unknown``.
-        epoch, loss: from the manifest or the name; None where neither says.
+        epoch, loss: from the manifest or the name; None if neither contains it.
         size: bytes.
-        complete: all files are there in full length (contents are not read: that is `inspect`'s work).
-        problem: why not.
+        complete: all files exist with their full length (`inspect_checkpoint` also reads the contents).
+        problem: why the checkpoint is not complete.
         modified: seconds since 1970.
-        started: seconds since 1970 of the run, from its folder's name if that is a date, else `modified`.
+        started: start of the run in seconds since 1970, from its folder's name if that is a date, else `modified`.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class CheckpointInfo:
     started: float
 
 
-def _modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
+def _infer_modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
     if kind == "distill":
         return DISTILLED
     if modality in modality_names():
@@ -74,30 +74,30 @@ def _modality(path: str, kind: str | None = None, modality: str | None = None) -
     return UNKNOWN
 
 
-def _started(path: str, modified: float) -> float:
-    found = _RUN_TIME.findall(path.replace(os.sep, "/"))
-    if found:
+def _run_start_time(path: str, modified: float) -> float:
+    matches = _RUN_TIME.findall(path.replace(os.sep, "/"))
+    if matches:
         try:
-            return datetime.datetime.strptime(" ".join(found[-1]), "%Y-%m-%d %H-%M-%S").timestamp()
+            return datetime.datetime.strptime(" ".join(matches[-1]), "%Y-%m-%d %H-%M-%S").timestamp()
         except ValueError:
             return modified
     return modified
 
 
-def _named(name: str) -> tuple[int | None, float | None]:
+def _parse_name(name: str) -> tuple[int | None, float | None]:
     epoch, losses = _EPOCH.search(name), _LOSS.findall(name)
     loss = float(losses[-1]) if losses else None
     return int(epoch[1]) if epoch else None, loss if loss is not None and math.isfinite(loss) else None
 
 
 def _archive_problem(path: str, size: int) -> str:
-    """Whether a zip's end is there; legacy pickles have none and pass."""
+    """Problem of a torch file: empty or without the end record of a zip. Legacy pickles have none and pass."""
     if size == 0:
         return f"{os.path.basename(path)} is empty"
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return ""
-        file.seek(max(0, size - _END_RECORD))
+        file.seek(max(0, size - _ZIP_END_RECORD_BYTES))
         return "" if file.read(4) == b"PK\x05\x06" else f"{os.path.basename(path)} is truncated at {size} bytes"
 
 
@@ -117,17 +117,17 @@ def _safetensors_problem(path: str, size: int) -> str:
 
 
 def _pickled_epoch(path: str) -> int | None:
-    """The epoch that a Lightning file without one in its name was saved at, from the first bytes of its pickle."""
+    """Epoch of a Lightning file whose name has none, from the first bytes of its pickle."""
     with open(path, "rb") as file:
-        found = _PICKLED_EPOCH.search(file.read(_HEADER))
-    if not found:
+        match = _PICKLED_EPOCH.search(file.read(_SEARCHED_BYTES))
+    if not match:
         return None
-    return int.from_bytes(next(group for group in found.groups() if group is not None), "little")
+    return int.from_bytes(next(group for group in match.groups() if group is not None), "little")
 
 
-def _file_info(entry: os.DirEntry[str]) -> CheckpointInfo:
+def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo:
     stat = entry.stat()
-    epoch, loss = _named(entry.name)
+    epoch, loss = _parse_name(entry.name)
     if entry.name.endswith(".safetensors"):
         problem, format_ = _safetensors_problem(entry.path, stat.st_size), CheckpointFormat.WEIGHTS
     else:
@@ -138,20 +138,20 @@ def _file_info(entry: os.DirEntry[str]) -> CheckpointInfo:
     return CheckpointInfo(
         Path(entry.path),
         str(format_),
-        _modality(entry.path),
+        _infer_modality(entry.path),
         epoch,
         loss,
         stat.st_size,
         not problem,
         problem,
         stat.st_mtime,
-        _started(entry.path, stat.st_mtime),
+        _run_start_time(entry.path, stat.st_mtime),
     )
 
 
-def _directory_info(path: str) -> CheckpointInfo:
-    """A DeepSpeed directory: by its manifest, or by its files where it has none."""
-    epoch, loss = _named(os.path.basename(path))
+def _describe_directory(path: str) -> CheckpointInfo:
+    """Describe a DeepSpeed directory by its manifest, or by its files if it has none."""
+    epoch, loss = _parse_name(os.path.basename(path))
     kind = modality = None
     problem, size = "", 0
     modified = os.stat(path).st_mtime
@@ -164,32 +164,33 @@ def _directory_info(path: str) -> CheckpointInfo:
         kind, modality = manifest.get("kind"), manifest.get("modality")
         for name, entry in manifest["files"].items():
             try:
-                held = os.stat(os.path.join(path, name)).st_size
+                num_bytes = os.stat(os.path.join(path, name)).st_size
             except FileNotFoundError:
-                held = -1
-            size += max(held, 0)
-            if held != entry["bytes"] and not problem:
-                problem = f"{name} is missing" if held < 0 else f"{name}: {held} bytes, {entry['bytes']} expected"
+                num_bytes = -1
+            size += max(num_bytes, 0)
+            if num_bytes != entry["bytes"] and not problem:
+                mismatch = f"{name}: {num_bytes} bytes, {entry['bytes']} expected"
+                problem = f"{name} is missing" if num_bytes < 0 else mismatch
     except FileNotFoundError:
-        size, problem = _unlisted(path)
+        size, problem = _check_without_manifest(path)
     except (ValueError, KeyError, TypeError, AttributeError):
         problem = f"{MANIFEST} is damaged"
     return CheckpointInfo(
         Path(path),
         str(CheckpointFormat.DEEPSPEED),
-        _modality(path, kind, modality),
+        _infer_modality(path, kind, modality),
         epoch,
         loss,
         size,
         not problem,
         problem,
         modified,
-        _started(path, modified),
+        _run_start_time(path, modified),
     )
 
 
-def _unlisted(path: str) -> tuple[int, str]:
-    """Size of, and what is wrong with, a directory that has no manifest."""
+def _check_without_manifest(path: str) -> tuple[int, str]:
+    """Size and problem of a directory without manifest."""
     tag = "checkpoint"
     try:
         with open(os.path.join(path, LATEST), encoding="utf-8") as file:
@@ -199,17 +200,17 @@ def _unlisted(path: str) -> tuple[int, str]:
     except (FileNotFoundError, UnicodeDecodeError):
         tags = [e.name for e in os.scandir(path) if e.is_dir() and _is_tag(e.path)]
         tag = tags[0] if len(tags) == 1 else tag
-    size, problem, models = 0, "", 0
+    size, problem, num_models = 0, "", 0
     try:
         for entry in os.scandir(os.path.join(path, tag)):
-            held = entry.stat().st_size
-            size += held
+            num_bytes = entry.stat().st_size
+            size += num_bytes
             if entry.name.endswith((MODEL_STATES, OPTIM_STATES)):
-                models += entry.name.endswith(MODEL_STATES)
-                problem = problem or _archive_problem(entry.path, held)
+                num_models += entry.name.endswith(MODEL_STATES)
+                problem = problem or _archive_problem(entry.path, num_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return 0, f"its tag '{tag}' is missing"
-    return size, problem if models else f"no *{MODEL_STATES} in {tag}"
+    return size, problem if num_models else f"no *{MODEL_STATES} in {tag}"
 
 
 def _is_tag(path: str) -> bool:
@@ -225,8 +226,8 @@ def _is_checkpoint(names: set[str], path: str) -> bool:
     return "checkpoint" in names and _is_tag(os.path.join(path, "checkpoint"))
 
 
-def _leads_on(path: str, linked: set[str]) -> bool:
-    """Whether a link goes somewhere new, and not back up."""
+def _is_new_link_target(path: str, linked: set[str]) -> bool:
+    """Whether a link points to a folder that was not visited and is not above the link."""
     real = os.path.realpath(path)
     if real in linked or any(
         other.startswith(real + os.sep) for other in (*linked, os.path.realpath(os.path.dirname(path)))
@@ -236,7 +237,7 @@ def _leads_on(path: str, linked: set[str]) -> bool:
     return True
 
 
-def _walk(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
+def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
     pending, linked = [root], {os.path.realpath(root)}
     while pending:
         folder = pending.pop()
@@ -244,32 +245,32 @@ def _walk(root: str, unreadable: list[str]) -> Iterator[CheckpointInfo]:
             with os.scandir(folder) as scan:
                 entries = list(scan)
             if _is_checkpoint({entry.name for entry in entries}, folder):
-                yield _directory_info(folder)
+                yield _describe_directory(folder)
                 continue
         except OSError as error:
             unreadable.append(f"{folder}: {error.strerror or error}")
             continue
-        inside = os.path.basename(folder) == "checkpoints"
-        wanted = FILE_SUFFIXES if inside else (".ckpt", ".safetensors")
+        in_checkpoints_dir = os.path.basename(folder) == "checkpoints"
+        suffixes = FILE_SUFFIXES if in_checkpoints_dir else (".ckpt", ".safetensors")
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             try:
                 if entry.is_dir():
-                    if not entry.is_symlink() or _leads_on(entry.path, linked):
+                    if not entry.is_symlink() or _is_new_link_target(entry.path, linked):
                         pending.append(entry.path)
-                elif entry.name.endswith(wanted):
-                    yield _file_info(entry)
+                elif entry.name.endswith(suffixes):
+                    yield _describe_file(entry)
             except OSError as error:
                 unreadable.append(f"{entry.path}: {error.strerror or error}")
 
 
 def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | None = None) -> list[CheckpointInfo]:
-    """All checkpoints below a folder, newest first.
+    """Find all checkpoints below a folder, newest first.
 
     Args:
-        root: any depth above the run folders, or a checkpoint itself.
-        unreadable: receives a line for each folder or file that could not be read; they are not fatal.
+        root: a folder at any level above the runs, or a checkpoint.
+        unreadable: a list to which a line is appended for each folder or file that could not be read.
 
     Raises:
         CheckpointError: `root` is not a directory.
@@ -277,19 +278,19 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
     top = Path(root).expanduser().absolute()
     if not top.is_dir():
         raise CheckpointError(f"{root}: no such directory")
-    found = list(_walk(str(top), unreadable if unreadable is not None else []))
+    found = list(_iterate_checkpoints(str(top), unreadable if unreadable is not None else []))
     if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
         found = list({os.path.realpath(info.path): info for info in found}.values())
     return sorted(found, key=lambda i: (i.started, -1 if i.epoch is None else i.epoch, i.modified), reverse=True)
 
 
-def choose(found: Iterable[CheckpointInfo], *, best: bool = False) -> dict[str, CheckpointInfo]:
-    """Of each modality the newest complete checkpoint, or with `best` the one of lowest loss."""
-    chosen: dict[str, CheckpointInfo] = {}
+def select_checkpoints(found: Iterable[CheckpointInfo], *, best: bool = False) -> dict[str, CheckpointInfo]:
+    """Select the newest complete checkpoint of each modality, or with `best` the one of lowest loss."""
+    selected: dict[str, CheckpointInfo] = {}
     for info in found:
-        held = chosen.get(info.modality)
+        previous = selected.get(info.modality)
         if not info.complete or (best and info.loss is None):
             continue
-        if held is None or (best and (info.loss or 0.0) < (held.loss or 0.0)):
-            chosen[info.modality] = info
-    return chosen
+        if previous is None or (best and (info.loss or 0.0) < (previous.loss or 0.0)):
+            selected[info.modality] = info
+    return selected

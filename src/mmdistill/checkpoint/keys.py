@@ -1,8 +1,8 @@
-"""Names of tensors. Pure functions from names to names; nothing here opens a file.
+"""Names of tensors. Pure functions from names to names; no function opens a file.
 
 Canonical names are VideoMAE's: ``encoder.patch_embed.proj.weight``, ``encoder.blocks.0.attn.qkv.weight``, ...,
 ``encoder_to_decoder.weight``, ``mask_token``, ``decoder.*`` for a pretrained model, and the same ``encoder.*`` under
-``student_rgb.`` or ``teacher_X.`` beside ``cmt.*`` for a distilled one.
+``student_rgb.`` or ``teacher_X.`` together with ``cmt.*`` for a distilled one.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 from mmdistill.checkpoint.errors import CheckpointError
 
 WRAPPERS = ("module.", "_forward_module.", "model.", "_orig_mod.")
-COMPONENT_PREFIXES = ("student_", "teacher_")  # of the encoders of a distilled checkpoint
+COMPONENT_PREFIXES = ("student_", "teacher_")  # names of the encoders in a distilled checkpoint
 _ENCODER_FIELDS = ("patch_embed.", "blocks.", "norm.", "pos_embed")
 _PROBE = "patch_embed.proj.weight"
 _HF_PROBE = "embeddings.patch_embeddings.projection.weight"
@@ -39,9 +39,10 @@ _HF_QKV = tuple(f"attention.attention.{name}.weight" for name in ("query", "key"
 
 
 def canonical_name(key: str) -> str:
-    """The name without what a wrapper put in front of it: DeepSpeed, Lightning's strategy, DDP or torch.compile.
+    """Remove the prefixes that DeepSpeed, Lightning's strategy, DDP or torch.compile add to a name.
 
-    Only whole prefixes are removed. ``_orig_mod`` is also dropped inside, where torch.compile wrapped a submodule.
+    Only complete prefixes are removed. ``_orig_mod`` is removed at any position, because torch.compile may wrap a
+    submodule.
     """
     while True:
         shorter = key
@@ -53,13 +54,13 @@ def canonical_name(key: str) -> str:
 
 
 def canonical_names(keys: Iterable[str]) -> dict[str, str]:
-    """Old name -> canonical name for a whole state_dict.
+    """Map each name of a state_dict to its canonical name.
 
-    A bare encoder (``blocks.0...`` without ``encoder.``, as in VideoMAE's fine-tuned releases) gets its ``encoder.``;
-    other names at its level, such as classifier heads, stay where they are.
+    A bare encoder (``blocks.0...`` without ``encoder.``, as in VideoMAE's fine-tuned releases) gets the prefix
+    ``encoder.``; other names at its level, such as those of classifiers, do not change.
 
     Raises:
-        CheckpointError: two names become one.
+        CheckpointError: two names become the same.
     """
     names = {key: canonical_name(key) for key in keys}
     bare = [n.removesuffix(_PROBE) for n in names.values() if n.endswith(_PROBE)]
@@ -73,37 +74,37 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     for key, name in names.items():
         if name in seen:
             raise CheckpointError(
-                f"two tensors have the same name once wrappers are removed: '{seen[name]}' and '{key}'"
+                f"two tensors have the same name without the prefixes of wrappers: '{seen[name]}' and '{key}'"
             )
         seen[name] = key
     return names
 
 
 def encoder_roots(keys: Iterable[str]) -> list[str]:
-    """Prefixes of the encoders among canonical names: ``['encoder.']`` or ``['student_rgb.encoder.', ...]``."""
+    """Prefixes of the encoders in canonical names: ``['encoder.']`` or ``['student_rgb.encoder.', ...]``."""
     return [key.removesuffix(_PROBE) for key in keys if key == _PROBE or key.endswith("." + _PROBE)]
 
 
-def part_of(root: str) -> str:
-    """``student_rgb.encoder.`` -> ``student_rgb``; ``encoder.`` -> ``encoder``."""
+def component_of(root: str) -> str:
+    """Component of an encoder's prefix: ``student_rgb.encoder.`` -> ``student_rgb``, ``encoder.`` -> ``encoder``."""
     return root.removesuffix("encoder.").removesuffix(".") or "encoder"
 
 
 def top_level(key: str) -> str:
-    """The part that a canonical name belongs to, for reports: ``student_rgb``, ``cmt``, ``encoder``, ``decoder``..."""
+    """First field of a canonical name, for reports: ``student_rgb``, ``cmt``, ``encoder``, ``decoder``..."""
     return key.split(".", 1)[0]
 
 
 def is_huggingface(keys: Iterable[str]) -> bool:
-    """Whether these are the names of ``transformers``' VideoMAE."""
+    """Whether the names are those of ``transformers``' VideoMAE."""
     return any(key.endswith(_HF_PROBE) for key in keys)
 
 
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's VideoMAE names to canonical ones; query, key and value become one ``qkv`` weight.
+    """Convert Hugging Face's VideoMAE names to canonical ones; query, key and value become one ``qkv`` weight.
 
-    Reads VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, whose heads keep their names.
-    A key bias, which transformers does not have but some conversions carry, cannot change softmax attention.
+    Reads VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, whose classifiers keep their names.
+    A key bias, which some conversions contain, is dropped: it does not change softmax attention.
     """
     probe = next(key for key in state if key.endswith(_HF_PROBE))
     base = probe.removesuffix(_HF_PROBE)  # "" or "videomae."
@@ -117,8 +118,8 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if field in _HF_LAYER:
                 out[target + _HF_LAYER[field]] = tensor
             elif field == _HF_QKV[0]:
-                parts = [state[key.removesuffix(field) + other] for other in _HF_QKV]
-                out[target + "attn.qkv.weight"] = torch.cat(parts)
+                qkv = [state[key.removesuffix(field) + other] for other in _HF_QKV]
+                out[target + "attn.qkv.weight"] = torch.cat(qkv)
             elif field not in _HF_QKV[1:]:
                 out[key] = tensor
         elif name.startswith("embeddings.patch_embeddings.projection."):
@@ -127,28 +128,28 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out["encoder.norm." + name.removeprefix("layernorm.")] = tensor
         elif name == "embeddings.position_embeddings":
             out["encoder.pos_embed"] = tensor
-        elif not (decoder and name == "position_embeddings"):  # the fixed table of the decoder
+        elif not (decoder and name == "position_embeddings"):  # the decoder's fixed table
             out[name] = tensor
     return out
 
 
 def to_huggingface(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An encoder's tensors (names without ``encoder.``) under the names that VideoMAEModel reads from disk.
+    """Convert an encoder's tensors (names without ``encoder.``) to the names that VideoMAEModel reads from disk.
 
-    Biases of queries and values go under both of their names: transformers 4 knows ``q_bias`` alone, some releases of
-    transformers 5 (5.17) ``query.bias`` alone, and what a release does not know it starts anew, with a warning only.
+    Biases of queries and values are stored under both names: transformers 4 reads only ``q_bias``, some releases of
+    transformers 5 (5.17) only ``query.bias``, and a missing tensor is initialized randomly with only a warning.
     """
-    back: dict[str, list[str]] = {}
-    for theirs, ours in _HF_LAYER.items():
-        back.setdefault(ours, []).append(theirs)
+    hf_fields: dict[str, list[str]] = {}
+    for hf_field, field in _HF_LAYER.items():
+        hf_fields.setdefault(field, []).append(hf_field)
     out: dict[str, Tensor] = {}
     for key, tensor in encoder.items():
         if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", key):
             base, field = f"encoder.layer.{block[1]}.", block[2]
             if field == "attn.qkv.weight":
-                out.update({base + name: part.clone() for name, part in zip(_HF_QKV, tensor.chunk(3), strict=True)})
+                out.update({base + name: chunk.clone() for name, chunk in zip(_HF_QKV, tensor.chunk(3), strict=True)})
             else:
-                out.update({base + name: tensor.clone() for name in back[field]})
+                out.update({base + name: tensor.clone() for name in hf_fields[field]})
         elif key.startswith("patch_embed.proj."):
             out["embeddings.patch_embeddings.projection." + key.rsplit(".", 1)[1]] = tensor
         elif key.startswith("norm."):
@@ -157,9 +158,9 @@ def to_huggingface(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def split_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``attn.qkv.bias`` (timm's ViT, LayerNorm-free conversions) to VideoMAE's ``q_bias`` and ``v_bias``.
+    """Split ``attn.qkv.bias`` (timm's ViT, LayerNorm-free conversions) into VideoMAE's ``q_bias`` and ``v_bias``.
 
-    The key bias is dropped: it adds one number to all logits of a query, which softmax does not see.
+    The key bias is dropped: it adds the same number to all logits of a query, which does not change the softmax.
     """
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():

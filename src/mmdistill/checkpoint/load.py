@@ -1,4 +1,4 @@
-"""Weights into modules: everything fits, or nothing changes."""
+"""Load weights into modules: strict, and without a change to the module if anything does not fit."""
 
 import fnmatch
 import logging
@@ -15,198 +15,201 @@ from torch import Tensor, nn
 from mmdistill.checkpoint.architecture import (
     encoder_config_from_meta,
     encoder_config_from_tensors,
+    infer_token_grid,
     is_sincos,
     resize_positions,
-    token_grid,
 )
 from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
-from mmdistill.checkpoint.keys import encoder_roots, part_of, top_level
+from mmdistill.checkpoint.keys import component_of, encoder_roots, top_level
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 10  # names per list in an error
-_HEADS = ("head.", "head_", "fc_norm.", "fc_dropout.")  # of classifiers; an encoder has none
+_MAX_LISTED = 10  # names per list in an error
+_CLASSIFIER_PREFIXES = ("head.", "head_", "fc_norm.", "fc_dropout.")  # an encoder has none of them
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did.
+    """Result of a load.
 
     Attributes:
         source: the path as given.
-        format: its layout.
-        part: the encoder that was taken, or None for the whole module.
-        tensors, parameters: how many were copied, and the number of values in them.
-        conversions: ``'bfloat16 -> float32'`` and the like, with the number of tensors.
-        missing: names that `allow_missing` excused; they keep the module's values.
-        left_out: tensors of the file that are not the module's business, by part (``decoder``, ``teacher_rgb``,
-            ``head``).
-        notes: positions interpolated, heads inferred, masters read; a sentence each.
+        format: layout on disk.
+        component: the encoder that was loaded, or None for a complete module.
+        tensors, parameters: number of copied tensors, and number of values in them.
+        conversions: number of tensors by conversion, such as ``'bfloat16 -> float32'``.
+        missing: missing names that match `allow_missing`; they keep the module's values.
+        ignored_keys: number of tensors outside the module, by component (``decoder``, ``teacher_rgb``, ``head``).
+        notes: interpolated positions, inferred heads, fp32 masters; one sentence each.
     """
 
     source: Path
     format: str
-    part: str | None
+    component: str | None
     tensors: int
     parameters: int
     conversions: dict[str, int]
     missing: tuple[str, ...]
-    left_out: dict[str, int]
+    ignored_keys: dict[str, int]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
+        """One line for the log."""
         lines = [f"{self.tensors} tensors, {self.parameters:,} parameters from {self.source} ({self.format})"]
-        if self.part:
-            lines.append(f"part {self.part}")
+        if self.component:
+            lines.append(f"component {self.component}")
         lines += [f"{count} tensors converted {kind}" for kind, count in self.conversions.items()]
         if self.missing:
-            lines.append(f"{len(self.missing)} missing as allowed: {', '.join(self.missing[:_SHOWN])}")
-        if self.left_out:
-            lines.append("left out: " + ", ".join(f"{part} ({count})" for part, count in self.left_out.items()))
+            lines.append(f"{len(self.missing)} missing as allowed: {', '.join(self.missing[:_MAX_LISTED])}")
+        if self.ignored_keys:
+            lines.append("ignored: " + ", ".join(f"{name} ({count})" for name, count in self.ignored_keys.items()))
         return "; ".join([*lines, *self.notes])
 
 
-def select_encoder(checkpoint: Checkpoint, part: str | None) -> tuple[dict[str, Tensor], str, dict[str, int]]:
-    """Tensors of one encoder without its prefix, its part's name, and what was left out.
+def select_encoder(checkpoint: Checkpoint, component: str | None) -> tuple[dict[str, Tensor], str, dict[str, int]]:
+    """Select the tensors of one encoder.
+
+    Returns:
+        Its tensors without the prefix, the name of the component, and the number of ignored tensors by component.
 
     Raises:
-        CheckpointError: no encoder, or no part of that name; the message lists those there are.
+        CheckpointError: no encoder, or no component of that name; the message lists the available ones.
     """
     state = checkpoint.state_dict
-    roots = {part_of(root): root for root in encoder_roots(state)}
+    roots = {component_of(root): root for root in encoder_roots(state)}
     if not roots:
         held = ", ".join(f"{name} ({n})" for name, n in Counter(map(top_level, state)).items())
         raise CheckpointError(
             f"{checkpoint.path}: holds no encoder (no patch_embed.proj.weight); its tensors are: {held}"
         )
-    wanted = part or next((name for name in ("student_rgb", "encoder") if name in roots), None)
-    if wanted is None and len(roots) == 1:
-        wanted = next(iter(roots))
-    if wanted not in roots:
-        asked = f"no part '{part}'" if part else "several encoders and no student"
-        raise CheckpointError(f"{checkpoint.path}: {asked}; it holds {', '.join(roots)}: give part=")
-    root = roots[wanted]
-    inside = {k.removeprefix(root): v for k, v in state.items() if k.startswith(root)}
-    encoder = {k: v for k, v in inside.items() if not k.startswith(_HEADS)}
-    left = Counter(top_level(k) for k in state if not k.startswith(root))
-    left.update(top_level(k) for k in inside if k.startswith(_HEADS))
-    return encoder, wanted, dict(left)
+    selected = component or next((name for name in ("student_rgb", "encoder") if name in roots), None)
+    if selected is None and len(roots) == 1:
+        selected = next(iter(roots))
+    if selected not in roots:
+        problem = f"no component '{component}'" if component else "several encoders and no student"
+        raise CheckpointError(f"{checkpoint.path}: {problem}; it holds {', '.join(roots)}: give part=")
+    root = roots[selected]
+    tensors = {k.removeprefix(root): v for k, v in state.items() if k.startswith(root)}
+    encoder = {k: v for k, v in tensors.items() if not k.startswith(_CLASSIFIER_PREFIXES)}
+    ignored = Counter(top_level(k) for k in state if not k.startswith(root))
+    ignored.update(top_level(k) for k in tensors if k.startswith(_CLASSIFIER_PREFIXES))
+    return encoder, selected, dict(ignored)
 
 
-def _positions(
+def _adapt_positions(
     state: dict[str, Tensor],
     target: Mapping[str, Tensor],
     meta: Mapping[str, Any] | None,
     grid: tuple[int, int, int] | None,
 ) -> str | None:
-    """Make the file's position table fit the module, in place; what was done, in words."""
+    """Adapt the position table of `state` to the module, in place; return a note, or None if nothing changed."""
     name = "pos_embed"
     if name not in state:
         return None
-    held = state[name]
-    if held.ndim != 3:
+    stored = state[name]
+    if stored.ndim != 3:
         return None
     if name not in target:
-        if is_sincos(held):
+        if is_sincos(stored):
             del state[name]
-            return f"sin-cos positions ({held.shape[1]} tokens) recomputed"
+            return f"sin-cos positions ({stored.shape[1]} tokens) recomputed"
         return None
-    if held.shape[1] == target[name].shape[1] or held.shape[2] != target[name].shape[2] or grid is None:
+    if stored.shape[1] == target[name].shape[1] or stored.shape[2] != target[name].shape[2] or grid is None:
         return None
-    if is_sincos(held):
-        # the module starts from the table of its own length
+    if is_sincos(stored):
+        # the caller computes the table of the module's own length
         del state[name]
         return "sin-cos"
-    source = encoder_config_from_meta(meta).grid if meta else token_grid(held.shape[1], grid[0])
-    if source[0] * source[1] * source[2] != held.shape[1]:
+    source = encoder_config_from_meta(meta).grid if meta else infer_token_grid(stored.shape[1], grid[0])
+    if source[0] * source[1] * source[2] != stored.shape[1]:
         return None
-    state[name] = resize_positions(held, source, grid)
+    state[name] = resize_positions(stored, source, grid)
     return f"learned positions interpolated from {source} to {grid} (T, H, W)"
 
 
-def _complain(
+def _raise_on_mismatch(
     source: Path, missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str], matched: int
 ) -> None:
     if not (missing or unexpected or shapes) and matched:
         return
     lines = [f"{source}: does not fit the module, which was left unchanged"]
     if not matched:
-        lines[0] = f"{source}: not one tensor matches the module, which was left unchanged"
+        lines[0] = f"{source}: no tensor matches the module, which was left unchanged"
     for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names:
-            more = f" ... and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            lines.append(f"  {len(names)} {title}: {', '.join(names[:_SHOWN])}{more}")
+            more = f" ... and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+            lines.append(f"  {len(names)} {title}: {', '.join(names[:_MAX_LISTED])}{more}")
     if missing:
-        lines.append("  (Python callers may excuse names with allow_missing=[patterns])")
+        lines.append("  (Python callers can allow missing names with allow_missing=[patterns])")
     raise WeightMismatchError("\n".join(lines))
 
 
 def copy_state(
     module: nn.Module, state: Mapping[str, Tensor], source: Path, allow_missing: Sequence[str] = ()
 ) -> tuple[int, int, dict[str, int], tuple[str, ...]]:
-    """Copy a state_dict into a module of exactly these names and shapes, or raise and change nothing.
+    """Copy a state_dict into a module with exactly these names and shapes, or raise and change nothing.
 
     Returns:
-        Tensors and parameters copied, dtype conversions, and the names that `allow_missing` excused.
+        Numbers of copied tensors and parameters, dtype conversions, and the missing names that `allow_missing` matches.
 
     Raises:
-        WeightMismatchError: with the lists.
+        WeightMismatchError: lists the tensors that do not fit.
     """
     target = module.state_dict()
     absent = [name for name in target if name not in state]
-    excused = tuple(name for name in absent if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing))
+    allowed = tuple(name for name in absent if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing))
     shapes = [
         f"{name} {list(state[name].shape)} in the file, {list(target[name].shape)} in the module"
         for name in target
         if name in state and state[name].shape != target[name].shape
     ]
     matched = len(target) - len(absent) - len(shapes)
-    missing = [name for name in absent if name not in excused]
-    _complain(source, missing, [name for name in state if name not in target], shapes, matched)
+    missing = [name for name in absent if name not in allowed]
+    _raise_on_mismatch(source, missing, [name for name in state if name not in target], shapes, matched)
     conversions: Counter[str] = Counter()
     parameters = 0
     with torch.no_grad():
-        for name, own in target.items():
-            if name in excused:
+        for name, tensor in target.items():
+            if name in allowed:
                 continue
-            given = state[name]
-            if given.dtype != own.dtype:
+            stored = state[name]
+            if stored.dtype != tensor.dtype:
                 conversions[
-                    f"{str(given.dtype).removeprefix('torch.')} -> {str(own.dtype).removeprefix('torch.')}"
+                    f"{str(stored.dtype).removeprefix('torch.')} -> {str(tensor.dtype).removeprefix('torch.')}"
                 ] += 1
-            own.copy_(given)
-            parameters += own.numel()
-    return matched, parameters, dict(conversions), excused
+            tensor.copy_(stored)
+            parameters += tensor.numel()
+    return matched, parameters, dict(conversions), allowed
 
 
-def _check_unseen(source: Path, found: EncoderConfig, own: EncoderConfig) -> None:
-    """Whether what no shape shows is the same: with other heads all weights fit, and the features are wrong."""
+def _check_hidden_hparams(source: Path, stored: EncoderConfig, own: EncoderConfig) -> None:
+    """Compare settings that do not affect shapes: with another number of heads all tensors fit but features differ."""
     names = ["heads", "head_dim"]
-    if "sincos_separable" in (found.pos_embed, own.pos_embed):  # a fixed table, of which no tensor tells the kind
+    if "sincos_separable" in (stored.pos_embed, own.pos_embed):  # fixed tables, which have no tensor in the file
         names.append("pos_embed")
-    other = [f"{n} {getattr(found, n)} / {getattr(own, n)}" for n in names if getattr(found, n) != getattr(own, n)]
-    if other:
+    diff = [f"{n} {getattr(stored, n)} / {getattr(own, n)}" for n in names if getattr(stored, n) != getattr(own, n)]
+    if diff:
         raise WeightMismatchError(
-            f"{source}: does not fit the module, which was left unchanged: (checkpoint / module) {', '.join(other)}"
+            f"{source}: does not fit the module, which was left unchanged: (checkpoint / module) {', '.join(diff)}"
         )
 
 
 def load_into(
-    module: nn.Module, checkpoint: Checkpoint, *, part: str | None = None, allow_missing: Sequence[str] = ()
+    module: nn.Module, checkpoint: Checkpoint, *, component: str | None = None, allow_missing: Sequence[str] = ()
 ) -> LoadReport:
-    """`load_weights` for a checkpoint that has been read already."""
+    """`load_weights` for the result of `read_checkpoint`."""
     target = module.state_dict()
     notes = list(checkpoint.notes)
-    left: dict[str, int] = {}
+    ignored: dict[str, int] = {}
     config = getattr(module, "config", None)
     if "patch_embed.proj.weight" in target:
-        state, part, left = select_encoder(checkpoint, part)
-        fields = (checkpoint.meta.get("encoders") or {}).get(part)
+        state, component, ignored = select_encoder(checkpoint, component)
+        fields = (checkpoint.meta.get("encoders") or {}).get(component)
         if fields and isinstance(config, EncoderConfig):
-            _check_unseen(checkpoint.path, encoder_config_from_meta(fields), config)
-        note = _positions(state, target, fields, config.grid if isinstance(config, EncoderConfig) else None)
+            _check_hidden_hparams(checkpoint.path, encoder_config_from_meta(fields), config)
+        note = _adapt_positions(state, target, fields, config.grid if isinstance(config, EncoderConfig) else None)
         if note == "sin-cos":
             assert isinstance(config, EncoderConfig)
             state["pos_embed"] = Encoder(replace(config, depth=1)).pos_embed.detach()
@@ -215,12 +218,21 @@ def load_into(
             notes.append(note)
     else:
         state = dict(checkpoint.state_dict)
-        if part is not None:
-            state = {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
-            left = dict(Counter(top_level(k) for k in checkpoint.state_dict if not k.startswith(part + ".")))
+        if component is not None:
+            prefix = component + "."
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            ignored = dict(Counter(top_level(k) for k in checkpoint.state_dict if not k.startswith(prefix)))
     tensors, parameters, conversions, missing = copy_state(module, state, checkpoint.path, allow_missing)
     report = LoadReport(
-        checkpoint.path, str(checkpoint.format), part, tensors, parameters, conversions, missing, left, tuple(notes)
+        source=checkpoint.path,
+        format=str(checkpoint.format),
+        component=component,
+        tensors=tensors,
+        parameters=parameters,
+        conversions=conversions,
+        missing=missing,
+        ignored_keys=ignored,
+        notes=tuple(notes),
     )
     log.info("loaded %s", report)
     return report
@@ -236,19 +248,19 @@ def load_weights(
     """Load a checkpoint into a module, strictly.
 
     Args:
-        module: an `Encoder` (the encoder of the file, or of `part`, is taken and the rest left out and counted), or any
-            module with the file's canonical names.
+        module: an `Encoder` (the tensors of one encoder are loaded, the others are ignored and counted), or any module
+            with the file's canonical names.
         path: anything that `read_checkpoint` reads.
-        part: ``student_rgb``, ``teacher_flow``, ...: that part of a distilled checkpoint. For an `Encoder` None means
-            ``student_rgb`` in a distilled file and ``encoder`` in a pretrained one.
-        allow_missing: patterns (``fnmatch``) of names that may be absent from the file; they keep the module's values.
+        part: name of the component of a distilled checkpoint: ``student_rgb``, ``teacher_flow``, ... For an `Encoder`,
+            None means ``student_rgb`` in a distilled file and ``encoder`` in a pretrained one.
+        allow_missing: patterns (``fnmatch``) of names that may be missing in the file; they keep the module's values.
 
     Raises:
-        WeightMismatchError: a tensor is missing, unexpected or of another shape, or none matches. The module then keeps
-            its values.
+        WeightMismatchError: a tensor is missing, unexpected or of another shape, or no tensor matches. The module then
+            keeps its values.
         CheckpointError: the path cannot be read.
     """
-    return load_into(module, read_checkpoint(path), part=part, allow_missing=allow_missing)
+    return load_into(module, read_checkpoint(path), component=part, allow_missing=allow_missing)
 
 
 def load_encoder_with_report(
@@ -260,11 +272,11 @@ def load_encoder_with_report(
     width: int | None = None,
     heads: int | None = None,
 ) -> tuple[Encoder, LoadReport]:
-    """`load_encoder`, and what it did."""
+    """`load_encoder` that also returns the report of the load."""
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    state, part, _ = select_encoder(checkpoint, part)
+    state, component, _ = select_encoder(checkpoint, part)
     notes: list[str] = []
-    fields = (checkpoint.meta.get("encoders") or {}).get(part)
+    fields = (checkpoint.meta.get("encoders") or {}).get(component)
     try:
         if fields:
             config = encoder_config_from_meta(fields)
@@ -281,12 +293,12 @@ def load_encoder_with_report(
         encoder = Encoder(config)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    report = load_into(encoder, replace(checkpoint, notes=(*checkpoint.notes, *notes)), part=part)
+    report = load_into(encoder, replace(checkpoint, notes=(*checkpoint.notes, *notes)), component=component)
     return encoder, report
 
 
 def load_encoder_for_clips(
-    checkpoint: Checkpoint, *, part: str | None = None, num_frames: int, token_grid: tuple[int, int]
+    checkpoint: Checkpoint, *, component: str | None = None, num_frames: int, token_grid: tuple[int, int]
 ) -> Encoder:
     """`load_encoder` for clips of a given token grid, for files that may lack metadata.
 
@@ -296,14 +308,14 @@ def load_encoder_for_clips(
 
     Args:
         checkpoint: what `read_checkpoint` returned.
-        part: name of the component; None is the student or the only encoder.
+        component: name of the component; None is the student or the only encoder.
         num_frames: frames per clip.
         token_grid: rows and columns of patches per frame.
 
     Raises:
-        CheckpointError, WeightMismatchError: as `load_encoder`.
+        CheckpointError, WeightMismatchError: the errors of `load_encoder`.
     """
-    state, component, _ = select_encoder(checkpoint, part)
+    state, component, _ = select_encoder(checkpoint, component)
     if (checkpoint.meta.get("encoders") or {}).get(component):
         return load_encoder(checkpoint, part=component)
     patch = int(state["patch_embed.proj.weight"].shape[-1])
@@ -323,17 +335,19 @@ def load_encoder(
     """Build the encoder that a checkpoint holds and load it.
 
     Args:
-        source: anything that `read_checkpoint` reads, or what it returned.
-        part: which encoder of a distilled checkpoint; None is the student.
-        num_frames, height, width: another input size than the checkpoint's. Sin-cos positions are recomputed, learned
-            ones interpolated, and the report (logged) says so.
-        heads: number of attention heads, needed only for foreign files whose tensors leave it open.
+        source: anything that `read_checkpoint` reads, or its result.
+        part: name of the component of a distilled checkpoint; None is the student.
+        num_frames: frames per clip, if they differ from the checkpoint's. For another input size, sin-cos positions
+            are recomputed and learned ones interpolated; the logged report notes it.
+        height: height of the input in pixels, if it differs.
+        width: width of the input in pixels, if it differs.
+        heads: number of attention heads, for files of other programs whose tensors do not determine it.
 
     Returns:
-        The encoder on the CPU in fp32, in training mode like any new module.
+        The encoder on the CPU in fp32, in training mode.
 
     Raises:
-        CheckpointError, WeightMismatchError: as `load_weights`.
+        CheckpointError, WeightMismatchError: the errors of `load_weights`.
     """
     return load_encoder_with_report(source, part=part, num_frames=num_frames, height=height, width=width, heads=heads)[
         0

@@ -1,4 +1,4 @@
-"""Find out what a path is: which format, which directory level, which files."""
+"""Locate a checkpoint: its format, its root directory and its files."""
 
 import json
 import logging
@@ -20,24 +20,25 @@ from mmdistill.checkpoint.formats.names import (
     TAG,
     CheckpointFormat,
 )
-from mmdistill.checkpoint.formats.torch_zip import load_pickle
+from mmdistill.checkpoint.formats.safetensors_file import is_safetensors
+from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 
 log = logging.getLogger(__name__)
 
-_LISTED = 12  # candidates named in an error
+_MAX_LISTED = 12  # paths listed in an error
 
 
 @dataclass(frozen=True)
 class Location:
-    """A path that has been understood.
+    """Result of `locate`.
 
     Attributes:
-        given: the path as it was given.
-        format: the layout.
-        root: the file itself, or the directory that holds ``latest``, ``meta.json`` and the tag (DeepSpeed).
+        given: the path as given.
+        format: layout on disk.
+        root: the file, or the directory that holds ``latest``, ``meta.json`` and the tag (DeepSpeed).
         tag: the directory with the ``*_states.pt`` files (DeepSpeed only).
-        content: what a pickled file holds, with memory-mapped tensors: its format is known only from its content, and
-            readers do not unpickle it again. None for DeepSpeed directories and ``.safetensors``.
+        content: content of a pickled file, with memory-mapped tensors. `locate` unpickles the file to find its format;
+            readers use the content instead of unpickling again. None for DeepSpeed directories and ``.safetensors``.
     """
 
     given: Path
@@ -57,16 +58,15 @@ class Location:
         return rank_files(self.tag, OPTIM_STATES) if self.tag else []
 
 
-def _rank(name: str) -> int:
-    after = name.partition("zero_pp_rank_")[2]
-    digits = after.partition("_")[0]
+def _rank_in_name(name: str) -> int:
+    digits = name.partition("zero_pp_rank_")[2].partition("_")[0]
     return int(digits) if digits.isdigit() else 0
 
 
 def rank_files(directory: Path, suffix: str) -> list[Path]:
-    """Files of a tag directory that end in `suffix`, by rank. No glob: the path may hold ``[``, ``*`` or ``?``."""
+    """List the files of a tag directory that end in `suffix`, by rank. No glob: the path may hold ``[`` or ``*``."""
     names = [name for name in os.listdir(directory) if name.endswith(suffix)]
-    return [directory / name for name in sorted(names, key=lambda name: (_rank(name), name))]
+    return [directory / name for name in sorted(names, key=lambda name: (_rank_in_name(name), name))]
 
 
 def _has_model_states(directory: Path) -> bool:
@@ -88,70 +88,72 @@ def _looks_like_checkpoint(path: Path) -> bool:
     return path.is_dir() and ((path / LATEST).exists() or (path / MANIFEST).exists() or bool(_tags(path)))
 
 
-def _children(directory: Path, depth: int = 3) -> list[Path]:
+def _find_below(directory: Path, depth: int = 3) -> list[Path]:
     found = []
     for child in sorted(directory.iterdir()):
         if _looks_like_checkpoint(child):
             found.append(child)
         elif depth and child.is_dir() and not child.name.startswith("."):
-            found += _children(child, depth - 1)
+            found += _find_below(child, depth - 1)
     return found
 
 
-def _describe(paths: list[Path]) -> str:
-    shown = "".join(f"\n  {path}" for path in paths[:_LISTED])
-    return shown + (f"\n  ... and {len(paths) - _LISTED} more" if len(paths) > _LISTED else "")
+def _format_paths(paths: list[Path]) -> str:
+    shown = "".join(f"\n  {path}" for path in paths[:_MAX_LISTED])
+    return shown + (f"\n  ... and {len(paths) - _MAX_LISTED} more" if len(paths) > _MAX_LISTED else "")
 
 
 def _latest_tag(root: Path) -> Path:
-    """The tag directory that ``latest`` names."""
+    """Return the tag directory that the file ``latest`` names."""
     tags = _tags(root)
-    have = (
+    found = (
         f"there is {', '.join(repr(t.name) for t in tags)}" if tags else "there is no directory with *_model_states.pt"
     )
     try:
         name = (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise CorruptCheckpointError(
-            f"{root / LATEST}: unreadable ({error}); {have}: give that directory itself"
+            f"{root / LATEST}: unreadable ({error}); {found}: give the path of that directory"
         ) from error
     if not name:
         raise CorruptCheckpointError(
-            f"{root / LATEST}: is empty and should name the checkpoint's tag; {have}: give that itself"
+            f"{root / LATEST}: is empty and should name the checkpoint's tag; {found}: give the path of that directory"
         )
     tag = root / name
     if not tag.is_dir() or not _has_model_states(tag):
         raise CorruptCheckpointError(
-            f"{root / LATEST}: names '{name}', which holds no *_model_states.pt; {have}: give that itself"
+            f"{root / LATEST}: names '{name}', which holds no *_model_states.pt; {found}: give the path of that "
+            "directory"
         )
     return tag
 
 
 def _locate_directory(given: Path, path: Path) -> Location:
     if _has_model_states(path):
-        return Location(given, CheckpointFormat.DEEPSPEED, path.parent if _owns(path.parent, path) else path, path)
+        root = path.parent if _is_root_of(path.parent, path) else path
+        return Location(given, CheckpointFormat.DEEPSPEED, root, path)
     if (path / LATEST).exists():
         return Location(given, CheckpointFormat.DEEPSPEED, path, _latest_tag(path))
     if (path / "model.safetensors").is_file():
         return Location(given, CheckpointFormat.WEIGHTS, path / "model.safetensors")
     if (path / MANIFEST).exists():
-        raise CorruptCheckpointError(f"{path}: its manifest is there but not its tag directory; use another checkpoint")
+        raise CorruptCheckpointError(f"{path}: has a manifest but no tag directory; use another checkpoint")
     tags = _tags(path)
     if (len(tags) == 1 and tags[0].name == TAG) or (len(tags) == 1 and not (tags[0] / LATEST).exists()):
         log.info("%s has no file 'latest'; using its only tag '%s'", path, tags[0].name)
         return Location(given, CheckpointFormat.DEEPSPEED, path, tags[0])
-    candidates = tags or _children(path)
+    candidates = tags or _find_below(path)
     if candidates:
         raise CheckpointError(
-            f"{given}: a folder of {len(candidates)} checkpoints, not one; give one of{_describe(candidates)}"
+            f"{given}: a folder of {len(candidates)} checkpoints, not one; give one of{_format_paths(candidates)}"
         )
     raise CheckpointError(
         f"{given}: no checkpoint in this directory (no 'latest', no *_model_states.pt, no weights file)"
     )
 
 
-def _owns(root: Path, tag: Path) -> bool:
-    """Whether `root` is the checkpoint that `tag` belongs to, rather than a folder of unrelated ones."""
+def _is_root_of(root: Path, tag: Path) -> bool:
+    """Whether `root` is the checkpoint directory of `tag`, and not a folder of unrelated directories."""
     if (root / MANIFEST).exists() or (root / META).exists() or tag.name == TAG:
         return True
     try:
@@ -160,80 +162,67 @@ def _owns(root: Path, tag: Path) -> bool:
         return False
 
 
-def content_format(content: Any) -> CheckpointFormat:
-    """Lightning or weights, from what a pickle holds."""
-    lightning = isinstance(content, Mapping) and "state_dict" in content and "pytorch-lightning_version" in content
-    return CheckpointFormat.LIGHTNING if lightning else CheckpointFormat.WEIGHTS
+def format_of_content(content: Any) -> CheckpointFormat:
+    """Format of a pickle by its content: Lightning or weights."""
+    is_lightning = isinstance(content, Mapping) and "state_dict" in content and "pytorch-lightning_version" in content
+    return CheckpointFormat.LIGHTNING if is_lightning else CheckpointFormat.WEIGHTS
 
 
-def is_safetensors(path: Path) -> bool:
-    """By its first bytes: 8 bytes of length, then a JSON object. The name decides only where they are missing."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    return path.suffix == ".safetensors" or (
-        len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
-    )
-
-
-def existing(path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` expanded. A directory whose re-save was interrupted is found under its kept name.
+def existing_path(path: str | os.PathLike[str]) -> Path:
+    """Expand ``~`` and check that the path exists. If a save over it was interrupted, return the previous checkpoint.
 
     Raises:
-        CheckpointError: nothing is there; the message names what is nearby.
+        CheckpointError: the path does not exist; the message lists the closest existing folder.
     """
-    where = Path(path).expanduser()
-    if where.exists():
-        return where
-    kept = where.with_name(f"{OLD_PREFIX}{where.name}")
-    if where.name and kept.exists():
-        log.warning(
-            "%s: a save over it was interrupted; using the checkpoint that stood there before (%s)", where, kept.name
-        )
+    resolved = Path(path).expanduser()
+    if resolved.exists():
+        return resolved
+    kept = resolved.with_name(f"{OLD_PREFIX}{resolved.name}")
+    if resolved.name and kept.exists():
+        log.warning("%s: a save over it was interrupted; using the previous checkpoint (%s)", resolved, kept.name)
         return kept
-    near = where.parent
-    while not near.is_dir() and near != near.parent:
-        near = near.parent
+    folder = resolved.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
     try:
-        names = sorted(n for n in os.listdir(near) if not n.startswith("."))[:_LISTED]
+        names = sorted(n for n in os.listdir(folder) if not n.startswith("."))[:_MAX_LISTED]
     except OSError:
         names = []
-    raise CheckpointError(f"{path}: does not exist; {near} holds {', '.join(map(repr, names)) or 'nothing'}")
+    raise CheckpointError(f"{path}: does not exist; {folder} holds {', '.join(map(repr, names)) or 'nothing'}")
 
 
 def locate(path: str | os.PathLike[str]) -> Location:
-    """Understand a path: a checkpoint directory, its tag, a file inside it, or a single file.
+    """Locate the checkpoint of a path: a checkpoint directory, its tag, a file in it, or a single file.
 
     Raises:
-        CheckpointError: nothing there, or a folder of several checkpoints (the message lists them).
-        CorruptCheckpointError: ``latest`` is empty or names nothing, or the file is cut off.
+        CheckpointError: nothing exists there, or it is a folder of several checkpoints (the message lists them).
+        CorruptCheckpointError: ``latest`` is empty or invalid, or the file is truncated.
     """
-    given, where = Path(path), existing(path)
-    if where.is_dir():
-        return _locate_directory(given, where)
-    if where.name.endswith((MODEL_STATES, OPTIM_STATES)):
-        root = where.parent.parent if _owns(where.parent.parent, where.parent) else where.parent
-        return Location(given, CheckpointFormat.DEEPSPEED, root, where.parent)
-    if where.name in (LATEST, META, MANIFEST):
-        return _locate_directory(given, where.parent)
-    if where.stat().st_size == 0:
-        raise CorruptCheckpointError(f"{where}: truncated: the file is empty (0 bytes); use another checkpoint")
-    if is_safetensors(where):
-        return Location(given, CheckpointFormat.WEIGHTS, where)
-    if where.suffix in FILE_SUFFIXES:
-        content = load_pickle(where, verify=False)
-        return Location(given, content_format(content), where, content=content)
-    raise CheckpointError(
-        f"{where}: not a checkpoint that is known here; expected a directory or {', '.join(FILE_SUFFIXES)}"
-    )
+    given, file = Path(path), existing_path(path)
+    if file.is_dir():
+        return _locate_directory(given, file)
+    if file.name.endswith((MODEL_STATES, OPTIM_STATES)):
+        root = file.parent.parent if _is_root_of(file.parent.parent, file.parent) else file.parent
+        return Location(given, CheckpointFormat.DEEPSPEED, root, file.parent)
+    if file.name in (LATEST, META, MANIFEST):
+        return _locate_directory(given, file.parent)
+    if file.stat().st_size == 0:
+        raise CorruptCheckpointError(f"{file}: truncated: the file is empty (0 bytes); use another checkpoint")
+    if is_safetensors(file):
+        return Location(given, CheckpointFormat.WEIGHTS, file)
+    if file.suffix in FILE_SUFFIXES:
+        content = read_torch_file(file, verify=False)
+        return Location(given, format_of_content(content), file, content=content)
+    raise CheckpointError(f"{file}: not a known checkpoint format; expected a directory or {', '.join(FILE_SUFFIXES)}")
 
 
 def detect_format(path: str | os.PathLike[str]) -> CheckpointFormat:
-    """Which of the three layouts a path is, at whatever level it was given. Raises as `locate` does."""
+    """Format of a path at any level of the checkpoint. Raises the errors of `locate`."""
     return locate(path).format
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of ours. Raises `CorruptCheckpointError` naming it."""
+    """Read a JSON object. Raises `CorruptCheckpointError` that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

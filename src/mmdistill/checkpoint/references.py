@@ -8,35 +8,38 @@ from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.checkpoint.errors import CheckpointError
 
 
-def load_referenced_teacher(source: Checkpoint, part: str) -> Checkpoint:
-    """The checkpoint that a slim file names as its teacher `part`, read and compared.
+def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:
+    """Read the checkpoint that a student-only checkpoint references as its teacher `component`, and compare its digest.
 
     Raises:
-        CheckpointError: the file names none, or what it names is missing or has changed.
-        CheckpointError: what it names cannot be read.
+        CheckpointError: there is no reference, or the referenced checkpoint is missing, unreadable or has changed.
     """
-    named = (source.meta.get("teachers") or {}).get(part)
-    if not named:
-        raise CheckpointError(f"{source.path} holds {', '.join(source.parts)} and names no {part}")
-    require_exists(named["path"], part, named, source.path)
-    checkpoint = read_checkpoint(named["path"])
-    own = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(part, {})
-    size = {name: own[name] for name in ("num_frames", "height", "width") if name in own}
-    require_same_digest(named["path"], weights_digest(load_encoder(checkpoint, **size)), part, named, source.path)
+    reference = (source.meta.get("teachers") or {}).get(component)
+    if not reference:
+        raise CheckpointError(f"{source.path} holds {', '.join(source.components)} and references no {component}")
+    path = reference["path"]
+    require_exists(path, component, reference, source.path)
+    checkpoint = read_checkpoint(path)
+    config = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(component, {})
+    size = {name: config[name] for name in ("num_frames", "height", "width") if name in config}
+    require_same_digest(path, weights_digest(load_encoder(checkpoint, **size)), component, reference, source.path)
     return checkpoint
 
 
-def require_exists(path: str, part: str, named: dict[str, Any], slim: object) -> None:
+def require_exists(path: str, component: str, reference: dict[str, Any], source: object) -> None:
+    """Raise `CheckpointError` if `path` of the teacher that the student-only `source` references does not exist."""
     if not Path(path).expanduser().exists():
         raise CheckpointError(
-            f"{path}: does not exist; {slim} is slim and was distilled with this {part} (sha256 {named['sha256']}): "
-            "put it back, or give a checkpoint with these weights in trainer.ckpt_path"
+            f"{path}: does not exist; {source} is a student-only checkpoint that was distilled with this {component} "
+            f"(sha256 {reference['sha256']}): restore it, or give a checkpoint with these weights in trainer.ckpt_path"
         )
 
 
-def require_same_digest(path: str, digest: str, part: str, named: dict[str, Any], slim: object) -> None:
-    if digest != named["sha256"]:
+def require_same_digest(path: str, digest: str, component: str, reference: dict[str, Any], source: object) -> None:
+    """Raise `CheckpointError` if `digest`, of the weights at `path`, is not the one that `source` references."""
+    if digest != reference["sha256"]:
         raise CheckpointError(
-            f"{path}: its weights have sha256 {digest}, but {slim} was distilled with {part} of sha256 "
-            f"{named['sha256']} (then at {named['path']}); give a checkpoint with those weights in trainer.ckpt_path"
+            f"{path}: its weights have sha256 {digest}, but {source} was distilled with {component} of sha256 "
+            f"{reference['sha256']} (then at {reference['path']}); give a checkpoint with those weights in "
+            "trainer.ckpt_path"
         )

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are complete, which may go, and whose folder it is."""
+"""Validation and pruning of a run's checkpoints, and the checkpoint to resume from."""
 
 import contextlib
 import logging
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.deepspeed_zero import read_zero
+from mmdistill.checkpoint.formats.deepspeed_zero import read_zero_checkpoint
 from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
 from mmdistill.checkpoint.formats.torch_zip import is_zip, verify_zip
-from mmdistill.checkpoint.locate import existing, locate
+from mmdistill.checkpoint.locate import existing_path, locate
 from mmdistill.checkpoint.read import read_meta
-from mmdistill.checkpoint.write import discard, recover, sync
+from mmdistill.checkpoint.write import fsync_path, recover_interrupted_saves, remove_quietly
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class _Candidate:
     path: Path
-    step: float  # inf where it cannot be told, so that a damaged newest one is looked at, and warned about, first
+    step: float  # inf if unknown, so that a damaged newest checkpoint is checked, and warned about, first
     modified: int
 
 
 def _step(path: Path) -> float:
-    """Optimiser steps that a checkpoint has seen, whatever they counted in epochs; inf where it does not say."""
-    place = locate(path)
-    manifest = read_manifest(place.root) if place.format is CheckpointFormat.DEEPSPEED else None
-    return float((manifest or read_meta(place)).get("step", math.inf))
+    """Optimizer steps of a checkpoint; inf if it does not store them."""
+    location = locate(path)
+    manifest = read_manifest(location.root) if location.format is CheckpointFormat.DEEPSPEED else None
+    return float((manifest or read_meta(location)).get("step", math.inf))
 
 
 def _candidates(directory: Path) -> list[_Candidate]:
@@ -51,36 +51,36 @@ def _candidates(directory: Path) -> list[_Candidate]:
 
 
 def verify(path: Path) -> None:
-    """Compare a checkpoint with the checksums it carries; one of others is read once instead.
+    """Compare a checkpoint with its checksums; one of another program without checksums is read instead.
 
     Raises:
-        CheckpointError: why it cannot be used.
+        CheckpointError: the reason why it cannot be used.
     """
-    place = locate(path)
-    if place.format is not CheckpointFormat.DEEPSPEED:
-        if place.content is None:
-            read_meta(place)
-        elif is_zip(place.root):
-            verify_zip(place.root)
-    elif verify_manifest(place.root) is None:
-        read_zero(place)
-        for file in place.optim_files:
+    location = locate(path)
+    if location.format is not CheckpointFormat.DEEPSPEED:
+        if location.content is None:
+            read_meta(location)
+        elif is_zip(location.root):
+            verify_zip(location.root)
+    elif verify_manifest(location.root) is None:
+        read_zero_checkpoint(location)
+        for file in location.optim_files:
             verify_zip(file)
 
 
 def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint of a folder that verifies, by step; for ``resume=auto``.
+    """Find the newest checkpoint of a folder, by step, that passes `verify`; for ``resume=auto``.
 
-    Directories of the native loop and ``.ckpt`` files. Interrupted re-saves are repaired, unfinished ``.tmp-*``
-    ignored. Each checkpoint that is skipped gets a warning with the reason.
+    Considers DeepSpeed directories and ``.ckpt`` files. Interrupted saves over a checkpoint are repaired and
+    incomplete ``.tmp-*`` are ignored. A warning gives the reason for each skipped checkpoint.
 
     Returns:
-        Its path, or None where there is none (also when the folder does not exist).
+        Its path, or None if there is none (also if the folder does not exist).
     """
     folder = Path(directory).expanduser()
     if not folder.is_dir():
         return None
-    recover(folder)
+    recover_interrupted_saves(folder)
     for candidate in _candidates(folder):
         try:
             verify(candidate.path)
@@ -91,19 +91,20 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _loss(path: Path, facts: Mapping[str, Any]) -> float:
-    """inf where there is none, and where an epoch was interrupted: a part's mean is no rank among whole epochs."""
-    loss = facts.get("loss")
-    whole = "-step=" not in path.name
-    return float(loss) if whole and isinstance(loss, (int, float)) and math.isfinite(loss) else math.inf
+def _loss(path: Path, summary: Mapping[str, Any]) -> float:
+    """Mean loss of the epoch; inf if unknown or if the epoch was interrupted, which makes the mean not comparable."""
+    loss = summary.get("loss")
+    is_full_epoch = "-step=" not in path.name
+    return float(loss) if is_full_epoch and isinstance(loss, (int, float)) and math.isfinite(loss) else math.inf
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
-    """Step and loss of a checkpoint that retention may judge: a directory with a sound manifest, or our ``epoch=``
-    file. None for everything else.
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    """Read step and loss of a checkpoint that may be pruned; None if it may not.
+
+    Directories with a manifest and ``epoch=`` files of mmdistill may be pruned.
 
     Raises:
-        CheckpointError: it should be one and is damaged.
+        CheckpointError: it may be pruned but is damaged.
     """
     if path.is_dir():
         return verify_manifest(path, payload=False)
@@ -113,28 +114,28 @@ def _facts(path: Path) -> dict[str, Any] | None:
     return meta if meta.get("kind") == "distill" else None
 
 
-def _judged(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What retention may judge, newest first."""
+def _prune_candidates(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Checkpoints that may be pruned, with their summaries, newest first."""
     found: list[tuple[Path, dict[str, Any]]] = []
     for path in [p for p in folder.iterdir() if not p.name.startswith(".")]:
         try:
-            facts = _facts(path)
+            summary = _read_summary(path)
         except (CheckpointError, OSError) as error:
-            log.warning("not counted, and left alone: %s", error)
+            log.warning("excluded from pruning: %s", error)
             continue
-        if facts is not None:
-            found.append((path, facts))
+        if summary is not None:
+            found.append((path, summary))
     return sorted(found, key=lambda item: (float(item[1].get("step") or 0), item[0].name), reverse=True)
 
 
 def _remove(path: Path) -> bool:
     trash = path.with_name(f"{TRASH_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
     try:
-        os.rename(path, trash)  # gone at once: a half-deleted directory never looks like a checkpoint
+        os.rename(path, trash)  # so that a partly deleted directory never looks like a checkpoint
     except OSError as error:
         log.warning("%s: could not be removed (%s)", path, error)
         return False
-    discard(trash)
+    remove_quietly(trash)
     return True
 
 
@@ -144,67 +145,66 @@ def prune(
     keep_last: int | None,
     save_top_k: int | None,
     protect: Iterable[str | os.PathLike[str]] = (),
-    elsewhere: Mapping[str, float] | None = None,
-    ranks: Mapping[str, float] | None = None,
+    external_losses: Mapping[str, float] | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> list[Path]:
-    """Remove old checkpoints of ours; call on one rank, after a save.
+    """Remove old checkpoints that mmdistill wrote; call on one rank, after a save.
 
-    Kept are the newest `keep_last` (at least one), the `save_top_k` of lowest loss (the best one always; -1 keeps
-    all), and `protect`. Nothing goes unless the newest one verifies, byte by byte. Directories without a sound
-    manifest and files that are not named ``epoch=`` are not ours to judge and stay. Leftovers of killed saves are
-    cleaned up.
+    Keeps the newest `keep_last` (at least one), the `save_top_k` of lowest loss (at least one; -1 keeps all) and
+    `protect`. Removes nothing unless the newest one passes `verify`. Directories without a valid manifest and files
+    that are not named ``epoch=`` are kept. Temporary files of interrupted saves are removed.
 
     Args:
         directory: the folder of checkpoints.
-        keep_last: number of newest ones to keep, by step; None: no number of its own.
-        save_top_k: number of best ones to keep; None: no number of its own. Both None: all stay.
-        protect: never removed: the checkpoint that this run resumed from.
-        elsewhere: losses of checkpoints in other folders, by path: they rank among the best, and are not removed.
-        ranks: what the best go by in place of all losses, by path, the lowest first.
+        keep_last: number of newest checkpoints to keep, by step; None: decided by `save_top_k`.
+        save_top_k: number of best checkpoints to keep; None: decided by `keep_last`. Both None: all are kept.
+        protect: paths that are never removed, such as the checkpoint that this run resumed from.
+        external_losses: losses of checkpoints in other folders, by path; they count among the best and are not removed.
+        scores: values by path that replace all losses, lower is better.
 
     Returns:
-        What was removed. A failure to delete is a warning.
+        Paths of the removed checkpoints. A failure to delete is a warning.
     """
     folder = Path(directory).expanduser()
-    for leftover in [p for p in folder.iterdir() if p.name.startswith((TMP_PREFIX, TRASH_PREFIX))]:
-        discard(leftover)
-    recover(folder)
+    for temporary in [p for p in folder.iterdir() if p.name.startswith((TMP_PREFIX, TRASH_PREFIX))]:
+        remove_quietly(temporary)
+    recover_interrupted_saves(folder)
     if (keep_last is None and save_top_k is None) or (save_top_k is not None and save_top_k < 0):
         return []
-    complete = _judged(folder)
+    complete = _prune_candidates(folder)
     kept = {path.resolve() for path, _ in complete[: max(keep_last or 0, 1)]}
-    losses = {path.resolve(): _loss(path, facts) for path, facts in complete}
-    for other, loss in (elsewhere or {}).items():
+    losses = {path.resolve(): _loss(path, summary) for path, summary in complete}
+    for other, loss in (external_losses or {}).items():
         if Path(other).exists():
             losses.setdefault(Path(other).resolve(), loss)
-    if ranks is not None:
-        losses = {Path(path).resolve(): rank for path, rank in ranks.items() if Path(path).exists()}
+    if scores is not None:
+        losses = {Path(path).resolve(): score for path, score in scores.items() if Path(path).exists()}
     finite = sorted((path for path, loss in losses.items() if math.isfinite(loss)), key=lambda path: losses[path])
     kept |= set(finite[: max(save_top_k or 0, 1)])
-    guarded = [Path(p).expanduser().resolve() for p in protect]
-    going = [
+    protected = [Path(p).expanduser().resolve() for p in protect]
+    to_remove = [
         path
         for path, _ in complete
-        if path.resolve() not in kept and not any(p == path.resolve() or path.resolve() in p.parents for p in guarded)
+        if path.resolve() not in kept and not any(p == path.resolve() or path.resolve() in p.parents for p in protected)
     ]
-    if not going:
+    if not to_remove:
         return []
     try:
         verify(complete[0][0])
     except (CheckpointError, OSError) as error:
-        log.warning("no checkpoint was removed, since the newest one is damaged: %s", error)
+        log.warning("no checkpoint was removed, because the newest one is damaged: %s", error)
         return []
-    return [path for path in going if _remove(path)]
+    return [path for path in to_remove if _remove(path)]
 
 
-def best_of(losses: Mapping[str, float]) -> Path | None:
-    """The checkpoint of lowest loss among those that still exist."""
-    there = [path for path, loss in losses.items() if math.isfinite(loss) and Path(path).exists()]
-    return Path(min(there, key=lambda path: losses[path])) if there else None
+def best_checkpoint(losses: Mapping[str, float]) -> Path | None:
+    """Return the existing checkpoint of lowest finite loss, or None."""
+    existing = [path for path, loss in losses.items() if math.isfinite(loss) and Path(path).exists()]
+    return Path(min(existing, key=lambda path: losses[path])) if existing else None
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Make `name` a second name of the file `path`, replacing what had it; a copy where the disk has no links."""
+    """Hard-link the file `path` to `name`, replacing an existing file; copy it if the file system has no links."""
     staged = name.with_name(TMP_PREFIX + uuid.uuid4().hex)
     try:
         try:
@@ -212,46 +212,46 @@ def link_or_copy(path: Path, name: Path) -> None:
         except OSError:
             shutil.copyfile(path, staged)
         os.replace(staged, name)
-        sync(name.parent)
+        fsync_path(name.parent)
     finally:
         staged.unlink(missing_ok=True)
 
 
 def find_resume(resume: str | None, directory: Path) -> Path | None:
-    """The checkpoint that `resume` means: a path as given, or with ``auto`` the newest whole one of `directory`.
+    """Find the checkpoint to resume from: the path `resume`, or with ``auto`` the newest valid one of `directory`.
 
-    ``auto`` without any checkpoint starts from scratch, which is what the first start of a requeued job needs.
-    Collective: rank 0 alone searches and verifies, and tells the others.
+    ``auto`` without any checkpoint returns None, so that the first start of a requeued job starts from scratch.
+    Collective: only rank 0 searches and verifies; all ranks return its result.
 
     Raises:
-        CheckpointError: the same on all ranks. The path does not exist; or `directory` holds checkpoints that would
-            look newer than what this run writes: any for a fresh run, later ones for a resumed one.
+        CheckpointError: the same on all ranks. The path does not exist; or `directory` holds checkpoints that would be
+            taken for newer ones than those of this run: any checkpoint for a fresh run, later ones for a resumed run.
     """
 
     def search() -> Path | None:
         if resume == "auto":
             return latest_valid_checkpoint(directory)
-        source = existing(resume) if resume is not None else None
-        _refuse_stale(directory, source)
+        source = existing_path(resume) if resume is not None else None
+        _check_no_later_checkpoints(directory, source)
         return source
 
     found = run_on_all_ranks(lambda: search() if get_rank() == 0 else None, error_class=CheckpointError)
     return cast(Path | None, found[0])
 
 
-def _refuse_stale(directory: Path, source: Path | None) -> None:
-    done = _step(source) if source else -1.0
-    done = done if math.isfinite(done) else 0.0
-    for held in _candidates(directory) if directory.is_dir() else ():
-        if not held.path.name.startswith(("epoch=", "last")) or held.step <= done:
+def _check_no_later_checkpoints(directory: Path, source: Path | None) -> None:
+    step = _step(source) if source else -1.0
+    step = step if math.isfinite(step) else 0.0
+    for candidate in _candidates(directory) if directory.is_dir() else ():
+        if not candidate.path.name.startswith(("epoch=", "last")) or candidate.step <= step:
             continue
         if source is None:
             raise CheckpointError(
-                f"{directory}: holds checkpoints of an earlier run ({held.path.name}); continue it with resume=auto, "
-                "choose another hydra.run.dir, or move them away"
+                f"{directory}: holds checkpoints of an earlier run ({candidate.path.name}); continue it with "
+                "resume=auto, choose another hydra.run.dir, or move them away"
             )
-        if math.isfinite(held.step):
+        if math.isfinite(candidate.step):
             raise CheckpointError(
-                f"{directory}: holds {held.path.name} of step {held.step:.0f}, later than resume={source} (step "
-                f"{done:.0f}); continue it with resume=auto, choose another hydra.run.dir, or move it away"
+                f"{directory}: holds {candidate.path.name} of step {candidate.step:.0f}, later than resume={source} "
+                f"(step {step:.0f}); continue it with resume=auto, choose another hydra.run.dir, or move it away"
             )

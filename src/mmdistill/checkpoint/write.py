@@ -1,7 +1,7 @@
-"""Files and directories that appear whole or not at all.
+"""Atomic writes of checkpoint files and directories.
 
-Everything is written under a temporary name beside its target (never in ``$TMPDIR``, which may be another, full
-disk), synced, and renamed.
+Everything is written under a temporary name in the folder of its target (never in ``$TMPDIR``, which may be on another,
+full disk), synced, and renamed.
 """
 
 import contextlib
@@ -22,61 +22,63 @@ import torch
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.names import OLD_PREFIX, TMP_PREFIX
-from mmdistill.checkpoint.formats.torch_zip import load_pickle
-from mmdistill.checkpoint.locate import existing
-from mmdistill.checkpoint.read import _ST_DTYPES, EMBEDDED, TENSOR_CRCS
+from mmdistill.checkpoint.formats.names import METADATA_KEY, OLD_PREFIX, TMP_PREFIX
+from mmdistill.checkpoint.formats.safetensors_file import DTYPES, TENSOR_CRCS
+from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.checkpoint.locate import existing_path
 
 log = logging.getLogger(__name__)
 
-_PIECE = 16 << 20  # bytes after which the kernel is asked to begin bringing them to the disk
-_TO_COME = "0" * 8  # the CRC-32 of a tensor in hex, which is known when the tensor has been written
-_DTYPE_NAMES = {dtype: name for name, dtype in _ST_DTYPES.items()}
+_WRITEBACK_BYTES = 16 << 20  # after so many bytes the kernel is asked to start writing them to disk
+_CRC_PLACEHOLDER = "0" * 8  # for the CRC-32 of a tensor in hex, which is known only after the tensor was written
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class DirectFile:
-    """A file opened for writing without a buffer, whose bytes are on the disk when it is finished.
+    """An unbuffered file for writing; `finish` returns when its bytes are on disk.
 
-    The disk works from the first piece on, and not only in the fsync at the end.
+    Writing to disk starts after the first 16 MB and overlaps with the rest, instead of in the final fsync.
     """
 
     def __init__(self, path: Path) -> None:
+        """Create or truncate the file."""
         self._file: IO[bytes] = path.open("w+b", buffering=0)
-        self._begun = self._written = 0  # bytes on their way to the disk, and bytes given to the kernel
+        self._writeback_offset = self._written = 0  # bytes whose write to disk was started, and bytes written
 
     def write(self, data: Any) -> int:
-        """All of `data`."""
+        """Write all bytes of `data` and return their number."""
         view = memoryview(data).cast("B")
         self._write_all(view)
         return len(view)
 
     def _write_all(self, view: memoryview) -> None:
         while view:
-            done = self._file.write(view[:_PIECE])
-            self._written += done
-            if self._written - self._begun >= _PIECE:
-                self._begin()
-            view = view[done:]
+            count = self._file.write(view[:_WRITEBACK_BYTES])
+            self._written += count
+            if self._written - self._writeback_offset >= _WRITEBACK_BYTES:
+                self._start_writeback()
+            view = view[count:]
 
-    def _begin(self) -> None:
-        """Start bringing to the disk what was written, without waiting for it: Linux does, for pages to be dropped."""
+    def _start_writeback(self) -> None:
+        """Start writing pages to disk without waiting: Linux writes pages for which POSIX_FADV_DONTNEED is given."""
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # advice; what is wrong with the disk, fsync says
-                os.posix_fadvise(self._file.fileno(), self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
-        self._begun = self._written
+            offset, length = self._writeback_offset, self._written - self._writeback_offset
+            with contextlib.suppress(OSError):  # only advice; fsync reports errors of the disk
+                os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_DONTNEED)
+        self._writeback_offset = self._written
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: there is no buffer."""
 
-    def patch(self, position: int, data: bytes) -> None:
-        """Replace bytes that were written before."""
+    def overwrite(self, position: int, data: bytes) -> None:
+        """Replace bytes that were already written."""
         self._file.seek(position)
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]
 
     def finish(self) -> None:
-        """Bring the bytes to the disk."""
+        """Sync the bytes to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -84,8 +86,8 @@ class DirectFile:
         self._file.close()
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
+def fsync_path(path: Path) -> None:
+    """Sync a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -94,8 +96,8 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(path: Path) -> Iterator[DirectFile]:
-    """A file beside `path` that takes its name when the block ends well, and disappears when it does not."""
+def _open_atomic(path: Path) -> Iterator[DirectFile]:
+    """Open a temporary file in the folder of `path`; rename it to `path` after the block, or delete it on an error."""
     staged = path.with_name(TMP_PREFIX + uuid.uuid4().hex)
     path.parent.mkdir(parents=True, exist_ok=True)
     file = DirectFile(staged)
@@ -104,7 +106,7 @@ def _staged(path: Path) -> Iterator[DirectFile]:
         file.finish()
         file.close()
         os.replace(staged, path)
-        sync(path.parent)
+        fsync_path(path.parent)
     except BaseException:
         file.close()
         staged.unlink(missing_ok=True)
@@ -112,7 +114,7 @@ def _staged(path: Path) -> Iterator[DirectFile]:
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Write a small file, synced but not renamed, for use inside a directory that is itself staged; its sha256."""
+    """Write and sync a file in a directory that is itself staged, and return its sha256."""
     file = DirectFile(path)
     try:
         file.write(data)
@@ -122,8 +124,8 @@ def write_bytes(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def stream_torch(obj: Any, path: Path) -> None:
-    """``torch.save`` to a path as given, synced. For files inside a staged directory. Its checksums are the zip's."""
+def write_torch(obj: Any, path: Path) -> None:
+    """Write ``torch.save(obj)`` and sync, for a file in a staged directory. The zip format stores the checksums."""
     file = DirectFile(path)
     try:
         torch.save(obj, cast(IO[bytes], file))
@@ -132,94 +134,94 @@ def stream_torch(obj: Any, path: Path) -> None:
         file.close()
 
 
-def _reason(error: BaseException) -> BaseException:
-    """torch hides a failed write behind a RuntimeError about the zip writer; the first cause says more."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+def _os_error_of(error: BaseException) -> BaseException:
+    """Find the OSError behind `error`: torch raises a RuntimeError about its zip writer if a write fails."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
     return error
 
 
 def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write ``torch.save(obj)`` atomically.
 
-    The file's own CRC-32 of every record is the checksum that `load_torch` compares, so the checkpoint stays one
-    file. It can be read by ``torch.load(weights_only=True)`` as long as `obj` holds tensors and plain containers only.
+    `load_torch` compares the CRC-32 that the file stores for every record. ``torch.load(weights_only=True)`` can read
+    the file if `obj` holds only tensors and plain containers.
 
     Raises:
-        CheckpointError: the disk is full or not writable. What stood at `path` before is untouched.
+        CheckpointError: the disk is full or not writable. The previous file at `path` is unchanged.
     """
     target = Path(path).expanduser()
     try:
-        with _staged(target) as file:
+        with _open_atomic(target) as file:
             torch.save(obj, cast(IO[bytes], file))
     except (OSError, RuntimeError) as error:
-        cause = _reason(error)
+        cause = _os_error_of(error)
         if not isinstance(cause, OSError):
             raise
-        raise CheckpointError(f"{target}: not saved ({cause}); what stood there before is unchanged") from error
+        raise CheckpointError(f"{target}: not saved ({cause}); the previous checkpoint is unchanged") from error
 
 
 def load_torch(path: str | os.PathLike[str], *, verify: bool = True) -> Any:
-    """Read a file of `save_torch` (or any ``torch.save`` of tensors and plain containers), checksums compared first.
+    """Read a file of `save_torch`, or any ``torch.save`` of tensors and plain containers, and compare its checksums.
 
     Raises:
-        CorruptCheckpointError: truncated or damaged, with the bytes found and expected.
-        UnsafeCheckpointError: the pickle names anything else; it is named, and nothing was run.
+        CorruptCheckpointError: truncated or damaged; states the sizes found and expected.
+        UnsafeCheckpointError: the pickle references anything else, which the message names; no code was executed.
     """
-    return load_pickle(existing(path), verify=verify, mapped=False)
+    return read_torch_file(existing_path(path), verify=verify, mapped=False)
 
 
 def save_safetensors(state: Mapping[str, Tensor], path: str | os.PathLike[str], meta: Mapping[str, Any]) -> None:
     """Write tensors as ``.safetensors``, atomically, with `meta` as JSON and the CRC-32 of each tensor in the header.
 
     Raises:
-        CheckpointError: not writable, or a dtype that the format lacks.
+        CheckpointError: not writable, or a dtype that the format does not have.
     """
     target = Path(path).expanduser()
-    # the widest elements first, so that every tensor is aligned to its element size
+    # sorted by decreasing element size, so that every tensor is aligned to its element size
     order = sorted(state, key=lambda name: (-state[name].element_size(), name))
     header: dict[str, Any] = {}
     offset = 0
     for name in order:
         tensor = state[name]
         if tensor.dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"{target}: '{name}' has dtype {tensor.dtype}, which safetensors files do not hold")
+            raise CheckpointError(f"{target}: '{name}' has dtype {tensor.dtype}, which safetensors does not support")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     header["__metadata__"] = {
         "format": "pt",
-        EMBEDDED: json.dumps(dict(meta), sort_keys=True),
-        TENSOR_CRCS: _TO_COME * len(order),
+        METADATA_KEY: json.dumps(dict(meta), sort_keys=True),
+        TENSOR_CRCS: _CRC_PLACEHOLDER * len(order),
     }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
     try:
-        with _staged(target) as file, ThreadPoolExecutor(1) as beside:
+        with _open_atomic(target) as file, ThreadPoolExecutor(1) as executor:
             file.write(struct.pack("<Q", len(head)) + head)
             crcs = []
             for name in order:
-                raw = _raw(state[name])
-                crc = beside.submit(zlib.crc32, raw)  # zlib releases the interpreter lock
-                file.write(raw)
+                data = _bytes_of(state[name])
+                crc = executor.submit(zlib.crc32, data)  # zlib releases the GIL
+                file.write(data)
                 crcs.append(f"{crc.result():08x}")
             if crcs:
-                file.patch(8 + head.index((_TO_COME * len(order)).encode()), "".join(crcs).encode())
+                file.overwrite(8 + head.index((_CRC_PLACEHOLDER * len(order)).encode()), "".join(crcs).encode())
     except OSError as error:
-        raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
+        raise CheckpointError(f"{target}: not saved ({error}); the previous checkpoint is unchanged") from error
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy where it is contiguous."""
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Bytes of a tensor, without a copy if it is contiguous."""
     flat = tensor.detach().cpu().resolve_neg().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def discard(path: Path) -> None:
-    """Remove a file or directory; a failure is a warning, since the next clean-up will try again."""
+def remove_quietly(path: Path) -> None:
+    """Remove a file or directory; a failure is only logged, because the next cleanup tries again."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -230,47 +232,48 @@ def discard(path: Path) -> None:
 
 
 def publish_directory(staged: Path, target: Path) -> None:
-    """Give a finished, synced directory its name; a checkpoint that has that name is kept as ``.old-`` until then.
+    """Rename a finished, synced directory to `target`; an existing checkpoint is kept as ``.old-NAME`` until then.
 
-    A kill between the two renames leaves ``.old-NAME``, which readers use and `recover` restores.
+    If the process is killed between the two renames, ``.old-NAME`` remains. Readers use it and
+    `recover_interrupted_saves` restores it.
     """
     old = target.with_name(OLD_PREFIX + target.name)
     if target.exists():
         if old.exists():
-            discard(old)
+            remove_quietly(old)
         os.rename(target, old)
     os.rename(staged, target)
-    sync(target.parent)
+    fsync_path(target.parent)
     if old.exists():
-        discard(old)
+        remove_quietly(old)
 
 
-def recover(directory: Path) -> None:
-    """Finish or undo re-saves that were interrupted in a folder of checkpoints."""
+def recover_interrupted_saves(directory: Path) -> None:
+    """Finish or undo interrupted saves over an existing checkpoint in a folder of checkpoints."""
     for old in [p for p in directory.iterdir() if p.name.startswith(OLD_PREFIX)]:
         target = old.with_name(old.name.removeprefix(OLD_PREFIX))
         if target.exists():
-            discard(old)
+            remove_quietly(old)
         else:
-            with contextlib.suppress(FileNotFoundError):  # another rank was first
+            with contextlib.suppress(FileNotFoundError):  # another rank did it first
                 os.rename(old, target)
-                log.warning("%s: restored, a save over it was interrupted", target)
+                log.warning("%s: restored, because a save over it was interrupted", target)
 
 
-def staged_directory(target: Path, fill: Callable[[Path], None]) -> None:
-    """Build a directory under a temporary name with `fill`, then give it its own.
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Write a directory atomically: `fill` writes its files under a temporary name, which is then renamed.
 
     Raises:
-        CheckpointError: not writable. What stood at `target` is unchanged.
+        CheckpointError: not writable. The previous directory at `target` is unchanged.
     """
     staged = target.with_name(TMP_PREFIX + target.name)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        discard(staged)
+        remove_quietly(staged)
         staged.mkdir()
         fill(staged)
-        sync(staged)
+        fsync_path(staged)
         publish_directory(staged, target)
     except OSError as error:
-        discard(staged)
-        raise CheckpointError(f"{target}: not saved ({error}); what stood there before is unchanged") from error
+        remove_quietly(staged)
+        raise CheckpointError(f"{target}: not saved ({error}); the previous checkpoint is unchanged") from error

@@ -1,4 +1,4 @@
-"""Write a checkpoint's weights in another format, chosen by the name of the target.
+"""Write the weights of a checkpoint in another format, selected by the name of the target.
 
 mmdistill convert SRC weights.safetensors
 mmdistill convert SRC model.ckpt            # a Lightning file
@@ -14,11 +14,11 @@ from mmdistill.checkpoint.errors import CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. 0 if written, 2 if not."""
+    """Run the command. Returns 0 if the target was written, 2 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument(
-        "target", help="X.safetensors, X.ckpt, X.pt, or a name without such a suffix for a DeepSpeed directory"
+        "target", help="X.safetensors, X.ckpt, X.pt, or a name without these suffixes for a DeepSpeed directory"
     )
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)

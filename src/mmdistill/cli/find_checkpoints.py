@@ -1,4 +1,4 @@
-"""List the checkpoints below a folder and print what the next command needs.
+"""List the checkpoints below a folder; print the ckpt_path list and the evaluation command that use them.
 
 mmdistill find-checkpoints output
 mmdistill find-checkpoints output --best --json
@@ -7,6 +7,7 @@ mmdistill find-checkpoints output --best --json
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import sys
 import time
@@ -14,14 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, choose, find_checkpoints
+from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
 from mmdistill.config.compose import CONFIGS
 from mmdistill.modalities import modality_names
 
 
-def size(count: int) -> str:
-    """Bytes for people."""
-    value = float(count)
+def format_size(num_bytes: int) -> str:
+    """Format a size with a unit."""
+    value = float(num_bytes)
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit in ("B", "KB") else f"{value:.1f} {unit}"
@@ -29,75 +30,80 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-def row(info: CheckpointInfo) -> str:
-    """One checkpoint in one line."""
+def format_row(info: CheckpointInfo) -> str:
+    """Format a checkpoint as one line."""
     epoch = "-" if info.epoch is None else str(info.epoch)
     loss = "-" if info.loss is None else f"{info.loss:.4f}"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.modified))
+    modified = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.modified))
     state = "complete" if info.complete else f"INCOMPLETE: {info.problem}"
-    return f"  {info.format:<10}{epoch:>6}{loss:>10}{size(info.size):>10}  {when}  {info.path}  {state}"
+    return f"  {info.format:<10}{epoch:>6}{loss:>10}{format_size(info.size):>10}  {modified}  {info.path}  {state}"
 
 
-def teachers_block(chosen: dict[str, CheckpointInfo]) -> str:
-    """The list that trainer.ckpt_path takes, in the order rgb, flow, skeleton."""
+def format_ckpt_path(selected: dict[str, CheckpointInfo]) -> str:
+    """Format the YAML list for trainer.ckpt_path, in the order rgb, flow, skeleton."""
     lines = []
     for name in modality_names():
-        if name in chosen:
-            text = json.dumps(str(chosen[name].path), ensure_ascii=False)
-            lines.append(f"  {text},  # {name}, {chosen[name].format}")
+        if name in selected:
+            text = json.dumps(str(selected[name].path), ensure_ascii=False)
+            lines.append(f"  {text},  # {name}, {selected[name].format}")
         else:
             lines.append(f"  ???,  # {name}: no complete checkpoint found; pretrain it with modality={name}")
     return "\n".join(["ckpt_path: [", *lines, "]"])
 
 
 def evaluation_command(info: CheckpointInfo) -> str:
-    """The command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
+    """Build the command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
     words = ["python", "lit_main_mmdistill.py"]
     run = info.path.parent.parent.name
     if run != "mmdistill" and (CONFIGS / f"config_{run}.yaml").is_file():
         words.append(f"--config-name=config_{run}")
-    escaped = str(info.path).replace("\\", "\\\\").replace('"', '\\"')
-    words += ["train=False", "test=True", f'ckpt_path="{escaped}"']
+    value = str(info.path)
+    if not re.fullmatch(r"[\w./=+-]+", value, re.ASCII):  # Hydra needs quotes; the entrypoints accept "=" without
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        value = f'"{escaped}"'
+    words += ["train=False", "test=True", f"ckpt_path={value}"]
     return " ".join(shlex.quote(word) for word in words)
 
 
-def as_data(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreadable: list[str]) -> dict[str, Any]:
-    """The same as the text, for programs."""
+def to_data(found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], unreadable: list[str]) -> dict[str, Any]:
+    """Build the data of ``--json``."""
     return {
         "checkpoints": [{**dataclasses.asdict(info), "path": str(info.path)} for info in found],
-        "chosen": {name: str(info.path) for name, info in chosen.items()},
-        "ckpt_path": [str(chosen[name].path) if name in chosen else None for name in modality_names()],
-        "evaluate": evaluation_command(chosen[DISTILLED]) if DISTILLED in chosen else None,
+        "chosen": {name: str(info.path) for name, info in selected.items()},
+        "ckpt_path": [str(selected[name].path) if name in selected else None for name in modality_names()],
+        "evaluate": evaluation_command(selected[DISTILLED]) if DISTILLED in selected else None,
         "unreadable": unreadable,
     }
 
 
-def show(found: list[CheckpointInfo], chosen: dict[str, CheckpointInfo], unreadable: list[str], best: bool) -> None:
-    """Print the tables and the two blocks."""
+def print_report(
+    found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], unreadable: list[str], best: bool
+) -> None:
+    """Print the tables, the ckpt_path list and the evaluation command."""
     which = "best" if best else "newest complete"
     for group in (*modality_names(), DISTILLED, UNKNOWN):
         members = [info for info in found if info.modality == group]
         if members:
             print(f"{group} ({len(members)})\n  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  saved")
-            print("\n".join(row(info) for info in members))
+            print("\n".join(format_row(info) for info in members))
             print()
     if not found:
         print("No checkpoints found.\n")
-    if any(name in chosen for name in modality_names()):
-        print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the configuration:\n")
-        print(teachers_block(chosen) + "\n")
-    if DISTILLED in chosen:
-        print(f"Evaluate the student ({which}):\n\n{evaluation_command(chosen[DISTILLED])}\n")
+    if any(name in selected for name in modality_names()):
+        print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the config:\n")
+        print(format_ckpt_path(selected) + "\n")
+    if DISTILLED in selected:
+        print(f"Evaluate the student ({which}):\n\n{evaluation_command(selected[DISTILLED])}\n")
     for line in unreadable:
         print(f"unreadable: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. 0 if checkpoints were found, 1 if none, 2 if the folder cannot be searched."""
+    """Run the command. Returns 0 if checkpoints were found, 1 if none, 2 if the folder does not exist."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", help="any folder above the runs")
-    parser.add_argument("--best", action="store_true", help="choose by lowest loss instead of by age")
-    parser.add_argument("--json", action="store_true", help="print data instead of text")
+    parser.add_argument("directory", help="folder at any level above the runs")
+    parser.add_argument("--best", action="store_true", help="select by lowest loss instead of by age")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     unreadable: list[str] = []
     try:
@@ -105,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2
-    chosen = choose(found, best=args.best)
+    selected = select_checkpoints(found, best=args.best)
     if args.json:
-        print(json.dumps(as_data(found, chosen, unreadable), indent=1, ensure_ascii=False))
+        print(json.dumps(to_data(found, selected, unreadable), indent=1, ensure_ascii=False))
     else:
-        show(found, chosen, unreadable, args.best)
+        print_report(found, selected, unreadable, args.best)
     return 0 if found else 1

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from mmdistill.checkpoint import load_torch, prune, save_torch
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.retention import best_of, link_or_copy
+from mmdistill.checkpoint.retention import best_checkpoint, link_or_copy
 from mmdistill.distill.module import position
 from mmdistill.distill.validation import METRIC
 from mmdistill.distributed.collectives import all_gather_objects, run_on_all_ranks
@@ -92,7 +92,7 @@ class EpochCheckpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Name the best one."""
-        best = best_of(self._ranks())
+        best = best_checkpoint(self._ranks())
         if best is not None:
             values = self.losses if self.monitor == "train_loss" else self.validations
             _say(trainer, f"best checkpoint: {best} ({self.monitor} {values[str(best)]:.4f})")
@@ -117,8 +117,8 @@ class EpochCheckpoints(Checkpoint):
             keep_last=self.keep_last,
             save_top_k=self.save_top_k,
             protect=[self.source] if self.source else [],
-            elsewhere=self.losses,
-            ranks=None if self.monitor == "train_loss" else self._ranks(),
+            external_losses=self.losses,
+            scores=None if self.monitor == "train_loss" else self._ranks(),
         )
 
 

@@ -74,7 +74,7 @@ def load_teachers(
     sources: dict[str, Any] = {}
     for modality in wanted:
         part = f"teacher_{modality}"
-        if resumed and part in named and part in resumed.parts:
+        if resumed and part in named and part in resumed.components:
             teachers[modality] = load_encoder(resumed, part=part)
             check_token_grid(teachers[modality], specs[modality], config.data_module, resume)
             _check_inputs(resumed, specs[modality], resume)

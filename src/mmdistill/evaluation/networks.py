@@ -97,8 +97,8 @@ def load_network(
         FewshotError: the modality is unknown or another one than asked for, or the input has another size.
     """
     checkpoint = read_checkpoint(path)
-    preferred = [p for p in ("student_rgb", "encoder") if p in checkpoint.parts]
-    taken = part or next(iter(preferred + checkpoint.parts), "encoder")
+    preferred = [p for p in ("student_rgb", "encoder") if p in checkpoint.components]
+    taken = part or next(iter(preferred + checkpoint.components), "encoder")
     tail = taken.rsplit("_", 1)[-1]
     stored = tail if tail in modality_names() else checkpoint.meta.get("modality")
     found = str(stored or modality or _BY_CHANNELS.get(_channels(checkpoint, taken), ""))
@@ -108,7 +108,7 @@ def load_network(
         raise FewshotError(f"{path}: {taken} is of the modality {found}, not {modality}")
     size = (input_sizes or {}).get(found)
     if size and token_grid:
-        encoder = load_encoder_for_clips(checkpoint, part=taken, num_frames=size[0], token_grid=token_grid)
+        encoder = load_encoder_for_clips(checkpoint, component=taken, num_frames=size[0], token_grid=token_grid)
     else:
         encoder = load_encoder(checkpoint, part=taken)
     g = encoder.config

@@ -177,7 +177,7 @@ def _networks(config: DistillConfig, source: Checkpoint) -> list[Network]:
     specs = modality_specs(config.data_module)
     distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
     if distilled:
-        named = config.eval_component not in source.parts and config.eval_component in (
+        named = config.eval_component not in source.components and config.eval_component in (
             source.meta.get("teachers") or {}
         )
         held = load_referenced_teacher(source, config.eval_component) if named else source
@@ -210,7 +210,7 @@ def _networks(config: DistillConfig, source: Checkpoint) -> list[Network]:
 
 def _part(config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Checkpoint, part: str) -> list[Network]:
     """A part of a distilled checkpoint; of a slim one the teacher it names. Without either, say so and leave it out."""
-    if part in source.parts or part not in (source.meta.get("teachers") or {}):
+    if part in source.components or part not in (source.meta.get("teachers") or {}):
         return [_load(config, specs, source, part, part)]  # the latter is an error, which lists those there are
     try:
         return [_load(config, specs, load_referenced_teacher(source, part), part, part)]
@@ -229,17 +229,17 @@ def _load(
     config: DistillConfig, specs: Mapping[str, ModalitySpec], source: Checkpoint, part: str | None, name: str
 ) -> Network:
     """One encoder with the statistics that it was trained with."""
-    if part and part not in source.parts and source.parts != ["encoder"]:
+    if part and part not in source.components and source.components != ["encoder"]:
         raise ConfigError(
-            f"{source.path}: no part {part!r}, set eval_component and baselines to {', '.join(source.parts)}"
+            f"{source.path}: no part {part!r}, set eval_component and baselines to {', '.join(source.components)}"
         )
     modality = part.rpartition("_")[2] if part else source.meta.get("modality", STUDENT_MODALITY)
     if modality not in specs:
         raise ConfigError(f"{source.path}: part {part} is of modality {modality}, the dataset has {', '.join(specs)}")
     spec, data = specs[modality], config.data_module
     try:
-        inside = None if part and source.parts == ["encoder"] else part  # a teacher's own checkpoint
-        encoder = load_encoder_for_clips(source, part=inside, num_frames=data.num_frames, token_grid=token_grid(data))
+        inside = None if part and source.components == ["encoder"] else part  # a teacher's own checkpoint
+        encoder = load_encoder_for_clips(source, component=inside, num_frames=data.num_frames, token_grid=token_grid(data))
     except CheckpointError as error:
         raise ConfigError(f"ckpt_path: {error}") from error
     check_token_grid(encoder, spec, data, source.path)

@@ -243,7 +243,7 @@ class _Run:
             keep_last=trainer.keep_last,
             save_top_k=trainer.save_top_k,
             protect=[self.source] if self.source else [],
-            elsewhere={path: loss for path, loss in self.saved.items() if "-step=" not in Path(path).name},
+            external_losses={path: loss for path, loss in self.saved.items() if "-step=" not in Path(path).name},
         )
 
     def resume(self, path: Path) -> None:

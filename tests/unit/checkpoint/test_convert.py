@@ -82,7 +82,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     source = FIXTURES / "plain" / "bare.pt"
     for target in TARGETS:
         convert_checkpoint(source, tmp_path / target)
-        with pytest.raises(CheckpointError, match=r"exists; give another name, or --force"):
+        with pytest.raises(CheckpointError, match=r"exists; choose another name, or use --force"):
             convert_checkpoint(source, tmp_path / target)
         convert_checkpoint(source, tmp_path / target, force=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(TARGETS)
@@ -120,7 +120,7 @@ def test_export_safetensors_is_the_student_alone(tmp_path: Path) -> None:
     student = distilled(tmp_path / "last.ckpt")
     path = export_student(tmp_path / "last.ckpt", tmp_path / "s.safetensors", to="safetensors")
     checkpoint = read_checkpoint(path)
-    assert checkpoint.parts == ["encoder"]
+    assert checkpoint.components == ["encoder"]
     assert checkpoint.meta["statistics"] == {"rgb": {"mean": [0.5], "std": [0.2]}}
     x = torch.randn(2, 3, 4, 8, 12)
     assert torch.equal(load_encoder(path).embed(x), student.embed(x))
@@ -175,12 +175,12 @@ def test_export_onnx(tmp_path: Path) -> None:
 def test_inspect(tmp_path: Path) -> None:
     report = inspect_checkpoint(FIXTURES / "zero2-w2-bf16" / "epoch=01-loss=0.5000")
     assert (report["format"], report["stage"], report["world_size"], report["complete"]) == ("deepspeed", 2, 2, True)
-    assert report["parts"]["encoder"] == {"tensors": 17, "parameters": 1384}
+    assert report["components"]["encoder"] == {"tensors": 17, "parameters": 1384}
     assert report["missing"] == ["manifest.json (checksums)", "meta.json (architecture and statistics)"]
     distilled(tmp_path / "last.ckpt")
     report = inspect_checkpoint(tmp_path / "last.ckpt")
     assert (report["kind"], report["epoch"], report["step"], report["missing"]) == ("distill", 3, 40, [])
-    assert report["geometry"]["student_rgb"]["heads"] == 4
+    assert report["architecture"]["student_rgb"]["heads"] == 4
     data = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "last.ckpt").write_bytes(data[: len(data) // 2])
     report = inspect_checkpoint(tmp_path / "last.ckpt")

@@ -12,7 +12,8 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError, find_checkpoints, save_torch
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.checkpoint.find import choose
+from mmdistill.checkpoint.find import select_checkpoints
+from mmdistill.config.overrides import quote_overrides
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "find_checkpoints.py"
 STATE = {"encoder.norm.weight": torch.zeros(2)}
@@ -70,7 +71,7 @@ def test_everything_is_found(output: Path) -> None:
 def test_from_any_depth_and_best(output: Path) -> None:
     run = output / "2026-01-10" / "12-30-45" / "mmdistill_tennis"
     assert len(find_checkpoints(run)) == len(find_checkpoints(run / "checkpoints")) == 4
-    best = choose(find_checkpoints(output), best=True)
+    best = select_checkpoints(find_checkpoints(output), best=True)
     assert best["distilled"].path.name == "epoch=20-train_loss=0.0070.ckpt"  # the truncated one is no candidate
     single = output / "2026-01-09/15-29-49/pretrain_rgb/checkpoints/epoch=49-loss=0.6095"
     assert [i.path for i in find_checkpoints(single)] == [single]
@@ -90,7 +91,7 @@ def test_printed_block_and_command(output: Path) -> None:
     assert words[-3:-1] == ["train=False", "test=True"]
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    override = OverridesParser.create().parse_override(words[-1])
+    override = OverridesParser.create().parse_override(quote_overrides(words[-1:])[0])
     assert Path(str(override.value())).is_file()
 
 

@@ -9,7 +9,7 @@ from mmdistill.checkpoint.keys import (
     canonical_names,
     encoder_roots,
     from_huggingface,
-    part_of,
+    component_of,
     split_qkv_bias,
     to_huggingface,
 )
@@ -58,8 +58,8 @@ def test_collision_is_an_error() -> None:
 
 def test_parts() -> None:
     keys = ["student_rgb.encoder.patch_embed.proj.weight", "teacher_flow.encoder.patch_embed.proj.weight", "cmt.x"]
-    assert [part_of(root) for root in encoder_roots(keys)] == ["student_rgb", "teacher_flow"]
-    assert [part_of(root) for root in encoder_roots(["encoder.patch_embed.proj.weight"])] == ["encoder"]
+    assert [component_of(root) for root in encoder_roots(keys)] == ["student_rgb", "teacher_flow"]
+    assert [component_of(root) for root in encoder_roots(["encoder.patch_embed.proj.weight"])] == ["encoder"]
 
 
 def test_huggingface_round_trip() -> None:

@@ -41,7 +41,7 @@ def test_whole_model_and_encoder_alone() -> None:
     assert report.parameters == sum(p.numel() for p in net.parameters())
     encoder = Encoder(GEOMETRY)
     report = load_weights(encoder, FIXTURES / "plain" / "bare.pt")
-    assert report.left_out == {"decoder": 17, "encoder_to_decoder": 1, "mask_token": 1}
+    assert report.ignored_keys == {"decoder": 17, "encoder_to_decoder": 1, "mask_token": 1}
     assert all(torch.equal(v, net.encoder.state_dict()[k]) for k, v in encoder.state_dict().items())
 
 
@@ -66,7 +66,7 @@ def test_shapes_missing_and_unexpected_are_listed(tmp_path: Path) -> None:
 def test_nothing_matched_is_an_error_even_when_all_may_be_missing(tmp_path: Path) -> None:
     save_torch({"other.weight": torch.zeros(3)}, tmp_path / "other.pt")
     net = VideoMAE(GEOMETRY, DECODER)
-    with pytest.raises(WeightMismatchError, match="not one tensor matches"):
+    with pytest.raises(WeightMismatchError, match="no tensor matches"):
         load_weights(net, tmp_path / "other.pt", allow_missing=["*"])
     with pytest.raises(CheckpointError, match=r"holds no encoder.*other \(1\)"):
         load_weights(net.encoder, tmp_path / "other.pt", allow_missing=["*"])
@@ -100,7 +100,7 @@ def test_parts_of_a_distilled_file(tmp_path: Path) -> None:
     assert loaded.config == student.config
     assert torch.equal(loaded.norm.weight, student.norm.weight)
     assert load_encoder(tmp_path / "last.ckpt", part="teacher_skeleton").config == teacher.config
-    with pytest.raises(CheckpointError, match="no part 'teacher_flow'; it holds student_rgb, teacher_skeleton"):
+    with pytest.raises(CheckpointError, match="no component 'teacher_flow'; it holds student_rgb, teacher_skeleton"):
         load_encoder(tmp_path / "last.ckpt", part="teacher_flow")
 
 
@@ -110,7 +110,7 @@ def test_free_width_fixture_with_heads() -> None:
     )
     g = encoder.config
     assert (g.dim, g.heads, g.head_dim, g.depth, g.mlp_dim, g.pos_embed) == (16, 3, 5, 2, 32, "sincos")
-    assert report.left_out == {"head_action": 2, "head_verb": 2, "head_noun": 2}
+    assert report.ignored_keys == {"head_action": 2, "head_verb": 2, "head_noun": 2}
     encoder(torch.zeros(1, 3, 4, 8, 12))
     learned = load_encoder(FIXTURES / "plain" / "free_width_learned.pth", num_frames=4, height=8, width=12)
     assert learned.config.pos_embed == "learned"

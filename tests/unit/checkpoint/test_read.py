@@ -64,7 +64,7 @@ def test_lightning_file_and_directory(kind: str) -> None:
     same(checkpoint.state_dict, load_file(FIXTURES / kind / "expected.safetensors"))
     assert checkpoint.format is (CheckpointFormat.LIGHTNING if kind == "lightning" else CheckpointFormat.DEEPSPEED)
     assert checkpoint.meta["kind"] == "distill"
-    assert checkpoint.parts == ["student_rgb", "teacher_rgb"]
+    assert checkpoint.components == ["student_rgb", "teacher_rgb"]
     assert checkpoint.meta["step"] == 2
 
 

@@ -63,14 +63,14 @@ def test_files_of_the_distillation(tmp_path: Path) -> None:
     paths = [lightning(folder, step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6))]
     lightning(folder, 4, None, "last.ckpt")
     lightning(folder, 0, 0.9, "mine.ckpt")
-    elsewhere = {str(p): loss for p, loss in ((best, 0.1), (old / "gone.ckpt", 0.0), (paths[0], 0.5))}
-    assert prune(folder, keep_last=1, save_top_k=2, elsewhere=elsewhere) == [paths[2], paths[0]]
+    external = {str(p): loss for p, loss in ((best, 0.1), (old / "gone.ckpt", 0.0), (paths[0], 0.5))}
+    assert prune(folder, keep_last=1, save_top_k=2, external_losses=external) == [paths[2], paths[0]]
     assert names(folder) == [2, 4]
-    assert prune(folder, keep_last=None, save_top_k=1, elsewhere=elsewhere) == [paths[1]]
+    assert prune(folder, keep_last=None, save_top_k=1, external_losses=external) == [paths[1]]
     assert sorted(p.name for p in folder.iterdir()) == ["epoch=04-train_loss=0.6.ckpt", "last.ckpt", "mine.ckpt"]
     assert best.exists()
-    assert retention.best_of(elsewhere) == best
-    assert retention.best_of({str(old / "gone.ckpt"): 0.0, str(best): float("nan")}) is None
+    assert retention.best_checkpoint(external) == best
+    assert retention.best_checkpoint({str(old / "gone.ckpt"): 0.0, str(best): float("nan")}) is None
 
 
 def test_nothing_goes_while_the_newest_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -194,7 +194,7 @@ def test_newest_by_step_also_of_files(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_second_job_is_refused(tmp_path: Path) -> None:
     with directory_lock(tmp_path):
         with (
-            pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints here"),
+            pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints to this folder"),
             directory_lock(tmp_path),
         ):
             pass
@@ -208,7 +208,7 @@ def test_stale_lock_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     lock.write_text(json.dumps({"pid": int(ended.stdout), "host": socket.gethostname(), "id": "x"}))
     with directory_lock(tmp_path):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
-    assert "taken over" in caplog.text
+    assert "removed the lock" in caplog.text
     reused = {"pid": os.getpid(), "host": socket.gethostname(), "started": "1", "id": "x"}  # of an ended process
     lock.write_text(json.dumps(reused))
     with directory_lock(tmp_path):

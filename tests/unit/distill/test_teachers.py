@@ -73,7 +73,7 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
 def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
     (tmp_path / "flow").rename(tmp_path / "elsewhere")
     config = configure("resume=auto")
-    with pytest.raises(CheckpointError, match=r"flow: does not exist; .*is slim .* teacher_flow \(sha256 \w{64}"):
+    with pytest.raises(CheckpointError, match=r"flow: does not exist; .*is a student-only checkpoint .* teacher_flow \(sha256 \w{64}"):
         load_teachers(config, modality_specs(config.data_module), slim)
     paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
     config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")

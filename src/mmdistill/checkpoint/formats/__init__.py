@@ -1,0 +1,1 @@
+"""Byte formats of checkpoints: torch zip archives, safetensors files, DeepSpeed ZeRO directories, manifests."""

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a complete directory of ours consists of. Written last, so a torso has none."""
+"""`manifest.json`: the files of a complete checkpoint directory. Written last: an incomplete checkpoint has none."""
 
 import hashlib
 import json
@@ -12,15 +12,15 @@ from mmdistill.checkpoint.formats.torch_zip import directory_digest, is_zip, sha
 from mmdistill.checkpoint.locate import read_json
 
 VERSION = 1
-_SELF = "manifest_sha256"
+_DIGEST_KEY = "manifest_sha256"
 
 
-def describe(path: Path, sha256: str | None = None) -> dict[str, Any]:
-    """A manifest's entry for one file: bytes, and its sha256 or, of an archive, that of its directory.
+def manifest_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """Return the manifest entry of a file: its size, and its sha256 or, for a zip archive, that of its directory.
 
-    The directory holds the CRC-32 of every record, which torch has computed anyway. Comparing the digest and the CRCs
-    finds any flipped bit at several times the speed of a sha256 of the whole, and also tells another good file that was
-    put in its place. (Manifests of older versions also hold an archive's whole sha256.)
+    The zip directory holds the CRC-32 of every record, which torch computes in any case. Comparing the digest and the
+    CRCs detects every flipped bit, several times faster than a sha256 of all bytes, and also detects a valid file of
+    another save. (Manifests of older versions also hold the sha256 of all bytes of an archive.)
     """
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
     if is_zip(path):
@@ -30,29 +30,29 @@ def describe(path: Path, sha256: str | None = None) -> dict[str, Any]:
     return entry
 
 
-def _own_digest(content: dict[str, Any]) -> str:
-    rest = {key: value for key, value in content.items() if key != _SELF}
+def _digest_of(content: dict[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != _DIGEST_KEY}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_bytes(files: dict[str, dict[str, Any]], **facts: Any) -> bytes:
-    """The manifest as it goes to disk. `facts`: world_size, stage, step, epoch, loss."""
-    content = {"version": VERSION, **facts, "files": files}
-    content[_SELF] = _own_digest(content)
+def manifest_bytes(files: dict[str, dict[str, Any]], **summary: Any) -> bytes:
+    """Serialize a manifest. `summary`: world_size, stage, step, epoch, loss."""
+    content = {"version": VERSION, **summary, "files": files}
+    content[_DIGEST_KEY] = _digest_of(content)
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
-    """The manifest, or None where the directory has none (written by others).
+    """Read the manifest; None if the directory has none (written by another program).
 
     Raises:
-        CorruptCheckpointError: it is there and damaged.
+        CorruptCheckpointError: the manifest is damaged.
     """
     path = root / MANIFEST
     if not path.exists():
         return None
     content = read_json(path)
-    if content.get(_SELF) != _own_digest(content) or not isinstance(content.get("files"), dict):
+    if content.get(_DIGEST_KEY) != _digest_of(content) or not isinstance(content.get("files"), dict):
         raise CorruptCheckpointError(
             f"{path}: corrupt: checksum does not match; use another checkpoint or copy it again"
         )
@@ -62,7 +62,7 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
 def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -> None:
     if not path.is_file():
         raise CorruptCheckpointError(
-            f"{path}: missing, and the manifest names it; copy the checkpoint again or use another"
+            f"{path}: missing, but listed in the manifest; copy the checkpoint again or use another"
         )
     size = path.stat().st_size
     if size != entry["bytes"]:
@@ -73,30 +73,31 @@ def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -
     digest = entry.get("zip_directory_sha256")
     if digest and not (full and "sha256" in entry):
         try:
-            good = directory_digest(path) == digest
+            matches = directory_digest(path) == digest
         except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
-            raise CorruptCheckpointError(f"{path}: corrupt: checksum of its directory ({error})") from error
-        if good and (payload or full):
+            raise CorruptCheckpointError(f"{path}: corrupt: checksum of its zip directory ({error})") from error
+        if matches and (payload or full):
             verify_zip(path)
     else:
-        good = sha256_file(path) == entry["sha256"]
-    if not good:
+        matches = sha256_file(path) == entry["sha256"]
+    if not matches:
         raise CorruptCheckpointError(f"{path}: corrupt: checksum does not match its manifest; use another checkpoint")
 
 
 def verify_manifest(
     root: Path, *, payload: bool = True, full: bool = False, rank: int = 0, world_size: int = 1
 ) -> dict[str, Any] | None:
-    """Compare a directory with its manifest; None if it has none.
+    """Compare a directory with its manifest and return the manifest; None if it has none.
 
     Args:
         root: the checkpoint directory.
-        payload: also check the CRC of every record; False leaves that to whoever reads the file.
-        full: every byte of every file, whatever `payload` and `rank` leave to others; sha256 where there is one.
-        rank, world_size: payloads are divided between processes that call this together.
+        payload: also check the CRC of every record; with False the reader of a file does this.
+        full: check every byte of every file, regardless of `payload` and `rank`; use the sha256 where there is one.
+        rank: index of this process among those that call this together; payloads are divided between them.
+        world_size: number of those processes.
 
     Raises:
-        CorruptCheckpointError: the first file that is missing, too short, too long or different.
+        CorruptCheckpointError: a file is missing, too short, too long or different; names the first one.
     """
     content = read_manifest(root)
     if content is None:
