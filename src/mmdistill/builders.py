@@ -1,4 +1,4 @@
-"""From a validated config to objects: geometries, datasets, loaders. Used by both trainings and the evaluation."""
+"""Objects from a validated config: encoder configs, datasets, loaders. Used by both trainings and the evaluation."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 
 def make_encoder_config(model: ModelConfig, data: DataModuleConfig, spec: ModalitySpec) -> EncoderConfig:
-    """Sizes of the encoder of one modality; all modalities share the token grid."""
+    """Sizes of the encoder of one modality. All modalities share one token grid."""
     return EncoderConfig(
         channels=spec.channels,
         num_frames=data.num_frames,
@@ -51,22 +51,26 @@ def make_decoder_config(model: ModelConfig) -> DecoderConfig:
 
 @contextmanager
 def raise_as_config_error(key: str = "") -> Iterator[None]:
-    """Turn a `ValueError` about an argument into a `ConfigError` about the key of `data_module`."""
+    """Convert a `ValueError` about an argument to a `ConfigError` that names `key` of `data_module`."""
     try:
         yield
     except ValueError as error:
         if type(error) is not ValueError:
-            raise  # about a file
+            raise  # a subclass, about a file
         raise ConfigError(f"data_module{'.' * bool(key)}{key}: {error}") from error
 
 
 def _under_root(data: DataModuleConfig, value: str) -> Path:
-    """A file or folder, there or not; relative ones lie under `target_data_dir`."""
+    """The path of a file or folder. A relative `value` is below `target_data_dir`."""
     return Path(data.target_data_dir).expanduser() / Path(value).expanduser()
 
 
 def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Path:
-    """The file or folder `value` of key `key`; relative ones lie under `target_data_dir`. Raises if absent."""
+    """The existing file or folder of a key. A relative `value` is below `target_data_dir`.
+
+    Raises:
+        ConfigError: the key is not set, or the path does not exist.
+    """
     if value is None:
         short = next((short for short, (m, k) in SHORT_KEYS.items() if key == f"modalities.{m}.{k}"), None)
         also = f" (nor its short form data_module.{short})" if short else ""
@@ -80,14 +84,18 @@ def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Pa
 
 
 def resolve_annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
-    """The annotation file of one phase."""
+    """The annotation file for training or evaluation.
+
+    Raises:
+        ConfigError: the key is not set, or the file does not exist.
+    """
     if training:
         return resolve_data_path(data, data.unlabel_json_path, "unlabel_json_path")
     return resolve_data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
 
 
 def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
-    """The rallies of an annotation file, by the dataset's reader."""
+    """The rallies of an annotation file in the dataset's format."""
     frames_dir = modality_setting(data, STUDENT_MODALITY, "dir")
     return load_annotations(
         path,
@@ -98,7 +106,11 @@ def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
 
 
 def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
-    """Training clips (labels unused) or labelled evaluation clips. Raises `ConfigError` where there is none."""
+    """Training clips (labels unused) or labeled evaluation clips.
+
+    Raises:
+        ConfigError: there is no clip; the message states why.
+    """
     path = resolve_annotation_path(data, training=training)
     with raise_as_config_error():
         rallies = load_rallies(data, path)
@@ -113,17 +125,21 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
             label=data.label,
         )
     if not index.clips:
-        short, bare = (len(index.report[key]) for key in ("too_short", "without_events"))
+        too_short, without_events = (len(index.report[key]) for key in ("too_short", "without_events"))
         raise ConfigError(
-            f"{path}: no {'training' if training else 'evaluation'} clip. Of {len(rallies)} rallies {short} have less "
-            f"than the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
-            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {bare} have no event"
+            f"{path}: no {'training' if training else 'evaluation'} clip. Of {len(rallies)} rallies, {too_short} are "
+            f"shorter than the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
+            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} have no event"
         )
     return index
 
 
 def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:
-    """Readers of the dataset's own files. Raises `ConfigError` where a folder is not set or absent."""
+    """Readers of the dataset's files by modality.
+
+    Raises:
+        ConfigError: a folder is not set or does not exist, or a file name pattern is invalid.
+    """
     readers = {}
     for modality in modalities:
         options = ReaderOptions(
@@ -141,7 +157,11 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
 
 
 def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
-    """The dataset of one phase. Evaluation clips are whole: centre crop, no mask, never replaced in silence."""
+    """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
+
+    Raises:
+        ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
+    """
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
@@ -165,8 +185,8 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
             always_decoded=(STUDENT_MODALITY,),
         )
     if not len(dataset):
-        lacking = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
-        message = ", ".join(f"{count} clips have no {m} files" for m, count in lacking.items())
+        skipped = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
+        message = ", ".join(f"{count} clips have no {m} files" for m, count in skipped.items())
         raise ConfigError(
             f"data_module.on_missing={data.on_missing} removes all {len(index.clips)} clips: {message}; check "
             "data_module.target_data_dir and its folders with scripts/check_data.py"
@@ -184,9 +204,10 @@ def make_clip_loader(
     timeout_s: float = 0.0,
     loader_class: type[ClipLoader] = ClipLoader,
 ) -> ClipLoader:
-    """A loader over `batch_sampler`, or in order without one. Workers stay alive between epochs. `loader_class` is its class.
+    """A loader over `batch_sampler`, or over batches of `batch_size` in order without one.
 
-    One that needs more than `timeout_s` for a batch (0: no limit), or dies, makes the loader raise.
+    Workers persist between epochs. The loader raises an error if a worker dies or needs more than `timeout_s` for a
+    batch (0: no limit).
     """
     return loader_class(
         dataset,
@@ -202,7 +223,7 @@ def make_clip_loader(
 
 
 def make_demo_data(data: DataModuleConfig) -> None:
-    """Render the demo dataset where the config asks for it and it is not there yet."""
+    """Render the demo dataset if the config uses it and it does not exist yet."""
     if data.name == "demo":
         from mmdistill.demo.dataset import make_demo
 
@@ -216,34 +237,40 @@ def token_grid(data: DataModuleConfig) -> tuple[int, int]:
 
 
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
-    """Raise `ConfigError` unless the encoder takes this dataset's clips: channels, frames, size, tubelet, patch."""
+    """Check that the encoder fits the dataset's clips: channels, frames, size, tubelet, patch.
+
+    Raises:
+        ConfigError: it does not; names each value that differs.
+    """
     g = encoder.config
     if g.channels != spec.channels:
         raise ConfigError(
-            f"{source} takes {g.channels} channels, {spec.name} has {spec.channels}: is it of another modality?"
+            f"{source} has {g.channels} input channels, {spec.name} has {spec.channels}: is it of another modality?"
         )
     names = ("frames", "height", "width", "tubelet", "patch")
     found = (g.num_frames, g.height, g.width, g.tubelet, g.patch)
     height, width = data.crop_size[0] // spec.input_stride, data.crop_size[1] // spec.input_stride
-    wanted = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.input_stride)
-    if found != wanted:
-        both = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, wanted, strict=True) if a != b)
-        scale, rest = divmod(data.patch_size, g.patch)
-        set_it = (
-            f"; set data_module.modalities.{spec.name}.input_stride={scale}"
-            if scale != spec.input_stride and not rest
+    expected = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.input_stride)
+    if found != expected:
+        differences = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, expected, strict=True) if a != b)
+        stride, rest = divmod(data.patch_size, g.patch)
+        hint = (
+            f"; set data_module.modalities.{spec.name}.input_stride={stride}"
+            if stride != spec.input_stride and not rest
             else ""
         )
         raise ConfigError(
-            f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {both}{set_it}"
+            f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {differences}{hint}"
         )
 
 
 def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
-    """What to say where clips take other frames than those that the checkpoint of `meta` has learned from."""
+    """A warning if the sampling rate differs from that of the checkpoint with metadata `meta`; empty if not."""
     stored = (meta.get("config") or {}).get("data_module") or {}
     rate = stored.get("sampling_rate", data.sampling_rate)
     if rate == data.sampling_rate:
         return []
-    told = f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}"
-    return [f"{told}: clips show their motion at another speed"]
+    return [
+        f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
+        "motion in the clips has another speed"
+    ]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,10 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """Write to a temporary file beside `path`, which takes its place when the block ends without an exception.
+    """Open a temporary file in the folder of `path` and rename it to `path` at the end of the block.
 
-    Its folder is made where it is missing.
+    Other processes see the old or the complete new file. After an exception the old file is unchanged. The folder is
+    created if it does not exist.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -24,6 +25,6 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """The same for bytes at hand."""
+    """Write `data` to `path` atomically; see `atomic_open`."""
     with atomic_open(path) as file:
         file.write(data)

@@ -17,7 +17,7 @@ class Registry(Generic[T]):
     """Components by name, in the order of their registration.
 
     Args:
-        kind: what a component is, for messages, for example ``modality``.
+        kind: what a component is called in messages, for example ``modality``.
         group: the entry point group, for example ``mmdistill.modalities``.
     """
 
@@ -53,8 +53,8 @@ class Registry(Generic[T]):
         if name not in self._components:
             found = [entry for entry in entry_points(group=self.group) if entry.name == name]
             if not found:
-                near = difflib.get_close_matches(name, self.names(), n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                matches = difflib.get_close_matches(name, self.names(), n=1)
+                hint = f"; did you mean {matches[0]}?" if matches else ""
                 raise InputError(f"{self.kind} {name!r} is not one of {', '.join(self.names())}{hint}")
             self._components[name] = found[0].load()
         return self._components[name]

@@ -52,7 +52,7 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
 
 def test_rallies_that_are_too_short_are_counted(tmp_path: Path) -> None:
     data = _config(*overrides(make_tiny(tmp_path)), "data_module.num_frames=16").data_module
-    with pytest.raises(ConfigError, match="Of 24 rallies 24 have less than the 17 frames"):
+    with pytest.raises(ConfigError, match="Of 24 rallies, 24 are shorter than the 17 frames"):
         make_clip_dataset(data, ("rgb",), training=True, seed=0)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from mmdistill.demo import motion, render
 from mmdistill.demo.strokes import STROKES
 from mmdistill.errors import InputError
+from mmdistill.randomness import integer_rng
 
 SPLITS = ("train", "val")
 DEFAULT_NUISANCE = 0.3
@@ -71,7 +72,7 @@ class DemoParameters:
 
     def rng(self, stream: str, *ids: int) -> np.random.Generator:
         """The random generator of one purpose, independent of all others."""
-        return np.random.default_rng([self.seed, _STREAMS[stream], *ids])
+        return integer_rng(self.seed, _STREAMS[stream], *ids)
 
 
 @dataclass(frozen=True)

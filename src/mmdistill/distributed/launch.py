@@ -8,8 +8,8 @@ import contextlib
 import gc
 import os
 import queue
-import random
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -79,7 +79,7 @@ def free_port() -> int:
         ConfigError: a hundred ports were tried and all are in use.
     """
     for _ in range(100):
-        port = random.SystemRandom().choice(_PORTS)  # not by the seeded generator: jobs would choose the same one
+        port = secrets.choice(_PORTS)  # not seeded: jobs with one seed would choose the same port
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

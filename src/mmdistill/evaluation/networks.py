@@ -14,6 +14,7 @@ from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
+from mmdistill.randomness import seed_torch
 
 _BY_CHANNELS = {get_modality(name).channels: name for name in BUILTIN_MODALITIES}
 
@@ -131,6 +132,6 @@ def _channels(checkpoint: Checkpoint, part: str) -> int:
 def random_network(like: Network, *, seed: int) -> Network:
     """The same architecture with untrained weights: what training is worth is measured against this."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         encoder = Encoder(like.encoder.config)
     return Network("random", encoder, like.modality, "", like.statistics)

@@ -3,7 +3,6 @@
 Shapes: B batch, N clips, V views, L tokens, Lv visible tokens, D width.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.models.videomae import Encoder
+from mmdistill.randomness import text_rng
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class Views:
         return torch.from_numpy(masks).expand(len(clips), -1)
 
     def _mask(self, owner: str, view: int, grid: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        text = f"view mask/{self.seed}/{view}/{owner}"
-        rng = np.random.default_rng(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32))
+        rng = text_rng(f"view mask/{self.seed}/{view}/{owner}")
         return sample_visible_tokens(grid, ratio=self.ratio, mask_type=self.kind, rng=rng)
 
 

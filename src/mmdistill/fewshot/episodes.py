@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmdistill.fewshot.errors import EpisodeError
+from mmdistill.randomness import integer_rng
 
 IntArray = NDArray[np.int64]
 
@@ -214,7 +215,7 @@ def sample_episodes(
     classes = np.empty((episodes, n_way), dtype=np.int64)
     pool = np.array(eligibility.classes, dtype=np.int64)
     for e in range(episodes):
-        rng = np.random.default_rng([seed, e])
+        rng = integer_rng(seed, e)
         classes[e] = rng.choice(pool, size=n_way, replace=False)
         clips = [table.clips[int(label)] for label in classes[e]]
         if table.groups is None:

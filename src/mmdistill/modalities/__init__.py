@@ -1,4 +1,4 @@
-"""Modalities: rgb, flow, skeleton, and those that other distributions register."""
+"""Modalities: rgb, flow, skeleton, and all that other distributions register."""
 
 from mmdistill.modalities.base import (
     MODALITIES,

@@ -1,7 +1,7 @@
-"""What a modality is: its spec, its reader, its preprocessing and its display image.
+"""A modality: its spec, reader, preprocessing and display image.
 
-`Modality` is the only place that knows how an ``rgb``, a ``flow`` or a ``skeleton`` clip differs. Datasets, models and
-both trainings work with any registered modality. See docs/extending.md for how to add one.
+Everything that differs between ``rgb``, ``flow`` and ``skeleton`` is in their `Modality` subclasses. Datasets, models and
+both trainings work with any registered modality. docs/extending.md describes how to add one.
 
 Shapes: B batch, C channels, T frames, H x W stored frame, h x w model input.
 """
@@ -24,16 +24,16 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line needs n
 
 @dataclass(frozen=True)
 class ModalitySpec:
-    """How clips of one modality become model input.
+    """The values that determine how clips of one modality become model input.
 
     Attributes:
         name: name of the modality.
         channels: channels of the model input.
-        input_stride: stored-frame pixels per input pixel and axis. 1 for images. MM-CDFSL renders heat-maps at 56 x 96
+        input_stride: stored-frame pixels per input pixel and axis; 1 for images. MM-CDFSL renders heat-maps at 56 x 96
             for a 224 x 384 frame (stride 4) with a patch of 4, so that all modalities share one token grid.
         mean, std: per channel, in the units of the modality; the input is ``(value - mean) / std``. A single value is
             used for all channels.
-        target: what masked autoencoding predicts; see `mmdistill.models.targets.reconstruction_targets`.
+        target: what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`.
         sigma: standard deviation of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints.
     """
 
@@ -60,31 +60,31 @@ class ModalitySpec:
     def with_statistics(
         self, mean: tuple[float, ...], std: tuple[float, ...], sigma: float | None = None
     ) -> "ModalitySpec":
-        """The same spec with the statistics of another dataset. ``sigma=None`` keeps the own value."""
+        """The same spec with the statistics of another dataset. ``sigma=None`` keeps the current value."""
         return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
 
     @property
     def statistics(self) -> dict[str, Any]:
-        """What a checkpoint stores, because its weights depend on it; see `stored_statistics`."""
+        """The values that a checkpoint stores because its weights depend on them; see `stored_statistics`."""
         sigma = {} if self.sigma is None else {"sigma": self.sigma}
         return {"mean": list(self.mean), "std": list(self.std), **sigma}
 
 
 def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
-    """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if it stores none."""
+    """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if they are not stored."""
     found = (meta.get("statistics") or {}).get(modality)
     return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
 
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """What a reader needs besides its directory.
+    """Options of a reader.
 
     Attributes:
         frame_size: (height, width) of the stored frames in px.
         pattern: file name below the directory; None: the modality's default.
         frame_number_offset: number of frame 0 in file names.
-        max_persons: persons kept per frame.
+        max_persons: persons per frame of a keypoint reader.
     """
 
     frame_size: tuple[int, int]
@@ -99,8 +99,8 @@ class Modality(ABC):
     Attributes:
         name: name in config keys, checkpoints and reports.
         channels: channels of the model input.
-        mean, std, target, input_stride, sigma: defaults of `ModalitySpec` where a dataset config gives none.
-        is_frame_pair: sample k is made of frames k and k + 1, so a video of n frames has n - 1 samples.
+        mean, std, target, input_stride, sigma: defaults of `ModalitySpec`.
+        is_frame_pair: frame k of the modality is computed from images k and k + 1, so a video of n images has n - 1.
         pattern_fields: fields that the file name pattern of a dataset must contain, for example ``video`` and ``frame``.
     """
 
@@ -116,8 +116,8 @@ class Modality(ABC):
 
     def spec(self, **changes: Any) -> ModalitySpec:
         """The modality's default spec with `changes`."""
-        own = {k: getattr(self, k) for k in ("name", "channels", "input_stride", "mean", "std", "target", "sigma")}
-        return ModalitySpec(**{**own, **changes})
+        defaults = {k: getattr(self, k) for k in ("name", "channels", "input_stride", "mean", "std", "target", "sigma")}
+        return ModalitySpec(**{**defaults, **changes})
 
     @abstractmethod
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
@@ -125,14 +125,14 @@ class Modality(ABC):
 
     @abstractmethod
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
-        """Model input from a batch of raw clips; see `preprocess_clips`."""
+        """Crop, resize, flip and normalize a batch of raw clips; see `preprocess_clips`."""
 
     def display_max(self, values: "Tensor") -> float:
-        """The value of (C, T, h, w) that is displayed at full brightness."""
+        """The value of a (C, T, h, w) clip that is displayed at full brightness."""
         return float(values.max())
 
     def to_image(self, values: "Tensor") -> "np.ndarray":
-        """Images for a person to look at: the brightest channel.
+        """Grayscale images of the largest channel. Override it for a better display.
 
         Args:
             values: (C, T, h, w) float32 in the modality's units, divided by `display_max`.
@@ -144,7 +144,7 @@ class Modality(ABC):
         return image
 
     def energy_to_image(self, values: "Tensor") -> "np.ndarray":
-        """Like `to_image` for motion energies, which have no sign: the brightest channel."""
+        """Like `to_image` for motion energies, which are not negative: the largest channel."""
         return Modality.to_image(self, values)
 
 
@@ -152,7 +152,7 @@ MODALITIES: Registry[Modality] = Registry("modality", "mmdistill.modalities")
 
 
 def register_modality(modality: Modality) -> Modality:
-    """Make a modality available to configs, datasets, trainings and evaluations under its name."""
+    """Register a modality under its name, for configs, datasets, trainings and evaluations."""
     return MODALITIES.register(modality.name, modality)
 
 
@@ -162,7 +162,7 @@ def get_modality(name: str) -> Modality:
 
 
 def modality_names() -> tuple[str, ...]:
-    """Names of all registered modalities: rgb, flow, skeleton, then those added by others."""
+    """Names of all registered modalities: rgb, flow, skeleton, then all others."""
     return MODALITIES.names()
 
 
@@ -170,7 +170,7 @@ def preprocess_clips(clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, 
     """Crop, resize, flip and normalize a batch of raw clips on the device that holds them.
 
     Args:
-        clips: what the modality's reader returns, batched.
+        clips: batch of arrays of the modality's reader.
         crop_boxes: (B, 5) float: top, left, height, width of the crop in stored-frame px, and 1 for a horizontal flip.
         spec: the modality's spec.
         size: (h, w) of the model input.

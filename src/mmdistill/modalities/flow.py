@@ -34,7 +34,7 @@ class FlowModality(Modality):
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """float (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.
 
-        A resize scales the displacements, and a horizontal flip negates their x component.
+        A resize scales the displacements. A horizontal flip negates their x component.
         """
         import torch
 
@@ -47,11 +47,11 @@ class FlowModality(Modality):
         return normalize(x * scale[:, :, None, None, None], spec.mean, spec.std)
 
     def display_max(self, values: "Tensor") -> float:
-        """The largest magnitude."""
+        """The largest magnitude of a displacement."""
         return float(values.pow(2).sum(0).sqrt().max())
 
     def to_image(self, values: "Tensor") -> "np.ndarray":
-        """Hue is the direction, brightness is fixed, saturation is the magnitude. (2, T, h, w) -> (T, h, w, 3)"""
+        """Hue encodes the direction, saturation the magnitude. (2, T, h, w) -> (T, h, w, 3)"""
         import torch
         from matplotlib.colors import hsv_to_rgb
 

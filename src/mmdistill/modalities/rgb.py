@@ -40,14 +40,14 @@ class RgbModality(Modality):
         return normalize(x, spec.mean, spec.std)
 
     def display_max(self, values: "Tensor") -> float:
-        """White."""
+        """1, which is white."""
         return 1.0
 
     def to_image(self, values: "Tensor") -> "np.ndarray":
-        """The colors themselves. (3, T, h, w) -> (T, h, w, 3)"""
+        """The colors. (3, T, h, w) -> (T, h, w, 3)"""
         image: np.ndarray = values.permute(1, 2, 3, 0).numpy()
         return image
 
     def energy_to_image(self, values: "Tensor") -> "np.ndarray":
-        """The energy of each color as that color. (3, T, h, w) -> (T, h, w, 3)"""
+        """The energy of each color channel as that color. (3, T, h, w) -> (T, h, w, 3)"""
         return self.to_image(values)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from mmdistill.data.readers.base import Reader
 
-# COCO-17: a horizontal flip exchanges left and right eyes, ears, shoulders, elbows, wrists, hips, knees, ankles.
+# COCO-17: a horizontal flip exchanges left and right eyes, ears, shoulders, elbows, wrists, hips, knees and ankles.
 FLIPPED_JOINTS: tuple[int, ...] = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 

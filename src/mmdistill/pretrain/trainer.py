@@ -44,7 +44,7 @@ from mmdistill.models.targets import constant_baseline_loss, patch_targets, reco
 from mmdistill.models.videomae import VideoMAE, masked_indices
 from mmdistill.pretrain.deepspeed import make_engine, open_process_group
 from mmdistill.pretrain.initialization import load_videomae
-from mmdistill.randomness import seed_step, seeded_rng
+from mmdistill.randomness import seed_step, seed_torch, seeded_rng
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.nonfinite import MIN_LOSS_SCALE, NonFiniteGuard, frozen, grad_norm, zero_loss
 from mmdistill.training.optim import LearningRates, make_schedule, param_group_hparams
@@ -110,7 +110,7 @@ class _Run:
             raise ConfigError(
                 f"{len(self.dataset)} clips are fewer than one optimiser step of {clips}; lower batch_size"
             )
-        torch.manual_seed(config.seed)
+        seed_torch(config.seed)
         self.config = make_encoder_config(config.model, data, self.spec)
         model = VideoMAE(self.config, make_decoder_config(config.model), drop_path=config.model.drop_path)
         model.encoder.checkpoint_activations = trainer.activation_checkpointing

@@ -67,7 +67,7 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
         read_teacher(str(path), "flow", spec, data)
         lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
         assert len(lines) == told
-    assert lines[0].endswith(f"{path} was trained with 4: clips show their motion at another speed")
+    assert lines[0].endswith(f"{path} was trained with 4: motion in the clips has another speed")
 
 
 def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import confusion
+from mmdistill.randomness import integer_rng
 
 # Okabe and Ito's colours, told apart with any colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#9C9C00")
@@ -159,7 +160,7 @@ def embedding_map(
     values, counts = np.unique(first.labels[labelled], return_counts=True)
     shown = values[np.argsort(-counts, kind="stable")[:most_classes]]
     clips = labelled[np.isin(first.labels[labelled], shown)]
-    clips = np.sort(np.random.default_rng(seed).permutation(clips)[:most_clips])
+    clips = np.sort(integer_rng(seed).permutation(clips)[:most_clips])
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.8 * len(features), 4.6), layout="constrained")
         axes = figure.subplots(1, len(features), squeeze=False).ravel()
