@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdistill.builders import load_rallies, open_readers, resolve_annotation_path
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
@@ -50,6 +49,8 @@ COVERAGE_COLUMNS = (  # key of the report, column title
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the data and print a report. Returns the exit status."""
     options = _arguments(argv)
+    from mmdistill.builders import open_readers, resolve_annotation_path  # imports torch, which --help must not
+
     console = Console()
     readers: dict[str, Reader] = {}
     try:
@@ -98,6 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="unlabel",
         help="annotation file of the dataset config: training or evaluation (default unlabel)",
     )
+    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
     parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
     parser.add_argument("--frames-dir", help="folder of the frames below the data folder")
@@ -125,7 +127,7 @@ def _data_config(options: argparse.Namespace) -> DataModuleConfig:
     """The dataset config with the values of the command-line options. Crop and clip settings are not used."""
     chosen = any(override.startswith("dataset=") for override in options.overrides)
     overrides = [*([] if chosen else ["dataset=tennis"]), "modality=rgb", *options.overrides]
-    data = load_config(PretrainConfig, "config_pretrain", overrides).data_module
+    data = load_config(PretrainConfig, "config_pretrain", overrides, config_dir=options.config_dir).data_module
     given = {key: getattr(options, key) for key in ("frames_dir", "flow_dir", "skeleton_dir", "frame_size")}
     given["target_data_dir"] = str(options.root) if options.root is not None else None
     return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})
@@ -133,6 +135,8 @@ def _data_config(options: argparse.Namespace) -> DataModuleConfig:
 
 def _read_rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
     """The rallies, and all errors of an F3Set file. Other readers raise at the first error."""
+    from mmdistill.builders import load_rallies
+
     return read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
 
 

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdistill.builders import make_clip_dataset, make_demo_data
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
@@ -29,15 +28,19 @@ from mmdistill.config import (
 from mmdistill.config.compose import load_config
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import ModalitySpec, modality_names
-from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute the statistics and write the config. Returns the exit status."""
     options, overrides = _arguments(argv)
+    from mmdistill.builders import make_clip_dataset, make_demo_data  # imports torch, which --help must not
+    from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
+
     console = Console(stderr=True)
     try:
-        config = load_config(PretrainConfig, options.config_name, ["modality=rgb", *overrides])
+        config = load_config(
+            PretrainConfig, options.config_name, ["modality=rgb", *overrides], config_dir=options.config_dir
+        )
         data = config.data_module
         make_demo_data(data)
         specs = modality_specs(data)
@@ -84,6 +87,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config-name", default="config_pretrain")
+    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--output", type=Path, help="dataset config to write (default: standard output)")
     parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
     parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")

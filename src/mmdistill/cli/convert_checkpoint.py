@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.errors import CheckpointError
 
 
@@ -22,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
+    from mmdistill.checkpoint.convert import convert_checkpoint  # imports torch, which --help must not
+
     try:
         written = convert_checkpoint(args.source, args.target, force=args.force)
     except CheckpointError as error:

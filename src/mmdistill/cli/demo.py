@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.workflows.pipeline import StageError, method_stages, run_stages
 from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
 
 
@@ -21,6 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default 0)")
     args = parser.parse_args(argv)
+    from mmdistill.workflows.pipeline import (  # torch, which --help must not import
+        StageError,
+        method_stages,
+        run_stages,
+    )
+
     short = ("trainer.epochs=1", "trainer.warmup_epochs=0", "data_module.window_stride=8")
     stages = method_stages(
         args.output.resolve(),

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmdistill.evaluation.report.write import print_tables, to_json, write_report
-from mmdistill.fewshot.classifiers import HEADS
+from mmdistill.config import HEAD_NAMES
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.features import Features, atomic_write_bytes, load_features
-from mmdistill.fewshot.protocol import Protocol, run_protocol
+from mmdistill.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from mmdistill.fewshot.features import Features
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--q-sample", type=int, default=15, help="query clips per class")
     parser.add_argument("--episodes", type=int, default=600)
     parser.add_argument(
-        "--head", nargs="+", default=["logistic"], choices=list(HEADS), metavar="HEAD", help=", ".join(HEADS)
+        "--head", nargs="+", default=["logistic"], choices=HEAD_NAMES, metavar="HEAD", help=", ".join(HEAD_NAMES)
     )
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")
     parser.add_argument("--disjoint", choices=["video"], help="support and query clips from different groups")
@@ -42,7 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
+def named_apart(found: "list[Features]", files: list[Path]) -> "list[Features]":
     """Features whose network and input_mode stand twice are told apart by their file's name."""
     keys = [(f.network, f.input_mode) for f in found]
     return [
@@ -54,6 +56,10 @@ def named_apart(found: list[Features], files: list[Path]) -> list[Features]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 when done, 2 when the features or the protocol are not usable, or the result not writable."""
     args = parse_arguments(argv)
+    from mmdistill.evaluation.report.write import print_tables, to_json, write_report  # torch, which --help must not
+    from mmdistill.fewshot.features import load_features
+    from mmdistill.fewshot.protocol import Protocol, run_protocol
+
     try:
         protocol = Protocol(
             n_way=tuple(args.n_way),

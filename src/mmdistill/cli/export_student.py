@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.export import FORMATS, export_student
+
+FORMATS = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}  # format -> suffix
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--component", help="encoder to export instead of the student, e.g. teacher_flow")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
+    from mmdistill.checkpoint.export import export_student  # imports torch, which --help must not
+
     target = Path(args.out or (f"student{FORMATS[args.to]}" if FORMATS[args.to] else f"student-{args.to}"))
     try:
         written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)

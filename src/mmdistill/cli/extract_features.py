@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import ConfigError, DistillConfig, explain
 from mmdistill.config.compose import load_config
+from mmdistill.errors import MMDistillError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -34,6 +35,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
     parser.add_argument("--views", choices=["shared", "per_clip"], help="default: data_module.eval_masks")
     parser.add_argument("--config-name", default="config_mmdistill")
+    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--cache", type=Path, help="folder of the feature cache")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     return parser.parse_intermixed_args(argv)
@@ -89,13 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line. 0 when written, 2 when the input is not usable."""
     args = parse_arguments(argv)
     try:
-        extract(args, load_config(DistillConfig, args.config_name, [*args.overrides, "train=False", "test=False"]))
-    except (HydraException, OmegaConfBaseException) as error:
+        overrides = [*args.overrides, "train=False", "test=False"]
+        extract(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
+    except (HydraException, OmegaConfBaseException, MMDistillError) as error:
         print(f"extract_features: {explain(error, DistillConfig)}", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if not type(error).__module__.startswith("mmdistill."):
-            raise  # not ours: a defect, which deserves its traceback
-        print(f"extract_features: {error}", file=sys.stderr)
         return 2
     return 0

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.inspect import inspect_checkpoint
 
 
 def format_report(report: dict[str, Any]) -> list[str]:
@@ -42,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also compare the sha256 of archives in manifests of older versions",
     )
     args = parser.parse_args(argv)
+    from mmdistill.checkpoint.inspect import inspect_checkpoint  # imports torch, which --help must not
+
     try:
         report = inspect_checkpoint(args.path, full=args.full)
     except CheckpointError as error:

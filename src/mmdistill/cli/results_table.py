@@ -12,13 +12,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmdistill.workflows.pipeline import Stage, StageError, method_stages, run_stages
 from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
 
+if TYPE_CHECKING:
+    from mmdistill.workflows.pipeline import Stage
 
-def seed_stages(output: Path, seeds: list[int], overrides: tuple[str, ...]) -> list[Stage]:
+
+def seed_stages(output: Path, seeds: list[int], overrides: tuple[str, ...]) -> "list[Stage]":
     """The stages of all seeds."""
+    from mmdistill.workflows.pipeline import method_stages  # imports torch, which --help must not
+
     stages: list[Stage] = []
     for seed in seeds:
         stages += method_stages(
@@ -42,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     args = parser.parse_args(argv)
+    from mmdistill.workflows.pipeline import StageError, run_stages
+
     start_time = time.monotonic()
     try:
         run_stages(seed_stages(args.output.resolve(), args.seeds, tuple(args.overrides)), parallel=args.parallel)

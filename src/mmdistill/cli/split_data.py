@@ -15,7 +15,6 @@ from pathlib import Path
 
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
-from mmdistill.data.annotations.splits import split_by_class, split_by_match
 from mmdistill.files import atomic_write_bytes
 
 
@@ -43,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-events", type=int, default=1, help="exclude classes with fewer events (with --by class)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    from mmdistill.data.annotations.splits import split_by_class, split_by_match  # imports torch, which --help must not
+
     try:
         fractions = dict(_parse_fraction(text) for text in options.fractions)
         if len(fractions) != len(options.fractions):

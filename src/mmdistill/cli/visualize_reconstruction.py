@@ -12,22 +12,30 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch.utils.data import default_collate
-
-from mmdistill.builders import make_clip_dataset
-from mmdistill.checkpoint import CheckpointError, load_weights, read_checkpoint
+from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
-from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
-from mmdistill.pretrain.visualization import draw, reconstruct, write
+from mmdistill.config.compose import load_dataset_settings
 
 
 def pictures(args: argparse.Namespace) -> None:
     """Load, reconstruct, write."""
+    import torch
+    from torch.utils.data import default_collate
+
+    from mmdistill.builders import make_clip_dataset
+    from mmdistill.checkpoint import load_weights, read_checkpoint
+    from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
+    from mmdistill.pretrain.visualization import draw, reconstruct, write
+
     checkpoint = read_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
         raise ConfigError(f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder to reconstruct with")
-    config = stored_config(checkpoint.meta["config"], PretrainConfig, args.overrides)
+    datasets = [override.removeprefix("dataset=") for override in args.overrides if override.startswith("dataset=")]
+    settings = load_dataset_settings(datasets[-1], args.config_dir) if datasets else {}
+    overrides = [override for override in args.overrides if not override.startswith("dataset=")]
+    stored = checkpoint.meta["config"]
+    stored = {**stored, "data_module": {**stored["data_module"], **settings}}
+    config = stored_config(stored, PretrainConfig, overrides)
     spec = modality_specs(config.data_module)[config.modality]
     geometry = EncoderConfig(**checkpoint.meta["encoders"]["encoder"])
     model = VideoMAE(geometry, DecoderConfig(**checkpoint.meta["decoder"]))
@@ -47,11 +55,13 @@ def pictures(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write the images. 0 if written, 2 if the checkpoint or the data cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint directory of pretrain_main.py")
-    parser.add_argument("overrides", nargs="*", metavar="data_module.KEY=VALUE")
+    parser.add_argument("overrides", nargs="*", metavar="dataset=NAME | data_module.KEY=VALUE")
     parser.add_argument("--clips", type=int, default=4, help="clips, spread over the split (default 4)")
     parser.add_argument("--split", choices=("train", "val"), default="train")
+    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
     try:
         pictures(parser.parse_args(argv))

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_dir
 
 from mmdistill.config import (
@@ -22,6 +23,23 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Root of the source tree. None if a wheel is installed, which contains the configs inside the package.
 SOURCE_ROOT = None if (PACKAGE / "configs").is_dir() else PACKAGE.parents[1]
 CONFIGS = PACKAGE / "configs" if SOURCE_ROOT is None else SOURCE_ROOT / "configs"
+
+
+def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> dict[str, Any]:
+    """Read the keys of ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package.
+
+    Raises:
+        ConfigError: the file does not exist, or it is no mapping of data_module keys.
+    """
+    folders = [Path(config_dir)] if config_dir is not None else []
+    paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, CONFIGS)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ConfigError(f"dataset={name}: there is no {' and no '.join(map(str, paths))}")
+    settings = yaml.safe_load(path.read_text())
+    if not isinstance(settings, dict) or "defaults" in settings:
+        raise ConfigError(f"{path}: expected a mapping of data_module keys without a defaults list")
+    return settings
 
 
 def load_config(
