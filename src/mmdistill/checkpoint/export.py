@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from mmdistill import __version__
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import load_encoder_with_report
 from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.checkpoint.write import fsync_path, save_safetensors, write_bytes, write_directory
 from mmdistill.models.videomae import Encoder
-
-FORMATS = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
 
 
 class _FeatureExtractor(nn.Module):
@@ -164,8 +163,8 @@ def export_student(
         CheckpointError: `target` exists, the format does not support the architecture, or a package is missing.
     """
     target_path = Path(target).expanduser()
-    if to not in FORMATS:
-        raise CheckpointError(f"--to {to}: choose one of {', '.join(FORMATS)}")
+    if to not in EXPORT_SUFFIXES:
+        raise CheckpointError(f"--to {to}: choose one of {', '.join(EXPORT_SUFFIXES)}")
     if target_path.exists() and not force:
         raise CheckpointError(f"{target}: exists; choose another name, or use --force to replace it")
     checkpoint = read_checkpoint(path)

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmdistill.config import HEAD_NAMES
+from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
+from mmdistill.plugins import entry_point_names
 
 if TYPE_CHECKING:
     from mmdistill.fewshot.features import Features
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
+    names = (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="+", type=Path, help=".npz or .safetensors")
     parser.add_argument("--n-way", type=int, nargs="+", default=[5], help="classes per episode")
     parser.add_argument("--k-shot", type=int, nargs="+", default=[1], help="support clips per class")
     parser.add_argument("--q-sample", type=int, default=15, help="query clips per class")
     parser.add_argument("--episodes", type=int, default=600)
-    parser.add_argument(
-        "--head", nargs="+", default=["logistic"], choices=HEAD_NAMES, metavar="HEAD", help=", ".join(HEAD_NAMES)
-    )
+    parser.add_argument("--head", nargs="+", default=["logistic"], choices=names, metavar="HEAD", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, help="of the episodes")
     parser.add_argument("--disjoint", choices=["video"], help="support and query clips from different groups")
     parser.add_argument("--support-views", choices=["each", "first"], default="each")

@@ -10,22 +10,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import CheckpointError
-
-FORMATS = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}  # format -> suffix
+from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the file was written, 2 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--to", required=True, choices=list(FORMATS))
+    parser.add_argument("--to", required=True, choices=list(EXPORT_SUFFIXES))
     parser.add_argument("--out", help="output path (default: ./student-hf, ./student.safetensors, ...)")
     parser.add_argument("--component", help="encoder to export instead of the student, e.g. teacher_flow")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.export import export_student  # imports torch, which --help must not
 
-    target = Path(args.out or (f"student{FORMATS[args.to]}" if FORMATS[args.to] else f"student-{args.to}"))
+    target = Path(
+        args.out or (f"student{EXPORT_SUFFIXES[args.to]}" if EXPORT_SUFFIXES[args.to] else f"student-{args.to}")
+    )
     try:
         written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
     except CheckpointError as error:

@@ -6,6 +6,12 @@ META, MANIFEST, LATEST, TAG = "meta.json", "manifest.json", "latest", "checkpoin
 MODEL_STATES, OPTIM_STATES = "_model_states.pt", "_optim_states.pt"
 FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 METADATA_KEY = "mmdistill"  # key of the metadata in a file
+EXPORT_SUFFIXES = {
+    "safetensors": ".safetensors",
+    "hf": "",
+    "onnx": ".onnx",
+    "torch_export": ".pt2",
+}  # of export formats
 TMP_PREFIX, OLD_PREFIX, TRASH_PREFIX = ".tmp-", ".old-", ".trash-"
 
 
