@@ -1,13 +1,13 @@
 """Two ranks of an entrypoint whose job fails: python -m tests.integration.failing_ranks FOLDER CASE...
 
-A CASE is ``NAME:WHO:WHAT:HOW``: rank WHO (or ``all``) raises WHAT (``nan``: as every rank does; ``defect``), the others
-wait for it in a collective. HOW is what a rank does before it asks who was first: ``late1=S`` is rank 1's sleep of S
-seconds, ``stop0`` and ``stop1`` suspend that rank; with ``worker1`` a loader worker of rank 1 has died too when that
-rank looks at its failure; ``bound=S`` is how long ranks wait for each other. Several are joined by commas. All cases
-run at once.
+A CASE is ``NAME:WHO:WHAT:HOW``. Rank WHO (or ``all``) raises WHAT (``nan``: an error that every rank raises;
+``defect``: an unexpected one); the other ranks wait for it in a collective. HOW lists, separated by commas, what a rank
+does before it asks which rank failed first: ``late1=S``: rank 1 sleeps S seconds; ``stop0`` and ``stop1``: that rank is
+suspended; ``worker1``: a loader worker of rank 1 dies at the same time; ``bound=S``: time limit of the store. All cases
+run at the same time.
 
-FOLDER/NAME.log takes what the ranks print, FOLDER/NAME.json for each rank its exit code and the seconds from its
-failure to its end (None for one that was suspended).
+FOLDER/NAME.log is the output of the ranks. FOLDER/NAME.json has for each rank its exit code and the seconds from its
+failure to its end (None for a suspended rank).
 """
 
 import json
@@ -32,44 +32,44 @@ from tests.ranks import fork_ranks, wait_for
 def _prepare(rank: int, how: list[str]) -> None:
     for part in how:
         if part.startswith("bound="):
-            launch._ASK_SECONDS = float(part.partition("=")[2])
+            launch.STORE_TIMEOUT_S = float(part.partition("=")[2])
         elif part == f"stop{rank}":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif part.startswith(f"late{rank}="):
             time.sleep(float(part.partition("=")[2]))
 
 
-def _let_a_worker_die() -> None:
-    """As torch sees it: its handler raises wherever the process is, here at the first thing done about a failure."""
-    leave = launch.reset_sigchld_handler
+def _kill_a_worker_on_failure() -> None:
+    """Make a loader worker die as soon as this rank handles its failure: torch's handler raises at any line."""
+    original = launch.reset_sigchld_handler
 
     def died(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker is killed")
 
-    def leaving() -> None:
-        launch.reset_sigchld_handler = leave
+    def reset() -> None:
+        launch.reset_sigchld_handler = original
         os.kill(os.getpid(), signal.SIGCHLD)
-        leave()
+        original()
 
     signal.signal(signal.SIGCHLD, died)
-    launch.reset_sigchld_handler = leaving
+    launch.reset_sigchld_handler = reset
 
 
 def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    ask, failed = launch.claim_first_failure, 0.0
+    original, failed = launch.claim_first_failure, 0.0
 
-    def asking(job: int) -> int | None:
+    def claim(job: int) -> int | None:
         nonlocal failed
         failed = time.monotonic()
         _prepare(rank, how)
-        return ask(job)
+        return original(job)
 
-    launch.claim_first_failure = asking
+    launch.claim_first_failure = claim
     if f"worker{rank}" in how:
-        _let_a_worker_die()
+        _kill_a_worker_on_failure()
 
     def job(config: PretrainConfig, run_dir: str) -> None:
         start_process(accelerator="cpu", seed=0, timeout_s=120)
@@ -81,15 +81,15 @@ def _rank(rank: int, log: Path, who: str, what: str, how: list[str]) -> int:
     sys.argv = ["pretrain_main.py", "modality=flow", f"hydra.run.dir={log.with_suffix('')}"]
     try:
         cli.run_entrypoint(job, PretrainConfig, config_name="config_pretrain")
-    except SystemExit as end:
-        return int(end.code or 0)
+    except SystemExit as error:
+        return int(error.code or 0)
     finally:
         log.with_suffix(f".{rank}").write_text(str(time.monotonic() - failed))
     return 0
 
 
 def main(folder: Path, cases: list[str]) -> None:
-    """Start all cases, then wait for each; the suspended ranks of a case are killed when the others have ended."""
+    """Start all cases and wait for each. Suspended ranks are killed after the other ranks of their case have ended."""
     started = []
     for case in cases:
         name, who, what, how = case.split(":")

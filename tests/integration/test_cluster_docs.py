@@ -1,4 +1,4 @@
-"""docs/cluster.md: every shell block parses, and the overrides of our commands are real keys."""
+"""docs/cluster.md: every shell block parses, and the overrides of its commands are existing keys."""
 
 import re
 import shlex
@@ -28,8 +28,8 @@ def _commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", _commands(), ids=lambda w: " ".join(w[1:3]))
-def test_commands_name_real_keys(words: list[str]) -> None:
-    """Each swept list by its first value; hydra's own keys by composing its config too."""
+def test_overrides_of_commands_are_existing_keys(words: list[str]) -> None:
+    """Each swept list by its first value. Hydra's own keys are checked by composing its config, too."""
     pretrain = words[0] == "pretrain_main.py"
     name = next((w.partition("=")[2] for w in words if w.startswith("--config-name=")), None)
     overrides = [w for w in words[1:] if not w.startswith("-")]

@@ -80,13 +80,13 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
             lines.append(f"resume from {source}")
         elif config.resume:
             lines.append(f"resume=auto: no checkpoint in {run_dir / 'checkpoints'}; training starts anew")
-        process.say("\n".join(lines))
+        process.rank_zero_info("\n".join(lines))
         try:
             trainer.fit(module, datamodule=data, ckpt_path=str(source) if source else None, weights_only=True)
         except SystemExit:  # all ranks leave together
-            process.say(report.last_line())
+            process.rank_zero_info(report.last_line())
             raise
-    process.say(report.last_line())
+    process.rank_zero_info(report.last_line())
     if trainer.should_stop:
         raise SystemExit(INTERRUPTED_EXIT_CODE)
     return run_dir / "checkpoints" / LAST
@@ -126,7 +126,7 @@ def _module(
         save_teachers=t.save_teachers,
         layer_decay=t.layer_decay,
         ema=t.ema,
-        nonfinite=NonFiniteGuard(t.on_nonfinite, t.max_skipped_steps, process.say),
+        nonfinite=NonFiniteGuard(t.on_nonfinite, t.max_skipped_steps, process.rank_zero_info),
     )
     module.student.checkpoint_activations = t.activation_checkpointing
     if config.compile:

@@ -1,6 +1,6 @@
 """Collectives: the only module that reduces, gathers or broadcasts over ranks.
 
-Every function works without a process group, where it treats this process as the only rank.
+Without a process group, every function treats this process as the only rank.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,13 +29,13 @@ def get_world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait for all ranks."""
+    """Wait until all ranks have called this function."""
     if is_distributed():
         dist.barrier()
 
 
 def all_reduce_mean(values: Sequence[torch.Tensor]) -> list[float]:
-    """Mean of each scalar tensor over all ranks, in one all-reduce."""
+    """Mean of each scalar tensor over all ranks, as float32, in one all-reduce."""
     stacked = torch.stack([v.detach().float() for v in values])
     if get_world_size() > 1:
         dist.all_reduce(stacked)
@@ -53,7 +53,7 @@ def all_reduce_any(flag: bool, device: torch.device) -> bool:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in the order of the ranks, on every rank. `value` must be picklable."""
+    """The `value` of every rank, ordered by rank, on every rank. `value` must be picklable."""
     if get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * get_world_size()
@@ -62,7 +62,7 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """`value` of rank 0, on every rank. `value` must be picklable."""
+    """The `value` of rank 0, on every rank. `value` must be picklable."""
     if get_world_size() == 1:
         return value
     values = [value]
@@ -71,7 +71,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def broadcast_run_dir(run_dir: Path) -> Path:
-    """Rank 0's run directory as an absolute path, on every rank."""
+    """The run directory of rank 0 as an absolute path, on every rank."""
     return Path(broadcast_object(str(run_dir.absolute())))
 
 

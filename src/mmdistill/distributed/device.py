@@ -1,4 +1,4 @@
-"""Precision, autocast and memory settings of the device that a run uses."""
+"""Precision, autocast and memory allocation of the device that a run uses."""
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -7,42 +7,50 @@ import torch
 
 from mmdistill.config import ConfigError
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants of malloc.h in glibc
 
 
 def tune_malloc() -> None:
-    """Let this process keep the memory it has freed, for the next step needs as much again (glibc's `mallopt`).
+    """Make glibc keep freed memory for later allocations instead of returning it to the system (``mallopt``).
 
-    Otherwise each step's activations come from the system anew, page by page: 8,000 to 15,000 faults and 3 % of a
-    pretraining step of ViT-S on a CPU. Nothing happens where there is no glibc.
+    Each training step allocates the same amount again. Without this setting every step maps its activations page by
+    page, with 8,000 to 15,000 page faults, which take 3 % of a pretraining step of ViT-S on a CPU. Without glibc this
+    function does nothing.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes: larger blocks are still the system's own
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum; larger blocks are still mapped singly
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_M_ARENA_MAX, 1)  # arenas of other threads are given back whatever the threshold
+        libc.mallopt(_M_ARENA_MAX, 1)  # memory of other arenas is returned at any threshold
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """``auto`` is bf16 on a GPU that has it, else fp32: bf16 on a plain CPU is hundreds of times slower.
+    """Precision of a run: ``32``, ``bf16`` or ``16``.
+
+    ``auto`` becomes ``bf16`` on a GPU that supports it and ``32`` otherwise. On a CPU without bf16 instructions bf16 is
+    several hundred times slower than fp32.
+
+    Args:
+        precision: ``auto``, ``32``, ``bf16`` or ``16``.
+        device: device of the run.
 
     Raises:
-        ConfigError: ``16`` on a CPU. DeepSpeed has no fp16 there, and Lightning would take bf16 instead.
+        ConfigError: ``16`` on a CPU, where DeepSpeed has no fp16 and Lightning would use bf16 instead.
     """
     if precision == "16" and not has_fp16(device):
-        raise ConfigError("precision=16 needs a GPU, and this run is on a CPU; use precision=32 (or bf16)")
+        raise ConfigError("precision=16 needs a GPU, and this run is on a CPU; use precision=32 or precision=bf16")
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
 
 
 def has_fp16(device: torch.device) -> bool:
-    """Whether trainings in fp16 work there."""
+    """Whether fp16 training works on this device."""
     return device.type == "cuda"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The autocast context of a precision."""
+    """Autocast context of a resolved precision (``32``, ``bf16`` or ``16``); ``32`` disables autocast."""
     if precision == "32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)

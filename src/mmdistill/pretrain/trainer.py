@@ -136,7 +136,7 @@ class _Run:
         self.source: Path | None = None
         self.saved: dict[str, float] = {}  # losses of this training's checkpoints, also those in other folders
         self.report = DataReport(self.dataset, run_dir, is_main=process.is_main)
-        self.nonfinite = NonFiniteGuard(trainer.on_nonfinite, trainer.max_skipped_steps, process.say)
+        self.nonfinite = NonFiniteGuard(trainer.on_nonfinite, trainer.max_skipped_steps, process.rank_zero_info)
         self.usable = 0  # batches of the optimiser step at hand with a finite loss
         self.grad_norm = 0.0  # of the last step, before clipping
         # at stage 0 in float32 the gradients are the parameters' own; elsewhere DeepSpeed's optimiser looks after them
