@@ -1,4 +1,4 @@
-"""How long the few-shot evaluation takes on this machine.
+"""Measure the duration of the few-shot evaluation on this machine.
 
 python benchmarks/fewshot.py
 
@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from mmdistill.data.clips import Clip
-from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
-from mmdistill.fewshot.scores import evaluate
+from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import get_modality
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
@@ -28,23 +28,23 @@ LIMITS = {"logistic": 8.0, "centroid": 1.0}
 
 
 def clips(count: int = 5000, classes: int = 100, width: int = 384, views: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Features around class means, hard enough that heads differ. float32 (clips, views, width), labels"""
+    """Features around class means, noisy enough that classifiers differ. float32 (clips, views, width), labels"""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, classes, count)
     x = 0.15 * rng.normal(size=(classes, width))[labels][:, None] + rng.normal(size=(count, views, width))
     return x.astype(np.float32), labels
 
 
-def time_heads(features: np.ndarray, episodes: Episodes, workers: int | None) -> dict[str, dict[str, float]]:
-    """Seconds and accuracy of each head; the time includes the start of the worker processes."""
+def time_classifiers(features: np.ndarray, episodes: Episodes, workers: int | None) -> dict[str, dict[str, float]]:
+    """Seconds and accuracy of each classifier; the time includes the start of the worker processes."""
     out = {}
-    for head in ("logistic", "centroid", "centroid_euclidean", "knn"):
+    for name in ("logistic", "centroid", "centroid_euclidean", "knn"):
         start = time.perf_counter()
-        scores = evaluate(features, episodes, head, workers=workers)
+        scores = evaluate_episodes(features, episodes, name, workers=workers)
         seconds = time.perf_counter() - start
-        limit = f"  (limit {LIMITS[head]:.0f} s)" if head in LIMITS else ""
-        print(f"{head:20} {seconds:6.2f} s  accuracy {100 * scores.accuracy.mean():.2f} %{limit}", flush=True)
-        out[head] = {"seconds": seconds, "accuracy": float(scores.accuracy.mean())}
+        limit = f"  (limit {LIMITS[name]:.0f} s)" if name in LIMITS else ""
+        print(f"{name:20} {seconds:6.2f} s  accuracy {100 * scores.accuracy.mean():.2f} %{limit}", flush=True)
+        out[name] = {"seconds": seconds, "accuracy": float(scores.accuracy.mean())}
     return out
 
 
@@ -72,37 +72,37 @@ def gemm_rate(g: EncoderConfig, tokens: int, seconds: float = 0.5) -> float:
 
 
 def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
-    """Rate of the encoding of masked clips, preparation of the pixels included, beside that of a matrix product."""
+    """Rate of the encoding of masked clips, including preprocessing, and that of a matrix product."""
     encode = ClipEncoder(Encoder(VIT_S), get_modality("rgb").spec())
-    views = Views(2, ratio)
-    job = EncodingJob("benchmark", encode, VIT_S.grid, views)
-    view = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
+    eval_masks = EvalMasks(2, ratio)
+    job = EncodingJob("benchmark", encode, VIT_S.grid, eval_masks)
+    crop_box = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
     rgb = torch.randint(0, 255, (batch, 16, 224, 398, 3), dtype=torch.uint8)
     owners = [Clip(str(i), "", (), -1, "") for i in range(batch)]
-    masks = [views.visible(owners, v, VIT_S.grid) for v in range(views.count)]
+    masks = [eval_masks.visible_tokens(owners, v, VIT_S.grid) for v in range(eval_masks.num_views)]
     tokens = 0 if masks[0] is None else masks[0].shape[1]
     rate, best = 0.0, float("inf")
     with torch.inference_mode():
-        for _ in range(repeats):  # in turns, so that other load on the machine meets both
+        for _ in range(repeats):  # alternating, so that other load on the machine affects both
             rate = max(rate, gemm_rate(VIT_S, batch * tokens))
             start = time.perf_counter()
-            fresh = {"rgb": rgb.clone(), "crop_box": view}  # another batch: prepared once for both of its views
+            fresh = {"rgb": rgb.clone(), "crop_box": crop_box}  # a new batch: preprocessed once for both views
             for mask in masks:
                 job.encode(fresh, mask)
             best = min(best, time.perf_counter() - start)
-    flop = encoder_flop(VIT_S, tokens) * batch * views.count
+    flop = encoder_flop(VIT_S, tokens) * batch * eval_masks.num_views
     print(f"fp32 matrix product   {rate / 1e9:6.0f} GFLOP/s, {batch * tokens} x {VIT_S.dim} x {VIT_S.mlp_dim}")
-    each = f"{flop / batch / views.count / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
+    each = f"{flop / batch / eval_masks.num_views / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
     print(f"ViT-S encoding        {flop / best / 1e9:6.0f} GFLOP/s, {100 * flop / best / rate:.0f} % of it; {each}")
-    print(f"                      {batch * views.count / best:6.2f} clips x views per second")
+    print(f"                      {batch * eval_masks.num_views / best:6.2f} clips x views per second")
     return {"gemm_gflops": rate / 1e9, "encoding_gflops": flop / best / 1e9, "share": flop / best / rate}
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=600)
-    parser.add_argument("--workers", type=int, help="processes of the logistic head; default: all processors")
+    parser.add_argument("--workers", type=int, help="processes of the logistic regression; default: all processors")
     parser.add_argument("--batch", type=int, default=4, help="clips per batch of the encoding")
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--repeats", type=int, default=5)
@@ -114,7 +114,7 @@ def main() -> None:
     start = time.perf_counter()
     episodes = sample_episodes(labels, n_way=5, k_shot=5, q_sample=15, episodes=args.episodes, seed=0)
     print(f"{'drawing episodes':20} {time.perf_counter() - start:6.2f} s  {args.episodes} episodes, 5-way 5-shot q 15")
-    result: dict[str, object] = {"heads": time_heads(features, episodes, args.workers)}
+    result: dict[str, object] = {"heads": time_classifiers(features, episodes, args.workers)}
     if not args.no_encoding:
         result["encoding"] = time_encoding(args.batch, args.mask_ratio, args.repeats)
     if args.json:

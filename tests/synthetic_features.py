@@ -8,7 +8,7 @@ NAMES = tuple(f"near_ad_stroke_fh_gs_{c}" for c in ("CC", "DL", "<b>&'\"", "ç½‘ç
 
 
 def make_features(
-    network: str, noise: float, *, input_mode: str = "whole clip", views: int = 1, width: int = 12
+    network: str, noise: float, *, input_mode: str = "whole clips", views: int = 1, width: int = 12
 ) -> Features:
     """Features of one network. More noise gives a worse network."""
     labels = np.concatenate((np.repeat(np.arange(8), 30), [-1, -1]))

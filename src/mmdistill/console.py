@@ -1,4 +1,4 @@
-"""The display of everything that takes a while: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long tasks on standard error: a bar on a terminal, a line from time to time elsewhere."""
 
 import sys
 import time
@@ -9,18 +9,18 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-PLAIN_LINE_SECONDS = 15.0
+LINE_INTERVAL_S = 15.0
 
 
-class Display:
-    """Progress of one task, on standard error.
+class ProgressDisplay:
+    """Progress of one task.
 
     Args:
-        title: of the task.
-        total: its steps.
-        enabled: False shows nothing.
-        ends: a plain line at the first and the last step too.
-        say: prints a plain line; None: the display itself does.
+        title: name of the task.
+        total: number of steps.
+        enabled: False: display nothing.
+        show_ends: without a terminal, also print a line at the first and the last step.
+        print_line: prints a line if there is no terminal; None: `print`.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class Display:
         total: int,
         *,
         enabled: bool = True,
-        ends: bool = False,
-        say: Callable[[str], None] | None = None,
+        show_ends: bool = False,
+        print_line: Callable[[str], None] | None = None,
     ) -> None:
-        self.title, self.total, self.enabled, self.ends = title, total, enabled, ends
+        self.title, self.total, self.enabled, self.show_ends = title, total, enabled, show_ends
         self._console = Console(file=sys.stderr)
-        self._say = say or self.say
-        self._last_line = time.monotonic()
+        self._print_line = print_line or self.print
+        self._last_line_s = time.monotonic()
         self._first: tuple[float, int] | None = None  # time and step of the first update
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -49,7 +49,7 @@ class Display:
         )
         self._task = self._bar.add_task(title, total=total, note="")
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ProgressDisplay":
         self._bar.start()
         return self
 
@@ -57,37 +57,40 @@ class Display:
         self._bar.stop()
 
     def update(self, done: int, note: str = "") -> None:
-        """`done` steps are finished. Without a terminal a line at most every 15 seconds."""
+        """Show that `done` steps are finished. Without a terminal, print a line at most every 15 seconds."""
         if not self.enabled:
             return
         self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
-        end = self.ends and (self._first is None or done == self.total)
+        is_end = self.show_ends and (self._first is None or done == self.total)
         self._first = self._first or (now, done)
-        due = end or now - self._last_line > PLAIN_LINE_SECONDS
-        if due and not self._console.is_terminal:
-            self._last_line = now
-            self._say(" ".join(filter(None, (f"{self.title} {done}/{self.total}", note, self._left(now, done)))))
+        is_due = is_end or now - self._last_line_s > LINE_INTERVAL_S
+        if is_due and not self._console.is_terminal:
+            self._last_line_s = now
+            eta = self._remaining_time(now, done)
+            self._print_line(" ".join(filter(None, (f"{self.title} {done}/{self.total}", note, eta))))
 
-    def _left(self, now: float, done: int) -> str:
+    def _remaining_time(self, now: float, done: int) -> str:
         assert self._first is not None
-        began, first = self._first
+        start, first = self._first
         if done == first:
             return "ETA ?"
-        seconds = round((now - began) / (done - first) * (self.total - done))
+        seconds = round((now - start) / (done - first) * (self.total - done))
         return f"ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
-    def say(self, text: str) -> None:
-        """One line above the bar."""
+    def print(self, text: str) -> None:
+        """Print one line above the bar."""
         if self.enabled:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(title: str, total: int, *, enabled: bool = True, ends: bool = False) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(n)`, to be called when n more of `total` are done."""
+def progress(
+    title: str, total: int, *, enabled: bool = True, show_ends: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield ``advance(n)``, which adds `n` finished steps to the display."""
     done = 0
-    with Display(title, total, enabled=enabled, ends=ends) as display:
+    with ProgressDisplay(title, total, enabled=enabled, show_ends=show_ends) as display:
 
         def advance(n: int) -> None:
             nonlocal done

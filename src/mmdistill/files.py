@@ -24,7 +24,10 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically; see `atomic_open`."""
+def atomic_write_bytes(path: Path, data: bytes, *, fsync: bool = False) -> None:
+    """Write `data` to `path` atomically; see `atomic_open`. With `fsync` it is on disk before the rename."""
     with atomic_open(path) as file:
         file.write(data)
+        if fsync:
+            file.flush()
+            os.fsync(file.fileno())

@@ -48,7 +48,7 @@ def _config(folder: Path, *more: str) -> DistillConfig:
 def test_heat_maps_are_drawn_as_the_network_knows_them(folder: Path) -> None:
     def score(name: str, *more: str) -> list[float]:
         found = evaluate_checkpoint(_config(folder, *more), str(folder / name), folder / "run")
-        return [row["top1_action_ensemble"] for row in found["settings"][0]["rows"].values()]  # in three readouts
+        return [row["top1_action_ensemble"] for row in found["settings"][0]["rows"].values()]  # in three input modes
 
     assert score("told.ckpt") == score("silent.ckpt", SIGMA)
     assert score("told.ckpt") != score("silent.ckpt")
@@ -80,7 +80,7 @@ def test_rallies_that_give_no_clip_are_said(folder: Path, capsys: pytest.Capture
     assert (found["index"]["clips"], found["index"]["rallies"]) == (22, 24)
     assert found["index"]["too_short"] == [rallies[0]["video"]]
     assert found["index"]["without_events"] == [rallies[1]["video"]]
-    told = "22 evaluation clips of 4 classes; 1 rallies too short for a clip, 1 rallies without an event"
+    told = "22 evaluation clips of 4 classes; skipping 1 rallies too short for a clip, 1 rallies without an event"
     assert told in capsys.readouterr().out
 
 
@@ -108,5 +108,5 @@ def test_rallies_that_were_trained_on_are_said(folder: Path, capsys: pytest.Capt
     file.unlink()
     count, text = seen()
     assert count is None
-    assert "not known" in text
+    assert "cannot compare the evaluated rallies with the training file" in text
     assert "unlabel.json does not exist" in text

@@ -1,4 +1,4 @@
-"""Two processes share the work, and agree. One spawn for all of it, because starting processes is what takes time."""
+"""Two processes share the work and return the same results. One spawn for all checks, because it takes seconds."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from mmdistill.fewshot.protocol import Protocol, run_protocol
 from tests.synthetic_features import make_features
 
 INDEX = ClipIndex(tuple(Clip(f"c{i}", "v", (0,), 0, "v") for i in range(7)), ("a",))
-PROTOCOL = Protocol(q_sample=5, episodes=7, heads=("centroid", "logistic"), workers=1)
+PROTOCOL = Protocol(q_sample=5, episodes=7, classifiers=("centroid", "logistic"), workers=1)
 
 
 def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
@@ -51,7 +51,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_results_of_one_and_fail_together(tmp_path: Path):
+def test_two_ranks_return_the_results_of_one_and_fail_together(tmp_path: Path):
     f = make_features("student_rgb", 2.0)
     save_features(f, tmp_path / "f.safetensors")
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)

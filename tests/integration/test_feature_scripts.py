@@ -20,14 +20,27 @@ def set_single_process_env(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_features_of_another_model(tmp_path: Path, script: Script):
+def test_features_of_another_model_are_evaluated(tmp_path: Path, script: Script):
     labels = np.repeat(np.arange(6), 20)
     x = np.eye(6)[labels]
     np.savez(tmp_path / "perfect.npz", features=x, labels=labels, groups=np.arange(120) // 2)
     np.savez(tmp_path / "noise.npz", features=np.random.default_rng(0).normal(size=x.shape), labels=labels)
     out = tmp_path / "new" / "out.json"
     files = [tmp_path / "perfect.npz", tmp_path / "noise.npz"]
-    options = ["--k-shot", 1, 2, "--q-sample", 5, "--episodes", 30, "--head", "centroid", "logistic", "--workers", 1]
+    options = [
+        "--k-shot",
+        1,
+        2,
+        "--q-sample",
+        5,
+        "--episodes",
+        30,
+        "--classifier",
+        "centroid",
+        "logistic",
+        "--workers",
+        1,
+    ]
     wanted = ["--json", out, "--report", tmp_path / "report", "--disjoint", "video"]
     done = script("evaluate_features.py", *files, *options, *wanted)
     assert done.returncode == 0
@@ -36,12 +49,12 @@ def test_features_of_another_model(tmp_path: Path, script: Script):
     assert found["network"] == "perfect"
     assert len(found["settings"]) == 4
     assert found["settings"][0]["differences"]["perfect - noise"]["low"] > 0.5
-    assert "6 classes to draw from" in done.stderr
+    assert "6 eligible classes" in done.stderr
     assert "100.00 ± 0.00" in done.stdout
     assert (tmp_path / "report" / "report.html").is_file()
 
 
-def test_too_few_classes_end_with_one_line_and_status_2(tmp_path: Path, script: Script):
+def test_too_few_classes_exit_with_one_line_and_status_2(tmp_path: Path, script: Script):
     labels = np.repeat(np.arange(6), 20)
     np.savez(tmp_path / "f.npz", features=np.eye(6)[labels], labels=labels)
     done = script("evaluate_features.py", tmp_path / "f.npz", "--n-way", 7)
@@ -50,7 +63,7 @@ def test_too_few_classes_end_with_one_line_and_status_2(tmp_path: Path, script: 
     assert done.stderr.count("\n") == 1
 
 
-def test_extract_reads_a_checkpoint_and_the_clips(tmp_path: Path, script: Script):
+def test_features_of_a_checkpoint_are_extracted(tmp_path: Path, script: Script):
     data = make_tiny(tmp_path / "data", per_class=2)
     parts = {}
     for seed, (part, channels) in enumerate((("student_rgb", 3), ("teacher_flow", 2))):
@@ -60,7 +73,7 @@ def test_extract_reads_a_checkpoint_and_the_clips(tmp_path: Path, script: Script
     torch.save({"state_dict": parts}, tmp_path / "a=b.ckpt")
     options = [o for o in overrides(data) if not o.startswith("trainer")]
     extract = partial(script, "extract_features.py")
-    wanted = ["--part", "teacher_flow", "--n-masks", 2]
+    wanted = ["--component", "teacher_flow", "--n-masks", 2]
     assert extract(tmp_path / "a=b.ckpt", tmp_path / "flow.npz", *wanted, *options).returncode == 0
     flow = load_features(tmp_path / "flow.npz")
     assert flow.features.shape == (8, 2, 64)

@@ -1,10 +1,10 @@
-"""Evaluate features few-shot: ours or those of any other model.
+"""Evaluate features few-shot: features of mmdistill or of any other model.
 
-mmdistill evaluate-features features.npz --k-shot 1 5 --head logistic centroid --json result.json
+mmdistill evaluate-features features.npz --k-shot 1 5 --classifier logistic centroid --json result.json
 
-An .npz holds `features` [clips, D] or [clips, views, D], `labels` [clips] (integers or names) and, optionally `groups`
-[clips] (the rally or video of each clip). Several files of the same clips are put beside each other on the same
-episodes: the first is the scored one.
+An .npz file contains `features` [clips, D] or [clips, views, D], `labels` [clips] (integers or names) and, optionally,
+`groups` [clips] (the video of each clip). Several files of the same clips are evaluated on the same episodes. The first
+file is the scored network.
 """
 
 import argparse
@@ -20,32 +20,32 @@ from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.plugins import entry_point_names
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # --help answers without torch
     from mmdistill.fewshot.features import Features
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    names = (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="+", type=Path, help=".npz or .safetensors")
     parser.add_argument("--n-way", type=int, nargs="+", default=[5], help="classes per episode")
     parser.add_argument("--k-shot", type=int, nargs="+", default=[1], help="support clips per class")
     parser.add_argument("--q-sample", type=int, default=15, help="query clips per class")
-    parser.add_argument("--episodes", type=int, default=600)
-    parser.add_argument("--head", nargs="+", default=["logistic"], choices=names, metavar="HEAD", help=", ".join(names))
-    parser.add_argument("--seed", type=int, default=0, help="of the episodes")
-    parser.add_argument("--disjoint", choices=["video"], help="support and query clips from different groups")
-    parser.add_argument("--support-views", choices=["each", "first"], default="each")
-    parser.add_argument("--probe", action="store_true", help="also classify all classes at once")
-    parser.add_argument("--workers", type=int, help="processes of the logistic head; default: all processors")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write fewshot.json and report.html here")
+    parser.add_argument("--episodes", type=int, default=600, help="number of episodes")
+    names = (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers"))
+    parser.add_argument("--classifier", nargs="+", default=["logistic"], metavar="NAME", help=", ".join(names))
+    parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
+    parser.add_argument("--disjoint", choices=["video"], help="take support and query clips from different groups")
+    parser.add_argument("--support-views", choices=["each", "first"], default="each", help="see docs/runs.md")
+    parser.add_argument("--probe", action="store_true", help="also run a linear probe and k-NN on the full label set")
+    parser.add_argument("--workers", type=int, help="processes of the logistic regression; default: all processors")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write fewshot.json and report.html to this folder")
     return parser.parse_args(argv)
 
 
-def named_apart(found: "list[Features]", files: list[Path]) -> "list[Features]":
-    """Features whose network and input_mode stand twice are told apart by their file's name."""
+def make_names_distinct(found: list["Features"], files: list[Path]) -> list["Features"]:
+    """Append the file's name to the network of features that have the same network and input mode."""
     keys = [(f.network, f.input_mode) for f in found]
     return [
         f if keys.count(key) == 1 else replace(f, info={**f.info, "network": f"{f.network} ({file.stem})"})
@@ -54,9 +54,9 @@ def named_apart(found: "list[Features]", files: list[Path]) -> "list[Features]":
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. 0 when done, 2 when the features or the protocol are not usable, or the result not writable."""
+    """Run the command. Returns 0, or 2 if the features or options are invalid or the output cannot be written."""
     args = parse_arguments(argv)
-    from mmdistill.evaluation.report.write import print_tables, to_json, write_report  # torch, which --help must not
+    from mmdistill.evaluation.report.write import print_tables, to_json, write_report
     from mmdistill.fewshot.features import load_features
     from mmdistill.fewshot.protocol import Protocol, run_protocol
 
@@ -67,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             q_sample=args.q_sample,
             episodes=args.episodes,
             seed=args.seed,
-            heads=tuple(args.head),
+            classifiers=tuple(args.classifier),
             disjoint=args.disjoint,
             support_views=args.support_views,
             probe=args.probe,
             workers=args.workers,
         )
-        found = named_apart([load_features(file) for file in args.file], args.file)
-        if (args.disjoint or args.probe) and found[0].info.get("grouped") is False:
+        found = make_names_distinct([load_features(file) for file in args.file], args.file)
+        if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
             raise FewshotError(f"{args.file[0]}: --disjoint and --probe need an array `groups`")
         for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
             print(line, file=sys.stderr)
@@ -87,6 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.report:
             print(f"report: {write_report(results, args.report, extra=extra)}")
     except (FewshotError, OSError) as error:
-        print(f"evaluate_features: {error}", file=sys.stderr)
+        print(f"evaluate-features: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,10 +1,11 @@
-"""Write the features that a checkpoint gives the evaluation clips, as .npz or .safetensors.
+"""Encode the evaluation clips with a network of a checkpoint and write the features as .npz or .safetensors.
 
 mmdistill features PATH/TO/last.ckpt student.safetensors
-mmdistill features PATH/TO/last.ckpt teacher.npz --part teacher_flow --n-masks 2 --views per_clip
+mmdistill features PATH/TO/last.ckpt teacher.npz --component teacher_flow --n-masks 2 --eval-masks per_clip
 mmdistill features PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
 
-Any checkpoint of any format, any part of it; what follows the options are Hydra overrides of the data.
+The checkpoint may have any format, and any of its components can be selected. Further arguments are Hydra overrides of
+the dataset config.
 """
 
 import argparse
@@ -26,59 +27,60 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file or folder")
     parser.add_argument("out", type=Path, help=".npz or .safetensors")
-    parser.add_argument("--part", help="student_rgb, teacher_flow, encoder ...; default: the student, or the encoder")
-    parser.add_argument("--modality", help="where the checkpoint does not tell")
-    parser.add_argument("--split", choices=["eval", "unlabel"], default="eval", help="which annotation file")
     parser.add_argument(
-        "--n-masks", type=int, help="masked views per clip, 0: the whole clip; default: as in the config"
+        "--component", help="student_rgb, teacher_flow, encoder ...; default: the student, or the only encoder"
     )
-    parser.add_argument("--mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
-    parser.add_argument("--views", choices=["shared", "per_clip"], help="default: data_module.eval_masks")
-    parser.add_argument("--config-name", default="config_mmdistill")
+    parser.add_argument("--modality", help="needed if the checkpoint does not determine it")
+    parser.add_argument(
+        "--n-masks", type=int, help="masked views per clip; 0: whole clips; default: data_module.n_masks"
+    )
+    parser.add_argument("--eval-mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
+    parser.add_argument("--eval-masks", choices=["shared", "per_clip"], help="default: data_module.eval_masks")
+    parser.add_argument("--config-name", default="config_mmdistill", help="default: %(default)s")
     parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--cache", type=Path, help="folder of the feature cache")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides")
     return parser.parse_intermixed_args(argv)
 
 
-def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
-    """Encode and write."""
-    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data, token_grid
+def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
+    """Encode the clips and write the file."""
+    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
     from mmdistill.config import modality_specs
     from mmdistill.data.fingerprint import data_fingerprint
     from mmdistill.distributed.device import autocast, resolve_precision
     from mmdistill.distributed.process import start_process
     from mmdistill.evaluation.networks import load_network
-    from mmdistill.fewshot.encode import Views, encode_cached
+    from mmdistill.fewshot.encode import EvalMasks, encode_cached
     from mmdistill.fewshot.features import save_features
 
     if args.out.suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"{args.out}: features are written as .npz or .safetensors")
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
-    specs = modality_specs(data)
-    sizes = {m: (data.num_frames, *(side // spec.input_stride for side in data.crop_size)) for m, spec in specs.items()}
-    network = load_network(
-        args.checkpoint, part=args.part, modality=args.modality, input_sizes=sizes, token_grid=token_grid(data)
-    )
+    network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
     make_demo_data(data)
     dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
-    index = dataset.index
-    views = Views(
+    masks = EvalMasks(
         data.n_masks if args.n_masks is None else args.n_masks,
-        data.eval_mask_ratio if args.mask_ratio is None else args.mask_ratio,
+        data.eval_mask_ratio if args.eval_mask_ratio is None else args.eval_mask_ratio,
         data.mask_type,
-        args.views or data.eval_masks,
-        config.seed,
+        shared_masks=(args.eval_masks or data.eval_masks) == "shared",
+        seed=config.seed,
     )
     precision = resolve_precision(config.precision, process.device)
-    context = partial(autocast, precision, process.device)
-    job = network.job(specs[network.modality], views, device=process.device, autocast=context, precision=precision)
+    job = network.encoding_job(
+        modality_specs(data)[network.modality],
+        masks,
+        device=process.device,
+        autocast=partial(autocast, precision, process.device),
+        precision=precision,
+    )
     pin = process.device.type == "cuda"
     (features,) = encode_cached(
         [job],
         lambda: make_clip_loader(dataset, num_workers=config.num_workers, pin_memory=pin, batch_size=config.batch_size),
-        index,
+        dataset.index,
         data=data_fingerprint(dataset, network.modality) if args.cache else "",
         cache=args.cache,
     )
@@ -88,12 +90,12 @@ def extract(args: argparse.Namespace, config: DistillConfig) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line. 0 when written, 2 when the input is not usable."""
+    """Run the command. Returns 0, or 2 if the arguments, the checkpoint or the data are invalid."""
     args = parse_arguments(argv)
     try:
         overrides = [*args.overrides, "train=False", "test=False"]
-        extract(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
+        extract_features(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
     except (HydraException, OmegaConfBaseException, MMDistillError) as error:
-        print(f"extract_features: {explain(error, DistillConfig)}", file=sys.stderr)
+        print(f"features: {explain(error, DistillConfig)}", file=sys.stderr)
         return 2
     return 0

@@ -172,7 +172,7 @@ def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
 
 
 def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, workers: int, progress: bool) -> None:
-    with show_progress("demo data, rallies", len(plans), enabled=progress, ends=True) as advance:
+    with show_progress("demo data, rallies", len(plans), enabled=progress, show_ends=True) as advance:
         if workers == 1:
             for plan in plans:
                 write_rally(root, plan, parameters)

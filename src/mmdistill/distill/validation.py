@@ -23,7 +23,7 @@ from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.logistic import FloatArray
-from mmdistill.fewshot.scores import evaluate
+from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import STUDENT_MODALITY
 
 METRIC = "val_top1_action"
@@ -87,7 +87,7 @@ class Validation(pl.Callback):
         within = replace(
             e, support=np.searchsorted(self.clips, e.support), query=np.searchsorted(self.clips, e.query)
         )  # positions in `rows`
-        return float(evaluate(rows, within, HEAD).accuracy.mean())
+        return float(evaluate_episodes(rows, within, HEAD).accuracy.mean())
 
 
 def _gathered(features: dict[int, FloatArray]) -> dict[int, FloatArray]:

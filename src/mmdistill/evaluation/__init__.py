@@ -1,0 +1,1 @@
+"""The evaluation of checkpoints: networks, encoding, scoring and the report."""

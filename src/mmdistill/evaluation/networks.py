@@ -1,6 +1,6 @@
-"""Which network is scored: any encoder of any checkpoint, with the statistics it was trained on."""
+"""The networks of an evaluation: an encoder of any checkpoint with the statistics of its training data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
-from mmdistill.checkpoint import Checkpoint, load_encoder, load_encoder_for_clips, read_checkpoint
+from mmdistill.builders import check_token_grid, token_grid
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, load_encoder_for_clips, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views
+from mmdistill.checkpoint.references import load_referenced_teacher
+from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -24,10 +27,10 @@ class Network:
     """One encoder.
 
     Attributes:
-        name: in every output: ``student_rgb``, ``teacher_flow``, ``pretrained_rgb``, ``random`` ...
+        name: name in every output: ``student_rgb``, ``teacher_flow``, ``pretrained_rgb``, ``random`` ...
         encoder: with its weights.
-        modality: what it looks at.
-        checkpoint: the file or folder it is from; "" for none.
+        modality: name of its input modality.
+        checkpoint: path of its file or folder; "" for none.
         statistics: (mean, std, sigma) stored in the checkpoint, or None.
     """
 
@@ -38,7 +41,7 @@ class Network:
     statistics: tuple[Any, ...] | None = None
 
     def spec(self, dataset: ModalitySpec) -> ModalitySpec:
-        """The dataset's spec with the statistics that this network was trained on.
+        """The dataset's spec with the statistics that this network was trained with.
 
         Raises:
             FewshotError: another modality or number of channels.
@@ -46,92 +49,189 @@ class Network:
         if dataset.name != self.modality or dataset.channels != self.encoder.config.channels:
             channels = self.encoder.config.channels
             raise FewshotError(
-                f"{self.name} takes {self.modality} with {channels} channels, the data are {dataset.name}"
+                f"{self.name} takes {self.modality} with {channels} channels, the dataset's modality is {dataset.name} "
+                f"with {dataset.channels}"
             )
         return dataset if self.statistics is None else dataset.with_statistics(*self.statistics)
 
-    def job(
+    def encoding_job(
         self,
         dataset: ModalitySpec,
-        views: Views,
+        masks: EvalMasks,
         *,
         device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         precision: str = "32",
     ) -> EncodingJob:
-        """This network as work for `encode.encode_clips`; one for each way the clips are shown.
+        """The job that encodes clips with this network in one input mode.
 
-        `precision` names what `autocast` does, for the cache.
+        Args:
+            dataset: spec of the dataset's modality.
+            masks: the input mode.
+            device: where the encoder runs.
+            autocast: returns the context of the encoding.
+            precision: name of the precision of `autocast`, for the cache.
 
         Raises:
-            FewshotError: of `spec`, or the masks leave nothing visible.
+            FewshotError: see `spec`, or the masks leave no token visible.
         """
         spec = self.spec(dataset)
-        views.check(self.encoder.config.grid)
+        masks.require_visible_tokens(self.encoder.config.grid)
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
         encode = ClipEncoder(self.encoder, spec, device=device, autocast=autocast)
-        return EncodingJob(self.name, encode, self.encoder.config.grid, views, digest, info)
+        return EncodingJob(self.name, encode, self.encoder.config.grid, masks, digest, info)
 
 
 def load_network(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     *,
-    part: str | None = None,
+    component: str | None = None,
     modality: str | None = None,
-    input_sizes: Mapping[str, tuple[int, int, int]] | None = None,
-    token_grid: tuple[int, int] | None = None,
+    name: str | None = None,
+    data: DataModuleConfig | None = None,
 ) -> Network:
-    """An encoder of a checkpoint of any format.
+    """Load an encoder from a checkpoint of any format.
 
     Args:
-        path: whatever `checkpoint.read_checkpoint` reads.
-        part: ``student_rgb``, ``teacher_flow``, ``encoder`` ...; None: the student of a distilled checkpoint, the
-            encoder of a pretraining one.
-        modality: needed only where neither the file nor the number of channels tells.
-        input_sizes: by modality (frames, height, width) of the model input; the encoder's must be the same.
-        token_grid: rows and columns of patches per frame, needed for files without metadata if `input_sizes` is given
-            (see `load_encoder_for_clips`).
+        source: anything that `read_checkpoint` reads, or its result.
+        component: ``student_rgb``, ``teacher_flow``, ``encoder`` ...; None: the student of a distilled checkpoint, the
+            encoder of a pretraining checkpoint.
+        modality: needed only if neither the metadata nor the number of channels determines it.
+        name: name in the outputs; None: the component, or ``pretrained_MODALITY``.
+        data: the dataset of the clips. It gives the input size of a checkpoint without metadata. The encoder must fit
+            its clips.
 
     Raises:
-        CheckpointError: the path cannot be read or has no such part.
-        FewshotError: the modality is unknown or another one than asked for, or the input has another size.
+        CheckpointError: the path cannot be read or has no such component.
+        FewshotError: the modality is unknown, or not the given one.
+        ConfigError: the encoder does not fit the clips of `data`.
     """
-    checkpoint = read_checkpoint(path)
-    preferred = [p for p in ("student_rgb", "encoder") if p in checkpoint.components]
-    taken = part or next(iter(preferred + checkpoint.components), "encoder")
-    tail = taken.rsplit("_", 1)[-1]
-    stored = tail if tail in modality_names() else checkpoint.meta.get("modality")
-    found = str(stored or modality or _BY_CHANNELS.get(_channels(checkpoint, taken), ""))
-    if not found:
-        raise FewshotError(f"{path}: the modality of {taken} is unknown; say which it is")
-    if modality is not None and modality != found:
-        raise FewshotError(f"{path}: {taken} is of the modality {found}, not {modality}")
-    size = (input_sizes or {}).get(found)
-    if size and token_grid:
-        encoder = load_encoder_for_clips(checkpoint, component=taken, num_frames=size[0], token_grid=token_grid)
+    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    path = checkpoint.path
+    component, modality = _resolve_component(checkpoint, component, modality)
+    if data is None:
+        encoder = load_encoder(checkpoint, part=component)
     else:
-        encoder = load_encoder(checkpoint, part=taken)
-    g = encoder.config
-    if size and size != (g.num_frames, g.height, g.width):
-        raise FewshotError(
-            f"{path}: {taken} was trained on (frames, height, width) = {(g.num_frames, g.height, g.width)}, the data "
-            f"give {size}; use its dataset config, or set data_module.num_frames and data_module.crop_size"
+        specs = modality_specs(data)
+        if modality not in specs:
+            raise ConfigError(f"{path}: {component} is of modality {modality}, the dataset has {', '.join(specs)}")
+        encoder = load_encoder_for_clips(
+            checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
         )
-    name = f"pretrained_{found}" if taken == "encoder" else taken
-    return Network(name, encoder, found, str(path), stored_statistics(checkpoint.meta, found))
+        check_token_grid(encoder, specs[modality], data, path)
+    name = name or (f"pretrained_{modality}" if component == "encoder" else component)
+    return Network(name, encoder, modality, str(path), stored_statistics(checkpoint.meta, modality))
 
 
-def _channels(checkpoint: Checkpoint, part: str) -> int:
-    """Input channels of a part's patch embedding; 0 where there is none."""
+def _resolve_component(checkpoint: Checkpoint, component: str | None, modality: str | None = None) -> tuple[str, str]:
+    """Name and modality of the component to load; arguments and errors as in `load_network`."""
+    path, components = checkpoint.path, checkpoint.components
+    if component and component not in components:
+        raise CheckpointError(
+            f"{path}: no component {component!r}; set eval_component and baselines (mmdistill features: --component) "
+            f"to {', '.join(components)}"
+        )
+    preferred = [c for c in ("student_rgb", "encoder") if c in components]
+    selected = component or next(iter(preferred + components), "encoder")
+    suffix = selected.rpartition("_")[2]
+    stored = suffix if suffix in modality_names() else checkpoint.meta.get("modality")
+    found = str(stored or modality or _BY_CHANNELS.get(_input_channels(checkpoint, selected), ""))
+    if not found:
+        raise FewshotError(f"{path}: the modality of {selected} is unknown; set mmdistill features --modality")
+    if modality is not None and modality != found:
+        raise FewshotError(f"{path}: {selected} is of the modality {found}, not {modality}")
+    return selected, found
+
+
+def _input_channels(checkpoint: Checkpoint, component: str) -> int:
+    """Input channels of the patch embedding of a component; 0 if it has none."""
     shapes = {k: v.shape for k, v in checkpoint.state_dict.items() if k.endswith("patch_embed.proj.weight")}
-    own = [shape for key, shape in shapes.items() if part in key] or list(shapes.values())
+    own = [shape for key, shape in shapes.items() if component in key] or list(shapes.values())
     return int(own[0][1]) if own else 0
 
 
-def random_network(like: Network, *, seed: int) -> Network:
-    """The same architecture with untrained weights: what training is worth is measured against this."""
+def make_random_network(reference: Network, *, seed: int) -> Network:
+    """An untrained network of the same architecture: the baseline that shows the effect of training."""
     with torch.random.fork_rng(devices=[]):
         seed_torch(seed)
-        encoder = Encoder(like.encoder.config)
-    return Network("random", encoder, like.modality, "", like.statistics)
+        encoder = Encoder(reference.encoder.config)
+    return Network("random", encoder, reference.modality, "none: untrained weights", reference.statistics)
+
+
+def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Network], list[str]]:
+    """The scored network, then those of `baselines`.
+
+    Returns:
+        The networks, and one log line for each baseline that is skipped.
+
+    Raises:
+        ConfigError: the checkpoint has no `eval_component`, or two networks have the same name.
+        CheckpointError: a component is missing, or a path of `baselines` cannot be read.
+    """
+    data = config.data_module
+    is_distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
+    references = source.meta.get("teachers") or {}  # of a student-only checkpoint
+    if is_distilled:
+        scored = _load_component(source, config.eval_component, data)
+    else:
+        own_name = f"pretrained_{_resolve_component(source, None)[1]}"
+        if config.eval_component not in (DistillConfig.eval_component, own_name, "encoder"):
+            raise ConfigError(
+                f"eval_component={config.eval_component}: {source.path} is not a distilled checkpoint, it contains "
+                f"only {own_name}"
+            )
+        scored = load_network(source, name=own_name, data=data)
+    networks, messages = [scored], []
+    encoders = source.meta.get("encoders", {})
+    components = [entry for entry in config.baselines if entry in encoders or entry.startswith(COMPONENT_PREFIXES)]
+    paths = [entry for entry in config.baselines if entry != "random" and entry not in components]
+    names = dict(zip(paths, _distinct_names(paths, {scored.name, *config.baselines} - set(paths)), strict=True))
+    for entry in config.baselines:
+        if entry == "random":
+            networks.append(make_random_network(scored, seed=config.seed))
+        elif entry in paths:
+            networks.append(load_network(entry, name=names[entry], data=data))
+        elif not is_distilled:
+            messages.append(f"baselines: skipping {entry}: {source.path} is not a distilled checkpoint")
+        else:
+            try:
+                networks.append(_load_component(source, entry, data))
+            except (ConfigError, CheckpointError) as error:
+                if entry in source.components or entry not in references:
+                    raise
+                messages.append(f"baselines: skipping {entry}: {source.path} is a student-only checkpoint: {error}")
+    if len({n.name for n in networks}) != len(networks):
+        raise ConfigError(f"baselines: two networks have the same name: {', '.join(n.name for n in networks)}")
+    return networks, messages
+
+
+def _load_component(source: Checkpoint, component: str, data: DataModuleConfig) -> Network:
+    """A component of a distilled checkpoint. For a student-only checkpoint also a teacher that it references."""
+    if component in source.components or component not in (source.meta.get("teachers") or {}):
+        return load_network(source, component=component, data=data)
+    teacher = load_referenced_teacher(source, component)
+    own = None if teacher.components == ["encoder"] else component  # the teacher's own pretraining checkpoint
+    return load_network(teacher, component=own, modality=component.rpartition("_")[2], name=component, data=data)
+
+
+def _distinct_names(paths: Sequence[str], taken: Collection[str]) -> list[str]:
+    """The shortest distinct name of each path: the run, with the file if needed, else the path."""
+    names = [_run_name(path) for path in paths]
+    for qualify in (lambda path: f"{_run_name(path)} ({_file_name(path)})", str):
+        names = [
+            qualify(path) if names.count(name) > 1 or name in taken else name
+            for path, name in zip(paths, names, strict=True)
+        ]
+    return names
+
+
+def _run_name(path: str) -> str:
+    """Name of the run folder: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``."""
+    parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "checkpoint")]
+    return parts[-2] if len(parts) > 2 else Path(path).name
+
+
+def _file_name(path: str) -> str:
+    """Name of a checkpoint file without its suffix, or of a checkpoint folder: ``epoch=24-train_loss=0.0081``."""
+    return Path(path).name if Path(path).is_dir() else Path(path).stem

@@ -1,5 +1,6 @@
-"""Few-shot evaluation: encode clips once, draw episodes from their features, report.
+"""Few-shot evaluation: encode clips once, draw episodes from their features, classify the queries.
 
-`embed` makes features of networks, `episodes` draws, `evaluate` scores, `protocol` puts them together, `report` writes.
-Import the modules themselves: the worker processes of the logistic head import this package and must not load torch.
+`encode` computes features, `episodes` draws episodes, `classifiers` predicts, `scores` computes the numbers, and
+`protocol` combines them. Import the modules themselves: the worker processes of the logistic regression import this
+package and must not load torch.
 """

@@ -1,7 +1,7 @@
 """Few-shot episodes: N classes, K support and Q query clips of each, drawn from labels alone.
 
-An episode is a pure function of (labels, protocol, seed, its number): 600 episodes are the first 600 of 10,000, and
-ranks that take every n-th episode together have exactly the episodes of one process.
+An episode is a pure function of (labels, protocol, seed, its number). 600 episodes are the first 600 of 10,000, and
+the shards of all ranks together are exactly the episodes of one process.
 
 Shapes: E episodes, N ways (classes of an episode), K shots, Q queries per class.
 """
@@ -17,7 +17,7 @@ from mmdistill.randomness import integer_rng
 
 IntArray = NDArray[np.int64]
 
-_RANDOM_TRIES = 50
+_UNIFORM_TRIES = 50
 _COMPACT_TRIES = 200
 
 
@@ -28,7 +28,7 @@ class Eligibility:
     Attributes:
         classes: label values with enough clips, ascending.
         excluded: label value -> number of clips, for all other classes.
-        disjoint: as asked; with "video" a class may have clips enough, but too few in different videos.
+        disjoint: None, or "video". With "video" a class can have enough clips, but too few in different videos.
     """
 
     classes: tuple[int, ...]
@@ -36,14 +36,14 @@ class Eligibility:
     disjoint: str | None = None
 
     def describe(self, names: Sequence[str] | None = None, *, limit: int = 10) -> str:
-        """One line naming the excluded classes and their clips, fewest first; `limit` names at most."""
+        """Excluded classes and their numbers of clips, fewest first; at most `limit` names. "" if there is none."""
         if not self.excluded:
-            return "no class is excluded"
+            return ""
         order = sorted(self.excluded.items(), key=lambda item: (item[1], item[0]))
         shown = ", ".join(f"{class_name(label, names)} ({count})" for label, count in order[:limit])
         more = f" and {len(order) - limit} more" if len(order) > limit else ""
         where = " in different videos" if self.disjoint else ""
-        return f"excluded, too few clips{where}: {shown}{more}"
+        return f"excluded classes, too few clips{where}: {shown}{more}"
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Episodes:
         support: int64 (E, N, K) clip indices.
         query: int64 (E, N, Q) clip indices; within a class all K + Q are distinct.
         classes: int64 (E, N) label values, distinct within an episode.
-        numbers: int64 (E,) the number of each episode in the whole series; `shard` keeps them.
-        eligibility: the classes drawn from, and the excluded ones.
+        numbers: int64 (E,) position of each episode in the series; `shard` keeps them.
+        eligibility: the eligible and the excluded classes.
         seed: of the series.
-        disjoint: "video" where no group holds support and query clips of the same episode.
+        disjoint: "video" if no group contains support and query clips of the same episode.
     """
 
     support: IntArray
@@ -88,7 +88,7 @@ class Episodes:
 
     @property
     def targets(self) -> IntArray:
-        """The right answers, positions 0..N-1 in `classes`, the same in every episode. int64 (N * Q,)"""
+        """True classes of the queries, positions 0..N-1 in `classes`, the same in every episode. int64 (N * Q,)."""
         return np.repeat(np.arange(self.n_way, dtype=np.int64), self.q_sample)
 
     def take(self, rows: ArrayLike) -> "Episodes":
@@ -103,13 +103,13 @@ class Episodes:
         )
 
     def shard(self, rank: int, world_size: int) -> "Episodes":
-        """Every `world_size`-th episode from `rank` on: over all ranks each episode occurs exactly once."""
+        """Every `world_size`-th episode, starting at `rank`. Over all ranks each episode occurs exactly once."""
         if not 0 <= rank < world_size:
             raise EpisodeError(f"rank {rank} is not in [0, {world_size})")
         return self.take(np.arange(rank, len(self), world_size))
 
     def has_same_clips(self, other: "Episodes") -> bool:
-        """Whether both hold the same clips in the same order, so that results can be compared pair by pair."""
+        """Whether both contain the same clips in the same order, so that a paired comparison is valid."""
         return (
             np.array_equal(self.support, other.support)
             and np.array_equal(self.query, other.query)
@@ -132,12 +132,14 @@ def eligible_classes(
     disjoint: str | None = None,
     names: Sequence[str] | None = None,
 ) -> Eligibility:
-    """Classes that can supply K support and Q query clips. Needs labels only, so ask before anything is encoded.
+    """Classes that can supply K support and Q query clips. It needs labels only, so call it before encoding.
 
     Args:
-        labels: (clips,) integers; negative values are clips without a label and are never drawn.
-        n_way, k_shot, q_sample: N, K, Q, each at least 1 (N at least 2).
-        groups: (clips,) rally or video of each clip; needed for `disjoint`.
+        labels: (clips,) integers; clips with a negative value have no label and are never drawn.
+        n_way: N, at least 2.
+        k_shot: K, at least 1.
+        q_sample: Q, at least 1.
+        groups: (clips,) video of each clip; needed for `disjoint`.
         disjoint: None, or "video": support and query clips of an episode come from different groups.
         names: names of the label values, for messages.
 
@@ -145,31 +147,32 @@ def eligible_classes(
         EpisodeError: fewer than N classes remain; the message lists the counts.
     """
     table = _Table.build(labels, groups, disjoint)
-    _check_protocol(n_way, k_shot, q_sample)
+    _validate_protocol(n_way, k_shot, q_sample)
     if not table.clips:
         raise EpisodeError(
             "no clip has a label: the annotations have none, or the clips are windows, which have none "
-            "(data_module.eval_clips=events, or data_module.label=video)"
+            "(set data_module.eval_clips=events or data_module.label=video)"
         )
-    kept, excluded = [], {}
+    eligible, excluded = [], {}
     for label, clips in table.clips.items():
         if table.groups is None:
             usable = len(clips)
         else:
             _, sizes = np.unique(table.groups[clips], return_counts=True)
-            support_side = _smallest_sum(sizes.tolist(), k_shot)
-            usable = 0 if support_side is None else k_shot + len(clips) - support_side
+            num_support = _smallest_sum(sizes.tolist(), k_shot)
+            usable = 0 if num_support is None else k_shot + len(clips) - num_support
         if usable >= k_shot + q_sample:
-            kept.append(label)
+            eligible.append(label)
         else:
             excluded[label] = len(clips)
-    result = Eligibility(tuple(kept), excluded, disjoint)
-    if len(kept) < n_way:
-        what = " in different videos" if disjoint else ""
+    result = Eligibility(tuple(eligible), excluded, disjoint)
+    if len(eligible) < n_way:
+        where = " in different videos" if disjoint else ""
+        listed = f" ({result.describe(names)})" if excluded else ""
         raise EpisodeError(
             f"{n_way}-way {k_shot}-shot episodes with {q_sample} queries need {n_way} classes of at least "
-            f"{k_shot + q_sample} clips{what}; only {len(kept)} of {len(table.clips)} have them. "
-            f"{result.describe(names)}. Lower n_way, k_shot or q_sample, or merge labels (label_fields)"
+            f"{k_shot + q_sample} clips{where}; only {len(eligible)} of {len(table.clips)} have them"
+            f"{listed}; lower n_way, k_shot or q_sample, or merge labels (label_fields)"
         )
     return result
 
@@ -189,18 +192,22 @@ def sample_episodes(
     """Draw episodes: N distinct eligible classes, then K + Q distinct clips of each, all uniformly.
 
     With ``disjoint="video"`` no group supplies both support and query clips of an episode, over all of its classes (a
-    query from the rally of another class's support clip would be drawn towards that class). The support clips are then
-    drawn first and the queries from the remaining groups; draws that leave too few are repeated.
+    query from the video of another class's support clip would be biased towards that class). The support clips are then
+    drawn first, and the queries from the remaining groups. A draw that leaves too few queries is repeated.
 
     Args:
-        labels: (clips,) integers, negative = none.
-        n_way, k_shot, q_sample: N, K, Q.
+        labels: (clips,) integers; negative: no label.
+        n_way: N, at least 2.
+        k_shot: K, at least 1.
+        q_sample: Q, at least 1.
         episodes: E, at least 1.
-        seed: non-negative; the series is a pure function of it.
-        groups, disjoint, names: as in `eligible_classes`.
+        seed: non-negative.
+        groups: (clips,) video of each clip; needed for `disjoint`.
+        disjoint: None, or "video", see above.
+        names: names of the label values, for messages.
 
     Raises:
-        EpisodeError: fewer than N classes have K + Q clips, or no draw with separate groups was found.
+        EpisodeError: fewer than N classes have K + Q clips, or no draw with disjoint groups was found.
     """
     if episodes < 1:
         raise EpisodeError(f"episodes={episodes} must be at least 1")
@@ -228,7 +235,7 @@ def sample_episodes(
                 listed = ", ".join(class_name(int(label), names) for label in classes[e])
                 raise EpisodeError(
                     f"episode {e}: no draw of {k_shot} support and {q_sample} query clips from different videos was "
-                    f"found for the classes {listed}; lower q_sample or k_shot, or leave disjoint off"
+                    f"found for the classes {listed}; lower q_sample or k_shot, or unset disjoint"
                 )
             support[e], query[e] = found
     return Episodes(support, query, classes, np.arange(episodes, dtype=np.int64), eligibility, seed, disjoint)
@@ -236,7 +243,7 @@ def sample_episodes(
 
 @dataclass(frozen=True)
 class _Table:
-    """Clips by class, and the group code of every clip where groups matter."""
+    """Clips by class, and the group of every clip if `disjoint` is set."""
 
     clips: dict[int, IntArray]
     groups: IntArray | None
@@ -257,14 +264,14 @@ class _Table:
         return _Table(clips, codes.astype(np.int64))
 
 
-def _check_protocol(n_way: int, k_shot: int, q_sample: int) -> None:
+def _validate_protocol(n_way: int, k_shot: int, q_sample: int) -> None:
     for name, value, least in (("n_way", n_way, 2), ("k_shot", k_shot, 1), ("q_sample", q_sample, 1)):
         if value < least:
             raise EpisodeError(f"{name}={value} must be at least {least}")
 
 
 def _smallest_sum(sizes: Sequence[int], least: int) -> int | None:
-    """The smallest sum >= `least` of a subset of `sizes`: the fewest clips lost to the support side, or None."""
+    """The smallest sum >= `least` of a subset of `sizes`, or None. It is the fewest clips that the support occupies."""
     reachable = 1  # bit s is set when some subset sums to s
     for size in sizes:
         reachable |= reachable << size
@@ -277,21 +284,21 @@ def _draw_disjoint(
 ) -> tuple[IntArray, IntArray] | None:
     """Support (N, K) and query (N, Q) without a common group, or None.
 
-    Uniform support clips come first. Where there are few, large groups they would touch all of them, so later tries
-    draw the support from as few groups as possible.
+    The first tries draw support clips uniformly. If there are few, large groups, such draws occupy all groups, so later
+    tries draw the support from as few groups as possible.
     """
-    for attempt in range(_RANDOM_TRIES + _COMPACT_TRIES):
-        compact = attempt >= _RANDOM_TRIES
+    for attempt in range(_UNIFORM_TRIES + _COMPACT_TRIES):
+        compact = attempt >= _UNIFORM_TRIES
         used = np.zeros(int(groups.max()) + 1, dtype=bool)
         support = np.empty((len(clips), k_shot), dtype=np.int64)
         for n in rng.permutation(len(clips)):
             order = rng.permutation(clips[n])
             if compact:
-                keys = rng.permutation(len(used))[groups[order]]  # clips of one group stand together
+                keys = rng.permutation(len(used))[groups[order]]  # keeps the clips of a group together
                 order = order[np.lexsort((keys, ~used[groups[order]]))]
             support[n] = order[:k_shot]
             used[groups[support[n]]] = True
-        free = [c[~used[groups[c]]] for c in clips]
-        if min(len(c) for c in free) >= q_sample:
-            return support, np.stack([rng.permutation(c)[:q_sample] for c in free])
+        unused = [c[~used[groups[c]]] for c in clips]
+        if min(len(c) for c in unused) >= q_sample:
+            return support, np.stack([rng.permutation(c)[:q_sample] for c in unused])
     return None

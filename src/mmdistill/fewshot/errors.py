@@ -1,15 +1,15 @@
-"""What can be wrong with a few-shot evaluation."""
+"""Errors of the few-shot evaluation."""
 
 from mmdistill.errors import InputError
 
 
 class FewshotError(InputError):
-    """An evaluation that cannot be done as asked; the message says what is wrong and what to change."""
+    """The evaluation is not possible with these arguments. The message names the cause and the fix."""
 
 
 class EpisodeError(FewshotError):
-    """The labels do not hold the episodes that were asked for; the message gives the counts."""
+    """The labels do not supply the requested episodes. The message gives the counts."""
 
 
 class FeatureError(FewshotError):
-    """Features that cannot be trusted: not finite, of a wrong shape, or a damaged file."""
+    """Features that are not finite or have a wrong shape, or a corrupt file of features."""

@@ -1,4 +1,4 @@
-"""Features of clips: what they hold, their files (`.safetensors`, `.npz`), and the cache.
+"""Features of clips, their files (`.safetensors`, `.npz`), and the feature cache.
 
 Shapes: N clips, V mask views, D width.
 """
@@ -6,7 +6,6 @@ Shapes: N clips, V mask views, D width.
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -21,11 +20,11 @@ from safetensors.numpy import save as safetensors_bytes
 
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.scores import as_views
-from mmdistill.files import atomic_open
+from mmdistill.files import atomic_write_bytes
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # part of every cache key: raise it when the meaning of cached numbers changes
+FORMAT = 2  # part of every cache key; increase it when the meaning of cached numbers changes
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,11 @@ class Features:
 
     Attributes:
         features: float32 (N, V, D), finite.
-        labels: int64 (N,), positions in `classes`, -1 without a label.
+        labels: int64 (N,), positions in `classes`; -1: no label.
         ids: N clip ids, distinct.
-        groups: N names of the recording (rally) each clip is from.
+        groups: N names of the videos (rallies) of the clips.
         classes: names of the label values.
-        info: where they come from, plain values: network, checkpoint, modality, views, seconds ...
+        info: plain values that describe their origin: network, checkpoint, modality, input_mode, seconds ...
     """
 
     features: NDArray[np.float32]
@@ -64,27 +63,27 @@ class Features:
 
     @property
     def network(self) -> str:
-        """Name of the network that made them."""
+        """Name of the network that computed them."""
         return str(self.info.get("network", "features"))
 
     @property
     def input_mode(self) -> str:
-        """How the clips were shown to it."""
+        """What the network received, see docs/glossary.md."""
         return str(self.info.get("input_mode", f"{self.features.shape[1]} view" + "s" * (self.features.shape[1] != 1)))
 
     def same_clips(self, other: "Features") -> bool:
-        """Whether episodes drawn for one are valid for the other."""
+        """Whether episodes that were drawn for one are valid for the other."""
         return self.ids == other.ids and np.array_equal(self.labels, other.labels) and self.classes == other.classes
 
 
 def save_features(features: Features, path: str | Path) -> Path:
-    """Write a `.safetensors` or `.npz` file, whole or not at all.
+    """Write a `.safetensors` or `.npz` file atomically.
 
     Both hold `features` and `labels`; ids, groups, classes and info are string arrays in the `.npz` and JSON in the
     metadata of the `.safetensors`, which also has a checksum.
 
     Raises:
-        FeatureError: another ending.
+        FeatureError: another suffix.
     """
     path = Path(path)
     texts = {"ids": features.ids, "groups": features.groups, "classes": features.classes}
@@ -92,14 +91,14 @@ def save_features(features: Features, path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
         metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
-        atomic_write_bytes(path, safetensors_bytes(arrays, metadata))
+        atomic_write_bytes(path, safetensors_bytes(arrays, metadata), fsync=True)
     elif path.suffix == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         with tempfile.TemporaryFile(dir=path.parent) as buffer:
             np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
             buffer.seek(0)
-            atomic_write_bytes(path, buffer.read())
+            atomic_write_bytes(path, buffer.read(), fsync=True)
     else:
         raise FeatureError(f"{path}: features are written as .safetensors or .npz")
     return path
@@ -112,7 +111,7 @@ def load_features(path: str | Path) -> Features:
     are optional. Nothing in it is unpickled.
 
     Raises:
-        FeatureError: naming the file and what is missing, damaged or not finite.
+        FeatureError: an array is missing, not finite or of another shape, or the file is corrupt.
     """
     path = Path(path)
     if not path.is_file():
@@ -123,7 +122,7 @@ def load_features(path: str | Path) -> Features:
         if path.suffix == ".npz":
             return _load_npz(path)
     except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, EOFError, OSError) as error:
-        raise FeatureError(f"{path} is damaged: {error}") from error
+        raise FeatureError(f"{path} is corrupt: {error}") from error
     except FeatureError as error:
         raise FeatureError(f"{path}: {error}") from error
     raise FeatureError(f"{path}: features are read from .safetensors or .npz")
@@ -134,11 +133,11 @@ def _load_safetensors(path: Path) -> Features:
         metadata = dict(file.metadata() or {})
         missing = {"features", "labels"} - set(file.keys()) | {"ids", "groups", "classes"} - set(metadata)
         if missing:
-            raise FeatureError(f"no {', '.join(sorted(missing))}; it was not written by this program")
+            raise FeatureError(f"it has no {', '.join(sorted(missing))}; mmdistill did not write it")
         x, labels = file.get_tensor("features"), file.get_tensor("labels")
     expected = metadata.pop("sha256", None)
     if expected is not None and expected != _checksum(x, labels, metadata):
-        raise FeatureError("damaged: its checksum is wrong")
+        raise FeatureError("corrupt: the checksum does not match")
     ids, groups, classes = (tuple(json.loads(metadata[name])) for name in ("ids", "groups", "classes"))
     return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, json.loads(metadata.get("info", "{}")))
 
@@ -147,33 +146,35 @@ def _load_npz(path: Path) -> Features:
     with np.load(path, allow_pickle=False) as file:
         missing = {"features", "labels"} - set(file.files)
         if missing:
-            raise FeatureError(f"no array {', '.join(sorted(missing))}; it has {', '.join(file.files) or 'none'}")
+            raise FeatureError(
+                f"it has no array {', '.join(sorted(missing))}; it has {', '.join(file.files) or 'none'}"
+            )
         try:
             found = {name: file[name] for name in file.files}
         except ValueError as error:
-            raise FeatureError(f"holds Python objects, which are not read: {error}") from error
+            raise FeatureError(f"it contains Python objects, which are not read: {error}") from error
     x = as_views(found["features"])
-    labels, classes = _labels(found["labels"], found.get("classes"))
+    labels, classes = _parse_labels(found["labels"], found.get("classes"))
     ids = found.get("ids", np.arange(len(x)))
-    groups = found.get("groups", np.arange(len(x)))  # without groups each clip stands for itself
+    groups = found.get("groups", np.arange(len(x)))  # without groups each clip is its own group
     info = json.loads(str(found["info"])) if "info" in found else {"network": path.stem}
     if not isinstance(info, dict):
         raise FeatureError("info is not a JSON object")
-    info.setdefault("grouped", "groups" in found)
+    info.setdefault("has_groups", "groups" in found)
     return Features(x, labels, tuple(map(str, ids)), tuple(map(str, groups)), classes, info)
 
 
-def _labels(given: NDArray[Any], names: NDArray[Any] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Integer labels and their names; labels that are themselves names are numbered alphabetically."""
-    if given.ndim != 1 or given.dtype.kind not in "iuU":
-        raise FeatureError(f"labels must be a vector of integers or names, got {given.dtype} of shape {given.shape}")
-    if given.dtype.kind == "U":
-        values, numbers = np.unique(given, return_inverse=True)
+def _parse_labels(labels: NDArray[Any], names: NDArray[Any] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Integer labels and their names. Labels that are names are numbered alphabetically."""
+    if labels.ndim != 1 or labels.dtype.kind not in "iuU":
+        raise FeatureError(f"labels must be a vector of integers or names, got {labels.dtype} of shape {labels.shape}")
+    if labels.dtype.kind == "U":
+        values, numbers = np.unique(labels, return_inverse=True)
         return numbers.astype(np.int64), tuple(map(str, values))
-    labels = np.maximum(given.astype(np.int64), -1)
+    labels = np.maximum(labels.astype(np.int64), -1)
     if names is not None:
         return labels, tuple(map(str, names))
-    values, numbers = np.unique(labels[labels >= 0], return_inverse=True)  # labels of others may be any numbers
+    values, numbers = np.unique(labels[labels >= 0], return_inverse=True)  # other programs may use any integers
     labels[labels >= 0] = numbers
     return labels, tuple(map(str, values))
 
@@ -185,41 +186,33 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
     return digest.hexdigest()
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """`atomic_open`, forced to disk before it takes its name."""
-    with atomic_open(path) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def cache_key(**parts: object) -> str:
-    """sha256 over everything that the features depend on: weights, data, settings. Values must be JSON."""
+    """sha256 of everything that the features depend on: weights, data, settings. Values must be JSON."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def cache_file(folder: str | Path, key: str) -> Path:
-    """Where features of this key lie."""
+def cache_path(folder: str | Path, key: str) -> Path:
+    """The file of the features with this key."""
     return Path(folder) / key[:24] / "features.safetensors"
 
 
 def read_cache(folder: str | Path, key: str) -> Features | None:
-    """Cached features of this key; None where there are none. A damaged file is reported and counts as none."""
-    path = cache_file(folder, key)
+    """Cached features with this key, or None. A corrupt file is logged and ignored."""
+    path = cache_path(folder, key)
     if not path.exists():
         return None
     try:
         found = load_features(path)
     except FeatureError as error:
-        log.warning("%s; the features are computed again", error)
+        log.warning("%s; encoding the clips again", error)
         return None
     return found if found.info.get("key") == key else None
 
 
 def write_cache(folder: str | Path, key: str, features: Features) -> Path:
-    """Keep features under this key."""
-    return save_features(replace(features, info={**features.info, "key": key}), cache_file(folder, key))
+    """Store features under this key."""
+    return save_features(replace(features, info={**features.info, "key": key}), cache_path(folder, key))
 
 
 def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
@@ -228,13 +221,13 @@ def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
     Raises:
         FeatureError: a clip is missing or occurs twice.
     """
-    have = [i for part in parts for i in part.ids]
-    if len(set(have)) != len(have) or set(have) != set(ids):
-        absent = sorted(set(ids) - set(have))
+    merged = [i for part in parts for i in part.ids]
+    if len(set(merged)) != len(merged) or set(merged) != set(ids):
+        absent = sorted(set(ids) - set(merged))
         raise FeatureError(
-            f"{len(have)} features, {len(set(have))} distinct, for {len(ids)} clips; missing {absent[:5]}"
+            f"{len(merged)} features, {len(set(merged))} distinct, for {len(ids)} clips; missing {absent[:5]}"
         )
-    row = {clip: i for i, clip in enumerate(have)}
+    row = {clip: i for i, clip in enumerate(merged)}
     order = [row[clip] for clip in ids]
     groups = [g for part in parts for g in part.groups]
     return Features(

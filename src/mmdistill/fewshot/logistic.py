@@ -1,9 +1,9 @@
-"""The paper's classifier: scikit-learn's logistic regression, fitted anew in every episode, over several processes.
+"""Logistic regression in every episode, with scikit-learn and several processes.
 
-Nothing here imports torch, because every worker process imports this module. Each fit runs on one thread and sees
-only its own episode, so the predictions do not depend on how many workers there are.
+This module does not import torch, because every worker process imports it. Each fit runs on one thread and reads only
+its own episode, so the predictions do not depend on the number of workers.
 
-Shapes: E episodes, V views, N ways, K shots, Q queries per class, D width.
+Shapes: E episodes (e: of one task), V views, N ways, K shots, Q queries per class, D width.
 """
 
 import os
@@ -20,8 +20,8 @@ _MAX_ITERATIONS = 1000
 _EPISODES_PER_TASK = 25
 
 
-def default_workers() -> int:
-    """Processors this process may use, at most 16."""
+def default_num_workers() -> int:
+    """Number of processors that this process may use, at most 16."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
@@ -31,82 +31,84 @@ def predict_logistic(
     *,
     c: float,
     first_support_view: bool,
-    normalise: bool = False,
+    normalize: bool = False,
     workers: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.int64], int]:
     """Predict the queries of every episode.
 
-    ``LogisticRegression(C=c, max_iter=1000)``: multinomial, L2, lbfgs, features as they are (MM-CDFSL section 4.2 and
-    its release; the other arguments are scikit-learn's defaults). Probabilities are averaged over the views.
+    ``LogisticRegression(C=c, max_iter=1000)``: multinomial, L2, lbfgs, features without scaling (MM-CDFSL section 4.2
+    and its release; the other arguments are scikit-learn's defaults). Probabilities are averaged over the views.
 
     Args:
         features: float32 (clips, V, D).
         episodes: E episodes.
         c: inverse strength of the L2 penalty.
-        first_support_view: fit one classifier on the support's first view and show it every view of the queries, as the
-            paper's release does; otherwise one classifier per view.
-        normalise: scale every feature to length 1 first.
-        workers: processes; None = all processors, 1 = this process.
-        advance: called with the number of episodes done.
+        first_support_view: fit one classifier on the first view of the support clips and apply it to every view of the
+            queries, as the paper's release does. Otherwise fit one classifier per view.
+        normalize: scale every feature to length 1 first.
+        workers: number of processes; None: all processors; 1: this process.
+        advance: called with the number of episodes that have been finished since the last call.
 
     Returns:
-        predictions int64 (E, N * Q), positions 0..N-1, and the number of fits that stopped before convergence.
+        predictions int64 (E, N * Q), positions 0..N-1, and the number of fits that did not converge.
     """
     from joblib import Parallel, delayed  # type: ignore[import-untyped]
 
-    workers = default_workers() if workers is None else workers
+    workers = default_num_workers() if workers is None else workers
     starts = range(0, len(episodes), _EPISODES_PER_TASK)
-    blocks = [np.arange(s, min(s + _EPISODES_PER_TASK, len(episodes))) for s in starts]
-    workers = max(1, min(workers, len(blocks)))
-    jobs = (
-        delayed(_predict_block)(features, episodes.support[b], episodes.query[b], c, first_support_view, normalise)
-        for b in blocks
+    tasks = [np.arange(s, min(s + _EPISODES_PER_TASK, len(episodes))) for s in starts]
+    workers = max(1, min(workers, len(tasks)))
+    calls = (
+        delayed(_predict_task)(features, episodes.support[t], episodes.query[t], c, first_support_view, normalize)
+        for t in tasks
     )
-    predictions, stopped = [], 0
-    # loky workers are started anew, not forked: torch and DeepSpeed threads of this process do not follow them
-    for done, bad in Parallel(n_jobs=workers, return_as="generator", inner_max_num_threads=1, backend="loky")(jobs):
-        predictions.append(done)
-        stopped += bad
+    predictions, num_not_converged = [], 0
+    # loky starts new interpreters. A fork would inherit the locks of the torch and DeepSpeed threads of this process.
+    parallel = Parallel(n_jobs=workers, return_as="generator", inner_max_num_threads=1, backend="loky")
+    for predicted, count in parallel(calls):
+        predictions.append(predicted)
+        num_not_converged += count
         if advance is not None:
-            advance(len(done))
-    return np.concatenate(predictions), stopped
+            advance(len(predicted))
+    return np.concatenate(predictions), num_not_converged
 
 
-def _predict_block(
+def _predict_task(
     features: FloatArray,
     support: NDArray[np.int64],
     query: NDArray[np.int64],
     c: float,
     first_support_view: bool,
-    normalise: bool,
+    normalize: bool,
 ) -> tuple[NDArray[np.int64], int]:
-    """Episodes of one task, on one thread. Support (e, N, K), query (e, N, Q) -> (e, N * Q), stopped fits."""
+    """Episodes of one task, on one thread. (e, N, K), (e, N, Q) -> (e, N * Q), number of fits without convergence."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    out, stopped = [], 0
+    predictions, num_not_converged = [], 0
     with threadpool_limits(limits=1):
         for s, q in zip(support, query, strict=True):
-            fit_x = _views(features, s, normalise)  # (V, N * K, D)
-            ask_x = _views(features, q, normalise)  # (V, N * Q, D)
+            support_x = _gather_views(features, s, normalize)  # (V, N * K, D)
+            query_x = _gather_views(features, q, normalize)  # (V, N * Q, D)
             y = np.repeat(np.arange(len(s)), s.shape[1])
-            probabilities, bad = _one_episode(fit_x, y, ask_x, c, first_support_view)
-            out.append(probabilities.argmax(axis=1))
-            stopped += bad
-    return np.stack(out).astype(np.int64), stopped
+            probabilities, count = _predict_episode(support_x, y, query_x, c, first_support_view)
+            predictions.append(probabilities.argmax(axis=1))
+            num_not_converged += count
+    return np.stack(predictions).astype(np.int64), num_not_converged
 
 
-def _views(features: FloatArray, index: NDArray[np.int64], normalise: bool) -> NDArray[np.float64]:
+def _gather_views(features: FloatArray, index: NDArray[np.int64], normalize: bool) -> NDArray[np.float64]:
+    """(clips, V, D), (N, K) -> (V, N * K, D)."""
     x = features[index.reshape(-1)].astype(np.float64).swapaxes(0, 1)
-    if normalise:
+    if normalize:
         x = x / np.maximum(np.linalg.norm(x, axis=2, keepdims=True), 1e-12)
     return np.ascontiguousarray(x)
 
 
-def _one_episode(
-    fit_x: NDArray[np.float64],
+def _predict_episode(
+    support_x: NDArray[np.float64],
     y: NDArray[np.int64],
-    ask_x: NDArray[np.float64],
+    query_x: NDArray[np.float64],
     c: float,
     first_support_view: bool,
 ) -> tuple[NDArray[np.float64], int]:
@@ -116,13 +118,13 @@ def _one_episode(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    probabilities, stopped = [], 0
-    classifier = None
-    for view, x in enumerate(ask_x):
-        if classifier is None or not first_support_view:
-            with warnings.catch_warnings():  # counted below and reported once, not printed 1,200 times
+    probabilities, num_not_converged = [], 0
+    model = None
+    for view, x in enumerate(query_x):
+        if model is None or not first_support_view:
+            with warnings.catch_warnings():  # the caller logs the total once instead of one warning per fit
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                classifier = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(fit_x[view], y)
-            stopped += int(max(classifier.n_iter_) >= _MAX_ITERATIONS)
-        probabilities.append(classifier.predict_proba(x))
-    return np.mean(probabilities, axis=0), stopped
+                model = LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(support_x[view], y)
+            num_not_converged += int(max(model.n_iter_) >= _MAX_ITERATIONS)
+        probabilities.append(model.predict_proba(x))
+    return np.mean(probabilities, axis=0), num_not_converged

@@ -1,4 +1,4 @@
-"""The full label set: a linear probe and k nearest neighbours on a seeded split of the clips.
+"""Classification over the full label set: a linear probe and k nearest neighbors on a seeded split of the clips.
 
 Shapes: N clips, V views, D width.
 """
@@ -16,45 +16,45 @@ from mmdistill.fewshot.scores import as_views
 
 log = logging.getLogger(__name__)
 
-FOLDS = 4  # one of them is the test
-_NEIGHBOURS = 20
+FOLDS = 4  # one of them is the test part
+_NUM_NEIGHBORS = 20
 _TEMPERATURE = 0.07
-_BLOCK = 1024
+_BLOCK_ROWS = 1024
 
 
 def split_by_group(
     labels: NDArray[np.int64], groups: Sequence[str], *, folds: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and test clips: one of `folds` stratified parts is the test, and no group lies on both sides.
+    """Split clips: one of `folds` stratified parts is the test part, and no group is in both parts.
 
     Returns:
-        int64 positions of both; classes without training clips have no test clips either.
+        int64 positions of the training and the test clips. Classes without training clips have no test clips.
 
     Raises:
-        FewshotError: fewer groups than folds, or fewer than two classes, or no test clip.
+        FewshotError: fewer groups than folds, fewer than two classes, or no test clip.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    labelled = np.flatnonzero(labels >= 0)
-    owners = np.asarray(groups)[labelled]
-    videos, largest = len(np.unique(owners)), int(np.bincount(labels[labelled]).max(initial=0))
+    labeled = np.flatnonzero(labels >= 0)
+    owners = np.asarray(groups)[labeled]
+    videos, largest = len(np.unique(owners)), int(np.bincount(labels[labeled]).max(initial=0))
     if min(videos, largest) < folds:
         raise FewshotError(
-            f"a probe splits the labelled clips into {folds} parts by video, but there are {videos} videos, and the "
+            f"a probe splits the labeled clips into {folds} parts by video, but there are {videos} videos, and the "
             f"largest class has {largest} clips"
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
-    with warnings.catch_warnings():  # rare classes are expected here; those left out are counted below
+    with warnings.catch_warnings():  # rare classes are expected; clips without a training class are counted
         warnings.filterwarnings("ignore", message="The least populated class")
-        train, test = next(splitter.split(labelled, labels[labelled], owners))
-    known = np.isin(labels[labelled[test]], labels[labelled[train]])
-    classes = len(np.unique(labels[labelled[train]]))
+        train, test = next(splitter.split(labeled, labels[labeled], owners))
+    known = np.isin(labels[labeled[test]], labels[labeled[train]])
+    classes = len(np.unique(labels[labeled[train]]))
     if classes < 2 or not known.any():
         raise FewshotError(
             f"a probe needs at least 2 classes in the training part, and test clips of these; a split by video gives "
             f"{classes} and {int(known.sum())}"
         )
-    return labelled[train], labelled[test[known]]
+    return labeled[train], labeled[test[known]]
 
 
 def probe_full_label_set(
@@ -66,63 +66,65 @@ def probe_full_label_set(
     folds: int = FOLDS,
     c: float = 1.0,
 ) -> dict[str, Any]:
-    """Accuracy over all classes at once, trained on 3/4 of the videos and tested on the rest.
+    """Accuracy over all classes, trained on 3/4 of the videos and tested on the rest.
 
     The linear probe is scikit-learn's multinomial logistic regression on features scaled to zero mean and unit
-    variance (statistics of the training part); k-NN votes with weights exp(cos / 0.07) of the nearest training clips
-    (Wu et al. 2018, arXiv 1805.01978; DINO, arXiv 2104.14294): 20, or as many as a class has on average if that is
-    less. Views are averaged before, so a clip counts once.
+    variance (statistics of the training part). k-NN weights the nearest training clips by exp(cos / 0.07) (Wu et al.
+    2018, arXiv 1805.01978; DINO, arXiv 2104.14294). It uses 20 neighbors, or the mean number of training clips per
+    class if that is smaller. The views of a clip are averaged first.
 
     Args:
         features: float (N, D) or (N, V, D).
         labels: int64 (N,), -1 = none.
-        groups: N names of the recordings.
+        groups: N names of the videos.
         seed: of the split.
-        folds: the test is one of that many parts.
+        folds: number of parts, of which one is the test part.
         c: inverse L2 strength of the probe.
 
     Returns:
-        `linear_top1`, `linear_macro` (mean over classes), `knn_top1`, `majority` (always the most frequent training
-        class): fractions; `knn_neighbours`, `train_clips`, `test_clips`, `classes`, `clips_left_out` (test clips of
-        classes without training clips).
+        `linear_top1`, `linear_macro` (mean over classes), `knn_top1`, `majority` (always predict the most frequent
+        training class): fractions; `knn_num_neighbors`, `train_clips`, `test_clips`, `classes`, `skipped_clips` (test
+        clips of classes without training clips).
     """
     x = as_views(features).mean(axis=1)
     train, test = split_by_group(labels, groups, folds=folds, seed=seed)
     y, truth = labels[train], labels[test]
-    linear = _linear(x[train], y, x[test], c)
+    linear = _predict_linear(x[train], y, x[test], c)
     values, counts = np.unique(y, return_counts=True)
-    neighbours = max(1, min(_NEIGHBOURS, round(len(y) / len(values))))  # more would be clips of other classes by force
-    nearest = _nearest(x[train], y, x[test], neighbours)
-    right = linear == truth
+    num_neighbors = max(1, min(_NUM_NEIGHBORS, round(len(y) / len(values))))  # more would force in other classes
+    nearest = _predict_knn(x[train], y, x[test], num_neighbors)
+    correct = linear == truth
     return {
-        "linear_top1": float(right.mean()),
-        "linear_macro": float(np.mean([right[truth == v].mean() for v in np.unique(truth)])),
+        "linear_top1": float(correct.mean()),
+        "linear_macro": float(np.mean([correct[truth == v].mean() for v in np.unique(truth)])),
         "knn_top1": float((nearest == truth).mean()),
         "majority": float((truth == values[counts.argmax()]).mean()),
-        "knn_neighbours": neighbours,
+        "knn_num_neighbors": num_neighbors,
         "train_clips": len(train),
         "test_clips": len(test),
         "classes": len(values),
-        "clips_left_out": int((labels >= 0).sum()) - len(train) - len(test),
+        "skipped_clips": int((labels >= 0).sum()) - len(train) - len(test),
     }
 
 
-def _linear(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32], c: float) -> NDArray[np.int64]:
+def _predict_linear(
+    x: NDArray[np.float32], y: NDArray[np.int64], query: NDArray[np.float32], c: float
+) -> NDArray[np.int64]:
     from sklearn.linear_model import LogisticRegression
 
     mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
     probe = LogisticRegression(C=c, max_iter=300, tol=1e-3).fit((x - mean) / std, y)
     if int(max(probe.n_iter_)) >= 300:
-        log.warning("the linear probe stopped after 300 iterations, before it converged")
-    return np.asarray(probe.predict((ask - mean) / std), dtype=np.int64)
+        log.warning("the linear probe did not converge in 300 iterations")
+    return np.asarray(probe.predict((query - mean) / std), dtype=np.int64)
 
 
-def _nearest(x: NDArray[np.float32], y: NDArray[np.int64], ask: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+def _predict_knn(x: NDArray[np.float32], y: NDArray[np.int64], query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     values, position = np.unique(y, return_inverse=True)
     unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     out = []
-    for start in range(0, len(ask), _BLOCK):
-        q = ask[start : start + _BLOCK]
+    for start in range(0, len(query), _BLOCK_ROWS):
+        q = query[start : start + _BLOCK_ROWS]
         cosine = (q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-12)) @ unit.T
         near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
         weight = np.exp((np.take_along_axis(cosine, near, axis=1) - 1) / _TEMPERATURE)

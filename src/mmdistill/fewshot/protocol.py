@@ -1,8 +1,8 @@
-"""The whole evaluation: networks x ways x shots x heads on the same episodes, and everything that is reported of it."""
+"""The complete evaluation: every network, N-way, K-shot and classifier on the same episodes, and the results."""
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,31 +10,31 @@ import numpy as np
 
 from mmdistill.console import progress
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
-from mmdistill.fewshot.classifiers import Head, find_head
+from mmdistill.fewshot.classifiers import get_classifier
 from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
-from mmdistill.fewshot.logistic import default_workers
+from mmdistill.fewshot.logistic import default_num_workers
 from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
-from mmdistill.fewshot.scores import EpisodeScores, evaluate, merge_scores, paired_difference, per_class, summarize
+from mmdistill.fewshot.scores import EpisodeScores, evaluate_episodes, merge_scores, paired_difference, summarize
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked.
+    """Settings of an evaluation.
 
     Attributes:
         n_way, k_shot: every combination is evaluated; the first of each is the headline.
         q_sample: queries per class.
-        episodes: per combination.
-        seed: of the episodes.
-        heads: names of `heads.HEADS`; the first is the headline.
-        disjoint: None, or "video": support and query from different recordings.
-        support_views: see `evaluate.evaluate`.
+        episodes: number of episodes per combination.
+        seed: seed of the episodes.
+        classifiers: names in `CLASSIFIERS`; the first is the headline.
+        disjoint: None, or "video": support and query clips come from different videos.
+        support_views: see `evaluate_episodes`.
         probe: also classify the full label set (linear probe, k-NN).
-        workers: processes of the logistic head; None: all processors.
+        workers: number of processes of the logistic regression; None: all processors.
     """
 
     n_way: tuple[int, ...] = (5,)
@@ -42,44 +42,47 @@ class Protocol:
     q_sample: int = 15
     episodes: int = 600
     seed: int = 0
-    heads: tuple[str, ...] = ("logistic",)
+    classifiers: tuple[str, ...] = ("logistic",)
     disjoint: str | None = None
     support_views: str = "each"
     probe: bool = False
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_way", "k_shot", "heads"):
+        for name in ("n_way", "k_shot", "classifiers"):
             if not getattr(self, name):
                 raise FewshotError(f"{name} is empty")
             object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if self.episodes < 2:
             raise FewshotError(f"episodes={self.episodes} must be at least 2: one episode has no standard error")
-        for head in self.heads:
-            find_head(head)
+        for classifier in self.classifiers:
+            get_classifier(classifier)
 
     def check(self, labels: Sequence[int], groups: Sequence[str], names: Sequence[str]) -> list[str]:
-        """Whether these labels hold the episodes, before anything is encoded.
+        """Check before encoding that these labels supply the episodes.
 
         Returns:
-            one line per combination: classes drawn from, and those excluded.
+            One log line per combination: the number of eligible classes, and the excluded ones.
 
         Raises:
-            EpisodeError: fewer than N classes have enough clips, or no draw with separate videos is found.
+            EpisodeError: fewer than N classes have enough clips, or no draw with disjoint videos is found.
             FewshotError: the probe cannot be split by video.
         """
         if self.probe:
             split_by_group(np.asarray(labels, dtype=np.int64), groups, folds=FOLDS, seed=self.seed)
         lines = []
         for n_way, k_shot in self.combinations():
-            asked: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "q_sample": self.q_sample, "names": names}
-            found = eligible_classes(list(labels), groups=groups, disjoint=self.disjoint, **asked)
-            if self.disjoint:  # a draw with separate videos can be impossible for some classes together
+            sizes: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "q_sample": self.q_sample, "names": names}
+            found = eligible_classes(list(labels), groups=groups, disjoint=self.disjoint, **sizes)
+            if self.disjoint:  # a draw can be impossible for several classes together
                 sample_episodes(
-                    list(labels), episodes=self.episodes, seed=self.seed, groups=groups, disjoint=self.disjoint, **asked
+                    list(labels), episodes=self.episodes, seed=self.seed, groups=groups, disjoint=self.disjoint, **sizes
                 )
-            title = f"{n_way}-way {k_shot}-shot, {self.q_sample} queries"
-            lines.append(f"{title}: {len(found.classes)} classes to draw from; {found.describe(names)}")
+            excluded = found.describe(names)
+            lines.append(
+                f"{n_way}-way {k_shot}-shot, {self.q_sample} queries per class: {len(found.classes)} eligible classes"
+                + (f"; {excluded}" if excluded else "")
+            )
         return lines
 
     def combinations(self) -> list[tuple[int, int]]:
@@ -89,7 +92,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Row:
-    """One network, read out in one way, on one combination, with one head."""
+    """One network in one input mode, with one combination of N-way and K-shot and one classifier."""
 
     network: str
     input_mode: str
@@ -99,14 +102,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything measured; `report` turns it into a table, JSON and a page.
+    """All results; `evaluation.report` writes them as tables, JSON and a page.
 
     Attributes:
-        protocol: what was asked.
-        features: of each network and input_mode, the scored one first.
-        rows: in the order combination, head, network.
+        protocol: the settings.
+        features: of each network and input mode, the scored network first.
+        rows: in the order combination, classifier, network.
         differences: paired differences between networks on the same episodes, first minus second.
-        probes: full label set, one per network and input_mode.
+        probes: full label set, one per network and input mode.
     """
 
     protocol: Protocol
@@ -117,43 +120,43 @@ class Results:
 
     @property
     def headline(self) -> Row:
-        """The scored network with the first combination and head."""
+        """The scored network with the first combination and classifier."""
         return self.rows[0]
 
 
 def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progress: bool = True) -> Results:
-    """Evaluate features of several networks (and input_modes) on the same episodes.
+    """Evaluate features of several networks and input modes on the same episodes.
 
-    In a process group each rank takes its share of the episodes and all return the same results.
+    In a process group each rank evaluates its share of the episodes, and all ranks return the same results.
 
     Args:
-        features: of the same clips in the same order; the first is the network that is scored, the others stand beside
-            it.
-        protocol: what to ask.
+        features: of the same clips in the same order. The first is the scored network, the others are baselines.
+        protocol: the settings.
+        show_progress: show a progress bar.
 
     Raises:
-        FewshotError: the clips differ, two entries have the same name and input_mode, or the labels do not hold the
+        FewshotError: the clips differ, two entries have the same name and input mode, or the labels do not supply the
             episodes.
     """
     features = tuple(features)
     first = _check_features(features)
     rows: list[Row] = []
     differences: list[dict[str, Any]] = []
-    total = len(protocol.combinations()) * len(protocol.heads) * len(features) * protocol.episodes
-    world = get_world_size()
+    total = len(protocol.combinations()) * len(protocol.classifiers) * len(features) * protocol.episodes
+    world_size = get_world_size()
     with progress("episodes", total, enabled=show_progress and get_rank() == 0) as advance:
         for n_way, k_shot in protocol.combinations():
-            episodes = _episodes(first, protocol, n_way, k_shot)
-            for head in protocol.heads:
+            episodes = _sample_episodes(first, protocol, n_way, k_shot)
+            for classifier in protocol.classifiers:
                 block = []
                 for f in features:
-                    scores = _evaluate_over_ranks(f, episodes, head, protocol, lambda n: advance(n * world))
-                    block.append(Row(f.network, f.input_mode, scores, {**_describe(f), **summarize(scores)}))
+                    scores = _evaluate_over_ranks(f, episodes, classifier, protocol, lambda n: advance(n * world_size))
+                    block.append(Row(f.network, f.input_mode, scores, {**_origin(f), **summarize(scores)}))
                 rows += block
                 differences += [_difference(a, b) for i, a in enumerate(block) for b in block[i + 1 :]]
-    stopped = sum(row.scores.stopped for row in rows)
-    if stopped:
-        log.warning("%d logistic regressions stopped before they converged", stopped)
+    num_not_converged = sum(row.scores.num_not_converged for row in rows)
+    if num_not_converged:
+        log.warning("%d logistic regressions did not converge", num_not_converged)
     probes = [_probe(f, protocol) for f in features] if protocol.probe else []
     return Results(protocol, features, tuple(rows), tuple(differences), tuple(probes))
 
@@ -166,11 +169,11 @@ def _check_features(features: tuple[Features, ...]) -> Features:
         if not f.same_clips(features[0]):
             raise FewshotError(f"{f.network} and {features[0].network} have features of different clips")
     if len(set(names)) != len(names):
-        raise FewshotError(f"two networks have the same name and input_mode: {', '.join(map(str, names))}")
+        raise FewshotError(f"two networks have the same name and input mode: {', '.join(map(str, names))}")
     return features[0]
 
 
-def _episodes(clips: Features, protocol: Protocol, n_way: int, k_shot: int) -> Episodes:
+def _sample_episodes(clips: Features, protocol: Protocol, n_way: int, k_shot: int) -> Episodes:
     return sample_episodes(
         clips.labels,
         n_way=n_way,
@@ -185,23 +188,27 @@ def _episodes(clips: Features, protocol: Protocol, n_way: int, k_shot: int) -> E
 
 
 def _evaluate_over_ranks(
-    f: Features, episodes: Episodes, head: str | Head, protocol: Protocol, advance: Any
+    f: Features, episodes: Episodes, classifier: str, protocol: Protocol, advance: Callable[[int], None]
 ) -> EpisodeScores:
-    workers = protocol.workers
-    if workers is None and get_world_size() > 1:  # the ranks of one machine share its processors
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", get_world_size()))
-        workers = max(1, default_workers() // here)
-    options = {"workers": workers, "support_views": protocol.support_views, "advance": advance}
-    if get_world_size() == 1:
-        return evaluate(f.features, episodes, head, **options)
-    share = episodes.shard(get_rank(), get_world_size())
-    parts = all_gather_objects(evaluate(f.features, share, head, **options) if len(share) else None)
+    rank, world_size, workers = get_rank(), get_world_size(), protocol.workers
+    if workers is None and world_size > 1:  # the ranks of one machine share its processors
+        workers = max(1, default_num_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+    def evaluate(part: Episodes) -> EpisodeScores:
+        return evaluate_episodes(
+            f.features, part, classifier, workers=workers, support_views=protocol.support_views, advance=advance
+        )
+
+    if world_size == 1:
+        return evaluate(episodes)
+    shard = episodes.shard(rank, world_size)
+    parts = all_gather_objects(evaluate(shard) if len(shard) else None)
     return merge_scores([part for part in parts if part is not None], episodes)
 
 
-def _describe(f: Features) -> dict[str, Any]:
-    keep = ("checkpoint", "modality", "views", "n_masks", "mask_ratio", "seconds", "cached")
-    return {"network": f.network, "input_mode": f.input_mode, **{k: f.info[k] for k in keep if k in f.info}}
+def _origin(f: Features) -> dict[str, Any]:
+    keys = ("checkpoint", "modality", "eval_masks", "n_masks", "eval_mask_ratio", "seconds", "cached")
+    return {"network": f.network, "input_mode": f.input_mode, **{k: f.info[k] for k in keys if k in f.info}}
 
 
 def _difference(a: Row, b: Row) -> dict[str, Any]:
@@ -216,10 +223,5 @@ def _difference(a: Row, b: Row) -> dict[str, Any]:
 
 
 def _probe(f: Features, protocol: Protocol) -> dict[str, Any]:
-    found = probe_full_label_set(f.features, f.labels, groups=f.groups, seed=protocol.seed)
-    return {"network": f.network, "input_mode": f.input_mode, **found}
-
-
-def class_table(row: Row, classes: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
-    """Accuracy of each class, by name, for one row."""
-    return per_class(row.scores, classes)
+    accuracies = probe_full_label_set(f.features, f.labels, groups=f.groups, seed=protocol.seed)
+    return {"network": f.network, "input_mode": f.input_mode, **accuracies}

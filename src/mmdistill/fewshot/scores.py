@@ -1,4 +1,4 @@
-"""From features and episodes to numbers: accuracy, intervals, paired differences, per-class accuracy, confusion.
+"""Accuracy, intervals, paired differences, per-class accuracy and confusion from features and episodes.
 
 Accuracies are fractions in [0, 1] here and in JSON files; tables and pages print percent.
 
@@ -13,31 +13,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mmdistill.fewshot.classifiers import Head, find_head, predict_batched
+from mmdistill.fewshot.classifiers import get_classifier
 from mmdistill.fewshot.episodes import Episodes
 from mmdistill.fewshot.errors import FeatureError, FewshotError
-from mmdistill.fewshot.logistic import FloatArray, predict_logistic
+from mmdistill.fewshot.logistic import FloatArray
 
 SUPPORT_VIEWS = ("each", "first")
 
 
 @dataclass(frozen=True)
 class EpisodeScores:
-    """What one head answered on features of one network.
+    """Predictions of one classifier on the features of one network.
 
     Attributes:
-        episodes: the episodes asked.
+        episodes: the evaluated episodes.
         predictions: int64 (E, N * Q), positions 0..N-1 in `episodes.classes`; queries in the order of `episodes.query`.
-        accuracy: float64 (E,), fraction of right answers of each episode.
-        head: its name.
-        stopped: fits of the logistic head that ended before they converged.
+        accuracy: float64 (E,), fraction of correct predictions of each episode.
+        classifier: name of the classifier.
+        num_not_converged: number of fits that did not converge.
     """
 
     episodes: Episodes
     predictions: NDArray[np.int64]
     accuracy: NDArray[np.float64]
-    head: str
-    stopped: int = 0
+    classifier: str
+    num_not_converged: int = 0
 
 
 def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
@@ -62,10 +62,10 @@ def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
     return x
 
 
-def evaluate(
+def evaluate_episodes(
     features: ArrayLike,
     episodes: Episodes,
-    head: str | Head,
+    classifier: str,
     *,
     workers: int | None = None,
     support_views: str = "each",
@@ -75,62 +75,58 @@ def evaluate(
     """Classify the queries of every episode.
 
     With V views this is MM-CDFSL's ensemble inference over masks (arXiv 2405.19917, section 3.4): class probabilities
-    are averaged over views and the largest is the answer.
+    are averaged over views, and the class with the largest probability is predicted.
 
     Args:
         features: float (clips, D) or (clips, V, D).
         episodes: indices into the clips.
-        head: a name of `HEADS`, or a `Head`.
-        workers: processes of the logistic head; the result does not depend on it.
-        support_views: "each": view v of a query meets a classifier made from view v of the support. "first": one
-            classifier from the first view, as in the paper's release.
-        device: where the batched heads compute.
-        advance: called with the number of episodes done, for a progress bar.
+        classifier: a name in `CLASSIFIERS`.
+        workers: number of processes of the logistic regression; the result does not depend on it.
+        support_views: "each": view v of a query is classified by a classifier fitted to view v of the support clips.
+            "first": one classifier is fitted to the first view, as in the paper's release.
+        device: the device of the other built-in classifiers.
+        advance: called with the number of episodes that have been finished since the last call.
 
     Raises:
-        FewshotError: features that are not finite, an unknown head, indices outside the features.
+        FewshotError: features that are not finite, an unknown classifier, indices outside the features.
     """
     x = as_views(features)
-    spec = find_head(head)
+    model = get_classifier(classifier)
     if support_views not in SUPPORT_VIEWS:
         raise FewshotError(f"support_views={support_views!r} is not one of {', '.join(SUPPORT_VIEWS)}")
     highest = max(int(episodes.support.max()), int(episodes.query.max()))
     if highest >= len(x):
-        raise FewshotError(f"the episodes name clip {highest}, but there are features of {len(x)} clips only")
-    first, stopped = support_views == "first", 0
-    if spec.kind == "logistic":
-        predictions, stopped = predict_logistic(
-            x, episodes, c=spec.c, first_support_view=first, normalise=spec.normalise, workers=workers, advance=advance
-        )
-    else:
-        predictions = predict_batched(x, episodes, spec, first_support_view=first, device=device, advance=advance)
+        raise FewshotError(f"the episodes contain clip {highest}, but there are features of {len(x)} clips only")
+    predictions, num_not_converged = model.predict(
+        x, episodes, first_support_view=support_views == "first", workers=workers, device=device, advance=advance
+    )
     accuracy = (predictions == episodes.targets).mean(axis=1)
-    return EpisodeScores(episodes, predictions, accuracy, head if isinstance(head, str) else head.kind, stopped)
+    return EpisodeScores(episodes, predictions, accuracy, classifier, num_not_converged)
 
 
-def merge_scores(parts: Sequence[EpisodeScores], whole: Episodes) -> EpisodeScores:
-    """Scores of the shards of `whole`, put together in its order.
+def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeScores:
+    """Scores of the shards of `episodes`, in the order of `episodes`.
 
     Raises:
         FewshotError: an episode is missing or occurs twice.
     """
     numbers = np.concatenate([p.episodes.numbers for p in parts])
     order = np.argsort(numbers, kind="stable")
-    if not np.array_equal(numbers[order], np.sort(whole.numbers)):
+    if not np.array_equal(numbers[order], np.sort(episodes.numbers)):
         raise FewshotError(
-            f"the shards hold {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(whole)}"
+            f"the shards hold {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(episodes)}"
         )
-    back = order[np.argsort(np.argsort(whole.numbers))]
+    rows = order[np.argsort(np.argsort(episodes.numbers))]
     return EpisodeScores(
-        whole,
-        np.concatenate([p.predictions for p in parts])[back],
-        np.concatenate([p.accuracy for p in parts])[back],
-        parts[0].head,
-        sum(p.stopped for p in parts),
+        episodes,
+        np.concatenate([p.predictions for p in parts])[rows],
+        np.concatenate([p.accuracy for p in parts])[rows],
+        parts[0].classifier,
+        sum(p.num_not_converged for p in parts),
     )
 
 
-def _mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
+def _mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
     """Mean, standard deviation, standard error, half width of the 95 % interval (Student's t) of episode values."""
     if len(values) < 2:
         raise FewshotError(f"{len(values)} episode has no standard error; draw at least 2")
@@ -144,9 +140,9 @@ def summarize(scores: EpisodeScores) -> dict[str, Any]:
 
     `top1_action_ensemble` is the mean accuracy (a fraction), `..._std` the standard deviation over episodes,
     `..._std_error` that of the mean, `ci95` the half width of its 95 % interval. The interval covers the choice of
-    episodes from these clips; it says nothing about other clips or another training seed.
+    episodes from these clips. It does not cover other clips or another training seed.
     """
-    mean, std, error, ci95 = _mean_interval(scores.accuracy)
+    mean, std, error, ci95 = _mean_with_interval(scores.accuracy)
     episodes = scores.episodes
     return {
         "top1_action_ensemble": mean,
@@ -159,17 +155,17 @@ def summarize(scores: EpisodeScores) -> dict[str, Any]:
         "q_sample": episodes.q_sample,
         "classes": len(episodes.eligibility.classes) or len(np.unique(episodes.classes)),
         "classes_excluded": len(episodes.eligibility.excluded),
-        "classifier": scores.head,
+        "classifier": scores.classifier,
         "seed": episodes.seed,
         "disjoint": episodes.disjoint,
-        "fits_not_converged": scores.stopped,
+        "num_not_converged": scores.num_not_converged,
     }
 
 
 def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     """Mean of accuracy(a) - accuracy(b) over the same episodes, with its 95 % interval.
 
-    Far narrower than the difference of two intervals, because an easy episode is easy for both.
+    The interval is far narrower than that of an unpaired difference, because an easy episode is easy for both.
 
     Returns:
         difference, std_error, ci95 (half width), low, high: fractions.
@@ -179,30 +175,30 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     """
     if not a.episodes.has_same_clips(b.episodes):
         raise FewshotError("a paired difference needs the same episodes of the same clips on both sides")
-    mean, _, error, ci95 = _mean_interval(a.accuracy - b.accuracy)
+    mean, _, error, ci95 = _mean_with_interval(a.accuracy - b.accuracy)
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}
 
 
-def confusion(scores: EpisodeScores, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pooled confusion over all episodes.
+def count_confusions(scores: EpisodeScores, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Confusion over all episodes.
 
     Returns:
-        counts int64 (C, C): queries of class i (row) answered with class j (column); and met int64 (C, C): queries of
-        class i in episodes where j could be answered. counts / met is comparable between classes, counts alone is not.
+        counts int64 (C, C): queries of class i (row) predicted as class j (column); and possible int64 (C, C): queries
+        of class i in episodes that contain class j. counts / possible is comparable between classes, counts is not.
     """
     episodes = scores.episodes
     true = np.repeat(episodes.classes, episodes.q_sample, axis=1)  # (E, N * Q)
-    answer = np.take_along_axis(episodes.classes, scores.predictions, axis=1)
+    predicted = np.take_along_axis(episodes.classes, scores.predictions, axis=1)
     counts = np.zeros((num_classes, num_classes), dtype=np.int64)
-    met = np.zeros_like(counts)
-    np.add.at(counts, (true, answer), 1)
-    np.add.at(met, (episodes.classes[:, :, None], episodes.classes[:, None, :]), episodes.q_sample)
-    return counts, met
+    possible = np.zeros_like(counts)
+    np.add.at(counts, (true, predicted), 1)
+    np.add.at(possible, (episodes.classes[:, :, None], episodes.classes[:, None, :]), episodes.q_sample)
+    return counts, possible
 
 
-def per_class(scores: EpisodeScores, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def per_class_accuracy(scores: EpisodeScores, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Accuracy of each class over all of its queries, by name: {"accuracy": fraction, "queries": number}."""
-    counts, _ = confusion(scores, len(names))
+    counts, _ = count_confusions(scores, len(names))
     queries = counts.sum(axis=1)
     return {
         names[c]: {"accuracy": float(counts[c, c] / queries[c]), "queries": int(queries[c])}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdistill.console import Display
+from mmdistill.console import ProgressDisplay
 from mmdistill.training.loggers import Csv, Tracker, carry_rows, open_trackers
 
 LOG_FILE = "run.log"
@@ -48,7 +48,7 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = run_dir / LOG_FILE
         self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {}, source)
-        self._display = Display(title, total_steps, ends=True, say=self.say)
+        self._display = ProgressDisplay(title, total_steps, show_ends=True, print_line=self.say)
 
     def __enter__(self) -> "RunLog":
         if self.enabled:
@@ -76,7 +76,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line above the bar, on standard error, and in ``run.log``."""
         if self.enabled:
-            self._display.say(text)
+            self._display.print(text)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

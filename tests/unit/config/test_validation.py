@@ -19,6 +19,7 @@ from mmdistill.config import (
     modality_setting_key,
     modality_specs,
     teacher_paths,
+    validation,
     zero_stage,
 )
 from mmdistill.config.compose import load_config
@@ -252,10 +253,18 @@ def test_component_names_end_with_their_modality() -> None:
 
 
 def test_config_names_every_classifier() -> None:
-    from mmdistill.fewshot import classifiers
+    from mmdistill.fewshot.classifiers import CLASSIFIERS
 
-    registered = getattr(classifiers, "CLASSIFIERS", None) or classifiers.HEADS
-    assert sorted(CLASSIFIER_NAMES) == sorted(registered)
+    assert sorted(CLASSIFIER_NAMES) == sorted(CLASSIFIERS.names())
+
+
+def test_classifiers_of_entry_points_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="classifier=mine is not one of logistic"):
+        distill_config("classifier=mine")
+    monkeypatch.setattr(
+        validation, "entry_point_names", lambda group: ["mine"] if group == "mmdistill.classifiers" else []
+    )
+    assert distill_config("classifier=[knn,mine]").classifier == ["knn", "mine"]
 
 
 def test_teacher_paths_take_list_and_mapping() -> None:

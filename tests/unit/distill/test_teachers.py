@@ -19,7 +19,7 @@ from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import check_teachers, load_teachers, read_teacher
-from mmdistill.evaluation.run import _networks
+from mmdistill.evaluation.networks import load_networks
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.integration.test_resume import teacher
 from tests.tiny_data import overrides
@@ -106,18 +106,18 @@ def test_a_fresh_run_needs_paths() -> None:
         load_teachers(config, modality_specs(config.data_module), None)
 
 
-def test_evaluation_of_a_slim_file(slim: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_of_a_student_only_checkpoint(slim: Path, tmp_path: Path) -> None:
     config = configure("train=False", f"ckpt_path={slim}", "baselines=[random,teacher_rgb,teacher_flow]")
-    rows = {n.name: n for n in _networks(config, read_checkpoint(slim))}
+    rows = {n.name: n for n in load_networks(config, read_checkpoint(slim))[0]}
     assert list(rows) == ["student_rgb", "random", "teacher_rgb", "teacher_flow"]
     assert rows["teacher_flow"].checkpoint == str(tmp_path / "flow")
     assert torch.equal(rows["student_rgb"].encoder.norm.weight, rows["teacher_rgb"].encoder.norm.weight + 1)
     shutil.rmtree(tmp_path / "flow")
-    assert [n.name for n in _networks(config, read_checkpoint(slim))] == ["student_rgb", "random", "teacher_rgb"]
-    said = capsys.readouterr().out
-    assert f"teacher_flow is not in {slim}, a slim file; this row is left out" in said
-    with pytest.raises(ConfigError, match="no part 'student_flow'"):
-        _networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), read_checkpoint(slim))
+    networks, (message,) = load_networks(config, read_checkpoint(slim))
+    assert [n.name for n in networks] == ["student_rgb", "random", "teacher_rgb"]
+    assert message.startswith(f"baselines: skipping teacher_flow: {slim} is a student-only checkpoint: ")
+    with pytest.raises(CheckpointError, match="no component 'student_flow'"):
+        load_networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), read_checkpoint(slim))
 
 
 def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from mmdistill.distill.validation import METRIC, Validation, make_validation
 from mmdistill.distributed.launch import free_port
 from mmdistill.distributed.process import Process
 from mmdistill.evaluation.networks import Network
-from mmdistill.fewshot.encode import Views, encode_clips
+from mmdistill.fewshot.encode import EvalMasks, encode_clips
 from mmdistill.fewshot.episodes import sample_episodes
-from mmdistill.fewshot.scores import evaluate
+from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -84,13 +84,13 @@ def _independent(config: DistillConfig, path: Path) -> float:
     """All evaluation clips through the evaluation's own encoding, then the same episodes."""
     student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
     dataset = make_clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
-    job = student.job(modality_specs(config.data_module)["rgb"], Views())
+    job = student.job(modality_specs(config.data_module)["rgb"], EvalMasks())
     loader = make_clip_loader(dataset, num_workers=0, pin_memory=False, batch_size=5)
     (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
     episodes = sample_episodes(
         features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups
     )
-    return float(evaluate(features.features, episodes, "centroid").accuracy.mean())
+    return float(evaluate_episodes(features.features, episodes, "centroid").accuracy.mean())
 
 
 def test_the_logged_value_is_an_independent_evaluation_of_the_student(

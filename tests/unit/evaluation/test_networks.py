@@ -3,14 +3,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import CheckpointError
-from mmdistill.evaluation.networks import load_network, random_network
-from mmdistill.fewshot.encode import Views
+from mmdistill.checkpoint import CheckpointError, read_checkpoint
+from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig
+from mmdistill.config.compose import load_config
+from mmdistill.evaluation.networks import load_network, load_networks, make_random_network
+from mmdistill.fewshot.encode import EvalMasks
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import get_modality
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
-SIZES = {"rgb": (4, 32, 32), "flow": (4, 32, 32), "skeleton": (4, 16, 16)}
+TINY = ("data_module.num_frames=4", "data_module.crop_size=[32,32]", "data_module.patch_size=8")
+
+
+def make_config(*overrides: str) -> DistillConfig:
+    return load_config(DistillConfig, "config_mmdistill", ["train=False", "ckpt_path=x", *TINY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def data() -> DataModuleConfig:
+    return make_config().data_module
 
 
 def encoder(channels: int, seed: int) -> Encoder:
@@ -21,74 +32,114 @@ def encoder(channels: int, seed: int) -> Encoder:
 @pytest.fixture
 def distilled(tmp_path: Path) -> Path:
     """A distilled checkpoint as another program might write it: weights only."""
-    parts = {"student_rgb": encoder(3, 0), "teacher_rgb": encoder(3, 1), "teacher_flow": encoder(2, 2)}
-    state = {f"{part}.encoder.{k}": v for part, e in parts.items() for k, v in e.state_dict().items()}
+    components = {"student_rgb": encoder(3, 0), "teacher_rgb": encoder(3, 1), "teacher_flow": encoder(2, 2)}
+    state = {f"{name}.encoder.{k}": v for name, e in components.items() for k, v in e.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "epoch=01-train_loss=0.5.ckpt")
     return tmp_path / "epoch=01-train_loss=0.5.ckpt"
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "modality", "seed"),
+    ("component", "name", "modality", "seed"),
     [
         (None, "student_rgb", "rgb", 0),
         ("teacher_rgb", "teacher_rgb", "rgb", 1),
         ("teacher_flow", "teacher_flow", "flow", 2),
     ],
 )
-def test_any_part_of_a_distilled_checkpoint(distilled: Path, part: str | None, name: str, modality: str, seed: int):
-    network = load_network(distilled, part=part, input_sizes=SIZES, token_grid=(4, 4))
+def test_any_component_of_a_distilled_checkpoint_is_loaded(
+    distilled: Path, data: DataModuleConfig, component: str | None, name: str, modality: str, seed: int
+):
+    network = load_network(distilled, component=component, data=data)
     assert (network.name, network.modality, network.checkpoint) == (name, modality, str(distilled))
     assert torch.equal(
         network.encoder.blocks[0].mlp.fc1.weight, encoder(3 if modality == "rgb" else 2, seed).blocks[0].mlp.fc1.weight
     )
-    job = network.job(get_modality(modality).spec(), Views())
+    job = network.encoding_job(get_modality(modality).spec(), EvalMasks())
     assert job.network == name
     assert job.info == {"checkpoint": str(distilled), "modality": modality}
 
 
-def test_a_pretraining_checkpoint_is_named_by_its_modality(tmp_path: Path):
+def test_a_pretraining_checkpoint_is_named_after_its_modality(tmp_path: Path, data: DataModuleConfig):
     torch.save({"model": {f"encoder.{k}": v for k, v in encoder(2, 0).state_dict().items()}}, tmp_path / "f.pth")
-    assert load_network(tmp_path / "f.pth", input_sizes=SIZES, token_grid=(4, 4)).name == "pretrained_flow"
+    assert load_network(tmp_path / "f.pth", data=data).name == "pretrained_flow"
 
 
-def test_wrong_parts_modalities_and_specs_are_refused(distilled: Path):
+def test_wrong_components_modalities_and_specs_raise_an_error(distilled: Path, data: DataModuleConfig):
     with pytest.raises(CheckpointError, match="student_rgb, teacher_rgb, teacher_flow"):
-        load_network(distilled, part="teacher_skeleton", input_sizes=SIZES, token_grid=(4, 4))
+        load_network(distilled, component="teacher_skeleton", data=data)
     with pytest.raises(FewshotError, match="teacher_flow is of the modality flow, not rgb"):
-        load_network(distilled, part="teacher_flow", modality="rgb", input_sizes=SIZES, token_grid=(4, 4))
-    with pytest.raises(FewshotError, match="takes rgb with 3 channels, the data are flow"):
-        load_network(distilled, input_sizes=SIZES, token_grid=(4, 4)).spec(get_modality("flow").spec())
+        load_network(distilled, component="teacher_flow", modality="rgb", data=data)
+    with pytest.raises(FewshotError, match="takes rgb with 3 channels, the dataset's modality is flow with 2"):
+        load_network(distilled, data=data).spec(get_modality("flow").spec())
 
 
-def test_the_random_network_is_seeded_and_leaves_the_generator_alone(distilled: Path):
-    student = load_network(distilled, input_sizes=SIZES, token_grid=(4, 4))
+def test_the_random_network_is_seeded_and_does_not_advance_the_global_generator(
+    distilled: Path, data: DataModuleConfig
+):
+    student = load_network(distilled, data=data)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    a, b, c = (random_network(student, seed=s) for s in (7, 7, 8))
+    a, b, c = (make_random_network(student, seed=s) for s in (7, 7, 8))
     assert torch.equal(torch.rand(3), expected)
     weight = [n.encoder.blocks[0].attn.qkv.weight for n in (a, b, c, student)]
     assert torch.equal(weight[0], weight[1])
     assert not torch.equal(weight[0], weight[2])
     assert not torch.equal(weight[0], weight[3])
-    assert (a.name, a.checkpoint) == ("random", "")
+    assert (a.name, a.checkpoint) == ("random", "none: untrained weights")
 
 
-def test_statistics_precision_and_weights_are_in_the_cache_key(distilled: Path):
-    student = load_network(distilled, input_sizes=SIZES, token_grid=(4, 4))
+def test_statistics_precision_and_weights_are_in_the_cache_key(distilled: Path, data: DataModuleConfig):
+    student = load_network(distilled, data=data)
     spec = get_modality("rgb").spec()
     keys = {
-        student.job(spec, Views()).key("d"),
-        student.job(spec.with_statistics((0.0,), (1.0,)), Views()).key("d"),
-        student.job(spec, Views(), precision="bf16").key("d"),
-        random_network(student, seed=7).job(spec, Views()).key("d"),
+        student.encoding_job(spec, EvalMasks()).cache_key("d"),
+        student.encoding_job(spec.with_statistics((0.0,), (1.0,)), EvalMasks()).cache_key("d"),
+        student.encoding_job(spec, EvalMasks(), precision="bf16").cache_key("d"),
+        make_random_network(student, seed=7).encoding_job(spec, EvalMasks()).cache_key("d"),
     }
     assert len(keys) == 4
 
 
-def test_wrong_resolution_without_metadata_is_an_error(tmp_path: Path) -> None:
+def test_wrong_resolution_without_metadata_raises_an_error(tmp_path: Path) -> None:
     """Patch 16 at 64 x 64 fits heat-maps of 16 x 16 by the rule "size of the input", with a grid of one token."""
     config = EncoderConfig(17, 4, 64, 64, 16, 2, dim=128, depth=1, heads=2, head_dim=64, mlp_dim=256)
     torch.save({"model": {f"encoder.{k}": v for k, v in Encoder(config).state_dict().items()}}, tmp_path / "s.pth")
-    with pytest.raises(FewshotError, match=r"\(4, 64, 64\), the data give \(4, 16, 16\)"):
-        load_network(tmp_path / "s.pth", input_sizes=SIZES, token_grid=(4, 4))
+    with pytest.raises(ConfigError, match=r"\(checkpoint / data_module\): height 64 / 16, width 64 / 16, patch 16 / 4"):
+        load_network(tmp_path / "s.pth", data=make_config("data_module.modalities.skeleton.input_stride=2").data_module)
+
+
+def save_epochs(run_dir: Path, *names: str) -> list[str]:
+    """Pretraining checkpoints of one run, with different weights."""
+    paths = [run_dir / "checkpoints" / name for name in names]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": {f"encoder.{k}": v for k, v in encoder(3, seed).state_dict().items()}}, path)
+    return [str(path) for path in paths]
+
+
+def names_of(distilled: Path, *baselines: str) -> list[str]:
+    listed = ",".join(f"'{path}'" for path in baselines)
+    networks, messages = load_networks(make_config(f"baselines=[{listed}]"), read_checkpoint(distilled))
+    assert messages == []
+    return [network.name for network in networks]
+
+
+def test_two_epochs_of_one_run_have_distinct_names(distilled: Path, tmp_path: Path):
+    first, last = save_epochs(tmp_path / "2026" / "pretrain_rgb", "epoch=24-loss=0.5.pth", "epoch=49-loss=0.25.pth")
+    other = save_epochs(tmp_path / "2027" / "pretrain_other", "last.pth")[0]
+    assert names_of(distilled, first, other) == ["student_rgb", "pretrain_rgb", "pretrain_other"]
+    distinct = ["pretrain_rgb (epoch=24-loss=0.5)", "pretrain_rgb (epoch=49-loss=0.25)"]
+    assert names_of(distilled, first, other, last) == ["student_rgb", distinct[0], "pretrain_other", distinct[1]]
+
+
+def test_runs_of_the_same_name_are_named_by_their_paths(distilled: Path, tmp_path: Path):
+    paths = [save_epochs(tmp_path / day / "pretrain_rgb", "last.pth")[0] for day in ("monday", "tuesday")]
+    assert names_of(distilled, *paths) == ["student_rgb", *paths]
+
+
+def test_the_same_baseline_twice_raises_an_error(distilled: Path, tmp_path: Path):
+    (path,) = save_epochs(tmp_path / "pretrain_rgb", "last.pth")
+    for baselines in ((path, path), ("random", "random")):
+        with pytest.raises(ConfigError, match="two networks have the same name"):
+            names_of(distilled, *baselines)

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint in this process: input_modes beside each other, and when cached features are stale."""
+"""The evaluation of a checkpoint in this process: input modes, log lines, and the feature cache."""
 
 import json
 from pathlib import Path
@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import read_checkpoint, save_torch
+from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import read_teacher
-from mmdistill.evaluation.run import _networks, check_evaluation, evaluate_checkpoint
+from mmdistill.distributed.process import Process
+from mmdistill.evaluation.networks import load_networks
+from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
-GEOMETRY = EncoderConfig(
+ENCODER = EncoderConfig(
     channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64
 )
 
@@ -31,9 +33,11 @@ def data(tmp_path: Path) -> Path:
 def checkpoint(tmp_path: Path) -> Path:
     """A distilled file: a student and a teacher with random weights."""
     torch.manual_seed(7)
-    parts = {name: Encoder(GEOMETRY) for name in ("student_rgb", "teacher_rgb")}
-    state = {f"{name}.encoder.{key}": v for name, part in parts.items() for key, v in part.state_dict().items()}
-    meta = {"kind": "distill", "encoders": {name: to_plain(GEOMETRY) for name in parts}}
+    encoders = {name: Encoder(ENCODER) for name in ("student_rgb", "teacher_rgb")}
+    state = {
+        f"{name}.encoder.{key}": v for name, encoder in encoders.items() for key, v in encoder.state_dict().items()
+    }
+    meta = {"kind": "distill", "encoders": {name: to_plain(ENCODER) for name in encoders}}
     save_torch({"state_dict": state, "mmdistill": meta}, tmp_path / "student.ckpt")
     return tmp_path / "student.ckpt"
 
@@ -51,13 +55,11 @@ def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, 
 SHARED, PER_CLIP = "2 tube masks, 75% removed, shared", "2 tube masks, 75% removed, per clip"
 
 
-def test_the_three_readouts_stand_beside_each_other_with_their_cost(
-    data: Path, checkpoint: Path, tmp_path: Path
-) -> None:
-    """By default; the headline and the other networks' rows are those of the configured input_mode."""
+def test_all_three_input_modes_are_evaluated_by_default(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The headline and the rows of the baselines use the configured input mode."""
     out = _evaluate(data, checkpoint, tmp_path)
     assert json.loads((tmp_path / "fewshot.json").read_text()) == out
-    assert (out["network"], out["input_mode"]) == ("student_rgb", "whole clip")
+    assert (out["network"], out["input_mode"]) == ("student_rgb", "whole clips")
     masked = [f"student_rgb ({SHARED})", f"student_rgb ({PER_CLIP})"]
     for setting in out["settings"]:
         assert list(setting["rows"]) == ["student_rgb", *masked, "random", "teacher_rgb"]
@@ -69,51 +71,54 @@ def test_the_three_readouts_stand_beside_each_other_with_their_cost(
             assert difference == pytest.approx(own - other)
     assert out["settings"][0]["rows"]["student_rgb"]["top1_action_ensemble"] == out["top1_action_ensemble"]
     page = (tmp_path / "report.html").read_text()
-    assert all(text in page for text in ("whole clip", SHARED, PER_CLIP))
+    assert all(text in page for text in ("whole clips", SHARED, PER_CLIP))
 
 
-def test_each_readout_is_what_it_is_alone(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_input_mode_has_the_same_result_alone(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     together = _evaluate(data, checkpoint, tmp_path / "all")["settings"][0]["rows"]
-    ways = {
+    modes = {
         "student_rgb": [],
         f"student_rgb ({SHARED})": ["data_module.n_masks=2"],
         f"student_rgb ({PER_CLIP})": ["data_module.n_masks=2", "data_module.eval_masks=per_clip"],
     }
-    for number, (name, way) in enumerate(ways.items()):
-        alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.input_modes=configured", *way)
+    for number, (name, options) in enumerate(modes.items()):
+        alone = _evaluate(data, checkpoint, tmp_path / str(number), "data_module.input_modes=configured", *options)
         assert list(alone["settings"][0]["rows"]) == ["student_rgb", "random", "teacher_rgb"]
         assert alone["input_mode"] == together[name]["input_mode"]
         assert alone["top1_action_ensemble"] == together[name]["top1_action_ensemble"]
     headline = _evaluate(data, checkpoint, tmp_path / "masked", "data_module.n_masks=2")
     assert headline["input_mode"] == SHARED
-    assert "student_rgb (whole clip)" in headline["settings"][0]["rows"]
+    assert "student_rgb (whole clips)" in headline["settings"][0]["rows"]
 
 
-def test_masks_that_leave_nothing_visible_are_left_out_unless_asked_for(
+def test_input_modes_without_visible_tokens_are_skipped_unless_configured(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hidden = "data_module.eval_mask_ratio=0.99"
     out = _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]")
     assert list(out["settings"][0]["rows"]) == ["student_rgb"]
-    assert "left out: 2 tube masks, 99% removed, shared: mask ratio 0.99 leaves none" in capsys.readouterr().out
+    assert (
+        "input_modes=all: skipping 2 tube masks, 99% removed, shared: mask ratio 0.99 leaves none"
+        in capsys.readouterr().out
+    )
     with pytest.raises(ConfigError, match=r"eval_mask_ratio=0\.99 leaves none of 16 tokens visible"):
         _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]", "data_module.n_masks=2")
 
 
-def test_compiling_is_for_training(
+def test_compile_is_ignored(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Said, not silently ignored; the numbers are those of an evaluation without it."""
+    """With a log line; the results equal those of an evaluation without it."""
 
-    def refused(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(torch.nn.Module, "compile", refused)
+    monkeypatch.setattr(torch.nn.Module, "compile", fail)
     common = ("feature_cache=null", "data_module.input_modes=configured", "baselines=[]")
     plain = _evaluate(data, checkpoint, tmp_path, *common)["settings"][0]["rows"]["student_rgb"]
     assert "compile=true" not in capsys.readouterr().out
     asked = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
-    assert "compile=true is for training" in capsys.readouterr().out
+    assert "ignoring compile=true" in capsys.readouterr().out
     assert {**asked, "seconds": 0} == {**plain, "seconds": 0}
 
 
@@ -125,15 +130,15 @@ def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path,
     assert not cached()[0]
     used, before = cached()
     assert used
-    for frame in (data / "frames").glob("*/*.jpg"):  # rendered again under the same names: all the same picture now
+    for frame in (data / "frames").glob("*/*.jpg"):  # replace all frames by one image under the same names
         cv2.imwrite(str(frame), np.full((32, 36, 3), 90, np.uint8))
     used, after = cached()
     assert not used
-    assert before != after == pytest.approx(1 / 3)  # nothing to tell the classes apart
+    assert before != after == pytest.approx(1 / 3)  # chance: all classes look the same
     assert cached() == (True, after)
 
 
-def test_repeated_frames_are_reported_also_of_cached_features(
+def test_repeated_frames_are_reported_also_for_cached_features(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data / "frames" / "rally_T_0" / "000005.jpg").unlink()
@@ -144,26 +149,26 @@ def test_repeated_frames_are_reported_also_of_cached_features(
         assert "missing=repeat: rgb 0 clips left out, 1 frames repeated" in capsys.readouterr().out
 
 
-def test_clips_of_another_size_than_trained_on_are_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_clips_of_another_size_than_the_training_raise_an_error(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\(checkpoint / data_module\): height 32 / 16, width 32 / 16"):
         _evaluate(data, checkpoint, tmp_path, "data_module.crop_size=[16,16]")
 
 
-def test_a_part_that_is_not_there_is_refused(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_component_raises_an_error(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     for override in ("eval_component=teacher_old_rgb", "baselines=[teacher_old_rgb]"):
-        with pytest.raises(ConfigError, match=r"no part 'teacher_old_rgb', set .* to student_rgb, teacher_rgb"):
+        with pytest.raises(CheckpointError, match=r"no component 'teacher_old_rgb'; .* to student_rgb, teacher_rgb"):
             _evaluate(data, checkpoint, tmp_path, override)
 
 
-def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Path) -> None:
-    state = {f"encoder.{key}": v for key, v in Encoder(GEOMETRY).state_dict().items()}
+def test_a_pretraining_checkpoint_has_no_other_component(data: Path, tmp_path: Path) -> None:
+    state = {f"encoder.{key}": v for key, v in Encoder(ENCODER).state_dict().items()}
     save_torch({"module": state, "mmdistill": {"kind": "pretrain", "modality": "rgb"}}, tmp_path / "rgb.pt")
     with pytest.raises(ConfigError, match=r"eval_component=teacher_flow: .*rgb.pt is not a distilled checkpoint"):
         _evaluate(data, tmp_path / "rgb.pt", tmp_path, "eval_component=teacher_flow")
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("data_module.q_sample=30", "only 0 of 4"),
         ("data_module.eval_clips=windows", "no clip has a label"),
@@ -172,16 +177,16 @@ def test_a_pretraining_checkpoint_has_no_other_network(data: Path, tmp_path: Pat
         ("baselines=[/nowhere]", "baselines: /nowhere is neither"),
     ],
 )
-def test_what_a_later_evaluation_cannot_do_is_said_before_the_training(data: Path, override: str, told: str) -> None:
+def test_check_evaluation_finds_errors_before_the_training(data: Path, override: str, message: str) -> None:
     check_evaluation(_config(data))
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check_evaluation(_config(data, override))
 
 
-def test_clips_that_show_the_same_frames_are_said(
+def test_overlapping_clips_are_logged(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Windows of 4 frames, one every 2: each of a video's four overlaps its neighbours."""
+    """Windows of 4 frames, one every 2: each of a video's four windows overlaps its neighbors."""
     windows = ("data_module.eval_clips=windows", "data_module.window_stride=2", "data_module.label=video")
     out = _evaluate(data, checkpoint, tmp_path, *windows, "baselines=[]", "data_module.input_modes=configured")
     assert out["overlapping_clips"] == 96
@@ -217,4 +222,21 @@ def test_input_size_without_metadata_is_the_token_grid_in_each_phase(tmp_path: P
     with pytest.raises(ConfigError, match=hint):
         read_teacher(str(tmp_path / "s.pth"), "skeleton", spec, config.data_module)
     with pytest.raises(ConfigError, match=hint):
-        _networks(config, read_checkpoint(tmp_path / "s.pth"))
+        load_networks(config, read_checkpoint(tmp_path / "s.pth"))
+
+
+def test_only_rank_zero_prints(
+    data: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Skipped input modes and baselines included: each of them has a log line on rank 0."""
+    state = {f"encoder.{key}": v for key, v in Encoder(ENCODER).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": "rgb", "encoders": {"encoder": to_plain(ENCODER)}}
+    save_torch({"module": state, "mmdistill": meta}, tmp_path / "rgb.pt")
+    options = ("data_module.eval_mask_ratio=0.99", "baselines=[teacher_rgb]")
+    _evaluate(data, tmp_path / "rgb.pt", tmp_path, *options)
+    out = capfd.readouterr().out
+    assert "baselines: skipping teacher_rgb" in out
+    assert out.count("input_modes=all: skipping") == 2
+    monkeypatch.setattr(Process, "is_main", property(lambda self: False))
+    _evaluate(data, tmp_path / "rgb.pt", tmp_path, *options)
+    assert capfd.readouterr().out == ""

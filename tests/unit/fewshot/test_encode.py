@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, Views, encode_cached, encode_clips
+from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks, encode_cached, encode_clips
 from mmdistill.fewshot.errors import FeatureError, FewshotError
-from mmdistill.fewshot.features import cache_file, merge_features
+from mmdistill.fewshot.features import cache_path, merge_features
 from mmdistill.modalities import get_modality, preprocess_clips
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
@@ -37,12 +37,12 @@ def loader(order: list[int] | None = None, batch: int = 4) -> list[dict[str, Ten
     return [{"rgb": clips[r], "crop_box": view.expand(len(r), 5), "index": r} for r in rows]
 
 
-def job(views: Views = Views(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> EncodingJob:  # noqa: B008
+def job(masks: EvalMasks = EvalMasks(), *, encoder: Encoder | None = None, network: str = "student_rgb") -> EncodingJob:  # noqa: B008
     encoder = encoder or tiny_encoder()
-    return EncodingJob(network, ClipEncoder(encoder, get_modality("rgb").spec()), GRID, views, weights_digest(encoder))
+    return EncodingJob(network, ClipEncoder(encoder, get_modality("rgb").spec()), GRID, masks, weights_digest(encoder))
 
 
-def test_whole_clip_features_are_the_encoder_s():
+def test_whole_clip_features_equal_those_of_the_encoder():
     encoder = tiny_encoder()
     (found,) = encode_clips([job(encoder=encoder)], loader(), INDEX)
     (batch,) = loader(batch=N)
@@ -55,16 +55,16 @@ def test_whole_clip_features_are_the_encoder_s():
     assert found.ids == tuple(c.id for c in INDEX.clips)
     assert found.groups[3] == "v1"
     assert found.labels.tolist() == [i % 3 for i in range(N)]
-    assert (found.info["network"], found.input_mode) == ("student_rgb", "whole clip")
+    assert (found.info["network"], found.input_mode) == ("student_rgb", "whole clips")
 
 
-@pytest.mark.parametrize("sharing", ["shared", "per_clip"])
-def test_masks_do_not_depend_on_order_batch_or_ranks(sharing: str):
-    views = Views(3, 0.5, "tube", sharing, seed=7)
-    (whole,) = encode_clips([job(views)], loader(), INDEX)
-    (mixed,) = encode_clips([job(views)], loader([7, 2, 9, 0, 1, 5, 3, 8, 6, 4], batch=3), INDEX)
+@pytest.mark.parametrize("shared_masks", [True, False])
+def test_masks_do_not_depend_on_order_batch_or_ranks(shared_masks: bool):
+    masks = EvalMasks(3, 0.5, "tube", shared_masks, seed=7)
+    (whole,) = encode_clips([job(masks)], loader(), INDEX)
+    (mixed,) = encode_clips([job(masks)], loader([7, 2, 9, 0, 1, 5, 3, 8, 6, 4], batch=3), INDEX)
     np.testing.assert_allclose(mixed.features, whole.features, atol=1e-5)
-    parts = [encode_clips([job(views)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
+    parts = [encode_clips([job(masks)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
     merged = merge_features(parts, whole.ids)
     np.testing.assert_allclose(merged.features, whole.features, atol=1e-5)
     assert merged.same_clips(whole)
@@ -73,16 +73,16 @@ def test_masks_do_not_depend_on_order_batch_or_ranks(sharing: str):
 
 def test_shared_masks_are_equal_and_per_clip_masks_are_not():
     clips = INDEX.clips
-    shared = Views(2, 0.5, "random", "shared").visible(clips, 0, (4, 4, 4))
+    shared = EvalMasks(2, 0.5, "random").visible_tokens(clips, 0, (4, 4, 4))
     assert shared is not None
     assert shared.shape == (N, 32)
     assert (shared == shared[0]).all()
-    per_clip = Views(2, 0.5, "random", "per_clip").visible(clips, 0, (4, 4, 4))
+    per_clip = EvalMasks(2, 0.5, "random", False).visible_tokens(clips, 0, (4, 4, 4))
     assert per_clip is not None
     assert len({tuple(row.tolist()) for row in per_clip}) == N
-    assert torch.equal(per_clip[3], Views(9, 0.5, "random", "per_clip").visible(clips[3:4], 0, (4, 4, 4))[0])
-    assert not torch.equal(per_clip, Views(2, 0.5, "random", "per_clip", seed=1).visible(clips, 0, (4, 4, 4)))
-    assert Views(0).visible(clips, 0, GRID) is None
+    assert torch.equal(per_clip[3], EvalMasks(9, 0.5, "random", False).visible_tokens(clips[3:4], 0, (4, 4, 4))[0])
+    assert not torch.equal(per_clip, EvalMasks(2, 0.5, "random", False, seed=1).visible_tokens(clips, 0, (4, 4, 4)))
+    assert EvalMasks(0).visible_tokens(clips, 0, GRID) is None
 
 
 def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
@@ -93,14 +93,14 @@ def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
         return batch["index"][:, None].float().expand(-1, 5)
 
     made = encode_clips(
-        [EncodingJob("a", encode, GRID, Views(3, 0.5)), EncodingJob("b", encode, GRID)], loader(), INDEX
+        [EncodingJob("a", encode, GRID, EvalMasks(3, 0.5)), EncodingJob("b", encode, GRID)], loader(), INDEX
     )
     assert sorted(seen) == sorted(list(range(N)) * 4)
     assert [m.features.shape for m in made] == [(N, 3, 5), (N, 1, 5)]
     assert made[0].features[:, 0, 0].tolist() == list(range(N))
 
 
-def test_nan_weights_fail_loudly_naming_network_and_clips():
+def test_nan_weights_raise_an_error_that_names_network_and_clips():
     encoder = tiny_encoder()
     with torch.no_grad():
         encoder.blocks[0].mlp.fc1.weight.fill_(float("nan"))
@@ -108,7 +108,7 @@ def test_nan_weights_fail_loudly_naming_network_and_clips():
         encode_clips([job(encoder=encoder)], loader(), INDEX)
 
 
-def test_one_bad_clip_is_named():
+def test_a_clip_with_infinite_features_is_named():
     def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
         return torch.where(batch["index"] == 5, torch.inf, 1.0)[:, None].expand(-1, 3)
 
@@ -116,12 +116,12 @@ def test_one_bad_clip_is_named():
         encode_clips([EncodingJob("teacher_flow", encode, GRID)], loader(), INDEX)
 
 
-def test_collapsed_features_are_reported(caplog: pytest.LogCaptureFixture):
+def test_collapsed_features_are_logged(caplog: pytest.LogCaptureFixture):
     encode_clips([EncodingJob("student_rgb", lambda b, v: torch.ones(len(b["index"]), 3), GRID)], loader(), INDEX)
     assert "student_rgb: all 10 clips have the same features" in caplog.text
 
 
-def test_clips_twice_or_never_are_an_error():
+def test_duplicate_and_missing_clips_raise_an_error():
     with pytest.raises(FeatureError, match="11 clips, of which only 10"):
         encode_clips([job()], loader([*range(N), 0]), INDEX)
     with pytest.raises(FeatureError, match=r"for 10 clips; missing \['v4#9'\]"):
@@ -130,11 +130,11 @@ def test_clips_twice_or_never_are_an_error():
         encode_clips([job()], [], INDEX)
 
 
-def test_the_cache_saves_the_second_encoding(tmp_path: Path):
+def test_cached_features_are_not_encoded_again(tmp_path: Path):
     def never() -> list[dict[str, Tensor]]:
         raise AssertionError("the data were read although everything is cached")
 
-    jobs = [job(), job(Views(2, 0.5))]
+    jobs = [job(), job(EvalMasks(2, 0.5))]
     first = encode_cached(jobs, loader, INDEX, data="d", cache=tmp_path)
     again = encode_cached(jobs, never, INDEX, data="d", cache=tmp_path)
     for a, b in zip(first, again, strict=True):
@@ -143,56 +143,61 @@ def test_the_cache_saves_the_second_encoding(tmp_path: Path):
         assert (a.info["cached"], b.info["cached"]) == (False, True)
         assert b.info["seconds"] == a.info["seconds"]
     (renamed,) = encode_cached([job(network="teacher_rgb")], never, INDEX, data="d", cache=tmp_path)
-    assert renamed.network == "teacher_rgb"  # same weights: no second encoding, but this run's name
+    assert renamed.network == "teacher_rgb"  # same weights: not encoded again, but under the new name
 
 
-def test_the_cache_key_holds_weights_data_and_settings():
-    base = job(Views(2, 0.5))
+def test_the_cache_key_depends_on_weights_data_and_settings():
+    base = job(EvalMasks(2, 0.5))
     others = [
-        job(Views(2, 0.5), encoder=tiny_encoder(1)).key("d"),
-        base.key("e"),
-        job(Views(3, 0.5)).key("d"),
-        job(Views(2, 0.25)).key("d"),
-        job(Views(2, 0.5, "random")).key("d"),
-        job(Views(2, 0.5, sharing="per_clip")).key("d"),
-        job(Views(2, 0.5, seed=1)).key("d"),
-        job().key("d"),
+        job(EvalMasks(2, 0.5), encoder=tiny_encoder(1)).cache_key("d"),
+        base.cache_key("e"),
+        job(EvalMasks(3, 0.5)).cache_key("d"),
+        job(EvalMasks(2, 0.25)).cache_key("d"),
+        job(EvalMasks(2, 0.5, "random")).cache_key("d"),
+        job(EvalMasks(2, 0.5, shared_masks=False)).cache_key("d"),
+        job(EvalMasks(2, 0.5, seed=1)).cache_key("d"),
+        job().cache_key("d"),
     ]
-    assert len({base.key("d"), *others}) == 1 + len(others)
-    assert job(Views(0, seed=3)).key("d") == job().key("d")  # nothing is masked: the seed changes nothing
-    seeing = replace(base, info={"modality": "rgb"})
-    assert seeing.key({"flow": "e", "rgb": "d"}) == seeing.key("d")
+    assert len({base.cache_key("d"), *others}) == 1 + len(others)
+    assert job(EvalMasks(0, seed=3)).cache_key("d") == job().cache_key(
+        "d"
+    )  # without masks features do not depend on the seed
+    with_modality = replace(base, info={"modality": "rgb"})
+    assert with_modality.cache_key({"flow": "e", "rgb": "d"}) == with_modality.cache_key("d")
 
 
-def test_a_damaged_cache_is_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_corrupt_cache_is_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (first,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path)
-    path = cache_file(tmp_path, job().key("d"))
+    path = cache_path(tmp_path, job().cache_key("d"))
     data = bytearray(path.read_bytes())
     data[-50] ^= 1
     path.write_bytes(data)
     (again,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path)
-    assert "computed again" in caplog.text
+    assert "encoding the clips again" in caplog.text
     assert np.array_equal(first.features, again.features)
     assert not again.info["cached"]
 
 
-def test_a_cache_that_cannot_be_written_does_not_end_the_evaluation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_unwritable_cache_logs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "cache").write_text("a file where a folder should be")
     (found,) = encode_cached([job()], loader, INDEX, data="d", cache=tmp_path / "cache")
     assert len(found.features) == len(INDEX.clips)
-    assert "not kept in the cache" in caplog.text
+    assert "cannot write the feature cache" in caplog.text
 
 
-@pytest.mark.parametrize("views", [Views(), Views(3, 0.5, sharing="per_clip"), Views(2)])
-def test_the_alternatives_are_the_three_readouts_this_one_first(views: Views):
-    found = views.alternatives()
-    assert found[0] == views
-    assert len({v.input_mode for v in found}) == len(found) == 3
-    assert {(v.n_masks > 0) * v.sharing for v in found} == {"", "shared", "per_clip"}
+@pytest.mark.parametrize("masks", [EvalMasks(), EvalMasks(3, 0.5, shared_masks=False), EvalMasks(2)])
+def test_input_modes_are_three_and_start_with_the_configured_one(masks: EvalMasks):
+    found = masks.input_modes()
+    assert found[0] == masks
+    assert len({m.input_mode for m in found}) == len(found) == 3
+    assert {m.eval_masks for m in found} == {"none", "shared", "per_clip"}
 
 
-def test_settings_are_checked():
-    with pytest.raises(FewshotError, match="views='clip'"):
-        Views(1, sharing="clip")
+def test_invalid_masks_raise_an_error():
     with pytest.raises(FewshotError, match="n_masks=-1"):
-        Views(-1)
+        EvalMasks(-1)
+    with pytest.raises(FewshotError, match=r"eval_mask_ratio=1 must lie in \[0, 1\)"):
+        EvalMasks(1, 1)
+    EvalMasks(2, 0.5).require_visible_tokens(GRID)
+    with pytest.raises(FewshotError, match=r"2 tube masks, 99% removed, shared: mask ratio 0\.99 leaves none"):
+        EvalMasks(2, 0.99).require_visible_tokens(GRID)

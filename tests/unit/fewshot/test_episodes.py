@@ -16,7 +16,7 @@ def draw(labels: np.ndarray = LABELS, **options: object) -> Episodes:
     return sample_episodes(labels, **{"n_way": 5, "k_shot": 2, "q_sample": 6, "episodes": 40, "seed": 3, **options})
 
 
-def test_every_episode_is_whole_and_distinct():
+def test_every_episode_has_all_its_clips_and_they_are_distinct():
     episodes = draw()
     assert episodes.support.shape == (40, 5, 2)
     assert episodes.query.shape == (40, 5, 6)
@@ -27,7 +27,7 @@ def test_every_episode_is_whole_and_distinct():
         assert (LABELS[clips] == classes[:, None]).all()
 
 
-def test_no_end_effects_each_clip_and_class_is_drawn_equally_often():
+def test_each_clip_and_class_is_drawn_equally_often():
     episodes = draw(np.repeat(np.arange(8), 10), episodes=2000)
     per_class = np.bincount(episodes.classes.ravel(), minlength=8)
     assert np.abs(per_class / (2000 * 5 / 8) - 1).max() < 0.1
@@ -42,7 +42,7 @@ def test_a_longer_series_starts_with_the_shorter_one_and_the_seed_matters():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_shards_hold_every_episode_once(world_size: int):
+def test_shards_contain_every_episode_once(world_size: int):
     episodes = draw(episodes=20)
     numbers = np.concatenate([episodes.shard(r, world_size).numbers for r in range(world_size)])
     assert sorted(numbers) == list(range(20))
@@ -68,7 +68,7 @@ def test_clips_without_label_are_never_drawn():
 @pytest.mark.parametrize(
     "options", [{"n_way": 1}, {"k_shot": 0}, {"q_sample": 0}, {"episodes": 0}, {"seed": -1}, {"disjoint": "vidoe"}]
 )
-def test_bad_protocols_are_refused(options: dict[str, object]):
+def test_invalid_arguments_raise_an_error(options: dict[str, object]):
     with pytest.raises(EpisodeError):
         draw(**options)
 
@@ -99,17 +99,17 @@ def test_disjoint_with_few_large_groups_still_finds_a_split():
         assert not set(videos[support].ravel()) & set(videos[query].ravel())
 
 
-def test_disjoint_excludes_classes_that_live_in_one_group():
+def test_disjoint_excludes_classes_of_a_single_group():
     labels = np.repeat(np.arange(6), 20)
     groups = [str(i % 4) if label < 5 else "one" for i, label in enumerate(labels)]
     found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=5, groups=groups, disjoint="video")
     assert found.excluded == {5: 20}
-    assert found.describe() == "excluded, too few clips in different videos: 5 (20)"
+    assert found.describe() == "excluded classes, too few clips in different videos: 5 (20)"
     with pytest.raises(EpisodeError, match="needs `groups`"):
         draw(disjoint="video")
 
 
-def test_impossible_disjoint_draws_are_an_error():
+def test_impossible_disjoint_draws_raise_an_error():
     labels = np.tile(np.arange(2), 20)
     groups = np.where(labels == 0, np.repeat(["a", "b"], 20), np.repeat(["b", "a"], 20))
     groups[:2] = ["a", "b"]
@@ -120,9 +120,9 @@ def test_impossible_disjoint_draws_are_an_error():
         draw(labels, groups=groups.tolist(), disjoint="video", n_way=2, k_shot=10, q_sample=12)
 
 
-@pytest.mark.skipif(not F3SET.is_dir(), reason="shared/data/f3set-tennis is not beside this repository")
+@pytest.mark.skipif(not F3SET.is_dir(), reason="shared/data/f3set-tennis is not next to this repository")
 @pytest.mark.parametrize(("split", "classes"), [("val", 98), ("test", 112)])
-def test_f3set_has_as_many_classes_to_draw_from_as_published(split: str, classes: int):
+def test_f3set_has_as_many_eligible_classes_as_published(split: str, classes: int):
     rallies = json.loads((F3SET / f"{split}.json").read_text())
     names, labels = np.unique([e["label"] for r in rallies for e in r["events"]], return_inverse=True)
     found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())

@@ -16,7 +16,7 @@ def example(clips: int = 6) -> Features:
 
 
 @pytest.mark.parametrize("name", ["f.npz", "f.safetensors"])
-def test_a_file_gives_back_everything(tmp_path: Path, name: str):
+def test_a_written_file_is_read_back(tmp_path: Path, name: str):
     found = load_features(save_features(example(), tmp_path / "new" / name))
     assert np.array_equal(found.features, example().features)
     assert found.same_clips(example())
@@ -34,7 +34,7 @@ def test_features_of_other_programs(tmp_path: Path):
     assert found.labels.tolist() == [0, 1, 0, -1]
     assert found.classes == ("10", "30")
     assert found.network == "theirs"
-    assert found.info["grouped"] is False
+    assert found.info["has_groups"] is False
     np.savez(tmp_path / "names.npz", features=x, labels=np.array(["b", "a", "b", "c"]), groups=np.array([1, 1, 2, 2]))
     found = load_features(tmp_path / "names.npz")
     assert found.labels.tolist() == [1, 0, 1, 2]
@@ -58,7 +58,7 @@ def test_features_of_other_programs(tmp_path: Path):
         ),
     ],
 )
-def test_bad_files_are_named_with_the_reason(tmp_path: Path, arrays: dict[str, np.ndarray], message: str):
+def test_invalid_files_raise_an_error_that_names_the_file(tmp_path: Path, arrays: dict[str, np.ndarray], message: str):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(FeatureError, match=rf"bad\.npz.*{message}"):
         load_features(tmp_path / "bad.npz")
@@ -66,15 +66,15 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, arrays: dict[str, n
 
 @pytest.mark.parametrize("name", ["f.npz", "f.safetensors"])
 @pytest.mark.parametrize("kept", [0, 0.5, 0.99])
-def test_truncated_files_are_damaged(tmp_path: Path, name: str, kept: float):
+def test_truncated_files_raise_an_error(tmp_path: Path, name: str, kept: float):
     path = save_features(example(), tmp_path / name)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(FeatureError, match="damaged"):
+    with pytest.raises(FeatureError, match="corrupt"):
         load_features(path)
 
 
-def test_a_flipped_bit_is_found(tmp_path: Path):
+def test_a_flipped_bit_is_detected(tmp_path: Path):
     path = save_features(example(), tmp_path / "f.safetensors")
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
@@ -83,14 +83,14 @@ def test_a_flipped_bit_is_found(tmp_path: Path):
         load_features(path)
 
 
-def test_unknown_endings_and_absent_files(tmp_path: Path):
+def test_unknown_suffixes_and_absent_files_raise_an_error(tmp_path: Path):
     with pytest.raises(FeatureError, match=r"\.safetensors or \.npz"):
         save_features(example(), tmp_path / "f.pt")
     with pytest.raises(FeatureError, match="does not exist"):
         load_features(tmp_path / "f.npz")
 
 
-def test_merge_restores_the_order_and_refuses_gaps():
+def test_merge_restores_the_order_and_rejects_gaps():
     whole = example()
     parts = [
         Features(whole.features[r], whole.labels[r], whole.ids[r], whole.groups[r], whole.classes)

@@ -5,19 +5,19 @@ from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
-from mmdistill.fewshot.scores import evaluate, paired_difference
+from mmdistill.fewshot.scores import evaluate_episodes, paired_difference
 from tests.synthetic_features import make_features
 
 
-def test_every_combination_head_and_network_has_a_row():
+def test_every_combination_classifier_and_network_has_a_row():
     networks = [make_features("student_rgb", 1.0), make_features("teacher_rgb", 2.0), make_features("random", 9.0)]
-    protocol = Protocol(n_way=(5, 3), k_shot=(1, 5), q_sample=5, episodes=30, heads=("centroid", "knn"))
+    protocol = Protocol(n_way=(5, 3), k_shot=(1, 5), q_sample=5, episodes=30, classifiers=("centroid", "knn"))
     results = run_protocol(networks, protocol, show_progress=False)
     assert len(results.rows) == 2 * 2 * 2 * 3
     assert len(results.differences) == 2 * 2 * 2 * 3
-    head = results.headline
-    assert (head.network, head.summary["n_way"], head.summary["k_shot"]) == ("student_rgb", 5, 1)
-    assert head.summary["checkpoint"] == "/runs/student_rgb.ckpt"
+    headline = results.headline
+    assert (headline.network, headline.summary["n_way"], headline.summary["k_shot"]) == ("student_rgb", 5, 1)
+    assert headline.summary["checkpoint"] == "/runs/student_rgb.ckpt"
     means = [r.summary["top1_action_ensemble"] for r in results.rows[:3]]
     assert means[0] > means[1] > means[2]
     first = results.differences[0]
@@ -31,38 +31,38 @@ def test_every_combination_head_and_network_has_a_row():
     assert first["difference"] == pytest.approx(means[0] - means[1])
 
 
-def test_rows_are_those_of_a_direct_evaluation():
+def test_rows_equal_a_direct_evaluation():
     f = make_features("student_rgb", 2.0, views=2)
     row = run_protocol([f], Protocol(q_sample=5, episodes=20, seed=3), show_progress=False).headline
     episodes = sample_episodes(f.labels, n_way=5, k_shot=1, q_sample=5, episodes=20, seed=3)
-    direct = evaluate(f.features, episodes, "logistic", workers=1)
+    direct = evaluate_episodes(f.features, episodes, "logistic", workers=1)
     assert np.array_equal(row.scores.predictions, direct.predictions)
     assert paired_difference(row.scores, direct)["difference"] == 0
 
 
-def test_the_check_needs_labels_only_and_names_small_classes():
+def test_check_needs_labels_only_and_names_small_classes():
     f = make_features("student_rgb", 1.0)
     lines = Protocol(k_shot=(1, 5)).check(f.labels.tolist(), f.groups, f.classes)
-    assert lines[0] == "5-way 1-shot, 15 queries: 8 classes to draw from; no class is excluded"
+    assert lines[0] == "5-way 1-shot, 15 queries per class: 8 eligible classes"
     assert len(lines) == 2
     with pytest.raises(EpisodeError, match=r"only 0 of 8.*near_ad_stroke_fh_gs_CC \(30\)"):
         Protocol(k_shot=(16,)).check(f.labels.tolist(), f.groups, f.classes)
 
 
-def test_what_would_fail_after_the_encoding_is_found_before():
-    """Each class can be split, but not all: with a and b, b and c, c and a, one of three videos is on both sides."""
+def test_check_finds_impossible_draws_and_probe_splits():
+    """Each class can be split, but not all: with a and b, b and c, c and a, one of three videos is in both parts."""
     labels, groups, names = [0] * 6 + [1] * 6 + [2] * 6, list("aaabbbbbbccccccaaa"), ("x", "y", "z")
-    asked = {"k_shot": (3,), "q_sample": 3, "disjoint": "video"}
-    assert Protocol(n_way=(2,), **asked).check(labels, groups, names)
+    settings = {"k_shot": (3,), "q_sample": 3, "disjoint": "video"}
+    assert Protocol(n_way=(2,), **settings).check(labels, groups, names)
     with pytest.raises(EpisodeError, match="episode 0: no draw"):
-        Protocol(n_way=(3,), **asked).check(labels, groups, names)
+        Protocol(n_way=(3,), **settings).check(labels, groups, names)
     with pytest.raises(FewshotError, match="into 4 parts by video, but there are 3 videos"):
         Protocol(n_way=(2,), q_sample=3, probe=True).check(labels, groups, names)
 
 
 def test_probe_rows():
     networks = [make_features("student_rgb", 0.5), make_features("random", 30.0)]
-    protocol = Protocol(q_sample=5, episodes=5, heads=("centroid",), probe=True)
+    protocol = Protocol(q_sample=5, episodes=5, classifiers=("centroid",), probe=True)
     good, bad = run_protocol(networks, protocol, show_progress=False).probes
     assert good["linear_top1"] > 0.95
     assert good["knn_top1"] > 0.95
@@ -72,9 +72,9 @@ def test_probe_rows():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k_shot": ()}, {"episodes": 1}, {"heads": ("svm",)}, {"n_way": (9,)}, {"disjoint": "rally"}]
+    "wrong", [{"k_shot": ()}, {"episodes": 1}, {"classifiers": ("svm",)}, {"n_way": (9,)}, {"disjoint": "rally"}]
 )
-def test_bad_protocols_are_refused(wrong: dict[str, object]):
+def test_invalid_protocols_raise_an_error(wrong: dict[str, object]):
     with pytest.raises(FewshotError):
         run_protocol(
             [make_features("a", 1.0)], Protocol(**{"episodes": 5, "q_sample": 5, **wrong}), show_progress=False

@@ -1,0 +1,1 @@
+"""The report of an evaluation: tables, figures, JSON and an HTML page."""

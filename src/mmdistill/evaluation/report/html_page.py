@@ -1,4 +1,4 @@
-"""`report.html`: one file with everything in it. No scripts, nothing fetched: the page's own policy forbids both."""
+"""`report.html`: one self-contained file. Its content security policy forbids scripts and requests."""
 
 import base64
 import html
@@ -11,16 +11,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdistill.evaluation.report import figures
-from mmdistill.evaluation.report.tables import columns, row_cells, select, title_of
+from mmdistill.evaluation.report.tables import (
+    COLUMNS,
+    FOOTNOTES,
+    PROBE_COLUMNS,
+    probe_rows,
+    probe_title,
+    row_cells,
+    select_rows,
+    table_title,
+)
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Results, Row
-from mmdistill.fewshot.scores import per_class
+from mmdistill.fewshot.scores import per_class_accuracy
 
-Picture = Callable[[int], NDArray[np.uint8]]
-"""clip position -> uint8 [H, W, 3] RGB, one frame of the clip"""
+ReadFrame = Callable[[int], NDArray[np.uint8]]
+"""position of a clip -> one frame of the clip, uint8 (H, W, 3) RGB"""
 
-_STRIP_SUPPORT = 3
-_STRIP_QUERY = 5
+_MAX_SUPPORT_FRAMES = 3  # per class
+_MAX_QUERY_FRAMES = 5
 _THUMBNAIL_WIDTH = 168
 
 _HEAD = """<!doctype html>
@@ -46,44 +55,47 @@ figure {{ margin: .5rem 0; }} figure > img {{ max-width: 100%; height: auto; }}
 .strip td {{ padding: .15rem; border: 0; vertical-align: top; text-align: left; font-size: .75rem; max-width: 12rem;
   overflow-wrap: anywhere; }}
 .strip img {{ display: block; width: 100%; min-width: 84px; box-sizing: border-box; border: 3px solid #bbb; }}
-.strip .right img {{ border-color: #009E73; }} .strip .wrong img {{ border-color: #D55E00; }}
+.strip .correct img {{ border-color: #009E73; }} .strip .wrong img {{ border-color: #D55E00; }}
 details {{ margin: .6rem 0; }} summary {{ cursor: pointer; }} pre {{ overflow-x: auto; font-size: .8rem; }}
 </style></head><body>
 """
 
 
-def render_page(results: Results, *, picture: Picture | None, extra: Mapping[str, Any], embedding: str) -> str:
-    """The page as text; arguments as in `report.write_report`."""
+def render_page(results: Results, *, read_frame: ReadFrame | None, extra: Mapping[str, Any], embedding: str) -> str:
+    """The page as text; arguments as in `write_report`."""
     row = results.headline
     title = f"Few-shot evaluation of {row.network}"
     first = results.protocol.combinations()[0]
-    same = select(results, *first, results.protocol.heads[0])
+    rows = select_rows(results, *first, results.protocol.classifiers[0])
     parts = [
         _HEAD.format(title=html.escape(title)),
         _summary(results, title),
-        _section("Results", _tables(results)),
+        _section("Results", _result_tables(results)),
         _section("Accuracy by number of support clips", _figure(figures.accuracy_by_shots(results), _SHOTS_NOTE)),
-        _section("Episodes", _figure(figures.episode_histogram(same), f"{title_of(row)}. Dashed: the mean.")),
-        _section("Which classes are taken for which", _confusion(row, results.features[0])),
+        _section(
+            "Accuracy per episode", _figure(figures.episode_histogram(rows), f"{table_title(row)}. Dashed: means.")
+        ),
+        _section("Confusion matrix", _confusion(row, results.features[0])),
         _section("Features in two dimensions", _embedding(results, embedding)),
     ]
     if results.probes:
-        parts.append(_section("All classes at once", _figure(figures.probe_bars(results.probes), _PROBE_NOTE)))
-    if picture is not None:
-        parts.append(_section("One episode", _strip(row, results.features[0], picture)))
-    parts.append(_section("Every class", _classes(row, results.features[0])))
+        parts.append(_section("Full label set", _figure(figures.probe_bars(results.probes), _PROBE_NOTE)))
+    if read_frame is not None:
+        parts.append(_section("Example episode", _example_episode(row, results.features[0], read_frame)))
+    parts.append(_section("Accuracy by class", _class_table(row, results.features[0])))
     settings = json.dumps({**extra, "protocol": vars(results.protocol)}, indent=1, ensure_ascii=False, default=str)
     parts.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details></body></html>\n")
     return "\n".join(parts)
 
 
+_MEANS = "Dashed lines are means."
 _SHOTS_NOTE = (
-    "Bars are 95 % intervals over episodes. Every network answers the same episodes, so the paired differences in the "
-    "tables are sharper than these intervals suggest."
+    "Bars are 95 % intervals over episodes. All networks are evaluated on the same episodes, so the intervals of the "
+    "paired differences in the tables are narrower."
 )
 _PROBE_NOTE = (
-    "Trained on three quarters of the videos, tested on the others, all classes at once; logistic regression on "
-    "standardised features, and nearest neighbours by cosine."
+    "Trained on three quarters of the videos and tested on the others, with all classes. The linear probe is logistic "
+    "regression on standardized features. k-NN uses the cosine similarity."
 )
 
 
@@ -101,108 +113,98 @@ def _figure(svg: str, caption: str, alt: str = "") -> str:
 def _summary(results: Results, title: str) -> str:
     row, scored = results.headline, results.features[0]
     s = row.summary
-    eligibility = row.scores.episodes.eligibility
     checkpoint = f" from <code>{html.escape(str(s['checkpoint']))}</code>" if s.get("checkpoint") else ""
-    apart = "; support and query come from different videos" if s["disjoint"] else ""
-    excluded = html.escape(eligibility.describe(scored.classes))
+    disjoint = " Support and query clips come from different videos." if s["disjoint"] else ""
+    excluded = html.escape(row.scores.episodes.eligibility.describe(scored.classes))
+    excluded = f" {excluded[0].upper()}{excluded[1:]}." if excluded else ""
     return (
         f"<header><h1>{html.escape(title)}</h1>\n"
         f'<p class="lead">{100 * s["top1_action_ensemble"]:.2f} % ± {100 * s["ci95"]:.2f} '
-        f"<small>{html.escape(title_of(row))}; chance {100 / s['n_way']:.1f} %</small></p>\n"
-        f"<p>Scored network: <strong>{html.escape(row.network)}</strong>{checkpoint}, clips shown as "
-        f"{html.escape(row.input_mode)}. {len(scored.ids)} clips{apart}.</p>\n"
-        f'<p class="note">± is the half width of the 95 % interval of the mean over episodes. It covers the choice of '
-        f"episodes from these clips, not other clips or another training run. {excluded}.</p></header>"
+        f"<small>{html.escape(table_title(row))}; chance {100 / s['n_way']:.1f} %</small></p>\n"
+        f"<p>Scored network: <strong>{html.escape(row.network)}</strong>{checkpoint}. "
+        f"Input: {html.escape(row.input_mode)} ({len(scored.ids)}).{disjoint}</p>\n"
+        f'<p class="note">± is half of the 95 % interval of the mean over episodes. The interval covers the choice of '
+        f"episodes from these clips. It does not cover other clips or another training seed.{excluded} "
+        "Terms: <code>docs/glossary.md</code> of mmdistill.</p></header>"
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", text_columns: int = 1) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", text_columns: int = 1) -> str:
     def line(tag: str, cells: Sequence[str]) -> str:
-        marks = [' class="t"' if i < text_columns else "" for i in range(len(cells))]
-        return "".join(f"<{tag}{m}>{html.escape(c)}</{tag}>" for c, m in zip(cells, marks, strict=True))
+        classes = [' class="t"' if i < text_columns else "" for i in range(len(cells))]
+        return "".join(f"<{tag}{c}>{html.escape(cell)}</{tag}>" for cell, c in zip(cells, classes, strict=True))
 
     body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    inner = f"{title}<thead><tr>{line('th', head)}</tr></thead><tbody>{body}</tbody>"
+    inner = f"{title}<thead><tr>{line('th', header)}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{inner}</table></div>'
 
 
-def _tables(results: Results) -> str:
+def _result_tables(results: Results) -> str:
     parts = []
     for n_way, k_shot in results.protocol.combinations():
-        for head in results.protocol.heads:
-            rows = select(results, n_way, k_shot, head)
+        for classifier in results.protocol.classifiers:
+            rows = select_rows(results, n_way, k_shot, classifier)
             cells = [row_cells(results, row) for row in rows]
-            parts.append(_table(columns(results), cells, caption=title_of(rows[0]), text_columns=2))
+            parts.append(_table(COLUMNS, cells, caption=table_title(rows[0]), text_columns=2))
+    parts.append(f'<p class="note">{html.escape(" ".join(FOOTNOTES))}</p>')
     if results.probes:
-        keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
-        lines = [
-            (str(p["network"]), str(p["input_mode"]), *(f"{100 * float(p[k]):.2f}" for k in keys))
-            for p in results.probes
-        ]
-        titles = (
-            "network",
-            "clips shown as",
-            "linear probe, %",
-            "mean over classes",
-            "nearest neighbours",
-            "most frequent class",
-        )
-        parts.append(_table(titles, lines, caption="Full label set", text_columns=2))
+        parts.append(_table(PROBE_COLUMNS, probe_rows(results), caption=probe_title(results), text_columns=2))
     return "\n".join(parts)
 
 
 def _confusion(row: Row, features: Features) -> str:
-    svg, shown = figures.confusion_matrix(row, features.classes)
+    svg, num_classes = figures.confusion_matrix(row, features.classes)
     caption = (
-        f"The {shown} classes with the most queries; {title_of(row)}. A cell is the share of the class's queries that "
-        "were answered so, among the episodes in which that answer was possible; rows therefore need not add up to 100."
+        f"The {num_classes} classes with the most queries; {table_title(row)}. A cell is the share of the true "
+        "class's queries that are predicted as the column's class, over the episodes that contain both classes. The "
+        "sum of a row is not 100 %."
     )
     return _figure(svg, caption)
 
 
 def _embedding(results: Results, method: str) -> str:
     scored = results.features[0]
-    shown = [scored, *[f for f in results.features if f.network != scored.network][:1]]
-    svg = figures.embedding_map(shown, method=method, seed=results.protocol.seed)
-    name = {"pca": "the first two principal components", "tsne": "t-SNE"}.get(method, method)
-    return _figure(svg, f"The most frequent classes by {name} of their features. Axes have no unit.")
+    selected = [scored, *[f for f in results.features if f.network != scored.network][:1]]
+    svg = figures.embedding_map(selected, method=method, seed=results.protocol.seed)
+    name = {"pca": "The first two principal components", "tsne": "t-SNE"}.get(method, method)
+    return _figure(svg, f"{name} of the features of the most frequent classes. The axes have no unit.")
 
 
-def _classes(row: Row, features: Features) -> str:
-    table = per_class(row.scores, features.classes)
+def _class_table(row: Row, features: Features) -> str:
+    table = per_class_accuracy(row.scores, features.classes)
     ordered = sorted(table.items(), key=lambda item: -item[1]["accuracy"])
     cells = [(name, f"{100 * v['accuracy']:.1f}", str(int(v["queries"]))) for name, v in ordered]
-    inner = _table(("class", "accuracy, %", "queries"), cells, caption=title_of(row))
-    return f"<details><summary>Accuracy of {len(cells)} classes, best first</summary>{inner}</details>"
+    inner = _table(("class", "accuracy, %", "queries"), cells, caption=table_title(row))
+    return f"<details><summary>{len(cells)} classes, highest accuracy first</summary>{inner}</details>"
 
 
 def typical_episode(row: Row) -> int:
-    """Position of the first episode whose accuracy is nearest to the mean: shown because it is typical."""
+    """Position of the first episode whose accuracy is nearest to the mean."""
     accuracy = row.scores.accuracy
     return int(np.abs(accuracy - accuracy.mean()).argmin())
 
 
-def _strip(row: Row, features: Features, picture: Picture) -> str:
+def _example_episode(row: Row, features: Features, read_frame: ReadFrame) -> str:
     number = typical_episode(row)
     scores, episodes = row.scores, row.scores.episodes
     names = [features.classes[c] for c in episodes.classes[number].tolist()]
-    answers = scores.predictions[number].reshape(episodes.n_way, episodes.q_sample)
+    predictions = scores.predictions[number].reshape(episodes.n_way, episodes.q_sample)
     lines = []
     for n, name in enumerate(names):
         cells = [f"<td><strong>{html.escape(name)}</strong></td>"]
-        for clip in episodes.support[number, n, :_STRIP_SUPPORT].tolist():
-            cells.append(f"<td>{_thumbnail(picture(clip), f'support clip of {name}')}support</td>")
-        for q, clip in enumerate(episodes.query[number, n, :_STRIP_QUERY].tolist()):
-            answer = names[int(answers[n, q])]
-            state, text = ("right", "✓") if int(answers[n, q]) == n else ("wrong", f"✗ {answer}")
-            alt = f"query clip of {name}, answered {answer}"
-            cells.append(f'<td class="{state}">{_thumbnail(picture(clip), alt)}{html.escape(text)}</td>')
+        for clip in episodes.support[number, n, :_MAX_SUPPORT_FRAMES].tolist():
+            cells.append(f"<td>{_thumbnail(read_frame(clip), f'support clip of {name}')}support</td>")
+        for q, clip in enumerate(episodes.query[number, n, :_MAX_QUERY_FRAMES].tolist()):
+            predicted = names[int(predictions[n, q])]
+            state, text = ("correct", "✓") if int(predictions[n, q]) == n else ("wrong", f"✗ {predicted}")
+            alt = f"query clip of {name}, predicted as {predicted}"
+            cells.append(f'<td class="{state}">{_thumbnail(read_frame(clip), alt)}{html.escape(text)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     caption = (
-        f"Episode {int(episodes.numbers[number])}, {100 * scores.accuracy[number]:.0f} % right: the one nearest to the "
-        f"mean. Middle frames of support clips, then of the first {min(_STRIP_QUERY, episodes.q_sample)} queries of "
-        "each class, green where the answer is right; otherwise the answer is below."
+        f"Episode {int(episodes.numbers[number])}, accuracy {100 * scores.accuracy[number]:.0f} %: the first one whose "
+        "accuracy is nearest to the mean. Each row is a class: middle frames of support clips, then of the first "
+        f"{min(_MAX_QUERY_FRAMES, episodes.q_sample)} queries. Green: correct. Red: wrong, with the predicted class."
     )
     table = f'<div class="scroll"><table class="strip"><tbody>{"".join(lines)}</tbody></table></div>'
     return f"<figure>{table}<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -211,8 +213,8 @@ def _strip(row: Row, features: Features, picture: Picture) -> str:
 def _thumbnail(frame: NDArray[np.uint8], alt: str) -> str:
     height = max(1, round(frame.shape[0] * _THUMBNAIL_WIDTH / frame.shape[1]))
     small = cv2.resize(frame, (_THUMBNAIL_WIDTH, height), interpolation=cv2.INTER_AREA)
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    if not done:
+    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
+    if not encoded:
         raise ValueError("OpenCV could not encode a JPEG")
     source = base64.b64encode(data.tobytes()).decode()
     return f'<img src="data:image/jpeg;base64,{source}" alt="{html.escape(alt)}">'

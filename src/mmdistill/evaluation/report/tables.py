@@ -1,4 +1,4 @@
-"""Rows of the evaluation as text: percent, with 95 % intervals."""
+"""Tables of the results: accuracies in percent with their 95 % intervals."""
 
 from typing import Any
 
@@ -7,9 +7,18 @@ from rich.table import Table
 
 from mmdistill.fewshot.protocol import Results, Row
 
+COLUMNS = ("network", "input", "accuracy, %\n± 95 %", "std, %", "Δ vs. row\n(paired), %", "encoding\ntime (s)")
+FOOTNOTES = (
+    "± is half of the 95 % interval of the mean over episodes.",
+    "Δ vs. row (paired) is the accuracy of the scored network minus that of the row, episode by episode.",
+    "Encoding time covers preprocessing and forward passes of all clips, without reading files. For cached features it "
+    "is the time of their encoding.",
+)
+PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
-def difference_to_first(results: Results, row: Row) -> dict[str, Any] | None:
-    """The paired difference scored network - this row's network in its combination; None for the scored network."""
+
+def difference_to_scored(results: Results, row: Row) -> dict[str, Any] | None:
+    """The paired difference of the scored network minus this row's network; None for the scored network."""
     setting = ("n_way", "k_shot", "classifier")
     scored = results.features[0]
     for d in results.differences:
@@ -20,69 +29,70 @@ def difference_to_first(results: Results, row: Row) -> dict[str, Any] | None:
     return None
 
 
-def tables(results: Results) -> list[Table]:
-    """One table per combination and head; accuracies in percent with their 95 % intervals."""
-    out = []
+def make_tables(results: Results) -> list[Table]:
+    """One table per combination and classifier, and one of the probes."""
+    tables = []
     for n_way, k_shot in results.protocol.combinations():
-        for head in results.protocol.heads:
-            rows = select(results, n_way, k_shot, head)
-            table = Table(title=title_of(rows[0]), title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
-            for number, name in enumerate(columns(results)):
+        for classifier in results.protocol.classifiers:
+            rows = select_rows(results, n_way, k_shot, classifier)
+            table = Table(title=table_title(rows[0]), title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
+            for number, name in enumerate(COLUMNS):
                 if number < 2:
-                    table.add_column(name, overflow="fold")  # a name is never cut short
+                    table.add_column(name, overflow="fold")  # a name is never truncated
                 else:
                     table.add_column(name, justify="right", no_wrap=True)
             for row in rows:
                 table.add_row(*row_cells(results, row))
-            out.append(table)
+            tables.append(table)
     if results.probes:
-        out.append(_probe_table(results))
-    return out
+        table = Table(title=probe_title(results), title_justify="left", box=SIMPLE_HEAD)
+        for name in PROBE_COLUMNS:
+            table.add_column(name, overflow="fold")
+        for cells in probe_rows(results):
+            table.add_row(*cells)
+        tables.append(table)
+    return tables
 
 
-def select(results: Results, n_way: int, k_shot: int, head: str) -> list[Row]:
-    """Rows of one combination and head."""
-    wanted = {"n_way": n_way, "k_shot": k_shot, "classifier": head}
+def select_rows(results: Results, n_way: int, k_shot: int, classifier: str) -> list[Row]:
+    """Rows of one combination and classifier."""
+    wanted = {"n_way": n_way, "k_shot": k_shot, "classifier": classifier}
     return [row for row in results.rows if all(row.summary[key] == value for key, value in wanted.items())]
 
 
 def row_cells(results: Results, row: Row) -> tuple[str, ...]:
-    """network, input_mode, accuracy ± ci95 (%), std (%), paired difference (%), seconds of encoding"""
-    s, d = row.summary, difference_to_first(results, row)
+    """One row of a table, in the order of `COLUMNS`."""
+    s, d = row.summary, difference_to_scored(results, row)
     return (
         row.network,
         row.input_mode,
         f"{100 * s['top1_action_ensemble']:.2f} ± {100 * s['ci95']:.2f}",
         f"{100 * s['top1_action_ensemble_std']:.1f}",
         "" if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
-        f"{s['seconds']:.1f} s" if "seconds" in s else "",
+        f"{s['seconds']:.1f}" if "seconds" in s else "",
     )
 
 
-def title_of(row: Row) -> str:
-    """What a table asks."""
+def table_title(row: Row) -> str:
+    """N-way K-shot, classifier, and the number of episodes, classes and queries."""
     s = row.summary
-    asked = f"{s['episodes']} episodes from {s['classes']} classes, {s['q_sample']} queries each"
-    return f"{s['n_way']}-way {s['k_shot']}-shot, {s['classifier']}: {asked}"
+    sizes = f"{s['episodes']} episodes from {s['classes']} classes, {s['q_sample']} queries per class"
+    return f"{s['n_way']}-way {s['k_shot']}-shot, {s['classifier']}: {sizes}"
 
 
-def columns(results: Results) -> tuple[str, ...]:
-    """Headings of `row_cells`; the lead is the paired difference on the same episodes."""
-    scored = results.features[0].network
-    return "network", "clips\nshown as", "accuracy, %\n± 95 %", "std", f"{scored}\nleads by", "encoding"
-
-
-def _probe_table(results: Results) -> Table:
+def probe_title(results: Results) -> str:
+    """Sizes of the full label set."""
     p = results.probes[0]
-    title = (
-        f"full label set: {p['classes']} classes, {p['train_clips']} clips to train on, {p['test_clips']} to test, %"
+    return (
+        f"Full label set: {p['classes']} classes, {p['train_clips']} training clips, {p['test_clips']} test clips, "
+        f"{p['knn_num_neighbors']} neighbors, accuracy in %"
     )
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    names = ("network", "clips\nshown as", "linear probe", "mean over\nclasses", f"{p['knn_neighbours']}-NN")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for p in results.probes:
-        values = [f"{100 * p[key]:.2f}" for key in ("linear_top1", "linear_macro", "knn_top1")]
-        table.add_row(p["network"], p["input_mode"], *values)
-    table.add_row("most frequent class", "", f"{100 * results.probes[0]['majority']:.2f}", "", "")
-    return table
+
+
+def probe_rows(results: Results) -> list[tuple[str, ...]]:
+    """Rows of the full label set, in the order of `PROBE_COLUMNS`."""
+    keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
+    return [
+        (str(p["network"]), str(p["input_mode"]), *(f"{100 * float(p[key]):.2f}" for key in keys))
+        for p in results.probes
+    ]

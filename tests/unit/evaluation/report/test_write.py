@@ -31,21 +31,23 @@ def results() -> Results:
         make_features("<script>alert(1)</script>", 3.0),
         make_features("random", 9.0),
     ]
-    protocol = Protocol(k_shot=(1, 5), q_sample=6, episodes=40, heads=("centroid", "knn"), probe=True, disjoint="video")
+    protocol = Protocol(
+        k_shot=(1, 5), q_sample=6, episodes=40, classifiers=("centroid", "knn"), probe=True, disjoint="video"
+    )
     return run_protocol(networks, protocol, show_progress=False)
 
 
 @pytest.fixture(scope="module")
 def page(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    return write_report(results, folder, picture=picture, extra={"config": {"seed": 0}})
+    return write_report(results, folder, read_frame=read_frame, extra={"config": {"seed": 0}})
 
 
-def picture(clip: int) -> np.ndarray:
+def read_frame(clip: int) -> np.ndarray:
     return np.full((112, 199, 3), clip % 250, np.uint8)
 
 
-def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
+def test_json_has_the_documented_keys_and_fractions(results: Results, page: Path):
     found = json.loads((page.parent / "fewshot.json").read_text())
     assert found["network"] == "student_rgb"
     assert found["checkpoint"] == "/runs/student_rgb.ckpt"
@@ -62,13 +64,13 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
     last = found["settings"][-1]
     assert list(last["rows"]) == [
         "student_rgb",
-        "student_rgb (whole clip)",
-        "<script>alert(1)</script> (whole clip)",
-        "random (whole clip)",
+        "student_rgb (whole clips)",
+        "<script>alert(1)</script> (whole clips)",
+        "random (whole clips)",
     ]
-    assert last["rows"]["random (whole clip)"] == results.rows[-1].summary
-    pair = last["differences"]["random (whole clip) - student_rgb (whole clip)"]
-    back = last["differences"]["student_rgb (whole clip) - random (whole clip)"]
+    assert last["rows"]["random (whole clips)"] == results.rows[-1].summary
+    pair = last["differences"]["random (whole clips) - student_rgb (whole clips)"]
+    back = last["differences"]["student_rgb (whole clips) - random (whole clips)"]
     assert pair["difference"] == -back["difference"] < 0
     assert (pair["low"], pair["high"], pair["ci95"]) == (-back["high"], -back["low"], back["ci95"])
     assert found["config"] == {"seed": 0}
@@ -77,7 +79,7 @@ def test_json_has_the_promised_keys_and_fractions(results: Results, page: Path):
     assert found["probes"][0]["network"] == "student_rgb"
 
 
-def test_excluded_classes_stand_in_the_json_and_on_the_page(tmp_path: Path):
+def test_excluded_classes_are_in_the_json_and_on_the_page(tmp_path: Path):
     f = make_features("student_rgb", 1.0)
     keep = np.flatnonzero((f.labels != 7) | (np.arange(len(f.labels)) % 3 == 0))
     small = Features(
@@ -88,7 +90,7 @@ def test_excluded_classes_stand_in_the_json_and_on_the_page(tmp_path: Path):
         f.classes,
         f.info,
     )
-    results = run_protocol([small], Protocol(episodes=10, heads=("centroid",)), show_progress=False)
+    results = run_protocol([small], Protocol(episodes=10, classifiers=("centroid",)), show_progress=False)
     assert to_json(results)["excluded_classes"] == {"near_ad_stroke_fh_gs_W": 10}
     assert "near_ad_stroke_fh_gs_W (10)" in write_report(results, tmp_path).read_text()
 
@@ -102,7 +104,7 @@ def test_tables_show_percent_network_and_paired_difference(results: Results):
     assert "scored network: student_rgb, checkpoint /runs/student_rgb.ckpt" in text
     d = next(d for d in results.differences if d["second"] == "random" and d["first_input_mode"] == "2 tube masks")
     assert f"+{100 * d['difference']:.2f} ± {100 * d['ci95']:.2f}" in text
-    assert text.count("leads by") == 4
+    assert text.count("Δ vs. row") == 4 + 1  # and the footnote
     narrow = Console(width=80, file=io.StringIO())
     print_tables(results, console=narrow)
     assert "…" not in narrow.file.getvalue()
@@ -121,7 +123,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
         if tag == "img":
-            assert dict(attrs).get("alt"), "a picture without a description"
+            assert dict(attrs).get("alt"), "an image without a description"
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -139,11 +141,11 @@ def test_the_page_is_well_formed_self_contained_and_escaped(page: Path):
 
 
 def test_the_same_results_give_the_same_page(results: Results, page: Path, tmp_path: Path):
-    again = write_report(results, tmp_path, picture=picture, extra={"config": {"seed": 0}})
-    assert again.read_bytes() == page.read_bytes()
+    second = write_report(results, tmp_path, read_frame=read_frame, extra={"config": {"seed": 0}})
+    assert second.read_bytes() == page.read_bytes()
 
 
-def test_the_strip_is_a_typical_episode(results: Results):
+def test_the_example_episode_is_typical(results: Results):
     row = results.headline
     chosen = row.scores.accuracy[typical_episode(row)]
     assert abs(chosen - row.scores.accuracy.mean()) == np.abs(row.scores.accuracy - row.scores.accuracy.mean()).min()
@@ -170,21 +172,21 @@ def profile() -> Iterator[Path]:
 def test_a_real_browser_shows_the_page_without_errors_or_requests(page: Path, tmp_path: Path, profile: Path):
     log = tmp_path / "net.json"
     browser = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    quiet = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
+    no_requests = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
     env = {**os.environ, "TMPDIR": str(profile)}
-    where = [f"--user-data-dir={profile}", f"--log-net-log={log}", "--window-size=1150,3000"]
+    output = [f"--user-data-dir={profile}", f"--log-net-log={log}", "--window-size=1150,3000"]
     shot = tmp_path / "shot.png"
-    command = [*browser, *quiet, *where, f"--screenshot={shot}", page.as_uri()]
+    command = [*browser, *no_requests, *output, f"--screenshot={shot}", page.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     assert console == []
     assert shot.stat().st_size > 20_000
     urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
-    outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # the browser's own
+    outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # not the browser's
     assert outside == set()
 
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
-    command = [*browser, *quiet, f"--user-data-dir={profile}", "--dump-dom", broken.as_uri()]
+    command = [*browser, *no_requests, f"--user-data-dir={profile}", "--dump-dom", broken.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
-    assert "CONSOLE" in run.stderr  # this test would see it: the page's policy refuses the picture
+    assert "CONSOLE" in run.stderr  # the page's policy blocks the image, and this test detects it

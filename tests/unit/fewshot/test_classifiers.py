@@ -1,0 +1,142 @@
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+from mmdistill import plugins
+from mmdistill.fewshot.classifiers import (
+    CLASSIFIERS,
+    CentroidClassifier,
+    Classifier,
+    KnnClassifier,
+    LogisticClassifier,
+    get_classifier,
+)
+from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.scores import evaluate_episodes
+from tests.contracts.classifier import LABELS, ClassifierContract, draw, noisy_features
+
+BATCHED = [name for name in CLASSIFIERS.names() if not isinstance(get_classifier(name), LogisticClassifier)]
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS.names())
+class TestBuiltinClassifiers(ClassifierContract):
+    @pytest.fixture
+    def classifier(self, name: str) -> Classifier:
+        return get_classifier(name)
+
+
+def predict_one_query(
+    features: np.ndarray, support: np.ndarray, query: int, classifier: CentroidClassifier | KnnClassifier
+) -> int:
+    """The formula of the batched classifiers, written a second time for one query."""
+    total = np.zeros(len(support))
+    for view in range(features.shape[1]):
+        s, q = features[support, view], features[query, view]  # (N, K, D), (D,)
+        if classifier.center:
+            mean = s.mean(axis=(0, 1))
+            s, q = s - mean, q - mean
+        if classifier.normalize:
+            s, q = s / np.linalg.norm(s, axis=2, keepdims=True), q / np.linalg.norm(q)
+        flat = s.reshape(-1, s.shape[2])
+        unit = np.mean([((a - b) ** 2).sum() for i, a in enumerate(flat) for b in flat[:i]])
+        if isinstance(classifier, CentroidClassifier):
+            p = np.exp(10 * similarity(s.mean(axis=1), q, classifier.metric, unit))
+            total += p / p.sum()
+        else:
+            score = similarity(flat, q, classifier.metric, unit)
+            near = np.argsort(-score)[: support.shape[1]]
+            share = np.exp(score / 0.07) / np.exp(score / 0.07).sum()
+            total += np.bincount(near // support.shape[1], share[near], minlength=len(support))
+    return int(total.argmax())
+
+
+def similarity(rows: np.ndarray, q: np.ndarray, metric: str, unit: float) -> np.ndarray:
+    if metric == "cosine":
+        return rows @ q / np.linalg.norm(rows, axis=1) / np.linalg.norm(q)
+    return -((rows - q) ** 2).sum(axis=1) / unit
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_batched_classifiers_equal_a_loop_over_single_queries(name: str):
+    features, episodes, classifier = noisy_features(), draw(8), get_classifier(name)
+    assert isinstance(classifier, CentroidClassifier | KnnClassifier)
+    predictions = evaluate_episodes(features, episodes, name).predictions
+    wide = features.astype(np.float64)
+    for e in range(len(episodes)):
+        expected = [predict_one_query(wide, episodes.support[e], q, classifier) for q in episodes.query[e].ravel()]
+        assert predictions[e].tolist() == expected
+
+
+def test_num_neighbors_is_the_number_of_voting_support_clips():
+    features, episodes = noisy_features(), draw(8, k_shot=5)
+    all_vote, _ = KnnClassifier(num_neighbors=1000).predict(features, episodes, first_support_view=False)
+    one_votes, _ = KnnClassifier(num_neighbors=1).predict(features, episodes, first_support_view=False)
+    assert not np.array_equal(all_vote, one_votes)
+
+
+class NearestToFirstShot(Classifier):
+    """A classifier as another package would write it: the class whose first support clip is nearest."""
+
+    def predict(self, features, episodes, *, first_support_view, workers=None, device="cpu", advance=None):
+        out = np.empty((len(episodes), episodes.n_way * episodes.q_sample), dtype=np.int64)
+        for e in range(len(episodes)):
+            support, query = features[episodes.support[e, :, 0]], features[episodes.query[e].ravel()]  # (*, V, D)
+            if first_support_view:
+                support = np.repeat(support[:, :1], features.shape[1], axis=1)
+            distance = np.square(query[:, None] - support).sum(axis=3)  # (N * Q, N, V)
+            shares = np.exp(distance.min(axis=1, keepdims=True) - distance)
+            out[e] = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=2).argmax(axis=1)
+            if advance is not None:
+                advance(1)
+        return out, 0
+
+
+class TestAClassifierOfAnotherPackage(ClassifierContract):
+    @pytest.fixture
+    def classifier(self) -> Classifier:
+        return NearestToFirstShot()
+
+
+def _add_entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    found = [EntryPoint("mine", value, "mmdistill.classifiers")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: found if group == "mmdistill.classifiers" else [])
+    monkeypatch.setattr(CLASSIFIERS, "_components", dict(CLASSIFIERS._components))
+
+
+MINE = NearestToFirstShot()
+
+
+def test_an_entry_point_adds_a_classifier(monkeypatch: pytest.MonkeyPatch):
+    _add_entry_point(monkeypatch, f"{__name__}:MINE")
+    assert CLASSIFIERS.names()[-1] == "mine"
+    scores = evaluate_episodes(np.eye(8)[LABELS], draw(), "mine")
+    assert scores.classifier == "mine"
+    assert (scores.accuracy == 1).all()
+
+
+def test_an_entry_point_must_name_a_classifier(monkeypatch: pytest.MonkeyPatch):
+    _add_entry_point(monkeypatch, f"{__name__}:NearestToFirstShot")
+    with pytest.raises(FewshotError, match=r"'mine': the entry point must name an instance of .*Classifier"):
+        get_classifier("mine")
+
+
+def test_unknown_and_old_names_raise_an_error_with_the_known_ones():
+    with pytest.raises(FewshotError, match="classifier 'svm' is not one of logistic, logistic_l2"):
+        get_classifier("svm")
+    with pytest.raises(FewshotError, match=r"did you mean centroid_centered\?"):
+        get_classifier("centroid_centred")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogisticClassifier(c=0), "c=0 must be positive"),
+        (lambda: CentroidClassifier("manhattan"), "metric 'manhattan' is not one of cosine, euclidean"),
+        (lambda: KnnClassifier("manhattan"), "metric 'manhattan' is not one of cosine, euclidean"),
+        (lambda: KnnClassifier(num_neighbors=-1), "num_neighbors=-1 must not be negative"),
+    ],
+)
+def test_invalid_settings_raise_an_error(make, message: str):
+    with pytest.raises(FewshotError, match=message):
+        make()
