@@ -1,10 +1,10 @@
-"""Pictures of what a pretraining checkpoint reconstructs: input, masked, reconstruction. One PNG per clip.
+"""Draw input, masked input and reconstruction of a pretraining checkpoint; one PNG per clip.
 
 mmdistill visualize output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
 mmdistill visualize CKPT --clips 8 --split val data_module.mask_ratio=0.5
 
-The data, the mask and the modality are those of the checkpoint's own config; further arguments override its
-data_module, for example where the data lie now.
+Dataset, mask and modality come from the config in the checkpoint. Further arguments override its data_module keys, for
+example the path of the data.
 """
 
 import argparse
@@ -17,15 +17,16 @@ from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored
 from mmdistill.config.compose import load_dataset_settings
 
 
-def pictures(args: argparse.Namespace) -> None:
-    """Load, reconstruct, write."""
+def write_reconstructions(args: argparse.Namespace) -> None:
+    """Load the checkpoint, reconstruct clips, write the images."""
     import torch
     from torch.utils.data import default_collate
 
     from mmdistill.builders import make_clip_dataset
     from mmdistill.checkpoint import load_weights, read_checkpoint
-    from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
-    from mmdistill.pretrain.visualization import draw, reconstruct, write
+    from mmdistill.checkpoint.architecture import encoder_config_from_meta
+    from mmdistill.models.videomae import DecoderConfig, VideoMAE
+    from mmdistill.pretrain.visualization import draw, reconstruct, write_png
 
     checkpoint = read_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
@@ -37,21 +38,21 @@ def pictures(args: argparse.Namespace) -> None:
     stored = {**stored, "data_module": {**stored["data_module"], **settings}}
     config = stored_config(stored, PretrainConfig, overrides)
     spec = modality_specs(config.data_module)[config.modality]
-    geometry = EncoderConfig(**checkpoint.meta["encoders"]["encoder"])
-    model = VideoMAE(geometry, DecoderConfig(**checkpoint.meta["decoder"]))
+    encoder_config = encoder_config_from_meta(checkpoint.meta["encoders"]["encoder"])
+    model = VideoMAE(encoder_config, DecoderConfig(**checkpoint.meta["decoder"]))
     load_weights(model, args.checkpoint)
     dataset = make_clip_dataset(
         config.data_module, (config.modality,), training=args.split == "train", seed=config.seed
     )
     dataset.mask_ratio = config.data_module.mask_ratio
     dataset.augment = False
-    out = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
-    for number in torch.linspace(0, len(dataset) - 1, min(args.clips, len(dataset))).long().tolist():
-        clip = dataset.index.clips[number]
-        found = reconstruct(model, default_collate([dataset[number]]), spec)
-        path = out / f"clip_{number:05d}.png"
-        write(draw(found, f"{config.modality}, {clip.id}, mask {config.data_module.mask_ratio:g}"), path)
-        print(f"{path}: loss {found.loss:.4f}, trivial predictor {found.trivial:.4f}")
+    out_dir = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
+    for index in torch.linspace(0, len(dataset) - 1, min(args.clips, len(dataset))).long().tolist():
+        clip = dataset.index.clips[index]
+        result = reconstruct(model, default_collate([dataset[index]]), spec)
+        path = out_dir / f"clip_{index:05d}.png"
+        write_png(draw(result, f"{config.modality}, {clip.id}, mask {config.data_module.mask_ratio:g}"), path)
+        print(f"{path}: loss {result.loss:.4f}, constant baseline {result.constant_baseline:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint directory of pretrain_main.py")
     parser.add_argument("overrides", nargs="*", metavar="dataset=NAME | data_module.KEY=VALUE")
-    parser.add_argument("--clips", type=int, default=4, help="clips, spread over the split (default 4)")
+    parser.add_argument(
+        "--clips", type=int, default=4, help="number of clips, spread evenly over the split (default 4)"
+    )
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
     try:
-        pictures(parser.parse_args(argv))
+        write_reconstructions(parser.parse_args(argv))
     except (ConfigError, CheckpointError) as error:
         print(f"visualize_reconstruction: error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Distillation of frozen teachers into one RGB student, as a Lightning module."""
+"""Distillation of frozen teachers into one RGB student with PyTorch Lightning."""
 
 from mmdistill.distill.trainer import distill
 

@@ -8,24 +8,28 @@ from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.sampler import EpochBatchSampler, batch_order_mismatch
-from mmdistill.distill.module import position
+from mmdistill.distill.module import training_position
 from mmdistill.distill.validation import make_validation
 from mmdistill.distributed.process import Process
+from mmdistill.training.compatibility import data_order, diff_settings, read_data_order
 
 
 class ResumableLoader(ClipLoader):
-    """Tells Lightning that it can resume inside an epoch: `DistillData` puts its sampler in place."""
+    """A loader with the two methods that Lightning requires for a resume inside an epoch.
+
+    They do nothing, because `DistillData` sets the sampler's position.
+    """
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing of its own."""
+        """An empty dict."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
+        """Ignored."""
 
 
 class DistillData(pl.LightningDataModule):
-    """The training clips in their fixed order; its place in it, (epoch, batch), is part of every checkpoint."""
+    """The training clips in their fixed order. The position in it, (epoch, batch), is part of every checkpoint."""
 
     def __init__(self, config: DistillConfig, modalities: tuple[str, ...], process: Process) -> None:
         super().__init__()
@@ -42,45 +46,46 @@ class DistillData(pl.LightningDataModule):
             raise ConfigError(
                 f"{len(self.dataset)} clips are fewer than one batch of batch_size={config.batch_size}; lower it"
             )
-        # what decides which clips the batches before a place held
-        self._order = {
-            "seed": config.seed,
-            "clips": len(self.dataset),
-            "global_batch": config.batch_size * process.world_size,
-            "accumulate": config.trainer.accumulate_grad_batches,
-        }
-        self._config, self._pin = config, process.device.type == "cuda"
-        self._start: tuple[int, int] | None = None
+        self._data_order = data_order(
+            seed=config.seed,
+            num_clips=len(self.dataset),
+            global_batch=config.batch_size * process.world_size,
+            accumulate_grad_batches=config.trainer.accumulate_grad_batches,
+        )
+        self._config, self._pin_memory = config, process.device.type == "cuda"
+        self._start_position: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the order, and what the order depends on."""
-        epoch, batch = position(self.trainer) if self.trainer else (0, 0)
-        return {**self._order, "epoch": epoch, "batch": batch}
+        """The position, and the settings that decide the order."""
+        epoch, batch = training_position(self.trainer) if self.trainer else (0, 0)
+        return {**self._data_order, "epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at a place.
+        """Continue at the stored position.
 
         Raises:
-            ConfigError: it is inside an epoch, and this run's batches are others.
+            ConfigError: it is inside an epoch whose batches differ from this run's.
         """
-        self._start = (int(state_dict["epoch"]), int(state_dict["batch"]))
-        other = {k: (state_dict[k], v) for k, v in self._order.items() if state_dict[k] != v}
-        if self._start[1] and other:
-            raise ConfigError(batch_order_mismatch(self._start[0], other))
+        self._start_position = (int(state_dict["epoch"]), int(state_dict["batch"]))
+        difference = diff_settings(read_data_order(state_dict), self._data_order)
+        if self._start_position[1] and difference:
+            raise ConfigError(batch_order_mismatch(self._start_position[0], difference))
 
     def train_dataloader(self) -> Any:
-        """The loader, at the place where the run starts: its workers fetch as soon as it is made."""
-        done = self.trainer.fit_loop.epoch_progress.current.processed if self.trainer else 0
-        self.sampler.set_state(*(self._start or (done, 0)))  # a file without a place was written at an epoch's end
+        """The loader, at the position where the run starts: its workers start to read as soon as it is created."""
+        fit_loop: Any = self.trainer.fit_loop if self.trainer else None
+        epochs_done = fit_loop.epoch_progress.current.processed if fit_loop else 0
+        # a checkpoint without a position was written at the end of an epoch
+        self.sampler.set_state(*(self._start_position or (epochs_done, 0)))
         return make_clip_loader(
             self.dataset,
             num_workers=self._config.num_workers,
-            pin_memory=self._pin,
+            pin_memory=self._pin_memory,
             batch_sampler=self.sampler,
             timeout_s=self._config.loader_timeout_s,
             loader_class=ResumableLoader,
         )
 
     def val_dataloader(self) -> Any:
-        """The clips of the validation's episodes; nothing where there is none."""
+        """The clips of the validation episodes; an empty list without validation."""
         return self.validation.dataloader() if self.validation else []

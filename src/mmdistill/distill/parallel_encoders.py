@@ -1,4 +1,4 @@
-"""Networks that do not wait for each other, side by side on a CPU."""
+"""Run independent encoders in parallel threads on a CPU."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,42 +10,42 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS_FOR_THREADING = (
-    1500  # in a batch; networks with more of them push each other's activations out of the caches
+    1500  # per batch; with more tokens, parallel encoders evict each other's data from the caches
 )
 
 
 def run_in_parallel(jobs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """The results of `jobs`, in order. Each has its share of torch's threads to itself, where they can be shared out.
+    """The results of `jobs`, in order. Torch's threads are divided evenly among the jobs that run at the same time.
 
-    Threads that compute one matrix product together wait for each other after it, and for every small operation
-    between two of them. On two cores, four ViT-S encoders of 672 tokens take 1.15 s side by side and 1.35 s one after
-    another; of 2,688 tokens they take longer side by side (`MAX_TOKENS_FOR_THREADING`). The jobs inherit whether gradients are
-    recorded, but no autocast; under autocast they run one by one.
+    Threads that share one matrix product synchronize after it and after every small operation. On two cores, four
+    ViT-S encoders take 1.15 s in parallel and 1.35 s in sequence with 672 tokens; with 2,688 tokens they are slower in
+    parallel (`MAX_TOKENS_FOR_THREADING`). The jobs inherit the gradient mode but not autocast; under autocast they run
+    in sequence.
     """
-    threads = torch.get_num_threads()
-    workers = math.gcd(len(jobs), threads)  # so that nobody is idle
-    if workers < 2 or torch.is_autocast_enabled("cpu"):
+    num_threads = torch.get_num_threads()
+    num_workers = math.gcd(len(jobs), num_threads)  # all workers get the same number of jobs and threads
+    if num_workers < 2 or torch.is_autocast_enabled("cpu"):
         return [job() for job in jobs]
-    recorded = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
 
-    def run(job: Callable[[], Tensor]) -> Tensor:
-        with torch.set_grad_enabled(recorded):
+    def run_job(job: Callable[[], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(grad_enabled):
             return job()
 
-    return list(_pool(workers, threads // workers, threads).map(run, jobs))
+    return list(_make_pool(num_workers, num_threads // num_workers, num_threads).map(run_job, jobs))
 
 
 @cache
-def _pool(workers: int, each: int, threads: int) -> ThreadPoolExecutor:
-    """`workers` threads that compute with `each` of torch's `threads`."""
+def _make_pool(num_workers: int, threads_per_worker: int, num_threads: int) -> ThreadPoolExecutor:
+    """Worker threads that use `threads_per_worker` torch threads each; the caller keeps `num_threads`."""
 
-    def begin() -> None:
-        torch.set_flush_denormal(True)  # of this thread
-        torch.get_num_threads()  # the first call in a thread takes the process's number, later ones leave it alone
-        torch.set_num_threads(each)  # of this thread, and of threads to come
+    def init_worker() -> None:
+        torch.set_flush_denormal(True)  # per thread
+        torch.get_num_threads()  # the first call in a thread applies the process-wide number; make it now
+        torch.set_num_threads(threads_per_worker)  # of this thread, and of threads started later
 
-    pool, all_here = ThreadPoolExecutor(workers, "encoder", begin), Barrier(workers)
-    for started in [pool.submit(all_here.wait) for _ in range(workers)]:
+    pool, barrier = ThreadPoolExecutor(num_workers, "encoder", init_worker), Barrier(num_workers)
+    for started in [pool.submit(barrier.wait) for _ in range(num_workers)]:
         started.result()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(num_threads)
     return pool

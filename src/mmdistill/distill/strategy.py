@@ -1,11 +1,11 @@
-"""Lightning's processes, and strategies under which a checkpoint is one ordinary file.
+"""Lightning strategies that write one ordinary checkpoint file, also with DeepSpeed.
 
-Stock Lightning writes a directory as soon as its strategy is DeepSpeed. Here all processes gather Adam's moments into
-the layout of `torch.optim.AdamW`, and rank 0 writes the file that any other strategy would: it resumes under another
-ZeRO stage, another number of processes, or in a Trainer without DeepSpeed, and the other way round.
+Lightning's own DeepSpeed strategy writes a directory. Here all ranks gather Adam's moments into the layout of
+`torch.optim.AdamW`, and rank 0 writes the same file as with any other strategy. A checkpoint therefore resumes under
+another ZeRO stage, with another number of processes, or without DeepSpeed, and the other way round.
 
-Weights are float32 in every strategy; ``precision=bf16`` is autocast around the step, as in a plain Trainer. So there
-is no second, rounded copy of the weights that could be saved by mistake.
+Weights are float32 with every strategy; ``precision=bf16`` is autocast around the step, as in a plain Trainer. There is
+no second, rounded copy of the weights that could be saved by mistake.
 """
 
 import os
@@ -24,50 +24,51 @@ from mmdistill.checkpoint import CheckpointError, load_deepspeed
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, has_offload
 from mmdistill.distributed.collectives import run_on_all_ranks
 
-_BUCKET = 50_000_000  # elements reduced at a time; the buffer of one bucket is allocated
+_BUCKET_SIZE = 50_000_000  # elements per reduction; one buffer of this size is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
 _PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def strategy_kwargs(config: DistillConfig, precision: str, plugins: list[Any]) -> dict[str, Any]:
-    """The Trainer's arguments that say how it runs: strategy, devices, num_nodes, precision and plugins.
+    """The Trainer's arguments ``strategy``, ``devices``, ``num_nodes``, ``precision`` and ``plugins``.
 
-    The usual variables say who this process is, see `runtime.start_process`; they are read whichever launcher set
-    them. Lightning starts no processes of its own, which would run the whole sweep of a multirun again in each.
+    Rank and world size are read from the environment variables that `start_process` uses, whichever launcher set them.
+    Lightning must not start processes itself: each of them would run all jobs of a multirun again.
 
     Args:
+        config: the validated config.
         precision: ``32``, ``bf16`` or ``16``.
-        plugins: further ones.
+        plugins: further plugins.
 
     Raises:
-        ConfigError: a precision that the strategy lacks.
+        ConfigError: the strategy does not support the precision.
     """
-    world = int(os.environ["WORLD_SIZE"])
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    world_size = int(os.environ["WORLD_SIZE"])
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     strategy: Strategy | str = "auto"
     if config.strategy in DEEPSPEED_STAGES:
         if precision == "16":
-            raise ConfigError(f"precision=16 does not go with strategy={config.strategy}; use precision=bf16 or 32")
+            raise ConfigError(f"strategy={config.strategy} does not support precision=16; use precision=bf16 or 32")
         stage = DEEPSPEED_STAGES[config.strategy]
-        strategy = OneFileDeepSpeed(
+        strategy = SingleFileDeepSpeedStrategy(
             stage, batch_size=config.batch_size, autocast=precision == "bf16", offload=has_offload(config)
         )
         precision = "32"  # of the weights; the engine computes under autocast
-    elif config.strategy == "ddp" or world > 1:
-        strategy = OneFileDDP()
+    elif config.strategy == "ddp" or world_size > 1:
+        strategy = SingleFileDDPStrategy()
     return {
         "strategy": strategy,
-        "devices": local,
-        "num_nodes": world // local,
+        "devices": local_world_size,
+        "num_nodes": world_size // local_world_size,
         "precision": _PRECISION[precision],
         "plugins": [*plugins, TorchElasticEnvironment()],
     }
 
 
 class SingleFileCheckpointMixin:
-    """Checkpoints of a strategy with several processes: rank 0 writes, each rank reads, all agree on errors.
+    """Rank 0 writes a checkpoint file, every rank reads it, and an error on one rank is raised on all ranks.
 
-    An error of one rank alone would leave the others waiting for it in a barrier.
+    If only one rank raised, the others would wait for it in a barrier.
     """
 
     broadcast: Callable[..., Any]
@@ -83,7 +84,7 @@ class SingleFileCheckpointMixin:
                 self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
         run_on_all_ranks(
-            write, error_class=CheckpointError, message=f"{path}: not saved, what stood there before is unchanged"
+            write, error_class=CheckpointError, message=f"{path}: not saved; an existing file there is unchanged"
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -97,18 +98,18 @@ class SingleFileCheckpointMixin:
         return content
 
 
-class OneFileDDP(SingleFileCheckpointMixin, DDPStrategy):
-    """Lightning's DDP, whose ranks agree on a failed save or load."""
+class SingleFileDDPStrategy(SingleFileCheckpointMixin, DDPStrategy):
+    """Lightning's DDP strategy; a failed save or load raises on all ranks."""
 
 
-class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
-    """DeepSpeed at ZeRO stage 0, 1 or 2, on GPUs and CPUs, whose checkpoint is the file that other strategies write.
+class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
+    """DeepSpeed with ZeRO stage 0, 1 or 2 on GPUs and CPUs; its checkpoint is the same file as with other strategies.
 
     Args:
-        stage: of ZeRO.
+        stage: ZeRO stage.
         batch_size: clips per process and batch; DeepSpeed logs it.
-        autocast: compute in bfloat16 where autocast allows; weights, gradients and moments stay float32.
-        offload: keep the optimiser's state in host memory, stage 1 or 2; the same torch.optim.AdamW steps there.
+        autocast: compute in bfloat16 where autocast does; weights, gradients and moments stay float32.
+        offload: keep the optimizer state in host memory, at stage 1 or 2; torch.optim.AdamW steps there.
 
     Raises:
         ValueError: another stage, or `offload` at stage 0.
@@ -126,33 +127,33 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
             "train_micro_batch_size_per_gpu": batch_size,
             "zero_optimization": {
                 "stage": stage,
-                "reduce_bucket_size": _BUCKET,
-                "allgather_bucket_size": _BUCKET,
+                "reduce_bucket_size": _BUCKET_SIZE,
+                "allgather_bucket_size": _BUCKET_SIZE,
             },
             "steps_per_print": 10**9,
         }
         if offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             config["zero_force_ds_cpu_optimizer"] = False
-        if autocast:  # no module is listed whose gradients would be reduced in bfloat16
+        if autocast:  # no modules are listed, so all gradients are reduced in float32
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         super().__init__(config=config)
         self.stage = stage
-        self._groups: list[list[nn.Parameter]] = []
-        self._from_directory = False
+        self._param_groups: list[list[nn.Parameter]] = []
+        self._resumed_from_directory = False
 
     # setting up ---------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """As Lightning's, which refuses a CPU; DeepSpeed asks for numbered devices there too."""
+        """Like Lightning's, but also on CPUs, for which DeepSpeed needs numbered devices."""
         if isinstance(self.accelerator, CPUAccelerator):
             self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or ()))]
         DDPStrategy.setup_environment(self)
 
     def _init_optimizers(self) -> tuple[Any, Any]:
-        """Remember the parameters of each group: ZeRO puts one flat tensor in their place."""
+        """Keep the parameters of each group, because ZeRO replaces them by one flat tensor."""
         optimizer, scheduler = super()._init_optimizers()
-        self._groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
+        self._param_groups = [list(group["params"]) for group in optimizer.param_groups if group["params"]]
         return optimizer, scheduler
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
@@ -160,8 +161,8 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(False)
 
     def teardown(self) -> None:
-        """Let go of the engine's hooks and buffers: a sweep trains several times in one process."""
-        engine = self.model
+        """Release the engine's hooks and buffers: a sweep trains several times in one process."""
+        engine: Any = self.model
         super().teardown()
         if hasattr(engine, "destroy"):
             engine.destroy()
@@ -170,7 +171,7 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """Lightning says when to step: DeepSpeed's own count would run on over the end of an epoch."""
+        """False: Lightning decides when to step. DeepSpeed's own count would continue across the end of an epoch."""
         return False
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -180,11 +181,11 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Nothing: the engine waits for the last batch of a step by itself, and stage 2 cannot be told to."""
+        """Do nothing: the engine already reduces only at the last batch, and stage 2 does not support this call."""
         yield
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """The last batch of a step: its backward pass, which the closure runs, ends the accumulation."""
+        """Step after the last batch of a step; its backward pass runs in the closure and ends the accumulation."""
         engine = self.deepspeed_engine
         engine.set_gradient_accumulation_boundary(True)
         try:
@@ -195,79 +196,79 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
     # saving -------------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All weights, on rank 0; nothing on the others. ZeRO keeps them in one tensor per group: they are copied."""
+        """All weights on rank 0, an empty dict on other ranks. Trained ones are copied out of ZeRO's flat tensors."""
         if not self.is_global_zero:
             return {}
         assert self.lightning_module is not None
-        trained = {name for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        trainable = {name for name, p in self.lightning_module.named_parameters() if p.requires_grad}
         state = self.lightning_module.state_dict()
-        return {name: value.detach().to("cpu", copy=name in trained) for name, value in state.items()}
+        return {name: value.detach().to("cpu", copy=name in trainable) for name, value in state.items()}
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """AdamW's state in torch's layout, on rank 0; groups without moments on the others. Collective."""
+        """AdamW's state in torch's layout on rank 0; param groups without moments on other ranks. Collective."""
         wrapped = self.deepspeed_engine.optimizer
         if self.stage == 0:
-            plain: dict[str, Any] = wrapped.state_dict()
-            return plain
+            unsharded: dict[str, Any] = wrapped.state_dict()
+            return unsharded
         inner = wrapped.optimizer
         _link_moments(wrapped)
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
-        first = 0
+        num_params = 0
         for parameters, flat, group in zip(
-            self._groups, wrapped.single_partition_of_fp32_groups, inner.param_groups, strict=True
+            self._param_groups, wrapped.single_partition_of_fp32_groups, inner.param_groups, strict=True
         ):
-            numbers = list(range(first, first + len(parameters)))
-            first += len(parameters)
-            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": numbers})
-            held = inner.state.get(flat, {})  # empty before the first step
-            for number, parameter in zip(numbers, parameters, strict=True) if held else ():
-                moments = {k: self._gathered(parameter, k) for k in held if k != _STEP}
+            indices = list(range(num_params, num_params + len(parameters)))
+            num_params += len(parameters)
+            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": indices})
+            flat_state = inner.state.get(flat, {})  # empty before the first step
+            for index, parameter in zip(indices, parameters, strict=True) if flat_state else ():
+                moments = {k: self._gather_moment(parameter, k) for k in flat_state if k != _STEP}
                 if self.is_global_zero:
-                    state[number] = {_STEP: held[_STEP].clone(), **moments}
+                    state[index] = {_STEP: flat_state[_STEP].clone(), **moments}
         return {"state": state, "param_groups": groups}
 
-    def _gathered(self, parameter: nn.Parameter, key: str) -> Tensor | None:
-        """One moment, whole, on rank 0. All ranks take part."""
+    def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
+        """One unsharded moment on rank 0, None on other ranks. Collective."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        whole: Tensor = safe_get_full_optimizer_state(parameter, key)
-        return whole.cpu() if self.is_global_zero else None
+        moment: Tensor = safe_get_full_optimizer_state(parameter, key)
+        return moment.cpu() if self.is_global_zero else None
 
     # loading ------------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a file; or restore the engine from a directory that Lightning's own DeepSpeed strategy wrote."""
-        self._from_directory = Path(checkpoint_path).is_dir()
-        if self._from_directory:
+        """Read a file, or restore the engine from a directory that Lightning's own DeepSpeed strategy wrote."""
+        self._resumed_from_directory = Path(checkpoint_path).is_dir()
+        if self._resumed_from_directory:
             content = load_deepspeed(self.deepspeed_engine, checkpoint_path)
             assert self.lightning_module is not None
-            return {**content, "state_dict": self.lightning_module.state_dict()}  # as hooks expect it
+            return {**content, "state_dict": self.lightning_module.state_dict()}  # hooks expect this key
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """A file's optimizer is restored by us; that of a directory already is."""
-        return not self._from_directory
+        """Whether Lightning restores the optimizer: from a file yes; from a directory DeepSpeed has restored it."""
+        return not self._resumed_from_directory
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Weights into the module, and into this rank's part of ZeRO's copy, which the optimizer changes."""
-        if self._from_directory:
+        """Load weights into the module and into this rank's shard of ZeRO's copy, which the optimizer updates."""
+        if self._resumed_from_directory:
             return
         Strategy.load_model_state_dict(self, checkpoint, strict=strict)
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for parameter in (p for group in self._groups for p in group):
+        for parameter in (p for group in self._param_groups for p in group):
             safe_set_full_fp32_param(parameter, parameter.detach())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """AdamW's state from torch's layout into this rank's flat tensors.
+        """Load AdamW's state in torch's layout into this rank's flat tensors.
 
         Raises:
-            CheckpointError: it is of other parameters, or ZeRO cannot hold it.
+            CheckpointError: the state belongs to other parameters, or ZeRO cannot represent it.
         """
         saved = checkpoint["optimizer_states"][0]
-        self._check(saved)
+        self._check_optimizer_state(saved)
         if self.stage == 0:
             Strategy.load_optimizer_state_dict(self, checkpoint)
             return
@@ -281,40 +282,42 @@ class OneFileDeepSpeed(SingleFileCheckpointMixin, DeepSpeedStrategy):
                 moments = {k: torch.zeros_like(flat) for k in entries[0] if k != _STEP}
                 wrapped.optimizer.state[flat] = {_STEP: entries[0][_STEP].to(flat.device, copy=True), **moments}
         if saved["state"]:
-            self._fill_moments(wrapped, saved)
+            self._load_moments(wrapped, saved)
 
-    def _fill_moments(self, wrapped: Any, saved: Mapping[str, Any]) -> None:
+    def _load_moments(self, wrapped: Any, saved: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         _link_moments(wrapped)
-        for parameters, stored in zip(self._groups, saved["param_groups"], strict=True):
-            for parameter, number in zip(parameters, stored["params"], strict=True):
-                for key, value in saved["state"][number].items():
+        for parameters, stored in zip(self._param_groups, saved["param_groups"], strict=True):
+            for parameter, index in zip(parameters, stored["params"], strict=True):
+                for key, value in saved["state"][index].items():
                     if key != _STEP:
                         safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
-    def _check(self, saved: Mapping[str, Any]) -> None:
-        """Whether a stored state is one of this optimizer's parameters."""
+    def _check_optimizer_state(self, saved: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless a stored state belongs to this optimizer's parameters."""
         stored = [group["params"] for group in saved["param_groups"]]
-        if [len(g) for g in stored] != [len(g) for g in self._groups]:
+        if [len(g) for g in stored] != [len(g) for g in self._param_groups]:
             raise CheckpointError(
-                f"its optimizer has groups of {', '.join(str(len(g)) for g in stored)} parameters, this run of "
-                f"{', '.join(str(len(g)) for g in self._groups)}; resume with the model it was trained with"
+                f"the checkpoint's optimizer has groups of {', '.join(str(len(g)) for g in stored)} parameters, this "
+                f"run's has {', '.join(str(len(g)) for g in self._param_groups)}; resume with the same model"
             )
-        for parameters, numbers in zip(self._groups, stored, strict=True):
-            entries = [saved["state"].get(n) for n in numbers]
+        for parameters, indices in zip(self._param_groups, stored, strict=True):
+            entries = [saved["state"].get(i) for i in indices]
             for parameter, entry in zip(parameters, entries, strict=True):
                 shapes = {tuple(v.shape) for k, v in (entry or {}).items() if k != _STEP}
                 if shapes - {tuple(parameter.shape)}:
-                    raise CheckpointError(f"its optimizer has a moment of shape {shapes}, not {tuple(parameter.shape)}")
+                    raise CheckpointError(
+                        f"the checkpoint's optimizer has a moment of shape {shapes}, this run's {tuple(parameter.shape)}"
+                    )
             if len({float(e[_STEP]) if e else None for e in entries}) > 1 and self.stage > 0:
                 raise CheckpointError(
-                    "its optimizer's parameters are at different steps, which ZeRO cannot hold; "
+                    "the parameters in the checkpoint's optimizer are at different steps, unsupported by ZeRO; "
                     "resume with strategy=auto, ddp or deepspeed_stage_0"
                 )
 
 
 def _link_moments(wrapped: Any) -> None:
-    """Tell each parameter where its moments lie. DeepSpeed does so after its first step, for the first group only."""
+    """Link parameters to their moments. DeepSpeed does this after its first step, and for the first group only."""
     wrapped._hp_optimizer_states_linked = False
     wrapped._lazy_init_hp_params_optimizer_state()

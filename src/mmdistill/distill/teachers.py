@@ -1,6 +1,7 @@
-"""Frozen teachers: which file each comes from, and proof that it is the one a student was distilled with."""
+"""Load the frozen teachers, and check that they are the ones that a resumed student was distilled from."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mmdistill.checkpoint.references import require_exists, require_same_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
+from mmdistill.training.compatibility import diff_settings, format_difference
 
 log = logging.getLogger(__name__)
 
@@ -19,92 +21,91 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     """The encoder of a pretraining checkpoint.
 
     Raises:
-        ConfigError: it was trained on another modality, other statistics or another token grid.
+        ConfigError: its modality, statistics or token grid differ from this run's.
     """
     checkpoint = read_checkpoint(path)
-    found = checkpoint.meta.get("modality")
-    if found is not None and found != modality:
+    stored_modality = checkpoint.meta.get("modality")
+    if stored_modality is not None and stored_modality != modality:
         raise ConfigError(
-            f"trainer.ckpt_path: {path} is a {found} checkpoint, given as the {modality} teacher; "
+            f"trainer.ckpt_path: {path} is a {stored_modality} checkpoint, given as the {modality} teacher; "
             "check the order (rgb, flow, skeleton)"
         )
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
     check_token_grid(encoder, spec, data, path)
-    _check_inputs(checkpoint, spec, path)
+    _check_statistics(checkpoint, spec, path)
     for line in sampling_rate_warnings(checkpoint.meta, data, path):
         log.info(line)
     return encoder
 
 
-def _check_inputs(checkpoint: Checkpoint, spec: ModalitySpec, path: object) -> None:
-    """Whether this run gives a teacher what it was trained on."""
+def _check_statistics(checkpoint: Checkpoint, spec: ModalitySpec, path: object) -> None:
+    """Raise `ConfigError` if mean, std or sigma differ from those that the checkpoint was trained with."""
     stored = stored_statistics(checkpoint.meta, spec.name)
     if stored and spec.with_statistics(*stored) != spec:
-        found = spec.with_statistics(*stored)
-        names = [n for n in ("mean", "std", "sigma") if getattr(found, n) != getattr(spec, n)]
-        told = ", ".join(f"{n} {getattr(found, n)} / {getattr(spec, n)}" for n in names)
+        difference = diff_settings(vars(spec.with_statistics(*stored)), vars(spec))
         raise ConfigError(
-            f"data_module.modalities.{spec.name}: not as {path} was trained with (checkpoint / data_module): {told}; "
-            "use the same dataset config in both phases"
+            f"data_module.modalities.{spec.name}: differs from the settings that {path} was trained with (checkpoint / "
+            f"data_module): {format_difference(difference)}; use the same dataset config in both trainings"
         )
 
 
 def load_teachers(
     config: DistillConfig, specs: dict[str, ModalitySpec], resume: Path | None
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
-    """The teachers by modality, and for each the path and the sha256 of its encoder's tensors.
+    """The teachers by modality, and for each component its path and its encoder's sha256.
 
-    A fresh run reads `trainer.ckpt_path`. A resumed one takes the teachers out of a full file; for a slim one it reads
-    `trainer.ckpt_path`, or without it the paths that the file names. What is there is compared by its sha256.
+    A new run reads `trainer.ckpt_path`. A resumed run takes the teachers from the checkpoint. If that is a student-only
+    checkpoint, the run reads `trainer.ckpt_path` or, if that is null, the paths in the checkpoint. Digests must match.
 
     Raises:
-        ConfigError: of `read_teacher`; a slim file's teacher is missing; or what `trainer.ckpt_path` names, or a slim
-            file, is another teacher than the one that the student has learned from.
+        ConfigError: see `read_teacher`; `trainer.teachers` differs from the checkpoint.
+        CheckpointError: a teacher of a student-only checkpoint is missing, or a teacher's sha256 differs.
     """
-    wanted = [m for m in modality_names() if m in config.trainer.teachers]
+    modalities = [m for m in modality_names() if m in config.trainer.teachers]
     resumed = read_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
-    named: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
-    if named and set(named) != {f"teacher_{m}" for m in wanted}:
+    stored: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
+    if stored and set(stored) != {f"teacher_{m}" for m in modalities}:
         raise ConfigError(
-            f"trainer.teachers={config.trainer.teachers}: {resume} was distilled from {', '.join(named)}; "
-            "set the same teachers, or start anew with resume=null"
+            f"trainer.teachers={config.trainer.teachers}: {resume} was distilled from {', '.join(stored)}; "
+            "set the same teachers, or start from scratch with resume=null"
         )
-    given = teacher_paths(config.trainer) if config.trainer.ckpt_path is not None or not named else {}
+    paths = teacher_paths(config.trainer) if config.trainer.ckpt_path is not None or not stored else {}
     teachers: dict[str, Encoder] = {}
     sources: dict[str, Any] = {}
-    for modality in wanted:
-        part = f"teacher_{modality}"
-        if resumed and part in named and part in resumed.components:
-            teachers[modality] = load_encoder(resumed, part=part)
-            check_token_grid(teachers[modality], specs[modality], config.data_module, resume)
-            _check_inputs(resumed, specs[modality], resume)
-            if modality in given and Path(given[modality]).expanduser().exists():  # else those of the file are all
-                own = read_teacher(given[modality], modality, specs[modality], config.data_module)
-                require_same_digest(given[modality], weights_digest(own), part, named[part], resume)
-            sources[part] = named[part]
+    for modality in modalities:
+        component, spec = f"teacher_{modality}", specs[modality]
+        if resumed and component in stored and component in resumed.components:
+            teachers[modality] = load_encoder(resumed, part=component)
+            check_token_grid(teachers[modality], spec, config.data_module, resume)
+            _check_statistics(resumed, spec, resume)
+            # trainer.ckpt_path is optional here, but a file that it names must hold the same teacher
+            if modality in paths and Path(paths[modality]).expanduser().exists():
+                teacher = read_teacher(paths[modality], modality, spec, config.data_module)
+                require_same_digest(paths[modality], weights_digest(teacher), component, stored[component], resume)
+            sources[component] = stored[component]
             continue
-        path = given.get(modality) or str(named[part]["path"])
-        if part in named:
-            require_exists(path, part, named[part], resume)
-        teachers[modality] = read_teacher(path, modality, specs[modality], config.data_module)
+        path = paths.get(modality) or str(stored[component]["path"])
+        if component in stored:
+            require_exists(path, component, stored[component], resume)
+        teachers[modality] = read_teacher(path, modality, spec, config.data_module)
         digest = weights_digest(teachers[modality])
-        if part in named:
-            require_same_digest(path, digest, part, named[part], resume)
-        sources[part] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
+        if component in stored:
+            require_same_digest(path, digest, component, stored[component], resume)
+        sources[component] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
     return teachers, sources
 
 
-def check_teachers(found: dict[str, Any], own: dict[str, Any], parts: list[str]) -> None:
-    """Compare the sha256 of teachers that a checkpoint names (`found`) with those of a module (`own`).
+def check_teacher_digests(stored: Mapping[str, Any], own: Mapping[str, Any], components: Sequence[str]) -> None:
+    """Compare the sha256 of the teachers that a checkpoint references (`stored`) with those of this run (`own`).
 
     Raises:
-        CheckpointError: another teacher, with both digests.
+        CheckpointError: a teacher differs; names both digests.
     """
-    for part in parts:
-        stored = (found.get(part) or {}).get("sha256")
-        mine = (own.get(part) or {}).get("sha256")
-        if stored is None or stored != mine:
+    for component in components:
+        expected = (stored.get(component) or {}).get("sha256")
+        found = (own.get(component) or {}).get("sha256")
+        if expected is None or expected != found:
             raise CheckpointError(
-                f"the checkpoint is slim and was distilled with {part} of sha256 {stored}; this module's {part} has "
-                f"{mine}; give that checkpoint in trainer.ckpt_path"
+                f"the student-only checkpoint was distilled with {component} of sha256 {expected}; this run's "
+                f"{component} has {found}; set trainer.ckpt_path to that teacher's checkpoint"
             )

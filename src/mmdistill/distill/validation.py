@@ -1,11 +1,12 @@
-"""Few-shot validation while the student is trained: `val_top1_action`, on a small fixed set of episodes.
+"""Few-shot validation during a distillation: ``val_top1_action`` on a small fixed set of episodes.
 
-Lightning calls it every `trainer.check_val_every_n_epoch` epochs, or at `Trainer.validate`. Any `ModelCheckpoint` or
-`EarlyStopping` may monitor it; in epochs without a validation Lightning shows them the last value.
+Lightning runs it every `trainer.check_val_every_n_epoch` epochs, and in `Trainer.validate`. `ModelCheckpoint` and
+`EarlyStopping` can monitor it; in epochs without a validation Lightning passes them the last value.
 
 Shapes: B batch, N clips of the episodes, D width.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,84 +28,82 @@ from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import STUDENT_MODALITY
 
 METRIC = "val_top1_action"
-HEAD = "centroid"
+CLASSIFIER = "centroid"
 
 
 class Validation(pl.Callback):
-    """Collects the student's features of the episodes' clips, which `MMDistill.validation_step` makes, and scores them.
+    """Collect the student's features that `MMDistill.validation_step` returns, and score the episodes with them.
 
-    Each rank encodes its share of the clips; all score the same episodes and log the same number.
+    Each rank encodes its share of the clips. All ranks score the same episodes and log the same number.
 
     Args:
         dataset: evaluation clips (rgb).
-        episodes: over their positions; only their clips are read.
+        episodes: positions in the dataset; only their clips are read.
         loader: arguments of `make_clip_loader`.
-        rank, world_size: this process among all.
+        rank: rank of this process.
+        world_size: number of ranks.
     """
 
     def __init__(
         self, dataset: ClipDataset, episodes: Episodes, *, loader: Mapping[str, Any], rank: int, world_size: int
     ) -> None:
-        self.dataset, self.episodes, self._loader = dataset, episodes, dict(loader)
+        self.dataset, self.episodes, self._loader_kwargs = dataset, episodes, dict(loader)
         self.clips = np.unique(np.concatenate((episodes.support.ravel(), episodes.query.ravel())))
-        each = -(-len(self.clips) // world_size)
-        shares = np.resize(self.clips, each * world_size)  # as many for each rank: what is too much occurs twice
-        self.mine = shares[rank::world_size].tolist()
+        clips_per_rank = math.ceil(len(self.clips) / world_size)
+        padded = np.resize(self.clips, clips_per_rank * world_size)  # repeats clips: ranks need equal numbers
+        self.own_clips = padded[rank::world_size].tolist()
         self._features: dict[int, FloatArray] = {}
 
     def dataloader(self) -> DataLoader[Any]:
-        """This rank's clips."""
-        return make_clip_loader(Subset(self.dataset, self.mine), **self._loader)
+        """A loader of this rank's clips."""
+        return make_clip_loader(Subset(self.dataset, self.own_clips), **self._loader_kwargs)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing seen yet."""
+        """Clear the features."""
         self._features = {}
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keep the features of a batch, float32 (B, D)."""
+        """Store the features of a batch, float32 (B, D)."""
         features = outputs.float().cpu().numpy()
         self._features.update(zip(batch["index"].tolist(), features, strict=True))
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the mean accuracy of the episodes.
 
         Raises:
             FeatureError: the student's features are not finite; on every rank.
         """
-        value = self.score(_gathered(self._features))
-        self.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
+        features = {i: row for part in all_gather_objects(self._features) for i, row in part.items()}
+        value = self.score(features)
+        pl_module.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
         if trainer.is_global_zero:
             e = self.episodes
-            asked = f"{len(e)} episodes, {e.n_way}-way {e.k_shot}-shot, {HEAD}"
-            print(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({asked})", file=sys.stderr)
+            setting = f"{len(e)} episodes, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
+            print(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({setting})", file=sys.stderr)
 
     def score(self, features: Mapping[int, FloatArray]) -> float:
-        """Mean accuracy, a fraction, of float32 (D,) features by position in the dataset."""
+        """Mean accuracy as a fraction. `features` are float32 (D,) by position in the dataset."""
         rows = np.stack([features[i] for i in self.clips.tolist()])
         e = self.episodes
-        within = replace(
+        own_episodes = replace(
             e, support=np.searchsorted(self.clips, e.support), query=np.searchsorted(self.clips, e.query)
         )  # positions in `rows`
-        return float(evaluate_episodes(rows, within, HEAD).accuracy.mean())
-
-
-def _gathered(features: dict[int, FloatArray]) -> dict[int, FloatArray]:
-    return {i: row for part in all_gather_objects(features) for i, row in part.items()}
+        return float(evaluate_episodes(rows, own_episodes, CLASSIFIER).accuracy.mean())
 
 
 def make_validation(config: DistillConfig, process: Process) -> Validation | None:
-    """The validation that the config asks for, or None.
+    """The validation callback; None if `trainer.check_val_every_n_epoch` is not set.
 
     Raises:
-        EpisodeError: the validation clips do not hold the episodes.
+        EpisodeError: there are too few validation clips for the episodes.
     """
     data, trainer = config.data_module, config.trainer
     if not trainer.check_val_every_n_epoch:
         return None
-    source = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
-    dataset = make_clip_dataset(source, (STUDENT_MODALITY,), training=False, seed=config.seed)
+    val_data = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
+    dataset = make_clip_dataset(val_data, (STUDENT_MODALITY,), training=False, seed=config.seed)
     clips = dataset.index.clips
     episodes = sample_episodes(
         [c.label for c in clips],
@@ -126,8 +125,8 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
     return Validation(dataset, episodes, loader=loader, rank=process.rank, world_size=process.world_size)
 
 
-def validation_line(validation: Validation, config: DistillConfig) -> str:
-    """What a run says about it at its start."""
+def validation_summary(validation: Validation, config: DistillConfig) -> str:
+    """The log line about the validation at the start of a run."""
     data, every = config.data_module, config.trainer.check_val_every_n_epoch
-    source = data.val_json_path or f"{data.fewshot_eval_json_path}, which are those of the test"
+    source = data.val_json_path or f"{data.fewshot_eval_json_path} (the test clips; see data_module.val_json_path)"
     return f"{METRIC} every {every} epochs on {len(validation.clips)} clips of {source}"

@@ -1,4 +1,4 @@
-"""The DeepSpeed side of pretraining: the process group, the engine, and what is all-reduced."""
+"""The DeepSpeed side of pretraining: process group, config and engine."""
 
 from typing import Any
 
@@ -13,20 +13,18 @@ from mmdistill.models.videomae import VideoMAE
 from mmdistill.training.optim import LearningRates, make_optimizer
 
 
-def open_process_group(process: Process) -> None:
-    """Join the other ranks, once per Python process (jobs of a sweep share it)."""
+def init_process_group(process: Process) -> None:
+    """Create the process group and DeepSpeed's backend, once per Python process: the jobs of a sweep share it."""
+    backend = "nccl" if process.device.type == "cuda" else "gloo"
     if process.world_size == 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if process.device.type == "cuda" else "gloo"
-        # no port: other jobs of this machine cannot take it in between
+        # an in-memory store needs no port, which another job of this machine could take first
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if process.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
-    """The dictionary for `deepspeed.initialize`."""
+    """The config dictionary for `deepspeed.initialize`; `precision` is ``32``, ``bf16`` or ``16``."""
     trainer, stage = config.trainer, zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
     if has_offload(config):
@@ -42,12 +40,12 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     if precision == "bf16":
         out["bf16"] = {"enabled": True}
     elif precision == "16":
-        out["fp16"] = {"enabled": True, "hysteresis": 1}  # each overflow halves the loss scale, at every stage
+        out["fp16"] = {"enabled": True, "hysteresis": 1}  # each overflow halves the loss scale at every stage
     return out
 
 
 def make_engine(config: PretrainConfig, model: VideoMAE, rates: LearningRates, process: Process) -> DeepSpeedEngine:
-    """The engine around `model`. Its optimiser's learning rates are set by the schedule before each step."""
+    """The engine that trains `model`. The schedule sets the optimizer's learning rates before each step."""
     betas = (config.trainer.betas[0], config.trainer.betas[1])
     optimizer = make_optimizer(
         model,
@@ -61,6 +59,6 @@ def make_engine(config: PretrainConfig, model: VideoMAE, rates: LearningRates, p
         model=model, optimizer=optimizer, config=deepspeed_config(config, precision), dist_init_required=False
     )
     scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if scaler is not None:  # a gradient that overflows at the least scale is a case for trainer.on_nonfinite
+    if scaler is not None:  # trainer.on_nonfinite handles a gradient that overflows at the minimum scale
         scaler.raise_error_at_min_scale = False
     return engine

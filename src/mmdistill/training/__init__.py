@@ -1,0 +1,1 @@
+"""What both trainings use: optimizer, non-finite guard, stop signals, run log, loggers, data report."""

@@ -1,4 +1,4 @@
-"""What a training run did with its data: in its log at start and end, and in ``data_report.json`` in its folder."""
+"""What a training run did with its data: log lines at start and end, and ``data_report.json`` in the run folder."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -9,14 +9,15 @@ import torch
 
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
+from mmdistill.files import atomic_write_bytes
 
 
 class DataReport:
-    """Counts of one run, all ranks and loader workers together, since this start of it.
+    """Counts of one run since its start, over all ranks and loader workers.
 
     Args:
-        dataset: of the run.
-        run_dir: its folder.
+        dataset: the training clips.
+        run_dir: the run's folder.
         is_main: whether this process writes the file.
     """
 
@@ -26,50 +27,61 @@ class DataReport:
     def collect(self) -> dict[str, Any]:
         """The counts. Collective.
 
-        ``index`` is how the clips came about, ``missing`` what the policy did by modality and rally, ``modalities``
-        the same as sums.
+        ``index`` describes how the clips were selected, ``missing`` what the policy did by modality and rally,
+        ``modalities`` the same as sums.
         """
-        marks = self.dataset.stats_tensor
-        told = all_gather_objects({int(i): marks[i].tolist() for i in marks.any(dim=1).nonzero().flatten().tolist()})
-        for rows in told:
+        stats = self.dataset.stats_tensor
+        nonzero_rows = {int(i): stats[i].tolist() for i in stats.any(dim=1).nonzero().flatten().tolist()}
+        for rows in all_gather_objects(nonzero_rows):
             for i, row in rows.items():
-                marks[i] = torch.maximum(marks[i], torch.tensor(row, dtype=marks.dtype))
-        missing = self.dataset.missing_report(marks)
+                stats[i] = torch.maximum(stats[i], torch.tensor(row, dtype=stats.dtype))
+        missing = self.dataset.missing_report(stats)
         sums = {name: modality_sums(missing, name) for name in self.dataset.readers}
         return {"index": self.dataset.index.report, "modalities": sums, "missing": missing}
 
     def write(self) -> dict[str, Any]:
-        """Collect, and write the file. Collective."""
+        """Collect the counts and write the file. Collective."""
         report = self.collect()
         if self.is_main:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            atomic_write_bytes(self.path, (json.dumps(report, indent=1, sort_keys=True) + "\n").encode())
         return report
 
-    def first_line(self) -> str:
-        """Write the file, and say where the clips are from. Collective."""
+    def start_summary(self) -> str:
+        """Write the file; one line about the clips. Collective."""
         report = self.write()
         index = report["index"]
-        return (
-            f"data: {report['missing']['clips']} clips of {index['rallies']} rallies ({len(index['too_short'])} too "
-            f"short, {len(index['without_events'])} without events, {index['shifted_into_video']} clips shifted "
-            f"into their video); {missing_line(report['missing'], self.dataset.readers)}"
-        )
+        notes = [
+            f"{count} {text}"
+            for count, text in (
+                (len(index["too_short"]), "rallies too short for a clip"),
+                (len(index["without_events"]), "rallies without an event"),
+                (index["shifted_into_video"], "clips near the start or end of a video were moved inside it"),
+            )
+            if count
+        ]
+        line = f"data: {report['missing']['clips']} clips of {index['rallies']} rallies"
+        return "; ".join(filter(None, [line, *notes, missing_line(report["missing"], self.dataset.readers)]))
 
-    def last_line(self) -> str:
-        """Write the file, and say what the missing policy did. Collective."""
-        return f"data: {missing_line(self.write()['missing'], self.dataset.readers)}; {self.path.name}"
+    def end_summary(self) -> str:
+        """Write the file; one line about missing data, empty if none was missing. Collective."""
+        line = missing_line(self.write()["missing"], self.dataset.readers)
+        return f"data: {line}; details in {self.path}" if line else ""
 
 
 def modality_sums(missing: Mapping[str, Any], modality: str) -> dict[str, int]:
-    """Of a `ClipDataset.missing_report`: clips left out and frames repeated, over all rallies."""
+    """Sums over all rallies of a `ClipDataset.missing_report`: clips skipped, frames repeated."""
     return {key: sum(missing[key].get(modality, {}).values()) for key in ("clips_skipped", "frames_repeated")}
 
 
 def missing_line(missing: Mapping[str, Any], modalities: Iterable[str]) -> str:
-    """A `ClipDataset.missing_report` in one line."""
-    sums = {name: modality_sums(missing, name) for name in modalities}
-    parts = [
-        f"{m} {s['clips_skipped']} clips left out, {s['frames_repeated']} frames repeated" for m, s in sums.items()
-    ]
-    return f"missing={missing['policy']}: {'; '.join(parts)}; {sum(missing['clips_replaced'].values())} clips replaced"
+    """The counts of a `ClipDataset.missing_report` that are not 0, in one line; empty if all are 0."""
+    parts = []
+    for name in modalities:
+        sums = modality_sums(missing, name)
+        for key, text in (("clips_skipped", "clips skipped"), ("frames_repeated", "frames repeated")):
+            if sums[key]:
+                parts.append(f"{name}: {sums[key]} {text}")
+    replaced = sum(missing["clips_replaced"].values())
+    if replaced:
+        parts.append(f"{replaced} clips replaced by other clips")
+    return f"missing data (on_missing={missing['policy']}): {'; '.join(parts)}" if parts else ""

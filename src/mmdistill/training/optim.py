@@ -1,4 +1,4 @@
-"""AdamW on timm's parameter groups and timm's cosine schedule, the same for both phases."""
+"""AdamW on timm's parameter groups and timm's cosine schedule, the same for both trainings."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Learning rates of one run, derived once from the rates per 256 clips that the config states.
+    """Learning rates of one run, derived from the config's rates, which are per 256 clips.
 
     The linear scaling rule (Goyal et al. 2017, arXiv 1706.02677): ``rate = base * global batch / 256``.
     """
@@ -31,11 +31,11 @@ class LearningRates:
 def make_optimizer(
     module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], layer_decay: float | None = None
 ) -> torch.optim.AdamW:
-    """AdamW; biases, norms, mask token and positions are not decayed. Frozen parameters are left out.
+    """AdamW without weight decay on biases, norms, mask token and position embeddings. Frozen parameters are ignored.
 
-    With `layer_decay` the rate of layer k is ``lr * layer_decay ** (n + 1 - k)``, as in BEiT (arXiv 2106.08254): the
-    patch embedding is layer 0, the n encoder blocks are 1 to n, and what lies above them has the whole rate. Groups
-    carry the factor as ``lr_scale``, which timm's schedule applies.
+    With `layer_decay` the learning rate of layer k is ``lr * layer_decay ** (n + 1 - k)``, as in BEiT (arXiv
+    2106.08254): the patch embedding is layer 0, the n encoder blocks are 1 to n, and all parameters above them have the
+    full rate. Groups store the factor as ``lr_scale``, which timm's schedule applies.
     """
     groups = param_groups_weight_decay(module, weight_decay, no_weight_decay_list=("*mask_token", "*pos_embed"))
     if layer_decay is not None:
@@ -44,12 +44,12 @@ def make_optimizer(
 
 
 def param_group_hparams(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the config says of each group, to `update` it with: loading a state brings that of the run that wrote it."""
+    """This run's hyperparameters of each group. Loading an optimizer state replaces them by those of the checkpoint."""
     return [{k: g[k] for k in ("weight_decay", "betas", "lr_scale") if k in g} for g in optimizer.param_groups]
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Layer of a parameter: patch embedding and positions 0, encoder block i (from 0) i + 1, all else depth + 1."""
+def layer_index(name: str, depth: int) -> int:
+    """Layer of a parameter: 0 for patch and position embedding, i + 1 for encoder block i, depth + 1 for all others."""
     block = re.search(r"(?:^|\.)encoder\.blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -57,16 +57,16 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def _layer_groups(module: nn.Module, groups: list[dict[str, Any]], decay: float) -> list[dict[str, Any]]:
-    """Split timm's groups by layer, the highest layer first, so that the first group has the whole rate."""
+    """Split timm's groups by layer, the highest layer first: the first group has the full learning rate."""
     names = {id(p): name for name, p in module.named_parameters()}
-    depth = max((layer_of(n, -1) for n in names.values()), default=0)
+    depth = max((layer_index(n, -1) for n in names.values()), default=0)
     split: dict[tuple[int, int], dict[str, Any]] = {}
-    for number, group in enumerate(groups):
+    for index, group in enumerate(groups):
         for parameter in group["params"]:
-            layer = layer_of(names[id(parameter)], depth)
+            layer = layer_index(names[id(parameter)], depth)
             scale = decay ** (depth + 1 - layer)
             empty = {**group, "params": [], "lr_scale": scale}
-            split.setdefault((-layer, number), empty)["params"].append(parameter)
+            split.setdefault((-layer, index), empty)["params"].append(parameter)
     return [split[key] for key in sorted(split)]
 
 

@@ -1,5 +1,6 @@
-"""What a run tells: a progress bar (plain lines without a terminal), ``run.log``, and numbers to the trackers."""
+"""The log of a run: a progress bar (plain lines without a terminal), ``run.log``, and metrics for the trackers."""
 
+import math
 import resource
 import sys
 import time
@@ -12,23 +13,23 @@ import numpy as np
 import torch
 
 from mmdistill.console import ProgressDisplay
-from mmdistill.training.loggers import Csv, Tracker, carry_rows, open_trackers
+from mmdistill.training.loggers import Csv, ResumePoint, Tracker, copy_metrics_history, open_trackers
 
 LOG_FILE = "run.log"
 DEFAULT_TRACKERS = ("tensorboard", "csv")
 
 
 class RunLog:
-    """Log of one run. On other ranks than 0 (`enabled=False`) every call does nothing.
+    """Log of one run. On other ranks than 0 (`enabled=False`) every method does nothing.
 
     Args:
         run_dir: the run's folder.
-        total_steps: of the whole run.
-        title: of the bar.
-        enabled: on rank 0 only.
+        total_steps: optimizer steps or batches of the whole run, as passed to `step`.
+        title: title of the progress bar.
+        enabled: True on rank 0 only.
         trackers: names, see `mmdistill.training.loggers`.
-        config: the resolved config, for trackers that show it.
-        source: the checkpoint that the run goes on from.
+        config: the resolved config, for the trackers.
+        resume: the checkpoint that the run resumes from. A run in a new folder copies the metrics up to its step.
     """
 
     def __init__(
@@ -40,15 +41,17 @@ class RunLog:
         enabled: bool = True,
         trackers: Sequence[str] = DEFAULT_TRACKERS,
         config: Mapping[str, Any] | None = None,
-        source: Path | None = None,
+        resume: ResumePoint | None = None,
     ) -> None:
         self.enabled = enabled
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._file = run_dir / LOG_FILE
-        self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {}, source)
-        self._display = ProgressDisplay(title, total_steps, show_ends=True, print_line=self.say)
+        self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {}, resume)
+        self._display = ProgressDisplay(title, total_steps, show_ends=True, print_line=self.info)
+        if resume:
+            self.inherit_metrics(resume)
 
     def __enter__(self) -> "RunLog":
         if self.enabled:
@@ -61,40 +64,45 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.close()
 
-    def continues(self, checkpoint: Path, step: int) -> None:
-        """The run goes on from a `checkpoint` of `step`: in a folder of its own, its table begins with that run's."""
-        if self.enabled and any(isinstance(tracker, Csv) for tracker in self._trackers):
-            rows = carry_rows(checkpoint, self._file.parent, step)
-            if rows:
-                self.say(f"metrics.csv begins with {rows} rows of {checkpoint.absolute().parents[1]}")
+    def inherit_metrics(self, resume: ResumePoint) -> None:
+        """Copy the rows of ``metrics.csv`` from the resumed run, if it is in another folder."""
+        if any(isinstance(tracker, Csv) for tracker in self._trackers):
+            num_rows = copy_metrics_history(resume, self._file.parent)
+            if num_rows:
+                self.info(f"copied {num_rows} rows of metrics.csv from {resume.run_dir}")
 
     def step(self, done: int, note: str) -> None:
-        """Show that `done` steps are finished, and the memory."""
+        """Update the progress bar: `done` steps are finished. `note` and the peak memory are shown beside it."""
         if self.enabled:
-            self._display.update(done, f"{note} {memory()}")
+            self._display.update(done, f"{note} {peak_memory()}")
 
-    def say(self, text: str) -> None:
-        """One line above the bar, on standard error, and in ``run.log``."""
-        if self.enabled:
+    def info(self, text: str) -> None:
+        """Print a line above the bar, on standard error, and append it to ``run.log``. An empty text is ignored."""
+        if self.enabled and text:
             self._display.print(text)
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers after `step` optimiser steps, to each tracker."""
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Send metrics after `step` optimizer steps to each tracker."""
         if self.enabled:
             for tracker in self._trackers:
-                tracker.scalars(step, values)
+                tracker.log_metrics(step, values)
 
-    def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """A picture, uint8 (height, width, 3), to each tracker that shows pictures."""
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Send an image, uint8 (height, width, 3), to each tracker."""
         if self.enabled:
             for tracker in self._trackers:
-                tracker.picture(step, name, image)
+                tracker.log_image(step, name, image)
 
 
-def memory() -> str:
-    """The largest memory that this process has had: of the GPU where it uses one, else of the machine."""
+def baseline_ratio(loss: float, constant_baseline: float) -> float:
+    """`loss` divided by that of the constant baseline; NaN if the baseline is 0 (constant targets)."""
+    return loss / constant_baseline if constant_baseline else math.nan
+
+
+def peak_memory() -> str:
+    """The peak memory of this process: of the GPU if it uses one, else of the host."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
     unit = 1 if sys.platform == "darwin" else 1024

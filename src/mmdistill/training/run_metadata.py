@@ -1,4 +1,4 @@
-"""``run.json``: what is needed to do a run again. One record per start, so a resumed run has several."""
+"""``run.json``: what is needed to repeat a run. One record per start, so a resumed run has several."""
 
 import json
 import os
@@ -20,16 +20,16 @@ RUN_FILE = "run.json"
 
 
 def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, accelerator: str) -> dict[str, Any]:
-    """Add this start to ``run.json``; call on rank 0.
+    """Append a record of this start to ``run.json``; call on rank 0.
 
     Args:
         run_dir: the run's folder.
         config: the resolved config as builtin containers.
-        processes: ranks of the run.
-        accelerator: ``auto``, ``cpu`` or ``gpu``, to tell the device.
+        processes: number of ranks.
+        accelerator: ``auto``, ``cpu`` or ``gpu``; decides which device is recorded.
 
     Returns:
-        The record: command, time (UTC), config, git state (None outside a repository), environment. No host name.
+        The record: command, time (UTC), config, git state (None outside a repository), environment; no host name.
     """
     path = run_dir / RUN_FILE
     records = json.loads(path.read_text()) if path.is_file() else []
@@ -46,25 +46,23 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
 
 
 def git_state(root: Path | None) -> dict[str, Any] | None:
-    """Commit, whether files differ from it and which; None without git, a repository or a source tree (`root`)."""
+    """Commit and changed files of a repository; None without git, a repository or a source tree (`root`)."""
     if root is None:
         return None
 
-    def ask(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=20, check=True, errors="replace"
-        )
-        return done.stdout
+    def run_git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, errors="replace").stdout
 
     try:
-        changed = [line[3:] for line in ask("status", "--porcelain").splitlines()]
-        return {"commit": ask("rev-parse", "HEAD").strip(), "dirty": bool(changed), "changed": changed}
+        changed = [line[3:] for line in run_git("status", "--porcelain").splitlines()]
+        return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(changed), "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def environment(accelerator: str) -> dict[str, Any]:
-    """Python, platform, device, threads, and the versions of this project's dependencies."""
+    """Versions of Python and of this project's dependencies, platform, device, CPUs and threads."""
     import torch
 
     names = {"torch", "numpy"}
@@ -72,7 +70,7 @@ def environment(accelerator: str) -> dict[str, Any]:
         required = metadata.requires("mmdistill") or []
         names |= {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in required if "extra ==" not in r}
     except metadata.PackageNotFoundError:
-        pass  # run from the source tree without being installed
+        pass  # runs from the source tree, not installed
     packages = {}
     for name in sorted(names):
         try:

@@ -3,33 +3,45 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from mmdistill.distributed import launch
 
+StopSignal = Callable[[], int | None]  # the number of the received signal, or None
+
 
 @contextmanager
-def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[Callable[[], int | None]]:
-    """While open, these signals only set a flag: the loop asks for it after each step.
+def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[StopSignal]:
+    """Replace the handlers of these signals by one that only records the signal; restore them at the end.
 
-    Yields a function that returns the number of the signal received, or None. A launcher that has gone away counts as
-    SIGTERM. A second SIGINT acts at once.
+    Yields:
+        A function that returns the number of the first received signal, or None. A launcher that has exited counts as
+        SIGTERM. A second SIGINT raises `KeyboardInterrupt` at once.
     """
     received: list[int] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def record_signal(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(number)
 
-    def asked() -> int | None:
+    def first_received() -> int | None:
         if received:
             return received[0]
         return int(signal.SIGTERM) if launch.launcher_exited() else None
 
-    before = {number: signal.signal(number, note) for number in (signal.Signals[name] for name in names)}
+    previous = {number: signal.signal(number, record_signal) for number in (signal.Signals[name] for name in names)}
     try:
-        yield asked
+        yield first_received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def stop_message(checkpoint: Path) -> str:
+    """The last message of a run that a signal stopped after it wrote `checkpoint`."""
+    return (
+        f"stopped by a signal; complete checkpoint written: {checkpoint}\n"
+        f"resume with resume={checkpoint}, or with resume=auto in the same hydra.run.dir"
+    )
