@@ -212,11 +212,11 @@ def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float
         "index": torch.arange(clips),
     }
     batch = {name: value.to(setting.device) for name, value in batch.items()}
-    kept = TeacherCache(folder, draws=1, clips=clips, widths={m: g.dim for m, g in geometries.items()}, key={})
+    kept = TeacherCache(folder, num_draws=1, num_clips=clips, widths={m: g.dim for m, g in geometries.items()}, key={})
     kept.add(0, batch["index"], module.targets(batch))
     kept.write(0)
     kept.open(0)
-    kept.serves = lambda epoch: True  # type: ignore[method-assign]
+    kept.is_cached = lambda epoch: True  # type: ignore[method-assign]
     small = {k: v for k, v in batch.items() if k not in ("flow", "skeleton")}
 
     def loss(cache: TeacherCache | None) -> Tensor:

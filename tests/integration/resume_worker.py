@@ -1,13 +1,18 @@
-"""Runs the real entrypoints for tests: one interpreter imports everything, then forks the ranks of each run.
+"""Run the real entrypoints for tests: one interpreter imports everything, then forks the ranks of each run.
 
 python -m tests.integration.resume_worker PLAN.json  # {"runs": [{script, world, arguments, record, stop_at, ...}, ...]}
 
-Each rank writes a line per step to ``RECORD.{rank}.jsonl``: epoch, clip numbers, the loss as hexadecimal. With
-``stop_at`` = n, a rank of the run sends itself SIGTERM (or ``stop_signal``) in its n-th step; with ``nan_at`` = n, the
-loss of the last rank's n-th batch is NaN; with ``inf_at`` = n (or -1: of every one), that loss is finite and its
-gradient is not. Either of them, or ``watch``, writes ``RECORD.{rank}.states.jsonl``: digests of weights, averages and
-moments before and after each batch. With ``fp16`` precision=16 is let through on a CPU; with ``uncached`` teachers run
-on the masks of trainer.cache_teacher_epochs in every epoch. Exit codes go to PLAN.json.codes.
+Each rank writes a line per step to ``RECORD.{rank}.jsonl``: epoch, clip numbers, the loss as hexadecimal. Options:
+
+- ``stop_at`` = n: a rank of the run sends itself SIGTERM (or ``stop_signal``) in its n-th step.
+- ``nan_at`` = n: the loss of the last rank's n-th batch is NaN.
+- ``inf_at`` = n (-1: every batch): that loss is finite, its gradient is not.
+- ``record_states``, ``nan_at`` or ``inf_at``: write ``RECORD.{rank}.states.jsonl``, digests of weights, averages and
+  moments before and after each batch.
+- ``fp16``: allow precision=16 on a CPU.
+- ``uncached``: run the teachers in every epoch, on the masks of trainer.cache_teacher_epochs.
+
+Exit codes go to PLAN.json.codes.
 """
 
 import hashlib
@@ -25,6 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
+import mmdistill.distill.datamodule as distill_data
 import mmdistill.distill.module as distill_module
 import mmdistill.distill.trainer as distill_run
 import mmdistill.pretrain.trainer as pretrain_loop
@@ -33,11 +39,11 @@ from tests.ranks import fork_ranks, import_zero, wait_for
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _recorder(record: str, rank: int, stop: int | None, number: signal.Signals = signal.SIGTERM) -> Any:
-    """A function that takes (epoch, clips, loss) and notes it."""
+def _make_recorder(record: str, rank: int, stop: int | None, number: signal.Signals = signal.SIGTERM) -> Any:
+    """A function that records (epoch, clips, loss)."""
     done = 0
 
-    def note(epoch: int, clips: list[int], loss: torch.Tensor) -> None:
+    def record_step(epoch: int, clips: list[int], loss: torch.Tensor) -> None:
         nonlocal done
         with open(f"{record}.{rank}.jsonl", "a") as file:
             file.write(json.dumps([epoch, clips, float(loss.detach()).hex()]) + "\n")
@@ -45,33 +51,33 @@ def _recorder(record: str, rank: int, stop: int | None, number: signal.Signals =
         if done == stop:
             os.kill(os.getpid(), number)
 
-    return note
+    return record_step
 
 
-def _watch(note: Any) -> None:
-    """Put `note` into both loops."""
-    losses, step = pretrain_loop._Run.losses, distill_module.MMDistill.training_step
+def _record_steps(record_step: Any) -> None:
+    """Call `record_step` in both trainings."""
+    losses, step = pretrain_loop.PretrainTrainer.losses, distill_module.MMDistill.training_step
 
-    def watched_losses(self: Any, batch: Any) -> Any:
+    def recorded_losses(self: Any, batch: Any) -> Any:
         out = losses(self, batch)
-        note(self.at.epoch, batch["index"].tolist(), out[0])
+        record_step(self.progress.epoch, batch["index"].tolist(), out[0])
         return out
 
-    def watched_step(self: Any, batch: Any, index: int) -> Any:
+    def recorded_step(self: Any, batch: Any, index: int) -> Any:
         out = step(self, batch, index)
-        note(self.trainer.current_epoch, batch["index"].tolist(), out["loss"])
+        record_step(self.trainer.current_epoch, batch["index"].tolist(), out["loss"])
         return out
 
-    pretrain_loop._Run.losses = watched_losses  # type: ignore[method-assign]
-    distill_module.MMDistill.training_step = watched_step  # type: ignore[method-assign]
+    pretrain_loop.PretrainTrainer.losses = recorded_losses  # type: ignore[method-assign]
+    distill_module.MMDistill.training_step = recorded_step  # type: ignore[method-assign]
 
 
-def _spoil(step: int, *, loss: bool) -> None:
-    """Make this rank's loss of its `step`-th batch NaN, or only its gradient infinite, in both loops."""
-    native, lightning = pretrain_loop._Run.losses, distill_module.MMDistill.losses
+def _make_nonfinite(step: int, *, loss: bool) -> None:
+    """Make this rank's loss of its `step`-th batch NaN, or only its gradient infinite, in both trainings."""
+    native, lightning = pretrain_loop.PretrainTrainer.losses, distill_module.MMDistill.losses
     done = 0
 
-    def spoiled(value: torch.Tensor) -> torch.Tensor:
+    def make_nonfinite(value: torch.Tensor) -> torch.Tensor:
         nonlocal done
         done += 1
         if step not in (done, -1):
@@ -82,19 +88,19 @@ def _spoil(step: int, *, loss: bool) -> None:
         return value
 
     def native_losses(self: Any, batch: Any) -> Any:
-        loss, trivial = native(self, batch)
-        return spoiled(loss), trivial
+        loss, baseline = native(self, batch)
+        return make_nonfinite(loss), baseline
 
     def lightning_losses(self: Any, batch: Any) -> Any:
         out = lightning(self, batch)
-        return {**out, "rgb": (spoiled(out["rgb"][0]), out["rgb"][1])}
+        return {**out, "rgb": (make_nonfinite(out["rgb"][0]), out["rgb"][1])}
 
-    pretrain_loop._Run.losses = native_losses  # type: ignore[method-assign]
+    pretrain_loop.PretrainTrainer.losses = native_losses  # type: ignore[method-assign]
     distill_module.MMDistill.losses = lightning_losses  # type: ignore[method-assign]
 
 
 def _digest(module: torch.nn.Module, optimizer: Any) -> str:
-    """Of all weights, of the optimiser's own copy of them, and of its state."""
+    """Digest of all weights, of the optimizer's own copy of them, and of its state."""
     inner = getattr(optimizer, "optimizer", optimizer)
     own = [p for group in inner.param_groups for p in group["params"]]
     state = [v for p in own for v in inner.state.get(p, {}).values()]
@@ -104,20 +110,20 @@ def _digest(module: torch.nn.Module, optimizer: Any) -> str:
     return sha.hexdigest()
 
 
-def _watch_states(path: str) -> None:
+def _record_states(path: str) -> None:
     """Write a line per batch: digest before, digest after."""
-    native, lightning = pretrain_loop._train_step, distill_module.MMDistill.training_step
+    native, lightning = pretrain_loop.PretrainTrainer.train_step, distill_module.MMDistill.training_step
     before = ""
 
-    def note(now: str) -> None:
+    def write_digests(now: str) -> None:
         with open(path, "a") as file:
             file.write(json.dumps([before, now]) + "\n")
 
-    def native_step(run: Any, batch: Any) -> Any:
+    def native_step(self: Any, batch: Any) -> Any:
         nonlocal before
-        before = _digest(run.engine.module, run.engine.optimizer)
-        out = native(run, batch)
-        note(_digest(run.engine.module, run.engine.optimizer))
+        before = _digest(self.engine.module, self.engine.optimizer)
+        out = native(self, batch)
+        write_digests(_digest(self.engine.module, self.engine.optimizer))
         return out
 
     def begin(self: Any, batch: Any, index: int) -> Any:
@@ -126,43 +132,44 @@ def _watch_states(path: str) -> None:
         return lightning(self, batch, index)
 
     def end(self: Any, outputs: Any, batch: Any, index: int) -> None:
-        note(_digest(self, self.trainer.strategy.optimizers[0]))
+        write_digests(_digest(self, self.trainer.strategy.optimizers[0]))
 
-    pretrain_loop._train_step = native_step
+    pretrain_loop.PretrainTrainer.train_step = native_step  # type: ignore[method-assign]
     distill_module.MMDistill.training_step = begin  # type: ignore[method-assign]
     distill_module.MMDistill.on_train_batch_end = end  # type: ignore[method-assign]
 
 
 def _allow_fp16() -> None:
-    """Slow on a CPU, but it computes: what DeepSpeed and Lightning do about the loss scale can be seen."""
+    """Allow fp16 on a CPU: slow, but it tests how DeepSpeed and Lightning handle the loss scale."""
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from pytorch_lightning.plugins.precision import MixedPrecision
 
-    import mmdistill.distributed.process as runtime
+    import mmdistill.distributed.device as device_module
 
-    runtime.has_fp16 = lambda device: True
+    device_module.has_fp16 = lambda device: True
     CPU_Accelerator.is_fp16_supported = lambda self: True  # type: ignore[method-assign]
-    place = distill_run.strategy_kwargs
+    make_kwargs = distill_run.strategy_kwargs
 
     def with_plugin(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        out = place(*args, **kwargs)
+        out = make_kwargs(*args, **kwargs)
         assert out.pop("precision") == "16-mixed"
         return {**out, "plugins": [*out["plugins"], MixedPrecision("16-mixed", "cpu")]}
 
     distill_run.strategy_kwargs = with_plugin
 
 
-def _never_cached() -> None:
-    """All modalities are read, and teachers run, in every epoch."""
-    distill_run.TeacherCache.serves = lambda self, epoch: False  # type: ignore[method-assign]
-    make = distill_run.make_clip_dataset
+def _disable_cache() -> None:
+    """Read all modalities and run the teachers in every epoch."""
+    distill_run.TeacherCache.is_cached = lambda self, epoch: False  # type: ignore[method-assign]
+    make = distill_data.make_clip_dataset
 
-    def whole(*args: Any, **kwargs: Any) -> Any:
+    def make_uncached(*args: Any, **kwargs: Any) -> Any:
         dataset = make(*args, **kwargs)
-        dataset.lasting = tuple(dataset.readers)
+        assert hasattr(dataset, "always_decoded")
+        dataset.always_decoded = tuple(dataset.readers)
         return dataset
 
-    distill_run.make_clip_dataset = whole
+    distill_data.make_clip_dataset = make_uncached
 
 
 def _rank(run: dict[str, Any], rank: int) -> int:
@@ -172,16 +179,16 @@ def _rank(run: dict[str, Any], rank: int) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     stop_at = run.get("stop_at") if rank == run.get("stop_rank", 0) else None
-    _watch(_recorder(run["record"], rank, stop_at, signal.Signals[run.get("stop_signal", "SIGTERM")]))
-    spoiled = run.get("nan_at") or run.get("inf_at")
-    if spoiled and rank == run["world"] - 1:
-        _spoil(spoiled, loss="nan_at" in run)
-    if spoiled or run.get("watch"):
-        _watch_states(f"{run['record']}.{rank}.states.jsonl")
+    _record_steps(_make_recorder(run["record"], rank, stop_at, signal.Signals[run.get("stop_signal", "SIGTERM")]))
+    nonfinite_at = run.get("nan_at") or run.get("inf_at")
+    if nonfinite_at and rank == run["world"] - 1:
+        _make_nonfinite(nonfinite_at, loss="nan_at" in run)
+    if nonfinite_at or run.get("record_states"):
+        _record_states(f"{run['record']}.{rank}.states.jsonl")
     if run.get("fp16"):
         _allow_fp16()
     if run.get("uncached"):
-        _never_cached()
+        _disable_cache()
     sys.argv = [run["script"], *run["arguments"]]
     try:
         runpy.run_path(str(ROOT / run["script"]), run_name="__main__")

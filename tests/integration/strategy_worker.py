@@ -63,24 +63,24 @@ def small_parameter() -> None:
     CrossModalTransfer.forward = lambda self, x: {m: v * self.gain for m, v in forward(self, x).items()}
 
 
-def watch(place: Path, stop: int | None) -> None:
-    """Write what the strategy holds when training begins, and the losses of all batches; SIGTERM in the `stop`-th."""
+def record(folder: Path, stop: int | None) -> None:
+    """Write the strategy's state at the start, and the loss of each batch; send SIGTERM in the `stop`-th batch."""
     losses: list[str] = []
     training_step = MMDistill.training_step
 
     def begin(module: MMDistill) -> None:
         strategy = module.trainer.strategy
-        told = {"state_dict": strategy.lightning_module_state_dict(),
-                "optimizer": strategy.optimizer_state(strategy.optimizers[0])}  # fmt: skip
+        state = {"state_dict": strategy.lightning_module_state_dict(),
+                 "optimizer": strategy.optimizer_state(strategy.optimizers[0])}  # fmt: skip
         if strategy.is_global_zero:
-            place.mkdir(parents=True, exist_ok=True)
-            torch.save(told, place / "begin.pt")
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(state, folder / "begin.pt")
 
     def step(module: MMDistill, batch: dict, index: int) -> dict:
         outputs: dict = training_step(module, batch, index)
         losses.append(float(outputs["loss"]).hex())
         if module.trainer.is_global_zero:
-            (place / "losses.json").write_text(json.dumps(losses))
+            (folder / "losses.json").write_text(json.dumps(losses))
         if len(losses) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return outputs
@@ -89,8 +89,8 @@ def watch(place: Path, stop: int | None) -> None:
 
 
 def train(rank: int, folder: Path, name: str, *more: str, stop: int | None = None) -> int:
-    """One distillation; ranks other than 0 do not know the run's folder."""
-    watch(folder / name, stop)
+    """One distillation; only rank 0 gets the run's folder."""
+    record(folder / name, stop)
     try:
         run.distill(config_of(folder, *more), folder / name if rank == 0 else folder / f"elsewhere{rank}")
     except SystemExit as end:
@@ -107,21 +107,21 @@ def stopped(folder: Path, name: str) -> str:
 
 
 def stock_directory(rank: int, folder: Path, name: str) -> None:
-    """At the first epoch's end, what Lightning's own DeepSpeed strategy writes."""
+    """At the end of the first epoch, also write the directory of Lightning's own DeepSpeed strategy."""
     saved = callbacks.EpochCheckpoints.on_train_epoch_end
 
-    def both(self: object, trainer: object, module: object) -> None:
+    def save_both(self: object, trainer: object, module: object) -> None:
         saved(self, trainer, module)
         if trainer.current_epoch == 0:
             content = trainer._checkpoint_connector.dump_checkpoint(False)
             DeepSpeedStrategy.save_checkpoint(trainer.strategy, content, folder / name / "stock.ckpt")
 
-    callbacks.EpochCheckpoints.on_train_epoch_end = both
+    callbacks.EpochCheckpoints.on_train_epoch_end = save_both
     train(rank, folder, name, "strategy=deepspeed_stage_1")
 
 
 def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
-    """Rank 0 cannot write its file: what each rank is told, and how soon."""
+    """Rank 0 cannot write its file: record each rank's error message, and after how many seconds it is raised."""
     began = 0.0
     save = strategies.SingleFileCheckpointMixin.save_checkpoint
 
@@ -135,14 +135,14 @@ def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
 
     strategies.SingleFileCheckpointMixin.save_checkpoint = timed
     callbacks.save_torch = fail
-    told = None
+    message = None
     try:
         train(rank, folder, name, f"strategy={strategy}", "trainer.epochs=1")
     except CheckpointError as error:
-        told = str(error)
+        message = str(error)
     seconds = time.perf_counter() - began
-    left = sorted(p.name for p in (folder / name / "checkpoints").glob("*")) if rank == 0 else []
-    (folder / f"{name}.{rank}.json").write_text(json.dumps({"told": told, "seconds": seconds, "left": left}))
+    files = sorted(p.name for p in (folder / name / "checkpoints").glob("*")) if rank == 0 else []
+    (folder / f"{name}.{rank}.json").write_text(json.dumps({"message": message, "seconds": seconds, "files": files}))
 
 
 def make_teachers(folder: Path) -> None:
@@ -159,7 +159,7 @@ def make_teachers(folder: Path) -> None:
 KINDS = {"auto-1": ("auto", 1), "ddp-2": ("ddp", 2), "zero0-1": ("deepspeed_stage_0", 1),
          "zero1-1": ("deepspeed_stage_1_offload", 1), "zero2-1": ("deepspeed", 1), "zero0-2": ("deepspeed_stage_0", 2),
          "zero1-2": ("deepspeed_stage_1", 2), "zero2-2": ("deepspeed_stage_2", 2)}  # fmt: skip
-RESUMED = [kind for kind in KINDS if kind.startswith("zero")]  # tests/test_resume.py has the others
+RESUMED = [kind for kind in KINDS if kind.startswith("zero")]  # test_resume.py covers the others
 CROSS = [("zero2-2", "zero0-1"), ("zero2-2", "auto-1"), ("auto-1", "zero2-2")]
 INSIDE = [("zero2-2", "auto-1"), ("zero0-1", "zero1-2")]  # the same, from the middle of an epoch
 
@@ -174,32 +174,32 @@ def main(folder: Path) -> None:
     make_teachers(folder)
     codes: dict[str, list[int]] = {}
 
-    def go(name: str, world: int, *more: str, stop: int | None = None) -> None:
+    def run_once(name: str, world: int, *more: str, stop: int | None = None) -> None:
         codes[name] = start(world, partial(train, stop=stop), folder, name, *more)
 
-    def thrice(name: str, world: int, *more: str) -> None:
-        """Whole; from the end of its first epoch into the next one; and from there to the end."""
-        go(name, world, *more)
-        go(f"{name}-stopped", world, *more, f"resume='{first_epoch(folder, name)}'", stop=2)
-        go(f"{name}-resumed", world, *more, f"resume='{stopped(folder, name)}'")
+    def run_in_parts(name: str, world: int, *more: str) -> None:
+        """Uninterrupted; from the end of the first epoch into the second one; from there to the end."""
+        run_once(name, world, *more)
+        run_once(f"{name}-stopped", world, *more, f"resume='{first_epoch(folder, name)}'", stop=2)
+        run_once(f"{name}-resumed", world, *more, f"resume='{stopped(folder, name)}'")
 
     for kind, (strategy, world) in KINDS.items():
-        (thrice if kind in RESUMED else go)(kind, world, f"strategy={strategy}")
+        (run_in_parts if kind in RESUMED else run_once)(kind, world, f"strategy={strategy}")
     for source, target in CROSS:
         strategy, world = KINDS[target]
         resume = f"resume='{first_epoch(folder, source)}'"
-        go(f"{source}-to-{target}", world, f"strategy={strategy}", resume)
+        run_once(f"{source}-to-{target}", world, f"strategy={strategy}", resume)
     for source, target in INSIDE:
         (strategy, world), batch = KINDS[target], 4 * KINDS[source][1] // KINDS[target][1]
         chosen = f"strategy={strategy}", f"batch_size={batch}"
-        go(f"{source}-inside-{target}", world, *chosen, f"resume='{stopped(folder, source)}'")
+        run_once(f"{source}-inside-{target}", world, *chosen, f"resume='{stopped(folder, source)}'")
     for kind in ("auto-1", "zero0-1"):
-        go(f"{kind}-clipped", 1, f"strategy={KINDS[kind][0]}", *CLIPPED)
-    thrice("zero2-1-clipped", 1, "strategy=deepspeed", *CLIPPED)
-    thrice("bf16", 1, "strategy=deepspeed", "precision=bf16")
-    go("bf16-auto", 1, "strategy=auto", "precision=bf16")
+        run_once(f"{kind}-clipped", 1, f"strategy={KINDS[kind][0]}", *CLIPPED)
+    run_in_parts("zero2-1-clipped", 1, "strategy=deepspeed", *CLIPPED)
+    run_in_parts("bf16", 1, "strategy=deepspeed", "precision=bf16")
+    run_once("bf16-auto", 1, "strategy=auto", "precision=bf16")
     codes["stock"] = start(1, stock_directory, folder, "stock")
-    go("stock-resumed", 1, "strategy=deepspeed_stage_1", f"resume='{folder / 'stock' / 'stock.ckpt'}'")
+    run_once("stock-resumed", 1, "strategy=deepspeed_stage_1", f"resume='{folder / 'stock' / 'stock.ckpt'}'")
     for strategy in ("ddp", "deepspeed"):
         codes[f"full-{strategy}"] = start(2, full_disk, folder, f"full-{strategy}", strategy)
     (folder / "results.json").write_text(json.dumps(codes))

@@ -1,4 +1,4 @@
-"""A run that is resumed with other settings, or with other files: they count, or they are refused. Never neither."""
+"""Resume with other settings or other files: each change either takes effect or raises an error."""
 
 import csv
 import os
@@ -26,7 +26,7 @@ from tests.tiny_data import MODEL, make_tiny, overrides
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 clips, and three teachers that say what they were trained on."""
+    """72 clips, and three teachers with statistics in their metadata."""
     root = tmp_path_factory.mktemp("changed")
     make_tiny(root / "data")
     for number, (name, spec) in enumerate(modality_specs(_distill(root).data_module).items()):
@@ -53,23 +53,23 @@ def _pretrain(folder: Path, *more: str) -> PretrainConfig:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
-    """(rate, largest weight decay) of every step of distillations."""
-    told: list[tuple[float, float]] = []
+    """(rate, largest weight decay) of every optimizer step of distillations."""
+    recorded: list[tuple[float, float]] = []
     original = MMDistill.on_before_optimizer_step
 
-    def watch(self: MMDistill, optimizer: torch.optim.Optimizer) -> None:
+    def record(self: MMDistill, optimizer: torch.optim.Optimizer) -> None:
         groups = optimizer.param_groups
-        told.append((groups[0]["lr"], max(g["weight_decay"] for g in groups)))
+        recorded.append((groups[0]["lr"], max(g["weight_decay"] for g in groups)))
         original(self, optimizer)
 
-    monkeypatch.setattr(MMDistill, "on_before_optimizer_step", watch)
-    return told
+    monkeypatch.setattr(MMDistill, "on_before_optimizer_step", record)
+    return recorded
 
 
-def test_a_longer_training_has_the_rates_of_one_that_was_meant_to_be_as_long(
+def test_extended_training_uses_the_schedule_of_the_new_length(
     folder: Path, steps: list[tuple[float, float]], tmp_path: Path
 ) -> None:
-    """The schedule that the file holds ends with the first training, at a rate of almost nothing."""
+    """The schedule in the checkpoint ends with the first training, at a learning rate of almost 0."""
     run.distill(_distill(folder, "trainer.epochs=3"), tmp_path / "whole")
     whole = [rate for rate, _ in steps]
     steps.clear()
@@ -81,7 +81,7 @@ def test_a_longer_training_has_the_rates_of_one_that_was_meant_to_be_as_long(
     assert steps == [(rate, 0.3) for rate in whole[9:]]
 
 
-def test_the_rate_goes_by_epochs_where_a_batch_has_become_smaller(
+def test_schedule_position_follows_epochs_after_a_change_of_batch_size(
     folder: Path, steps: list[tuple[float, float]], tmp_path: Path
 ) -> None:
     run.distill(_distill(folder, "trainer.epochs=2", "batch_size=4"), tmp_path / "whole")
@@ -96,27 +96,27 @@ def test_the_rate_goes_by_epochs_where_a_batch_has_become_smaller(
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     """(epoch, clips) of every batch of pretrainings."""
-    told: list[tuple[int, list[int]]] = []
-    original = loop._train_step
+    recorded: list[tuple[int, list[int]]] = []
+    original = loop.PretrainTrainer.train_step
 
-    def watch(run: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
-        told.append((run.at.epoch, batch["index"].tolist()))
-        return original(run, batch)
+    def record(self: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
+        recorded.append((self.progress.epoch, batch["index"].tolist()))
+        return original(self, batch)
 
-    monkeypatch.setattr(loop, "_train_step", watch)
-    return told
+    monkeypatch.setattr(loop.PretrainTrainer, "train_step", record)
+    return recorded
 
 
-def test_clips_that_fill_no_step_are_counted_as_left_out(
+def test_start_summary_counts_clips_skipped_by_accumulation(
     folder: Path, batches: list[tuple[int, list[int]]], tmp_path: Path
 ) -> None:
-    """9 batches of 8 are 4 steps of 2, and a batch that is left out though it is full."""
+    """9 batches of 8 clips are 4 steps of 2 batches; the last batch is skipped although it is full."""
     loop.pretrain(_pretrain(folder, "trainer.epochs=1", "trainer.accumulate_grad_batches=2"), tmp_path)
     assert sum(len(clips) for _, clips in batches) == 64
-    assert "(8 clips left out each epoch)" in (tmp_path / "run.log").read_text()
+    assert "(8 clips skipped each epoch)" in (tmp_path / "run.log").read_text()
 
 
-def test_pretraining_with_other_batches_goes_on_at_an_epochs_end(
+def test_pretraining_resumes_at_an_epoch_end_with_another_batch_size(
     folder: Path, batches: list[tuple[int, list[int]]], tmp_path: Path
 ) -> None:
     """Each clip once per epoch, and the settings of this run."""
@@ -134,18 +134,18 @@ def test_pretraining_with_other_batches_goes_on_at_an_epochs_end(
         assert sorted(i for clips in own for i in clips) == list(range(72))
 
 
-def test_pretraining_with_other_batches_is_refused_inside_an_epoch(
+def test_pretraining_inside_an_epoch_rejects_another_batch_order(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original, run_dir = loop._train_step, tmp_path / "run"
+    original, run_dir = loop.PretrainTrainer.train_step, tmp_path / "run"
 
-    def stop_at_5(run: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
-        if run.at.batch == 4:
+    def stop_at_5(self: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
+        if self.progress.batch == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, batch)
+        return original(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_train_step", stop_at_5)
+        patch.setattr(loop.PretrainTrainer, "train_step", stop_at_5)
         with pytest.raises(SystemExit, match=str(INTERRUPTED_EXIT_CODE)):
             loop.pretrain(_pretrain(folder), run_dir)
     for changed in ("batch_size=4", "batch_size=16", "seed=1"):
@@ -154,17 +154,17 @@ def test_pretraining_with_other_batches_is_refused_inside_an_epoch(
     loop.pretrain(_pretrain(folder, "resume=auto"), run_dir)
 
 
-def test_weight_decay_of_a_resumed_pretraining_is_the_configs(
+def test_resumed_pretraining_uses_the_configs_weight_decay(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found: list[float] = []
-    original = loop._optimise
+    original = loop.PretrainTrainer.optimizer_step
 
-    def watch(run: Any, last: bool) -> None:
-        found.append(max(g["weight_decay"] for g in run.engine.optimizer.param_groups))
-        original(run, last)
+    def record(self: Any, *, is_last: bool) -> None:
+        found.append(max(g["weight_decay"] for g in self.engine.optimizer.param_groups))
+        original(self, is_last=is_last)
 
-    monkeypatch.setattr(loop, "_optimise", watch)
+    monkeypatch.setattr(loop.PretrainTrainer, "optimizer_step", record)
     for stage in ("0", "1"):
         fixed = [f"strategy=deepspeed_stage_{stage}", "trainer.weight_decay=0.2"]
         loop.pretrain(_pretrain(folder, *fixed, "trainer.epochs=1"), tmp_path / stage)
@@ -175,15 +175,15 @@ def test_weight_decay_of_a_resumed_pretraining_is_the_configs(
 
 
 @pytest.mark.parametrize("changed", ["model.heads=4", "data_module.modalities.rgb.mean=[0.5]"])
-def test_pretraining_goes_on_with_what_its_weights_have_learned_with(
+def test_resumed_pretraining_rejects_other_heads_and_statistics(
     pretrained: Path, folder: Path, changed: str
 ) -> None:
-    """No tensor's shape tells."""
-    with pytest.raises(ConfigError, match="has learned with other settings"):
+    """These settings do not change the shape of any tensor."""
+    with pytest.raises(ConfigError, match="was trained with other settings"):
         loop.pretrain(_pretrain(folder, "trainer.epochs=2", changed, f"resume={pretrained}"), pretrained.parents[1])
 
 
-def test_weights_of_other_heads_are_no_start(pretrained: Path, folder: Path, tmp_path: Path) -> None:
+def test_init_from_rejects_weights_with_other_heads(pretrained: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightMismatchError, match="heads 2 / 4, head_dim 16 / 8"):
         loop.pretrain(_pretrain(folder, "model.heads=4", f"init_from={pretrained}"), tmp_path)
 
@@ -195,22 +195,22 @@ def pretrained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ("data_module.modalities.flow.std=[7.0]", r"std \(1.0, 1.0\) / \(7.0, 7.0\)"),
         ("data_module.modalities.skeleton.sigma=0.5", "sigma 2.0 / 0.5"),
     ],
 )
-def test_teachers_see_what_they_were_trained_on(folder: Path, changed: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_teachers_reject_other_statistics(folder: Path, changed: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         run.distill(_distill(folder, changed), tmp_path / "fresh")
     run.distill(_distill(folder, "trainer.epochs=1"), tmp_path / "run")
-    with pytest.raises(ConfigError, match=told):  # its teachers are in the file
+    with pytest.raises(ConfigError, match=message):  # its teachers are in the file
         run.distill(_distill(folder, changed, "resume=auto"), tmp_path / "run")
 
 
-def test_other_teachers_than_those_in_the_file_are_refused(folder: Path, tmp_path: Path) -> None:
-    """trainer.ckpt_path, where it names what is there, is never passed over."""
+def test_resume_rejects_other_teachers_than_the_checkpoints(folder: Path, tmp_path: Path) -> None:
+    """trainer.ckpt_path is checked even if the checkpoint contains the teachers."""
     shutil.copytree(folder, tmp_path / "here", ignore=shutil.ignore_patterns("data"))
     here, full = tmp_path / "here", tmp_path / "full.ckpt"
     config = _distill(here)
@@ -232,8 +232,8 @@ def test_other_teachers_than_those_in_the_file_are_refused(folder: Path, tmp_pat
     assert load_teachers(config, specs, full)[1] == sources
 
 
-def test_kept_features_are_of_the_files_and_clips_as_they_are(folder: Path, tmp_path: Path) -> None:
-    """Neither a flow that was computed again nor another choice of frames has a name that tells."""
+def test_cached_features_depend_on_files_and_clips(folder: Path, tmp_path: Path) -> None:
+    """Recomputed flow files and other frames get a new cache, although no name changes."""
     shutil.copytree(folder, tmp_path / "data")
     here, run_dir = tmp_path / "data", tmp_path / "run"
     options = ["trainer.cache_teacher_epochs=1", "trainer.epochs=1"]
@@ -253,8 +253,8 @@ def test_kept_features_are_of_the_files_and_clips_as_they_are(folder: Path, tmp_
     assert draws() == 3
 
 
-def test_learned_positions_are_not_decayed() -> None:
-    """Under whatever name the encoder stands."""
+def test_learned_position_embeddings_are_not_decayed() -> None:
+    """Independent of the encoder's prefix."""
     geometry = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="learned")
     module = torch.nn.ModuleDict({"student_rgb": torch.nn.ModuleDict({"encoder": Encoder(geometry)})})
     optimizer = make_optimizer(module, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95))

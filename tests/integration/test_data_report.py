@@ -1,4 +1,4 @@
-"""An evaluation shows a network what it has learned from, and says what of its clips a training has seen."""
+"""An evaluation uses the statistics stored with a network, and reports which rallies were in the training set."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ def folder(tmp_path: Path) -> Path:
     geometry = EncoderConfig(spec.channels, 4, size, size, 8 // spec.input_stride, 2, 16, 2, 2, 8, 32)
     state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
     meta = {"kind": "pretrain", "modality": "skeleton", "encoders": {"encoder": to_plain(geometry)}}
-    told = {**meta, "statistics": {"skeleton": spec.statistics}}
-    save_torch({"state_dict": state, "mmdistill": told}, tmp_path / "told.ckpt")
-    save_torch({"state_dict": state, "mmdistill": meta}, tmp_path / "silent.ckpt")
+    with_statistics = {**meta, "statistics": {"skeleton": spec.statistics}}
+    save_torch({"state_dict": state, "mmdistill": with_statistics}, tmp_path / "with_statistics.ckpt")
+    save_torch({"state_dict": state, "mmdistill": meta}, tmp_path / "without_statistics.ckpt")
     return tmp_path
 
 
@@ -45,68 +45,68 @@ def _config(folder: Path, *more: str) -> DistillConfig:
     return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, *more])
 
 
-def test_heat_maps_are_drawn_as_the_network_knows_them(folder: Path) -> None:
+def test_heatmaps_use_the_stored_sigma(folder: Path) -> None:
     def score(name: str, *more: str) -> list[float]:
         found = evaluate_checkpoint(_config(folder, *more), str(folder / name), folder / "run")
-        return [row["top1_action_ensemble"] for row in found["settings"][0]["rows"].values()]  # in three input modes
+        return [row["top1_action_ensemble"] for row in found["settings"][0]["rows"].values()]  # one per input mode
 
-    assert score("told.ckpt") == score("silent.ckpt", SIGMA)
-    assert score("told.ckpt") != score("silent.ckpt")
+    assert score("with_statistics.ckpt") == score("without_statistics.ckpt", SIGMA)
+    assert score("with_statistics.ckpt") != score("without_statistics.ckpt")
     spec = modality_specs(_config(folder).data_module)["skeleton"]
     assert spec.sigma == 2.0
-    assert load_network(folder / "told.ckpt").spec(spec).sigma == 0.4
+    assert load_network(folder / "with_statistics.ckpt").spec(spec).sigma == 0.4
 
 
-def test_another_speed_and_the_precision_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    content = load_torch(folder / "told.ckpt")
-    for rate, said in ((2, True), (1, False)):
+def test_report_states_sampling_rate_and_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = load_torch(folder / "with_statistics.ckpt")
+    for rate, is_reported in ((2, True), (1, False)):
         content["mmdistill"]["config"] = {"data_module": {"sampling_rate": rate}}
         save_torch(content, folder / "rate.ckpt")
         capsys.readouterr()
         found = evaluate_checkpoint(_config(folder), str(folder / "rate.ckpt"), folder / "run")
         text = f"data_module.sampling_rate=1, but {folder / 'rate.ckpt'} was trained with {rate}"
-        assert (text in capsys.readouterr().out) is said
+        assert (text in capsys.readouterr().out) is is_reported
     assert found["config"]["precision"] == "auto"
     assert found["precision"] == "32"
 
 
-def test_rallies_that_give_no_clip_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_counts_rallies_without_clips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "data" / "val.json"
     rallies = json.loads(file.read_text())
     rallies[0]["num_frames"], rallies[0]["events"] = 4, []
     rallies[1]["events"] = []
     file.write_text(json.dumps(rallies))
-    found = evaluate_checkpoint(_config(folder), str(folder / "told.ckpt"), folder / "run")
+    found = evaluate_checkpoint(_config(folder), str(folder / "with_statistics.ckpt"), folder / "run")
     assert (found["index"]["clips"], found["index"]["rallies"]) == (22, 24)
     assert found["index"]["too_short"] == [rallies[0]["video"]]
     assert found["index"]["without_events"] == [rallies[1]["video"]]
-    told = "22 evaluation clips of 4 classes; skipping 1 rallies too short for a clip, 1 rallies without an event"
-    assert told in capsys.readouterr().out
+    message = "22 evaluation clips of 4 classes; skipping 1 rallies too short for a clip, 1 rallies without an event"
+    assert message in capsys.readouterr().out
 
 
-def test_rallies_that_were_trained_on_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, checkpoint = _config(folder), str(folder / "told.ckpt")
+def test_report_counts_rallies_of_the_training_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, checkpoint = _config(folder), str(folder / "with_statistics.ckpt")
     file = folder / "data" / "unlabel.json"
     rallies = json.loads(file.read_text())
 
-    def seen() -> tuple[int | None, str]:
+    def evaluate() -> tuple[int | None, str]:
         capsys.readouterr()
         count = evaluate_checkpoint(config, checkpoint, folder / "run")["rallies_in_training"]
         stored = json.loads((folder / "run" / "fewshot.json").read_text())["rallies_in_training"]
         assert stored == count
         return count, capsys.readouterr().out
 
-    count, text = seen()
+    count, text = evaluate()
     assert count == 24
     assert "24 of 24 evaluated rallies are also in unlabel.json" in text
     file.write_text(json.dumps(rallies[:5]))
-    assert seen()[0] == 5
+    assert evaluate()[0] == 5
     file.write_text(json.dumps([{**rallies[0], "video": "another"}]))
-    count, text = seen()
+    count, text = evaluate()
     assert count == 0
     assert "evaluated rallies" not in text
     file.unlink()
-    count, text = seen()
+    count, text = evaluate()
     assert count is None
     assert "cannot compare the evaluated rallies with the training file" in text
     assert "unlabel.json does not exist" in text

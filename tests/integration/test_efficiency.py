@@ -1,4 +1,4 @@
-"""Keys that trade time, memory and smoothness: each does what it says, and nothing else."""
+"""Options for speed, memory and averaging: layer decay, EMA, accumulation, compile, teacher cache."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
-from mmdistill.training.optim import LearningRates, layer_of, make_optimizer, make_schedule
+from mmdistill.training.optim import LearningRates, layer_index, make_optimizer, make_schedule
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -71,10 +71,10 @@ def _state(run_dir: Path, part: str) -> dict[str, torch.Tensor]:
     return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
 
 
-# Rates by layer ------------------------------------------------------------------------------------------------------
+# Learning rates by layer ----------------------------------------------------------------------------------------------
 
 
-def test_layers_of_names() -> None:
+def test_layer_index() -> None:
     names = {
         "encoder.patch_embed.proj.weight": 0,
         "student_rgb.encoder.pos_embed": 0,
@@ -85,10 +85,10 @@ def test_layers_of_names() -> None:
         "cmt.mlp_to_rgb.0.weight": 13,
         "mask_token": 13,
     }
-    assert {name: layer_of(name, 12) for name in names} == names
+    assert {name: layer_index(name, 12) for name in names} == names
 
 
-def test_layer_decay_sets_the_rates_and_keeps_them_in_proportion() -> None:
+def test_layer_decay_scales_learning_rates_by_layer() -> None:
     model = VideoMAE(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16))
     optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
     schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
@@ -104,7 +104,7 @@ def test_layer_decay_sets_the_rates_and_keeps_them_in_proportion() -> None:
     assert full["encoder.blocks.1.mlp.fc1.weight"] == pytest.approx((full["mask_token"][0] / 2, 0.1))
     assert full["encoder.norm.weight"] == full["mask_token"] == full["decoder.blocks.0.norm1.weight"]
     assert full["decoder.head.weight"][1] == 0.1
-    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # what is logged as the rate
+    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # the logged learning rate
     schedule.step_update(2)
     assert rates()["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.5 / 8)
 
@@ -123,10 +123,10 @@ def test_layer_decay_of_one_changes_nothing() -> None:
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
-# The student's average -----------------------------------------------------------------------------------------------
+# The student's average ------------------------------------------------------------------------------------------------
 
 
-def test_ema_is_the_average_and_leaves_the_student_alone(folder: Path, steps: list, tmp_path: Path) -> None:
+def test_ema_averages_the_student_without_changing_it(folder: Path, steps: list, tmp_path: Path) -> None:
     config = _config(folder, "trainer.ema=0.7", "trainer.accumulate_grad_batches=2")
     run.distill(config, tmp_path / "ema")
     averaged = list(steps)
@@ -147,7 +147,7 @@ def test_ema_is_the_average_and_leaves_the_student_alone(folder: Path, steps: li
     assert not _state(tmp_path / "plain", "student_ema_rgb")
 
 
-def test_ema_resumes_to_the_last_bit_and_must_stay_as_it_was(folder: Path, tmp_path: Path) -> None:
+def test_ema_resume_is_bit_identical_and_rejects_another_setting(folder: Path, tmp_path: Path) -> None:
     options = ["trainer.ema=0.7", "trainer.save_ckpt_freq=1"]
     run.distill(_config(folder, *options), tmp_path / "whole")
     first = next((tmp_path / "whole" / "checkpoints").glob("epoch=00-*"))
@@ -160,7 +160,7 @@ def test_ema_resumes_to_the_last_bit_and_must_stay_as_it_was(folder: Path, tmp_p
         run.distill(_config(folder, f"resume='{first}'"), tmp_path / "other")
 
 
-# Accumulation, clipping, activation checkpointing --------------------------------------------------------------------
+# Accumulation, clipping, activation checkpointing ---------------------------------------------------------------------
 
 
 def test_two_half_batches_are_one_batch(folder: Path, steps: list, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_two_half_batches_are_one_batch(folder: Path, steps: list, tmp_path: Pat
     assert torch.allclose(whole[-1]["weights"], steps[-1]["weights"], atol=2e-4)
 
 
-def test_clip_grad_bounds_the_norm_that_the_optimiser_sees(
+def test_clip_grad_bounds_the_norm_at_the_optimizer_step(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms: list[float] = []
@@ -212,7 +212,7 @@ def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(monk
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-# Compiling -----------------------------------------------------------------------------------------------------------
+# Compiling ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,16 +276,16 @@ def test_inductor_agrees_with_eager() -> None:
         assert torch.allclose(a, p.grad, atol=1e-4)
 
 
-# The teacher cache ---------------------------------------------------------------------------------------------------
+# The teacher cache ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     """Clips read of each modality, per epoch; the loader runs in this process."""
     counts: dict[str, list[int]] = {}
-    make = run._trainer
+    make = run._make_trainer
 
-    def watched(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
+    def count_reads(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
         trainer = make(config, run_dir, data, *rest)
         for name, reader in data.dataset.readers.items():
             counts[name] = [0] * config.trainer.epochs
@@ -297,7 +297,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
             reader.read = read
         return trainer
 
-    monkeypatch.setattr(run, "_trainer", watched)
+    monkeypatch.setattr(run, "_make_trainer", count_reads)
     return counts
 
 
@@ -306,23 +306,24 @@ CACHED = ["trainer.cache_teacher_epochs=2", "trainer.epochs=5", "trainer.save_ck
 
 def _uncached(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same masks, but teachers run in every epoch."""
-    make = run._trainer
+    make = run._make_trainer
 
-    def everything(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
-        data.dataset.lasting = ("rgb", "flow", "skeleton")
+    def decode_all(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
+        assert data.dataset.always_decoded == ("rgb",)
+        data.dataset.always_decoded = ("rgb", "flow", "skeleton")
         return make(config, run_dir, data, *rest)
 
-    monkeypatch.setattr(run, "_trainer", everything)
-    monkeypatch.setattr(TeacherCache, "serves", lambda self, epoch: False)
+    monkeypatch.setattr(run, "_make_trainer", decode_all)
+    monkeypatch.setattr(TeacherCache, "is_cached", lambda self, epoch: False)
 
 
-def test_cached_features_give_the_same_losses_and_flow_is_not_read(
+def test_cached_features_give_the_same_losses_without_reading_flow(
     folder: Path, steps: list, reads: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.distill(_config(folder, *CACHED), tmp_path / "cached")
     cached = list(steps)
     assert reads["rgb"][:2] == reads["flow"][:2] == reads["skeleton"][:2] == [70, 70]
-    assert reads["flow"][2:] == reads["skeleton"][2:] == [2, 2, 0]  # the two clips that each draw's epoch left out
+    assert reads["flow"][2:] == reads["skeleton"][2:] == [2, 2, 0]  # the two clips that each draw's epoch dropped
     assert reads["rgb"][2:] == [72, 72, 70]
     steps.clear()
     _uncached(monkeypatch)
@@ -340,7 +341,7 @@ def test_cached_features_give_the_same_losses_and_flow_is_not_read(
     assert not all(torch.equal(by_epoch[0][c], by_epoch[1][c]) for c in by_epoch[0].keys() & by_epoch[1].keys())
 
 
-def test_the_cache_survives_a_resume_and_its_own_loss(folder: Path, steps: list, reads: dict, tmp_path: Path) -> None:
+def test_resume_uses_or_recomputes_the_cache(folder: Path, steps: list, reads: dict, tmp_path: Path) -> None:
     run.distill(_config(folder, *CACHED), tmp_path / "whole")
     final = steps[-1]["weights"]
     source = next((tmp_path / "whole" / "checkpoints").glob("epoch=02-*"))
@@ -357,7 +358,7 @@ def _weights(place: Path) -> torch.Tensor:
     return torch.cat([v.flatten() for v in _state(place, "student_rgb").values()])
 
 
-def test_features_of_another_mask_ratio_are_not_taken(folder: Path, reads: dict, tmp_path: Path) -> None:
+def test_another_mask_ratio_gets_another_cache(folder: Path, reads: dict, tmp_path: Path) -> None:
     options = ["trainer.cache_teacher_epochs=1", "trainer.epochs=1"]
     run.distill(_config(folder, *options), tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -365,8 +366,8 @@ def test_features_of_another_mask_ratio_are_not_taken(folder: Path, reads: dict,
     assert len(list((tmp_path / "teacher_features").iterdir())) == 2
 
 
-def test_a_clip_without_features_is_an_error(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, draws=1, clips=3, widths={"rgb": 2}, key={})
+def test_missing_features_raise(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, num_draws=1, num_clips=3, widths={"rgb": 2}, key={})
     cache.add(0, torch.tensor([0, 2]), {"rgb": torch.ones(2, 2)})
     cache.write(0)
     cache.open(0)

@@ -1,4 +1,4 @@
-"""What a user is told about wrong input, by the commands' own last word, `config.explain`."""
+"""Error messages for wrong input, as `config.explain` prints them."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from mmdistill.data.readers.rgb import RgbReader
 from tests.tiny_data import make_tiny
 
 
-def test_every_problem_of_an_annotation_file_is_told(tmp_path: Path) -> None:
-    """Rally and event, not only how many there are."""
+def test_error_lists_all_problems_of_an_annotation_file(tmp_path: Path) -> None:
+    """With rally and event, not only their number."""
     label = "near_deuce_stroke_fh_gs_CC_-_in"
     event = {"frame": 3, "label": label}
     rallies = [
@@ -31,13 +31,13 @@ def test_every_problem_of_an_annotation_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(json.dumps(rallies))
     with pytest.raises(AnnotationError) as caught:
         load_f3set(tmp_path / "bad.json")
-    told = explain(caught.value, PretrainConfig)
+    message = explain(caught.value, PretrainConfig)
     for part in ("bad.json: 3 problems", "a, event 1: a duplicate", "b: the key 'fps'", "c, event 0", "check_data.py"):
-        assert part in told
+        assert part in message
 
 
 class _Frames:
-    """A map-style dataset over one frame that is not there."""
+    """A map-style dataset of one missing frame."""
 
     def __init__(self, root: Path) -> None:
         self.reader = RgbReader(root / "frames", frame_size=(32, 36))
@@ -49,18 +49,18 @@ class _Frames:
         return self.reader.read("rally_T_0", [999])
 
 
-def test_an_error_in_a_loader_worker_names_the_file(tmp_path: Path) -> None:
-    """The loader hides a worker's message behind the traceback there."""
+def test_error_in_a_loader_worker_names_the_file(tmp_path: Path) -> None:
+    """The loader prepends the worker's traceback to its message."""
     make_tiny(tmp_path, per_class=1)
     with pytest.raises(FrameError) as caught:
         next(iter(DataLoader(_Frames(tmp_path), num_workers=1)))
     assert str(caught.value).startswith("Caught FrameError in DataLoader worker")
-    told = explain(caught.value, PretrainConfig)
-    assert told == f"{tmp_path}/frames/rally_T_0/000999.jpg: no such rgb file"
+    message = explain(caught.value, PretrainConfig)
+    assert message == f"{tmp_path}/frames/rally_T_0/000999.jpg: no such rgb file"
 
 
 class _LostBatch(str):
-    """Fails where it is received, as a batch of a worker that dies meanwhile does."""
+    """Raises when it is received, like a batch of a worker that dies at that moment."""
 
     def __reduce__(self) -> tuple[Callable[[], str], tuple[()]]:
         return _reset, ()
@@ -71,7 +71,7 @@ def _reset() -> str:
 
 
 class _DyingWorker:
-    """A dataset whose worker closes its connections first, and is dead a little later."""
+    """A dataset whose worker breaks its connection first and dies 0.3 s later."""
 
     def __len__(self) -> int:
         return 1
@@ -81,11 +81,11 @@ class _DyingWorker:
         return _LostBatch()
 
 
-def test_a_dead_worker_is_told_though_a_connection_breaks_first() -> None:
+def test_dead_worker_is_reported_if_its_connection_breaks_first() -> None:
     loader = iter(make_clip_loader(_DyingWorker(), num_workers=1, pin_memory=False))
-    torchs = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # it raises too, if it is in time
+    torch_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # would also raise, at an undefined time
     try:
         with pytest.raises(RuntimeError, match=r"DataLoader worker exited: \d+ \(SIGKILL\)"):
             next(loader)
     finally:
-        signal.signal(signal.SIGCHLD, torchs)
+        signal.signal(signal.SIGCHLD, torch_handler)

@@ -1,6 +1,6 @@
-"""Both training loops, run whole and run in two parts: the same clips, losses and weights to the last bit.
+"""Both trainings, uninterrupted and in two parts: bit-identical clips, losses and weights.
 
-resume_worker.py runs the real entrypoints on tiny data; the tests judge what they wrote.
+resume_worker.py runs the real entrypoints on tiny data; the tests compare the files that they write.
 """
 
 import csv
@@ -88,10 +88,10 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     paths = {m: teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
     given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
     common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
-    slim = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]
-    runs.add("slim_whole", DISTILL, [given, *slim])
-    runs.add("slim_first", DISTILL, [given, *slim], into="slim", stop_at=13)  # the 4th of 9 batches of epoch 1
-    runs.add("slim_rest", DISTILL, [*slim, "resume=auto"], into="slim")  # the teachers are those that the file names
+    student_only = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]
+    runs.add("student_only_whole", DISTILL, [given, *student_only])
+    runs.add("student_only_first", DISTILL, [given, *student_only], into="student_only", stop_at=13)  # the 4th of 9 batches of epoch 1
+    runs.add("student_only_rest", DISTILL, [*student_only, "resume=auto"], into="student_only")  # the teachers are those that the file names
     two = [given, *common, "strategy=ddp", "devices=2", "trainer.ema=0.9"]
     runs.add("ddp_whole", DISTILL, two, world=2)
     runs.add("ddp_first", DISTILL, two, world=2, stop_at=6, stop_rank=1)  # the 2nd of 4 batches of epoch 1
@@ -130,7 +130,7 @@ def _plan_folders(runs: Runs, data: list[str]) -> None:
     runs.add("locked", NATIVE, common, into="held", world=2)
     given = ",".join(str(runs.root / f"teacher_{m}") for m in ("rgb", "flow", "skeleton"))
     distil = ["test=False", f"trainer.ckpt_path=[{given}]", *data]
-    runs.add("used_distill", DISTILL, distil, into="slim_whole")
+    runs.add("used_distill", DISTILL, distil, into="student_only_whole")
     runs.add("locked_distill", DISTILL, distil, into="held")
     hole = make_tiny(runs.root / "hole")
     (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
@@ -171,14 +171,14 @@ def _same_moments(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize(
     ("name", "rest", "folder", "world"),
     [
-        ("slim", "slim_rest", "slim", 1),
+        ("student_only", "student_only_rest", "student_only", 1),
         ("ddp", "ddp_rest", "ddp_rest", 2),
         ("zero", "zero_rest", "zero", 2),
         ("end", "end_rest", "end_first", 1),
     ],
 )
 def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
-    """Inside an epoch: accumulated gradients, workers 1 and slim files; ddp; ZeRO 2. And in an epoch's last step."""
+    """Inside an epoch: accumulated gradients, one worker and student-only checkpoints; ddp; ZeRO 2. And in an epoch's last step."""
     assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[rest] == [0] * world, runs.log(rest)
@@ -192,8 +192,8 @@ def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str
     assert "not resumable" not in runs.log(rest)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("slim", "slim"), ("ddp", "ddp_rest"), ("end", "end_first")])
-def test_logged_means_are_those_of_whole_epochs(runs: Runs, name: str, folder: str) -> None:
+@pytest.mark.parametrize(("name", "folder"), [("student_only", "student_only"), ("ddp", "ddp_rest"), ("end", "end_first")])
+def test_epoch_means_equal_those_of_an_uninterrupted_run(runs: Runs, name: str, folder: str) -> None:
     """Also of the epoch that was interrupted; the earlier rows stay, and come over into a new folder."""
     whole, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_whole", folder))
     assert len(whole) == 3
@@ -203,8 +203,8 @@ def test_logged_means_are_those_of_whole_epochs(runs: Runs, name: str, folder: s
         assert names[0] == names[1]
 
 
-def test_slim_files_name_their_teachers(runs: Runs) -> None:
-    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+def test_student_only_checkpoints_reference_their_teachers(runs: Runs) -> None:
+    path = runs.root / "student_only" / "checkpoints" / "last.ckpt"
     checkpoint = read_checkpoint(path)
     assert {k.split(".")[0] for k in checkpoint.state_dict} == {"student_rgb", "cmt"}
     assert checkpoint.meta["teachers"]["teacher_flow"]["path"] == str(runs.root / "teacher_flow")
@@ -214,8 +214,8 @@ def test_slim_files_name_their_teachers(runs: Runs) -> None:
     assert set(report["components"]) == {"student_rgb", "cmt"}
 
 
-def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
-    path = runs.root / "slim" / "checkpoints" / "last.ckpt"
+def test_student_only_checkpoints_convert_and_export(runs: Runs, tmp_path: Path) -> None:
+    path = runs.root / "student_only" / "checkpoints" / "last.ckpt"
     back = convert_checkpoint(convert_checkpoint(path, tmp_path / "a.safetensors"), tmp_path / "b.ckpt")
     assert _same_tensors(read_checkpoint(path).state_dict, read_checkpoint(back).state_dict)
     assert read_checkpoint(back).meta["teachers"] == read_checkpoint(path).meta["teachers"]
@@ -225,13 +225,13 @@ def test_slim_files_convert_and_export(runs: Runs, tmp_path: Path) -> None:
     assert _same_tensors(own, read_checkpoint(tmp_path / "s.safetensors").state_dict)
 
 
-def test_other_batches_inside_an_epoch_are_refused(runs: Runs) -> None:
+def test_another_batch_order_inside_an_epoch_is_rejected(runs: Runs) -> None:
     assert runs.codes["ddp_other"] == [2]
     assert "inside epoch 1" in runs.log("ddp_other")
     assert "global_batch 16 / 8" in runs.log("ddp_other")
 
 
-def test_retention_goes_on_in_a_new_folder(runs: Runs) -> None:
+def test_retention_continues_in_a_new_folder(runs: Runs) -> None:
     """keep_last=1 and no top k: the newest and the best of the whole training stay, the source is untouched."""
     held = sorted(p.name for p in (runs.root / "ddp_rest" / "checkpoints").glob("epoch=*"))
     losses = load_torch(runs.root / "ddp_rest" / "checkpoints" / "last.ckpt")["callbacks"]["EpochCheckpoints"]["losses"]
@@ -273,30 +273,30 @@ def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(("name", "world"), [("used", 2), ("used_distill", 1)])
-def test_a_fresh_run_in_a_used_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+def test_new_run_in_a_used_folder_is_rejected(runs: Runs, name: str, world: int) -> None:
     assert runs.codes[name] == [2] * world, runs.log(name)
     assert "holds checkpoints of an earlier run" in runs.log(name)
     assert "resume=auto" in runs.log(name)
 
 
 @pytest.mark.parametrize(("name", "world"), [("locked", 2), ("locked_distill", 1)])
-def test_a_second_job_in_a_folder_is_refused(runs: Runs, name: str, world: int) -> None:
+def test_second_job_in_a_folder_is_rejected(runs: Runs, name: str, world: int) -> None:
     assert runs.codes[name] == [2] * world, runs.log(name)
     assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints to this folder" in runs.log(name)
     assert list((runs.root / "held" / "checkpoints").iterdir()) == []
 
 
-def test_the_log_says_what_the_missing_policy_did(runs: Runs) -> None:
+def test_log_reports_missing_data(runs: Runs) -> None:
     assert runs.codes["repeat"] == [0, 0], runs.log("repeat")
     report = json.loads((runs.root / "repeat" / "data_report.json").read_text())
     assert report["index"]["clips"] == 72
     assert report["modalities"] == {"rgb": {"clips_skipped": 0, "frames_repeated": 1}}  # by one rank's worker
     assert report["missing"]["frames_repeated"] == {"rgb": {"rally_CC_0": 1}}
     assert "data: 72 clips of 24 rallies" in runs.log("repeat")
-    assert "missing=repeat: rgb 0 clips left out, 1 frames repeated; 0 clips replaced" in runs.log("repeat")
+    assert "missing data (on_missing=repeat): rgb: 1 frames repeated" in runs.log("repeat")
     assert runs.codes["skip"] == [0], runs.log("skip")
     report = json.loads((runs.root / "skip" / "data_report.json").read_text())
     assert report["modalities"]["rgb"]["clips_skipped"] == 1
     assert report["modalities"]["flow"]["clips_skipped"] == 0
     assert report["missing"]["clips"] == 71
-    assert runs.log("skip").count("missing=skip: rgb 1 clips left out") == 2  # at the start and at the end
+    assert runs.log("skip").count("missing data (on_missing=skip): rgb: 1 clips skipped") == 2  # at the start and at the end

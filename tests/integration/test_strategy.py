@@ -1,6 +1,6 @@
-"""One ordinary checkpoint file under every strategy, stage and number of processes: nothing lost, nothing changed.
+"""One ordinary checkpoint file with every strategy, ZeRO stage and number of processes, bit-identical on resume.
 
-strategy_worker.py runs the distillations; the tests compare what they wrote to the last bit.
+strategy_worker.py runs the distillations; the tests compare the files that they write.
 """
 
 import csv
@@ -13,7 +13,7 @@ import torch
 
 from mmdistill.checkpoint import load_torch
 from mmdistill.config import ConfigError
-from mmdistill.distill.strategy import OneFileDeepSpeed, strategy_kwargs
+from mmdistill.distill.strategy import SingleFileDeepSpeedStrategy, strategy_kwargs
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
 from tests.integration.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
@@ -27,14 +27,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(runs: Path, name: str, epoch: int = 1) -> dict[str, Any]:
-    """What a run saved at an epoch's end."""
+    """The checkpoint that a run saved at an epoch's end."""
     content: dict[str, Any] = load_torch(next((runs / name / "checkpoints").glob(f"epoch={epoch:02d}-*")))
     return content
 
 
 def losses(runs: Path, name: str) -> list[str]:
-    told: list[str] = json.loads((runs / name / "losses.json").read_text())
-    return told
+    recorded: list[str] = json.loads((runs / name / "losses.json").read_text())
+    return recorded
 
 
 def epochs(runs: Path, name: str) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def epochs(runs: Path, name: str) -> list[dict[str, str]]:
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the last bit, tensors, containers and all."""
+    """Compare tensors and containers bit by bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, where
@@ -62,7 +62,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
 
 
 def assert_resumed(runs: Path, whole: str, *parts: str) -> None:
-    """Runs that went on from the first epoch's end did together what the uninterrupted one did."""
+    """The runs that resumed from the end of the first epoch together equal the uninterrupted run."""
     steps = losses(runs, whole)
     assert [loss for part in parts for loss in losses(runs, part)] == steps[len(steps) // 2 :]
     assert all(losses(runs, part) for part in parts)
@@ -81,12 +81,12 @@ def test_all_ranks_ended(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*RESUMED, "zero2-1-clipped", "bf16"])
-def test_resume_at_an_epochs_end_and_inside_one_is_bitwise(runs: Path, name: str) -> None:
+def test_resume_is_bit_identical(runs: Path, name: str) -> None:
     assert_resumed(runs, name, f"{name}-stopped", f"{name}-resumed")
 
 
 @pytest.mark.parametrize(("source", "target"), CROSS)
-def test_another_strategy_starts_from_exactly_what_the_file_holds(runs: Path, source: str, target: str) -> None:
+def test_another_strategy_loads_the_file_exactly(runs: Path, source: str, target: str) -> None:
     begun = torch.load(runs / f"{source}-to-{target}" / "begin.pt", weights_only=True)
     file = saved(runs, source, epoch=0)
     assert_same(dict(file["state_dict"]), dict(begun["state_dict"]))
@@ -96,8 +96,8 @@ def test_another_strategy_starts_from_exactly_what_the_file_holds(runs: Path, so
     assert saved(runs, f"{source}-to-{target}")["epoch"] == 1
 
 
-def test_a_file_of_two_processes_trains_on_alike_in_one(runs: Path) -> None:
-    """But for rounding: an engine's losses leave Lightning's by a last bit after some steps from scratch too."""
+def test_file_of_two_processes_resumes_in_one(runs: Path) -> None:
+    """Up to rounding: losses of DeepSpeed and Lightning differ in the last bit also without a resume."""
     plain, engine = (
         [float.fromhex(loss) for loss in losses(runs, f"zero2-2-to-{target}")] for target in ("auto-1", "zero0-1")
     )
@@ -106,7 +106,7 @@ def test_a_file_of_two_processes_trains_on_alike_in_one(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "target"), INSIDE)
-def test_another_number_of_processes_goes_on_inside_the_epoch(runs: Path, source: str, target: str) -> None:
+def test_another_number_of_processes_resumes_inside_an_epoch(runs: Path, source: str, target: str) -> None:
     name = f"{source}-inside-{target}"
     begun, file = torch.load(runs / name / "begin.pt"), load_torch(stopped(runs, source))
     assert_same(dict(file["state_dict"]), dict(begun["state_dict"]))
@@ -122,10 +122,10 @@ def test_another_number_of_processes_goes_on_inside_the_epoch(runs: Path, source
     [("zero0-1", "auto-1"), ("zero1-1", "auto-1"), ("zero2-1", "auto-1"), ("zero1-2", "ddp-2"), ("zero2-2", "ddp-2"),
      ("zero0-2", "ddp-2"), ("zero0-1-clipped", "auto-1-clipped"), ("zero2-1-clipped", "auto-1-clipped")],
 )  # fmt: skip
-def test_the_norm_of_the_gradient_is_that_of_the_plain_strategy(runs: Path, name: str, plain: str) -> None:
-    told, wanted = (float(epochs(runs, run)[0]["grad_norm"]) for run in (name, plain))
-    assert wanted > 0.01  # also where it is clipped to that
-    assert told == pytest.approx(wanted, rel=1e-4)
+def test_grad_norm_equals_that_of_the_plain_strategy(runs: Path, name: str, plain: str) -> None:
+    found, expected = (float(epochs(runs, run)[0]["grad_norm"]) for run in (name, plain))
+    assert expected > 0.01  # before clipping: the clipped runs clip to 0.01
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_files_have_one_layout(runs: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_parameter_of_one_element_keeps_its_moments(runs: Path, kind: str) -> 
 
 
 def test_accumulation_and_clipping_as_in_plain_lightning(runs: Path) -> None:
-    """6 batches, 4 to a step: the step at the epoch's end has 2, and its loss is a fourth of each, as in Lightning."""
+    """6 batches, 4 per step: the last step has 2 batches, each weighted by 1/4, as in Lightning."""
     plain = saved(runs, "auto-1-clipped")
     assert plain["global_step"] == 4
     assert losses(runs, "auto-1-clipped") != losses(runs, "auto-1")
@@ -175,27 +175,26 @@ def test_directory_of_stock_lightning_resumes(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "deepspeed"])
-def test_full_disk_on_rank_0_is_told_on_both(runs: Path, strategy: str) -> None:
-    told = [json.loads((runs / f"full-{strategy}.{rank}.json").read_text()) for rank in (0, 1)]
-    assert "not saved" in told[0]["told"]
-    assert "No space left on device" in told[0]["told"]
-    assert told[1]["told"] == told[0]["told"]
-    assert not [name for name in told[0]["left"] if name.endswith(".ckpt")]
-    assert told[0]["seconds"] < 60  # and not the half hour of a collective
-    assert told[1]["seconds"] < 60  # and not the half hour of a collective
+def test_full_disk_on_rank_0_raises_on_both(runs: Path, strategy: str) -> None:
+    results = [json.loads((runs / f"full-{strategy}.{rank}.json").read_text()) for rank in (0, 1)]
+    assert "not saved" in results[0]["message"]
+    assert "No space left on device" in results[0]["message"]
+    assert results[1]["message"] == results[0]["message"]
+    assert not [name for name in results[0]["files"] if name.endswith(".ckpt")]
+    assert all(result["seconds"] < 60 for result in results)  # a collective would time out after 30 minutes
 
 
-def test_stage_3_is_refused(tmp_path: Path) -> None:
+def test_stage_3_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"strategy=deepspeed_stage_3: .* use strategy=deepspeed_stage_2"):
         config_of(tmp_path, "strategy=deepspeed_stage_3")
     with pytest.raises(ValueError, match=r"ZeRO stage 3: .* use stage 0, 1 or 2"):
-        OneFileDeepSpeed(3, batch_size=1)
+        SingleFileDeepSpeedStrategy(3, batch_size=1)
     with pytest.raises(ValueError, match="stage 0 shards nothing"):
-        OneFileDeepSpeed(0, batch_size=1, offload=True)
+        SingleFileDeepSpeedStrategy(0, batch_size=1, offload=True)
 
 
 @pytest.mark.parametrize(("stage", "end"), [(1, ""), (1, "_offload"), (2, ""), (2, "_offload")])
-def test_a_strategys_name_says_what_is_offloaded(stage: int, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offload_follows_the_strategy_name(stage: int, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     strategy = strategy_kwargs(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32", [])[
         "strategy"

@@ -1,4 +1,4 @@
-"""Both entrypoints as one process and as two: one folder, the same numbers, one decision about what is not finite.
+"""Both entrypoints with one and two processes: one folder, the same numbers, one policy for non-finite values.
 
 The runs are one plan of `tests.integration.resume_worker`: one interpreter imports everything and forks the ranks
 of each run.
@@ -16,9 +16,7 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import load_torch, read_checkpoint
-from mmdistill.config import PretrainConfig
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.training.nonfinite import NonFiniteError, NonFiniteGuard
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +33,11 @@ def _pretrain(name: str, root: Path, data: list[str], *arguments: str, world: in
 
 
 def _swept(run: Runs) -> Runs:
-    return {**run, "arguments": [*run["arguments"], "-m"]}  # behind the overrides, which may not be torn apart
+    return {**run, "arguments": [*run["arguments"], "-m"]}  # after the overrides, which must be consecutive
 
 
 def _half_precision(stage: int, root: Path, data: list[str]) -> list[Runs]:
-    """bf16 in one go, and stopped in the second epoch and resumed."""
+    """bf16: uninterrupted, and stopped in the second epoch and resumed."""
     given = (root, data, "precision=bf16", f"strategy=deepspeed_stage_{stage}", "trainer.epochs=2")
     parts = _pretrain(f"bf16_{stage}_parts", *given, stop_at=12)
     resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None}
@@ -47,7 +45,7 @@ def _half_precision(stage: int, root: Path, data: list[str]) -> list[Runs]:
 
 
 def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) -> list[Runs]:
-    """One gradient overflows: in one go, and stopped behind that and resumed. No step may be skipped for nonfinite."""
+    """One gradient overflows: uninterrupted, and stopped after that and resumed. max_skipped_steps is 0."""
     given = (root, data, "accelerator=auto", "precision=16", "trainer.max_skipped_steps=0", *arguments)
     parts = make(f"{name}_parts", *given, "trainer.epochs=2", inf_at=9, stop_at=12, fp16=True)
     resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None, "inf_at": None}
@@ -56,7 +54,7 @@ def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) ->
 
 
 def _infinite(root: Path, data: list[str]) -> list[Runs]:
-    """Finite losses whose gradient is not."""
+    """Finite losses with an infinite gradient."""
     skip, inf, student = "trainer.on_nonfinite=skip", {"inf_at": 9}, ("test=False", "trainer.ema=0.9")
     zero = "strategy=deepspeed_stage_"
     return [
@@ -79,7 +77,7 @@ def _cached(root: Path, data: list[str]) -> list[Runs]:
     given = (root, data, "test=False", "trainer.ema=0.9", "trainer.cache_teacher_epochs=2", "trainer.epochs=4")
     return [
         _distill("cached_one", *given, "batch_size=10"),
-        _distill("cached_two", *given, "batch_size=5", world=2, watch=True),
+        _distill("cached_two", *given, "batch_size=5", world=2, record_states=True),
         _distill("uncached_two", *given, "batch_size=5", world=2, uncached=True),
     ]
 
@@ -140,7 +138,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     ]  # fmt: skip
     codes: list[list[int]] = []
     for number, part in enumerate((plan[:3], plan[3:])):
-        for run in part:  # the teachers' names are known once they are trained
+        for run in part:  # checkpoint names are known after the pretraining
             run["arguments"] = [_teachers_in(a, root) for a in run["arguments"]]
         file = root / f"plan{number}.json"
         file.write_text(json.dumps({"runs": part}))
@@ -201,7 +199,7 @@ def test_ranks_share_one_folder(runs: tuple[Path, dict[str, list[int]]]) -> None
     assert "last checkpoint" not in shown[1]
 
 
-def test_a_sweep_of_two_ranks_equals_its_jobs_run_alone(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_sweep_of_two_ranks_equals_separate_runs(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, codes = runs
     assert (codes["short"], codes["sweep"]) == ([0, 0], [0, 0]), _log(root, "sweep")
     first, second = (_metrics(root / "sweep" / f"pretrain_flow_{job}")[0] for job in range(2))
@@ -209,7 +207,7 @@ def test_a_sweep_of_two_ranks_equals_its_jobs_run_alone(runs: tuple[Path, dict[s
     assert len(list((root / "sweep").rglob("checkpoints"))) == 2
 
 
-def test_distillation_and_evaluation_of_two_ranks_give_the_numbers_of_one(
+def test_distillation_and_evaluation_of_two_ranks_equal_one(
     runs: tuple[Path, dict[str, list[int]]],
 ) -> None:
     root, codes = runs
@@ -218,12 +216,12 @@ def test_distillation_and_evaluation_of_two_ranks_give_the_numbers_of_one(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     one, two = (json.loads((root / f"distill_{n}" / "fewshot.json").read_text()) for n in ("one", "two"))
     untrained = [run["settings"][0]["rows"]["random"]["top1_action_ensemble"] for run in (one, two)]
-    assert untrained[0] == untrained[1]  # the same weights: the sharded evaluation may change nothing
+    assert untrained[0] == untrained[1]  # the same weights, so the sharded evaluation must not change anything
     assert two["episodes"] == one["episodes"]
 
 
 @pytest.mark.parametrize("name", ["raise", "distill_raise"])
-def test_nan_on_one_rank_ends_all_and_is_named_once(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_nan_on_one_rank_stops_all_with_one_message(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     root, codes = runs
     assert codes[name] == [1, 1], _log(root, name)
     shown = "".join(_log(root, name))
@@ -236,13 +234,13 @@ def test_nan_on_one_rank_ends_all_and_is_named_once(runs: tuple[Path, dict[str, 
 
 
 @pytest.mark.parametrize("name", ["skip_one", "skip_two", "skip_zero1", "skip_zero2"])
-def test_a_step_that_is_not_finite_is_skipped(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_nonfinite_step_is_skipped(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     root, codes = runs
     assert set(codes[name]) == {0}, (root / f"{name}.0.log").read_text()
     row = _metrics(root / name)[-1]
     assert np.isfinite(float(row["loss"]))
     assert _finite(root / name)
-    # with three batches per step the other two are finite, and the step is made of them
+    # with three batches per step the other two are finite, and the step uses them
     assert float(row["skipped_steps"]) == (0 if name == "skip_zero2" else 1)
     if name != "skip_zero2":
         assert "skipped step 1 of at most 10: loss is not finite at step" in (root / f"{name}.0.log").read_text()
@@ -253,7 +251,7 @@ _SKIPPED = ["skip_one", "skip_two", "skip_zero1", "inf_zero0", "inf_zero2", "inf
 
 
 @pytest.mark.parametrize("name", _SKIPPED)
-def test_a_skipped_step_changes_nothing(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_skipped_step_changes_no_state(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     """Weights, averages, Adam's moments and its count of steps: to the last bit, on every rank."""
     root, codes = runs
     assert set(codes[name]) == {0}, (root / f"{name}.0.log").read_text()
@@ -265,19 +263,19 @@ def test_a_skipped_step_changes_nothing(runs: tuple[Path, dict[str, list[int]]],
 
 
 def _changed(root: Path, name: str) -> list[list[bool]]:
-    """Of each rank and batch: whether weights, averages or moments are others after it."""
+    """By rank and batch: whether weights, averages or moments change."""
     files = sorted(root.glob(f"{name}.*.states.jsonl"))
     return [[a != b for a, b in map(json.loads, file.read_text().splitlines())] for file in files]
 
 
-def test_accumulated_gradients_are_dropped_whole(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_accumulated_gradients_are_dropped(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, codes = runs
     assert codes["inf_accumulated"] == [0]
     assert _changed(root, "inf_accumulated") == [[False] * 9]
     assert float(_metrics(root / "inf_accumulated")[-1]["skipped_steps"]) == 3
 
 
-def test_an_infinite_gradient_ends_all_ranks(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_infinite_gradient_stops_all_ranks(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, codes = runs
     assert codes["inf_raise"] == [1, 1]
     shown = "".join(_log(root, "inf_raise"))
@@ -285,10 +283,10 @@ def test_an_infinite_gradient_ends_all_ranks(runs: tuple[Path, dict[str, list[in
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp16_zero2", "distill_fp16"])
-def test_an_overflow_lowers_the_loss_scale_and_costs_no_budget(
+def test_overflow_lowers_the_loss_scale_and_is_not_a_skipped_step(
     runs: tuple[Path, dict[str, list[int]]], name: str
 ) -> None:
-    """The schedule goes on; the scale and the counts survive a resume."""
+    """The schedule advances; the scale and the counts survive a resume."""
     root, codes = runs
     assert codes[name] == [0], (root / f"{name}.0.log").read_text()
     assert codes[f"{name}_parts"] == [INTERRUPTED_EXIT_CODE, 0], (root / f"{name}_parts.0.log").read_text()
@@ -304,7 +302,7 @@ def test_an_overflow_lowers_the_loss_scale_and_costs_no_budget(
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp16_zero2", "distill_fp16"])
-def test_a_gradient_that_overflows_at_every_scale_is_not_finite(
+def test_overflow_at_every_loss_scale_is_nonfinite(
     runs: tuple[Path, dict[str, list[int]]], name: str
 ) -> None:
     root, codes = runs
@@ -313,7 +311,7 @@ def test_a_gradient_that_overflows_at_every_scale_is_not_finite(
     assert not any(_changed(root, f"{name}_all")[0])
 
 
-def test_skipping_ends_with_the_budget(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_max_skipped_steps_stops_the_run(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, codes = runs
     assert codes["budget"] == [1]
     shown = (root / "budget.0.log").read_text()
@@ -322,7 +320,7 @@ def test_skipping_ends_with_the_budget(runs: tuple[Path, dict[str, list[int]]]) 
 
 
 @pytest.mark.parametrize("name", ["distill_skip", "distill_skip_zero2"])
-def test_distillation_skips_too(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_distillation_skips_nonfinite_steps(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     root, codes = runs
     assert codes[name] == [0, 0], _log(root, name)
     checkpoint = read_checkpoint(root / name / "checkpoints" / "last.ckpt")
@@ -332,7 +330,7 @@ def test_distillation_skips_too(runs: tuple[Path, dict[str, list[int]]], name: s
     assert "skipped step 1 of at most 10" in _log(root, name)[0]
 
 
-def test_two_ranks_average_and_cache_as_one(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_ema_and_cache_of_two_ranks_equal_one(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, codes = runs
     found = [codes[name] for name in ("cached_one", "cached_two", "uncached_two")]
     assert found == [[0], [0, 0], [0, 0]], _log(root, "cached_two")
@@ -352,7 +350,7 @@ def test_two_ranks_average_and_cache_as_one(runs: tuple[Path, dict[str, list[int
     assert "2 of 72 clips computed" in _log(root, "cached_two")[0]
 
 
-def test_two_ranks_have_the_losses_of_running_teachers(runs: tuple[Path, dict[str, list[int]]]) -> None:
+def test_cached_losses_of_two_ranks_equal_uncached(runs: tuple[Path, dict[str, list[int]]]) -> None:
     root, _ = runs
     for rank in range(2):
         cached, uncached = (
@@ -366,14 +364,14 @@ def test_two_ranks_have_the_losses_of_running_teachers(runs: tuple[Path, dict[st
 
 
 @pytest.mark.parametrize("name", _SIGNALS)
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_signal_to_one_rank_stops_all_with_a_checkpoint(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     root, codes = runs
     assert codes[f"stop_{name}"] == [INTERRUPTED_EXIT_CODE] * 2, _log(root, f"stop_{name}")
     assert len(list((root / f"stop_{name}" / "checkpoints").glob("epoch=00-*-step=3"))) == 1
 
 
 @pytest.mark.parametrize("stage", range(3))
-def test_bf16_trains_and_resumes_to_the_last_bit(runs: tuple[Path, dict[str, list[int]]], stage: int) -> None:
+def test_bf16_resume_is_bit_identical(runs: tuple[Path, dict[str, list[int]]], stage: int) -> None:
     root, codes = runs
     name = f"bf16_{stage}"
     assert codes[name] == [0], (root / f"{name}.0.log").read_text()
@@ -383,15 +381,3 @@ def test_bf16_trains_and_resumes_to_the_last_bit(runs: tuple[Path, dict[str, lis
     assert float(whole[1]["loss"]) < float(whole[0]["loss"])
     assert float(whole[0]["loss"]) == pytest.approx(float(_metrics(root / "one")[0]["loss"]), rel=0.05)
     assert float(whole[0]["grad_norm"]) > 0
-
-
-def test_a_skipped_step_leaves_weights_and_a_bad_policy_is_refused() -> None:
-    told: list[str] = []
-    policy = NonFiniteGuard("skip", 1, told.append)
-    assert policy.check_loss(torch.tensor(1.0), 1.0, ["a"], "step 0")
-    assert not policy.check_loss(torch.tensor(float("inf")), float("inf"), ["a", "b"], "step 1")
-    policy.skip("step 1")
-    assert "a, b" in told[0]
-    with pytest.raises(NonFiniteError, match="allows no more"):
-        policy.skip("step 2", reason="gradient is not finite")
-    assert PretrainConfig().stop_signals == ["SIGTERM", "SIGINT", "SIGUSR1"]

@@ -308,11 +308,11 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                 shapes = {tuple(v.shape) for k, v in (entry or {}).items() if k != _STEP}
                 if shapes - {tuple(parameter.shape)}:
                     raise CheckpointError(
-                        f"the checkpoint's optimizer has a moment of shape {shapes}, this run's {tuple(parameter.shape)}"
+                        f"the checkpoint's optimizer has a moment of shape {shapes}, not {tuple(parameter.shape)}"
                     )
             if len({float(e[_STEP]) if e else None for e in entries}) > 1 and self.stage > 0:
                 raise CheckpointError(
-                    "the parameters in the checkpoint's optimizer are at different steps, unsupported by ZeRO; "
+                    "the checkpoint's optimizer has parameters at different steps, which ZeRO does not support; "
                     "resume with strategy=auto, ddp or deepspeed_stage_0"
                 )
 

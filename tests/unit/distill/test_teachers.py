@@ -18,7 +18,7 @@ from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.distill.teachers import check_teachers, load_teachers, read_teacher
+from mmdistill.distill.teachers import check_teacher_digests, load_teachers, read_teacher
 from mmdistill.evaluation.networks import load_networks
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.integration.test_resume import teacher
@@ -89,7 +89,7 @@ def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Pa
         load_teachers(config, modality_specs(config.data_module), slim)
     assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), wanted, found, "slim.ckpt"))
     with pytest.raises(CheckpointError, match=f"{wanted}.*{found}"):
-        check_teachers({"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"])
+        check_teacher_digests({"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"])
 
 
 def test_other_teachers_than_the_files_are_refused(slim: Path) -> None:

@@ -63,7 +63,7 @@ def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
     """Three epochs, validated after each and at the end, with a stock ModelCheckpoint that keeps the two best."""
     config = _config(folder, "trainer.check_val_every_n_epoch=1", "trainer.epochs=3", "trainer.save_ckpt_freq=1")
     best = ModelCheckpoint(folder / "best", "{epoch}-{val_top1_action:.6f}", monitor=METRIC, mode="max", save_top_k=2)
-    noted, make = _Noted(), run._trainer
+    noted, make = _Noted(), run._make_trainer
 
     made: list[pl.Trainer] = []
 
@@ -73,7 +73,7 @@ def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
         return made[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_trainer", with_monitor)
+        patch.setattr(run, "_make_trainer", with_monitor)
         run.distill(config, folder / "run")
     (again,) = made[0].validate(made[0].lightning_module, datamodule=made[0].datamodule, verbose=False)
     noted.seen.append(again)
@@ -167,14 +167,14 @@ def _rank(rank: int, folder: str, port: int) -> None:
     values: list[float] = []
     note = pl.Callback()
     note.on_train_epoch_end = lambda trainer, module: values.append(float(trainer.callback_metrics[METRIC]))
-    make = run._trainer
+    make = run._make_trainer
 
     def with_note(*args: Any) -> pl.Trainer:
         trainer = make(*args)
         trainer.callbacks.append(note)
         return trainer
 
-    run._trainer = with_note
+    run._make_trainer = with_note
     more = ["trainer.check_val_every_n_epoch=1", "trainer.epochs=1", "trainer.save_ckpt_freq=1", "batch_size=4"]
     run.distill(_config(Path(folder), *more, "devices=2"), Path(folder) / "two")
     np.save(f"{folder}/value{rank}.npy", values)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmdistill.config import ConfigError, PretrainConfig, as_names, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.training.loggers import TRACKERS, carry_rows, open_trackers
+from mmdistill.training.loggers import TRACKERS, copy_metrics_history, open_trackers
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.run_metadata import git_state, record_run
 
@@ -28,8 +28,8 @@ def _parsed(*overrides: str) -> PretrainConfig:
 def test_default_trackers_get_the_same_numbers(tmp_path: Path) -> None:
     names = as_names("logger", _parsed().logger)
     with RunLog(tmp_path, total_steps=2, title="t", trackers=names) as log:
-        log.scalars(1, {"loss": 0.5})
-        log.scalars(2, {"loss": 0.25, "loss_scale": 1024.0})
+        log.log_metrics(1, {"loss": 0.5})
+        log.log_metrics(2, {"loss": 0.25, "loss_scale": 1024.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -43,7 +43,7 @@ def test_default_trackers_get_the_same_numbers(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_with_its_csv(tmp_path: Path) -> None:
     for step in (1, 2):
         (tracker,) = open_trackers(["csv"], tmp_path, {})
-        tracker.scalars(step, {"loss": step / 4})
+        tracker.log_metrics(step, {"loss": step / 4})
         tracker.close()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.25", "2,0.5"]
 
@@ -51,17 +51,17 @@ def test_a_resumed_run_goes_on_with_its_csv(tmp_path: Path) -> None:
 def test_a_run_resumed_in_another_folder_begins_with_the_rows_up_to_its_checkpoint(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     checkpoint = old / "checkpoints" / "epoch=01-loss=0.5000"
-    assert carry_rows(checkpoint, new, 20) == 0  # there is none
+    assert copy_metrics_history(checkpoint, new, 20) == 0  # there is none
     old.mkdir()
     (old / "metrics.csv").write_text("step,loss\n10,0.9\n20,0.5\n30,0.7\n")
     names = as_names("logger", _parsed().logger)
     with RunLog(new, total_steps=3, title="t", trackers=names) as log:
         log.continues(checkpoint, 20)
-        log.scalars(30, {"loss": 0.4, "top1": 0.3})
+        log.log_metrics(30, {"loss": 0.4, "top1": 0.3})
     assert (new / "metrics.csv").read_text().splitlines() == ["step,loss,top1", "10,0.9,", "20,0.5,", "30,0.4,0.3"]
     assert f"metrics.csv begins with 2 rows of {old}" in (new / "run.log").read_text()
-    assert carry_rows(checkpoint, new, 30) == 0  # it has rows of its own
-    assert carry_rows(checkpoint, old, 20) == 0  # resumed in the same folder
+    assert copy_metrics_history(checkpoint, new, 30) == 0  # it has rows of its own
+    assert copy_metrics_history(checkpoint, old, 20) == 0  # resumed in the same folder
     assert len((old / "metrics.csv").read_text().splitlines()) == 4
 
 
@@ -69,10 +69,10 @@ def test_repeated_epochs_replace_their_rows(tmp_path: Path) -> None:
     """A run killed after step 30 goes on from its checkpoint of step 10."""
     [log] = open_trackers(["csv"], tmp_path, {})
     for step in (10, 20, 30, 20):
-        log.scalars(step, {"epoch": step // 10, "loss": 1.0 / step})
+        log.log_metrics(step, {"epoch": step // 10, "loss": 1.0 / step})
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20]
-    log.scalars(20, {"top1": 0.5})  # other numbers of the same step are no repetition
+    log.log_metrics(20, {"top1": 0.5})  # other numbers of the same step are no repetition
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20, 20]
 
@@ -108,7 +108,7 @@ def test_wandb_and_mlflow_are_called_as_they_want(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = {"seed": 1, "trainer": {"lr": 0.5}}
     with RunLog(tmp_path / "run", total_steps=1, title="t", trackers=["wandb", "mlflow"], config=config) as log:
-        log.scalars(3, {"loss": 0.5})
+        log.log_metrics(3, {"loss": 0.5})
     assert ("wandb", config) in calls
     assert ("log_params", {"seed": "1", "trainer.lr": "0.5"}) in calls
     assert [c[1] for c in calls if c[0] == "set_tracking_uri"] == [f"sqlite:///{tmp_path}/run/mlflow.db", None]
@@ -153,8 +153,8 @@ def test_mlflow_itself_keeps_each_run_in_its_folder(tmp_path: Path, monkeypatch:
     for name in ("first job", "second=1,[é]"):  # jobs of a sweep share a process
         run = tmp_path / name
         with RunLog(run, total_steps=1, title="t", trackers=["mlflow"], config=config) as log:
-            log.scalars(3, {"loss": 0.5, "grad_norm": float("nan")})
-            log.picture(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
+            log.log_metrics(3, {"loss": 0.5, "grad_norm": float("nan")})
+            log.log_image(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
         assert "MLFLOW_TRACKING_URI" not in os.environ
         client = mlflow.MlflowClient(f"sqlite:///{run}/mlflow.db")
         experiment = client.get_experiment_by_name("mmdistill")
@@ -176,7 +176,7 @@ def test_mlflow_itself_goes_on_with_a_resumed_run(
         with RunLog(
             tmp_path / folder, total_steps=9, title="t", trackers=["mlflow"], config=config, source=source
         ) as log:
-            log.scalars(step, {"loss": 1 / step})
+            log.log_metrics(step, {"loss": 1 / step})
         client = mlflow.MlflowClient(f"sqlite:///{tmp_path / folder}/mlflow.db")
         return client.search_runs([client.get_experiment_by_name("mmdistill").experiment_id])
 
@@ -200,7 +200,7 @@ def test_wandb_itself_gives_a_resumed_run_its_id(tmp_path: Path, monkeypatch: py
     for source in (None, tmp_path / "checkpoints" / "last.ckpt"):
         config = to_plain(_parsed(f"trainer.epochs={7 if source else 8}"))
         with RunLog(tmp_path, total_steps=1, title="t", trackers=["wandb"], config=config, source=source) as log:
-            log.scalars(3, {"loss": 0.5})
+            log.log_metrics(3, {"loss": 0.5})
     parts = [path.stem for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert (len(parts), len(set(parts))) == (2, 1)
 
@@ -211,8 +211,8 @@ def test_wandb_itself_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for job in range(2):
         run = tmp_path / f"run {job}"
         with RunLog(run, total_steps=1, title="t", trackers=["wandb"], config=to_plain(_parsed())) as log:
-            log.scalars(3, {"loss": 0.5, "grad_norm": float("nan")})
-            log.picture(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
+            log.log_metrics(3, {"loss": 0.5, "grad_norm": float("nan")})
+            log.log_image(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
         assert len(list(run.glob("wandb/offline-run-*/run-*.wandb"))) == 1
         assert len(list(run.rglob("reconstruction_3_*.png"))) == 1
 
@@ -231,8 +231,8 @@ def test_plain_lines_have_the_time_left_and_the_memory(tmp_path: Path, capfd: py
 def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path / "run", total_steps=1, title="t", enabled=False) as log:
         log.step(1, "")
-        log.say("x")
-        log.scalars(1, {"loss": 1.0})
+        log.info("x")
+        log.log_metrics(1, {"loss": 1.0})
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr().err == ""
 
