@@ -1,4 +1,4 @@
-"""Commands of the project as a user starts them: real processes, their output kept."""
+"""Commands of the project as a user starts them: real processes whose output is returned."""
 
 import atexit
 import os
@@ -11,13 +11,21 @@ from tests.fork_server import ForkServer
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]  # the fixture `script`
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
-TIMEOUT = 1400.0  # seconds until a command counts as hung: one of dozens of runs, on a machine that has other work
+RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "DS_ACCELERATOR",
+)
+TIMEOUT = 1400.0  # seconds until a command counts as hung, also on a busy machine
 
 
 def environment(*, gpus: bool = False, **more: str) -> dict[str, str]:
-    """What a user's shell gives: one thread, 160 columns, no place among other ranks, and no GPU unless asked for."""
-    own = {name: value for name, value in os.environ.items() if name not in PLACE}
+    """Environment of a user's shell: one thread, 160 columns, no rank; GPUs are hidden unless `gpus`."""
+    own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return {**own, **hidden, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
 

@@ -1,4 +1,4 @@
-"""For all tests: scripts without a process of their own, and no trace in the environment of the next module."""
+"""Fixtures and markers of all tests."""
 
 import os
 import runpy
@@ -9,24 +9,29 @@ from collections.abc import Iterator
 import pytest
 
 from mmdistill.distributed import launch
-from tests.commands import PLACE, ROOT, Script
+from tests.commands import RANK_VARIABLES, ROOT, Script
 
-# the modules that take longest, so that two processes end together
-FIRST = ("test_resume", "test_launch", "test_two_processes", "test_strategy", "test_sweep", "test_entrypoints",
-         "test_deepspeed_engine", "test_efficiency", "test_tennis", "test_paths")  # fmt: skip
+INTEGRATION = ROOT / "tests" / "integration"
+# Modules that take longest. They start first, so that parallel test processes end at about the same time.
+LONGEST = ("test_resume", "test_launch", "test_two_processes", "test_strategy", "test_sweep", "test_entrypoints",
+           "test_deepspeed_engine", "test_efficiency", "test_tennis", "test_paths")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long modules first; the order inside a module stays."""
-    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+    """Mark the tests of tests/integration as slow and run the longest modules first, each in its own order."""
+    for item in items:
+        if item.path.is_relative_to(INTEGRATION):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_trace() -> Iterator[None]:
-    """`start_process` makes the test process a world of one: commands that later tests start must not inherit that."""
-    before, solo = {name: os.environ.get(name) for name in PLACE}, launch._single_process
+def isolated_env() -> Iterator[None]:
+    """Restore the variables of a launcher after each module: `start_process` sets them, and commands inherit them."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    single_process = launch._single_process
     yield
-    launch._single_process = solo
+    launch._single_process = single_process
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:
@@ -35,7 +40,7 @@ def no_trace() -> Iterator[None]:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Script:
-    """``script(NAME, arguments...)``: the ``main`` of scripts/NAME in this process; one of its own takes seconds."""
+    """``script(NAME, arguments...)`` calls ``main`` of scripts/NAME in this process, which saves seconds."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":

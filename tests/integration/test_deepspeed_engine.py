@@ -9,6 +9,7 @@ import pytest
 
 from tests.commands import run_python
 
+pytestmark = pytest.mark.multiprocess
 KINDS = [f"stage{stage}-{precision}" for precision in ("fp32", "bf16") for stage in range(4)]
 
 

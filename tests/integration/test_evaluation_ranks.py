@@ -16,6 +16,7 @@ from mmdistill.fewshot.features import load_features, save_features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from tests.synthetic_features import make_features
 
+pytestmark = pytest.mark.multiprocess
 INDEX = ClipIndex(tuple(Clip(f"c{i}", "v", (0,), 0, "v") for i in range(7)), ("a",))
 PROTOCOL = Protocol(q_sample=5, episodes=7, classifiers=("centroid", "logistic"), workers=1)
 

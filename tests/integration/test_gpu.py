@@ -14,14 +14,14 @@ import torch
 
 from mmdistill.checkpoint import read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from mmdistill.modalities import get_modality, preprocess_clips
+from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
 from mmdistill.models.targets import patch_targets, reconstruction_loss
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE, masked_indices
 from tests.commands import ROOT, environment, run_python
 from tests.integration.test_resume import teacher
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 GPU, CPU = ("accelerator=gpu",), ("accelerator=cpu",)
 
 
@@ -70,7 +70,7 @@ def _weights(run: Path, epoch: int) -> dict[str, torch.Tensor]:
 # The same numbers as the CPU's ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("modality", get_modality)
+@pytest.mark.parametrize("modality", BUILTIN_MODALITIES)
 def test_inputs_loss_and_gradients_are_the_cpus(modality: str) -> None:
     """From raw clips to the gradient of each weight, in float32."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from tests.commands import environment
 from tests.integration.test_resume import teacher
 from tests.tiny_data import MODEL, make_tiny, overrides
 
+pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = environment(DS_ACCELERATOR="cpu")

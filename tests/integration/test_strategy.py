@@ -18,6 +18,8 @@ from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
 from tests.integration.strategy_worker import CROSS, INSIDE, KINDS, RESUMED, config_of, stopped
 
+pytestmark = pytest.mark.multiprocess
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,7 +20,7 @@ from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(3000)  # a hang: all runs take minutes on two cores, and ten times that on busy ones
+pytestmark = [pytest.mark.multiprocess, pytest.mark.timeout(3000)]  # all runs take minutes on two cores
 Runs = dict[str, Any]
 
 
