@@ -14,7 +14,7 @@ from mmdistill.fewshot.classifiers import (
 )
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.scores import evaluate_episodes
-from tests.contracts.classifier import LABELS, ClassifierContract, draw, noisy_features
+from tests.contracts.classifier_contract import LABELS, ClassifierContract, draw, noisy_features
 
 BATCHED = [name for name in CLASSIFIERS.names() if not isinstance(get_classifier(name), LogisticClassifier)]
 

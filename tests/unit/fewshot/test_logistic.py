@@ -7,7 +7,7 @@ from scipy.special import logsumexp
 
 from mmdistill.fewshot import logistic
 from mmdistill.fewshot.logistic import default_num_workers, predict_logistic
-from tests.contracts.classifier import draw, noisy_features
+from tests.contracts.classifier_contract import draw, noisy_features
 
 
 def test_workers_do_not_change_predictions():
