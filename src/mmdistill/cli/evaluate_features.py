@@ -36,7 +36,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--classifier", nargs="+", default=["logistic"], metavar="NAME", help=", ".join(names))
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
     parser.add_argument("--disjoint", choices=["video"], help="take support and query clips from different groups")
-    parser.add_argument("--support-views", choices=["each", "first"], default="each", help="see docs/runs.md")
+    parser.add_argument(
+        "--support-views", choices=["each", "first"], default="each", help="views of the support clips that are fitted"
+    )
     parser.add_argument("--probe", action="store_true", help="also run a linear probe and k-NN on the full label set")
     parser.add_argument("--workers", type=int, help="processes of the logistic regression; default: all processors")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")

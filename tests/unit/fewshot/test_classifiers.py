@@ -1,4 +1,6 @@
+import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,27 +77,23 @@ def test_num_neighbors_is_the_number_of_voting_support_clips():
     assert not np.array_equal(all_vote, one_votes)
 
 
-class NearestToFirstShot(Classifier):
-    """A classifier as another package would write it: the class whose first support clip is nearest."""
-
-    def predict(self, features, episodes, *, first_support_view, workers=None, device="cpu", advance=None):
-        out = np.empty((len(episodes), episodes.n_way * episodes.q_sample), dtype=np.int64)
-        for e in range(len(episodes)):
-            support, query = features[episodes.support[e, :, 0]], features[episodes.query[e].ravel()]  # (*, V, D)
-            if first_support_view:
-                support = np.repeat(support[:, :1], features.shape[1], axis=1)
-            distance = np.square(query[:, None] - support).sum(axis=3)  # (N * Q, N, V)
-            shares = np.exp(distance.min(axis=1, keepdims=True) - distance)
-            out[e] = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=2).argmax(axis=1)
-            if advance is not None:
-                advance(1)
-        return out, 0
+def load_documented_example() -> Classifier:
+    """The classifier of docs/extending.md."""
+    text = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(import numpy as np\n\nfrom mmdistill\.fewshot\.classifiers .*?)```", text, re.DOTALL)
+    assert code is not None
+    names: dict[str, Classifier] = {}
+    exec(code[1], names)
+    return names["NEAREST_SHOT"]
 
 
-class TestAClassifierOfAnotherPackage(ClassifierContract):
+DOCUMENTED = load_documented_example()
+
+
+class TestDocumentedExample(ClassifierContract):
     @pytest.fixture
     def classifier(self) -> Classifier:
-        return NearestToFirstShot()
+        return DOCUMENTED
 
 
 def _add_entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -104,11 +102,8 @@ def _add_entry_point(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setattr(CLASSIFIERS, "_components", dict(CLASSIFIERS._components))
 
 
-MINE = NearestToFirstShot()
-
-
 def test_an_entry_point_adds_a_classifier(monkeypatch: pytest.MonkeyPatch):
-    _add_entry_point(monkeypatch, f"{__name__}:MINE")
+    _add_entry_point(monkeypatch, f"{__name__}:DOCUMENTED")
     assert CLASSIFIERS.names()[-1] == "mine"
     scores = evaluate_episodes(np.eye(8)[LABELS], draw(), "mine")
     assert scores.classifier == "mine"
@@ -116,7 +111,7 @@ def test_an_entry_point_adds_a_classifier(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_an_entry_point_must_name_a_classifier(monkeypatch: pytest.MonkeyPatch):
-    _add_entry_point(monkeypatch, f"{__name__}:NearestToFirstShot")
+    _add_entry_point(monkeypatch, f"{__name__}:np")
     with pytest.raises(FewshotError, match=r"'mine': the entry point must name an instance of .*Classifier"):
         get_classifier("mine")
 
