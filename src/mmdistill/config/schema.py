@@ -34,9 +34,9 @@ class ModelConfig(Sealable):
     # sincos: fixed, of the running token index, as in VideoMAE | sincos_separable: fixed, of t, h and w apart | learned
     pos_embed: str = "sincos"
     drop_path: float = 0.0  # stochastic depth rate of the last block
-    decoder_dim: int = MISSING
-    decoder_depth: int = MISSING
-    decoder_heads: int = MISSING
+    decoder_dim: int = MISSING  # decoder width
+    decoder_depth: int = MISSING  # decoder blocks
+    decoder_heads: int = MISSING  # attention heads of the decoder
 
 
 @dataclass
@@ -101,7 +101,7 @@ class DataModuleConfig(Sealable):
     n_way: Any = 5  # classes per episode; a list evaluates each
     k_shot: Any = 1  # support clips per class; a list evaluates each
     q_sample: int = 15  # query clips per class
-    episodes: int = 600
+    episodes: int = 600  # few-shot episodes per setting
     disjoint: str | None = None  # video: support and query clips of an episode come from different rallies
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
 
@@ -110,13 +110,13 @@ class DataModuleConfig(Sealable):
 class TrainerConfig(Sealable):
     """Optimisation, the same keys in both phases."""
 
-    epochs: int = MISSING
+    epochs: int = MISSING  # passes over the training clips
     lr: float = MISSING  # base learning rate per 256 clips; the rate used is lr * global batch / 256
     min_lr: float = 0.0  # end of the cosine, per 256 clips
     warmup_lr: float = 0.0  # start of the warm-up, per 256 clips
-    warmup_epochs: float = 5.0
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    warmup_epochs: float = 5.0  # epochs of the linear warm-up
+    weight_decay: float = 0.05  # AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
     clip_grad: float | None = None  # global gradient norm; null: no clipping
     # a loss or gradient that is not finite: raise | skip the step, which leaves weights, moments and averages alone and
     # counts in the schedule. With precision=16, overflows above loss scale 1 are counted apart (overflow_steps)
@@ -127,8 +127,8 @@ class TrainerConfig(Sealable):
     # which checkpoints stay: the newest keep_last and the save_top_k of lowest loss (-1: all). Both null keep all; one
     # number alone keeps, beside its own, the best one or the newest one
     keep_last: int | None = None
-    save_top_k: int | None = None
-    activation_checkpointing: bool = False
+    save_top_k: int | None = None  # see keep_last
+    activation_checkpointing: bool = False  # recompute activations in the backward pass to save memory
     layer_decay: float | None = None  # factor of the rate from each encoder block to the one below; null: one rate
 
 
@@ -144,7 +144,7 @@ class DistillTrainerConfig(TrainerConfig):
     """Optimisation of the distillation, and its teachers."""
 
     ckpt_path: Any = None  # pretrained teachers: a list (rgb, flow, skeleton) or by modality; null: as the resumed file
-    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
+    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])  # modalities of the teachers
     check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
     # what save_top_k goes by: train_loss (lowest) | val_top1_action (highest; of checkpoints of validated epochs)
     monitor: str = "train_loss"
@@ -159,7 +159,7 @@ class DistillTrainerConfig(TrainerConfig):
 class CommonConfig(Sealable):
     """Keys of both entrypoints."""
 
-    seed: int = 0
+    seed: int = 0  # seed of the initialization, data order, masks and episodes
     batch_size: int = MISSING  # clips per process and step
     num_workers: int = 1  # loader processes; 0 reads in the training process
     accelerator: str = "auto"  # auto | cpu | gpu
@@ -194,8 +194,8 @@ class PretrainConfig(CommonConfig):
 class DistillConfig(CommonConfig):
     """`lit_main_mmdistill.py`."""
 
-    train: bool = True
-    test: bool = True
+    train: bool = True  # distill
+    test: bool = True  # evaluate few-shot
     ckpt_path: str | None = None  # what test=True evaluates when train=False
     # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2 | _1_offload | _2_offload
     strategy: str = "auto"

@@ -73,7 +73,9 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
 def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
     (tmp_path / "flow").rename(tmp_path / "elsewhere")
     config = configure("resume=auto")
-    with pytest.raises(CheckpointError, match=r"flow: does not exist; .*is a student-only checkpoint .* teacher_flow \(sha256 \w{64}"):
+    with pytest.raises(
+        CheckpointError, match=r"flow: does not exist; .*is a student-only checkpoint .* teacher_flow \(sha256 \w{64}"
+    ):
         load_teachers(config, modality_specs(config.data_module), slim)
     paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
     config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")
@@ -89,7 +91,9 @@ def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Pa
         load_teachers(config, modality_specs(config.data_module), slim)
     assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), wanted, found, "slim.ckpt"))
     with pytest.raises(CheckpointError, match=f"{wanted}.*{found}"):
-        check_teacher_digests({"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"])
+        check_teacher_digests(
+            {"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"]
+        )
 
 
 def test_other_teachers_than_the_files_are_refused(slim: Path) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 from mmdistill.workflows.results_table import render_results_table, student_beats_baselines
 
 
-def _result(student: float, teacher: float, random: float, *, low: float) -> dict[str, Any]:
+def make_results(student: float, teacher: float, random: float, *, low: float) -> dict[str, Any]:
+    """Content of fewshot.json with the given accuracies in percent and the lower bound of every difference."""
     rows = {"student_rgb": student, "teacher_rgb": teacher, "random": random}
     pairs = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"))
     return {
@@ -24,7 +25,7 @@ def _result(student: float, teacher: float, random: float, *, low: float) -> dic
 
 
 def test_table_has_a_column_per_seed_and_omits_missing_rows() -> None:
-    text = render_results_table([_result(70, 60, 25, low=0.1), _result(50, 60, 25, low=-0.11)], [3, 8])
+    text = render_results_table([make_results(70, 60, 25, low=0.1), make_results(50, 60, 25, low=-0.11)], [3, 8])
     assert "| | seed 3 | seed 8 |" in text
     assert text.count("### 4-way") == 2
     assert "| distilled student (RGB at test time) | 70.0 ± 0.4 | 50.0 ± 0.4 |" in text
@@ -34,6 +35,6 @@ def test_table_has_a_column_per_seed_and_omits_missing_rows() -> None:
 
 
 def test_every_interval_must_be_above_zero() -> None:
-    good = _result(70, 60, 25, low=0.1)
+    good = make_results(70, 60, 25, low=0.1)
     assert student_beats_baselines([good, good])
-    assert not student_beats_baselines([good, _result(60, 60, 25, low=-0.001)])
+    assert not student_beats_baselines([good, make_results(60, 60, 25, low=-0.001)])

@@ -57,7 +57,12 @@ def test_code_is_rejected_by_name_and_not_executed(tmp_path: Path, position: str
     unsafe = _CreatesFile(created)
     array = np.empty(1, dtype=object)
     array[0] = unsafe
-    data = {"top": unsafe, "dict": {"keypoint": unsafe}, "object array": array, "defaultdict": defaultdict(list, x=[unsafe])}
+    data = {
+        "top": unsafe,
+        "dict": {"keypoint": unsafe},
+        "object array": array,
+        "defaultdict": defaultdict(list, x=[unsafe]),
+    }
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(data[position]))
     with pytest.raises(UnsafePickleError, match=r"a\.pkl: rejected because it needs the name"):

@@ -1,0 +1,58 @@
+"""``mmdistill distill`` and ``lit_main_mmdistill.py``."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mmdistill.distill
+import mmdistill.evaluation.run
+from mmdistill.cli import distill
+from mmdistill.config import DistillConfig
+from mmdistill.config.compose import load_config
+
+
+def test_main_passes_the_config_and_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(distill, "run_entrypoint", lambda *args, **options: calls.append({"args": args, **options}))
+    assert distill.main(["train=False"]) == 0
+    assert calls[0]["args"] == (distill.run_distillation, DistillConfig)
+    assert (calls[0]["config_name"], calls[0]["verb"], calls[0]["argv"]) == (
+        "config_mmdistill",
+        "distill",
+        ["train=False"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "path", "expected"),
+    [
+        (True, True, None, ["check", "distill", "evaluate new.ckpt"]),
+        (True, False, None, ["distill"]),
+        (False, True, "old.ckpt", ["evaluate old.ckpt"]),
+        (False, False, None, []),
+    ],
+)
+def test_train_and_test_select_the_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, train: bool, test: bool, path: str | None, expected: list[str]
+) -> None:
+    steps: list[str] = []
+
+    def fake_distill(config: DistillConfig, run_dir: Path) -> Path:
+        steps.append("distill")
+        return Path("new.ckpt")
+
+    def fake_evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> None:
+        steps.append(f"evaluate {checkpoint}")
+
+    monkeypatch.setattr(mmdistill.distill, "distill", fake_distill)
+    monkeypatch.setattr(mmdistill.evaluation.run, "check_evaluation", lambda config: steps.append("check"))
+    monkeypatch.setattr(mmdistill.evaluation.run, "evaluate_checkpoint", fake_evaluate)
+    overrides = [
+        f"train={train}",
+        f"test={test}",
+        "trainer.ckpt_path=[a,b,c]",
+        *([f"ckpt_path={path}"] if path else []),
+    ]
+    distill.run_distillation(load_config(DistillConfig, "config_mmdistill", overrides), str(tmp_path))
+    assert steps == expected

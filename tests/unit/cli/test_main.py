@@ -1,0 +1,63 @@
+"""The dispatcher of ``mmdistill VERB``."""
+
+import ast
+import sys
+from types import ModuleType
+
+import pytest
+
+from mmdistill import __version__, cli
+from mmdistill.cli.main import VERBS, main, usage
+from tests.commands import ROOT
+
+
+def test_usage_lists_every_verb_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"], ["-h"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == usage() + "\n"
+    lines = usage().splitlines()
+    assert [line.split()[0] for line in lines[lines.index("Verbs:") + 1 :]] == list(VERBS)
+    assert max(map(len, lines)) <= 100
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mmdistill {__version__}\n"
+
+
+def test_unknown_verb_names_the_closest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretran"]) == 2
+    assert "unknown verb 'pretran'; did you mean pretrain?" in capsys.readouterr().err
+    assert main(["xyz"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_verb_receives_its_arguments_and_returns_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[list[str]] = []
+    module = ModuleType("mmdistill.cli.find_checkpoints")
+    module.main = lambda argv: received.append([*argv, sys.argv[0]]) or 7  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sys, "argv", ["before"])
+    assert main(["find-checkpoints", "output", "--json"]) == 7
+    assert received == [["output", "--json", "mmdistill find-checkpoints"]]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_module_of_each_verb_has_main(verb: str) -> None:
+    tree = ast.parse((ROOT / "src/mmdistill/cli" / f"{VERBS[verb].module}.py").read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert functions["main"].args.args[0].arg == "argv"
+
+
+def test_every_script_calls_the_module_of_its_verb() -> None:
+    modules = {verb.module for verb in VERBS.values()}
+    scripts = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    imported = {
+        node.module.removeprefix("mmdistill.cli.")
+        for script in scripts
+        for node in ast.parse(script.read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module
+    }
+    assert imported == modules - {"evaluate"}
+    assert (ROOT / "find_checkpoints.py").is_file()
+    assert cli.__doc__

@@ -1,0 +1,62 @@
+"""Failed jobs of a sweep."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from mmdistill.cli import sweep
+from mmdistill.errors import InputError
+from tests.unit.workflows.sweep_jobs import write_job
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_job_returns_its_objective_and_removes_an_old_record(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, [], loss=0.5)
+    (tmp_path / "run_0" / "failed.json").write_text("{}")
+    assert sweep.run_job(lambda: None, tmp_path / "run_0", str) == 0.5
+    assert not (tmp_path / "run_0" / "failed.json").exists()
+
+
+@pytest.mark.parametrize("error", [InputError("no such file"), RuntimeError("defect")])
+def test_failed_job_is_recorded_and_does_not_raise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    assert sweep.run_job(lambda: _raise(error), tmp_path / "job", lambda e: f"explained: {e}") is None
+    record = json.loads((tmp_path / "job" / "failed.json").read_text())
+    expected = isinstance(error, InputError)
+    assert record["error"] == ("explained: no such file" if expected else "RuntimeError: defect")
+    assert bool(record["traceback"]) is not expected
+    assert f"job job failed, the sweep continues: {record['error']}" in capsys.readouterr().err
+
+
+def test_failure_of_one_of_several_ranks_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="defect"):
+        sweep.run_job(lambda: _raise(RuntimeError("defect")), tmp_path, str)
+
+
+def test_callback_collects_records_of_this_sweep_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "_failed", [])
+    sweep.exit_if_failed()  # nothing has failed
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "failed.json").write_text(json.dumps({"error": f"{name} error"}))
+    os.utime(tmp_path / "old" / "failed.json", (0, 0))
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    callback = sweep.SweepFailureCallback()
+    callback.on_multirun_start(config)
+    callback.on_multirun_end(config)
+    with pytest.raises(SystemExit) as ended:
+        sweep.exit_if_failed()
+    assert ended.value.code == sweep.FAILED_EXIT_CODE
+    assert capsys.readouterr().err == (
+        f"mmdistill: error: 1 jobs of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
+    )
