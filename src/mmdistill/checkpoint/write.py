@@ -274,6 +274,8 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
         fill(staged)
         fsync_path(staged)
         publish_directory(staged, target)
-    except OSError as error:
+    except BaseException as error:
         remove_quietly(staged)
+        if not isinstance(error, OSError):
+            raise
         raise CheckpointError(f"{target}: not saved ({error}); the previous checkpoint is unchanged") from error

@@ -7,9 +7,9 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.keys import (
     canonical_name,
     canonical_names,
+    component_of,
     encoder_roots,
     from_huggingface,
-    component_of,
     split_qkv_bias,
     to_huggingface,
 )

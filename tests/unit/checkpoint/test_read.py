@@ -1,7 +1,5 @@
-"""Every format that users have, as its real writer wrote it, gives exactly the weights that the writer reports."""
+"""Files that other programs wrote are read as exactly the weights that those programs report."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,16 +32,8 @@ def test_deepspeed_directories(name: str) -> None:
     assert all(t.dtype is torch.float32 for t in trained)  # the masters, not the bf16 copies
 
 
-def test_masters_are_not_the_copies() -> None:
-    place = FIXTURES / "zero2-w2-bf16" / NAME
-    model = torch.load(place / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True)["module"]
-    state = read_checkpoint(place).state_dict
-    assert any(not torch.equal(state[name], copy.float()) for name, copy in model.items())
-    assert all(torch.equal(state[name].to(copy.dtype), copy) for name, copy in model.items())
-
-
 @pytest.mark.parametrize("name", ["zero0-w1-fp32", "zero1-w2-bf16", "zero3-w2-fp32"])
-def test_every_level_is_understood(name: str) -> None:
+def test_a_path_at_any_level_of_a_directory_is_read(name: str) -> None:
     root = FIXTURES / name / NAME
     expected = load_file(FIXTURES / name / "expected.safetensors")
     inner = sorted((root / "checkpoint").iterdir())
@@ -52,13 +42,13 @@ def test_every_level_is_understood(name: str) -> None:
         same(read_checkpoint(path).state_dict, expected)
 
 
-def test_folder_of_checkpoints_is_listed() -> None:
+def test_folder_of_checkpoints_is_an_error_that_lists_them() -> None:
     with pytest.raises(CheckpointError, match=r"a folder of \d+ checkpoints, not one; give one of\n.*hf-model"):
         read_checkpoint(FIXTURES)
 
 
 @pytest.mark.parametrize("kind", ["lightning", "lightning-deepspeed"])
-def test_lightning_file_and_directory(kind: str) -> None:
+def test_lightning_file_and_deepspeed_directory(kind: str) -> None:
     path = FIXTURES / kind / "epoch=00-train_loss=0.5000.ckpt"
     checkpoint = read_checkpoint(path)
     same(checkpoint.state_dict, load_file(FIXTURES / kind / "expected.safetensors"))
@@ -69,14 +59,14 @@ def test_lightning_file_and_directory(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bare.pt", "model.pth", "module.pt", "state_dict.pt", "legacy.pth"])
-def test_plain_files(name: str) -> None:
+def test_torch_files_of_every_layout(name: str) -> None:
     checkpoint = read_checkpoint(FIXTURES / "plain" / name)
     same(checkpoint.state_dict, load_file(FIXTURES / "plain" / "expected.safetensors"))
     assert checkpoint.format is CheckpointFormat.WEIGHTS
 
 
 @pytest.mark.parametrize("folder", ["hf-model", "hf-pretraining"])
-def test_huggingface_names(folder: str) -> None:
+def test_huggingface_folders(folder: str) -> None:
     raw = load_file(FIXTURES / folder / "model.safetensors")
     state = read_checkpoint(FIXTURES / folder).state_dict
     assert sum(t.numel() for t in state.values()) == sum(t.numel() for t in raw.values())
@@ -89,8 +79,8 @@ def test_huggingface_names(folder: str) -> None:
     assert ("decoder.blocks.0.mlp.fc2.bias" in state) == (folder == "hf-pretraining")
 
 
-def test_inner_file_alone(tmp_path: Path) -> None:
-    """A model file that was copied out of its directory: complete at stages 0-2, said to be rounded under bf16."""
+def test_copied_model_file_is_read_with_a_note(tmp_path: Path) -> None:
+    """It is complete at stages 0 to 2; with bf16 a note says that the weights are rounded."""
     source = FIXTURES / "zero1-w2-bf16" / NAME / "checkpoint" / "mp_rank_00_model_states.pt"
     alone = tmp_path / source.name
     alone.write_bytes(source.read_bytes())
@@ -104,12 +94,3 @@ def test_inner_file_alone(tmp_path: Path) -> None:
     (tmp_path / "b" / sharded.name).write_bytes(sharded.read_bytes())
     with pytest.raises(CheckpointError, match="stage 3 keeps the weights in"):
         read_checkpoint(tmp_path / "b")
-
-
-def test_deepspeed_is_not_imported() -> None:
-    code = (
-        "import sys; sys.modules['deepspeed'] = None\n"
-        "from mmdistill.checkpoint import read_checkpoint\n"
-        f"for name in {ZERO!r}: read_checkpoint({str(FIXTURES)!r} + '/' + name + '/{NAME}')\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+
+from mmdistill.checkpoint import CheckpointError, save_torch
+from mmdistill.checkpoint.inspect import inspect_checkpoint
+from tests.checkpoint_files import STATE, write_distilled, write_native
+from tests.unit.checkpoint.make_fixtures import FIXTURES
+
+
+def test_report_of_each_format(tmp_path: Path) -> None:
+    report = inspect_checkpoint(FIXTURES / "zero2-w2-bf16" / "epoch=01-loss=0.5000")
+    assert (report["format"], report["stage"], report["world_size"], report["complete"]) == ("deepspeed", 2, 2, True)
+    assert report["components"]["encoder"] == {"tensors": 17, "parameters": 1384}
+    assert report["missing"] == ["manifest.json (checksums)", "meta.json (architecture and statistics)"]
+    write_distilled(tmp_path / "last.ckpt")
+    report = inspect_checkpoint(tmp_path / "last.ckpt")
+    assert (report["kind"], report["epoch"], report["step"], report["missing"]) == ("distill", 3, 40, [])
+    assert report["architecture"]["student_rgb"]["heads"] == 4
+    data = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(data[: len(data) // 2])
+    report = inspect_checkpoint(tmp_path / "last.ckpt")
+    assert not report["complete"]
+    assert "truncated" in report["problem"]
+
+
+def test_encoder_without_metadata_is_described_by_its_tensors() -> None:
+    report = inspect_checkpoint(FIXTURES / "plain" / "free_width_sincos.pth")
+    assert report["architecture"]["encoder"]["heads"] == 3
+    assert "encoder: 3 heads of 5 inferred from the attention width 15" in report["notes"]
+    assert report["missing"] == ["metadata (architecture and statistics)"]
+    assert inspect_checkpoint(FIXTURES / "plain" / "bare.pt")["architecture"]["decoder"]["dim"] == 4
+
+
+def test_teachers_of_a_student_only_checkpoint_are_listed(tmp_path: Path) -> None:
+    meta = {"encoders": {}, "teachers": {"teacher_flow": {"path": "/flow", "sha256": "ab12"}}}
+    save_torch({"state_dict": STATE, "pytorch-lightning_version": "2", "mmdistill": meta}, tmp_path / "s.ckpt")
+    (line,) = inspect_checkpoint(tmp_path / "s.ckpt")["missing"]
+    assert line == "teacher_flow (student-only checkpoint; it is in /flow, sha256 of its encoder ab12)"
+
+
+def test_size_counts_all_files_and_damaged_shards_are_reported(tmp_path: Path) -> None:
+    root = write_native(tmp_path / "d")
+    report = inspect_checkpoint(root, full=True)
+    assert report["complete"]
+    assert report["size"] == sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    (root / "latest").write_text("checkpoinT")
+    report = inspect_checkpoint(root)
+    assert not report["complete"]
+    assert "latest" in report["problem"]
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect_checkpoint(tmp_path / "absent")

@@ -1,0 +1,64 @@
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from mmdistill.checkpoint.find import find_checkpoints, select_checkpoints
+from mmdistill.cli.find_checkpoints import evaluation_command, format_size, main
+from mmdistill.config.overrides import quote_overrides
+from tests.checkpoint_files import write_output
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return write_output(tmp_path / "output")
+
+
+def parsed_path(command: str) -> Path:
+    """``ckpt_path`` of a printed command, as the entrypoint reads it."""
+    words = shlex.split(command)
+    assert words[:2] == ["python", "lit_main_mmdistill.py"]
+    assert "--config-name=config_mmdistill_tennis" in words
+    assert words[-3:-1] == ["train=False", "test=True"]
+    (quoted,) = quote_overrides(words[-1:])
+    return Path(str(OverridesParser.create().parse_override(quoted).value()))
+
+
+def test_printed_list_and_command_can_be_pasted(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(output)]) == 0
+    text = capsys.readouterr().out
+    block = text[text.index("ckpt_path: [") : text.index("]\n") + 1]
+    paths = yaml.safe_load(block)["ckpt_path"]
+    assert [Path(p).parent.parent.name for p in paths] == ["pretrain_rgb", "pretrain_flow", "pretrain_skeleton"]
+    assert all(Path(p).is_dir() for p in paths)
+    command = next(line for line in text.splitlines() if line.startswith("python "))
+    assert parsed_path(command).is_file()
+    assert '"' not in command  # as the README shows it
+
+
+def test_command_quotes_paths_that_hydra_does_not_accept(tmp_path: Path) -> None:
+    output = write_output(tmp_path / """it's [1], "a" é""")
+    info = select_checkpoints(find_checkpoints(output))["distilled"]
+    assert parsed_path(evaluation_command(info)) == info.path
+
+
+def test_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(output), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert len(data["checkpoints"]) == 8
+    assert all(data["ckpt_path"])
+    assert data["ckpt_path"][0] == data["chosen"]["rgb"]
+
+
+def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    assert "No checkpoints found." in capsys.readouterr().out
+    assert main([str(tmp_path / "absent")]) == 2
+    assert "absent: no such directory" in capsys.readouterr().err
+
+
+def test_sizes() -> None:
+    assert [format_size(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == ["7 B", "2 KB", "2.5 MB", "3.0 GB"]

@@ -1,0 +1,26 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdistill.cli.inspect_checkpoint import main
+from tests.unit.checkpoint.make_fixtures import FIXTURES
+
+SOURCE = str(FIXTURES / "lightning" / "epoch=00-train_loss=0.5000.ckpt")
+
+
+def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([SOURCE]) == 0
+    text = capsys.readouterr().out
+    assert "component     student_rgb: 17 tensors" in text
+    assert text.endswith("complete      yes\n")
+    assert main([SOURCE, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "distill"
+
+
+def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "x.ckpt").write_bytes(Path(SOURCE).read_bytes()[:-9])
+    assert main([str(tmp_path / "x.ckpt")]) == 1
+    assert "complete      NO: " in capsys.readouterr().out
