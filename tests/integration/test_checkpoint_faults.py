@@ -1,18 +1,14 @@
-"""Bad bytes and bad pickles: an error that names the file and what is wrong, nothing loaded, nothing run."""
+"""Damaged and hostile files: an error names the file and the problem, no module changes, no code is executed."""
 
-import hashlib
-import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from mmdistill.checkpoint import (
     CheckpointError,
@@ -28,34 +24,34 @@ from mmdistill.checkpoint import (
 )
 from mmdistill.checkpoint import write as writing
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.checkpoint.formats.manifest import manifest_bytes, read_manifest, verify_manifest
-from mmdistill.checkpoint.formats.torch_zip import read_torch_file, sha256_file, zip_records
+from mmdistill.checkpoint.formats.torch_zip import zip_records
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).resolve().parents[1] / "unit" / "checkpoint" / "fixtures"
-GEOMETRY, DECODER = EncoderConfig(3, 2, 8, 8, 4, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16)
+CONFIG, DECODER = EncoderConfig(3, 2, 8, 8, 4, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16)
 
 
-def net() -> VideoMAE:
+def make_model() -> VideoMAE:
     torch.manual_seed(0)
-    return VideoMAE(GEOMETRY, DECODER)
+    return VideoMAE(CONFIG, DECODER)
 
 
-def native(path: Path, step: int = 1, **meta: object) -> Path:
-    write_deepspeed(net().state_dict(), path, {"kind": "pretrain", "step": step, **meta})
+def write_native(path: Path, step: int = 1, **meta: object) -> Path:
+    write_deepspeed(make_model().state_dict(), path, {"kind": "pretrain", "step": step, **meta})
     return path
 
 
-def lightning(path: Path, step: int = 1) -> Path:
+def write_lightning(path: Path, step: int = 1) -> Path:
     save_torch(
-        {"state_dict": net().state_dict(), "pytorch-lightning_version": "2", "epoch": 0, "global_step": step}, path
+        {"state_dict": make_model().state_dict(), "pytorch-lightning_version": "2", "epoch": 0, "global_step": step},
+        path,
     )
     return path
 
 
-def untouched(path: Path) -> None:
+def assert_not_loaded(path: Path) -> None:
     """A module that is asked to load `path` keeps its values."""
-    module = net()
+    module = make_model()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     with pytest.raises(CheckpointError):
         load_weights(module, path)
@@ -70,18 +66,18 @@ FILES = ["checkpoint/mp_rank_00_model_states.pt", "latest", "meta.json", "manife
 def test_truncated_file_of_a_directory(
     tmp_path: Path, file: str, share: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    old, new = native(tmp_path / "epoch=00-loss=2.0000", 1), native(tmp_path / "epoch=01-loss=1.0000", 2)
+    old, new = write_native(tmp_path / "epoch=00-loss=2.0000", 1), write_native(tmp_path / "epoch=01-loss=1.0000", 2)
     data = (new / file).read_bytes()
     kept = int(len(data) * share)
     (new / file).write_bytes(data[:kept])
     with pytest.raises(CorruptCheckpointError) as caught:
-        read_checkpoint(new)  # a path given by hand never falls back
+        read_checkpoint(new)  # an explicit path is never replaced by another checkpoint
     text = str(caught.value)
     assert file.rsplit("/", 1)[-1] in text
     if file.endswith((".pt", "meta.json")):
         assert f"{kept} bytes" in text
         assert f"{len(data)} expected" in text
-    untouched(new)
+    assert_not_loaded(new)
     assert latest_valid_checkpoint(tmp_path) == old
     assert any("skipped" in r.message and file.rsplit("/", 1)[-1] in r.message for r in caplog.records)
 
@@ -91,21 +87,21 @@ def test_truncated_file_of_a_directory(
 def test_truncated_single_file(tmp_path: Path, share: float, suffix: str) -> None:
     path = tmp_path / f"epoch=01-train_loss=0.5000.{suffix}"
     if suffix == "ckpt":
-        lightning(path)
+        write_lightning(path)
     else:
-        save_safetensors(net().state_dict(), path, {})
+        save_safetensors(make_model().state_dict(), path, {})
     data = path.read_bytes()
     kept = int(len(data) * share)
     path.write_bytes(data[:kept])
     with pytest.raises(CorruptCheckpointError, match=rf"{path.name}.*truncated: .*{kept} bytes") as caught:
         read_checkpoint(path)
     assert "expected" in str(caught.value) or kept == 0
-    untouched(path)
+    assert_not_loaded(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_truncated_shard_of_others(tmp_path: Path, share: float) -> None:
-    """Directories of stock DeepSpeed have no manifest; their archives tell."""
+def test_truncated_shard_without_manifest(tmp_path: Path, share: float) -> None:
+    """Directories of stock DeepSpeed have no manifest."""
     root = tmp_path / "epoch=01-loss=0.5000"
     shutil.copytree(FIXTURES / "zero2-w2-bf16" / root.name, root)
     for file in sorted((root / "checkpoint").iterdir()):
@@ -123,8 +119,8 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_one_bit_in_every_tensor(tmp_path: Path) -> None:
-    directory, file = native(tmp_path / "d"), lightning(tmp_path / "f.ckpt")
+def test_flipped_bit_in_a_tensor(tmp_path: Path) -> None:
+    directory, file = write_native(tmp_path / "d"), write_lightning(tmp_path / "f.ckpt")
     for path, root in ((directory / FILES[0], directory), (file, file)):
         clean = path.read_bytes()
         records = [r for r in zip_records(path) if "/data/" in r.name and r.size]
@@ -133,7 +129,7 @@ def test_one_bit_in_every_tensor(tmp_path: Path) -> None:
             flip(path, record.start + record.size // 2)
             with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
                 read_checkpoint(root)
-            untouched(root)
+            assert_not_loaded(root)
             path.write_bytes(clean)
     stock = tmp_path / "epoch=01-loss=0.5000"
     shutil.copytree(FIXTURES / "zero1-w2-bf16" / stock.name, stock)
@@ -142,76 +138,37 @@ def test_one_bit_in_every_tensor(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
         read_checkpoint(stock)
     path = tmp_path / "w.safetensors"
-    save_safetensors(net().state_dict(), path, {})
+    save_safetensors(make_model().state_dict(), path, {})
     flip(path, path.stat().st_size - 5)
     with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
         read_checkpoint(path)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_one_bit_in_small_files_and_headers(tmp_path: Path, file: str) -> None:
-    root = native(tmp_path / "d")
+def test_flipped_bit_in_small_files_and_headers(tmp_path: Path, file: str) -> None:
+    root = write_native(tmp_path / "d")
     clean = (root / file).read_bytes()
     for position in range(0, len(clean), max(1, len(clean) // 40)):
         flip(root / file, position)
-        try:  # padding between records may flip unseen; a value that is read may not
+        try:  # a flip in the padding between records has no effect
             state = read_checkpoint(root).state_dict
         except CorruptCheckpointError:
             pass
         else:
-            assert all(torch.equal(v, state[k]) for k, v in net().state_dict().items())
+            assert all(torch.equal(v, state[k]) for k, v in make_model().state_dict().items())
         (root / file).write_bytes(clean)
 
 
-def test_good_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
-    a, b = native(tmp_path / "a", 1), tmp_path / "b"
-    write_deepspeed({k: v + 1 for k, v in net().state_dict().items()}, b, {"kind": "pretrain", "step": 1})
+def test_valid_files_of_two_saves_are_not_mixed(tmp_path: Path) -> None:
+    a, b = write_native(tmp_path / "a", 1), tmp_path / "b"
+    write_deepspeed({k: v + 1 for k, v in make_model().state_dict().items()}, b, {"kind": "pretrain", "step": 1})
     shutil.copy(a / FILES[0], b / FILES[0])
     with pytest.raises(CorruptCheckpointError, match="checksum does not match its manifest"):
         read_checkpoint(b)
-    c = native(tmp_path / "c", 1)
+    c = write_native(tmp_path / "c", 1)
     shutil.copy(a / FILES[0], c / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(CorruptCheckpointError, match="a mix of two saves"):
         read_checkpoint(c)
-
-
-def test_shards_of_two_steps_are_refused(tmp_path: Path) -> None:
-    """Stock DeepSpeed, killed between two ranks while it rewrote a directory."""
-    for name in ("zero1-w2-bf16", "zero3-w2-fp32"):
-        root = tmp_path / name
-        shutil.copytree(FIXTURES / name / "epoch=01-loss=0.5000", root)
-        shard = next(f for f in (root / "checkpoint").iterdir() if "rank_1" in f.name and "optim" in f.name)
-        from mmdistill.checkpoint.formats.torch_zip import read_torch_file
-
-        content = read_torch_file(shard, mapped=False)
-        inner = content["optimizer_state_dict"]
-        inner = inner.get("base_optimizer_state", inner.get("optimizer_state_dict"))
-        for entry in inner["state"].values():
-            entry["step"] += 1
-        for key in ("loss_scaler", "param_slice_mappings", "zero_stage"):  # stand-ins cannot be written back
-            content["optimizer_state_dict"].pop(key, None)
-        content["optimizer_state_dict"]["zero_stage"] = int(name[4])
-        torch.save(content, shard)
-        with pytest.raises(CorruptCheckpointError, match="a mix of two saves: the optimizer shards are at steps 2, 3"):
-            read_checkpoint(root)
-        shard.unlink()
-        with pytest.raises(CorruptCheckpointError, match="written by 2 ranks but 1 optimizer shards"):
-            read_checkpoint(root)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"", "is empty and should name"), (b"global_step9", "names 'global_step9'"), (b"\xff\xfe", "unreadable")],
-)
-def test_latest_is_empty_or_dangling(tmp_path: Path, content: bytes, message: str) -> None:
-    root = tmp_path / "epoch=01-loss=0.5000"
-    shutil.copytree(FIXTURES / "zero1-w1-fp32" / root.name, root)
-    (root / "latest").write_bytes(content)
-    with pytest.raises(CorruptCheckpointError, match=rf"latest: .*{message}|{message}.*'checkpoint'"):
-        read_checkpoint(root)
-    read_checkpoint(root / "checkpoint")  # the way out that the message gives
-    (root / "latest").unlink()
-    assert read_checkpoint(root).stage == 1  # the only tag is found
 
 
 class Hostile:
@@ -228,7 +185,7 @@ class Hostile:
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
 @pytest.mark.parametrize("layout", ["zip", "legacy", "bare"])
 @pytest.mark.parametrize("name", ["x.pt", "x.ckpt", "checkpoint/mp_rank_00_model_states.pt", "shard"])
-def test_hostile_pickles_are_named_and_not_run(tmp_path: Path, name: str, layout: str, protocol: int) -> None:
+def test_hostile_pickles_are_rejected_and_not_executed(tmp_path: Path, name: str, layout: str, protocol: int) -> None:
     mark = tmp_path / "ran"
     content = {"module": {"encoder.norm.weight": torch.zeros(1)}, "state_dict": {}, "bad": Hostile(mark)}
     root = path = tmp_path / name
@@ -252,7 +209,7 @@ def test_hostile_pickles_are_named_and_not_run(tmp_path: Path, name: str, layout
     assert not mark.exists()
 
 
-def test_hydra_and_torch_gadgets_are_refused_too(tmp_path: Path) -> None:
+def test_functions_of_torch_are_rejected(tmp_path: Path) -> None:
     class Gadget:
         def __reduce__(self) -> tuple:
             return torch.load, ("/nowhere",)
@@ -266,7 +223,7 @@ def test_hydra_and_torch_gadgets_are_refused_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"hello world", b"\x80\x04", b"PK\x03\x04" + bytes(50), bytes(100), b"\x80\x02}q\x00."]
 )
-def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
+def test_other_files_are_errors(tmp_path: Path, data: bytes) -> None:
     for name in ("x.pt", "x.ckpt", "x.safetensors"):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(CheckpointError, match=name):
@@ -276,31 +233,9 @@ def test_other_files_are_refused(tmp_path: Path, data: bytes) -> None:
         read_checkpoint(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [0, 6]},
-        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [4], "data_offsets": [-8, 8]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
-        {"dtype": "F32", "shape": [2], "data_offsets": ["0", "8"]},
-        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
-        {"shape": [2], "data_offsets": [0, 8]},
-        7,
-    ],
-)
-def test_safetensors_headers_that_lie(tmp_path: Path, entry: object) -> None:
-    head = json.dumps({"encoder.norm.weight": entry}).encode()
-    end = entry["data_offsets"][1] if isinstance(entry, dict) else 8
-    (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(int(end)))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
-        read_checkpoint(tmp_path / "x.safetensors")
-
-
 @pytest.mark.filterwarnings("ignore:.*[Ss]parse")
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ({"state_dict": {0: torch.zeros(2), "encoder.norm.weight": torch.zeros(2)}}, "the key 0"),
         ({0: torch.zeros(2), "encoder.norm.weight": torch.zeros(2)}, "the key 0"),
@@ -309,64 +244,14 @@ def test_safetensors_headers_that_lie(tmp_path: Path, entry: object) -> None:
         ({"model": {"encoder.norm.weight": torch.zeros(2)}, "mmdistill": {"encoders": 3}}, "'encoders'"),
     ],
 )
-def test_what_is_no_weight_is_named(tmp_path: Path, content: dict, told: str) -> None:
+def test_tensors_that_cannot_be_weights_are_errors(tmp_path: Path, content: dict, message: str) -> None:
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=rf"x\.pt: .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"x\.pt: .*{message}"):
         read_checkpoint(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("key", ["single_partition_of_fp32_groups", "param_shapes"])
-def test_a_directory_of_another_layout_is_named(tmp_path: Path, key: str) -> None:
-    root = tmp_path / "epoch=01-loss=0.5000"
-    shutil.copytree(FIXTURES / "zero1-w1-bf16" / root.name, root)
-    for file in (root / "checkpoint").iterdir():
-        content = dict(read_torch_file(file, mapped=False))
-        if "optim" in file.name:
-            held = content["optimizer_state_dict"]
-            kept = ("partition_count", "single_partition_of_fp32_groups", "base_optimizer_state")
-            content = {"optimizer_state_dict": {"zero_stage": 1, **{k: held[k] for k in kept if k != key}}}
-        content.pop(key, None)
-        torch.save(content, file)
-    with pytest.raises(CorruptCheckpointError, match=rf"checkpoint: its files are not as .*'{key}' is missing"):
-        read_checkpoint(root)
-
-
-def test_zip_bombs_and_foreign_zips(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "x.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"0" * 1000000)
-    with pytest.raises(CheckpointError, match="compressed archive"):
-        read_checkpoint(tmp_path / "x.ckpt")
-
-
-def test_checksums_of_older_versions_are_still_compared(tmp_path: Path) -> None:
-    """Directories whose manifest holds the sha256 of an archive, and .safetensors with one sha256 of all tensors."""
-    root = native(tmp_path / "d")
-    content = read_manifest(root)
-    assert content is not None
-    file = root / FILES[0]
-    assert "sha256" not in content["files"][FILES[0]]
-    content["files"][FILES[0]]["sha256"] = sha256_file(file)
-    facts = {k: v for k, v in content.items() if k not in ("files", "version", "manifest_sha256")}
-    (root / "manifest.json").write_bytes(manifest_bytes(content["files"], **facts))
-    assert verify_manifest(root, full=True) is not None
-    with zipfile.ZipFile(file) as archive:
-        local = archive.infolist()[0].header_offset + 10  # the header's time: no record's CRC sees it
-    flip(file, local)
-    with pytest.raises(CorruptCheckpointError, match="does not match its manifest"):
-        verify_manifest(root, full=True)
-
-    data = torch.arange(6.0)
-    held = {"format": "pt", "mmdistill_data_sha256": hashlib.sha256(data.numpy().tobytes()).hexdigest()}
-    path = tmp_path / "old.safetensors"
-    save_file({"encoder.norm.weight": data}, path, held)
-    assert torch.equal(read_checkpoint(path).state_dict["encoder.norm.weight"], data)
-    flip(path, path.stat().st_size - 1)
-    with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
-        read_checkpoint(path)
-
-
 def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = lightning(tmp_path / "last.ckpt")
+    path = write_lightning(tmp_path / "last.ckpt")
     before = path.read_bytes()
     written = []
 
@@ -378,19 +263,19 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(writing.DirectFile, "_write_all", full)
     with pytest.raises(CheckpointError, match=r"last.ckpt: not saved .*No space left"):
-        lightning(path, step=9)
+        write_lightning(path, step=9)
     with pytest.raises(CheckpointError, match="No space left"):
-        save_safetensors(net().state_dict(), tmp_path / "w.safetensors", {})
+        save_safetensors(make_model().state_dict(), tmp_path / "w.safetensors", {})
     with pytest.raises(CheckpointError, match="No space left"):
-        native(tmp_path / "d")
+        write_native(tmp_path / "d")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-IN_A_FULL_TMPDIR = """
+SAVE_WITH_FULL_TMPDIR = """
 import os, sys, tempfile
 from pathlib import Path
-from tests.integration.test_checkpoint_faults import lightning, native, net, read_checkpoint, save_safetensors
+from tests.integration.test_checkpoint_faults import make_model, read_checkpoint, write_lightning, write_native, save_safetensors
 from mmdistill.distill.callbacks import VerifiedCheckpointIO
 tempfile.tempdir = os.environ["TMPDIR"]  # Python would look for another one by itself
 try:
@@ -400,17 +285,17 @@ except OSError as error:
 else:
     raise SystemExit("not full")
 folder = Path(sys.argv[1])
-lightning(folder / "a.ckpt")
-VerifiedCheckpointIO().save_checkpoint({"state_dict": net().state_dict()}, folder / "b.ckpt")
-native(folder / "c")
-save_safetensors(net().state_dict(), folder / "d.safetensors", {})
+write_lightning(folder / "a.ckpt")
+VerifiedCheckpointIO().save_checkpoint({"state_dict": make_model().state_dict()}, folder / "b.ckpt")
+write_native(folder / "c")
+save_safetensors(make_model().state_dict(), folder / "d.safetensors", {})
 for name in ("a.ckpt", "b.ckpt", "c", "d.safetensors"):
     read_checkpoint(folder / name)
 """
 
 
 def test_full_tmpdir_does_not_matter(tmp_path: Path) -> None:
-    """``$TMPDIR`` is a file system of its own, and full: files are staged beside their targets."""
+    """``$TMPDIR`` is a separate, full file system: temporary files are in the folder of their targets."""
     tmpdir, root = tmp_path / "tmpdir", Path(__file__).resolve().parents[2]
     tmpdir.mkdir()
     mount = ["unshare", "-rm", "sh", "-ec", 'mount -t tmpfs -o size=64k none "$TMPDIR"; "$@"', "sh"]
@@ -420,6 +305,6 @@ def test_full_tmpdir_does_not_matter(tmp_path: Path) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no file system can be mounted here: {error}")
     fill = 'head -c 100000 /dev/zero > "$TMPDIR/fill" 2> /dev/null || true; exec "$@"'
-    command = [*mount, "sh", "-c", fill, "sh", sys.executable, "-c", IN_A_FULL_TMPDIR, str(tmp_path)]
+    command = [*mount, "sh", "-c", fill, "sh", sys.executable, "-c", SAVE_WITH_FULL_TMPDIR, str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

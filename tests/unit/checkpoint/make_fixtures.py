@@ -1,10 +1,10 @@
 """Write the committed checkpoint fixtures with the software that users' checkpoints come from.
 
-    python tests/checkpoint/make_fixtures.py            # everything, into tests/checkpoint/fixtures
+    python tests/unit/checkpoint/make_fixtures.py       # everything, into tests/unit/checkpoint/fixtures
 
-DeepSpeed, Lightning and transformers are run here, on a CPU; the tests read what they wrote and, except where they
-say so, import none of them. Beside each directory lies ``expected.safetensors``: the fp32 weights as the writer
-itself reports them (DeepSpeed: `safe_get_full_fp32_param`).
+DeepSpeed, Lightning and transformers run here, on a CPU; most tests read their files without importing them.
+``expected.safetensors`` next to each directory holds the fp32 weights as the writer reports them (DeepSpeed:
+`safe_get_full_fp32_param`).
 """
 
 import os

@@ -12,30 +12,30 @@ FIXTURES = Path(__file__).parent / "fixtures"
 TARGETS = ["a.safetensors", "a.ckpt", "a.pt", "epoch=03-loss=0.2500"]
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def identical(one: Path, other: Path) -> None:
+def assert_identical(one: Path, other: Path) -> None:
     a, b = read_checkpoint(one), read_checkpoint(other)
     assert sorted(a.state_dict) == sorted(b.state_dict)
     for name, tensor in a.state_dict.items():
         assert tensor.dtype == b.state_dict[name].dtype
-        assert torch.equal(bits(tensor), bits(b.state_dict[name]))
+        assert torch.equal(bytes_of(tensor), bytes_of(b.state_dict[name]))
 
 
 @pytest.mark.parametrize("source", ["zero3-w2-bf16", "zero0-w1-fp32", "lightning"])
-def test_any_round_trip_is_bitwise(source: str, tmp_path: Path) -> None:
+def test_round_trips_keep_every_bit(source: str, tmp_path: Path) -> None:
     start = next(p for p in (FIXTURES / source).iterdir() if p.name.startswith("epoch"))
     here = start
     for index, target in enumerate([*TARGETS, *reversed(TARGETS)]):
         here = convert_checkpoint(here, tmp_path / str(index) / target)
-        identical(start, here)
+        assert_identical(start, here)
     assert read_checkpoint(here).meta["epoch"] == read_checkpoint(start).meta["epoch"]
 
 
-def test_tensors_of_many_pieces_are_written_whole(tmp_path: Path) -> None:
-    """Larger than what is handed to the disk at a time, and not a multiple of it."""
+def test_tensors_larger_than_a_write_piece_are_complete(tmp_path: Path) -> None:
+    """Larger than the pieces in which files are written, and not a multiple of them."""
     state = {"a": torch.randn(5_000_003), "b": torch.randn(7_000_001).half(), "c": torch.tensor(3)}
     save_torch(state, tmp_path / "w.pt")
     torch.save(state, tmp_path / "theirs.pt")
@@ -43,10 +43,10 @@ def test_tensors_of_many_pieces_are_written_whole(tmp_path: Path) -> None:
     for read in (torch.load(tmp_path / "w.pt"), load_file(tmp_path / "w.safetensors")):
         assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
     for name in ("w.pt", "w.safetensors"):
-        identical(tmp_path / "theirs.pt", tmp_path / name)
+        assert_identical(tmp_path / "theirs.pt", tmp_path / name)
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_targets_are_replaced_only_with_force(tmp_path: Path) -> None:
     source = FIXTURES / "plain" / "bare.pt"
     for target in TARGETS:
         convert_checkpoint(source, tmp_path / target)
@@ -56,12 +56,12 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(TARGETS)
 
 
-def test_special_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_with_special_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a=b, [1] *? ~x é 检查点"
     folder.mkdir()
     for target in TARGETS:
         here = convert_checkpoint(FIXTURES / "zero1-w2-bf16" / "epoch=01-loss=0.5000", folder / target)
-        identical(here, FIXTURES / "zero1-w2-bf16" / "epoch=01-loss=0.5000")
+        assert_identical(here, FIXTURES / "zero1-w2-bf16" / "epoch=01-loss=0.5000")
     monkeypatch.setenv("HOME", str(folder))
     assert read_checkpoint("~/a.ckpt").path == Path("~/a.ckpt")
     convert_checkpoint("~/a.ckpt", "~/b.safetensors")

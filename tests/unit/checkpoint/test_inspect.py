@@ -29,7 +29,8 @@ def test_encoder_without_metadata_is_described_by_its_tensors() -> None:
     assert report["architecture"]["encoder"]["heads"] == 3
     assert "encoder: 3 heads of 5 inferred from the attention width 15" in report["notes"]
     assert report["missing"] == ["metadata (architecture and statistics)"]
-    assert inspect_checkpoint(FIXTURES / "plain" / "bare.pt")["architecture"]["decoder"]["dim"] == 4
+    notes = inspect_checkpoint(FIXTURES / "plain" / "bare.pt")["notes"]
+    assert any(note.startswith("decoder: the number of heads cannot be inferred") for note in notes)
 
 
 def test_teachers_of_a_student_only_checkpoint_are_listed(tmp_path: Path) -> None:

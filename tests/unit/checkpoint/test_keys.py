@@ -1,5 +1,3 @@
-"""Names: only whole prefixes are removed, nothing is lost, nothing collides."""
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from mmdistill.checkpoint.keys import (
 )
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
-GEOMETRY = EncoderConfig(3, 2, 8, 8, 4, 2, 8, 2, 2, 4, 16)
+CONFIG = EncoderConfig(3, 2, 8, 8, 4, 2, 8, 2, 2, 4, 16)
 
 
 @pytest.mark.parametrize(
@@ -30,11 +28,11 @@ GEOMETRY = EncoderConfig(3, 2, 8, 8, 4, 2, 8, 2, 2, 4, 16)
         ("modeling.weight", "modeling.weight"),
     ],
 )
-def test_prefixes(key: str, name: str) -> None:
+def test_prefixes_of_wrappers_are_removed(key: str, name: str) -> None:
     assert canonical_name(key) == name
 
 
-def test_bare_encoder_gets_its_prefix_and_heads_do_not() -> None:
+def test_bare_encoder_gets_its_prefix_and_classifiers_do_not() -> None:
     keys = ["patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight", "head_verb.weight", "fc_norm.weight"]
     names = canonical_names(keys)
     assert list(names.values()) == [
@@ -51,36 +49,36 @@ def test_bare_encoder_gets_its_prefix_and_heads_do_not() -> None:
     ]
 
 
-def test_collision_is_an_error() -> None:
+def test_two_equal_names_are_an_error() -> None:
     with pytest.raises(CheckpointError, match=r"'module\.a' and 'a'"):
         canonical_names(["module.a", "a"])
 
 
-def test_parts() -> None:
+def test_components_of_prefixes() -> None:
     keys = ["student_rgb.encoder.patch_embed.proj.weight", "teacher_flow.encoder.patch_embed.proj.weight", "cmt.x"]
     assert [component_of(root) for root in encoder_roots(keys)] == ["student_rgb", "teacher_flow"]
     assert [component_of(root) for root in encoder_roots(["encoder.patch_embed.proj.weight"])] == ["encoder"]
 
 
 def test_huggingface_round_trip() -> None:
-    state = {f"encoder.{k}": v for k, v in Encoder(GEOMETRY).state_dict().items()}
+    state = {f"encoder.{k}": v for k, v in Encoder(CONFIG).state_dict().items()}
     back = from_huggingface(to_huggingface({k.removeprefix("encoder."): v for k, v in state.items()}))
     assert sorted(back) == sorted(state)
     assert all(torch.equal(back[k], v) for k, v in state.items())
 
 
-def test_huggingface_has_both_names_of_a_bias() -> None:
+def test_huggingface_biases_have_both_names() -> None:
     """Each release of transformers knows one of them, or both."""
-    state = {k: torch.randn_like(v) for k, v in Encoder(GEOMETRY).state_dict().items()}
+    state = {k: torch.randn_like(v) for k, v in Encoder(CONFIG).state_dict().items()}
     out = to_huggingface(state)
-    for block in range(GEOMETRY.depth):
+    for block in range(CONFIG.depth):
         for ours, theirs in (("q_bias", "query.bias"), ("v_bias", "value.bias")):
             for name in (ours, theirs):
                 found = out[f"encoder.layer.{block}.attention.attention.{name}"]
                 assert torch.equal(found, state[f"blocks.{block}.attn.{ours}"])
 
 
-def test_key_bias_does_not_matter() -> None:
+def test_key_bias_is_dropped() -> None:
     state = {"blocks.0.attn.qkv.bias": torch.arange(12.0)}
     out = split_qkv_bias(state)
     assert out["blocks.0.attn.q_bias"].tolist() == [0, 1, 2, 3]

@@ -1,0 +1,118 @@
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mmdistill.checkpoint import deepspeed_engine
+from mmdistill.checkpoint.convert import write_deepspeed
+from mmdistill.checkpoint.deepspeed_engine import load_deepspeed, save_deepspeed
+from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
+from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
+
+
+class Engine:
+    """The interface of a DeepSpeed engine that the module uses. Real engines: tests/integration."""
+
+    def __init__(self, *, stage: int = 0, world_size: int = 1, bf16: bool = False) -> None:
+        self.checkpoint_engine = SimpleNamespace(name="stock")
+        self.optimizer = None
+        self.global_steps = 4
+        self.dp_world_size = world_size
+        self.stage, self.bf16 = stage, bf16
+        self.loaded: list[tuple[str, str]] = []
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def bfloat16_enabled(self) -> bool:
+        return self.bf16
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+    def save_checkpoint(self, folder: str, *, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
+        assert not save_latest
+        self.checkpoint_engine.makedirs(f"{folder}/{tag}")
+        config = {"zero_optimization": {"stage": self.stage}}
+        content = {"module": {"a": torch.ones(2)}, "global_steps": 4, "ds_config": config, **client_state}
+        self.checkpoint_engine.save(content, f"{folder}/{tag}/mp_rank_00_model_states.pt")
+
+    def load_checkpoint(self, folder: str, *, tag: str) -> tuple[str, dict[str, Any]]:
+        self.loaded.append((folder, tag))
+        return folder, self.checkpoint_engine.load(f"{folder}/{tag}/mp_rank_00_model_states.pt")
+
+
+def test_saved_engine_is_loaded_with_its_client_state(tmp_path: Path) -> None:
+    engine = Engine()
+    path = save_deepspeed(engine, tmp_path / "a[1]", {"kind": "pretrain", "loss": float("nan")}, {"position": 3})
+    assert engine.checkpoint_engine.name == "stock"  # the shim is removed
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoint", "latest", "manifest.json", "meta.json"]
+    assert load_deepspeed(engine, path) == {"position": 3}
+    ((folder, tag),) = engine.loaded
+    assert tag == "checkpoint"
+    assert "[" not in folder  # DeepSpeed uses it in a glob pattern
+
+
+@pytest.mark.parametrize("step", ["write_torch", "write_bytes"])
+def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path = save_deepspeed(Engine(), tmp_path / "last", {"kind": "pretrain"}, {"position": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(deepspeed_engine, step, fail)
+    with pytest.raises(CheckpointError, match=r"last: not saved: .*No space left on device"):
+        save_deepspeed(Engine(), tmp_path / "last", {"kind": "pretrain"}, {"position": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+    assert load_deepspeed(Engine(), path) == {"position": 1}
+
+
+def test_metadata_that_json_cannot_hold_fails_before_a_file_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not JSON serializable"):
+        save_deepspeed(Engine(), tmp_path / "last", {"config": object()}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("engine", "own"),
+    [
+        (Engine(stage=1, world_size=1), "ZeRO stage 1, 1 process, fp32"),
+        (Engine(stage=0, world_size=2), "ZeRO stage 0, 2 processes, fp32"),
+        (Engine(stage=1, world_size=2, bf16=True), "ZeRO stage 1, 2 processes, bf16"),
+    ],
+)
+def test_other_settings_are_one_error_that_names_both(engine: Engine, own: str) -> None:
+    message = f"written with ZeRO stage 1, 2 processes, fp32, this run has {own}; "
+    with pytest.raises(ResumeMismatchError, match=message):
+        load_deepspeed(engine, FIXTURES / "zero1-w2-fp32" / NAME)
+    assert engine.loaded == []
+
+
+def test_stage_0_loads_with_any_number_of_processes() -> None:
+    engine = Engine(world_size=8)
+    assert load_deepspeed(engine, FIXTURES / "zero0-w2-fp32" / NAME)["epoch"] == 1
+    assert len(engine.loaded) == 1
+
+
+def test_files_of_two_saves_and_other_formats_are_errors(tmp_path: Path) -> None:
+    root = Path(shutil.copytree(FIXTURES / "zero1-w1-fp32" / NAME, tmp_path / NAME))
+    model = root / "checkpoint" / "mp_rank_00_model_states.pt"
+    content = read_torch_file(model, mapped=False)
+    torch.save({**content, "global_steps": 5}, model)
+    with pytest.raises(CorruptCheckpointError, match="the model file is at step 5, the optimizer shards at step 2"):
+        load_deepspeed(Engine(stage=1), root)
+    with pytest.raises(CheckpointError, match="a weights file; a DeepSpeed run resumes only from a DeepSpeed dir"):
+        load_deepspeed(Engine(), FIXTURES / "plain" / "bare.pt")
+
+
+def test_damaged_directory_is_not_loaded(tmp_path: Path) -> None:
+    write_deepspeed({"a": torch.ones(2)}, tmp_path / "d", {"step": 1})
+    (tmp_path / "d" / "latest").write_text("Checkpoint")
+    engine = Engine()
+    with pytest.raises(CorruptCheckpointError, match="latest"):
+        load_deepspeed(engine, tmp_path / "d" / "checkpoint")
+    assert engine.loaded == []

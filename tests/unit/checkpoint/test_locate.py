@@ -1,0 +1,92 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.formats.names import CheckpointFormat
+from mmdistill.checkpoint.locate import detect_format, existing_path, locate, rank_files, read_json
+from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A directory of stock DeepSpeed."""
+    return Path(shutil.copytree(FIXTURES / "zero1-w1-fp32" / NAME, tmp_path / NAME))
+
+
+def test_each_level_of_a_directory_has_the_same_location(root: Path) -> None:
+    for path in (root, root / "latest", root / "checkpoint", *(root / "checkpoint").iterdir()):
+        location = locate(path)
+        assert (location.given, location.root, location.tag) == (path, root, root / "checkpoint")
+        assert location.format is CheckpointFormat.DEEPSPEED
+        assert [file.name for file in location.model_files] == ["mp_rank_00_model_states.pt"]
+
+
+def test_files_are_ordered_by_rank_also_with_glob_characters(tmp_path: Path) -> None:
+    folder = tmp_path / "a[1]*"
+    folder.mkdir()
+    names = [f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(12)]
+    for name in names:
+        (folder / name).touch()
+    assert [path.name for path in rank_files(folder, "_optim_states.pt")] == names
+
+
+def test_content_of_a_pickled_file_is_kept(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}, "pytorch-lightning_version": "2"}, tmp_path / "x.pt")
+    location = locate(tmp_path / "x.pt")
+    assert location.format is CheckpointFormat.LIGHTNING  # by content, not by name
+    assert torch.equal(location.content["state_dict"]["a"], torch.ones(2))
+    assert "tensor" not in repr(location)
+    assert locate(FIXTURES / "hf-model").content is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty and should name"), (b"global_step9", "names 'global_step9'"), (b"\xff\xfe", "unreadable")],
+)
+def test_invalid_latest_is_an_error_that_names_the_tag(root: Path, content: bytes, message: str) -> None:
+    (root / "latest").write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=rf"latest: .*{message}.*there is 'checkpoint'"):
+        locate(root)
+    assert locate(root / "checkpoint").tag == root / "checkpoint"  # what the message proposes
+    (root / "latest").unlink()
+    assert locate(root).tag == root / "checkpoint"  # the only tag
+
+
+def test_manifest_without_tag_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CorruptCheckpointError, match="has a manifest but no tag directory"):
+        locate(tmp_path)
+
+
+def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"a folder of 2 checkpoints, not one; give one of\n"):
+        locate(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in this directory"):
+        locate(tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("hello world")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: not a known checkpoint format"):
+        detect_format(tmp_path / "notes.txt")
+
+
+def test_missing_path_lists_the_closest_folder(tmp_path: Path) -> None:
+    (tmp_path / "epoch=01").mkdir()
+    with pytest.raises(CheckpointError, match=rf"absent/x\.ckpt: does not exist; {tmp_path} holds 'epoch=01'"):
+        existing_path(tmp_path / "absent" / "x.ckpt")
+
+
+def test_previous_checkpoint_of_an_interrupted_save_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root.rename(root.with_name(f".old-{NAME}"))
+    assert existing_path(root).name == f".old-{NAME}"
+    assert "a save over it was interrupted; using the previous checkpoint" in caplog.text
+
+
+def test_invalid_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    for text, message in (("{", "unreadable"), ("[]", "should hold a JSON object")):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(CorruptCheckpointError, match=rf"meta\.json: {message}"):
+            read_json(tmp_path / "meta.json")

@@ -1,0 +1,63 @@
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mmdistill.checkpoint import CheckpointError, directory_lock
+from mmdistill.checkpoint.lock import run_lock
+
+
+def test_second_job_is_rejected(tmp_path: Path) -> None:
+    with directory_lock(tmp_path):
+        with (
+            pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints to this folder"),
+            directory_lock(tmp_path),
+        ):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stale_lock_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lock, no_process = tmp_path / ".lock", int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    lock.write_text(json.dumps({"pid": no_process, "host": socket.gethostname(), "id": "x"}))
+    with directory_lock(tmp_path):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert "removed the lock" in caplog.text
+    reused_pid = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": "1",
+        "id": "x",
+    }  # started at another time
+    lock.write_text(json.dumps(reused_pid))
+    with directory_lock(tmp_path):
+        pass
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere", "id": "x"}))
+    with pytest.raises(CheckpointError, match="process 1 on elsewhere"), directory_lock(tmp_path):
+        pass
+    lock.write_text("{")
+    with pytest.raises(CheckpointError, match="unreadable lock"), directory_lock(tmp_path):
+        pass
+
+
+def test_lock_of_another_job_is_not_removed_at_the_end(tmp_path: Path) -> None:
+    """An administrator deleted the lock, and another job started before this one ended."""
+    with directory_lock(tmp_path):
+        (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "id": "other"}))
+    assert json.loads((tmp_path / ".lock").read_text())["id"] == "other"
+
+
+def test_run_lock_is_held_by_rank_0_and_released_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.suppress(RuntimeError), run_lock(tmp_path / "run"):
+        assert (tmp_path / "run" / ".lock").exists()
+        raise RuntimeError
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr("mmdistill.checkpoint.lock.get_rank", lambda: 1)
+    with run_lock(tmp_path / "other"):
+        assert not (tmp_path / "other").exists()
