@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -87,3 +88,24 @@ MODEL = [
     "model.decoder_heads=1",
 ]
 EVAL = ["data_module.q_sample=3", "data_module.n_way=3", "data_module.episodes=20"]
+SCORE_STEP = 1 / (20 * 3 * 3)  # change of an accuracy under EVAL, a fraction, if one query changes its class
+
+
+def write_teacher(path: Path, modality: str, seed: int, **more: Any) -> Path:
+    """Write an untrained pretraining checkpoint for the tiny data's token grid; `more` is added to its metadata."""
+    import torch
+
+    from mmdistill.checkpoint.convert import write_deepspeed
+    from mmdistill.config import to_plain
+    from mmdistill.models.videomae import Encoder, EncoderConfig
+
+    channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
+    encoder_config = EncoderConfig(
+        channels=channels, num_frames=4, height=32 // scale, width=32 // scale, patch=8 // scale, tubelet=2,
+        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, pos_embed="sincos",
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    state = {f"encoder.{k}": v for k, v in Encoder(encoder_config).state_dict().items()}
+    meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(encoder_config)}, "epoch": 0}
+    write_deepspeed(state, path, meta | more)
+    return path

@@ -16,8 +16,7 @@ import pytest
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from tests.commands import environment
-from tests.integration.test_resume import teacher
-from tests.tiny_data import MODEL, make_tiny, overrides
+from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.multiprocess
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +91,7 @@ def _distill(start: list[str], common: list[str], folder: Path, batch: int) -> f
 
 
 def test_launchers_distill_to_the_loss_of_one_process(data: list[str], tmp_path: Path) -> None:
-    given = [str(teacher(tmp_path / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
+    given = [str(write_teacher(tmp_path / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
     common = ["lit_main_mmdistill.py", f"trainer.ckpt_path=[{','.join(given)}]", *data, "trainer.epochs=1"]
     common += ["test=False", "accelerator=cpu"]
     expected = _distill([sys.executable], common, tmp_path / "one", 8)

@@ -17,32 +17,16 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import directory_lock, inspect, latest_valid_checkpoint, load_torch, read_checkpoint
-from mmdistill.checkpoint.convert import convert_checkpoint, write_deepspeed
+from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.formats.manifest import verify_manifest
-from mmdistill.config import to_plain
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
-from mmdistill.models.videomae import Encoder, EncoderConfig
-from tests.tiny_data import MODEL, make_tiny, overrides
+from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
-
-
-def teacher(path: Path, modality: str, seed: int, **more: Any) -> Path:
-    """An untrained pretraining checkpoint of the tiny data's token grid."""
-    channels, scale = {"rgb": (3, 1), "flow": (2, 1), "skeleton": (17, 2)}[modality]
-    geometry = EncoderConfig(
-        channels=channels, num_frames=4, height=32 // scale, width=32 // scale, patch=8 // scale, tubelet=2,
-        dim=16, depth=1, heads=2, head_dim=8, mlp_dim=32, pos_embed="sincos",
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
-    meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}, "epoch": 0}
-    write_deepspeed(state, path, meta | more)
-    return path
 
 
 class Runs:
@@ -85,7 +69,7 @@ class Runs:
 
 
 def _plan_distill(runs: Runs, data: list[str]) -> None:
-    paths = {m: teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
+    paths = {m: write_teacher(runs.root / f"teacher_{m}", m, i) for i, m in enumerate(("rgb", "flow", "skeleton"))}
     given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
     common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
     student_only = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]

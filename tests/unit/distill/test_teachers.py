@@ -21,8 +21,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import check_teacher_digests, load_teachers, read_teacher
 from mmdistill.evaluation.networks import load_networks
 from mmdistill.models.videomae import Encoder, EncoderConfig
-from tests.integration.test_resume import teacher
-from tests.tiny_data import overrides
+from tests.tiny_data import overrides, write_teacher
 
 MODALITIES = ("rgb", "flow", "skeleton")
 
@@ -36,7 +35,7 @@ def slim(tmp_path: Path) -> Path:
     """A slim file beside the three teachers that it names."""
     state, encoders, named = {}, {}, {}
     for i, modality in enumerate(MODALITIES):
-        path = teacher(tmp_path / modality, modality, i)
+        path = write_teacher(tmp_path / modality, modality, i)
         checkpoint = read_checkpoint(path)
         encoders[f"teacher_{modality}"] = checkpoint.meta["encoders"]["encoder"]
         named[f"teacher_{modality}"] = {"path": str(path), "sha256": weights_digest(load_encoder(checkpoint))}
@@ -62,7 +61,7 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
     config = configure("resume=auto", "data_module.sampling_rate=2")
     data, spec = config.data_module, modality_specs(config.data_module)["flow"]
     for stored, told in ((2, 0), (4, 1)):
-        path = teacher(tmp_path / str(stored), "flow", 0, config={"data_module": {"sampling_rate": stored}})
+        path = write_teacher(tmp_path / str(stored), "flow", 0, config={"data_module": {"sampling_rate": stored}})
         caplog.clear()
         read_teacher(str(path), "flow", spec, data)
         lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
@@ -85,7 +84,7 @@ def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
 def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Path) -> None:
     wanted = read_checkpoint(slim).meta["teachers"]["teacher_flow"]["sha256"]
     shutil.rmtree(tmp_path / "flow")
-    found = weights_digest(load_encoder(teacher(tmp_path / "flow", "flow", 7)))
+    found = weights_digest(load_encoder(write_teacher(tmp_path / "flow", "flow", 7)))
     config = configure("resume=auto")
     with pytest.raises(CheckpointError, match="its weights have sha256") as raised:
         load_teachers(config, modality_specs(config.data_module), slim)
