@@ -20,7 +20,6 @@ from mmdistill.distill.teachers import load_teachers
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.pretrain import trainer as loop
-from mmdistill.training.optim import make_optimizer
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -251,14 +250,3 @@ def test_cached_features_depend_on_files_and_clips(folder: Path, tmp_path: Path)
     assert draws() == 2
     run.distill(_distill(here, *options, "trainer.epochs=4", "data_module.sampling_rate=2"), run_dir)
     assert draws() == 3
-
-
-def test_learned_position_embeddings_are_not_decayed() -> None:
-    """Independent of the encoder's prefix."""
-    geometry = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="learned")
-    module = torch.nn.ModuleDict({"student_rgb": torch.nn.ModuleDict({"encoder": Encoder(geometry)})})
-    optimizer = make_optimizer(module, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95))
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    of = {name: decay[id(p)] for name, p in module.named_parameters()}
-    assert of["student_rgb.encoder.pos_embed"] == 0
-    assert of["student_rgb.encoder.patch_embed.proj.weight"] == 0.1

@@ -21,8 +21,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
-from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
-from mmdistill.training.optim import LearningRates, layer_index, make_optimizer, make_schedule
+from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -69,58 +68,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def _state(run_dir: Path, part: str) -> dict[str, torch.Tensor]:
     state = load_torch(run_dir / "checkpoints" / "last.ckpt")["state_dict"]
     return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
-
-
-# Learning rates by layer ----------------------------------------------------------------------------------------------
-
-
-def test_layer_index() -> None:
-    names = {
-        "encoder.patch_embed.proj.weight": 0,
-        "student_rgb.encoder.pos_embed": 0,
-        "encoder.blocks.0.attn.qkv.weight": 1,
-        "student_rgb.encoder.blocks.11.mlp.fc1.bias": 12,
-        "encoder.norm.weight": 13,
-        "decoder.blocks.0.attn.qkv.weight": 13,
-        "cmt.mlp_to_rgb.0.weight": 13,
-        "mask_token": 13,
-    }
-    assert {name: layer_index(name, 12) for name in names} == names
-
-
-def test_layer_decay_scales_learning_rates_by_layer() -> None:
-    model = VideoMAE(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16))
-    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
-    schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
-
-    def rates() -> dict[str, tuple[float, float]]:
-        of = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-        return {name: of[id(p)] for name, p in model.named_parameters()}
-
-    schedule.step_update(4)
-    full = rates()
-    assert full["encoder.patch_embed.proj.weight"] == pytest.approx((full["mask_token"][0] / 8, 0.1))
-    assert full["encoder.blocks.0.norm1.weight"] == pytest.approx((full["mask_token"][0] / 4, 0.0))
-    assert full["encoder.blocks.1.mlp.fc1.weight"] == pytest.approx((full["mask_token"][0] / 2, 0.1))
-    assert full["encoder.norm.weight"] == full["mask_token"] == full["decoder.blocks.0.norm1.weight"]
-    assert full["decoder.head.weight"][1] == 0.1
-    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # the logged learning rate
-    schedule.step_update(2)
-    assert rates()["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.5 / 8)
-
-
-def test_layer_decay_of_one_changes_nothing() -> None:
-    weights = []
-    for decay in (None, 1.0):
-        torch.manual_seed(0)
-        encoder = nn.ModuleDict({"encoder": Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32))})
-        optimizer = make_optimizer(encoder, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=decay)
-        for _ in range(3):
-            optimizer.zero_grad()
-            encoder["encoder"](torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
-            optimizer.step()
-        weights.append({n: p.detach().clone() for n, p in encoder.named_parameters()})
-    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 # The student's average ------------------------------------------------------------------------------------------------
@@ -197,7 +144,7 @@ def test_clip_grad_bounds_the_norm_at_the_optimizer_step(
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_activation_checkpointing_recomputes_blocks_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients() -> None:
     found, calls = [], []
     for wanted in (False, True):
         torch.manual_seed(0)
@@ -364,13 +311,3 @@ def test_another_mask_ratio_gets_another_cache(folder: Path, reads: dict, tmp_pa
     shutil.rmtree(tmp_path / "checkpoints")
     run.distill(_config(folder, *options, "data_module.mask_ratio=0.5"), tmp_path)
     assert len(list((tmp_path / "teacher_features").iterdir())) == 2
-
-
-def test_missing_features_raise(tmp_path: Path) -> None:
-    cache = TeacherCache(tmp_path, num_draws=1, num_clips=3, widths={"rgb": 2}, key={})
-    cache.add(0, torch.tensor([0, 2]), {"rgb": torch.ones(2, 2)})
-    cache.write(0)
-    cache.open(0)
-    assert cache.features(1, torch.tensor([2]))["rgb"].tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="lacks features"):
-        cache.features(1, torch.tensor([1]))

@@ -1,0 +1,106 @@
+"""Learning rates, parameter groups, layer decay and schedule."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
+from mmdistill.training.optim import (
+    LearningRates,
+    layer_index,
+    make_optimizer,
+    make_schedule,
+    param_group_hparams,
+)
+
+ENCODER = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)
+
+
+def test_linear_scaling_rule() -> None:
+    assert LearningRates.scaled(1.0, 0.1, 0.01, global_batch=512) == LearningRates(2.0, 0.2, 0.02)
+
+
+def test_layer_index() -> None:
+    names = {
+        "encoder.patch_embed.proj.weight": 0,
+        "student_rgb.encoder.pos_embed": 0,
+        "encoder.blocks.0.attn.qkv.weight": 1,
+        "student_rgb.encoder.blocks.11.mlp.fc1.bias": 12,
+        "encoder.norm.weight": 13,
+        "decoder.blocks.0.attn.qkv.weight": 13,
+        "cmt.mlp_to_rgb.0.weight": 13,
+        "mask_token": 13,
+    }
+    assert {name: layer_index(name, 12) for name in names} == names
+
+
+def test_layer_decay_scales_learning_rates_by_layer() -> None:
+    model = VideoMAE(ENCODER, DecoderConfig(8, 1, 1, 8, 16))
+    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
+    schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
+
+    def rates() -> dict[str, tuple[float, float]]:
+        by_id = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+        return {name: by_id[id(p)] for name, p in model.named_parameters()}
+
+    schedule.step_update(4)
+    full = rates()
+    assert full["encoder.patch_embed.proj.weight"] == pytest.approx((full["mask_token"][0] / 8, 0.1))
+    assert full["encoder.blocks.0.norm1.weight"] == pytest.approx((full["mask_token"][0] / 4, 0.0))
+    assert full["encoder.blocks.1.mlp.fc1.weight"] == pytest.approx((full["mask_token"][0] / 2, 0.1))
+    assert full["encoder.norm.weight"] == full["mask_token"] == full["decoder.blocks.0.norm1.weight"]
+    assert full["decoder.head.weight"][1] == 0.1
+    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # the logged learning rate
+    schedule.step_update(2)
+    assert rates()["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.5 / 8)
+
+
+def test_layer_decay_of_one_changes_nothing() -> None:
+    weights = []
+    for decay in (None, 1.0):
+        torch.manual_seed(0)
+        encoder = nn.ModuleDict({"encoder": Encoder(ENCODER)})
+        optimizer = make_optimizer(encoder, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=decay)
+        for _ in range(3):
+            optimizer.zero_grad()
+            encoder["encoder"](torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
+            optimizer.step()
+        weights.append({n: p.detach().clone() for n, p in encoder.named_parameters()})
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_learned_position_embeddings_are_not_decayed() -> None:
+    """Independent of the encoder's prefix."""
+    config = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="learned")
+    module = nn.ModuleDict({"student_rgb": nn.ModuleDict({"encoder": Encoder(config)})})
+    optimizer = make_optimizer(module, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    by_id = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    decay = {name: by_id[id(p)] for name, p in module.named_parameters()}
+    assert decay["student_rgb.encoder.pos_embed"] == 0
+    assert decay["student_rgb.encoder.patch_embed.proj.weight"] == 0.1
+
+
+def test_group_hparams_are_restored_after_loading_a_state() -> None:
+    parameter = nn.Parameter(torch.ones(2, 2))
+    own, other = (
+        make_optimizer(nn.ParameterList([parameter]), lr=1.0, weight_decay=w, betas=(0.9, 0.95)) for w in (0.1, 0.2)
+    )
+    hparams = param_group_hparams(own)
+    own.load_state_dict(other.state_dict())
+    assert own.param_groups[0]["weight_decay"] == 0.2
+    for group, values in zip(own.param_groups, hparams, strict=True):
+        group.update(values)
+    assert own.param_groups[0]["weight_decay"] == 0.1
+    assert "lr" not in hparams[0]  # set by the schedule
+
+
+def test_schedule_warms_up_and_ends_at_min_lr() -> None:
+    optimizer = make_optimizer(nn.Linear(2, 2), lr=1.0, weight_decay=0.0, betas=(0.9, 0.95))
+    schedule = make_schedule(optimizer, LearningRates(1.0, 0.25, 0.5), warmup_steps=4, total_steps=12)
+    rates = []
+    for step in (0, 2, 4, 12):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[:2] == pytest.approx([0.5, 0.75])
+    assert rates[2] > rates[3]
+    assert rates[3] == pytest.approx(0.25)

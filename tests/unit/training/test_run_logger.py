@@ -1,0 +1,77 @@
+"""The run log: progress lines, ``run.log``, metrics for all trackers."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmdistill.config import PretrainConfig, as_names
+from mmdistill.config.compose import load_config
+from mmdistill.training.loggers import ResumePoint
+from mmdistill.training.run_logger import RunLog, baseline_ratio, peak_memory
+
+
+def test_default_trackers_get_the_same_metrics(tmp_path: Path) -> None:
+    names = as_names("logger", load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).logger)
+    with RunLog(tmp_path, total_steps=2, title="t", trackers=names) as log:
+        log.log_metrics(1, {"loss": 0.5})
+        log.log_metrics(2, {"loss": 0.25, "loss_scale": 1024.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [
+        {"step": "1", "loss": "0.5", "loss_scale": ""},
+        {"step": "2", "loss": "0.25", "loss_scale": "1024.0"},
+    ]
+
+
+def test_run_resumed_in_another_folder_inherits_metrics(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "metrics.csv").write_text("step,loss\n10,0.9\n20,0.5\n30,0.7\n")
+    resume = ResumePoint(old / "checkpoints" / "epoch=01-loss=0.5000", 20)
+    with RunLog(new, total_steps=3, title="t", trackers=["csv"], resume=resume) as log:
+        log.log_metrics(30, {"loss": 0.4, "top1": 0.3})
+    assert (new / "metrics.csv").read_text().splitlines() == ["step,loss,top1", "10,0.9,", "20,0.5,", "30,0.4,0.3"]
+    assert f"copied 2 rows of metrics.csv from {old}" in (new / "run.log").read_text()
+
+
+def test_plain_lines_show_memory_and_remaining_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path, total_steps=3, title="pretrain", trackers=[]) as log:
+        for done in (1, 2, 3):
+            log.step(done, "7 clips/s")
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]  # the first and the last; between them too little time
+    assert re.search(r"GiB( GPU)? ETA \?$", lines[0])
+    assert lines[1].endswith("ETA 0:00:00")
+    assert (tmp_path / "run.log").read_text().count("7 clips/s") == 2
+
+
+def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with RunLog(tmp_path / "run", total_steps=1, title="t", enabled=False) as log:
+        log.step(1, "")
+        log.info("x")
+        log.log_metrics(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_empty_lines_are_not_logged(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=1, title="t", trackers=[]) as log:
+        log.info("")
+        log.info("text")
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "run.log").read_text().splitlines()] == ["text"]
+
+
+def test_baseline_ratio_of_constant_targets_is_nan() -> None:
+    assert baseline_ratio(0.5, 2.0) == 0.25
+    assert math.isnan(baseline_ratio(0.5, 0.0))
+    assert math.isnan(baseline_ratio(math.nan, 1.0))
+
+
+def test_peak_memory_has_a_unit() -> None:
+    assert re.fullmatch(r"\d+\.\d GiB( GPU)?", peak_memory())

@@ -1,0 +1,41 @@
+"""Stop signals set a flag while the context is open."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mmdistill.distributed import launch
+from mmdistill.training.signals import stop_message, stop_signals
+
+
+def test_signal_is_recorded_and_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with stop_signals(("SIGUSR1", "SIGTERM")) as received:
+        assert received() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received() == signal.SIGUSR1  # the first one
+    assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_second_sigint_raises() -> None:
+    with stop_signals(("SIGINT",)) as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_exited_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "launcher_exited", lambda: True)
+    with stop_signals(("SIGUSR1",)) as received:
+        assert received() == signal.SIGTERM
+
+
+def test_message_says_how_to_resume() -> None:
+    message = stop_message(Path("run/checkpoints/last.ckpt"))
+    assert "complete checkpoint written: run/checkpoints/last.ckpt" in message
+    assert "resume=run/checkpoints/last.ckpt" in message
+    assert "resume=auto" in message
