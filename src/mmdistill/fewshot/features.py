@@ -71,7 +71,7 @@ class Features:
         """What the network received, see docs/glossary.md."""
         return str(self.info.get("input_mode", f"{self.features.shape[1]} view" + "s" * (self.features.shape[1] != 1)))
 
-    def same_clips(self, other: "Features") -> bool:
+    def has_same_clips(self, other: "Features") -> bool:
         """Whether episodes that were drawn for one are valid for the other."""
         return self.ids == other.ids and np.array_equal(self.labels, other.labels) and self.classes == other.classes
 

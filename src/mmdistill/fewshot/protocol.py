@@ -166,7 +166,7 @@ def _check_features(features: tuple[Features, ...]) -> Features:
         raise FewshotError("no features to evaluate")
     names = [(f.network, f.input_mode) for f in features]
     for f in features[1:]:
-        if not f.same_clips(features[0]):
+        if not f.has_same_clips(features[0]):
             raise FewshotError(f"{f.network} and {features[0].network} have features of different clips")
     if len(set(names)) != len(names):
         raise FewshotError(f"two networks have the same name and input mode: {', '.join(map(str, names))}")

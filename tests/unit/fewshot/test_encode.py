@@ -67,7 +67,7 @@ def test_masks_do_not_depend_on_order_batch_or_ranks(shared_masks: bool):
     parts = [encode_clips([job(masks)], loader(list(range(r, N, 2))), INDEX)[0] for r in (1, 0)]
     merged = merge_features(parts, whole.ids)
     np.testing.assert_allclose(merged.features, whole.features, atol=1e-5)
-    assert merged.same_clips(whole)
+    assert merged.has_same_clips(whole)
     assert np.abs(whole.features[:, 0] - whole.features[:, 1]).max() > 1e-3  # the views differ
 
 
@@ -139,7 +139,7 @@ def test_cached_features_are_not_encoded_again(tmp_path: Path):
     again = encode_cached(jobs, never, INDEX, data="d", cache=tmp_path)
     for a, b in zip(first, again, strict=True):
         assert np.array_equal(a.features, b.features)
-        assert a.same_clips(b)
+        assert a.has_same_clips(b)
         assert (a.info["cached"], b.info["cached"]) == (False, True)
         assert b.info["seconds"] == a.info["seconds"]
     (renamed,) = encode_cached([job(network="teacher_rgb")], never, INDEX, data="d", cache=tmp_path)

@@ -19,7 +19,7 @@ def example(clips: int = 6) -> Features:
 def test_a_written_file_is_read_back(tmp_path: Path, name: str):
     found = load_features(save_features(example(), tmp_path / "new" / name))
     assert np.array_equal(found.features, example().features)
-    assert found.same_clips(example())
+    assert found.has_same_clips(example())
     assert found.groups == example().groups
     assert found.network == "teacher_flow"
     assert not list((tmp_path / "new").glob(".tmp*"))
@@ -98,7 +98,7 @@ def test_merge_restores_the_order_and_rejects_gaps():
     ]
     merged = merge_features(parts, whole.ids)
     assert np.array_equal(merged.features, whole.features)
-    assert merged.same_clips(whole)
+    assert merged.has_same_clips(whole)
     for wrong in (parts[:1], [*parts, parts[0]]):
         with pytest.raises(FeatureError, match="for 6 clips"):
             merge_features(wrong, whole.ids)
