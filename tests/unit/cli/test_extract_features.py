@@ -1,0 +1,85 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdistill.cli.extract_features import main
+from mmdistill.fewshot.features import load_features
+from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.tiny_data import make_tiny, overrides
+
+
+@pytest.fixture(autouse=True)
+def single_process_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start_process` sets these variables if they are missing; other tests must not see them."""
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    for name, value in {**world, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    return [o for o in overrides(make_tiny(tmp_path / "data", per_class=2)) if not o.startswith("trainer")]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Weights of a student and a teacher, saved as ``a=b.ckpt``."""
+    state = {}
+    for seed, (component, channels) in enumerate((("student_rgb", 3), ("teacher_flow", 2))):
+        torch.manual_seed(seed)
+        config = EncoderConfig(channels, 4, 32, 32, 8, 2, dim=64, depth=1, heads=1, head_dim=64, mlp_dim=64)
+        state |= {f"{component}.encoder.{k}": v for k, v in Encoder(config).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "a=b.ckpt")
+    return state
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.usefixtures("weights")
+def test_a_component_is_selected_and_clips_are_masked(tmp_path: Path, options: list[str]):
+    selected = ["--component", "teacher_flow", "--n-masks", 2]
+    assert run(tmp_path / "a=b.ckpt", tmp_path / "flow.npz", *selected, *options) == 0
+    flow = load_features(tmp_path / "flow.npz")
+    assert flow.features.shape == (8, 2, 64)
+    assert flow.network == "teacher_flow"
+    assert flow.input_mode == "2 tube masks, 75% removed, shared"
+    assert len(flow.classes) == 4
+    assert flow.groups[0] == "rally_CC_0"
+
+
+@pytest.mark.usefixtures("weights")
+def test_the_clip_length_may_differ_from_the_config(tmp_path: Path, options: list[str]):
+    assert run(tmp_path / "a=b.ckpt", tmp_path / "x.npz", *options, "data_module.num_frames=8") == 0
+    assert load_features(tmp_path / "x.npz").network == "student_rgb"
+
+
+def test_nan_weights_exit_with_status_2_and_write_nothing(
+    tmp_path: Path, options: list[str], weights: dict[str, torch.Tensor], capsys: pytest.CaptureFixture[str]
+):
+    weights["student_rgb.encoder.norm.weight"].fill_(float("nan"))
+    torch.save({"state_dict": weights}, tmp_path / "nan.ckpt")
+    assert run(tmp_path / "nan.ckpt", tmp_path / "nan.safetensors", *options) == 2
+    assert "features: student_rgb: NaN or infinite features of 8 of 8 clips" in capsys.readouterr().err
+    assert not (tmp_path / "nan.safetensors").exists()
+
+
+@pytest.mark.usefixtures("weights")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.npz", "data_module.n_wya=3"], "n_wya"),
+        (["x.csv"], r"x\.csv: features are written as \.npz or \.safetensors"),
+        (["x.npz", "--component", "teacher_skeleton"], "no component 'teacher_skeleton'; set .* to student_rgb"),
+    ],
+)
+def test_invalid_arguments_exit_with_status_2(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    assert run(tmp_path / "a=b.ckpt", *arguments, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("features: ")
+    assert re.search(message, error)
