@@ -1,4 +1,7 @@
-"""Every key of every configuration, with its type, default and meaning."""
+"""Every key of every configuration, with its type, default and meaning.
+
+The comment above a field is its description in docs/config.md (`make docs`).
+"""
 
 from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
@@ -10,207 +13,320 @@ from mmdistill.errors import InputError
 
 
 class ConfigError(InputError):
-    """A configuration that cannot be run; the message names the key and what to do."""
+    """An invalid configuration. The message names the key and the fix."""
 
 
 class Sealable:
-    """A config is writable while Hydra composes it (a frozen dataclass would refuse that) and read-only once parsed."""
+    """Base of all config classes: writable while Hydra composes the config, read-only after `parse`.
+
+    A frozen dataclass does not work, because Hydra sets attributes while it composes.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
+        """Set an attribute. Raises `FrozenInstanceError` after `parse`."""
         if "_sealed" in self.__dict__:
-            raise FrozenInstanceError(f"{type(self).__name__}.{name}: a parsed config is never written to")
+            raise FrozenInstanceError(f"{type(self).__name__}.{name}: a parsed config is read-only")
         object.__setattr__(self, name, value)
 
 
 @dataclass
 class ModelConfig(Sealable):
-    """Sizes of the encoder and decoder (`model=tiny|small|base|large`)."""
+    """Sizes of the encoder and the pretraining decoder (`model=tiny|small|base|large`)."""
 
-    dim: int = MISSING  # encoder width
-    depth: int = MISSING  # encoder blocks
-    heads: int = MISSING  # attention heads
-    head_dim: int | None = None  # width of one head; null: dim / heads
-    mlp_ratio: float = 4.0  # hidden width of the MLPs over their width
-    # sincos: fixed, of the running token index, as in VideoMAE | sincos_separable: fixed, of t, h and w apart | learned
+    # width of the encoder
+    dim: int = MISSING
+    # number of encoder blocks
+    depth: int = MISSING
+    # number of attention heads of the encoder
+    heads: int = MISSING
+    # width of one attention head of the encoder; null: dim / heads
+    head_dim: int | None = None
+    # hidden width of the MLPs, as a multiple of the width
+    mlp_ratio: float = 4.0
+    # position embedding: sincos (fixed, of the token index, as in VideoMAE) | sincos_separable (fixed, of time, height
+    # and width separately) | learned
     pos_embed: str = "sincos"
-    drop_path: float = 0.0  # stochastic depth rate of the last block
-    decoder_dim: int = MISSING  # decoder width
-    decoder_depth: int = MISSING  # decoder blocks
-    decoder_heads: int = MISSING  # attention heads of the decoder
+    # stochastic depth rate of the last encoder block; it increases linearly from 0 at the first block
+    drop_path: float = 0.0
+    # width of the decoder
+    decoder_dim: int = MISSING
+    # number of decoder blocks
+    decoder_depth: int = MISSING
+    # number of attention heads of the decoder
+    decoder_heads: int = MISSING
 
 
 @dataclass
 class ModalityConfig(Sealable):
-    """Where the files of one modality are and how they become model input."""
+    """Files of one modality and how they become model input."""
 
-    dir: str | None = None  # folder of the files, may be relative to target_data_dir; null: the dataset has none
-    pattern: str | None = None  # file name below dir, with {video} and {frame:06d}; null: the modality's default
-    input_stride: int = MISSING  # stored-frame px per input px and axis
-    mean: list[float] = (
-        MISSING  # per channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value is used for all
-    )
-    std: list[float] = MISSING  # same units
-    target: str = MISSING  # what pretraining predicts: norm_pix (normalized per patch) | motion_energy | pixel
-    sigma: float | None = None  # Gaussian of a keypoint, heat-map px; null: the modality's default
+    # folder of the files; a relative path is relative to target_data_dir; null: the dataset does not have them
+    dir: str | None = None
+    # file name below dir, for example {video}/{frame:06d}.jpg; null: default of the modality
+    pattern: str | None = None
+    # pixels of the stored frame per pixel of the model input, along each axis
+    input_stride: int = MISSING
+    # mean of each input channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); a single value holds for all channels
+    mean: list[float] = MISSING
+    # standard deviation of each input channel, in the same units
+    std: list[float] = MISSING
+    # what the pretraining reconstructs: norm_pix (pixels, normalized per patch) | pixel | motion_energy
+    target: str = MISSING
+    # standard deviation of the Gaussian around a keypoint in heat-map px; null: default of the modality
+    sigma: float | None = None
 
 
 @dataclass
 class DataModuleConfig(Sealable):
-    """Where clips come from, how they are cut and masked, and the few-shot protocol."""
+    """Dataset, clips, masks and few-shot protocol."""
 
-    name: str = MISSING  # "demo" is made on first use
-    target_data_dir: str = MISSING  # root folder; the folders below may be relative to it
-    frames_dir: str | None = None  # short for modalities.rgb.dir
-    flow_dir: str | None = None  # short for modalities.flow.dir
-    skeleton_dir: str | None = None  # short for modalities.skeleton.dir
-    annotations: str = "f3set"  # reader of the annotation files, see mmdistill.data.annotations.mmcdfsl
-    frame_pattern: str | None = None  # short for modalities.rgb.pattern
-    flow_pattern: str | None = None  # short for modalities.flow.pattern
-    frame_number_offset: int = 0  # number that frame 0 has in file names
-    unlabel_json_path: str = MISSING  # rallies to train on, labels unused
-    fewshot_eval_json_path: str = MISSING  # labelled rallies to evaluate on
-    # labelled rallies of the validation during distillation; null: those of fewshot_eval_json_path, and then a
-    # checkpoint that is chosen by val_top1_action has been chosen on the test's clips
+    # name of the dataset in logs and errors; the dataset "demo" is generated on first use
+    name: str = MISSING
+    # root folder of the dataset; the other paths may be relative to it
+    target_data_dir: str = MISSING
+    # short form of modalities.rgb.dir, over which it takes precedence
+    frames_dir: str | None = None
+    # short form of modalities.flow.dir, over which it takes precedence
+    flow_dir: str | None = None
+    # short form of modalities.skeleton.dir, over which it takes precedence
+    skeleton_dir: str | None = None
+    # format of the annotation files: f3set | clips (MM-CDFSL) | a registered format
+    annotations: str = "f3set"
+    # short form of modalities.rgb.pattern, over which it takes precedence
+    frame_pattern: str | None = None
+    # short form of modalities.flow.pattern, over which it takes precedence
+    flow_pattern: str | None = None
+    # number of the first frame of a video in file names
+    frame_number_offset: int = 0
+    # annotation file of the training videos; labels are not used
+    unlabel_json_path: str = MISSING
+    # annotation file of the labeled videos for the evaluation
+    fewshot_eval_json_path: str = MISSING
+    # annotation file of the labeled videos for the validation during distillation; null: fewshot_eval_json_path, in
+    # which case trainer.monitor=val_top1_action selects a checkpoint on the clips of the evaluation
     val_json_path: str | None = None
-    frame_size: list[int] = MISSING  # stored frames, [height, width] px
-    crop_size: list[int] = MISSING  # what the model sees, [height, width] px
-    patch_size: int = 16  # px of the stored frame per token and axis
-    tubelet: int = 2  # frames per token
-    num_frames: int = 16  # frames per clip
-    sampling_rate: int = 1  # a clip takes every n-th frame
-    train_clips: str = "windows"  # windows | events | first
-    eval_clips: str = "events"  # events | first | windows
-    window_stride: int | None = None  # frames between windows; null: the clip's span
-    clip_anchor: str = "center"  # where in the clip its event lies: start | center
-    label: str = "event"  # event: the F3Set label | video: the rally's video
-    label_fields: list[str] | None = (
-        None  # subset of player court type side technique direction approach outcome; null: all
-    )
-    max_persons: int = 2  # persons kept per frame
-    on_missing: str = "error"  # unreadable frame, flow or skeleton: error | repeat | skip
-    hflip_prob: float = 0.0  # probability of a horizontal flip, training only
-    random_crop_min_scale: float = 1.0  # smallest random crop, as a fraction of crop_size, training only
-    mask_type: str = "tube"  # tube | random
-    mask_ratio: float = 0.75  # fraction of tokens removed in training
-    n_masks: int = 0  # evaluation: masked views per clip; 0: the whole clip
-    eval_mask_ratio: float = 0.75  # evaluation: fraction removed in each masked view
-    eval_masks: str = "shared"  # evaluation masks: shared (the same for all clips) | per_clip
-    # the scored network beside itself: all: as the whole clip, with shared masks and with masks per clip, whose cost is
-    # shown; the headline is what n_masks and eval_masks say | configured: only that
+    # size of the stored frames: [height, width] in px
+    frame_size: list[int] = MISSING
+    # size of the crop that becomes model input: [height, width] in px of the stored frame
+    crop_size: list[int] = MISSING
+    # height and width of a token in px of the stored frame
+    patch_size: int = 16
+    # number of frames per token
+    tubelet: int = 2
+    # number of frames per clip
+    num_frames: int = 16
+    # a clip consists of every n-th frame of the video
+    sampling_rate: int = 1
+    # training clips: windows (one every window_stride frames) | events (one per event) | first (the first event of each
+    # video)
+    train_clips: str = "windows"
+    # evaluation clips: events | first | windows, as for train_clips
+    eval_clips: str = "events"
+    # frames between the starts of two windows; null: windows do not overlap
+    window_stride: int | None = None
+    # position of the event in its clip: start | center
+    clip_anchor: str = "center"
+    # class of a clip: event (label of the event) | video (name of the video)
+    label: str = "event"
+    # F3Set fields that define the class, a subset of [player, court, type, side, technique, direction, approach,
+    # outcome]; null: all
+    label_fields: list[str] | None = None
+    # number of persons per frame in the skeleton input
+    max_persons: int = 2
+    # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip
+    # (leave the clip out)
+    on_missing: str = "error"
+    # probability of a horizontal flip; training only
+    hflip_prob: float = 0.0
+    # height and width of the smallest random crop, as a fraction of crop_size; 1: no random scale; training only
+    random_crop_min_scale: float = 1.0
+    # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens)
+    mask_type: str = "tube"
+    # fraction of tokens that a training mask removes
+    mask_ratio: float = 0.75
+    # number of masked views per clip in the evaluation, over which predictions are averaged; 0: the whole clip
+    n_masks: int = 0
+    # fraction of tokens that an evaluation mask removes
+    eval_mask_ratio: float = 0.75
+    # masks of the evaluation: shared (the same masks for all clips) | per_clip
+    eval_masks: str = "shared"
+    # input modes in which the evaluation scores eval_component: configured (as n_masks and eval_masks select) | all
+    # (also as the whole clip and with shared and per-clip masks)
     input_modes: str = "all"
-    n_way: Any = 5  # classes per episode; a list evaluates each
-    k_shot: Any = 1  # support clips per class; a list evaluates each
-    q_sample: int = 15  # query clips per class
-    episodes: int = 600  # few-shot episodes per setting
-    disjoint: str | None = None  # video: support and query clips of an episode come from different rallies
+    # number of classes per episode; a list evaluates each value
+    n_way: Any = 5
+    # number of labeled (support) clips per class; a list evaluates each value
+    k_shot: Any = 1
+    # number of clips to classify (query clips) per class
+    q_sample: int = 15
+    # number of few-shot episodes per setting
+    episodes: int = 600
+    # video: support and query clips of an episode come from different videos; null: from any
+    disjoint: str | None = None
+    # settings of each modality, by name: see data_module.modalities.NAME
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
 
 
 @dataclass
 class TrainerConfig(Sealable):
-    """Optimisation, the same keys in both phases."""
+    """Optimization, in both phases."""
 
-    epochs: int = MISSING  # passes over the training clips
-    lr: float = MISSING  # base learning rate per 256 clips; the rate used is lr * global batch / 256
-    min_lr: float = 0.0  # end of the cosine, per 256 clips
-    warmup_lr: float = 0.0  # start of the warm-up, per 256 clips
-    warmup_epochs: float = 5.0  # epochs of the linear warm-up
-    weight_decay: float = 0.05  # AdamW
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
-    clip_grad: float | None = None  # global gradient norm; null: no clipping
-    # a loss or gradient that is not finite: raise | skip the step, which leaves weights, moments and averages alone and
-    # counts in the schedule. With precision=16, overflows above loss scale 1 are counted apart (overflow_steps)
+    # number of epochs
+    epochs: int = MISSING
+    # peak learning rate for a global batch of 256 clips; the rate in use is lr * (global batch size) / 256
+    lr: float = MISSING
+    # learning rate at the end of the cosine schedule, for 256 clips
+    min_lr: float = 0.0
+    # learning rate at the start of the warm-up, for 256 clips
+    warmup_lr: float = 0.0
+    # length of the linear warm-up in epochs
+    warmup_epochs: float = 5.0
+    # weight decay of AdamW
+    weight_decay: float = 0.05
+    # coefficients beta1 and beta2 of AdamW
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    # largest norm of the gradient of all parameters; null: no clipping
+    clip_grad: float | None = None
+    # what to do if a loss or gradient is NaN or infinite: raise | skip (the step changes no weights, optimizer states
+    # or averages, but counts in the schedule). Overflows with precision=16 and a loss scale above 1 are counted
+    # separately (overflow_steps)
     on_nonfinite: str = "raise"
-    max_skipped_steps: int = 10  # steps that may be skipped in the whole training
-    accumulate_grad_batches: int = 1  # batches per optimiser step
-    save_ckpt_freq: int = 5  # epochs between checkpoints; the last epoch is always saved
-    # which checkpoints stay: the newest keep_last and the save_top_k of lowest loss (-1: all). Both null keep all; one
-    # number alone keeps, beside its own, the best one or the newest one
+    # number of steps that may be skipped during the whole training; one more is an error
+    max_skipped_steps: int = 10
+    # number of batches per optimizer step
+    accumulate_grad_batches: int = 1
+    # epochs between checkpoints; the last epoch is always saved
+    save_ckpt_freq: int = 5
+    # number of newest checkpoints to keep; if only this key is set, the best checkpoint is kept, too; null: see
+    # save_top_k
     keep_last: int | None = None
-    save_top_k: int | None = None  # see keep_last
-    activation_checkpointing: bool = False  # recompute activations in the backward pass to save memory
-    layer_decay: float | None = None  # factor of the rate from each encoder block to the one below; null: one rate
+    # number of best checkpoints to keep, -1: all; if only this key is set, the newest checkpoint is kept, too; with
+    # both keys null all checkpoints are kept
+    save_top_k: int | None = None
+    # recompute the activations of the encoder in the backward pass: less memory, more time
+    activation_checkpointing: bool = False
+    # factor of the learning rate from each encoder block to the block below it; null: one learning rate for all blocks
+    layer_decay: float | None = None
 
 
 @dataclass
 class PretrainTrainerConfig(TrainerConfig):
-    """Optimisation of the pretraining."""
+    """Optimization of the pretraining."""
 
-    image_every_n_epochs: int = 5  # epochs between reconstruction images (images/, TensorBoard); 0: none
+    # epochs between images of reconstructions (in the folder images/ and TensorBoard); 0: none
+    image_every_n_epochs: int = 5
 
 
 @dataclass
 class DistillTrainerConfig(TrainerConfig):
-    """Optimisation of the distillation, and its teachers."""
+    """Optimization of the distillation, and its teachers."""
 
-    ckpt_path: Any = None  # pretrained teachers: a list (rgb, flow, skeleton) or by modality; null: as the resumed file
-    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])  # modalities of the teachers
-    check_val_every_n_epoch: int | None = None  # epochs between few-shot validations (val_top1_action); null or 0: none
-    # what save_top_k goes by: train_loss (lowest) | val_top1_action (highest; of checkpoints of validated epochs)
+    # pretrained checkpoints of the teachers: a list in the order rgb, flow, skeleton or a mapping by modality; null:
+    # the teachers of the checkpoint that is resumed
+    ckpt_path: Any = None
+    # modalities of the teachers; must contain rgb
+    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
+    # epochs between few-shot validations, whose result is val_top1_action; null or 0: none
+    check_val_every_n_epoch: int | None = None
+    # metric by which save_top_k selects checkpoints: train_loss (lowest) | val_top1_action (highest; only checkpoints
+    # of validated epochs)
     monitor: str = "train_loss"
-    val_episodes: int = 20  # of a validation, with the first n_way and k_shot; only their clips are encoded
-    ema: float | None = None  # decay per step of an average of the student, saved as student_ema_rgb; null: none
-    # N mask draws per clip, whose teacher features are kept: from epoch N on only frames are read; 0: none
+    # number of episodes of a validation, which uses the first value of n_way and k_shot
+    val_episodes: int = 20
+    # decay per step of an exponential moving average of the student, which checkpoints hold as student_ema_rgb; null:
+    # none
+    ema: float | None = None
+    # number of mask draws per clip whose teacher features are cached; from this epoch on, the training reads rgb frames
+    # only; 0: no cache
     cache_teacher_epochs: int = 0
-    save_teachers: bool = True  # false: checkpoints hold student and cmt only, and name the teachers with their sha256
+    # whether checkpoints hold the teachers; false: they hold student and transfer heads only, and refer to the teachers
+    # by path and SHA-256
+    save_teachers: bool = True
 
 
 @dataclass
 class CommonConfig(Sealable):
-    """Keys of both entrypoints."""
+    """Keys of both phases."""
 
-    seed: int = 0  # seed of the initialization, data order, masks and episodes
-    batch_size: int = MISSING  # clips per process and step
-    num_workers: int = 1  # loader processes; 0 reads in the training process
-    accelerator: str = "auto"  # auto | cpu | gpu
-    devices: Any = 1  # processes on this machine | auto or -1: all GPUs | a list of GPUs; a launcher's are used
-    # torch.compile of what trains, pretraining's decoder and the teachers included; the first step takes minutes. An
-    # evaluation, which encodes each clip once, compiles nothing and says so
+    # seed of the initialization, the data order, the masks and the episodes
+    seed: int = 0
+    # number of clips per process and step
+    batch_size: int = MISSING
+    # number of data loading processes per rank; 0: the training process loads the data
+    num_workers: int = 1
+    # auto (GPU if there is one) | cpu | gpu
+    accelerator: str = "auto"
+    # number of processes on this machine | auto or -1 (one per GPU) | list of GPU numbers. Under a launcher (torchrun,
+    # deepspeed, srun) its number of processes is used
+    devices: Any = 1
+    # compile student and teachers, or encoder and decoder of the pretraining, with torch.compile. The first step takes
+    # minutes. The evaluation is not compiled
     compile: bool = False
-    precision: str = "auto"  # auto: bf16 on a GPU that has it, else 32 | 32 | bf16 | 16
-    resume: str | None = None  # auto: newest whole checkpoint of this job | a checkpoint | null: start anew
-    # these end a run after the step in hand, with a whole checkpoint and exit status 85
+    # auto (bf16 on a GPU that supports it, otherwise 32) | 32 | bf16 | 16
+    precision: str = "auto"
+    # null: start from scratch | auto: continue from the newest valid checkpoint of the run directory, if there is one |
+    # path of a checkpoint
+    resume: str | None = None
+    # signals that stop the training after the current step, with a complete checkpoint and exit status 85
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
-    distributed_timeout_s: float = 1800.0  # a rank that waits longer for the others ends with an error
-    loader_timeout_s: float = 600.0  # a loader worker that needs longer for one batch ends the run; 0: no limit
-    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])  # also wandb, mlflow; one name or a list
+    # seconds that a rank waits for the other ranks before it ends with an error
+    distributed_timeout_s: float = 1800.0
+    # seconds that the training waits for a batch of a data loading process before it ends with an error; 0: no limit
+    loader_timeout_s: float = 600.0
+    # where metrics are logged: one or a list of tensorboard, csv, wandb, mlflow
+    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
 @dataclass
 class PretrainConfig(CommonConfig):
-    """`pretrain_main.py`."""
+    """Keys of the pretraining (`pretrain_main.py`)."""
 
-    modality: str = MISSING  # rgb | flow | skeleton | any other registered modality
-    init_from: str | None = None  # VideoMAE weights to start from
-    # ZeRO stage: auto or ddp: 0 | deepspeed: 2 | deepspeed_stage_N, N from 1 also with _offload
+    # modality to pretrain: rgb | flow | skeleton | a registered modality
+    modality: str = MISSING
+    # checkpoint whose weights initialize the model, for example of VideoMAE; null: random weights
+    init_from: str | None = None
+    # DeepSpeed ZeRO stage: auto or ddp (stage 0) | deepspeed (stage 2) | deepspeed_stage_0 | deepspeed_stage_N or
+    # deepspeed_stage_N_offload with N = 1, 2 or 3. offload keeps the optimizer state in host memory
     strategy: str = "auto"
-    decoder_mask_ratio: float = 0.0  # fraction of removed tokens that are not reconstructed (VideoMAE V2 uses 0.5)
+    # fraction of the masked tokens that the decoder does not reconstruct (0.5 in VideoMAE V2)
+    decoder_mask_ratio: float = 0.0
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: PretrainTrainerConfig = field(default_factory=PretrainTrainerConfig)
 
 
 @dataclass
 class DistillConfig(CommonConfig):
-    """`lit_main_mmdistill.py`."""
+    """Keys of the distillation and the evaluation (`lit_main_mmdistill.py`)."""
 
-    train: bool = True  # distill
-    test: bool = True  # evaluate few-shot
-    ckpt_path: str | None = None  # what test=True evaluates when train=False
-    # auto | ddp | deepspeed (as deepspeed_stage_2) | deepspeed_stage_0 | _1 | _2 | _1_offload | _2_offload
+    # whether to train
+    train: bool = True
+    # whether to evaluate (few-shot), after the training if there is one
+    test: bool = True
+    # checkpoint to evaluate; required with train=False test=True
+    ckpt_path: str | None = None
+    # auto | ddp | deepspeed (the same as deepspeed_stage_2) | deepspeed_stage_0 | deepspeed_stage_N or
+    # deepspeed_stage_N_offload with N = 1 or 2. offload keeps the optimizer state in host memory
     strategy: str = "auto"
-    run_name: str = "mmdistill"  # name of the run's folder
-    eval_component: str = "student_rgb"  # component of the checkpoint that is evaluated
-    # scored on the same episodes beside it: random (untrained encoder) | a part of the checkpoint | another checkpoint
+    # name of the run directory
+    run_name: str = "mmdistill"
+    # component of the checkpoint that is evaluated
+    eval_component: str = "student_rgb"
+    # other networks that are evaluated on the same episodes: random (an untrained encoder), components of the
+    # checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
-    classifier: Any = "logistic"  # few-shot classifier, see mmdistill.fewshot.classifiers; a list evaluates each
-    probe: bool = False  # also a linear probe and k-NN on the full label set
-    feature_cache: str | None = "output/features"  # folder of encoded clips, reused by later evaluations; null: none
+    # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
+    # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
+    classifier: Any = "logistic"
+    # whether to train a linear probe and k-NN on all labels as well
+    probe: bool = False
+    # folder of encoded clips, which later evaluations reuse; null: no cache
+    feature_cache: str | None = "output/features"
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)
 
 
 def register_schemas() -> None:
-    """Make the schemas available to the `defaults` lists of configs/."""
+    """Register the schemas under the names that the `defaults` lists in configs/ use."""
     store = ConfigStore.instance()
     store.store(name="pretrain_schema", node=PretrainConfig)
     store.store(name="distill_schema", node=DistillConfig)

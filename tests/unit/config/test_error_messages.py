@@ -55,4 +55,4 @@ def test_error_of_a_loader_worker_is_reported_without_its_traceback() -> None:
 def test_known_keys_are_dotted() -> None:
     assert {"seed", "model.dim", "trainer.lr", "data_module.mask_ratio"} <= set(known_keys(PretrainConfig))
     assert "model.dim" not in known_keys(DistillConfig)
-    assert near_matches("epsiodes", DistillConfig) == ". Near matches: data_module.episodes, trainer.val_episodes"
+    assert near_matches("episode", DistillConfig) == ". Near matches: data_module.episodes, trainer.val_episodes"

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmdistill.config import SHORT_KEYS, schema
+from mmdistill.cli.config_reference import field_comments
+from mmdistill.config import CLASSIFIER_NAMES, SHORT_KEYS, schema
 from mmdistill.config.compose import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -146,3 +147,17 @@ def test_a_key_is_unused_if_only_another_object_has_its_name() -> None:
     found = KeyReads([source]).reads
     assert found == {"PretrainConfig.trainer", "TrainerConfig.lr", "CommonConfig.data_module",
                      "DataModuleConfig.modalities", "ModalityConfig.std"}  # fmt: skip
+
+
+def test_every_key_is_described() -> None:
+    """docs/config.md is written from these descriptions."""
+    described = field_comments((PACKAGE / "config" / "schema.py").read_text())
+    sections = {"data_module", "model", "trainer"}
+    undescribed = [f"{cls}.{key}" for (cls, key), text in described.items() if not text.strip() and key not in sections]
+    assert {f"{cls}.{key}" for cls, key in described} == schema_keys()
+    assert undescribed == []
+
+
+def test_descriptions_list_every_classifier() -> None:
+    described = field_comments((PACKAGE / "config" / "schema.py").read_text())["DistillConfig", "classifier"]
+    assert [name for name in CLASSIFIER_NAMES if not re.search(rf"\b{name}\b", described)] == []
