@@ -80,6 +80,6 @@ def test_one_step_of_each_training_at_full_size(tmp_path: Path, annotations: str
     arguments = [f"trainer.ckpt_path=[{paths}]", "test=False", *data, f"hydra.run.dir={run}"]
     run_python("lit_main_mmdistill.py", config, *arguments)
     checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
-    assert checkpoint.meta["global_step"] == 1
+    assert checkpoint.meta["step"] == 1
     assert checkpoint.state_dict["student_rgb.encoder.patch_embed.proj.weight"].shape == (384, 3, 2, 16, 16)
     assert checkpoint.state_dict["teacher_skeleton.encoder.patch_embed.proj.weight"].shape == (384, 17, 2, 4, 4)
