@@ -1,4 +1,4 @@
-"""Who may import whom. A module imports modules of lower layers and of its own package only."""
+"""Import rules: a module imports only modules of lower layers and of its own package."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
-# From the bottom to the top. Entries of one line do not import each other.
+# From the lowest to the highest layer. Entries of one layer do not import each other.
 LAYERS = (
     ("errors",),
     ("files", "console", "plugins", "randomness", "ops"),
@@ -31,7 +31,10 @@ def _is_type_checking(node: ast.AST) -> bool:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of this package that a file imports, also inside functions; ``a.b`` for ``mmdistill.a.b``."""
+    """Modules of this package that a file imports, also inside functions: ``a.b`` for ``mmdistill.a.b``.
+
+    Imports under ``if TYPE_CHECKING`` do not count.
+    """
     tree = ast.parse(path.read_text())
     hidden = {id(inner) for node in ast.walk(tree) if _is_type_checking(node) for inner in ast.walk(node)}
     found: set[str] = set()
@@ -61,13 +64,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_every_part_of_the_package_has_a_layer() -> None:
-    parts = {
+def test_every_module_and_package_has_a_layer() -> None:
+    names = {
         p.stem if p.is_file() else p.name
         for p in PACKAGE.iterdir()
         if p.suffix == ".py" or (p / "__init__.py").exists()
     }
-    assert parts - {"__init__", "__main__"} == set(RANK)
+    assert names - {"__init__", "__main__"} == set(RANK)
 
 
 def test_at_most_six_loose_modules() -> None:
@@ -83,7 +86,7 @@ def test_imports_point_down(path: Path) -> None:
         for name in imported_modules(path)
         if name and own in RANK and name.split(".")[0] != own and RANK[name.split(".")[0]] >= RANK[own]
     ]
-    assert not upward, f"{module_name(path)} imports {', '.join(sorted(upward))}, which are not below it"
+    assert not upward, f"{module_name(path)} imports {', '.join(sorted(upward))}, which are not in a lower layer"
 
 
 def test_no_import_cycle() -> None:

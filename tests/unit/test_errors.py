@@ -1,0 +1,48 @@
+"""Every expected error of the package has the base class that the command line reports as one line."""
+
+import ast
+import builtins
+from pathlib import Path
+
+import pytest
+
+from mmdistill.errors import InputError, MMDistillError
+
+PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
+
+
+def test_exit_status_tells_input_from_other_errors() -> None:
+    assert (MMDistillError.exit_status, InputError.exit_status) == (1, 2)
+    assert issubclass(InputError, MMDistillError)
+    assert issubclass(InputError, ValueError)
+
+
+def error_classes() -> dict[str, list[str]]:
+    """Names of all exception classes of the package, with the names of their bases."""
+    classes = {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    exceptions = {
+        name for name, value in vars(builtins).items() if isinstance(value, type) and issubclass(value, Exception)
+    }
+    found: dict[str, list[str]] = {}
+    while more := {n: b for n, b in classes.items() if n not in found and {*b} & {*exceptions, *found}}:
+        found |= more
+    return found
+
+
+def test_all_error_classes_have_the_base_class() -> None:
+    classes = error_classes()
+    assert {"ConfigError", "CheckpointError", "FrameError", "NonFiniteError"} <= set(classes)
+    known = {"MMDistillError"}
+    while more := {name for name, bases in classes.items() if name not in known and known & set(bases)}:
+        known |= more
+    assert sorted(set(classes) - known) == []
+
+
+@pytest.mark.parametrize("name", sorted(error_classes()))
+def test_error_classes_are_named_so(name: str) -> None:
+    assert name.endswith("Error")
