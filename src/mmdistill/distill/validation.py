@@ -118,7 +118,7 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
     )
     loader = {
         "num_workers": config.num_workers,
-        "pin": process.device.type == "cuda",
+        "pin_memory": process.device.type == "cuda",
         "batch_size": config.batch_size,
         "timeout_s": config.loader_timeout_s,
     }

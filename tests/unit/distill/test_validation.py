@@ -143,8 +143,8 @@ def test_what_is_never_validated_is_no_measure(folder: Path) -> None:
 def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=2", "trainer.val_episodes=3", "data_module.n_way=2")
     parts = [make_validation(config, Process(torch.device("cpu"), rank, 5)) for rank in range(5)]
-    assert len({len(p.mine) for p in parts}) == 1
-    assert set().union(*(p.mine for p in parts)) == set(parts[0].clips.tolist())
+    assert len({len(p.own_clips) for p in parts}) == 1
+    assert set().union(*(p.own_clips for p in parts)) == set(parts[0].clips.tolist())
     assert len(parts[0].clips) < len(parts[0].dataset)  # clips outside the episodes are not encoded
     assert all(p.episodes.has_same_clips(parts[0].episodes) for p in parts)
 
