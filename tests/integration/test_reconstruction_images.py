@@ -1,0 +1,23 @@
+"""Reconstruction images during a pretraining, and of its checkpoint by the script."""
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.commands import Script, run_python
+from tests.tiny_data import MODEL, make_tiny, overrides
+
+
+def test_images_of_a_pretraining_and_of_its_checkpoint(tmp_path: Path, script: Script) -> None:
+    data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
+    arguments = [*overrides(data), *MODEL, "trainer.image_every_n_epochs=2", f"hydra.run.dir={run}"]
+    run_python("pretrain_main.py", "modality=rgb", *arguments)
+    assert [p.name for p in (run / "images").iterdir()] == ["epoch=01.png"]
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
+    checkpoint = next((run / "checkpoints").glob("epoch=01-*"))
+    moved = data.rename(tmp_path / "moved")
+    arguments = [checkpoint, f"data_module.target_data_dir={moved}", "--clips", 2, "--split", "val"]
+    output = script("visualize_reconstruction.py", *arguments, "--out", tmp_path / "out").stdout
+    assert len(list((tmp_path / "out").glob("clip_*.png"))) == 2
+    assert output.count("constant baseline") == 2
