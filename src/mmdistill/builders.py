@@ -195,11 +195,11 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
 
 
 def make_clip_loader(
-    dataset: Dataset,
+    dataset: Dataset[Any],
     *,
     num_workers: int,
     pin_memory: bool,
-    batch_sampler: Sampler | None = None,
+    batch_sampler: Sampler[Any] | None = None,
     batch_size: int = 1,
     timeout_s: float = 0.0,
     loader_class: type[ClipLoader] = ClipLoader,

@@ -1,7 +1,7 @@
 """Seeded randomness. No other module creates or seeds a random generator.
 
-New code uses `seeded_rng`: the first 16 bytes of the SHA-256 of ``repr(key)``, read as a little-endian integer, seed the
-generator. A key is a tuple such as ``(seed, epoch, clip id, "mask")``. A draw depends on its key alone, not on the
+New code uses `seeded_rng`: the first 16 bytes of the SHA-256 of ``repr(key)``, read as a little-endian integer, seed
+the generator. A key is a tuple such as ``(seed, epoch, clip id, "mask")``. A draw depends on its key alone, not on the
 machine, the process or earlier draws, so a resumed run needs no generator state.
 
 `integer_rng` and `text_rng` have other derivations. They are kept because the demo dataset, the episodes and the

@@ -26,6 +26,7 @@ from mmdistill.config.compose import CONFIGS, T
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
+from mmdistill.workflows.sweep_results import objective
 
 
 def run_entrypoint(
@@ -51,15 +52,14 @@ def run_entrypoint(
         verb: verb of ``mmdistill`` that starts this job.
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
-    if argv is not None:
-        sys.argv = [f"mmdistill {verb}", *argv]
-    sys.argv[1:] = quote_overrides(sys.argv[1:])
+    given: Sequence[str] = sys.argv[1:] if argv is None else argv
+    sys.argv = [sys.argv[0] if argv is None else f"mmdistill {verb}", *quote_overrides(given)]
     launch.set_env_from_slurm()
     if launch.is_nonzero_rank():
         unused_dir = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # for multirun.yaml; removed at exit
-        folders = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir.name}", "hydra.sweep.subdir=${hydra:job.num}"]
-        quiet = ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
-        sys.argv[1:] = add_overrides(sys.argv[1:], [*folders, *quiet])
+        overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir.name}", "hydra.sweep.subdir=${hydra:job.num}"]
+        overrides += ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
+        sys.argv[1:] = add_overrides(sys.argv[1:], overrides)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise, so that `explain` can add near matches
     register_schemas()
     num_jobs = 0
@@ -129,7 +129,7 @@ def broadcast_objective(run_dir: Path) -> float:
     """Objective of the job on rank 0, returned on every rank, so that a sweeper chooses the same values on all."""
     from mmdistill.distributed.collectives import broadcast_object
 
-    return float(broadcast_object(float("nan") if launch.is_nonzero_rank() else sweep.objective(run_dir)))
+    return float(broadcast_object(float("nan") if launch.is_nonzero_rank() else objective(run_dir)))
 
 
 def exit_with_error(error: Exception, schema: type[T], job: int) -> None:

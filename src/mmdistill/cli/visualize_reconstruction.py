@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
     try:
-        write_reconstructions(parser.parse_args(argv))
+        write_reconstructions(parser.parse_intermixed_args(argv))
     except (ConfigError, CheckpointError) as error:
         print(f"visualize_reconstruction: error: {error}", file=sys.stderr)
         return 2

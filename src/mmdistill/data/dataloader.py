@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
-class ClipLoader(DataLoader):
+class ClipLoader(DataLoader[Any]):
     """torch's DataLoader, with an error message that names the dead worker and the signal that ended it.
 
     A dying worker closes its connections before it exits. Without this class, reading its batch fails with

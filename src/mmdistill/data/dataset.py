@@ -131,7 +131,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     @property
     def stats_tensor(self) -> torch.Tensor:
         """int16 [clips, modalities + 1], copied: frames repeated per clip and modality; last column: clip replaced."""
-        return self._seen.clone()
+        stats: torch.Tensor = self._seen.clone()
+        return stats
 
     def missing_report(self, stats: torch.Tensor | None = None) -> dict[str, Any]:
         """Counts of skipped clips, repeated frames and replaced clips.

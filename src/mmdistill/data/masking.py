@@ -30,7 +30,8 @@ def sample_visible_tokens(
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1)")
     if mask_type == "tube":
         kept = _sample_kept(h * w, ratio, rng)
-        return (np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept).reshape(-1)
+        tube: np.ndarray = np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept
+        return tube.reshape(-1)
     if mask_type == "random":
         return _sample_kept(t * h * w, ratio, rng)
     raise ValueError(f"mask_type={mask_type!r} is not one of tube, random")

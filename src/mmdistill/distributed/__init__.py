@@ -1,0 +1,1 @@
+"""Ranks of a run: launch, process group, device and collectives."""

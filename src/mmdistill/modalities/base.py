@@ -1,7 +1,7 @@
 """A modality: its spec, reader, preprocessing and display image.
 
-Everything that differs between ``rgb``, ``flow`` and ``skeleton`` is in their `Modality` subclasses. Datasets, models and
-both trainings work with any registered modality. docs/extending.md describes how to add one.
+Everything that differs between ``rgb``, ``flow`` and ``skeleton`` is in their `Modality` subclasses. Datasets, models
+and both trainings work with any registered modality. docs/extending.md describes how to add one.
 
 Shapes: B batch, C channels, T frames, H x W stored frame, h x w model input.
 """
@@ -101,7 +101,7 @@ class Modality(ABC):
         channels: channels of the model input.
         mean, std, target, input_stride, sigma: defaults of `ModalitySpec`.
         is_frame_pair: frame k of the modality is computed from images k and k + 1, so a video of n images has n - 1.
-        pattern_fields: fields that the file name pattern of a dataset must contain, for example ``video`` and ``frame``.
+        pattern_fields: fields that the file name pattern of a dataset must contain, such as ``video`` and ``frame``.
     """
 
     name: str

@@ -32,7 +32,7 @@ class FlowModality(Modality):
         )
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
-        """float (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.
+        """Flow (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.
 
         A resize scales the displacements. A horizontal flip negates their x component.
         """
@@ -51,7 +51,7 @@ class FlowModality(Modality):
         return float(values.pow(2).sum(0).sqrt().max())
 
     def to_image(self, values: "Tensor") -> "np.ndarray":
-        """Hue encodes the direction, saturation the magnitude. (2, T, h, w) -> (T, h, w, 3)"""
+        """Hue encodes the direction, saturation the magnitude. (2, T, h, w) -> (T, h, w, 3)."""
         import torch
         from matplotlib.colors import hsv_to_rgb
 

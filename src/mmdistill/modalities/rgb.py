@@ -33,7 +33,7 @@ class RgbModality(Modality):
         )
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
-        """uint8 (B, T, H, W, 3) -> float32 (B, 3, T, h, w)"""
+        """uint8 (B, T, H, W, 3) -> float32 (B, 3, T, h, w)."""
         from mmdistill.models.preprocessing import crop_resize_flip, normalize
 
         x = crop_resize_flip(clips.permute(0, 4, 1, 2, 3), crop_boxes, size).float().div_(255)
@@ -44,10 +44,10 @@ class RgbModality(Modality):
         return 1.0
 
     def to_image(self, values: "Tensor") -> "np.ndarray":
-        """The colors. (3, T, h, w) -> (T, h, w, 3)"""
+        """The colors. (3, T, h, w) -> (T, h, w, 3)."""
         image: np.ndarray = values.permute(1, 2, 3, 0).numpy()
         return image
 
     def energy_to_image(self, values: "Tensor") -> "np.ndarray":
-        """The energy of each color channel as that color. (3, T, h, w) -> (T, h, w, 3)"""
+        """The energy of each color channel as that color. (3, T, h, w) -> (T, h, w, 3)."""
         return self.to_image(values)

@@ -28,11 +28,15 @@ class SkeletonModality(Modality):
         """A `SkeletonReader`."""
         from mmdistill.data.readers.skeleton import SkeletonReader
 
-        pattern = {} if options.pattern is None else {"pattern": options.pattern}
-        return SkeletonReader(root, frame_size=options.frame_size, max_persons=options.max_persons, **pattern)
+        return SkeletonReader(
+            root,
+            frame_size=options.frame_size,
+            max_persons=options.max_persons,
+            pattern=options.pattern,
+        )
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
-        """float (B, T, M, J, 3), rows (x, y, score) in stored-frame px -> float32 (B, J, T, h, w)"""
+        """Keypoints (B, T, M, J, 3), rows (x, y, score) in stored-frame px -> float32 (B, J, T, h, w)."""
         from mmdistill.models.preprocessing import render_heatmaps, transform_keypoints
 
         joints = transform_keypoints(clips.float(), crop_boxes, size, flipped_joints=FLIPPED_JOINTS)

@@ -9,7 +9,7 @@ from mmdistill.ops.cpu import attention_with_gradient
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v`` (Vaswani et al. 2017, equation 1). (B, heads, N or M, d) -> (B, heads, N, d)
+    """``softmax(q k^T / sqrt(d)) v`` (Vaswani et al. 2017, equation 1). (B, heads, N or M, d) -> (B, heads, N, d).
 
     It is torch's fused kernel, except for training on a CPU in float32 or float64, see `mmdistill.ops.cpu`.
     """
@@ -37,4 +37,5 @@ class Attention(TimmAttention):
             k, v = F.linear(x, self.qkv.weight[inner:], bias).view(b, n, 2, self.num_heads, -1).unbind(2)
             q = F.linear(x[:, -last:], self.qkv.weight[:inner], self.q_bias).view(b, last, self.num_heads, -1)
         out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, heads, N or last, head_dim)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected

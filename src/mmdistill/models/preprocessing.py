@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """``(x - mean) / std`` per channel, in place. (B, C, T, h, w) -> same"""
+    """``(x - mean) / std`` per channel, in place. (B, C, T, h, w) -> same."""
     means = torch.tensor(mean, device=x.device).view(-1, 1, 1, 1)
     stds = torch.tensor(std, device=x.device).view(-1, 1, 1, 1)
     return x.sub_(means).div_(stds)
 
 
 def crop_resize_flip(x: Tensor, crop_boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop, resize and flip images. (B, C, T, H, W), (B, 5) -> (B, C, T, h, w)
+    """Crop, resize and flip images. (B, C, T, H, W), (B, 5) -> (B, C, T, h, w).
 
     A crop of the output's size is copied exactly. Any other crop is sampled bilinearly, with pixel centers at half
     integers.
@@ -54,7 +54,7 @@ def crop_resize_flip(x: Tensor, crop_boxes: Tensor, size: tuple[int, int]) -> Te
 def transform_keypoints(
     joints: Tensor, crop_boxes: Tensor, size: tuple[int, int], *, flipped_joints: tuple[int, ...]
 ) -> Tensor:
-    """Keypoints from stored-frame px to heat-map px; pixel centers are integers in both. (B, T, M, J, 3) -> same
+    """Keypoints from stored-frame px to heat-map px; pixel centers are integers in both. (B, T, M, J, 3) -> same.
 
     `flipped_joints` gives for each joint the one that takes its channel after a horizontal flip.
     """
@@ -70,7 +70,7 @@ def transform_keypoints(
 def render_heatmaps(
     joints: Tensor, size: tuple[int, int], *, sigma: float, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Tensor:
-    """Render every joint of every person. (B, T, M, J, 3) in heat-map px -> (B, J, T, h, w), normalized
+    """Render every joint of every person. (B, T, M, J, 3) in heat-map px -> (B, J, T, h, w), normalized.
 
     The value is ``score * exp(-(dx^2 + dy^2) / (2 sigma^2))``, the maximum over persons, and exactly 0 if |dx| or |dy|
     exceeds 3 sigma: an infinite tail would dominate a per-patch normalized target. Joints that are not finite are
@@ -103,7 +103,7 @@ def render_heatmaps(
 
 
 def gaussian_1d(center: Tensor, length: int, sigma: float) -> tuple[Tensor, Tensor]:
-    """A Gaussian along one axis around each center. (...) px -> values (..., S), int64 pixel indices (..., S)
+    """A Gaussian along one axis around each center. (...) px -> values (..., S), int64 pixel indices (..., S).
 
     A value beyond 3 sigma or outside 0 to length - 1 is 0 at a valid index, so that it changes no maximum.
     """

@@ -9,7 +9,7 @@ from mmdistill.ops.cpu import ChunkedMSE
 
 
 def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, target: str) -> Tensor:
-    """Reconstruction targets of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P)
+    """Reconstruction targets of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P).
 
     The values of a token are in the order (C, pt, ph, pw).
 
@@ -39,17 +39,18 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, targe
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over removed tokens, in float32. The target gets no gradient. (B, N, P) twice -> scalar"""
+    """Mean squared error over removed tokens, in float32. The target gets no gradient. (B, N, P) twice -> scalar."""
     loss: Tensor = ChunkedMSE.apply(prediction.float().flatten(0, 1), target.float().flatten(0, 1))
     return loss
 
 
 def constant_baseline_loss(target: Tensor, channels: int) -> Tensor:
-    """Loss of the best constant prediction per channel for this batch. (B, N, P) -> scalar
+    """Loss of the best constant prediction per channel for this batch. (B, N, P) -> scalar.
 
     A model whose reconstruction loss is not clearly lower has learned nothing but the mean of each channel.
     """
     values = target.float().unflatten(2, (channels, -1)).flatten(0, 1)  # (B * N, C, pt*ph*pw)
     mean = values.mean(dim=2).double()  # of each token, (B * N, C)
     square = torch.linalg.vector_norm(values, dim=2).double().square() / values.shape[2]
-    return (square.mean(dim=0) - mean.mean(dim=0).square()).mean().float()
+    loss: Tensor = (square.mean(dim=0) - mean.mean(dim=0).square()).mean()
+    return loss.float()

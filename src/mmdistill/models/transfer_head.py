@@ -20,5 +20,5 @@ class CrossModalTransfer(nn.Module):
             self.add_module(f"mlp_to_{modality}", nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width)))
 
     def forward(self, feature: Tensor) -> dict[str, Tensor]:
-        """(B, D) -> (B, width of the teacher) by modality"""
+        """(B, D) -> (B, width of the teacher) by modality."""
         return {m: self.get_submodule(f"mlp_to_{m}")(feature) for m in self.modalities}

@@ -8,6 +8,7 @@ predicted tokens, D encoder width, Dd decoder width, P = tubelet * patch * patch
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class DecoderConfig:
 
 
 def sincos_positions(length: int, dim: int) -> Tensor:
-    """Fixed position embedding as in VideoMAE: sine in even, cosine in odd columns. (L, D) float32
+    """Fixed position embedding as in VideoMAE: sine in even, cosine in odd columns. (L, D) float32.
 
     Source: Vaswani et al. 2017, section 3.5. The position is the token index over (t, h, w). Computed in float64.
     """
@@ -83,7 +84,7 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 
 
 def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
-    """Fixed position embedding with separate columns for t (a quarter), h and w (three eighths each). (L, D) float32
+    """Fixed position embedding with separate columns for t (a quarter), h and w (three eighths each). (L, D) float32.
 
     Tokens with the same t, h or w share columns, unlike those of `sincos_positions`. Short trainings of small models
     benefit from this.
@@ -102,14 +103,14 @@ def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
 
 
 def position_table(config: EncoderConfig, dim: int) -> Tensor:
-    """The fixed position embedding of an encoder or decoder of width `dim`. (1, L, D)"""
+    """The fixed position embedding of an encoder or decoder of width `dim`. (1, L, D)."""
     if config.pos_embed == "sincos_separable":
         return separable_positions(config.grid, dim)[None]
     return sincos_positions(config.num_tokens, dim)[None]
 
 
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)
+    """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw).
 
     A patch is copied as C * pt * ph lines of pw pixels, which are contiguous in memory.
     """
@@ -128,7 +129,7 @@ def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tens
 
 
 def masked_indices(index: Tensor, length: int) -> Tensor:
-    """The sorted token indices that are not in `index`. (B, N) of distinct values -> (B, length - N)"""
+    """The sorted token indices that are not in `index`. (B, N) of distinct values -> (B, length - N)."""
     is_masked = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
     is_masked.scatter_(1, index, False)
     return is_masked.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
@@ -157,7 +158,7 @@ class _PatchEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.data.view(g.dim, -1))  # initialized like a linear layer
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, N, C, pt, ph, pw) -> (B, N, D)"""
+        """(B, N, C, pt, ph, pw) -> (B, N, D)."""
         return F.linear(patches.flatten(2), self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -209,10 +210,11 @@ class Encoder(nn.Module):
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
                 tokens = block(tokens)
-        return self.norm(tokens)
+        normalized: Tensor = self.norm(tokens)
+        return normalized
 
     def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The clip feature: LayerNorm without affine weights of the mean over the encoded tokens. (B, D)
+        """The clip feature: LayerNorm without affine weights of the mean over the encoded tokens. (B, D).
 
         This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE learns the affine weights of this fc-norm
         from labels, starting at 1 and 0. There are no labels here, so the norm has no parameters.
@@ -222,6 +224,8 @@ class Encoder(nn.Module):
 
 class _Decoder(nn.Module):
     """VideoMAE's decoder and prediction head."""
+
+    pos_embed: Tensor
 
     def __init__(self, g: DecoderConfig, encoder: EncoderConfig) -> None:
         super().__init__()
@@ -233,12 +237,13 @@ class _Decoder(nn.Module):
         self.apply(_init_weights)
 
     def forward(self, tokens: Tensor, last: int) -> Tensor:
-        """Decode all tokens and predict the values of the last ones. (B, N, Dd) -> (B, last, P)
+        """Decode all tokens and predict the values of the last ones. (B, N, Dd) -> (B, last, P).
 
         The last block computes only the tokens that are predicted. The rows of the head are in VideoMAE's order,
         (pt, ph, pw, C); the predictions are in the order (C, pt, ph, pw).
         """
-        *first_blocks, block = self.blocks
+        *first_blocks, last_block = self.blocks
+        block: Any = last_block  # timm's Block: its parts are called one by one
         for first_block in first_blocks:
             tokens = first_block(tokens)
         attended = block.attn(block.norm1(tokens), last=last)
@@ -280,4 +285,5 @@ class VideoMAE(nn.Module):
         seen = self.encoder_to_decoder(self.encoder(x, visible))
         seen = seen + pos[visible].to(seen.dtype)
         hidden = self.mask_token.to(seen.dtype) + pos[predict].to(seen.dtype)
-        return self.decoder(torch.cat((seen, hidden), dim=1), predict.shape[1]), predict
+        predictions: Tensor = self.decoder(torch.cat((seen, hidden), dim=1), predict.shape[1])
+        return predictions, predict

@@ -19,7 +19,7 @@ MSE_CHUNK_ROWS = 256
 
 
 def attention_with_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``, for training on a CPU. (B, heads, N or M, d) -> (B, heads, N, d)
+    """``softmax(q k^T / sqrt(d)) v``, for training on a CPU. (B, heads, N or M, d) -> (B, heads, N, d).
 
     The backward pass of torch's fused kernel has two costs on a CPU:
 
@@ -40,7 +40,8 @@ def attention_with_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if chunks < 2 or b * heads >= 4 * threads:
         return F.scaled_dot_product_attention(q, k, v)
     even, uneven = zip(*(x.split((heads - rest, rest), dim=1) for x in (q, k, v)), strict=True)
-    out = chunked_attention(*uneven, chunks)
+    q, k, v = uneven
+    out = chunked_attention(q, k, v, chunks)
     return out if rest == heads else torch.cat((F.scaled_dot_product_attention(*even), out), dim=1)
 
 
@@ -53,7 +54,7 @@ class SavedSoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(B, heads, N or M, d) -> (B, heads, N, d)"""
+        """(B, heads, N or M, d) -> (B, heads, N, d)."""
         out, saved = _empty_like(q), []
         for a, b, c, o in _chunks((q, k, v, out), per_head=k.shape[2] > SHORT_CLIP_TOKENS):
             scores = (a / math.sqrt(q.shape[3])) @ b.mT
@@ -85,8 +86,9 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunks: int) -> Tensor:
     rows = -(-n // chunks)
     q = F.pad(q, (0, 0, 0, rows * chunks - n)).unflatten(2, (chunks, rows)).transpose(1, 2).flatten(0, 1)
     k, v = (x[:, None].expand(b, chunks, *x.shape[1:]).flatten(0, 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return out.unflatten(0, (b, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+    out: Tensor = F.scaled_dot_product_attention(q, k, v)
+    out = out.unflatten(0, (b, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :n]
+    return out
 
 
 def _chunks(tensors: Iterable[Tensor], *, per_head: bool) -> Iterator[tuple[Tensor, ...]]:
@@ -108,7 +110,7 @@ class ChunkedMSE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        """(N, P) twice -> scalar"""
+        """(N, P) twice -> scalar."""
         ctx.save_for_backward(a, b)
         rows = MSE_CHUNK_ROWS if a.device.type == "cpu" else a.shape[0]  # each chunk costs a kernel launch on a GPU
         squares = [

@@ -74,7 +74,7 @@ class Reader(ABC):
                 continue
         if not readable:
             raise first_error
-        nearest = [min(readable, key=lambda r, p=position: (abs(r - p), r)) for position in range(len(frames))]
+        nearest = [min((abs(r - p), r) for r in readable)[1] for p in range(len(frames))]
         return np.stack([readable[r] for r in nearest]), [f for p, f in enumerate(frames) if p not in readable]
 
 
@@ -128,9 +128,11 @@ class FrameFileReader(Reader):
         return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.frame_number_offset)}"
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        """See `Reader.files`."""
         return [self.path(video, k) for k in frames]
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
+        """See `Reader.missing_frames`."""
         paths = [self.path(video, k).rpartition("/") for k in frames]
         listings = {folder: _list_files(folder) for folder in {p[0] for p in paths}}  # much faster than a stat per file
         return [k for k, (folder, _, file) in zip(frames, paths, strict=True) if file not in listings[folder]]

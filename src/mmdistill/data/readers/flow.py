@@ -16,6 +16,7 @@ class FlowReader(FrameFileReader):
     pattern = "{video}/pair_{frame:05d}.npy"
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
+        """See `Reader.read`."""
         height, width = self.frame_size
         out = np.empty((len(frames), 2, height, width), np.float16)
         out_tensor = torch.from_numpy(out)

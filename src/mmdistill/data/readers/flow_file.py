@@ -34,7 +34,8 @@ def read_flow(path: Path | str) -> np.ndarray:
     if stored.dtype.names is not None:
         if set(stored.dtype.names) != {"scale", "flow"} or stored.shape != ():
             raise FlowFileError(f"{path}: fields {stored.dtype.names}, expected one record of scale and flow")
-        return np.multiply(stored["flow"], stored["scale"], dtype=np.float32)
+        flow: np.ndarray = np.multiply(stored["flow"], stored["scale"], dtype=np.float32)
+        return flow
     if stored.dtype.kind != "f":
         raise FlowFileError(f"{path}: type {stored.dtype}; flow must be float, or integers with a scale")
     if stored.dtype.itemsize > 4 or not stored.dtype.isnative or not stored.flags.c_contiguous:

@@ -18,6 +18,7 @@ class RgbReader(FrameFileReader):
     pattern = "{video}/{frame:06d}.jpg"
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
+        """See `Reader.read`."""
         height, width = self.frame_size
         out = np.empty((len(frames), height, width, 3), np.uint8)
         for position, frame in enumerate(frames):
@@ -31,7 +32,7 @@ class RgbReader(FrameFileReader):
 
 
 def decode_jpeg(data: bytes, path: str) -> np.ndarray:
-    """Decode a JPEG. uint8 (H, W, 3), BGR
+    """Decode a JPEG. uint8 (H, W, 3), BGR.
 
     OpenCV decodes a truncated file to an image of full size with gray rows, so the end marker is checked first.
 

@@ -31,11 +31,11 @@ class SkeletonReader(KeypointReader):
         *,
         frame_size: tuple[int, int],
         max_persons: int = 2,
-        pattern: str = "{video}.pkl",
+        pattern: str | None = None,
         cache_bytes: int = SKELETON_CACHE_BYTES,
     ) -> None:
         self.root, self.frame_size = str(root), frame_size
-        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern, cache_bytes
+        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self.files_read = 0
@@ -45,16 +45,20 @@ class SkeletonReader(KeypointReader):
         return f"{self.root}/{self.pattern.format(video=video)}"
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        """See `Reader.files`."""
         return [self.path(video)]
 
     @property
     def settings(self) -> tuple[object, ...]:
+        """See `Reader.settings`."""
         return (self.max_persons,)
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
+        """See `Reader.missing_frames`."""
         return [] if os.path.exists(self.path(video)) else list(frames)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
+        """See `Reader.read`."""
         rows = self.load_video(video)
         missing = [k for k in frames if not 0 <= k < len(rows)]
         if missing:
@@ -101,7 +105,7 @@ class SkeletonReader(KeypointReader):
         return self._fit_persons(rows)
 
     def _fit_persons(self, rows: np.ndarray) -> np.ndarray:
-        """Keep or add persons. (T, persons of the file, 17, 3) -> (T, M, 17, 3)"""
+        """Keep or add persons. (T, persons of the file, 17, 3) -> (T, M, 17, 3)."""
         found = rows.shape[1]
         if found > self.max_persons:
             best = np.argsort(-np.nan_to_num(rows[..., 2]).sum(axis=(0, 2)), kind="stable")[: self.max_persons]
