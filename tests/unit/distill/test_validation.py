@@ -84,7 +84,7 @@ def _independent(config: DistillConfig, path: Path) -> float:
     """All evaluation clips through the evaluation's own encoding, then the same episodes."""
     student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
     dataset = make_clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
-    job = student.job(modality_specs(config.data_module)["rgb"], EvalMasks())
+    job = student.encoding_job(modality_specs(config.data_module)["rgb"], EvalMasks())
     loader = make_clip_loader(dataset, num_workers=0, pin_memory=False, batch_size=5)
     (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
     episodes = sample_episodes(
