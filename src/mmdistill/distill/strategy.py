@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, has_offload
 from mmdistill.distributed.collectives import run_on_all_ranks
+from mmdistill.distributed.process import skip_shm_op
 
 _BUCKET_SIZE = 50_000_000  # elements per reduction; one buffer of this size is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
@@ -157,7 +158,8 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         return optimizer, scheduler
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        super()._initialize_deepspeed_train(model)
+        with skip_shm_op(self.world_size):
+            super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(False)
 
     def teardown(self) -> None:

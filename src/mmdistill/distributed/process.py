@@ -1,8 +1,11 @@
 """Start one process of a run: device, seeds, process group."""
 
 import atexit
+import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -95,6 +98,25 @@ def set_deepspeed_accelerator(name: str) -> None:
 
     if get_accelerator()._name != name:
         set_accelerator(CUDA_Accelerator() if name == "cuda" else CPU_Accelerator())
+
+
+@contextmanager
+def skip_shm_op(world_size: int) -> Iterator[None]:
+    """While open, DeepSpeed's backend of a single CPU process builds no C++ op.
+
+    The op reduces over the ranks of one machine through shared memory. DeepSpeed compiles it for every CPU run, which
+    needs a compiler and takes up to minutes, and a single process never calls it.
+    """
+    if world_size > 1:
+        yield
+        return
+    backend = importlib.import_module("deepspeed.comm.torch")
+    build = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = build
 
 
 def destroy_process_group_at_exit() -> None:
