@@ -1,21 +1,37 @@
 """A DataLoader that reports why a worker died."""
 
+import atexit
 import signal
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from torch.utils.data import DataLoader
 
+# Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
+# its step and saves, for which it needs its workers, so the workers ignore these signals.
+PROTECTED_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
 class ClipLoader(DataLoader[Any]):
-    """torch's DataLoader, with an error message that names the dead worker and the signal that ended it.
+    """A DataLoader whose workers survive stop signals, and which reports why a worker ended.
 
-    A dying worker closes its connections before it exits. Without this class, reading its batch fails with
-    ``Connection reset by peer``.
+    torch's own workers end on SIGTERM, and the main process then fails before it can save. Here the workers ignore
+    stop signals. They end when the main process closes the loader, exits or is killed.
+
+    A worker that is killed closes its connections first. A batch that is being read then fails with ``Connection reset
+    by peer``, so this class waits for the worker's exit status and reports that.
     """
+
+    def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any) -> None:
+        super().__init__(*args, worker_init_fn=_WorkerInit(worker_init_fn), **options)
 
     def __iter__(self) -> Any:
         """The batches. Workers start to fetch immediately.
@@ -23,7 +39,52 @@ class ClipLoader(DataLoader[Any]):
         Raises:
             RuntimeError: a worker has exited; names its process and the signal or exit status.
         """
-        return _iterate_with_worker_check(super().__iter__())
+        with _blocked_signals():  # workers inherit the mask: a signal during their start-up stays pending
+            batches = super().__iter__()
+        _WORKERS.update(getattr(batches, "_workers", ()))
+        return _iterate_with_worker_check(batches)
+
+
+@dataclass(frozen=True)
+class _WorkerInit:
+    """Runs in a worker before its first batch. Picklable, for workers that are spawned."""
+
+    worker_init_fn: Callable[[int], None] | None
+
+    def __call__(self, worker_id: int) -> None:
+        for number in PROTECTED_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block the protected signals in this thread; those that arrive meanwhile are delivered at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PROTECTED_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_WORKERS: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()
+
+
+@atexit.register
+def _kill_hung_workers() -> None:
+    """Kill workers that torch could not stop: multiprocessing ends them with SIGTERM, which they ignore, and waits.
+
+    Registered before torch registers its own cleanup, so it runs after that.
+    """
+    for worker in list(_WORKERS):
+        if worker.is_alive():
+            worker.kill()
 
 
 def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:

@@ -46,6 +46,7 @@ from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
+from mmdistill.training.signals import exit_on_stop_signal
 
 _UNUSED_RALLIES = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
 
@@ -66,6 +67,11 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
     Raises:
         InputError: the message names the key or the file.
     """
+    with exit_on_stop_signal(config.stop_signals):
+        return _evaluate(config, checkpoint, run_dir)
+
+
+def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     make_demo_data(config.data_module)

@@ -1,12 +1,14 @@
 """Stop signals: SIGTERM, SIGINT and SIGUSR1 set a flag that the training loop reads."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from mmdistill.distributed import launch
+from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 
 StopSignal = Callable[[], int | None]  # the number of the received signal, or None
 
@@ -45,3 +47,22 @@ def stop_message(checkpoint: Path) -> str:
         f"stopped by a signal; complete checkpoint written: {checkpoint}\n"
         f"resume with resume={checkpoint}, or with resume=auto in the same hydra.run.dir"
     )
+
+
+@contextmanager
+def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
+    """While open, a stop signal ends the process with status 85 and one line, for work that has nothing to save."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(INTERRUPTED_EXIT_CODE)
+
+    before = {number: signal.signal(number, leave) for number in (signal.Signals[name] for name in names)}
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == INTERRUPTED_EXIT_CODE:
+            print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
