@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def set_deepspeed_accelerator(name: str) -> None:
 
 @contextmanager
 def skip_shm_op(world_size: int) -> Iterator[None]:
-    """While open, DeepSpeed's backend of a single CPU process builds no C++ op.
+    """Context manager in which DeepSpeed compiles no C++ op for a single CPU process.
 
     The op reduces over the ranks of one machine through shared memory. DeepSpeed compiles it for every CPU run, which
     needs a compiler and takes up to minutes, and a single process never calls it.
@@ -110,7 +111,7 @@ def skip_shm_op(world_size: int) -> Iterator[None]:
     if world_size > 1:
         yield
         return
-    backend = importlib.import_module("deepspeed.comm.torch")
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     build = backend.build_shm_op
     backend.build_shm_op = lambda: None
     try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed import launch, process
-from mmdistill.distributed.process import Process, set_deepspeed_accelerator, start_process
+from mmdistill.distributed.process import Process, set_deepspeed_accelerator, skip_shm_op, start_process
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 
@@ -115,3 +115,15 @@ def test_process_group_is_destroyed_once(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(dist, "is_initialized", lambda initialized=initialized: initialized)
         process.destroy_process_group_at_exit()
     assert calls == ["destroyed"]
+
+
+@pytest.mark.parametrize(("world_size", "inside"), [(1, None), (2, "built")])
+def test_shm_op_is_not_built_for_a_single_process(
+    world_size: int, inside: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = ModuleType("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: "built"  # type: ignore[attr-defined]
+    monkeypatch.setattr(process.importlib, "import_module", lambda name: {"deepspeed.comm.torch": backend}[name])
+    with skip_shm_op(world_size):
+        assert backend.build_shm_op() == inside
+    assert backend.build_shm_op() == "built"
