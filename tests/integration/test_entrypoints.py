@@ -1,4 +1,4 @@
-"""The real entrypoints as subprocesses on a tiny dataset: train, stop, resume to the last bit, distil, evaluate."""
+"""The entrypoints as processes on a tiny dataset: train, resume, distill, evaluate."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def teachers(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One pretraining of each modality, by a multirun as in the README; the flow teacher is wider."""
+    """One pretraining per modality, as a multirun; the flow teacher is wider."""
     root = tmp_path_factory.mktemp("pretrain")
     arguments = ["-m", "modality=rgb,flow,skeleton", *data, *MODEL, f"hydra.sweep.dir={root}"]
     run_python("pretrain_main.py", *arguments)
@@ -50,11 +50,11 @@ def student(data: list[str], teachers: dict[str, Path], tmp_path_factory: pytest
 
 
 def _teachers(paths: dict[str, Path]) -> str:
-    """A list with unquoted ``=`` in it, as in the seed."""
+    """A list with unquoted ``=``, as in the user's text."""
     return f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
 
 
-def test_pretraining_writes_the_seeds_layout(teachers: dict[str, Path]) -> None:
+def test_pretraining_writes_the_layout_of_the_user_text(teachers: dict[str, Path]) -> None:
     for modality, path in teachers.items():
         assert path.name.startswith("epoch=01-loss=")
         states = torch.load(path / "checkpoint" / "mp_rank_00_model_states.pt", weights_only=True, map_location="cpu")
@@ -69,8 +69,8 @@ def test_pretraining_writes_the_seeds_layout(teachers: dict[str, Path]) -> None:
         assert len(metrics) == 3
 
 
-def test_pretraining_resumes_to_the_last_bit(data: list[str], tmp_path: Path) -> None:
-    """From the end of an epoch, in a folder of its own; tests/test_resume.py stops inside one."""
+def test_resumed_pretraining_is_bit_identical(data: list[str], tmp_path: Path) -> None:
+    """From the end of an epoch, in another folder; test_resume.py stops within an epoch."""
     common = ["modality=skeleton", *data, *MODEL, "trainer.epochs=3", "trainer.save_ckpt_freq=1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_python("pretrain_main.py", *common, f"hydra.run.dir={whole}")
@@ -85,7 +85,7 @@ def test_pretraining_resumes_to_the_last_bit(data: list[str], tmp_path: Path) ->
     )
 
 
-def test_distilled_file_has_the_seeds_contents(student: Path) -> None:
+def test_distilled_file_has_the_contents_of_the_user_text(student: Path) -> None:
     names = sorted(p.name for p in student.glob("*.ckpt"))
     assert [n.split("=")[:2] for n in names[:2]] == [["epoch", "01-train_loss"], ["epoch", "03-train_loss"]]
     assert names[2:] == ["last.ckpt"]
@@ -110,7 +110,7 @@ def test_teachers_are_unchanged_and_the_student_is_not(student: Path, teachers: 
     assert not torch.equal(state["student_rgb.encoder.norm.weight"], state["teacher_rgb.encoder.norm.weight"])
 
 
-def test_distillation_resumes_to_the_last_bit(
+def test_resumed_distillation_is_bit_identical(
     data: list[str], teachers: dict[str, Path], student: Path, tmp_path: Path
 ) -> None:
     first = next(student.glob("epoch=01-*"))
@@ -134,7 +134,7 @@ def test_distillation_resumes_to_the_last_bit(
         assert torch.equal(own["exp_avg_sq"], other["exp_avg_sq"])
 
 
-def test_wrong_modality_is_refused_by_name(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
+def test_teacher_of_wrong_modality_is_rejected(data: list[str], teachers: dict[str, Path], tmp_path: Path) -> None:
     swapped = {"rgb": teachers["flow"], "flow": teachers["rgb"], "skeleton": teachers["skeleton"]}
     done = run_python(
         "lit_main_mmdistill.py", _teachers(swapped), "test=False", *data, f"hydra.run.dir={tmp_path}", expect=2
@@ -143,7 +143,7 @@ def test_wrong_modality_is_refused_by_name(data: list[str], teachers: dict[str, 
     assert "Traceback" not in done.stderr
 
 
-def test_evaluation_needs_only_the_file(data: list[str], student: Path, tmp_path: Path) -> None:
+def test_evaluation_works_with_a_moved_file(data: list[str], student: Path, tmp_path: Path) -> None:
     alone = tmp_path / "moved = here" / "epoch=03-train_loss=0.1.ckpt"
     alone.parent.mkdir()
     alone.write_bytes((student / "last.ckpt").read_bytes())
@@ -178,7 +178,7 @@ def test_evaluation_of_a_pretraining_directory(data: list[str], teachers: dict[s
     assert json.loads((tmp_path / "fewshot.json").read_text())["network"] == "pretrained_rgb"
 
 
-def test_nan_student_fails_loudly(data: list[str], student: Path, tmp_path: Path) -> None:
+def test_student_with_nan_is_rejected(data: list[str], student: Path, tmp_path: Path) -> None:
     content = torch.load(student / "last.ckpt", weights_only=True)
     for key, value in content["state_dict"].items():
         if key.startswith("student_rgb."):

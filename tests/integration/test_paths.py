@@ -1,4 +1,4 @@
-"""Folders with ``=``, spaces, brackets, commas, ``~`` and letters beyond ASCII, from the command line, everywhere."""
+"""Folders with ``=``, spaces, brackets, commas, ``~`` and letters beyond ASCII, on the command line."""
 
 import json
 from pathlib import Path
@@ -19,11 +19,11 @@ def _run(script: str, *arguments: str, home: Path) -> None:
 
 
 def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
-    """Typed in the odd folder itself; Hydra changes into the run's folder, and ``~`` is a folder named like it."""
+    """The commands run in the odd folder; Hydra changes into the run folder, and ``~`` is the home folder."""
     home = tmp_path / ODD
     home.mkdir()
     (Path.home() / ".cache").mkdir(exist_ok=True)
-    (home / ".cache").symlink_to(Path.home() / ".cache")  # DeepSpeed compiles nothing anew
+    (home / ".cache").symlink_to(Path.home() / ".cache")  # DeepSpeed reuses its compiled extensions
     data = overrides(make_tiny(home / "data", per_class=4))
     data = ["data_module.target_data_dir=~/data" if "target_data_dir" in o else o for o in data]
     small = [*data, "trainer.epochs=1", "hydra.job.chdir=true"]
@@ -32,7 +32,7 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     teacher = next((home / "pre=1" / "checkpoints").glob("epoch=00-*")).relative_to(home)
     _run("pretrain_main.py", *pretrain, "trainer.epochs=2", f"resume={teacher}", home=home)
     assert list((home / "pre=1" / "checkpoints").glob("epoch=01-*"))
-    run = home / "distil [2]"
+    run = home / "distill [2]"
     _run(
         "lit_main_mmdistill.py", "trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", *small, *EVAL,
         "baselines=[random]", "feature_cache='~/cache, 1'",
@@ -53,7 +53,7 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     ["/p/a=b/x.ckpt", "/p/a b/x", "/p/a [1]/x", "/p/x[1].ckpt", "/p/é/x", "~/x.ckpt", "../o=1/x (2) [3].ckpt",
      "/p/it's/x", "/p/a{1}#&/x"],
 )  # fmt: skip
-def test_odd_characters_need_no_quotes(path: str) -> None:
+def test_special_characters_need_no_quotes(path: str) -> None:
     """Alone, in a list and in a mapping."""
     parser = OverridesParser.create()
     for value, wanted in ((path, path), (f"[{path},~/z]", [path, "~/z"]), (f"{{rgb:{path}}}", {"rgb": path})):
@@ -63,10 +63,10 @@ def test_odd_characters_need_no_quotes(path: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["range(1,5)", "a,b", "choice(1,2)"])
-def test_sweeps_stay_sweeps(value: str) -> None:
+def test_sweep_values_are_not_quoted(value: str) -> None:
     assert OverridesParser.create().parse_override(quote_overrides([f"seed={value}"])[0]).is_sweep_override()
 
 
-def test_an_unquoted_comma_is_explained(tmp_path: Path) -> None:
+def test_unquoted_comma_is_explained(tmp_path: Path) -> None:
     done = run_python(ROOT / "pretrain_main.py", "modality=rgb", "resume=/p/a, b/x", cwd=tmp_path, expect=2)
     assert "a comma outside quotes makes a sweep" in done.stderr

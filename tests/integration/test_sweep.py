@@ -18,7 +18,7 @@ from tests.tiny_data import MODEL, make_tiny, overrides
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 
-# An entrypoint of the real kind whose job writes numbers instead of training; a seed of 13 fails.
+# A script with the real entrypoint whose job writes metrics instead of training. Seed 13 fails.
 TOY = """
 import csv, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ def _experiments() -> list[str]:
 @pytest.mark.parametrize("tennis", [False, True])
 @pytest.mark.parametrize("name", _experiments())
 def test_every_job_of_every_experiment_composes(name: str, tennis: bool) -> None:
-    """On the demo's and on the tennis config; each job differs from the others."""
+    """On the demo and the tennis config; all jobs differ."""
     pretrain = name.startswith("pretrain")
     top = ("config_pretrain" if pretrain else "config_mmdistill") + ("_tennis" if tennis else "")
     needed = ["modality=rgb"] if pretrain else ["trainer.ckpt_path=[a,b,c]", "ckpt_path=p"]
@@ -83,7 +83,7 @@ def _launcher(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_one_failing_job_does_not_end_the_others(toy: Path, tmp_path: Path, launcher: str) -> None:
+def test_failed_job_does_not_stop_the_others(toy: Path, tmp_path: Path, launcher: str) -> None:
     common = [toy, "-m", "modality=rgb", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}"]
     done = run_python(*common, "seed=12,13,14", expect=1)
     assert "1 jobs of the sweep failed" in done.stderr
@@ -92,11 +92,11 @@ def test_one_failing_job_does_not_end_the_others(toy: Path, tmp_path: Path, laun
     assert [(r.job, r.overrides["seed"]) for r in rows] == [(f"pretrain_rgb_{i}", str(12 + i)) for i in range(3)]
     assert [r.error for r in rows] == ["", "RuntimeError: thirteen", ""]
     assert [round(r.values["loss"]) for r in rows if not r.error] == [12, 14]
-    run_python(*common, "seed=12,15,14")  # the record of the repaired job is gone
+    run_python(*common, "seed=12,15,14")  # the record of the repaired job is removed
     assert not any(r.error for r in read_sweep(tmp_path))
 
 
-def test_a_wrong_value_is_one_line_and_not_the_end(toy: Path, tmp_path: Path) -> None:
+def test_invalid_value_of_one_job_is_one_line(toy: Path, tmp_path: Path) -> None:
     done = run_python(
         toy, "-m", "modality=rgb", "trainer.accumulate_grad_batches=0,1", f"hydra.sweep.dir={tmp_path}", expect=1
     )
@@ -105,13 +105,13 @@ def test_a_wrong_value_is_one_line_and_not_the_end(toy: Path, tmp_path: Path) ->
     assert [bool(r.error) for r in read_sweep(tmp_path)] == [True, False]
 
 
-def test_a_failing_single_run_still_raises(toy: Path, tmp_path: Path) -> None:
+def test_failed_single_run_raises(toy: Path, tmp_path: Path) -> None:
     done = run_python(toy, "modality=rgb", "seed=13", f"hydra.run.dir={tmp_path}", expect=1)
     assert "RuntimeError: thirteen" in done.stderr
     assert not (tmp_path / "failed.json").exists()
 
 
-def test_optuna_minimises_the_loss_and_survives_a_failed_trial(toy: Path, tmp_path: Path) -> None:
+def test_optuna_minimizes_the_loss_despite_a_failed_trial(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     run_python(
         toy, "-m", "modality=rgb", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1",
@@ -136,7 +136,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
-def test_each_job_equals_itself_run_alone(alone: tuple[list[str], Path], tmp_path: Path, launcher: str) -> None:
+def test_each_job_equals_a_single_run(alone: tuple[list[str], Path], tmp_path: Path, launcher: str) -> None:
     arguments, root = alone
     run_python("pretrain_main.py", "-m", *arguments, "seed=1,2", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}")
     for number, seed in enumerate((1, 2)):
