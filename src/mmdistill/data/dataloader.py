@@ -31,7 +31,7 @@ class ClipLoader(DataLoader[Any]):
     """
 
     def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any) -> None:
-        super().__init__(*args, worker_init_fn=_WorkerInit(worker_init_fn), **options)
+        super().__init__(*args, worker_init_fn=_WorkerInit(worker_init_fn), **options)  # type: ignore[misc]
 
     def __iter__(self) -> Any:
         """The batches. Workers start to fetch immediately.
