@@ -96,7 +96,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.index = index if on_missing == "error" else self._drop_missing(index)
         # Shared memory that workers write to: frames repeated per clip and modality; last column: clip was replaced. A
         # cell always gets the same value, so no lock is needed.
-        self._seen = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16).share_memory_()
+        stats = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16)
+        self._seen: torch.Tensor = stats.share_memory_()
 
     def __len__(self) -> int:
         return len(self.index.clips)

@@ -1,5 +1,6 @@
 """Specs, statistics and the registry of modalities; one crop box for all modalities."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from mmdistill.modalities import (
     stored_statistics,
 )
 from mmdistill.modalities.skeleton import FLIPPED_JOINTS
+
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "extending.md"
 
 
 class Depth(Modality):
@@ -78,6 +81,20 @@ def test_registered_modality_is_found_by_name() -> None:
     finally:
         MODALITIES.unregister("depth")
     assert "depth" not in modality_names()
+
+
+def test_example_of_the_docs() -> None:
+    (source,) = re.findall(
+        r"```python\n(.*?)```", DOCS.read_text().partition("## Modality")[2].partition("\n## ")[0], re.DOTALL
+    )
+    try:
+        exec(source, {})
+        clips, boxes = torch.rand(2, 3, 8, 10), torch.tensor([[1.0, 2, 4, 6, 0], [0, 0, 4, 6, 1]])
+        x = preprocess_clips(clips, boxes, get_modality("depth").spec(), (4, 6))
+        torch.testing.assert_close(x[0, 0], clips[0, :, 1:5, 2:8])
+        torch.testing.assert_close(x[1, 0], clips[1, :, :4, :6].flip(2))
+    finally:
+        MODALITIES.unregister("depth")
 
 
 def test_default_image_is_the_brightest_channel() -> None:

@@ -24,6 +24,7 @@ class SkeletonReader(KeypointReader):
     """
 
     name = "skeleton"
+    pattern = "{video}.pkl"
 
     def __init__(
         self,

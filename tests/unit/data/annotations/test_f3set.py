@@ -1,6 +1,7 @@
-"""F3Set JSON: the real files by their counts, and every kind of wrong entry by name."""
+"""F3Set JSON: counts of the published files, and the error of every kind of invalid entry."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from mmdistill.data.annotations.f3set import (
     select_fields,
     to_json,
 )
+from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
 from tests.generated_annotations import make_f3set_entries
 
 REAL = Path(__file__).resolve().parents[5] / "shared" / "data" / "f3set-tennis"
@@ -29,6 +31,17 @@ def write(path: Path, entries: object) -> Path:
 def rally(**changes: object) -> dict[str, object]:
     events = [{"frame": 10, "label": LABEL}, {"frame": 30, "label": OTHER}]
     return {"video": "m_1_40", "num_frames": 40, "fps": 25.0, "events": events, **changes}
+
+
+class TestF3SetContract(AnnotationFormatContract):
+    format_name = "f3set"
+
+    def write_annotations(self, path: Path, videos: Mapping[str, Sequence[int]]) -> None:
+        entries = [
+            rally(video=video, num_frames=NUM_FRAMES, events=[{"frame": k, "label": LABEL} for k in frames])
+            for video, frames in videos.items()
+        ]
+        write(path, entries)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the F3Set annotations are not beside this repository")
@@ -58,7 +71,7 @@ def test_file_with_all_keys_of_f3set_is_read_completely(tmp_path: Path) -> None:
     assert len({match_name(read.video) for read in rallies}) == 6
 
 
-def test_a_clean_file_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_written_entries_equal_the_read_ones(tmp_path: Path) -> None:
     entries = [rally(), rally(video="m_50_90", events=[])]
     assert to_json(load_f3set(write(tmp_path / "a.json", entries))) == entries
 
@@ -84,13 +97,13 @@ def test_a_clean_file_comes_back_as_it_was(tmp_path: Path) -> None:
         ([1], "rally 0: expected a JSON object, got list"),
     ],
 )
-def test_what_is_wrong_is_named_with_rally_and_event(tmp_path: Path, entry: object, message: str) -> None:
+def test_error_names_rally_and_event(tmp_path: Path, entry: object, message: str) -> None:
     with pytest.raises(AnnotationError) as caught:
         load_f3set(write(tmp_path / "a.json", [entry]))
     assert message in str(caught.value)
 
 
-def test_duplicate_videos_empty_and_broken_files_are_refused(tmp_path: Path) -> None:
+def test_duplicate_videos_empty_and_invalid_files_raise(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match="occurs twice"):
         load_f3set(write(tmp_path / "a.json", [rally(), rally()]))
     with pytest.raises(AnnotationError, match="no rally"):
@@ -102,7 +115,7 @@ def test_duplicate_videos_empty_and_broken_files_are_refused(tmp_path: Path) -> 
         load_f3set(tmp_path / "a.json")
 
 
-def test_usable_events_of_a_bad_file_come_sorted_and_once(tmp_path: Path) -> None:
+def test_valid_events_of_an_invalid_file_are_sorted_and_unique(tmp_path: Path) -> None:
     frames = [(30, OTHER), (10, LABEL), (10, LABEL), (99, LABEL)]
     entry = rally(events=[{"frame": f, "label": label} for f, label in frames])
     rallies, problems = read_f3set(write(tmp_path / "a.json", [entry]))
@@ -110,7 +123,7 @@ def test_usable_events_of_a_bad_file_come_sorted_and_once(tmp_path: Path) -> Non
     assert [p.event for p in problems] == [1, 2, 3]
 
 
-def test_labels_at_a_chosen_granularity() -> None:
+def test_labels_with_selected_fields() -> None:
     assert select_fields(OTHER, None) == OTHER
     assert select_fields(OTHER, ["technique", "player"]) == "far_gs"
     with pytest.raises(ValueError, match="choose among player"):
@@ -119,6 +132,6 @@ def test_labels_at_a_chosen_granularity() -> None:
         select_fields("a_b", ["player"])
 
 
-def test_the_match_of_a_rally() -> None:
+def test_match_of_a_rally() -> None:
     assert match_name("20210909-W-US_Open-SF-A-B_170943_171285") == "20210909-W-US_Open-SF-A-B"
     assert match_name("holiday_video") == "holiday_video"

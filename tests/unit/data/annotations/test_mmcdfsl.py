@@ -1,8 +1,8 @@
-"""Other datasets: the layouts and annotation files of MM-CDFSL's targets and source, on small generated samples."""
+"""The annotation format of MM-CDFSL, and its datasets on small generated samples."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,19 @@ from mmdistill.config import (
 )
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import (
-    ANNOTATION_FORMATS,
     AnnotationError,
     Event,
-    Rally,
     load_annotations,
-    register_annotation_format,
 )
 from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script
+from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
 
 SIZE = (16, 24)
 FRAMES = 64
 
-# a frame's and a flow's file below the dataset's folder, {k} counted from 1; the two clips; their classes
+# file of a frame and of a flow below the dataset folder, {k} counted from 1; two clips; their classes
 LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "epic": (
         "frames/rgb/train/P01/P01_01/frame_{k:010d}.jpg",
@@ -80,7 +78,7 @@ ACTION_KEYS = ("action_idx", "label_id", "label", "verb_label", "noun_label")
 
 
 def write_layout(root: Path, name: str, data: DataModuleConfig) -> None:
-    """Frames of brightness 3 k, flow of k px in frame k, under the dataset's own names, and its annotation files."""
+    """Write frames of brightness 3 k, flow of k px in frame k, and annotation files, all with the dataset's names."""
     frame_name, flow_name, clips, _ = LAYOUTS[name]
     for k in range(FRAMES):
         frame, flow = root / frame_name.format(k=k + 1), root / flow_name.format(k=k + 1)
@@ -89,15 +87,15 @@ def write_layout(root: Path, name: str, data: DataModuleConfig) -> None:
         cv2.imwrite(str(frame), np.full((*SIZE, 3), 3 * k, np.uint8))
         write_flow(flow, np.full((2, *SIZE), k, np.float32))
     (root / "annotations").mkdir()
-    unlabelled = [{key: v for key, v in clip.items() if key not in ACTION_KEYS} for clip in clips]
-    for path, content in ((data.unlabel_json_path, unlabelled), (data.fewshot_eval_json_path, clips)):
+    unlabeled = [{key: v for key, v in clip.items() if key not in ACTION_KEYS} for clip in clips]
+    for path, content in ((data.unlabel_json_path, unlabeled), (data.fewshot_eval_json_path, clips)):
         (root / path).write_text(json.dumps({"version": 1.0, "split": "val", "clips": content}))
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_dataset_is_its_yaml(tmp_path: Path, name: str, training: bool) -> None:
-    """`dataset=NAME` and sizes that fit the sample are all that it takes to index and to read every modality."""
+def test_dataset_config_is_enough_to_read_a_dataset(tmp_path: Path, name: str, training: bool) -> None:
+    """`dataset=NAME` and the sizes of the sample suffice to index the clips and to read every modality."""
     data = _compose(name, tmp_path)
     write_layout(tmp_path, name, data)
     modalities = tuple(modality_specs(data))
@@ -114,7 +112,7 @@ def test_a_dataset_is_its_yaml(tmp_path: Path, name: str, training: bool) -> Non
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_check_data_reads_a_dataset_by_its_yaml(tmp_path: Path, name: str, script: Script) -> None:
+def test_check_data_reads_a_dataset_by_its_config(tmp_path: Path, name: str, script: Script) -> None:
     """Whole, then with a hole; its own annotation reader, file names and numbers."""
     write_layout(tmp_path, name, _compose(name, tmp_path))
     given = [*_overrides(name, tmp_path), "--workers", 1, "--json", tmp_path / "found.json"]
@@ -148,7 +146,7 @@ def test_check_data_names_what_it_cannot_check(tmp_path: Path, script: Script) -
     assert (done.returncode, "waer" in done.stderr) == (2, True)
 
 
-def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
+def test_error_names_the_modality_that_a_dataset_lacks(tmp_path: Path) -> None:
     data = _compose("wear", tmp_path)
     write_layout(tmp_path, "wear", data)
     with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
@@ -164,7 +162,7 @@ def test_a_dataset_without_skeletons_says_so(tmp_path: Path) -> None:
 
 
 def _overrides(name: str, root: Path) -> list[str]:
-    """The dataset, and sizes that fit the sample."""
+    """Overrides: the dataset, and the sizes of the sample."""
     sizes = (f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0")
     return [f"dataset={name}", f"data_module.target_data_dir={root}", *(f"data_module.{size}" for size in sizes)]
 
@@ -177,7 +175,7 @@ def _pretraining(name: str, root: Path, modality: str) -> PretrainConfig:
     return load_config(PretrainConfig, "config_pretrain", [f"modality={modality}", *_overrides(name, root)])
 
 
-def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> None:
+def test_unlabeled_clips_become_events_or_windows(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     clips = [
         {"video_id": "a", "start_frame": 3, "num_frames": 40},
@@ -213,14 +211,14 @@ def test_unlabelled_clips_are_taken_as_listed_or_as_windows(tmp_path: Path) -> N
         ("text", "clip 0: expected an object"),
     ],
 )
-def test_what_is_wrong_with_a_clip_is_named(tmp_path: Path, clip: object, named: str) -> None:
+def test_error_names_the_invalid_field_of_a_clip(tmp_path: Path, clip: object, named: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"clips": [clip]}))
     with pytest.raises(AnnotationError, match=named):
         load_annotations(path, annotations="clips")
 
 
-def test_duplicates_and_other_shapes_of_file_are_refused(tmp_path: Path) -> None:
+def test_duplicates_and_other_json_raise(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     clip = {"video_id": "a", "start_frame": 1, "num_frames": 9, "action_idx": 1}
     for twice in (clip, {k: v for k, v in clip.items() if k != "action_idx"}):
@@ -232,8 +230,8 @@ def test_duplicates_and_other_shapes_of_file_are_refused(tmp_path: Path) -> None
         load_annotations(path, annotations="clips")
 
 
-def test_an_actions_number_makes_its_class(tmp_path: Path) -> None:
-    """Free text beside it, another for each clip, does not make a class of each."""
+def test_number_of_the_action_is_the_class(tmp_path: Path) -> None:
+    """Clips with one number and different texts are one class."""
     path = tmp_path / "a.json"
     clips = [
         {"video_id": "a", "start_frame": s, "num_frames": 9, "action_idx": idx, "action": text}
@@ -244,8 +242,8 @@ def test_an_actions_number_makes_its_class(tmp_path: Path) -> None:
     assert labels == ["4", "4", "waits (7)", "waits (7)"]
 
 
-def test_a_video_has_one_length(tmp_path: Path) -> None:
-    """Lengths of the clips would shift clips into what is taken for the video."""
+def test_clips_with_different_video_lengths_raise(tmp_path: Path) -> None:
+    """num_frames is the length of the video, not of the clip."""
     path = tmp_path / "a.json"
     clips = [{"video_id": "a", "start_frame": s, "num_frames": n, "action_idx": 1} for s, n in ((0, 90), (50, 60))]
     path.write_text(json.dumps({"clips": clips}))
@@ -253,23 +251,13 @@ def test_a_video_has_one_length(tmp_path: Path) -> None:
         load_annotations(path, annotations="clips")
 
 
-@pytest.fixture
-def registered() -> Callable[[str], None]:
-    names: list[str] = []
-    yield names.append  # type: ignore[misc]
-    for name in names:
-        ANNOTATION_FORMATS.unregister(name)
+class TestClipsContract(AnnotationFormatContract):
+    format_name = "clips"
 
-
-def test_a_format_of_ones_own_is_one_function(tmp_path: Path, registered: Callable[[str], None]) -> None:
-    @register_annotation_format("lines")
-    def lines(path: Path, _frames: Path | None, _first: int) -> list[Rally]:
-        return [Rally(line, 20, 30.0, ()) for line in path.read_text().split()]
-
-    registered("lines")
-    (tmp_path / "a.txt").write_text("one two")
-    assert [r.video for r in load_annotations(tmp_path / "a.txt", annotations="lines")] == ["one", "two"]
-    with pytest.raises(ValueError, match="already registered"):
-        register_annotation_format("lines")(lines)
-    with pytest.raises(ValueError, match="annotation format 'nothing' is not one of f3set, clips, lines"):
-        load_annotations(tmp_path / "a.txt", annotations="nothing")
+    def write_annotations(self, path: Path, videos: Mapping[str, Sequence[int]]) -> None:
+        clips = [
+            {"video_id": video, "start_frame": frame, "num_frames": NUM_FRAMES, "action_idx": 1}
+            for video, frames in videos.items()
+            for frame in frames
+        ]
+        path.write_text(json.dumps({"clips": clips}))

@@ -1,4 +1,4 @@
-"""Splits share no match, or no class; the same seed gives the same split."""
+"""Splits share no match, or no class. The same seed gives the same split."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def rallies(matches: int = 10, each: int = 4) -> list[Rally]:
     ]
 
 
-def test_no_match_is_in_two_splits_and_none_is_lost() -> None:
+def test_every_match_is_in_exactly_one_split() -> None:
     every = rallies()
     parts = split_by_match(every, {"train": 0.7, "val": 0.2, "test": 0.1}, seed=0)
     matches = {name: {match_name(r.video) for r in part} for name, part in parts.items()}
@@ -48,19 +48,19 @@ def test_no_class_is_in_two_splits() -> None:
     assert sum(len(r.events) for part in parts.values() for r in part) == 120
 
 
-def test_rare_classes_can_be_left_out() -> None:
+def test_rare_classes_are_skipped() -> None:
     rare = Rally("match0_900_950", 51, 25.0, (Event(1, label("serve", "winner")),))
     parts = split_by_class([*rallies(), rare], {"a": 0.5, "b": 0.5}, seed=0, min_events=2)
     assert not any("winner" in e.label for part in parts.values() for r in part for e in r.events)
 
 
 @pytest.mark.parametrize("fractions", [{"a": 1.0}, {"a": 0.5, "b": 0.6}, {"a": 1.5, "b": -0.5}])
-def test_fractions_are_checked(fractions: dict[str, float]) -> None:
+def test_invalid_fractions_raise(fractions: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="fractions"):
         split_by_match(rallies(), fractions, seed=0)
 
 
-def test_too_few_matches_or_classes_are_refused() -> None:
+def test_too_few_matches_or_classes_raise() -> None:
     thirds = {"a": 0.4, "b": 0.3, "c": 0.3}
     with pytest.raises(ValueError, match="2 matches cannot make 3 splits"):
         split_by_match(rallies(2), thirds, seed=0)
