@@ -130,5 +130,6 @@ def test_modality_is_a_teacher_and_a_baseline(folder: Path, teachers: dict[str, 
     checkpoint = distill(config, tmp_path / "distill")
     assert {"cmt.mlp_to_rgb.0.weight", "cmt.mlp_to_edges.0.weight"} <= set(read_checkpoint(checkpoint).state_dict)
     evaluate_checkpoint(config, str(checkpoint), tmp_path / "evaluate")
-    networks = {row["network"] for row in json.loads((tmp_path / "evaluate/fewshot.json").read_text())["results"]}
-    assert {"student_rgb", "teacher_edges"} <= networks
+    scores = json.loads((tmp_path / "evaluate/fewshot.json").read_text())
+    assert scores["network"] == "student_rgb"
+    assert any("teacher_edges" in name for name in scores["settings"][0]["rows"])

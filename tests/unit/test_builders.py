@@ -1,4 +1,4 @@
-"""Configs to datasets: another layout is values only."""
+"""Datasets and loaders from configs."""
 
 import json
 import shutil
@@ -17,8 +17,8 @@ def _config(*arguments: str) -> PretrainConfig:
     return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *arguments])
 
 
-def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Path) -> None:
-    """The same pictures under EPIC-like names, counted from 1, with a clips[] annotation."""
+def test_other_layout_and_annotations_give_the_same_frames(tmp_path: Path) -> None:
+    """The same images with EPIC-like names, counted from 1, and annotations in the format clips."""
     root = make_tiny(tmp_path / "tiny", per_class=2)
     plain = make_clip_dataset(_config(*overrides(root)).data_module, ("rgb",), training=False, seed=0)
     clips = []
@@ -50,13 +50,13 @@ def test_a_clips_dataset_reads_the_frames_that_the_f3set_one_reads(tmp_path: Pat
         assert np.array_equal(plain[i]["rgb"], other[by_video[clip.video]]["rgb"])
 
 
-def test_rallies_that_are_too_short_are_counted(tmp_path: Path) -> None:
+def test_error_counts_too_short_rallies(tmp_path: Path) -> None:
     data = _config(*overrides(make_tiny(tmp_path)), "data_module.num_frames=16").data_module
     with pytest.raises(ConfigError, match="Of 24 rallies, 24 are shorter than the 17 frames"):
         make_clip_dataset(data, ("rgb",), training=True, seed=0)
 
 
-def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
+def test_error_counts_the_missing_files_if_no_clip_is_left(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "flow")
     (root / "flow").mkdir()
@@ -65,7 +65,7 @@ def test_nothing_left_says_what_is_lacking(tmp_path: Path) -> None:
         make_clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
 
 
-def test_skeletons_alone_are_enough_for_skeletons(tmp_path: Path) -> None:
+def test_other_modalities_are_not_required(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "frames")
     assert len(make_clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12

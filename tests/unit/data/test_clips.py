@@ -1,4 +1,4 @@
-"""Clips stay inside their video, under every anchor and rate."""
+"""Clips: frames, labels and limits of the video, for every anchor and sampling rate."""
 
 from itertools import pairwise
 
@@ -15,7 +15,7 @@ def rally(frames: int = 60, *events: tuple[int, str]) -> Rally:
     return Rally("r", frames, 25.0, tuple(Event(f, label) for f, label in events))
 
 
-def test_every_event_is_a_clip_around_or_from_its_frame() -> None:
+def test_event_is_at_the_center_or_start_of_its_clip() -> None:
     rallies = [rally(60, (20, A), (40, B))]
     center = build_index(rallies, clips="events", num_frames=8)
     assert [c.frames for c in center.clips] == [tuple(range(16, 24)), tuple(range(36, 44))]
@@ -28,7 +28,7 @@ def test_every_event_is_a_clip_around_or_from_its_frame() -> None:
 @pytest.mark.parametrize("anchor", ["center", "start"])
 @pytest.mark.parametrize("rate", [1, 3])
 @pytest.mark.parametrize("frames", [24, 25, 60])
-def test_no_clip_leaves_the_video_or_uses_its_last_frame(anchor: str, rate: int, frames: int) -> None:
+def test_clips_stay_in_the_video_without_its_last_frame(anchor: str, rate: int, frames: int) -> None:
     rallies = [rally(frames, *((f, A) for f in range(frames)))]
     index = build_index(rallies, clips="events", num_frames=8, sampling_rate=rate, anchor=anchor)
     assert len(index.clips) == frames
@@ -40,9 +40,9 @@ def test_no_clip_leaves_the_video_or_uses_its_last_frame(anchor: str, rate: int,
     assert index.report["shifted_into_video"] > 0
 
 
-def test_a_video_too_short_gives_no_clip_and_is_listed() -> None:
-    exactly = build_index([rally(9, (0, A))], clips="events", num_frames=8)
-    assert exactly.clips[0].frames == tuple(range(8))
+def test_too_short_video_has_no_clip_and_is_listed() -> None:
+    shortest = build_index([rally(9, (0, A))], clips="events", num_frames=8)
+    assert shortest.clips[0].frames == tuple(range(8))
     short = build_index([rally(8, (0, A))], clips="events", num_frames=8)
     assert (short.clips, short.report["too_short"]) == ((), ["r"])
 
@@ -69,17 +69,17 @@ def test_two_events_in_one_frame_are_two_clips() -> None:
     "wrong",
     [{"clips": "all"}, {"anchor": "end"}, {"label": "x"}, {"num_frames": 0}, {"stride": 0}, {"label_fields": ["x"]}],
 )
-def test_wrong_arguments_are_named(wrong: dict[str, object]) -> None:
+def test_error_names_the_invalid_argument(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         build_index([rally(60, (20, A))], **{"clips": "events", "num_frames": 8, **wrong})
 
 
-def test_clips_of_one_class_that_overlap_are_counted() -> None:
+def test_overlapping_clips_of_one_class_are_counted() -> None:
     events = [(10, A), (15, B), (17, A), (30, A), (38, A)]
     clips = build_index([rally(60, *events)], clips="events", num_frames=8).clips
     assert (
         count_overlapping_clips(clips) == 2
-    )  # 10 and 17 share a frame; 15 is of another class; 30 and 38 touch, no more
+    )  # 10 and 17 share a frame; 15 is of another class; 30 and 38 are adjacent
     assert (
         count_overlapping_clips(build_index([rally(60)], clips="windows", num_frames=8, stride=1).clips) == 0
     )  # no label

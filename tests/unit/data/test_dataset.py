@@ -1,4 +1,4 @@
-"""The dataset: pure samples, one view for all modalities, and a policy for what is missing."""
+"""The dataset: pure samples, one crop box for all modalities, and policies for missing data."""
 
 import multiprocessing
 import pickle
@@ -23,26 +23,26 @@ RIGHT_WRIST = 10
 CROP = (48, 80)
 
 
-def dataset(world: DotVideo, *, videos: tuple[str, ...] = ("dot",), stride: int = 4, **changes: object) -> ClipDataset:
+def dataset(video: DotVideo, *, videos: tuple[str, ...] = ("dot",), stride: int = 4, **changes: object) -> ClipDataset:
     rallies = [Rally(v, 24, 25.0, ()) for v in videos]
     index = build_index(rallies, clips="windows", num_frames=8, stride=stride, label="video")
     options = {
         "grid": (4, 6, 10),
         "crop_size": CROP,
-        "frame_size": world.size,
+        "frame_size": video.size,
         "mask_ratio": 0.75,
         "seed": 7,
         "augment": True,
         **changes,
     }
-    return ClipDataset(index, world.readers(), **options)  # type: ignore[arg-type]
+    return ClipDataset(index, video.readers(), **options)  # type: ignore[arg-type]
 
 
-def same(a: dict[str, object], b: dict[str, object]) -> bool:
+def is_same(a: dict[str, object], b: dict[str, object]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)  # type: ignore[arg-type]
 
 
-def test_a_sample_has_the_agreed_types(dot: DotVideo) -> None:
+def test_sample_has_the_documented_types(dot: DotVideo) -> None:
     sample = dataset(dot)[0]
     assert {k: (v.dtype.name, v.shape) for k, v in sample.items()} == {
         "rgb": ("uint8", (8, 64, 96, 3)),
@@ -55,24 +55,24 @@ def test_a_sample_has_the_agreed_types(dot: DotVideo) -> None:
     }
 
 
-def test_a_sample_depends_on_seed_epoch_and_clip_alone(dot: DotVideo) -> None:
+def test_sample_depends_on_seed_epoch_and_clip_alone(dot: DotVideo) -> None:
     options = {"hflip_prob": 0.5, "random_crop_min_scale": 0.5}
     ds, again = dataset(dot, **options), dataset(dot, **options)
     for key in [(0, 1), (3, 0), (0, 0)]:
         ds[key]
-    assert same(ds[(2, 1)], again[(2, 1)])
-    assert same(ds[1], again[(0, 1)])
-    views = {tuple(ds[(e, i)]["crop_box"]) for e in range(5) for i in range(4)}
-    assert len(views) == 20
+    assert is_same(ds[(2, 1)], again[(2, 1)])
+    assert is_same(ds[1], again[(0, 1)])
+    boxes = {tuple(ds[(e, i)]["crop_box"]) for e in range(5) for i in range(4)}
+    assert len(boxes) == 20
     assert not np.array_equal(ds[(0, 0)]["visible"], ds[(1, 0)]["visible"])
     assert not np.array_equal(ds[(0, 0)]["crop_box"], dataset(dot, seed=8, **options)[(0, 0)]["crop_box"])
 
 
-def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotVideo) -> None:
+def test_crop_boxes_stay_in_the_frame_and_reach_its_borders(dot: DotVideo) -> None:
     ds = dataset(dot, hflip_prob=0.3, random_crop_min_scale=0.6)
     clip = ds.index.clips[0]
-    views = np.stack([ds.crop_box(e, clip) for e in range(400)])
-    top, left, height, width, flip = views.T
+    boxes = np.stack([ds.crop_box(e, clip) for e in range(400)])
+    top, left, height, width, flip = boxes.T
     assert top.min() == left.min() == 0
     assert (top + height).max() == 64
     assert (left + width).max() == 96
@@ -82,14 +82,14 @@ def test_views_stay_in_the_frame_and_reach_its_borders(dot: DotVideo) -> None:
     assert 0.2 < flip.mean() < 0.4
 
 
-def test_evaluation_sees_the_centre_unflipped_and_unmasked(dot: DotVideo) -> None:
+def test_evaluation_uses_the_center_crop_without_flip_and_mask(dot: DotVideo) -> None:
     ds = dataset(dot, augment=False, mask_ratio=0.0, hflip_prob=1.0, random_crop_min_scale=0.5)
     assert ds[(5, 0)]["crop_box"].tolist() == [8, 8, 48, 80, 0]
     assert len(ds[0]["visible"]) == 4 * 6 * 10
 
 
 def _peak(x: torch.Tensor) -> tuple[float, float]:
-    """(x, y) centre of the positive values of (h, w)."""
+    """(x, y), the weighted mean position of the positive values of (h, w)."""
     weight = x.clamp(min=0).double()
     ys, xs = torch.meshgrid(torch.arange(x.shape[0]).double(), torch.arange(x.shape[1]).double(), indexing="ij")
     return float((weight * xs).sum() / weight.sum()), float((weight * ys).sum() / weight.sum())
@@ -100,15 +100,15 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
     "options",
     [{}, {"hflip_prob": 1.0}, {"random_crop_min_scale": 0.6}, {"hflip_prob": 0.5, "random_crop_min_scale": 0.6}],
 )
-def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotVideo, options: dict[str, float], scale: int) -> None:
+def test_pixel_flow_and_joint_stay_at_one_position(dot: DotVideo, options: dict[str, float], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
     specs = {n: get_modality(n).spec(mean=(0.0,), std=(1.0,)) for n in BUILTIN_MODALITIES}
     specs["skeleton"] = replace(specs["skeleton"], input_stride=scale, sigma=1.0)
     compared = 0
     for epoch, i in [(e, i) for e in range(4) for i in range(len(ds))]:
         batch = default_collate([ds[(epoch, i)]])
-        view = batch["crop_box"][0]
-        flip, zoom = bool(view[4]), np.array([CROP[1], CROP[0]]) / view[[3, 2]].numpy()
+        box = batch["crop_box"][0]
+        flip, zoom = bool(box[4]), np.array([CROP[1], CROP[0]]) / box[[3, 2]].numpy()
         rgb = preprocess_clips(batch["rgb"], batch["crop_box"], specs["rgb"], CROP)[0]
         flow = preprocess_clips(batch["flow"], batch["crop_box"], specs["flow"], CROP)[0]
         size = (CROP[0] // scale, CROP[1] // scale)
@@ -116,23 +116,23 @@ def test_dot_flow_and_joint_stay_on_one_pixel(dot: DotVideo, options: dict[str, 
         wrist = RIGHT_WRIST if flip else LEFT_WRIST
         assert float(joints[[j for j in range(17) if j != wrist]].abs().sum()) == 0
         for position, k in enumerate(ds.index.clips[i].frames):
-            x, y = (dot.positions[k] - view[[1, 0]].numpy() + 0.5) * zoom - 0.5
+            x, y = (dot.positions[k] - box[[1, 0]].numpy() + 0.5) * zoom - 0.5
             x = CROP[1] - 1 - x if flip else x
             if not (6 < x < CROP[1] - 7 and 6 < y < CROP[0] - 7):
-                continue  # the dot lies on the border or outside of this view
+                continue  # the dot is at the border of the crop or outside
             compared += 1
             red = rgb[0, position] - rgb[2, position] - 0.2
             assert _peak(red) == pytest.approx((x, y), abs=0.35)
-            moved = (dot.positions[k + 1] - dot.positions[k]) * zoom * (np.array([-1, 1]) if flip else 1)
+            displacement = (dot.positions[k + 1] - dot.positions[k]) * zoom * (np.array([-1, 1]) if flip else 1)
             assert _peak(flow[0, position].abs()) == pytest.approx((x, y), abs=0.35)
             strongest = flow[:, position].flatten(1)[:, int(flow[0, position].abs().argmax())]
-            np.testing.assert_allclose(strongest, moved, rtol=0.05)
+            np.testing.assert_allclose(strongest, displacement, rtol=0.05)
             in_input = tuple(scale * (v + 0.5) - 0.5 for v in _peak(joints[wrist, position]))
             assert in_input == pytest.approx((x, y), abs=0.3 * scale)
     assert compared > 40
 
 
-def test_workers_give_what_the_main_process_gives(dot: DotVideo) -> None:
+def test_workers_and_main_process_give_equal_batches(dot: DotVideo) -> None:
     ds = dataset(dot, hflip_prob=0.5)
 
     def batches(workers: int) -> list[dict[str, torch.Tensor]]:
@@ -144,16 +144,16 @@ def test_workers_give_what_the_main_process_gives(dot: DotVideo) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def _two(tmp_path: Path) -> DotVideo:
-    world = write_dot_video(tmp_path)
+def _write_two_videos(tmp_path: Path) -> DotVideo:
+    video = write_dot_video(tmp_path)
     write_dot_video(tmp_path, video="gap")
-    return world
+    return video
 
 
-def test_missing_error_names_clip_and_file(tmp_path: Path) -> None:
-    world = _two(tmp_path)
+def test_on_missing_error_names_clip_and_file(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
     (tmp_path / "flow/gap/pair_00005.npy").unlink()
-    ds = dataset(world, videos=("dot", "gap"))
+    ds = dataset(video, videos=("dot", "gap"))
     assert len(ds) == 8
     with pytest.raises(FrameError, match=r"clip gap:000004: .*pair_00005.npy: no such flow file"):
         ds[5]
@@ -162,11 +162,11 @@ def test_missing_error_names_clip_and_file(tmp_path: Path) -> None:
         list(loader)
 
 
-def test_missing_skip_leaves_clips_out_and_counts_them(tmp_path: Path) -> None:
-    world = _two(tmp_path)
+def test_on_missing_skip_removes_and_counts_clips(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
     (tmp_path / "flow/gap/pair_00005.npy").unlink()
     (tmp_path / "skeleton/dot.pkl").unlink()
-    ds = dataset(world, videos=("dot", "gap"), on_missing="skip")
+    ds = dataset(video, videos=("dot", "gap"), on_missing="skip")
     assert [c.id for c in ds.index.clips] == ["gap:000008", "gap:000012"]
     report = ds.missing_report()
     assert report["clips_skipped"] == {"flow": {"gap": 2}, "skeleton": {"dot": 4}}
@@ -174,12 +174,12 @@ def test_missing_skip_leaves_clips_out_and_counts_them(tmp_path: Path) -> None:
     assert ds.index.classes == ("dot", "gap")
 
 
-def test_missing_repeat_counts_frames_once_over_all_workers(tmp_path: Path) -> None:
-    world = _two(tmp_path)
+def test_on_missing_repeat_counts_each_frame_once_over_all_workers(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
     (tmp_path / "flow/gap/pair_00001.npy").unlink()
     (tmp_path / "frames/gap/000013.jpg").write_bytes(b"")
     (tmp_path / "skeleton/dot.pkl").unlink()
-    ds = dataset(world, videos=("dot", "gap"), stride=8, on_missing="repeat")
+    ds = dataset(video, videos=("dot", "gap"), stride=8, on_missing="repeat")
     assert [c.id for c in ds.index.clips] == ["gap:000000", "gap:000008"]
     for _ in range(2):
         list(DataLoader(ds, batch_size=1, num_workers=2))
@@ -189,45 +189,45 @@ def test_missing_repeat_counts_frames_once_over_all_workers(tmp_path: Path) -> N
     np.testing.assert_array_equal(ds[0]["flow"][1], ds[0]["flow"][0])
 
 
-def test_what_turns_out_unreadable_is_replaced_in_training_and_raises_in_evaluation(tmp_path: Path) -> None:
-    world = _two(tmp_path)
+def test_unreadable_clip_is_replaced_in_training_and_raises_in_evaluation(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
     jpeg = tmp_path / "frames/gap/000022.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:500])
     options: dict[str, object] = {"videos": ("dot", "gap"), "on_missing": "skip", "stride": 1}
-    ds = dataset(world, max_replaced_fraction=0.1, **options)  # type: ignore[arg-type]
-    bad = next(i for i, c in enumerate(ds.index.clips) if 22 in c.frames and c.video == "gap")
-    replaced = ds[(3, bad)]
-    assert int(replaced["index"]) != bad
-    assert same(replaced, ds[(3, int(replaced["index"]))])
-    assert same(replaced, dataset(world, max_replaced_fraction=0.1, **options)[(3, bad)])  # type: ignore[arg-type]
+    ds = dataset(video, max_replaced_fraction=0.1, **options)  # type: ignore[arg-type]
+    damaged = next(i for i, c in enumerate(ds.index.clips) if 22 in c.frames and c.video == "gap")
+    replaced = ds[(3, damaged)]
+    assert int(replaced["index"]) != damaged
+    assert is_same(replaced, ds[(3, int(replaced["index"]))])
+    assert is_same(replaced, dataset(video, max_replaced_fraction=0.1, **options)[(3, damaged)])  # type: ignore[arg-type]
     assert ds.missing_report()["clips_replaced"] == {"gap": 1}
     with pytest.raises(FrameError, match="truncated JPEG"):
-        dataset(world, augment=False, **options)[bad]  # type: ignore[arg-type]
+        dataset(video, augment=False, **options)[damaged]  # type: ignore[arg-type]
 
 
-def test_more_unreadable_clips_than_the_budget_is_an_error(tmp_path: Path) -> None:
-    world = _two(tmp_path)
+def test_more_unreadable_clips_than_the_maximum_raise(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
     for k in range(24):
         (tmp_path / f"frames/gap/{k:06d}.jpg").write_bytes(b"")
-    ds = dataset(world, videos=("dot", "gap"), on_missing="skip")
+    ds = dataset(video, videos=("dot", "gap"), on_missing="skip")
     with pytest.raises(FrameError, match=r"more than 1 of 8 clips cannot be read.*check_data"):
         list(map(ds.__getitem__, range(8)))
 
 
-def test_a_dataset_survives_spawned_workers(dot: DotVideo) -> None:
+def test_dataset_works_in_spawned_workers(dot: DotVideo) -> None:
     ds = pickle.loads(pickle.dumps(dataset(dot)))
-    assert same(ds[0], dataset(dot)[0])
+    assert is_same(ds[0], dataset(dot)[0])
     context = multiprocessing.get_context("spawn")
     loader = DataLoader(dataset(dot), batch_size=4, num_workers=1, multiprocessing_context=context)
     assert len(list(loader)) == 1
 
 
-def test_wrong_arguments_are_named(dot: DotVideo) -> None:
+def test_error_names_the_invalid_argument(dot: DotVideo) -> None:
     for wrong in ({"on_missing": "zero"}, {"crop_size": (80, 80)}, {"random_crop_min_scale": 0.0}, {"mask_ratio": 1.0}):
         with pytest.raises(ValueError, match=r"on_missing=|crop_size=|random_crop_min_scale=|ratio"):
             dataset(dot, **wrong)
 
 
-def test_no_data_left_behind(dot: DotVideo) -> None:
+def test_dataset_can_be_empty_after_skipping(dot: DotVideo) -> None:
     shutil.rmtree(dot.root / "flow")
     assert len(dataset(dot, on_missing="skip")) == 0

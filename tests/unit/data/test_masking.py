@@ -1,4 +1,4 @@
-"""Masks: the same number of visible tokens always, tubes through time, every place equally often."""
+"""Masks: a constant number of visible tokens, tubes through time, and a uniform distribution."""
 
 import numpy as np
 import pytest
@@ -8,20 +8,20 @@ from mmdistill.data.masking import sample_decoder_tokens, sample_visible_tokens
 
 @pytest.mark.parametrize("kind", ["tube", "random"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75, 0.9, 0.95])
-def test_the_number_of_visible_tokens_depends_on_nothing_random(kind: str, ratio: float) -> None:
+def test_number_of_visible_tokens_is_constant(kind: str, ratio: float) -> None:
     grid = (8, 14, 24)
     unit = 14 * 24 if kind == "tube" else 8 * 14 * 24
-    wanted = (unit - round(ratio * unit)) * (8 if kind == "tube" else 1)
+    expected = (unit - round(ratio * unit)) * (8 if kind == "tube" else 1)
     for seed in range(20):
         got = sample_visible_tokens(grid, ratio=ratio, mask_type=kind, rng=np.random.default_rng(seed))
         assert got.dtype == np.int64
-        assert len(got) == wanted
+        assert len(got) == expected
         assert (np.diff(got) > 0).all()
         assert got[0] >= 0
         assert got[-1] < 8 * 14 * 24
 
 
-def test_a_tube_shows_the_same_places_at_all_times() -> None:
+def test_tube_has_the_same_positions_at_all_times() -> None:
     got = sample_visible_tokens((4, 3, 5), ratio=0.6, mask_type="tube", rng=np.random.default_rng(0)).reshape(4, -1)
     assert (got - np.arange(4)[:, None] * 15 == got[0]).all()
 
@@ -35,7 +35,7 @@ def test_every_token_is_visible_equally_often(kind: str) -> None:
     assert np.abs(seen / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
 
 
-def test_bad_masks_are_refused() -> None:
+def test_invalid_masks_raise() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="tube, random"):
         sample_visible_tokens((2, 2, 2), ratio=0.5, mask_type="block", rng=rng)
@@ -45,13 +45,13 @@ def test_bad_masks_are_refused() -> None:
         sample_visible_tokens((2, 2, 2), ratio=0.9, mask_type="tube", rng=rng)
 
 
-def test_the_predicted_part_is_of_each_place_equally_often() -> None:
+def test_decoder_tokens_are_sampled_uniformly() -> None:
     counts = np.zeros(10)
     for seed in range(2000):
-        part = sample_decoder_tokens(10, ratio=0.7, rng=np.random.default_rng(seed))
-        assert part.dtype == np.int64
-        assert len(part) == len(set(part)) == 3
-        assert (np.diff(part) > 0).all()
-        counts[part] += 1
+        sampled = sample_decoder_tokens(10, ratio=0.7, rng=np.random.default_rng(seed))
+        assert sampled.dtype == np.int64
+        assert len(sampled) == len(set(sampled)) == 3
+        assert (np.diff(sampled) > 0).all()
+        counts[sampled] += 1
     assert abs(counts / 2000 - 0.3).max() < 0.05  # five standard errors
     assert len(sample_decoder_tokens(10, ratio=0.99, rng=np.random.default_rng(0))) == 1

@@ -1,4 +1,4 @@
-"""Over all ranks nothing is repeated or lost, and a resumed sampler continues as if it had not stopped."""
+"""Over all ranks no clip is repeated or lost, and a resumed sampler gives the remaining batches."""
 
 import pytest
 
@@ -22,18 +22,18 @@ def test_ranks_share_an_epoch(world: int, n: int, drop_last: bool) -> None:
         assert all(len(batch) == 2 for rank in batches for batch in rank)
 
 
-def test_a_resumed_sampler_asks_for_the_same_batches() -> None:
-    whole = EpochBatchSampler(23, batch_size=2, seed=1, epoch=4, rank=1, world_size=2)
-    every = list(whole)
-    later = EpochBatchSampler(23, batch_size=2, seed=1, rank=1, world_size=2)
-    later.set_state(4, 3)
-    assert list(later) == every[3:]
-    assert len(later) == len(every)
-    later.set_state(5, 0)
-    assert [i for b in later for _, i in b] != [i for b in every for _, i in b]
+def test_resumed_sampler_gives_the_remaining_batches() -> None:
+    sampler = EpochBatchSampler(23, batch_size=2, seed=1, epoch=4, rank=1, world_size=2)
+    batches = list(sampler)
+    resumed = EpochBatchSampler(23, batch_size=2, seed=1, rank=1, world_size=2)
+    resumed.set_state(4, 3)
+    assert list(resumed) == batches[3:]
+    assert len(resumed) == len(batches)
+    resumed.set_state(5, 0)
+    assert [i for b in resumed for _, i in b] != [i for b in batches for _, i in b]
 
 
-def test_in_order_without_shuffling() -> None:
+def test_order_without_shuffling() -> None:
     assert list(EpochBatchSampler(5, batch_size=2, seed=0, shuffle=False, drop_last=False)) == [
         [(0, 0), (0, 1)],
         [(0, 2), (0, 3)],
@@ -41,12 +41,12 @@ def test_in_order_without_shuffling() -> None:
     ]
 
 
-def test_the_order_is_fixed_for_all_time() -> None:
-    """Another order would change what a resumed run sees."""
+def test_order_never_changes() -> None:
+    """Another order would change the batches of a resumed run."""
     assert [i for b in EpochBatchSampler(8, batch_size=2, seed=0, epoch=1) for _, i in b] == [2, 1, 6, 0, 7, 4, 5, 3]
 
 
-def test_wrong_places_are_refused() -> None:
+def test_invalid_positions_raise() -> None:
     with pytest.raises(ValueError, match="rank=2"):
         EpochBatchSampler(8, batch_size=2, seed=0, rank=2, world_size=2)
     with pytest.raises(ValueError, match="start_batch=9"):
