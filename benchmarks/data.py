@@ -1,9 +1,9 @@
-"""What loading costs: ms per clip by part on one core, rendering of heat-maps, clips per second against workers.
+"""Cost of data loading: ms per clip and part on one core, rendering of heat-maps, clips per second by workers.
 
     python benchmarks/data.py [--workers 0 1 2]
-    python benchmarks/data.py --wait     # the trainings' own data wait: full size (ViT-S), 1 worker, batch 1
+    python benchmarks/data.py --wait     # data wait of both trainings: full size (ViT-S), 1 worker, batch 1
 
-Makes one rally of 16-frame material at 224 x 398 in a temporary folder: JPEG frames, float32 flow, a skeleton pickle.
+It writes one rally of 64 frames of 224 x 398 px to a temporary folder: JPEG frames, float32 flow, a skeleton pickle.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SIZE, CROP, FRAMES = (224, 398), (224, 384), 64
 
 
 def main() -> None:
-    """Make the data, measure, print."""
+    """Write the data, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=30)
@@ -51,25 +51,25 @@ def main() -> None:
     init_worker(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        _make(root)
+        _write_data(root)
         if options.wait:
-            _wait(root)
+            _measure_data_wait(root)
             return
         dataset = _dataset(root)
-        _parts(root, dataset, options.repeats)
+        _measure_parts(root, dataset, options.repeats)
         for workers in options.workers:
-            _throughput(dataset, workers)
+            _measure_throughput(dataset, workers)
 
 
-def _make(root: Path) -> None:
+def _write_data(root: Path) -> None:
     rng = np.random.default_rng(0)
     (root / "rgb/r").mkdir(parents=True)
     (root / "flow/r").mkdir(parents=True)
     scene = cv2.GaussianBlur(rng.integers(0, 255, (SIZE[0], SIZE[1] + FRAMES, 3), np.uint8), (0, 0), 3)
     scene = cv2.normalize(scene, None, 0, 255, cv2.NORM_MINMAX)
     for k in range(FRAMES):
-        picture = cv2.add(scene[:, k : k + SIZE[1]], rng.integers(0, 6, (*SIZE, 3), np.uint8))
-        cv2.imwrite(str(root / f"rgb/r/{k:06d}.jpg"), picture, [cv2.IMWRITE_JPEG_QUALITY, 95])
+        image = cv2.add(scene[:, k : k + SIZE[1]], rng.integers(0, 6, (*SIZE, 3), np.uint8))
+        cv2.imwrite(str(root / f"rgb/r/{k:06d}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
         flow = rng.normal(0, 2, (2, *SIZE)).astype(np.float32)
         write_flow(root / f"flow/r/pair_{k:05d}.npy", flow, dtype="float32")
     entry = {
@@ -98,7 +98,7 @@ def _dataset(root: Path) -> ClipDataset:
 
 
 def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """(median, fastest) ms of CPU time: what one core needs, whatever else the machine does."""
+    """(median, fastest) CPU time of a call in ms, which is independent of other load."""
     call()
     times = []
     for _ in range(repeats):
@@ -108,7 +108,7 @@ def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:
     return statistics.median(times), min(times)
 
 
-def _parts(root: Path, dataset: ClipDataset, repeats: int) -> None:
+def _measure_parts(root: Path, dataset: ClipDataset, repeats: int) -> None:
     readers, frames = _readers(root), range(8, 24)
     calls: dict[str, Callable[[], object]] = {
         "rgb, 16 JPEGs": lambda: readers["rgb"].read("r", frames),
@@ -126,10 +126,10 @@ def _parts(root: Path, dataset: ClipDataset, repeats: int) -> None:
         median, fastest = _time(call, repeats)
         print(f"{name:32} {median:8.2f} {fastest:8.2f}")
     size = sum(value.numel() * value.element_size() for value in batch.values())
-    print(f"{'handed over by a worker':32} {size / 1e6:8.2f} MB")
+    print(f"{'sent by a worker':32} {size / 1e6:8.2f} MB")
 
 
-def _throughput(dataset: ClipDataset, workers: int) -> None:
+def _measure_throughput(dataset: ClipDataset, workers: int) -> None:
     sampler = EpochBatchSampler(len(dataset), batch_size=4, seed=0)
     loader = DataLoader(
         dataset,
@@ -146,16 +146,16 @@ def _throughput(dataset: ClipDataset, workers: int) -> None:
     print(f"{workers} workers: {clips / (time.perf_counter() - start):.1f} clips/s")
 
 
-def _wait(root: Path) -> None:
-    """Both trainings for two epochs of 13 steps; the first epoch starts the worker."""
+def _measure_data_wait(root: Path) -> None:
+    """Run both trainings for two epochs of 13 steps. The first epoch starts the worker."""
     rally = {"video": "r", "fps": 25.0, "height": SIZE[0], "width": SIZE[1], "num_frames": FRAMES, "events": []}
     (root / "unlabel.json").write_text(json.dumps([rally]))
     for modality in BUILTIN_MODALITIES:
         spec = get_modality(modality).spec()
         height, width, patch = CROP[0] // spec.input_stride, CROP[1] // spec.input_stride, 16 // spec.input_stride
-        geometry = EncoderConfig(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
-        state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
-        meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(geometry)}}
+        encoder_config = EncoderConfig(spec.channels, 16, height, width, patch, 2, 384, 12, 6, 64, 1536)
+        state = {f"encoder.{k}": v for k, v in Encoder(encoder_config).state_dict().items()}
+        meta = {"kind": "pretrain", "modality": modality, "encoders": {"encoder": to_plain(encoder_config)}}
         save_torch({"state_dict": state, "mmdistill": meta}, root / f"{modality}.ckpt")
     teachers = ",".join(f"{m}:{root / m}.ckpt" for m in BUILTIN_MODALITIES)
     common = [

@@ -92,7 +92,7 @@ def chunked_attention(q: Tensor, k: Tensor, v: Tensor, chunks: int) -> Tensor:
 
 
 def _chunks(tensors: Iterable[Tensor], *, per_head: bool) -> Iterator[tuple[Tensor, ...]]:
-    """What is computed together: each head of each clip, or the whole (B, heads, N, d) tensors."""
+    """The tensors of one product: each head of each clip, or the complete (B, heads, N, d) tensors."""
     return zip(*([head for clip in x for head in clip] if per_head else [x] for x in tensors), strict=True)
 
 

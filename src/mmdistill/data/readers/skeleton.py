@@ -36,7 +36,7 @@ class SkeletonReader(KeypointReader):
         cache_bytes: int = SKELETON_CACHE_BYTES,
     ) -> None:
         self.root, self.frame_size = str(root), frame_size
-        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
+        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or self.pattern, cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self.files_read = 0
