@@ -1,4 +1,4 @@
-"""Runs DeepSpeed engines for test_engine.py: one interpreter imports everything, then forks the ranks of each scenario.
+"""Runs DeepSpeed engines for test_deepspeed_engine.py: one interpreter imports all and forks the ranks of a scenario.
 
 python -m tests.integration.deepspeed_engine_worker FOLDER     # writes FOLDER/results.json
 """
@@ -22,12 +22,12 @@ import torch
 
 from mmdistill.checkpoint import (
     CheckpointError,
+    deepspeed_engine,
     latest_valid_checkpoint,
     load_deepspeed,
     read_checkpoint,
     save_deepspeed,
 )
-from mmdistill.checkpoint import deepspeed_engine as layer
 from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
@@ -41,7 +41,7 @@ META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
 def launch(
     world: int, scenario: Callable[..., None], *args: object, kill: tuple[int, Callable[[], None]] | None = None
 ) -> list[int]:
-    """Fork `world` ranks; exit codes. With `kill` = (rank, wait), it gets SIGKILL after `wait`, then the rest."""
+    """Fork `world` ranks and return exit codes. `kill` = (rank, wait) kills that rank after `wait`, then the others."""
 
     def job(rank: int) -> None:
         deepspeed.init_distributed("gloo")
@@ -61,15 +61,15 @@ def launch(
     return wait_for(ranks)
 
 
-def build(stage: int, bf16: bool):
+def make_engine(stage: int, bf16: bool):
     net = model()
     if bf16:
         cast_key_bias(net)
     return engine_for(net, stage, bf16)
 
 
-def outcome(action: Callable[[], object]) -> dict:
-    """What an action raised, and how long it took."""
+def run_action(action: Callable[[], object]) -> dict:
+    """Error of an action, and its duration."""
     start = time.perf_counter()
     try:
         action()
@@ -79,27 +79,27 @@ def outcome(action: Callable[[], object]) -> dict:
     return {"raised": raised, "seconds": time.perf_counter() - start}
 
 
-def put(folder: Path, name: str, rank: int, value: object) -> None:
+def save_result(folder: Path, name: str, rank: int, value: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.{rank}.json").write_text(json.dumps(value))
 
 
 def resume(rank: int, folder: Path, world: int) -> None:
-    """Save after two steps and go on; a new engine that loads must see the same losses and client state."""
+    """Save after two steps and continue; a new engine that loads must give the same losses and client state."""
     for stage, bf16 in KINDS:
         name = f"stage{stage}-{'bf16' if bf16 else 'fp32'}"
-        engine = build(stage, bf16)
+        engine = make_engine(stage, bf16)
         train(engine, 2, bf16)
         client = {"position": 7 + rank, "rng": torch.get_rng_state()}
         path = save_deepspeed(engine, folder / f"w{world} [1], a=b é" / name, META, client)
         losses = train(engine, 2, bf16, start=2)
-        again = build(stage, bf16)
+        again = make_engine(stage, bf16)
         restored = load_deepspeed(again, path)
-        stock = build(stage, bf16)
-        with layer._glob_safe_path(path) as plain:
+        stock = make_engine(stage, bf16)
+        with deepspeed_engine._glob_safe_path(path) as plain:
             stock.load_checkpoint(plain)
         trained = [t for k, t in read_checkpoint(path).state_dict.items() if "decoder.norm" not in k]
-        put(folder, f"resume-w{world}-{name}", rank, {
+        save_result(folder, f"resume-w{world}-{name}", rank, {
             "losses": losses, "resumed": train(again, 2, bf16, start=2), "stock": train(stock, 2, bf16, start=2),
             "position": restored["position"], "rng": torch.equal(restored["rng"], client["rng"]),
             "steps": again.global_steps, "keys": sorted(restored), "dtypes": sorted({str(t.dtype) for t in trained}),
@@ -107,73 +107,73 @@ def resume(rank: int, folder: Path, world: int) -> None:
 
 
 def mismatch(rank: int, folder: Path) -> None:
-    """One process: directories of two processes, other stages, another precision, and nothing at all."""
+    """One process loads directories of two processes, other stages, another precision, and a missing one."""
     other = folder / "w2 [1], a=b é"
     cases = {"world": (1, False, other / "stage1-fp32"), "stage": (0, False, other / "stage2-fp32"),
              "up": (1, False, other / "stage0-fp32"), "precision": (1, True, other / "stage1-fp32"),
              "absent": (0, False, other / "stage9"), "parent": (0, False, other)}  # fmt: skip
     for name, (stage, bf16, path) in cases.items():
-        engine = build(stage, bf16)
+        engine = make_engine(stage, bf16)
         before = [p.detach().clone() for p in engine.module.parameters()]
-        told = outcome(lambda engine=engine, path=path: load_deepspeed(engine, path))
-        told["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
-        put(folder, f"mismatch-{name}", rank, told)
-    engine = build(0, False)  # a replicated optimizer does not mind how many there are
-    put(folder, "mismatch-replicated", rank, outcome(lambda: load_deepspeed(engine, other / "stage0-fp32")))
+        result = run_action(lambda engine=engine, path=path: load_deepspeed(engine, path))
+        result["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
+        save_result(folder, f"mismatch-{name}", rank, result)
+    engine = make_engine(0, False)  # a replicated optimizer loads with any number of processes
+    save_result(folder, "mismatch-replicated", rank, run_action(lambda: load_deepspeed(engine, other / "stage0-fp32")))
 
 
 def full_disk(rank: int, folder: Path) -> None:
-    """ENOSPC on one rank only, in its shard or in rank 0's manifest: all ranks say the same, and the old one stays."""
-    engine = build(2, False)
+    """ENOSPC on one rank, in its shard or in rank 0's manifest: all ranks raise it, and the old checkpoint stays."""
+    engine = make_engine(2, False)
     train(engine, 1, False)
     path = save_deepspeed(engine, folder / "full" / "last", META, {})
     stamp = verify_manifest(path)
     train(engine, 1, False, start=1)
-    torch_writer, small_writer = layer.write_torch, layer.write_bytes
+    torch_writer, small_writer = deepspeed_engine.write_torch, deepspeed_engine.write_bytes
 
     def fail(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
     if rank == 1:
-        layer.write_torch = fail
-    first = outcome(lambda: save_deepspeed(engine, path, META, {}))
-    layer.write_torch = torch_writer
+        deepspeed_engine.write_torch = fail
+    first = run_action(lambda: save_deepspeed(engine, path, META, {}))
+    deepspeed_engine.write_torch = torch_writer
     if rank == 0:
-        layer.write_bytes = fail
-    second = outcome(lambda: save_deepspeed(engine, path, META, {}))
-    layer.write_bytes = small_writer
-    told = {"first": first, "second": second, "old": verify_manifest(path) == stamp}
-    torch.distributed.barrier()  # rank 0 cleans up after all have been told
-    told["left"] = sorted(os.listdir(path.parent))
+        deepspeed_engine.write_bytes = fail
+    second = run_action(lambda: save_deepspeed(engine, path, META, {}))
+    deepspeed_engine.write_bytes = small_writer
+    result = {"first": first, "second": second, "old": verify_manifest(path) == stamp}
+    torch.distributed.barrier()  # rank 0 cleans up after all ranks have the error
+    result["left"] = sorted(os.listdir(path.parent))
     torch.distributed.barrier()
-    tempfile.tempdir = str(folder / "no such folder")  # and needs no $TMPDIR
+    tempfile.tempdir = str(folder / "no such folder")  # $TMPDIR is not needed
     save_deepspeed(engine, path, META, {})  # the engine still works
     tempfile.tempdir = None
-    told["step"] = (verify_manifest(path) or {})["step"]
-    put(folder, "full", rank, told)
+    result["step"] = (verify_manifest(path) or {})["step"]
+    save_result(folder, "full", rank, result)
 
 
-def endless(rank: int, folder: Path, stage: int) -> None:
+def train_until_killed(rank: int, folder: Path, stage: int) -> None:
     """Train and save until killed."""
-    engine = build(stage, False)
+    engine = make_engine(stage, False)
     for step in range(10000):
         train(engine, 1, False, start=step)
         save_deepspeed(engine, folder / f"epoch={step:02d}-loss=1.0000", {**META, "epoch": step}, {})
 
 
-def between(rank: int, folder: Path) -> None:
-    """Re-save the same name; rank 1 dies where its own shard should be written."""
-    engine = build(2, False)
+def kill_between_shards(rank: int, folder: Path) -> None:
+    """Save under the same name again; rank 1 is killed before it writes its shard."""
+    engine = make_engine(2, False)
     train(engine, 1, False)
     save_deepspeed(engine, folder / "last", META, {})
     train(engine, 1, False, start=1)
     if rank == 1:
-        layer.write_torch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        deepspeed_engine.write_torch = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     save_deepspeed(engine, folder / "last", META, {})
 
 
-def judge(folder: Path) -> dict:
-    """What a resume would find: the newest verified checkpoint, and the steps in all of its files."""
+def inspect_folder(folder: Path) -> dict:
+    """Find what a resume would use: the newest valid checkpoint, and the steps in all of its files."""
     unfinished = [n for n in os.listdir(folder) if n.startswith(".tmp-")]
     path = latest_valid_checkpoint(folder)
     if path is None:
@@ -191,14 +191,14 @@ def judge(folder: Path) -> dict:
     }
 
 
-def loads(rank: int, folder: Path, path: Path) -> None:
-    engine = build(2, False)
+def load_after_kill(rank: int, folder: Path, path: Path) -> None:
+    engine = make_engine(2, False)
     load_deepspeed(engine, path)
-    put(folder, "after-kill", rank, engine.global_steps)
+    save_result(folder, "after-kill", rank, engine.global_steps)
 
 
 def main(folder: Path) -> None:
-    """All scenarios."""
+    """Run all scenarios."""
     import_zero()
     results: dict = {"codes": {}}
     for world in (1, 2):
@@ -218,16 +218,16 @@ def main(folder: Path) -> None:
                 time.sleep(0.01)
             time.sleep(delay)
 
-        launch(2, endless, target, (1, 2)[seed % 2], kill=(rank, wait))
-        kills.append(judge(target))
+        launch(2, train_until_killed, target, (1, 2)[seed % 2], kill=(rank, wait))
+        kills.append(inspect_folder(target))
     results["kills"] = kills
     newest = latest_valid_checkpoint(folder / "kill1")
     if newest:
-        results["codes"]["after"] = launch(2, loads, folder, newest)
+        results["codes"]["after"] = launch(2, load_after_kill, folder, newest)
         results["after"] = (verify_manifest(newest) or {})["step"]
     (folder / "between").mkdir()
-    results["codes"]["between"] = launch(2, between, folder / "between")
-    results["between"] = judge(folder / "between")
+    results["codes"]["between"] = launch(2, kill_between_shards, folder / "between")
+    results["between"] = inspect_folder(folder / "between")
     for file in folder.glob("*.json"):
         name, rank = file.name.removesuffix(".json").rsplit(".", 1)
         results.setdefault(name, {})[rank] = json.loads(file.read_text())

@@ -275,7 +275,8 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 SAVE_WITH_FULL_TMPDIR = """
 import os, sys, tempfile
 from pathlib import Path
-from tests.integration.test_checkpoint_faults import make_model, read_checkpoint, write_lightning, write_native, save_safetensors
+from tests.integration.test_checkpoint_faults import make_model, write_lightning, write_native
+from mmdistill.checkpoint import read_checkpoint, save_safetensors
 from mmdistill.distill.callbacks import VerifiedCheckpointIO
 tempfile.tempdir = os.environ["TMPDIR"]  # Python would look for another one by itself
 try:

@@ -1,6 +1,6 @@
-"""The checkpoint layer: every format in, no weight lost, nothing half-written. See docs/checkpoint_formats.md.
+"""Checkpoints: reading all formats, strict loading, atomic writing. See docs/checkpoint_formats.md.
 
-Names are imported when they are first used, so that `find_checkpoints` does not wait for torch.
+Names are imported on first use, so that `find_checkpoints` does not import torch.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmdistill.checkpoint.retention import latest_valid_checkpoint, prune
     from mmdistill.checkpoint.write import load_torch, save_safetensors, save_torch
 
-_HOME = {
+_MODULE_OF = {
     "Checkpoint": "read",
     "CheckpointError": "errors",
     "CheckpointFormat": "formats.names",
@@ -86,6 +86,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
