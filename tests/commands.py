@@ -22,7 +22,7 @@ RANK_VARIABLES = (
     "MASTER_PORT",
     "DS_ACCELERATOR",
 )
-TIMEOUT = 1400.0  # seconds until a command counts as hung, also on a busy machine
+TIMEOUT = 2800.0  # seconds until a command counts as hung, also on a busy machine
 
 
 def environment(*, gpus: bool = False, **more: str) -> dict[str, str]:

@@ -95,7 +95,8 @@ def _run_command(command: dict[str, object]) -> int:
     for name, target in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(str(command[name]), os.O_WRONLY | os.O_CREAT | os.O_APPEND), target)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
     os.chdir(str(command["cwd"]))
     os.environ.clear()
     os.environ.update(command["env"])  # type: ignore[call-overload]

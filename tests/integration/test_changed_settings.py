@@ -174,9 +174,7 @@ def test_resumed_pretraining_uses_the_configs_weight_decay(
 
 
 @pytest.mark.parametrize("changed", ["model.heads=4", "data_module.modalities.rgb.mean=[0.5]"])
-def test_resumed_pretraining_rejects_other_heads_and_statistics(
-    pretrained: Path, folder: Path, changed: str
-) -> None:
+def test_resumed_pretraining_rejects_other_heads_and_statistics(pretrained: Path, folder: Path, changed: str) -> None:
     """These settings do not change the shape of any tensor."""
     with pytest.raises(ConfigError, match="was trained with other settings"):
         loop.pretrain(_pretrain(folder, "trainer.epochs=2", changed, f"resume={pretrained}"), pretrained.parents[1])

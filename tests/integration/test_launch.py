@@ -15,7 +15,7 @@ import pytest
 
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from tests.commands import environment
+from tests.commands import environment, run_python
 from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.multiprocess
@@ -23,13 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = environment(DS_ACCELERATOR="cpu")
 HANG_TIMEOUT_S = 300.0  # seconds until a run counts as hung, also on a busy machine
+NO_LOCAL_RANK = [
+    *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"),
+    *("--master_port", str(launch.free_port())),
+]
 LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],
     "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(launch.free_port())],
-    "deepspeed --no_local_rank": [
-        *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"),
-        *("--master_port", str(launch.free_port())),
-    ],
     "devices=2": [sys.executable],
 }
 
@@ -49,14 +49,14 @@ def _command(launcher: str, data: list[str], folder: str, *arguments: str) -> li
 def single_process_loss(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> float:
     """Loss of a run of one process with the same global batch."""
     run = tmp_path_factory.mktemp("single")
-    command = [a for a in _command("devices=2", data, str(run)) if a not in ("devices=2", "batch_size=4")]
-    subprocess.run([*command, "batch_size=8"], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=HANG_TIMEOUT_S)
+    _, *command = _command("devices=2", data, str(run))
+    run_python(*(a for a in command if a not in ("devices=2", "batch_size=4")), "batch_size=8")
     return _loss(run)
 
 
-def _loss(run: Path) -> float:
+def _loss(run: Path, column: str = "loss") -> float:
     with (run / "metrics.csv").open(newline="") as file:
-        return float(next(csv.DictReader(file))["loss"])
+        return float(next(csv.DictReader(file))[column])
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -79,24 +79,18 @@ def test_every_launcher_makes_one_run_dir_and_the_loss_of_one_process(
     assert (run / "run.json").is_file()
 
 
-def _distill(start: list[str], common: list[str], folder: Path, batch: int) -> float:
-    """Loss of a distillation, which must make one run directory and one log."""
-    command = [*start, *common, f"batch_size={batch}", f"hydra.run.dir={folder}/${{now:%S-%f}}"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_TIMEOUT_S)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run,) = folder.iterdir()
-    assert (run / "run.log").read_text().count("epoch 0: loss") == 1
-    with (run / "metrics.csv").open(newline="") as file:
-        return float(next(csv.DictReader(file))["train_loss"])
-
-
-def test_launchers_distill_to_the_loss_of_one_process(data: list[str], tmp_path: Path) -> None:
+def test_a_launcher_distills_to_the_loss_of_one_process(data: list[str], tmp_path: Path) -> None:
     given = [str(write_teacher(tmp_path / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
     common = ["lit_main_mmdistill.py", f"trainer.ckpt_path=[{','.join(given)}]", *data, "trainer.epochs=1"]
     common += ["test=False", "accelerator=cpu"]
-    expected = _distill([sys.executable], common, tmp_path / "one", 8)
-    for launcher in ("torchrun", "deepspeed --no_local_rank"):
-        assert _distill(LAUNCHERS[launcher], common, tmp_path / launcher, 4) == pytest.approx(expected, rel=1e-5)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_python(*common, "batch_size=8", f"hydra.run.dir={one}")
+    command = [*NO_LOCAL_RANK, *common, "batch_size=4", f"hydra.run.dir={two}/${{now:%S-%f}}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = two.iterdir()
+    assert (run / "run.log").read_text().count("epoch 0: loss") == 1
+    assert _loss(run, "train_loss") == pytest.approx(_loss(one, "train_loss"), rel=1e-5)
 
 
 class _RunEndedError(Exception):
@@ -234,13 +228,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with the output of the two ranks of each case, their exit codes and times."""
     folder = tmp_path_factory.mktemp("failing")
     cases = [f"{name}:{case}" for name, (case, _) in _FAILING.items()]
-    subprocess.run(
-        [sys.executable, "-m", "tests.integration.failing_ranks", str(folder), *cases],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        check=True,
-        timeout=HANG_TIMEOUT_S,
-    )
+    run_python("-m", "tests.integration.failing_ranks", folder, *cases)
     return folder
 
 
@@ -257,9 +245,7 @@ def test_failure_is_reported_once_and_blocks_no_rank(failing: Path, name: str) -
 
 
 def test_devices_with_a_sweep_raises(data: list[str], tmp_path: Path) -> None:
-    command = _command("devices=2", data, str(tmp_path / "run"))
-    command = [*command[:2], "-m", *command[2:], f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_TIMEOUT_S)
-    assert done.returncode != 0
+    _, script, *arguments = _command("devices=2", data, str(tmp_path / "run"))
+    done = run_python(script, "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", expect=1)
     assert "use torchrun --nproc_per_node=2 pretrain_main.py -m" in done.stderr
     assert "Traceback" not in done.stderr

@@ -21,6 +21,7 @@ from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from tests.commands import run_python
 from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
@@ -48,13 +49,7 @@ class Runs:
         """All planned runs."""
         plan = self.root / "plan.json"
         plan.write_text(json.dumps({"runs": self.plan}))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.integration.resume_worker", str(plan)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_python("-m", "tests.integration.resume_worker", plan)
         codes = json.loads((self.root / "plan.json.codes").read_text())
         self.codes |= {run["name"]: code for run, code in zip(self.plan, codes, strict=True)}
         self.plan = []
@@ -74,8 +69,12 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
     student_only = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]
     runs.add("student_only_whole", DISTILL, [given, *student_only])
-    runs.add("student_only_first", DISTILL, [given, *student_only], into="student_only", stop_at=13)  # the 4th of 9 batches of epoch 1
-    runs.add("student_only_rest", DISTILL, [*student_only, "resume=auto"], into="student_only")  # the teachers are those that the file names
+    runs.add(
+        "student_only_first", DISTILL, [given, *student_only], into="student_only", stop_at=13
+    )  # the 4th of 9 batches of epoch 1
+    runs.add(
+        "student_only_rest", DISTILL, [*student_only, "resume=auto"], into="student_only"
+    )  # the teachers are those that the file names
     two = [given, *common, "strategy=ddp", "devices=2", "trainer.ema=0.9"]
     runs.add("ddp_whole", DISTILL, two, world=2)
     runs.add("ddp_first", DISTILL, two, world=2, stop_at=6, stop_rank=1)  # the 2nd of 4 batches of epoch 1
@@ -176,7 +175,9 @@ def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str
     assert "not resumable" not in runs.log(rest)
 
 
-@pytest.mark.parametrize(("name", "folder"), [("student_only", "student_only"), ("ddp", "ddp_rest"), ("end", "end_first")])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("student_only", "student_only"), ("ddp", "ddp_rest"), ("end", "end_first")]
+)
 def test_epoch_means_equal_those_of_an_uninterrupted_run(runs: Runs, name: str, folder: str) -> None:
     """Also of the epoch that was interrupted; the earlier rows stay, and come over into a new folder."""
     whole, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_whole", folder))
@@ -283,4 +284,6 @@ def test_log_reports_missing_data(runs: Runs) -> None:
     assert report["modalities"]["rgb"]["clips_skipped"] == 1
     assert report["modalities"]["flow"]["clips_skipped"] == 0
     assert report["missing"]["clips"] == 71
-    assert runs.log("skip").count("missing data (on_missing=skip): rgb: 1 clips skipped") == 2  # at the start and at the end
+    assert (
+        runs.log("skip").count("missing data (on_missing=skip): rgb: 1 clips skipped") == 2
+    )  # at the start and at the end

@@ -6,8 +6,6 @@ of each run.
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 
 from mmdistill.checkpoint import load_torch, read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
+from tests.commands import run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +123,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         _pretrain("skip_one", root, good, skip, **nan),
         _pretrain("skip_two", root, good, skip, world=2, **nan),
         _pretrain("skip_zero1", root, good, skip, "strategy=deepspeed_stage_1", world=2, **nan),
-        _pretrain("skip_zero2", root, good, skip, "strategy=deepspeed_stage_2", "trainer.accumulate_grad_batches=3", world=2, **nan),
+        _pretrain(
+            "skip_zero2", root, good, skip, "strategy=deepspeed_stage_2", "trainer.accumulate_grad_batches=3",
+            world=2, **nan,
+        ),
         _pretrain("budget", root, good, skip, "trainer.max_skipped_steps=0", **nan),
         *(_pretrain(f"stop_{s}", root, good, world=2, stop_at=3, stop_signal=s, stop_rank=1) for s in _SIGNALS),
         *(run for stage in range(3) for run in _half_precision(stage, root, good)),
@@ -142,9 +144,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
             run["arguments"] = [_teachers_in(a, root) for a in run["arguments"]]
         file = root / f"plan{number}.json"
         file.write_text(json.dumps({"runs": part}))
-        subprocess.run(
-            [sys.executable, "-m", "tests.integration.resume_worker", str(file)], cwd=ROOT, check=True, timeout=2800
-        )
+        run_python("-m", "tests.integration.resume_worker", file)
         codes += json.loads(file.with_name(file.name + ".codes").read_text())
     shown: dict[str, list[int]] = {}
     for run, code in zip(plan, codes, strict=True):
@@ -302,9 +302,7 @@ def test_overflow_lowers_the_loss_scale_and_is_not_a_skipped_step(
 
 
 @pytest.mark.parametrize("name", ["fp16", "fp16_zero2", "distill_fp16"])
-def test_overflow_at_every_loss_scale_is_nonfinite(
-    runs: tuple[Path, dict[str, list[int]]], name: str
-) -> None:
+def test_overflow_at_every_loss_scale_is_nonfinite(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
     root, codes = runs
     assert codes[f"{name}_all"] == [1]
     assert "gradient is not finite at step 16 (epoch 1)" in (root / f"{name}_all.0.log").read_text()

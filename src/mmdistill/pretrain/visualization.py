@@ -125,10 +125,7 @@ def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
     figure = Figure(figsize=(1.9 + cell_w * len(frames), 0.7 + cell_h * len(rows)), layout="constrained", dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(frames), squeeze=False)
-    scale = _display_scale(reconstruction)
-    for row, ((name, clip), row_axes) in enumerate(zip(rows.items(), axes, strict=True)):
-        is_energy = name in (_ENERGY_TARGET, _ENERGY_PREDICTION)
-        images = to_display_image(clip, spec, is_energy=is_energy, scale=scale["energy" if is_energy else "input"])
+    for row, ((name, images), row_axes) in enumerate(zip(render_rows(reconstruction).items(), axes, strict=True)):
         for column, (ax, frame) in enumerate(zip(row_axes, frames, strict=True)):
             ax.imshow(images[frame], interpolation="nearest")
             ax.set_xticks([])
@@ -142,6 +139,17 @@ def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
     figure.suptitle(f"{title}; target {spec.target}, {loss}", fontsize=9)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
+    """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
+    scale, images = _display_scale(reconstruction), {}
+    for title, clip in reconstruction.rows.items():
+        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
+        images[title] = to_display_image(
+            clip, reconstruction.spec, is_energy=is_energy, scale=scale["energy" if is_energy else "input"]
+        )
+    return images
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
