@@ -56,7 +56,7 @@ def test_resume_reads_the_named_teachers(slim: Path) -> None:
     assert teachers["flow"].config.channels == 2
 
 
-def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_sampling_rate_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     config = configure("resume=auto", "data_module.sampling_rate=2")
     data, spec = config.data_module, modality_specs(config.data_module)["flow"]
@@ -69,7 +69,7 @@ def test_a_teacher_of_another_sampling_rate_is_told(tmp_path: Path, caplog: pyte
     assert lines[0].endswith(f"{path} was trained with 4: motion in the clips has another speed")
 
 
-def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
+def test_moved_teachers_need_a_path(slim: Path, tmp_path: Path) -> None:
     (tmp_path / "flow").rename(tmp_path / "elsewhere")
     config = configure("resume=auto")
     with pytest.raises(
@@ -81,7 +81,7 @@ def test_moved_teachers_are_given_by_path(slim: Path, tmp_path: Path) -> None:
     assert load_teachers(config, modality_specs(config.data_module), slim)[1]["teacher_flow"]["path"].endswith("where")
 
 
-def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Path) -> None:
+def test_changed_teachers_raise_with_both_digests(slim: Path, tmp_path: Path) -> None:
     wanted = read_checkpoint(slim).meta["teachers"]["teacher_flow"]["sha256"]
     shutil.rmtree(tmp_path / "flow")
     found = weights_digest(load_encoder(write_teacher(tmp_path / "flow", "flow", 7)))
@@ -95,13 +95,13 @@ def test_changed_teachers_are_refused_with_both_digests(slim: Path, tmp_path: Pa
         )
 
 
-def test_other_teachers_than_the_files_are_refused(slim: Path) -> None:
+def test_other_teachers_than_the_checkpoints_raise(slim: Path) -> None:
     config = configure("resume=auto", "trainer.teachers=[rgb]")
     with pytest.raises(ConfigError, match="was distilled from teacher_rgb, teacher_flow, teacher_skeleton"):
         load_teachers(config, modality_specs(config.data_module), slim)
 
 
-def test_a_fresh_run_needs_paths() -> None:
+def test_new_run_needs_paths() -> None:
     with pytest.raises(ConfigError, match=r"trainer\.ckpt_path must name"):
         configure()
     config = configure("resume=auto")  # and so does the first start of a requeued job
@@ -123,7 +123,7 @@ def test_evaluation_of_a_student_only_checkpoint(slim: Path, tmp_path: Path) -> 
         load_networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), read_checkpoint(slim))
 
 
-def test_teachers_of_other_programs_take_the_datas_size(tmp_path: Path) -> None:
+def test_teachers_without_metadata_take_the_input_size_of_the_data(tmp_path: Path) -> None:
     """No metadata, as in older checkpoints of the method; skeletons may have been trained at the pixels' resolution."""
     paths = []
     for modality, channels in (("rgb", 3), ("flow", 2), ("skeleton", 17)):

@@ -1,44 +1,22 @@
-"""Few-shot validation during distillation: an independent evaluation agrees, a ModelCheckpoint can monitor it."""
+"""The clips and the episodes of the few-shot validation."""
 
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
-from mmdistill.builders import make_clip_dataset, make_clip_loader
-from mmdistill.checkpoint import load_encoder, save_torch
-from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
+from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.compose import load_config
-from mmdistill.distill import trainer as run
-from mmdistill.distill.validation import METRIC, Validation, make_validation
-from mmdistill.distributed.launch import free_port
+from mmdistill.distill.validation import make_validation, validation_summary
 from mmdistill.distributed.process import Process
-from mmdistill.evaluation.networks import Network
-from mmdistill.fewshot.encode import EvalMasks, encode_clips
-from mmdistill.fewshot.episodes import sample_episodes
-from mmdistill.fewshot.scores import evaluate_episodes
-from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny data and an RGB teacher with random weights."""
-    root = tmp_path_factory.mktemp("validate")
+    root = tmp_path_factory.mktemp("validation")
     make_tiny(root / "data")
-    torch.manual_seed(3)
-    geometry = EncoderConfig(
-        channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16,
-        mlp_dim=64,
-    )  # fmt: skip
-    state = {f"encoder.{k}": v for k, v in Encoder(geometry).state_dict().items()}
-    meta = {"kind": "pretrain", "modality": "rgb", "encoders": {"encoder": to_plain(geometry)}}
-    save_torch({"state_dict": state, "mmdistill": meta}, root / "rgb.ckpt")
     return root
 
 
@@ -48,99 +26,13 @@ def _config(folder: Path, *more: str) -> DistillConfig:
     return load_config(DistillConfig, "config_mmdistill", given)
 
 
-class _Noted(pl.Callback):
-    """What callbacks see at the end of each epoch."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-
-@pytest.fixture(scope="module")
-def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
-    """Three epochs, validated after each and at the end, with a stock ModelCheckpoint that keeps the two best."""
-    config = _config(folder, "trainer.check_val_every_n_epoch=1", "trainer.epochs=3", "trainer.save_ckpt_freq=1")
-    best = ModelCheckpoint(folder / "best", "{epoch}-{val_top1_action:.6f}", monitor=METRIC, mode="max", save_top_k=2)
-    noted, make = _Noted(), run._make_trainer
-
-    made: list[pl.Trainer] = []
-
-    def with_monitor(*args: Any) -> pl.Trainer:
-        made.append(make(*args))
-        made[0].callbacks += [noted, best]
-        return made[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_make_trainer", with_monitor)
-        run.distill(config, folder / "run")
-    (again,) = made[0].validate(made[0].lightning_module, datamodule=made[0].datamodule, verbose=False)
-    noted.seen.append(again)
-    return config, folder, noted.seen
-
-
-def _independent(config: DistillConfig, path: Path) -> float:
-    """All evaluation clips through the evaluation's own encoding, then the same episodes."""
-    student = Network("student_rgb", load_encoder(path, part="student_rgb"), "rgb")
-    dataset = make_clip_dataset(config.data_module, ("rgb",), training=False, seed=config.seed)
-    job = student.encoding_job(modality_specs(config.data_module)["rgb"], EvalMasks())
-    loader = make_clip_loader(dataset, num_workers=0, pin_memory=False, batch_size=5)
-    (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
-    episodes = sample_episodes(
-        features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups
-    )
-    return float(evaluate_episodes(features.features, episodes, "centroid").accuracy.mean())
-
-
-def test_the_logged_value_is_an_independent_evaluation_of_the_student(
-    trained: tuple[DistillConfig, Path, list[dict[str, float]]],
-) -> None:
-    config, folder, seen = trained
-    *epochs, again = seen
-    assert len(epochs) == 3
-    for epoch, metrics in enumerate(epochs):
-        (path,) = (folder / "run" / "checkpoints").glob(f"epoch={epoch:02d}-*")
-        assert metrics[METRIC] == pytest.approx(_independent(config, path), abs=1e-6)
-    assert again[METRIC] == epochs[-1][METRIC]  # `Trainer.validate`
-    rows = (folder / "run" / "metrics.csv").read_text().splitlines()
-    assert METRIC in rows[0].split(",")
-
-
-def test_a_model_checkpoint_keeps_the_best_by_it(trained: tuple[DistillConfig, Path, list[dict[str, float]]]) -> None:
-    config, folder, seen = trained
-    values = [metrics[METRIC] for metrics in seen]
-    kept = {float(p.stem.rpartition("=")[2]): p for p in (folder / "best").glob("*.ckpt")}
-    assert len(kept) == 2
-    assert max(kept) == pytest.approx(max(values), abs=1e-6)
-    assert _independent(config, kept[max(kept)]) == pytest.approx(max(values), abs=1e-6)
-
-
-def test_retention_can_go_by_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The highest value stays beside the newest, though the loss falls; a run resumed elsewhere knows it too."""
-    values = iter((0.2, 0.9, 0.4, 0.3, 0.5))
-    monkeypatch.setattr(Validation, "score", lambda self, features: next(values))
-    options = ["trainer.monitor=val_top1_action", "trainer.check_val_every_n_epoch=1", "trainer.save_ckpt_freq=1"]
-    last = run.distill(_config(folder, *options, "trainer.save_top_k=1", "trainer.epochs=4"), tmp_path / "a")
-    held = sorted(p.name[:8] for p in (tmp_path / "a" / "checkpoints").glob("epoch=*"))
-    assert held == ["epoch=01", "epoch=03"]
-    best = next((tmp_path / "a" / "checkpoints").glob("epoch=01-*"))
-    assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
-    resumed = [*options, "trainer.keep_last=1", "trainer.epochs=5", f"resume={last}"]
-    run.distill(_config(folder, *resumed), tmp_path / "b")
-    assert [p.name[:8] for p in (tmp_path / "b" / "checkpoints").glob("epoch=*")] == ["epoch=04"]
-    assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
-
-
-def test_what_is_never_validated_is_no_measure(folder: Path) -> None:
+def test_monitor_must_be_validated_at_each_checkpoint(folder: Path) -> None:
     for wrong in ([], ["trainer.check_val_every_n_epoch=2", "trainer.save_ckpt_freq=3"]):
         with pytest.raises(ConfigError, match=r"must divide trainer\.save_ckpt_freq"):
             _config(folder, "trainer.monitor=val_top1_action", *wrong)
 
 
-def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -> None:
+def test_ranks_get_equal_numbers_of_clips(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=2", "trainer.val_episodes=3", "data_module.n_way=2")
     parts = [make_validation(config, Process(torch.device("cpu"), rank, 5)) for rank in range(5)]
     assert len({len(p.own_clips) for p in parts}) == 1
@@ -149,7 +41,7 @@ def test_shares_of_ranks_are_equally_long_and_cover_the_episodes(folder: Path) -
     assert all(p.episodes.has_same_clips(parts[0].episodes) for p in parts)
 
 
-def test_other_clips_can_be_validated_on(folder: Path) -> None:
+def test_val_json_path_replaces_the_test_clips(folder: Path) -> None:
     data = folder / "data"
     (data / "other.json").write_text((data / "val.json").read_text().replace("rally_CC_0", "rally_absent"))
     config = _config(folder, "trainer.check_val_every_n_epoch=1", "data_module.val_json_path=other.json")
@@ -160,29 +52,22 @@ def test_other_clips_can_be_validated_on(folder: Path) -> None:
         _config(folder, "trainer.val_episodes=1")
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    torch.set_num_threads(1)
-    values: list[float] = []
-    note = pl.Callback()
-    note.on_train_epoch_end = lambda trainer, module: values.append(float(trainer.callback_metrics[METRIC]))
-    make = run._make_trainer
-
-    def with_note(*args: Any) -> pl.Trainer:
-        trainer = make(*args)
-        trainer.callbacks.append(note)
-        return trainer
-
-    run._make_trainer = with_note
-    more = ["trainer.check_val_every_n_epoch=1", "trainer.epochs=1", "trainer.save_ckpt_freq=1", "batch_size=4"]
-    run.distill(_config(Path(folder), *more, "devices=2"), Path(folder) / "two")
-    np.save(f"{folder}/value{rank}.npy", values)
+def test_score_separates_perfect_and_constant_features(folder: Path) -> None:
+    config = _config(folder, "trainer.check_val_every_n_epoch=1")
+    validation = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    assert validation is not None
+    clips = validation.dataset.index.clips
+    one_hot = {i: np.eye(4, dtype=np.float32)[clips[i].label] for i in validation.clips.tolist()}
+    assert validation.score(one_hot) == 1.0
+    constant = {i: np.ones(4, np.float32) for i in one_hot}
+    assert validation.score(constant) < 0.5
 
 
-def test_two_ranks_log_one_value_that_is_the_students(folder: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(folder), free_port()), nprocs=2)
-    values = [np.load(folder / f"value{rank}.npy") for rank in range(2)]
-    assert values[0] == values[1]
-    (path,) = (folder / "two" / "checkpoints").glob("epoch=*")
-    assert float(values[0][0]) == pytest.approx(_independent(_config(folder), path), abs=1e-6)
+def test_summary_names_the_clips(folder: Path) -> None:
+    config = _config(folder, "trainer.check_val_every_n_epoch=2")
+    validation = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    assert validation is not None
+    line = validation_summary(validation, config)
+    assert line.startswith(
+        f"val_top1_action every 2 epochs on {len(validation.clips)} clips of val.json (the test clips"
+    )

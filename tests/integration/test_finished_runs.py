@@ -1,0 +1,86 @@
+"""Trainings whose last epoch is done, and epochs with constant targets."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mmdistill.checkpoint import read_checkpoint
+from mmdistill.checkpoint.retention import latest_valid_checkpoint
+from tests.commands import run_python
+from tests.tiny_data import HEIGHT, MODEL, WIDTH, make_tiny, overrides, write_teacher
+
+COMMON = ("accelerator=cpu", "trainer.epochs=1", "batch_size=8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return overrides(make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=2))
+
+
+@pytest.fixture(scope="module")
+def pretrained(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The arguments and the folder of a finished pretraining."""
+    run_dir = tmp_path_factory.mktemp("pretrain") / "run"
+    arguments = ["pretrain_main.py", "modality=flow", *data, *MODEL, *COMMON]
+    run_python(*arguments, f"hydra.run.dir={run_dir}")
+    return arguments, run_dir
+
+
+@pytest.fixture(scope="module")
+def distilled(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The arguments and the folder of a finished distillation."""
+    root = tmp_path_factory.mktemp("distill")
+    teacher = write_teacher(root / "teacher", "rgb", 0)
+    given = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", "test=False"]
+    arguments = ["lit_main_mmdistill.py", *data, *COMMON, *given]
+    run_python(*arguments, f"hydra.run.dir={root / 'run'}")
+    return arguments, root / "run"
+
+
+@pytest.mark.parametrize("training", ["pretrained", "distilled"])
+@pytest.mark.parametrize("resume", ["auto", "path"])
+def test_finished_run_exits_with_0_and_prints_its_checkpoint(
+    training: str, resume: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """A requeue loop starts the same command until it exits with 0."""
+    arguments, run_dir = request.getfixturevalue(training)
+    checkpoint = latest_valid_checkpoint(run_dir / "checkpoints")
+    weights = {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").rglob("*")}
+    if resume == "auto":
+        done = run_python(*arguments, "resume=auto", f"hydra.run.dir={run_dir}", expect=0)
+        assert {path: path.stat().st_mtime_ns for path in (run_dir / "checkpoints").rglob("*")} == weights
+    else:
+        done = run_python(*arguments, f"resume={checkpoint}", f"hydra.run.dir={tmp_path / 'new'}", expect=0)
+        run_dir = tmp_path / "new"
+    assert "training is already complete: trainer.epochs=1" in done.stderr
+    assert f"last checkpoint: {checkpoint}" in done.stderr
+    assert f"last checkpoint: {checkpoint}" in (run_dir / "run.log").read_text()
+
+
+def test_finished_distillation_is_extended_by_more_epochs(distilled: tuple[list[str], Path], tmp_path: Path) -> None:
+    arguments, run_dir = distilled
+    resume = f"resume={run_dir / 'checkpoints' / 'last.ckpt'}"
+    run_python(*arguments, "trainer.epochs=2", resume, f"hydra.run.dir={tmp_path / 'run'}")
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt").meta["epoch"] == 1
+
+
+def test_constant_targets_are_saved_without_a_ratio(tmp_path: Path) -> None:
+    """Black frames: each patch equals the constant baseline, whose loss is exactly 0."""
+    root = make_tiny(tmp_path / "data", per_class=2)
+    for frame in (root / "frames").rglob("*.jpg"):
+        cv2.imwrite(str(frame), np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    run_dir = tmp_path / "run"
+    pixel = "data_module.modalities.rgb.target=pixel"
+    run_python("pretrain_main.py", "modality=rgb", *overrides(root), *MODEL, *COMMON, pixel, f"hydra.run.dir={run_dir}")
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["constant_baseline_loss"]) == 0
+    assert math.isfinite(float(row["loss"]))
+    assert "(constant baseline 0.0000, ratio nan, lower is better)" in (run_dir / "run.log").read_text()
+    assert len(list((run_dir / "checkpoints").glob("epoch=00-*"))) == 1
+    assert json.loads((run_dir / "data_report.json").read_text())["missing"]["clips"] == 24

@@ -1,0 +1,162 @@
+"""The distillation module: losses, modes, average, checkpoints."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import mse_loss
+
+from mmdistill.checkpoint import CheckpointError
+from mmdistill.distill import module
+from mmdistill.distill.module import MMDistill
+from mmdistill.distill.parallel_encoders import run_in_parallel
+from mmdistill.distill.teacher_cache import TeacherCache
+from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
+from mmdistill.models.videomae import Encoder, EncoderConfig
+from mmdistill.ops import cpu
+from mmdistill.training.optim import LearningRates
+
+
+@pytest.fixture(params=[2, 8])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Set this number of torch threads, independent of the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _module(**more: Any) -> MMDistill:
+    torch.manual_seed(0)
+    specs = {name: get_modality(name).spec() for name in BUILTIN_MODALITIES}
+    teachers = {name: Encoder(_encoder_config(spec)) for name, spec in specs.items()}
+    return MMDistill(
+        teachers, specs, rates=LearningRates(1e-3, 0, 0), weight_decay=0.05, betas=(0.9, 0.95),
+        warmup_steps=0, total_steps=1, meta={"teachers": {}}, **more,
+    ).train()  # fmt: skip
+
+
+def _encoder_config(spec: ModalitySpec) -> EncoderConfig:
+    size, patch = 32 // spec.input_stride, 8 // spec.input_stride
+    return EncoderConfig(spec.channels, 4, size, size, patch, 2, 16, 2, 2, 8, 32)
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "rgb": torch.randint(0, 256, (2, 4, 36, 40, 3), dtype=torch.uint8),
+        "flow": torch.randn(2, 4, 2, 36, 40).half(),
+        "skeleton": torch.rand(2, 4, 1, 17, 3) * 32,
+        "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(2)]),
+        "crop_box": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]),
+        "index": torch.arange(2),
+    }
+
+
+def test_parallel_and_sequential_steps_are_equal(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_jobs: list[int] = []
+    monkeypatch.setattr(module, "run_in_parallel", lambda jobs: num_jobs.append(len(jobs)) or run_in_parallel(jobs))
+    found = []
+    for max_tokens in (0, 16):
+        monkeypatch.setattr(module, "MAX_TOKENS_FOR_THREADING", max_tokens)
+        net = _module()
+        losses = net.losses(_batch())
+        torch.stack([loss for loss, _ in losses.values()]).sum().backward()
+        assert all(p.grad is None for m in net.modalities for p in net.teacher(m).parameters())
+        found.append(([v.detach() for pair in losses.values() for v in pair],
+                      [p.grad for p in net.parameters() if p.grad is not None]))  # fmt: skip
+    assert num_jobs == [4]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_activation_checkpointing_runs_in_sequence(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Attention is chunked by the number of threads, which must be the same in the recomputation."""
+    monkeypatch.setattr(cpu, "SHORT_CLIP_TOKENS", 4)
+    monkeypatch.setattr(cpu, "MAX_SAVED_PROBABILITIES", 0)
+    monkeypatch.setattr(cpu, "MIN_CHUNK_QUERIES", 2)
+    net = _module()
+    net.student.checkpoint_activations = True
+    torch.stack([loss for loss, _ in net.losses(_batch()).values()]).sum().backward()
+    assert all(p.grad is not None for p in net.student.parameters())
+
+
+def test_losses_are_those_of_the_formula() -> None:
+    """MSE between the transfer head's output and the teacher's feature; the best constant feature is the mean."""
+    net, batch = _module(), _batch()
+    losses = net.losses(batch)
+    feature = net.student.embed(net.input("rgb", batch), batch["visible"])
+    for name, prediction in net.cmt(feature).items():
+        target = net.teacher(name).embed(net.input(name, batch), batch["visible"]).detach()
+        loss, constant_baseline = losses[name]
+        torch.testing.assert_close(loss, mse_loss(prediction, target))
+        torch.testing.assert_close(constant_baseline, mse_loss(target.mean(dim=0).expand_as(target), target))
+        torch.testing.assert_close(net.targets(batch)[name], target)
+
+
+def test_student_starts_as_a_copy_of_the_rgb_teacher() -> None:
+    net = _module()
+    for own, teacher in zip(net.student.parameters(), net.teacher("rgb").parameters(), strict=True):
+        assert torch.equal(own, teacher)
+        assert own is not teacher
+        assert (own.requires_grad, teacher.requires_grad) == (True, False)
+
+
+def test_teachers_and_average_stay_in_eval_mode() -> None:
+    net = _module(ema=0.9)
+    net.eval().train()
+    assert net.student.training
+    assert not any(net.teacher(m).training for m in net.modalities)
+    assert not net.student_ema_rgb.training
+
+
+def test_average_moves_towards_the_student() -> None:
+    net = _module(ema=0.75)
+    before = copy.deepcopy(net.student_ema_rgb)
+    with torch.no_grad():
+        for parameter in net.student_rgb.parameters():
+            parameter.add_(1)
+    net._update_average()
+    for new, old in zip(net.student_ema_rgb.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+
+
+def test_cached_epoch_reads_only_rgb(tmp_path: Path) -> None:
+    net, batch = _module(), _batch()
+    widths = dict.fromkeys(net.modalities, 16)
+    net.cache = TeacherCache(tmp_path, num_draws=1, num_clips=2, widths=widths, key={})
+    expected = {name: loss.item() for name, (loss, _) in net.losses(batch).items()}  # epoch 0 fills the cache
+    net.cache.write(0)
+    net.cache.open(0)
+    net.cache.is_cached = lambda epoch: True  # type: ignore[method-assign]
+    rgb_only = {name: value for name, value in batch.items() if name not in ("flow", "skeleton")}
+    found = {name: loss.item() for name, (loss, _) in net.losses(rgb_only).items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_checkpoint_must_have_an_average_if_the_run_has_one() -> None:
+    net = _module(ema=0.9)
+    with pytest.raises(CheckpointError, match=r"no average of the student .* trainer\.ema=0\.9"):
+        net.on_load_checkpoint({"state_dict": _module().state_dict(), "mmdistill": {}})
+
+
+def test_student_only_checkpoint_gets_the_runs_teachers() -> None:
+    net = _module()
+    digests = {f"teacher_{name}": {"sha256": name} for name in net.modalities}
+    net.meta["teachers"] = digests
+    own = net.state_dict()
+    student_only = {k: v for k, v in own.items() if not k.startswith("teacher_")}
+    checkpoint = {
+        "state_dict": student_only,
+        "mmdistill": {"teachers": digests, "skipped_steps": 3},
+        "lr_schedulers": [1],
+    }
+    net.on_load_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == own.keys()
+    assert (net.nonfinite.skipped_steps, checkpoint["lr_schedulers"]) == (3, [])
+    other = {**digests, "teacher_flow": {"sha256": "other"}}
+    with pytest.raises(CheckpointError, match="teacher_flow of sha256 other; this run's teacher_flow has flow"):
+        net.on_load_checkpoint({"state_dict": student_only, "mmdistill": {"teachers": other}})
