@@ -73,7 +73,7 @@ def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Pa
     """
     if value is None:
         short = next((short for short, (m, k) in SHORT_KEYS.items() if key == f"modalities.{m}.{k}"), None)
-        also = f" (nor its short form data_module.{short})" if short else ""
+        also = f" (and its short form data_module.{short} is not set)" if short else ""
         raise ConfigError(f"data_module.{key} is not set{also}; set it if dataset {data.name} has these files")
     path = _under_root(data, value)
     if not path.exists():
@@ -129,7 +129,8 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
         raise ConfigError(
             f"{path}: no {'training' if training else 'evaluation'} clip. Of {len(rallies)} rallies, {too_short} are "
             f"shorter than the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
-            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} have no event"
+            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} have no event; "
+            f"lower these keys, or give annotations with {'longer rallies' if training else 'events'}"
         )
     return index
 
@@ -165,7 +166,9 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
-            raise ConfigError(f"data_module.modalities has no entry {modality}; it has {', '.join(specs)}")
+            raise ConfigError(
+                f"data_module.modalities has no entry {modality}, only {', '.join(specs)}; add it, or use one of these"
+            )
     index = make_clip_index(data, training=training)
     height, width = data.crop_size
     with raise_as_config_error():
@@ -189,7 +192,7 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
         message = ", ".join(f"{count} clips have no {m} files" for m, count in skipped.items())
         raise ConfigError(
             f"data_module.on_missing={data.on_missing} removes all {len(index.clips)} clips: {message}; check "
-            "data_module.target_data_dir and its folders with scripts/check_data.py"
+            "data_module.target_data_dir and its folders with `mmdistill check-data`"
         )
     return dataset
 
@@ -245,7 +248,8 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
     g = encoder.config
     if g.channels != spec.channels:
         raise ConfigError(
-            f"{source} has {g.channels} input channels, {spec.name} has {spec.channels}: is it of another modality?"
+            f"{source} has {g.channels} input channels, but {spec.name} has {spec.channels}; "
+            f"give a {spec.name} checkpoint"
         )
     names = ("frames", "height", "width", "tubelet", "patch")
     found = (g.num_frames, g.height, g.width, g.tubelet, g.patch)
@@ -272,5 +276,5 @@ def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path
         return []
     return [
         f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
-        "motion in the clips has another speed"
+        "the clips show motion at a different speed than in training"
     ]

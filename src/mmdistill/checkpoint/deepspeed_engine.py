@@ -212,7 +212,7 @@ def _check_fit(engine: Any, location: Location, model: Mapping[str, Any]) -> Non
     settings = [f"ZeRO stage {s}, {w} process{'es' if w > 1 else ''}, {p}" for s, w, p in (saved, own)]
     raise ResumeMismatchError(
         f"{location.given}: written with {settings[0]}, this run has {settings[1]}; use the first settings, or "
-        "load only the weights (scripts/convert_checkpoint.py writes them as .safetensors)"
+        "load only the weights (`mmdistill convert` writes them as .safetensors)"
     )
 
 

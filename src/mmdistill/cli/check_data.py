@@ -4,7 +4,7 @@
     mmdistill check-data dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
 
 The first form is for the tennis layout. Without --root it checks only the annotations. The second form reads annotation
-format, folders, file names and frame size from a dataset config and accepts the overrides of pretrain_main.py.
+format, folders, file names and frame size from a dataset config and accepts the overrides of `mmdistill pretrain`.
 
 Exit status: 0 if the data is complete, 1 if there are gaps or errors, 2 if the check cannot run. `--write-clean` copies
 an F3Set annotation file without its invalid rallies and events. It checks the annotations only: the frame, flow and
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.root is not None or options.overrides:
             readers = open_readers(data, tuple(options.modalities or data.modalities))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        print(f"check_data: {explain(error, PretrainConfig)}", file=sys.stderr)
+        print(f"mmdistill check-data: error: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
     _print_annotations(console, path, rallies, problems)
     if options.write_clean:
@@ -102,10 +102,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
     parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
-    parser.add_argument("--frames-dir", help="folder of the frames below the data folder")
-    parser.add_argument("--flow-dir", help="folder of the flow files below the data folder")
-    parser.add_argument("--skeleton-dir", help="folder of the skeleton files below the data folder")
-    parser.add_argument("--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="stored frames, px")
+    parser.add_argument("--frames-dir", help="folder of the frames, relative to the data folder")
+    parser.add_argument("--flow-dir", help="folder of the flow files, relative to the data folder")
+    parser.add_argument("--skeleton-dir", help="folder of the skeleton files, relative to the data folder")
+    parser.add_argument(
+        "--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of the stored frames in px"
+    )
     parser.add_argument(
         "--every", type=int, default=1, help="open only every n-th file; missing files are always counted"
     )
@@ -118,7 +120,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     files = [Path(w) for w in options.what if w not in options.overrides]
     if len(files) > 1:
-        parser.error(f"one annotation file at a time: {', '.join(map(str, files))}")
+        parser.error(f"give one annotation file at a time, got {', '.join(map(str, files))}")
     options.annotations = files[0] if files else None
     return options
 

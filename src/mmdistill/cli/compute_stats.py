@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=lambda done: bar.update(task, completed=done),
             )
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        print(f"compute_stats: {explain(error, PretrainConfig)}", file=sys.stderr)
+        print(f"mmdistill compute-stats: error: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
     plain = to_plain(data)
     for name, moment in moments.items():
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _constant_channels_message(spec: ModalitySpec, constant: list[int]) -> str:
-    """Says which channels are constant, and why if the modality has one channel per keypoint."""
+    """Log line about constant channels. For keypoints it states the cause: the joint was not found."""
     if spec.sigma is None:
         return f"{spec.name}: channels {constant} have the same value everywhere; their std is set to 1"
     if len(constant) == spec.channels:
@@ -86,12 +86,12 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config-name", default="config_pretrain")
+    parser.add_argument("--config-name", default="config_pretrain", help="default: %(default)s")
     parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--output", type=Path, help="dataset config to write (default: standard output)")
     parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
     parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")
-    parser.add_argument("overrides", nargs="*", help="overrides, as for pretrain_main.py")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for `mmdistill pretrain`")
     options = parser.parse_intermixed_args(argv)
     return options, options.overrides
 
@@ -101,7 +101,7 @@ def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
     if output is not None and kept["name"] != "demo":  # the name "demo" triggers the rendering of the demo data
         kept["name"] = output.stem
-    text = "# @package data_module\n" + f"# statistics over {clips} clips, by scripts/compute_stats.py\n"
+    text = "# @package data_module\n" + f"# statistics over {clips} clips, by mmdistill compute-stats\n"
     text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)
     if output is None:
         print(text, end="")

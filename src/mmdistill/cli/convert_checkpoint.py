@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         written = convert_checkpoint(args.source, args.target, force=args.force)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(f"mmdistill convert: error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {written}")
     return 0

@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_stages(stages)
     except StageError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"mmdistill demo: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("demo: interrupted; the same command continues from here", file=sys.stderr)
+        print("mmdistill demo: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     report = args.output / "test"
     results = read_results(report)

@@ -37,7 +37,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
     parser.add_argument("--disjoint", choices=["video"], help="take support and query clips from different groups")
     parser.add_argument(
-        "--support-views", choices=["each", "first"], default="each", help="views of the support clips that are fitted"
+        "--support-views",
+        choices=["each", "first"],
+        default="each",
+        help="each: one classifier per masked view of the support clips; first: one classifier, on the first view "
+        "(default each)",
     )
     parser.add_argument("--probe", action="store_true", help="also run a linear probe and k-NN on the full label set")
     parser.add_argument("--workers", type=int, help="processes of the logistic regression; default: all processors")
@@ -77,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         found = make_names_distinct([load_features(file) for file in args.file], args.file)
         if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
-            raise FewshotError(f"{args.file[0]}: --disjoint and --probe need an array `groups`")
+            raise FewshotError(
+                f"{args.file[0]}: no array `groups`, which --disjoint and --probe need; add it, or omit these options"
+            )
         for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
             print(line, file=sys.stderr)
         results = run_protocol(found, protocol)
@@ -89,6 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.report:
             print(f"report: {write_report(results, args.report, extra=extra)}")
     except (FewshotError, OSError) as error:
-        print(f"evaluate-features: {error}", file=sys.stderr)
+        print(f"mmdistill evaluate-features: error: {error}", file=sys.stderr)
         return 2
     return 0

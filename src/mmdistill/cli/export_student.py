@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(f"mmdistill export: error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {written}")
     return 0

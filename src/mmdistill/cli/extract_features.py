@@ -25,8 +25,8 @@ from mmdistill.errors import MMDistillError
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file or folder")
-    parser.add_argument("out", type=Path, help=".npz or .safetensors")
+    parser.add_argument("checkpoint", help="checkpoint file or directory")
+    parser.add_argument("out", type=Path, help="file to write, .npz or .safetensors")
     parser.add_argument(
         "--component", help="student_rgb, teacher_flow, encoder ...; default: the student, or the only encoder"
     )
@@ -55,7 +55,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     from mmdistill.fewshot.features import save_features
 
     if args.out.suffix not in (".npz", ".safetensors"):
-        raise ConfigError(f"{args.out}: features are written as .npz or .safetensors")
+        raise ConfigError(f"{args.out}: unsupported file type; use a name that ends in .npz or .safetensors")
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
     network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
@@ -96,6 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides = [*args.overrides, "train=False", "test=False"]
         extract_features(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
     except (HydraException, OmegaConfBaseException, MMDistillError) as error:
-        print(f"features: {explain(error, DistillConfig)}", file=sys.stderr)
+        print(f"mmdistill features: error: {explain(error, DistillConfig)}", file=sys.stderr)
         return 2
     return 0

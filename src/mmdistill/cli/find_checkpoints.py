@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = find_checkpoints(args.directory, unreadable=unreadable)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(f"mmdistill find-checkpoints: error: {error}", file=sys.stderr)
         return 2
     selected = select_checkpoints(found, best=args.best)
     if args.json:

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = inspect_checkpoint(args.path, full=args.full)
     except CheckpointError as error:
-        print(error, file=sys.stderr)
+        print(f"mmdistill inspect: error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(format_report(report)))
     return 0 if report["complete"] else 1

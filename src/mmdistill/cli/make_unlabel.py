@@ -35,17 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         rallies = [rally for path in options.annotations for rally in load_f3set(path)]
         excluded = [rally for path in options.exclude for rally in load_f3set(path)]
     except (AnnotationError, OSError) as error:
-        print(f"make_unlabel: {error}", file=sys.stderr)
+        print(f"mmdistill make-unlabel: error: {error}", file=sys.stderr)
         return 2
     duplicates = [name for name, count in Counter(rally.video for rally in rallies).items() if count > 1]
     if duplicates:
-        print(f"make_unlabel: {duplicates[0]} is in more than one of the files", file=sys.stderr)
+        message = f"rally {duplicates[0]} is in more than one of the files; remove one of them"
+        print(f"mmdistill make-unlabel: error: {message}", file=sys.stderr)
         return 2
     key = match_name if options.by == "match" else str
     excluded_keys = {key(rally.video) for rally in excluded}
     kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in excluded_keys]
     if not kept:
-        print("make_unlabel: all rallies are excluded", file=sys.stderr)
+        print("mmdistill make-unlabel: error: --exclude removes all rallies; exclude fewer files", file=sys.stderr)
         return 2
     atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
     print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} excluded")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         videos = find_videos(options.source)
     except (VideoError, ValueError) as error:
-        console.print(f"prepare_data: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"mmdistill prepare: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     with Progress(console=console) as bar:
         task = bar.add_task(f"{len(videos)} videos", total=len(videos))
@@ -56,16 +56,24 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="output folder")
     parser.add_argument("--height", type=int, default=224, help="height of the stored frames in px (default 224)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default 95)")
-    parser.add_argument("--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="method (default dis)")
-    parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format (default float16)")
     parser.add_argument(
-        "--skeleton", choices=["mediapipe", "none"], default="none", help="mediapipe needs the pose extra"
+        "--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="optical flow method (default dis)"
+    )
+    parser.add_argument(
+        "--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format of the flow files (default float16)"
+    )
+    parser.add_argument(
+        "--skeleton",
+        choices=["mediapipe", "none"],
+        default="none",
+        help="keypoint detector (default none); docs/own_data.md describes how to install mediapipe",
     )
     parser.add_argument(
         "--split",
         type=float,
         default=0.4,
-        help="image height, 0 top to 1 bottom: a player with feet below it is near (default 0.4)",
+        help="vertical position that separates the players, 0 (top) to 1 (bottom): the near player stands below it "
+        "(default 0.4)",
     )
     parser.add_argument(
         "--workers",
@@ -109,11 +117,12 @@ def _print_next_commands(console: Console, output: Path, results: list[PrepareRe
     if len(sizes) > 1:
         lines.append(f"the stored sizes differ ({sizes}): prepare videos of one aspect ratio per output folder")
     lines.append(
-        f"to pretrain: python pretrain_main.py --config-name=config_pretrain_tennis modality=rgb "
+        f"to pretrain: mmdistill pretrain --config-name=config_pretrain_tennis modality=rgb "
         f"data_module.target_data_dir={output} data_module.frame_size=[{sizes[0][0]},{sizes[0][1]}]"
     )
     lines.append(
-        f"to evaluate with the video as class, add: data_module.eval_clips=windows data_module.label=video "
+        f"to evaluate with the video as class, add to `mmdistill distill`: data_module.eval_clips=windows "
+        "data_module.label=video "
         f"data_module.fewshot_eval_json_path={(output / 'unlabel.json').resolve()}"
     )
     for line in lines:

@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_stages(seed_stages(args.output.resolve(), args.seeds, tuple(args.overrides)), parallel=args.parallel)
     except StageError as error:
-        print(f"reproduce_claim: {error}", file=sys.stderr)
+        print(f"mmdistill results-table: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("reproduce_claim: interrupted; the same command continues from here", file=sys.stderr)
+        print("mmdistill results-table: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     results = [read_results(args.output / f"seed{seed}" / "test") for seed in args.seeds]
     text = render_results_table(results, args.seeds)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\n{text}\nExpected order, student > RGB pretrained > random initialization, for seeds {args.seeds}: ", end=""
     )
-    print(f"{'confirmed' if confirmed else 'NOT confirmed'} ({minutes:.0f} minutes in this call).")
+    print(f"{'confirmed' if confirmed else 'NOT confirmed'} ({minutes:.0f} minutes).")
     (args.output / "results.md").write_text(text)
     (args.output / "results.json").write_text(
         json.dumps({"student_beats_baselines": confirmed, "seeds": args.seeds, "results": results})

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         fractions = dict(_parse_fraction(text) for text in options.fractions)
         if len(fractions) != len(options.fractions):
-            raise ValueError("--fractions: a name occurs twice")
+            raise ValueError("--fractions: a name occurs twice; give each split its own name")
         rallies = load_f3set(options.annotations)
         if options.by == "match":
             parts = split_by_match(rallies, fractions, seed=options.seed)
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 min_events=options.min_events,
             )
     except (AnnotationError, OSError, ValueError) as error:
-        print(f"split_data: {error}", file=sys.stderr)
+        print(f"mmdistill split-data: error: {error}", file=sys.stderr)
         return 2
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():

@@ -42,12 +42,12 @@ def _has_repeated_seeds(rows: Sequence[JobRow]) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table and the plot. 0 if written, 2 if the folder contains no sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of the sweep, written by -m")
+    parser.add_argument("folder", type=Path, help="folder of a sweep (a run with -m)")
     folder = parser.parse_args(argv).folder
     try:
         rows = read_sweep(folder)
     except InputError as error:
-        print(f"summarize_sweep: error: {error}", file=sys.stderr)
+        print(f"mmdistill sweep-summary: error: {error}", file=sys.stderr)
         return 2
     write_table(rows, folder / "sweep.csv")
     print_table(rows)

@@ -30,7 +30,9 @@ def write_reconstructions(args: argparse.Namespace) -> None:
 
     checkpoint = read_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
-        raise ConfigError(f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder to reconstruct with")
+        raise ConfigError(
+            f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder; give one of `mmdistill pretrain`"
+        )
     datasets = [override.removeprefix("dataset=") for override in args.overrides if override.startswith("dataset=")]
     settings = load_dataset_settings(datasets[-1], args.config_dir) if datasets else {}
     overrides = [override for override in args.overrides if not override.startswith("dataset=")]
@@ -58,7 +60,7 @@ def write_reconstructions(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the images. 0 if written, 2 if the checkpoint or the data cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint directory of pretrain_main.py")
+    parser.add_argument("checkpoint", help="checkpoint directory of `mmdistill pretrain`")
     parser.add_argument("overrides", nargs="*", metavar="dataset=NAME | data_module.KEY=VALUE")
     parser.add_argument(
         "--clips", type=int, default=4, help="number of clips, spread evenly over the split (default 4)"
@@ -69,6 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         write_reconstructions(parser.parse_intermixed_args(argv))
     except (ConfigError, CheckpointError) as error:
-        print(f"visualize_reconstruction: error: {error}", file=sys.stderr)
+        print(f"mmdistill visualize: error: {error}", file=sys.stderr)
         return 2
     return 0

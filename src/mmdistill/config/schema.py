@@ -66,7 +66,7 @@ class ModalityConfig(Sealable):
     pattern: str | None = None
     # pixels of the stored frame per pixel of the model input, along each axis
     input_stride: int = MISSING
-    # mean of each input channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); a single value holds for all channels
+    # mean of each input channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value applies to all channels
     mean: list[float] = MISSING
     # standard deviation of each input channel, in the same units
     std: list[float] = MISSING
@@ -134,7 +134,7 @@ class DataModuleConfig(Sealable):
     # number of persons per frame in the skeleton input
     max_persons: int = 2
     # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip
-    # (leave the clip out)
+    # (ignore the clip)
     on_missing: str = "error"
     # probability of a horizontal flip; training only
     hflip_prob: float = 0.0
@@ -233,14 +233,14 @@ class DistillTrainerConfig(TrainerConfig):
     monitor: str = "train_loss"
     # number of episodes of a validation, which uses the first value of n_way and k_shot
     val_episodes: int = 20
-    # decay per step of an exponential moving average of the student, which checkpoints hold as student_ema_rgb; null:
+    # decay per step of an exponential moving average of the student, stored in checkpoints as student_ema_rgb; null:
     # none
     ema: float | None = None
     # number of mask draws per clip whose teacher features are cached; from this epoch on, the training reads rgb frames
     # only; 0: no cache
     cache_teacher_epochs: int = 0
-    # whether checkpoints hold the teachers; false: they hold student and transfer heads only, and refer to the teachers
-    # by path and SHA-256
+    # whether checkpoints contain the teachers; false: they contain student and transfer heads only, and reference the
+    # teachers by path and SHA-256
     save_teachers: bool = True
 
 
@@ -269,9 +269,9 @@ class CommonConfig(Sealable):
     resume: str | None = None
     # signals that stop the training after the current step, with a complete checkpoint and exit status 85
     stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
-    # seconds that a rank waits for the other ranks before it ends with an error
+    # seconds that a rank waits for the other ranks before it exits with an error
     distributed_timeout_s: float = 1800.0
-    # seconds that the training waits for a batch of a data loading process before it ends with an error; 0: no limit
+    # seconds that the training waits for a batch of a data loading process before it exits with an error; 0: no limit
     loader_timeout_s: float = 600.0
     # where metrics are logged: one or a list of tensorboard, csv, wandb, mlflow
     logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
@@ -280,7 +280,7 @@ class CommonConfig(Sealable):
 
 @dataclass
 class PretrainConfig(CommonConfig):
-    """Keys of the pretraining (`pretrain_main.py`)."""
+    """Keys of the pretraining (`mmdistill pretrain`)."""
 
     # modality to pretrain: rgb | flow | skeleton | a registered modality
     modality: str = MISSING
@@ -297,7 +297,7 @@ class PretrainConfig(CommonConfig):
 
 @dataclass
 class DistillConfig(CommonConfig):
-    """Keys of the distillation and the evaluation (`lit_main_mmdistill.py`)."""
+    """Keys of the distillation and the evaluation (`mmdistill distill`, `mmdistill evaluate`)."""
 
     # whether to train
     train: bool = True

@@ -380,4 +380,4 @@ def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
             return dict(zip(wanted, map(str, given), strict=True))
         if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(wanted) <= set(names[: len(given)]):
             return {m: str(given[names.index(m)]) for m in wanted}
-    raise ConfigError(f"{rule}; got {given!r}. `python find_checkpoints.py output` prints a list to copy")
+    raise ConfigError(f"{rule}; got {given!r}. `mmdistill find-checkpoints output` prints a list to copy")

@@ -197,7 +197,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._seen[other, -1] = 1
         raise FrameError(
             f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}. "
-            "Run scripts/check_data.py"
+            "`mmdistill check-data` lists the invalid files"
         ) from error
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:

@@ -90,4 +90,4 @@ def test_checks_that_cannot_run_exit_with_2(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit) as stopped:
         main(["a.json", "b.json"])
     assert stopped.value.code == 2
-    assert "one annotation file at a time: a.json, b.json" in capsys.readouterr().err
+    assert "give one annotation file at a time, got a.json, b.json" in capsys.readouterr().err

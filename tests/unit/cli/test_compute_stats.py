@@ -57,7 +57,7 @@ def test_config_contains_the_statistics(root: Path, capsys: pytest.CaptureFixtur
     out = root / "new" / "mine.yaml"
     assert compute(root, "--clips", 99, "--output", out) == 0
     text = out.read_text()
-    assert text.startswith("# @package data_module\n# statistics over 4 clips, by scripts/compute_stats.py\n")
+    assert text.startswith("# @package data_module\n# statistics over 4 clips, by mmdistill compute-stats\n")
     config = yaml.safe_load(text)
     assert config["name"] == "mine"
     assert 0.4 < config["modalities"]["rgb"]["mean"][0] < 0.6

@@ -37,7 +37,10 @@ def test_final_lines_state_the_result_and_the_report(
 
 @pytest.mark.parametrize(
     ("error", "status", "message"),
-    [(pipeline.StageError("rgb failed"), 1, "demo: rgb failed"), (KeyboardInterrupt(), 130, "demo: interrupted")],
+    [
+        (pipeline.StageError("rgb failed"), 1, "mmdistill demo: error: rgb failed"),
+        (KeyboardInterrupt(), 130, "mmdistill demo: interrupted"),
+    ],
 )
 def test_failure_has_a_status_and_a_message(
     monkeypatch: pytest.MonkeyPatch,

@@ -38,7 +38,7 @@ def test_features_of_another_model_are_evaluated(tmp_path: Path, capsys: pytest.
     [
         (["--n-way", 7], "need 7 classes"),
         (["--classifier", "svm"], "classifier 'svm' is not one of logistic"),
-        (["--probe"], "f.npz: --disjoint and --probe need an array `groups`"),
+        (["--probe"], "f.npz: no array `groups`, which --disjoint and --probe need"),
     ],
 )
 def test_invalid_options_exit_with_one_line_and_status_2(
@@ -47,7 +47,7 @@ def test_invalid_options_exit_with_one_line_and_status_2(
     np.savez(tmp_path / "f.npz", features=np.eye(6)[LABELS], labels=LABELS)
     assert run(tmp_path / "f.npz", *options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("evaluate-features: ")
+    assert error.startswith("mmdistill evaluate-features: error: ")
     assert message in error
     assert error.count("\n") == 1
 

@@ -63,7 +63,7 @@ def test_nan_weights_exit_with_status_2_and_write_nothing(
     weights["student_rgb.encoder.norm.weight"].fill_(float("nan"))
     torch.save({"state_dict": weights}, tmp_path / "nan.ckpt")
     assert run(tmp_path / "nan.ckpt", tmp_path / "nan.safetensors", *options) == 2
-    assert "features: student_rgb: NaN or infinite features of 8 of 8 clips" in capsys.readouterr().err
+    assert "mmdistill features: error: student_rgb: NaN or infinite features of 8 of 8 clips" in capsys.readouterr().err
     assert not (tmp_path / "nan.safetensors").exists()
 
 
@@ -72,7 +72,7 @@ def test_nan_weights_exit_with_status_2_and_write_nothing(
     ("arguments", "message"),
     [
         (["x.npz", "data_module.n_wya=3"], "n_wya"),
-        (["x.csv"], r"x\.csv: features are written as \.npz or \.safetensors"),
+        (["x.csv"], r"x\.csv: unsupported file type; use a name that ends in \.npz or \.safetensors"),
         (["x.npz", "--component", "teacher_skeleton"], "no component 'teacher_skeleton'; set .* to student_rgb"),
     ],
 )
@@ -81,5 +81,5 @@ def test_invalid_arguments_exit_with_status_2(
 ):
     assert run(tmp_path / "a=b.ckpt", *arguments, *options) == 2
     error = capsys.readouterr().err
-    assert error.startswith("features: ")
+    assert error.startswith("mmdistill features: error: ")
     assert re.search(message, error)

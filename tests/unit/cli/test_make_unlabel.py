@@ -46,5 +46,5 @@ def test_duplicate_rallies_and_empty_results_exit_with_2(
     assert main([a, a, "--output", out]) == 2
     assert "m_1_10 is in more than one of the files" in capsys.readouterr().err
     assert main([a, "--output", out, "--exclude", a]) == 2
-    assert "all rallies are excluded" in capsys.readouterr().err
+    assert "--exclude removes all rallies" in capsys.readouterr().err
     assert not Path(out).exists()

@@ -40,4 +40,4 @@ def test_failed_stage_gives_status_1(
 
     monkeypatch.setattr(pipeline, "run_stages", fail)
     assert results_table.main(["--output", str(tmp_path)]) == 1
-    assert "reproduce_claim: rgb failed" in capsys.readouterr().err
+    assert "mmdistill results-table: error: rgb failed" in capsys.readouterr().err

@@ -177,7 +177,7 @@ DISTILL = [
     (
         "trainer.ckpt_path=[a]",
         "trainer.ckpt_path must name a checkpoint for each of rgb, flow, skeleton: a list in this "
-        "order, or a mapping; got ['a']. `python find_checkpoints.py output` prints a list to copy",
+        "order, or a mapping; got ['a']. `mmdistill find-checkpoints output` prints a list to copy",
     ),
     ("classifier=[logistic,centriod]", "classifier=centriod is not one of logistic, ..."),
     ("classifier=[]", "classifier=[] must be a name or a list of names"),
@@ -311,7 +311,7 @@ def test_unset_folder_is_named_by_both_keys(tmp_path: Path) -> None:
     given = [given for given in overrides(make_tiny(tmp_path / "data", per_class=1)) if "skeleton_dir" not in given]
     data = pretrain_config(*given, "data_module.modalities.skeleton.dir=null").data_module
     message = (
-        "data_module.modalities.skeleton.dir is not set (nor its short form data_module.skeleton_dir); "
+        "data_module.modalities.skeleton.dir is not set (and its short form data_module.skeleton_dir is not set); "
         "set it if dataset tiny has these files"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):

@@ -210,7 +210,7 @@ def test_more_unreadable_clips_than_the_maximum_raise(tmp_path: Path) -> None:
     for k in range(24):
         (tmp_path / f"frames/gap/{k:06d}.jpg").write_bytes(b"")
     ds = dataset(video, videos=("dot", "gap"), on_missing="skip")
-    with pytest.raises(FrameError, match=r"more than 1 of 8 clips cannot be read.*check_data"):
+    with pytest.raises(FrameError, match=r"more than 1 of 8 clips cannot be read.*check-data"):
         list(map(ds.__getitem__, range(8)))
 
 

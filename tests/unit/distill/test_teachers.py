@@ -66,7 +66,7 @@ def test_another_sampling_rate_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
         read_teacher(str(path), "flow", spec, data)
         lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
         assert len(lines) == told
-    assert lines[0].endswith(f"{path} was trained with 4: motion in the clips has another speed")
+    assert lines[0].endswith(f"{path} was trained with 4: the clips show motion at a different speed than in training")
 
 
 def test_moved_teachers_need_a_path(slim: Path, tmp_path: Path) -> None:

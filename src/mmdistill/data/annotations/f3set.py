@@ -36,10 +36,10 @@ def load_f3set(path: Path | str) -> list[Rally]:
         more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         raise AnnotationError(
             f"{path}: {len(problems)} problems:\n  {shown}{more}\n"
-            "`python scripts/check_data.py ANNOTATIONS --write-clean FILE` writes a copy without them"
+            "`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them"
         )
     if not rallies:
-        raise AnnotationError(f"{path}: contains no rally")
+        raise AnnotationError(f"{path}: contains no rally; give a file with at least one")
     return rallies
 
 
