@@ -104,3 +104,13 @@ def test_no_import_cycle() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    unit = Path(__file__).parent
+    tests = {path.relative_to(unit) for path in unit.rglob("test_*.py")}
+    sources = {path.relative_to(PACKAGE) for path in MODULES if path.stem not in ("__init__", "__main__")}
+    expected = {path.with_name(f"test_{path.name}") for path in sources}
+    assert not expected - tests, "modules without a unit test"
+    about_the_whole_package = {Path("test_architecture.py"), Path("test_private_interfaces.py")}
+    assert not tests - expected - about_the_whole_package, "unit tests without a module"
