@@ -9,8 +9,7 @@ import torch
 from mmdistill.checkpoint import latest_valid_checkpoint, read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from tests.commands import ROOT, run_python
-from tests.integration.test_resume import teacher
-from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
+from tests.tiny_data import EVAL, MODEL, make_tiny, overrides, write_teacher
 
 SHIM = Path(__file__).with_name("signal_shim.py")
 PRETRAIN, DISTILL = "pretrain_main.py", "lit_main_mmdistill.py"
@@ -31,7 +30,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The command line of a training of 2 epochs of 9 batches."""
     root = tmp_path_factory.mktemp("signals")
     data = overrides(make_tiny(root / "data"))
-    teachers = [str(teacher(root / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
+    teachers = [str(write_teacher(root / m, m, i)) for i, m in enumerate(("rgb", "flow", "skeleton"))]
 
     def make(script: str, run_dir: Path, workers: int = 0, *more: str) -> list[str]:
         own = ["modality=flow", *MODEL] if script == PRETRAIN else [f"trainer.ckpt_path=[{','.join(teachers)}]"]
