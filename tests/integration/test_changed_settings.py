@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import WeightMismatchError, load_torch, save_torch
+from mmdistill.checkpoint import CheckpointError, WeightMismatchError, load_torch, save_torch
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
@@ -223,7 +223,7 @@ def test_resume_rejects_other_teachers_than_the_checkpoints(folder: Path, tmp_pa
     content = load_torch(here / "flow.ckpt")
     content["state_dict"]["encoder.norm.weight"] += 1
     save_torch(content, here / "flow.ckpt")
-    with pytest.raises(ConfigError, match=r"flow\.ckpt: its weights have sha256"):
+    with pytest.raises(CheckpointError, match=r"flow\.ckpt: its weights have sha256"):
         load_teachers(config, specs, full)
     (here / "flow.ckpt").unlink()
     assert load_teachers(config, specs, full)[1] == sources
