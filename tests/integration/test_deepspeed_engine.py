@@ -62,7 +62,7 @@ def test_other_settings_are_one_error_that_names_both(results: dict, case: str, 
 
 def test_missing_checkpoint_is_an_error(results: dict) -> None:
     assert "does not exist" in results["mismatch-absent"]["0"]["raised"][1]
-    assert "a folder of 8 checkpoints" in results["mismatch-parent"]["0"]["raised"][1]
+    assert "contains 8 checkpoints" in results["mismatch-parent"]["0"]["raised"][1]
     assert results["mismatch-replicated"]["0"]["raised"] is None
 
 

@@ -260,7 +260,7 @@ def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
 @pytest.mark.parametrize(("name", "world"), [("used", 2), ("used_distill", 1)])
 def test_new_run_in_a_used_folder_is_rejected(runs: Runs, name: str, world: int) -> None:
     assert runs.codes[name] == [2] * world, runs.log(name)
-    assert "holds checkpoints of an earlier run" in runs.log(name)
+    assert "contains checkpoints of an earlier run" in runs.log(name)
     assert "resume=auto" in runs.log(name)
 
 

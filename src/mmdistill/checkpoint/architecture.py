@@ -32,7 +32,7 @@ def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
 def _infer_num_heads(dim: int, inner: int, heads: int | None) -> int:
     if heads is not None:
         if inner % heads:
-            raise CheckpointError(f"heads={heads} does not divide the attention width {inner}")
+            raise CheckpointError(f"the attention width {inner} is not a multiple of heads={heads}")
         return heads
     if inner == dim:
         if dim in _NUM_HEADS_BY_WIDTH:
@@ -43,7 +43,7 @@ def _infer_num_heads(dim: int, inner: int, heads: int | None) -> int:
         if inner != dim and dim // count * count == inner:
             return count
     raise CheckpointError(
-        f"the number of heads cannot be inferred from width {dim} and attention width {inner}; give heads="
+        f"the number of heads cannot be inferred from width {dim} and attention width {inner}; set heads="
     )
 
 
@@ -94,10 +94,10 @@ def encoder_config_from_tensors(
         conv, fc1 = state["patch_embed.proj.weight"], state["blocks.0.mlp.fc1.weight"]
         qkv = state["blocks.0.attn.qkv.weight"]
     except KeyError as error:
-        raise CheckpointError(f"not an encoder: {error} is missing") from error
+        raise CheckpointError(f"not an encoder: the tensor {error} is missing") from error
     if conv.ndim != 5 or conv.shape[3] != conv.shape[4]:
         raise CheckpointError(
-            f"patch_embed.proj.weight has shape {list(conv.shape)}, a tubelet embedding has [D, C, t, p, p]"
+            f"patch_embed.proj.weight has shape {list(conv.shape)}, expected [D, C, t, p, p] as in VideoMAE"
         )
     dim, channels, tubelet, patch, _ = conv.shape
     depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
@@ -113,9 +113,7 @@ def encoder_config_from_tensors(
     else:
         t, h, w = max(_DEFAULT_NUM_FRAMES // tubelet, 1), _DEFAULT_GRID_SIDE, _DEFAULT_GRID_SIDE
         if num_frames is None or height is None or width is None:
-            notes.append(
-                "input size not in the file: VideoMAE's 16 frames of 14 x 14 patches assumed where no size was given"
-            )
+            notes.append("the file has no input size; the default of VideoMAE is used: 16 frames of 14 x 14 patches")
     return EncoderConfig(
         channels=channels,
         num_frames=num_frames or t * tubelet,

@@ -211,7 +211,7 @@ def _check_fit(engine: Any, location: Location, model: Mapping[str, Any]) -> Non
         return
     settings = [f"ZeRO stage {s}, {w} process{'es' if w > 1 else ''}, {p}" for s, w, p in (saved, own)]
     raise ResumeMismatchError(
-        f"{location.given}: written with {settings[0]}, this run has {settings[1]}; use the first settings, or "
+        f"{location.given}: written with {settings[0]}, this run has {settings[1]}; use the same settings, or "
         "load only the weights (`mmdistill convert` writes them as .safetensors)"
     )
 
@@ -297,7 +297,9 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         with _shimmed(engine), _glob_safe_path(location.tag.parent) as name:  # type: ignore[union-attr]
             loaded, states = engine.load_checkpoint(name, tag=location.tag.name)  # type: ignore[union-attr]
         if loaded is None:
-            raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {location.tag}")
+            raise CheckpointError(
+                f"{directory}: DeepSpeed found nothing to load in {location.tag}; use another checkpoint"
+            )
         return _select_client_state(states or {}, rank)
 
     # engine.load_checkpoint waits at barriers; `check` raised every foreseeable error on all ranks before

@@ -42,7 +42,8 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
     config = encoder.config
     if config.pos_embed == "learned":
         raise CheckpointError(
-            "this encoder has learned positions, which transformers' VideoMAE does not support; use safetensors"
+            "this encoder has learned positions, which transformers' VideoMAE does not support; use --to "
+            "safetensors, onnx or torch_export"
         )
     if config.pos_embed == "sincos_separable":
         raise CheckpointError(
@@ -116,7 +117,7 @@ def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
         verbose=False,
     )
     if program is None:
-        raise CheckpointError(f"{target}: not written: torch.onnx returned no program")
+        raise CheckpointError(f"{target}: not written: torch.onnx returned no program; use --to torch_export")
     _write_atomically(target, lambda staged: program.save(staged, external_data=False))
 
 

@@ -67,7 +67,7 @@ def _list_missing(location: Location, meta: Mapping[str, Any], components: Seque
     for component, reference in (meta.get("teachers") or {}).items():
         if component not in components:
             lines.append(
-                f"{component} (student-only checkpoint; it is in {reference['path']}, sha256 of its encoder "
+                f"{component} (a student-only checkpoint references it: {reference['path']}, sha256 of its encoder "
                 f"{reference['sha256']})"
             )
     return lines

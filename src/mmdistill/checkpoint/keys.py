@@ -74,7 +74,7 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     for key, name in names.items():
         if name in seen:
             raise CheckpointError(
-                f"two tensors have the same name without the prefixes of wrappers: '{seen[name]}' and '{key}'"
+                f"'{seen[name]}' and '{key}' have the same name after the removal of wrapper prefixes; rename one"
             )
         seen[name] = key
     return names

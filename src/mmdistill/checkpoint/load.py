@@ -62,7 +62,9 @@ class LoadReport:
             lines.append(f"component {self.component}")
         lines += [f"{count} tensors converted {kind}" for kind, count in self.conversions.items()]
         if self.missing:
-            lines.append(f"{len(self.missing)} missing as allowed: {', '.join(self.missing[:_MAX_LISTED])}")
+            lines.append(
+                f"{len(self.missing)} missing, as allow_missing permits: {', '.join(self.missing[:_MAX_LISTED])}"
+            )
         if self.ignored_keys:
             lines.append("ignored: " + ", ".join(f"{name} ({count})" for name, count in self.ignored_keys.items()))
         return "; ".join([*lines, *self.notes])
@@ -80,16 +82,16 @@ def select_encoder(checkpoint: Checkpoint, component: str | None) -> tuple[dict[
     state = checkpoint.state_dict
     roots = {component_of(root): root for root in encoder_roots(state)}
     if not roots:
-        held = ", ".join(f"{name} ({n})" for name, n in Counter(map(top_level, state)).items())
+        found = ", ".join(f"{name} ({n})" for name, n in Counter(map(top_level, state)).items())
         raise CheckpointError(
-            f"{checkpoint.path}: holds no encoder (no patch_embed.proj.weight); its tensors are: {held}"
+            f"{checkpoint.path}: contains no encoder (no patch_embed.proj.weight); its tensors are: {found}"
         )
     selected = component or next((name for name in ("student_rgb", "encoder") if name in roots), None)
     if selected is None and len(roots) == 1:
         selected = next(iter(roots))
     if selected not in roots:
         problem = f"no component '{component}'" if component else "several encoders and no student"
-        raise CheckpointError(f"{checkpoint.path}: {problem}; it holds {', '.join(roots)}: give part=")
+        raise CheckpointError(f"{checkpoint.path}: {problem}; select one of {', '.join(roots)} (part=, --component)")
     root = roots[selected]
     tensors = {k.removeprefix(root): v for k, v in state.items() if k.startswith(root)}
     encoder = {k: v for k, v in tensors.items() if not k.startswith(_CLASSIFIER_PREFIXES)}
@@ -114,7 +116,7 @@ def _adapt_positions(
     if name not in target:
         if is_sincos(stored):
             del state[name]
-            return f"sin-cos positions ({stored.shape[1]} tokens) recomputed"
+            return f"sin-cos position embedding ({stored.shape[1]} tokens) recomputed"
         return None
     if stored.shape[1] == target[name].shape[1] or stored.shape[2] != target[name].shape[2] or grid is None:
         return None
@@ -126,7 +128,7 @@ def _adapt_positions(
     if source[0] * source[1] * source[2] != stored.shape[1]:
         return None
     state[name] = resize_positions(stored, source, grid)
-    return f"learned positions interpolated from {source} to {grid} (T, H, W)"
+    return f"learned position embedding interpolated from {source} to {grid} (T, H, W)"
 
 
 def _raise_on_mismatch(
@@ -137,7 +139,7 @@ def _raise_on_mismatch(
     lines = [f"{source}: does not fit the module, which was left unchanged"]
     if not matched:
         lines[0] = f"{source}: no tensor matches the module, which was left unchanged"
-    for title, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("with a different shape", shapes)):
         if names:
             more = f" ... and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
             lines.append(f"  {len(names)} {title}: {', '.join(names[:_MAX_LISTED])}{more}")
@@ -158,15 +160,17 @@ def copy_state(
         WeightMismatchError: lists the tensors that do not fit.
     """
     target = module.state_dict()
-    absent = [name for name in target if name not in state]
-    allowed = tuple(name for name in absent if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing))
+    not_in_file = [name for name in target if name not in state]
+    allowed = tuple(
+        name for name in not_in_file if any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)
+    )
     shapes = [
         f"{name} {list(state[name].shape)} in the file, {list(target[name].shape)} in the module"
         for name in target
         if name in state and state[name].shape != target[name].shape
     ]
-    matched = len(target) - len(absent) - len(shapes)
-    missing = [name for name in absent if name not in allowed]
+    matched = len(target) - len(not_in_file) - len(shapes)
+    missing = [name for name in not_in_file if name not in allowed]
     _raise_on_mismatch(source, missing, [name for name in state if name not in target], shapes, matched)
     conversions: Counter[str] = Counter()
     parameters = 0
@@ -192,7 +196,7 @@ def _check_hidden_hparams(source: Path, stored: EncoderConfig, own: EncoderConfi
     diff = [f"{n} {getattr(stored, n)} / {getattr(own, n)}" for n in names if getattr(stored, n) != getattr(own, n)]
     if diff:
         raise WeightMismatchError(
-            f"{source}: does not fit the module, which was left unchanged: (checkpoint / module) {', '.join(diff)}"
+            f"{source}: does not fit the module, which was left unchanged (checkpoint / module): {', '.join(diff)}"
         )
 
 
@@ -213,7 +217,7 @@ def load_into(
         if note == "sin-cos":
             assert isinstance(config, EncoderConfig)
             state["pos_embed"] = Encoder(replace(config, depth=1)).pos_embed.detach()
-            note = "sin-cos positions of another length recomputed"
+            note = "sin-cos position embedding recomputed for a different number of tokens"
         if note:
             notes.append(note)
     else:
@@ -332,7 +336,7 @@ def load_encoder(
     width: int | None = None,
     heads: int | None = None,
 ) -> Encoder:
-    """Build the encoder that a checkpoint holds and load it.
+    """Build the encoder of a checkpoint and load its weights.
 
     Args:
         source: anything that `read_checkpoint` reads, or its result.

@@ -122,7 +122,7 @@ def _latest_tag(root: Path) -> Path:
     tag = root / name
     if not tag.is_dir() or not _has_model_states(tag):
         raise CorruptCheckpointError(
-            f"{root / LATEST}: names '{name}', which holds no *_model_states.pt; {found}: give the path of that "
+            f"{root / LATEST}: names '{name}', which contains no *_model_states.pt; {found}: give the path of that "
             "directory"
         )
     return tag
@@ -145,10 +145,11 @@ def _locate_directory(given: Path, path: Path) -> Location:
     candidates = tags or _find_below(path)
     if candidates:
         raise CheckpointError(
-            f"{given}: a folder of {len(candidates)} checkpoints, not one; give one of{_format_paths(candidates)}"
+            f"{given}: contains {len(candidates)} checkpoints; give one of{_format_paths(candidates)}"
         )
     raise CheckpointError(
-        f"{given}: no checkpoint in this directory (no 'latest', no *_model_states.pt, no weights file)"
+        f"{given}: no checkpoint in this directory (no 'latest', no *_model_states.pt, no weights file); "
+        "`mmdistill find-checkpoints` lists the paths of checkpoints"
     )
 
 
@@ -177,10 +178,12 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
     resolved = Path(path).expanduser()
     if resolved.exists():
         return resolved
-    kept = resolved.with_name(f"{OLD_PREFIX}{resolved.name}")
-    if resolved.name and kept.exists():
-        log.warning("%s: a save over it was interrupted; using the previous checkpoint (%s)", resolved, kept.name)
-        return kept
+    previous = resolved.with_name(f"{OLD_PREFIX}{resolved.name}")
+    if resolved.name and previous.exists():
+        log.warning(
+            "%s: the save that replaces it was interrupted; using the previous checkpoint (%s)", resolved, previous.name
+        )
+        return previous
     folder = resolved.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -188,7 +191,7 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
         names = sorted(n for n in os.listdir(folder) if not n.startswith("."))[:_MAX_LISTED]
     except OSError:
         names = []
-    raise CheckpointError(f"{path}: does not exist; {folder} holds {', '.join(map(repr, names)) or 'nothing'}")
+    raise CheckpointError(f"{path}: does not exist; {folder} contains {', '.join(map(repr, names)) or 'nothing'}")
 
 
 def locate(path: str | os.PathLike[str]) -> Location:
@@ -228,5 +231,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{path}: unreadable ({error}); use another checkpoint") from error
     if not isinstance(content, dict):
-        raise CorruptCheckpointError(f"{path}: should hold a JSON object; use another checkpoint")
+        raise CorruptCheckpointError(f"{path}: is not a JSON object; use another checkpoint")
     return content

@@ -65,10 +65,10 @@ def _select_tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]
     found = {k: v for k, v in entries.items() if isinstance(v, Tensor)}
     for key, tensor in found.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"{path}: a tensor has the key {key!r}, which is not a string; save it under a name")
+            raise CheckpointError(f"{path}: a tensor has the key {key!r}, which is not a string; use a string")
         if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided:
-            kind = "holds no values" if tensor.is_meta else "is quantized" if tensor.is_quantized else "is sparse"
-            raise CheckpointError(f"{path}: '{key}' {kind}; save it as an ordinary dense tensor")
+            problem = "has no values" if tensor.is_meta else "is quantized" if tensor.is_quantized else "is sparse"
+            raise CheckpointError(f"{path}: '{key}' {problem}; save it as a dense tensor")
     return found
 
 
@@ -81,11 +81,12 @@ def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 return _select_tensors(inner, path)
         if any(isinstance(v, Tensor) for v in content.values()):
             return _select_tensors(content, path)
-        held = ", ".join(map(repr, list(content)[:8])) or "nothing"
+        found = ", ".join(map(repr, list(content)[:8])) or "nothing"
     else:
-        held = type(content).__name__
+        found = type(content).__name__
     raise CheckpointError(
-        f"{path}: no tensors under 'state_dict', 'module', 'model' or at the top level (it holds {held})"
+        f"{path}: no tensors under 'state_dict', 'module', 'model' or at the top level, only {found}; "
+        "use another checkpoint"
     )
 
 
@@ -112,7 +113,9 @@ def to_canonical_state(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except KeyError as error:
-        raise CheckpointError(f"{path}: the Hugging Face tensor {error} is missing; the file is incomplete") from error
+        raise CheckpointError(
+            f"{path}: the Hugging Face tensor {error} is missing; the file is incomplete, copy it again"
+        ) from error
 
 
 def _infer_kind(state: Mapping[str, Tensor]) -> str:
@@ -171,9 +174,9 @@ def read_checkpoint(source: str | os.PathLike[str] | Location, *, verify: bool =
         raw, meta = _find_state_dict(location.content, location.root), _find_meta(location.content)
     encoders = meta.get("encoders") or {}
     if not isinstance(encoders, dict) or not all(isinstance(fields, dict) for fields in encoders.values()):
-        raise CheckpointError(f"{location.given}: 'encoders' of its metadata should hold the config of each encoder")
+        raise CheckpointError(f"{location.given}: 'encoders' in its metadata must map each encoder to its config")
     state = to_canonical_state(raw, location.given)
     if not state:
-        raise CheckpointError(f"{location.given}: holds no tensors")
+        raise CheckpointError(f"{location.given}: contains no tensors; use another checkpoint")
     meta.setdefault("kind", _infer_kind(state))
     return Checkpoint(location.given, location.format, state, meta, stage, world_size, notes, tuple(raw))

@@ -16,7 +16,10 @@ def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:
     """
     reference = (source.meta.get("teachers") or {}).get(component)
     if not reference:
-        raise CheckpointError(f"{source.path} holds {', '.join(source.components)} and references no {component}")
+        raise CheckpointError(
+            f"{source.path}: no {component}, neither in the file nor as a reference; use one of "
+            f"{', '.join(source.components)}"
+        )
     path = reference["path"]
     require_exists(path, component, reference, source.path)
     checkpoint = read_checkpoint(path)
@@ -30,8 +33,8 @@ def require_exists(path: str, component: str, reference: dict[str, Any], source:
     """Raise `CheckpointError` if `path` of the teacher that the student-only `source` references does not exist."""
     if not Path(path).expanduser().exists():
         raise CheckpointError(
-            f"{path}: does not exist; {source} is a student-only checkpoint that was distilled with this {component} "
-            f"(sha256 {reference['sha256']}): restore it, or give a checkpoint with these weights in trainer.ckpt_path"
+            f"{path}: does not exist; the student-only checkpoint {source} references it as its {component} (sha256 "
+            f"{reference['sha256']}); restore it, or set trainer.ckpt_path to a checkpoint with these weights"
         )
 
 
@@ -39,7 +42,7 @@ def require_same_digest(path: str, digest: str, component: str, reference: dict[
     """Raise `CheckpointError` if `digest`, of the weights at `path`, is not the one that `source` references."""
     if digest != reference["sha256"]:
         raise CheckpointError(
-            f"{path}: its weights have sha256 {digest}, but {source} was distilled with {component} of sha256 "
-            f"{reference['sha256']} (then at {reference['path']}); give a checkpoint with those weights in "
-            "trainer.ckpt_path"
+            f"{path}: the sha256 of its weights is {digest}, but {source} was distilled with a {component} of sha256 "
+            f"{reference['sha256']}, read from {reference['path']}; set trainer.ckpt_path to a checkpoint with those "
+            "weights"
         )

@@ -85,7 +85,7 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
         try:
             verify(candidate.path)
         except (CheckpointError, OSError) as error:
-            log.warning("skipped %s", error)
+            log.warning("skipping an invalid checkpoint: %s", error)
             continue
         return candidate.path
     return None
@@ -192,7 +192,7 @@ def prune(
     try:
         verify(complete[0][0])
     except (CheckpointError, OSError) as error:
-        log.warning("no checkpoint was removed, because the newest one is damaged: %s", error)
+        log.warning("no checkpoint was pruned, because the newest one is damaged: %s", error)
         return []
     return [path for path in to_remove if _remove(path)]
 
@@ -247,11 +247,11 @@ def _check_no_later_checkpoints(directory: Path, source: Path | None) -> None:
             continue
         if source is None:
             raise CheckpointError(
-                f"{directory}: holds checkpoints of an earlier run ({candidate.path.name}); continue it with "
+                f"{directory}: contains checkpoints of an earlier run ({candidate.path.name}); continue it with "
                 "resume=auto, choose another hydra.run.dir, or move them away"
             )
         if math.isfinite(candidate.step):
             raise CheckpointError(
-                f"{directory}: holds {candidate.path.name} of step {candidate.step:.0f}, later than resume={source} "
+                f"{directory}: contains {candidate.path.name} of step {candidate.step:.0f}, later than resume={source} "
                 f"(step {step:.0f}); continue it with resume=auto, choose another hydra.run.dir, or move it away"
             )

@@ -257,7 +257,7 @@ def recover_interrupted_saves(directory: Path) -> None:
         else:
             with contextlib.suppress(FileNotFoundError):  # another rank did it first
                 os.rename(old, target)
-                log.warning("%s: restored, because a save over it was interrupted", target)
+                log.warning("%s: restored, because the save that replaces it was interrupted", target)
 
 
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:

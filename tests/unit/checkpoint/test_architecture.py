@@ -37,7 +37,7 @@ def test_config_from_tensors() -> None:
     assert notes == ["3 heads of 5 inferred from the attention width 15"]
     assumed, notes = encoder_config_from_tensors(state)
     assert assumed == replace(CONFIG, num_frames=16, height=56, width=56)
-    assert any("14 x 14 patches assumed" in note for note in notes)
+    assert any("the default of VideoMAE is used: 16 frames of 14 x 14 patches" in note for note in notes)
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(384, 6), (768, 12), (1024, 16), (1280, 16)])
@@ -50,18 +50,18 @@ def test_config_of_the_releases(dim: int, heads: int) -> None:
 
 def test_number_of_heads_that_tensors_do_not_determine() -> None:
     state = Encoder(replace(CONFIG, dim=20, heads=2, head_dim=10)).state_dict()
-    with pytest.raises(CheckpointError, match="cannot be inferred from width 20 and attention width 20; give heads="):
+    with pytest.raises(CheckpointError, match="cannot be inferred from width 20 and attention width 20; set heads="):
         encoder_config_from_tensors(state)
     assert encoder_config_from_tensors(state, heads=2)[0].heads == 2
-    with pytest.raises(CheckpointError, match="heads=3 does not divide the attention width 20"):
+    with pytest.raises(CheckpointError, match="the attention width 20 is not a multiple of heads=3"):
         encoder_config_from_tensors(state, heads=3)
 
 
 def test_tensors_of_something_else_are_errors() -> None:
-    with pytest.raises(CheckpointError, match=r"not an encoder: 'patch_embed\.proj\.weight' is missing"):
+    with pytest.raises(CheckpointError, match=r"not an encoder: the tensor 'patch_embed\.proj\.weight' is missing"):
         encoder_config_from_tensors({"a": torch.zeros(1)})
     state = Encoder(CONFIG).state_dict() | {"patch_embed.proj.weight": torch.zeros(16, 3, 4, 4)}
-    with pytest.raises(CheckpointError, match="a tubelet embedding has"):
+    with pytest.raises(CheckpointError, match="expected \\[D, C, t, p, p\\] as in VideoMAE"):
         encoder_config_from_tensors(state)
 
 

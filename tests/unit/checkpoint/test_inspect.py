@@ -37,7 +37,7 @@ def test_teachers_of_a_student_only_checkpoint_are_listed(tmp_path: Path) -> Non
     meta = {"encoders": {}, "teachers": {"teacher_flow": {"path": "/flow", "sha256": "ab12"}}}
     save_torch({"state_dict": STATE, "pytorch-lightning_version": "2", "mmdistill": meta}, tmp_path / "s.ckpt")
     (line,) = inspect_checkpoint(tmp_path / "s.ckpt")["missing"]
-    assert line == "teacher_flow (student-only checkpoint; it is in /flow, sha256 of its encoder ab12)"
+    assert line == "teacher_flow (a student-only checkpoint references it: /flow, sha256 of its encoder ab12)"
 
 
 def test_size_counts_all_files_and_damaged_shards_are_reported(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_no_match_is_an_error_even_with_allow_missing(tmp_path: Path) -> None:
     net = VideoMAE(CONFIG, DECODER)
     with pytest.raises(WeightMismatchError, match="no tensor matches"):
         load_weights(net, tmp_path / "other.pt", allow_missing=["*"])
-    with pytest.raises(CheckpointError, match=r"holds no encoder.*other \(1\)"):
+    with pytest.raises(CheckpointError, match=r"contains no encoder.*other \(1\)"):
         load_weights(net.encoder, tmp_path / "other.pt", allow_missing=["*"])
 
 
@@ -100,7 +100,9 @@ def test_components_of_a_distilled_file(tmp_path: Path) -> None:
     assert loaded.config == student.config
     assert torch.equal(loaded.norm.weight, student.norm.weight)
     assert load_encoder(tmp_path / "last.ckpt", part="teacher_skeleton").config == teacher.config
-    with pytest.raises(CheckpointError, match="no component 'teacher_flow'; it holds student_rgb, teacher_skeleton"):
+    with pytest.raises(
+        CheckpointError, match="no component 'teacher_flow'; select one of student_rgb, teacher_skeleton"
+    ):
         load_encoder(tmp_path / "last.ckpt", part="teacher_flow")
 
 
@@ -173,7 +175,7 @@ def test_heads_that_shapes_do_not_show_must_agree(tmp_path: Path) -> None:
     )
     other = Encoder(replace(CONFIG, heads=1, head_dim=8))
     before = copy_state_of(other)
-    with pytest.raises(WeightMismatchError, match=r"\(checkpoint / module\) heads 2 / 1, head_dim 4 / 8"):
+    with pytest.raises(WeightMismatchError, match=r"\(checkpoint / module\): heads 2 / 1, head_dim 4 / 8"):
         load_weights(other, tmp_path / "e.safetensors")
     assert is_unchanged(other, before)
 

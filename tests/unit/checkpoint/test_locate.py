@@ -63,7 +63,7 @@ def test_manifest_without_tag_is_an_error(tmp_path: Path) -> None:
 
 def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"a folder of 2 checkpoints, not one; give one of\n"):
+    with pytest.raises(CheckpointError, match=r"contains 2 checkpoints; give one of\n"):
         locate(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint in this directory"):
@@ -75,18 +75,18 @@ def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
 
 def test_missing_path_lists_the_closest_folder(tmp_path: Path) -> None:
     (tmp_path / "epoch=01").mkdir()
-    with pytest.raises(CheckpointError, match=rf"absent/x\.ckpt: does not exist; {tmp_path} holds 'epoch=01'"):
+    with pytest.raises(CheckpointError, match=rf"absent/x\.ckpt: does not exist; {tmp_path} contains 'epoch=01'"):
         existing_path(tmp_path / "absent" / "x.ckpt")
 
 
 def test_previous_checkpoint_of_an_interrupted_save_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     root.rename(root.with_name(f".old-{NAME}"))
     assert existing_path(root).name == f".old-{NAME}"
-    assert "a save over it was interrupted; using the previous checkpoint" in caplog.text
+    assert "the save that replaces it was interrupted; using the previous checkpoint" in caplog.text
 
 
 def test_invalid_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
-    for text, message in (("{", "unreadable"), ("[]", "should hold a JSON object")):
+    for text, message in (("{", "unreadable"), ("[]", "is not a JSON object")):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(CorruptCheckpointError, match=rf"meta\.json: {message}"):
             read_json(tmp_path / "meta.json")

@@ -43,7 +43,7 @@ def test_a_path_at_any_level_of_a_directory_is_read(name: str) -> None:
 
 
 def test_folder_of_checkpoints_is_an_error_that_lists_them() -> None:
-    with pytest.raises(CheckpointError, match=r"a folder of \d+ checkpoints, not one; give one of\n.*hf-model"):
+    with pytest.raises(CheckpointError, match=r"contains \d+ checkpoints; give one of\n.*hf-model"):
         read_checkpoint(FIXTURES)
 
 
@@ -85,12 +85,12 @@ def test_copied_model_file_is_read_with_a_note(tmp_path: Path) -> None:
     alone = tmp_path / source.name
     alone.write_bytes(source.read_bytes())
     checkpoint = read_checkpoint(alone)
-    assert any("low-precision copies" in note for note in checkpoint.notes)
+    assert any("the low-precision weights are read" in note for note in checkpoint.notes)
     renamed = tmp_path / "rgb.pt"
     renamed.write_bytes(source.read_bytes())
     assert sorted(read_checkpoint(renamed).state_dict) == sorted(checkpoint.state_dict)
     sharded = FIXTURES / "zero3-w1-fp32" / NAME / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / sharded.name).write_bytes(sharded.read_bytes())
-    with pytest.raises(CheckpointError, match="stage 3 keeps the weights in"):
+    with pytest.raises(CheckpointError, match="stage 3 stores the weights in"):
         read_checkpoint(tmp_path / "b")

@@ -40,13 +40,20 @@ def test_teacher_without_metadata_gets_the_stored_input_size(tmp_path: Path) -> 
 
 def test_missing_and_changed_teachers_are_errors(tmp_path: Path) -> None:
     source = student_only(tmp_path / "rgb")
-    with pytest.raises(CheckpointError, match=r"s\.ckpt holds student_rgb and references no teacher_flow"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"s\.ckpt: no teacher_flow, neither in the file nor as a reference; use one of student_rgb",
+    ):
         load_referenced_teacher(source, "teacher_flow")
-    with pytest.raises(CheckpointError, match=r"rgb: does not exist; .*s\.ckpt is a student-only checkpoint"):
+    with pytest.raises(
+        CheckpointError, match=r"rgb: does not exist; the student-only checkpoint .*s\.ckpt references it"
+    ):
         load_referenced_teacher(source, "teacher_rgb")
     write_deepspeed(state_of(make_encoder(2)), tmp_path / "rgb", META)
     found, expected = weights_digest(make_encoder(2)), source.meta["teachers"]["teacher_rgb"]["sha256"]
-    with pytest.raises(CheckpointError, match=f"its weights have sha256 {found}, .*teacher_rgb of sha256 {expected}"):
+    with pytest.raises(
+        CheckpointError, match=f"the sha256 of its weights is {found}, .*teacher_rgb of sha256 {expected}"
+    ):
         load_referenced_teacher(source, "teacher_rgb")
 
 

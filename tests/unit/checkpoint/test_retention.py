@@ -108,7 +108,7 @@ def test_find_resume_rejects_folders_with_later_checkpoints(tmp_path: Path) -> N
         other.setattr(retention, "get_rank", lambda: 1)
         other.setattr(retention, "latest_valid_checkpoint", lambda _: pytest.fail("only rank 0 searches"))
         assert retention.find_resume("auto", tmp_path) is None  # the result of rank 0 is broadcast
-    with pytest.raises(CheckpointError, match=r"holds checkpoints of an earlier run .*resume=auto"):
+    with pytest.raises(CheckpointError, match=r"contains checkpoints of an earlier run .*resume=auto"):
         retention.find_resume(None, tmp_path)
     assert retention.find_resume("auto", tmp_path) == second
     assert retention.find_resume(str(second), tmp_path) == second

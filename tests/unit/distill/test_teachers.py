@@ -31,8 +31,8 @@ def configure(*more: str) -> DistillConfig:
 
 
 @pytest.fixture
-def slim(tmp_path: Path) -> Path:
-    """A slim file beside the three teachers that it names."""
+def student_only(tmp_path: Path) -> Path:
+    """Path of a student-only checkpoint in the folder of the three teachers that it references."""
     state, encoders, named = {}, {}, {}
     for i, modality in enumerate(MODALITIES):
         path = write_teacher(tmp_path / modality, modality, i)
@@ -44,15 +44,15 @@ def slim(tmp_path: Path) -> Path:
             state = {f"student_rgb.{k}": v + 1.0 for k, v in checkpoint.state_dict.items()}
     meta = {"kind": "distill", "encoders": encoders, "teachers": named, "epoch": 0, "step": 3}
     content = {"state_dict": state, "global_step": 3, "pytorch-lightning_version": "2", "mmdistill": meta}
-    save_torch(content, tmp_path / "slim.ckpt")
-    return tmp_path / "slim.ckpt"
+    save_torch(content, tmp_path / "student_only.ckpt")
+    return tmp_path / "student_only.ckpt"
 
 
-def test_resume_reads_the_named_teachers(slim: Path) -> None:
+def test_resume_reads_the_named_teachers(student_only: Path) -> None:
     config = configure("resume=auto")
-    teachers, sources = load_teachers(config, modality_specs(config.data_module), slim)
+    teachers, sources = load_teachers(config, modality_specs(config.data_module), student_only)
     assert list(teachers) == list(MODALITIES)
-    assert sources == read_checkpoint(slim).meta["teachers"]
+    assert sources == read_checkpoint(student_only).meta["teachers"]
     assert teachers["flow"].config.channels == 2
 
 
@@ -60,45 +60,47 @@ def test_another_sampling_rate_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
     caplog.set_level("INFO")
     config = configure("resume=auto", "data_module.sampling_rate=2")
     data, spec = config.data_module, modality_specs(config.data_module)["flow"]
-    for stored, told in ((2, 0), (4, 1)):
+    for stored, num_lines in ((2, 0), (4, 1)):
         path = write_teacher(tmp_path / str(stored), "flow", 0, config={"data_module": {"sampling_rate": stored}})
         caplog.clear()
         read_teacher(str(path), "flow", spec, data)
         lines = [record.message for record in caplog.records if "sampling_rate=2, but" in record.message]
-        assert len(lines) == told
+        assert len(lines) == num_lines
     assert lines[0].endswith(f"{path} was trained with 4: the clips show motion at a different speed than in training")
 
 
-def test_moved_teachers_need_a_path(slim: Path, tmp_path: Path) -> None:
+def test_moved_teachers_need_a_path(student_only: Path, tmp_path: Path) -> None:
     (tmp_path / "flow").rename(tmp_path / "elsewhere")
     config = configure("resume=auto")
     with pytest.raises(
-        CheckpointError, match=r"flow: does not exist; .*is a student-only checkpoint .* teacher_flow \(sha256 \w{64}"
+        CheckpointError, match=r"flow: does not exist; the student-only checkpoint .* teacher_flow \(sha256 \w{64}"
     ):
-        load_teachers(config, modality_specs(config.data_module), slim)
+        load_teachers(config, modality_specs(config.data_module), student_only)
     paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
     config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")
-    assert load_teachers(config, modality_specs(config.data_module), slim)[1]["teacher_flow"]["path"].endswith("where")
+    assert load_teachers(config, modality_specs(config.data_module), student_only)[1]["teacher_flow"]["path"].endswith(
+        "where"
+    )
 
 
-def test_changed_teachers_raise_with_both_digests(slim: Path, tmp_path: Path) -> None:
-    wanted = read_checkpoint(slim).meta["teachers"]["teacher_flow"]["sha256"]
+def test_changed_teachers_raise_with_both_digests(student_only: Path, tmp_path: Path) -> None:
+    expected = read_checkpoint(student_only).meta["teachers"]["teacher_flow"]["sha256"]
     shutil.rmtree(tmp_path / "flow")
     found = weights_digest(load_encoder(write_teacher(tmp_path / "flow", "flow", 7)))
     config = configure("resume=auto")
-    with pytest.raises(CheckpointError, match="its weights have sha256") as raised:
-        load_teachers(config, modality_specs(config.data_module), slim)
-    assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), wanted, found, "slim.ckpt"))
-    with pytest.raises(CheckpointError, match=f"{wanted}.*{found}"):
+    with pytest.raises(CheckpointError, match="the sha256 of its weights is") as raised:
+        load_teachers(config, modality_specs(config.data_module), student_only)
+    assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), expected, found, "student_only.ckpt"))
+    with pytest.raises(CheckpointError, match=f"{expected}.*{found}"):
         check_teacher_digests(
-            {"teacher_flow": {"sha256": wanted}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"]
+            {"teacher_flow": {"sha256": expected}}, {"teacher_flow": {"sha256": found}}, ["teacher_flow"]
         )
 
 
-def test_other_teachers_than_the_checkpoints_raise(slim: Path) -> None:
+def test_other_teachers_than_the_checkpoints_raise(student_only: Path) -> None:
     config = configure("resume=auto", "trainer.teachers=[rgb]")
     with pytest.raises(ConfigError, match="was distilled from teacher_rgb, teacher_flow, teacher_skeleton"):
-        load_teachers(config, modality_specs(config.data_module), slim)
+        load_teachers(config, modality_specs(config.data_module), student_only)
 
 
 def test_new_run_needs_paths() -> None:
@@ -109,18 +111,21 @@ def test_new_run_needs_paths() -> None:
         load_teachers(config, modality_specs(config.data_module), None)
 
 
-def test_evaluation_of_a_student_only_checkpoint(slim: Path, tmp_path: Path) -> None:
-    config = configure("train=False", f"ckpt_path={slim}", "baselines=[random,teacher_rgb,teacher_flow]")
-    rows = {n.name: n for n in load_networks(config, read_checkpoint(slim))[0]}
+def test_evaluation_of_a_student_only_checkpoint(student_only: Path, tmp_path: Path) -> None:
+    config = configure("train=False", f"ckpt_path={student_only}", "baselines=[random,teacher_rgb,teacher_flow]")
+    rows = {n.name: n for n in load_networks(config, read_checkpoint(student_only))[0]}
     assert list(rows) == ["student_rgb", "random", "teacher_rgb", "teacher_flow"]
     assert rows["teacher_flow"].checkpoint == str(tmp_path / "flow")
     assert torch.equal(rows["student_rgb"].encoder.norm.weight, rows["teacher_rgb"].encoder.norm.weight + 1)
     shutil.rmtree(tmp_path / "flow")
-    networks, (message,) = load_networks(config, read_checkpoint(slim))
+    networks, (message,) = load_networks(config, read_checkpoint(student_only))
     assert [n.name for n in networks] == ["student_rgb", "random", "teacher_rgb"]
-    assert message.startswith(f"baselines: skipping teacher_flow: {slim} is a student-only checkpoint: ")
+    assert message.startswith(f"baselines: skipping teacher_flow: {student_only} is a student-only checkpoint: ")
     with pytest.raises(CheckpointError, match="no component 'student_flow'"):
-        load_networks(configure("train=False", f"ckpt_path={slim}", "baselines=[student_flow]"), read_checkpoint(slim))
+        load_networks(
+            configure("train=False", f"ckpt_path={student_only}", "baselines=[student_flow]"),
+            read_checkpoint(student_only),
+        )
 
 
 def test_teachers_without_metadata_take_the_input_size_of_the_data(tmp_path: Path) -> None:
@@ -146,10 +151,10 @@ def test_teachers_without_metadata_take_the_input_size_of_the_data(tmp_path: Pat
         assert (g.num_frames, g.height, g.width, g.patch) == (4, 32, 48, 16)
 
     encoders = {f"teacher_{m}": to_plain(e.config) for m, e in teachers.items()}
-    slim = Checkpoint(
-        tmp_path / "slim.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
+    student_only = Checkpoint(
+        tmp_path / "student_only.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
     )
-    assert load_referenced_teacher(slim, "teacher_flow").state_dict
+    assert load_referenced_teacher(student_only, "teacher_flow").state_dict
 
     config = configure(*given, "data_module.modalities.skeleton.input_stride=4")
     with pytest.raises(ConfigError, match=r"patch 16 / 4; set data_module\.modalities\.skeleton\.input_stride=1"):

@@ -58,7 +58,9 @@ def _stage(model: Mapping[str, Any], optim: Mapping[str, Any] | None) -> int:
 
 def _require_shard(content: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not isinstance(content.get("optimizer_state_dict"), Mapping):
-        raise CorruptCheckpointError(f"{path}: holds no 'optimizer_state_dict'; it is not a DeepSpeed optimizer shard")
+        raise CorruptCheckpointError(
+            f"{path}: contains no 'optimizer_state_dict'; it is not a DeepSpeed optimizer shard"
+        )
     return content
 
 
@@ -66,7 +68,7 @@ def read_model_file(path: Path, *, verify: bool = True) -> Mapping[str, Any]:
     """Read a ``*_model_states.pt``. Raises `CheckpointError` if it has no ``module`` entry."""
     content = read_torch_file(path, verify=verify)
     if not isinstance(content, Mapping) or not isinstance(content.get("module"), Mapping):
-        raise CheckpointError(f"{path}: holds no 'module' dictionary; it is not a DeepSpeed model file")
+        raise CheckpointError(f"{path}: contains no 'module' dictionary; it is not a DeepSpeed model file")
     return content
 
 
@@ -123,14 +125,17 @@ def _merge_flat(
             count = _numel(shape)
             if offset + count > flat.numel():
                 raise CorruptCheckpointError(
-                    f"{tag}: the shards hold {flat.numel()} values of group {group}, too few for '{name}'"
+                    f"{tag}: the shards contain {flat.numel()} values of parameter group {group}, too few for "
+                    f"'{name}'; "
+                    "copy the checkpoint again"
                 )
             merged[name] = flat.narrow(0, offset, count).view(tuple(shape))
             offset += count + (int(paddings[group][index]) if paddings else 0)
         # the end is padded to a multiple of 2 * world size, and further if gradients are aligned for NCCL
         if flat.numel() - offset >= max(2 * len(shards), 1) + len(names) * 2 * len(shards):
             raise CorruptCheckpointError(
-                f"{tag}: the shards hold {flat.numel()} values of group {group}, its names only {offset}"
+                f"{tag}: the shards contain {flat.numel()} values of parameter group {group}, expected {offset}; "
+                "use another checkpoint"
             )
     return merged
 
@@ -197,7 +202,7 @@ def _unsharded_masters(model: Mapping[str, Any], notes: list[str]) -> dict[str, 
     if not groups or not low_precision:
         if low_precision:
             dtype = str(module[low_precision[0]].dtype).removeprefix("torch.")
-            notes.append(f"weights are {dtype} copies; no fp32 masters were found")
+            notes.append(f"no fp32 master weights were found; the weights were saved in {dtype}")
         return {}
     group_names = model.get(GROUP_NAMES)
     out: dict[str, Tensor] = {}
@@ -205,7 +210,8 @@ def _unsharded_masters(model: Mapping[str, Any], notes: list[str]) -> dict[str, 
         names = list(group_names[index]) if group_names else _match_by_value(low_precision, module, masters)
         if names is None or len(names) != len(masters):
             notes.append(
-                "the fp32 masters of stage 0 have no names and could not be assigned; low-precision copies are used"
+                "the fp32 master weights of stage 0 have no names and do not match the model; "
+                "the low-precision weights are read"
             )
             return {}
         out.update(zip(names, masters, strict=True))
@@ -236,7 +242,7 @@ def read_zero_checkpoint(location: Location, *, verify: bool = True) -> ZeroCont
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise CorruptCheckpointError(
-            f"{location.tag}: its files are not as DeepSpeed writes them ({reason}); use another checkpoint"
+            f"{location.tag}: its files do not have the layout of DeepSpeed ({reason}); use another checkpoint"
         ) from error
 
 
@@ -246,7 +252,7 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
     model_parallel = [f.name for f in model_files if "mp_rank_00" not in f.name]
     if model_parallel:
         raise CheckpointError(
-            f"{tag}: written with model parallelism ({model_parallel[0]}); merge it with DeepSpeed's own tools first"
+            f"{tag}: written with model parallelism ({model_parallel[0]}); merge it with DeepSpeed's tools first"
         )
     model = read_model_file(model_files[0], verify=verify)
     module = {k: v for k, v in model["module"].items() if isinstance(v, Tensor)}
@@ -262,7 +268,8 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
     if sharded_weights:
         if not shards:
             raise CheckpointError(
-                f"{model_files[0]}: ZeRO stage 3 keeps the weights in *{'_optim_states.pt'}, and {tag} has none"
+                f"{model_files[0]}: ZeRO stage 3 stores the weights in *{'_optim_states.pt'}, and {tag} has none; "
+                "copy these files"
             )
         masters = _merge_sliced(tag, [model, *(read_model_file(f, verify=verify) for f in model_files[1:])], shards)
         module = {k: v for k, v in module.items() if k in set(model.get("buffer_names") or ())}
@@ -271,7 +278,9 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
         _check_copies(tag, masters, module)
     else:
         if stage in (1, 2) and has_low_precision:
-            notes.append("the optimizer shards are missing: weights are the low-precision copies, not the fp32 masters")
+            notes.append(
+                "the optimizer shards are missing, so the low-precision weights are read, not the fp32 master weights"
+            )
         else:
             masters = _unsharded_masters(model, notes)
     weights = {**module, **masters}
@@ -280,8 +289,8 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
             weights[alias] = weights[name]
     if masters and not sharded_weights:
         num_frozen = sum(1 for k in module if k not in masters and module[k].dtype in _LOW_PRECISION)
-        frozen = f"; {num_frozen} frozen tensors have none" if num_frozen else ""
-        notes.append(f"{len(masters)} fp32 masters read{frozen}")
+        frozen = f"; {num_frozen} frozen tensors have no fp32 master weights" if num_frozen else ""
+        notes.append(f"{len(masters)} fp32 master weights read{frozen}")
     client = {
         k: v for k, v in model.items() if k not in ("module", "optimizer", "param_shapes", "frozen_param_fragments")
     }

@@ -75,7 +75,9 @@ def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -
         try:
             matches = directory_digest(path) == digest
         except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
-            raise CorruptCheckpointError(f"{path}: corrupt: checksum of its zip directory ({error})") from error
+            raise CorruptCheckpointError(
+                f"{path}: corrupt: checksum of its zip directory ({error}); use another checkpoint or copy it again"
+            ) from error
         if matches and (payload or full):
             verify_zip(path)
     else:

@@ -61,7 +61,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str],
             end = _end_of_data(header)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(
-                f"{path}: corrupt: its header is not that of a safetensors file ({error})"
+                f"{path}: corrupt: its safetensors header is invalid ({error}); copy it again"
             ) from error
     if 8 + length + end != size:
         word = "truncated" if size < 8 + length + end else "corrupt"
@@ -108,7 +108,7 @@ def read_safetensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tens
         dtype = DTYPES.get(str(entry["dtype"]))
         if dtype is None:
             raise CheckpointError(
-                f"{path}: '{name}' has dtype {entry['dtype']}, which is not supported; convert it first"
+                f"{path}: '{name}' has dtype {entry['dtype']}, which is not supported; save it in another dtype"
             )
         begin, end = entry["data_offsets"]
         count = (end - begin) // dtype.itemsize
@@ -130,7 +130,7 @@ def _verify_tensors(path: Path, header: Mapping[str, Any], meta: Mapping[str, st
     tensors = sorted((entry["data_offsets"], name) for name, entry in header.items())
     stored = [meta[TENSOR_CRCS][8 * i : 8 * i + 8] for i in range(len(tensors))]
     if len(meta[TENSOR_CRCS]) != 8 * len(tensors):
-        raise CorruptCheckpointError(f"{path}: corrupt: checksum missing of some of its tensors; copy it again")
+        raise CorruptCheckpointError(f"{path}: corrupt: some tensors have no checksum; copy it again")
     with ThreadPoolExecutor(THREADS) as pool:  # zlib releases the GIL
         found = list(pool.map(lambda tensor: f"{zlib.crc32(data[slice(*tensor[0])]):08x}", tensors))
     bad = [name for (_, name), crc, expected in zip(tensors, found, stored, strict=True) if crc != expected]

@@ -128,12 +128,14 @@ def zip_records(path: Path) -> list[Record]:
                 header = file.read(_LOCAL_HEADER.size)
                 fields = _LOCAL_HEADER.unpack(header)
                 if fields[0] != b"PK\x03\x04" or file.read(fields[9]).decode("utf-8") != info.orig_filename:
-                    raise CorruptCheckpointError(f"{path}: corrupt: checksum: header of '{info.filename}' is damaged")
+                    raise CorruptCheckpointError(
+                        f"{path}: corrupt: checksum: header of '{info.filename}' is damaged; copy it again"
+                    )
                 start = info.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10]
                 records.append(Record(info.filename, start, info.compress_size, info.CRC))
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise CheckpointError(
-                        f"{path}: compressed archive, which torch never writes; unpack and save it again"
+                        f"{path}: compressed archive, which torch cannot map; save it again with torch.save"
                     )
             return records
     except (zipfile.BadZipFile, struct.error, UnicodeDecodeError, NotImplementedError, EOFError) as error:
@@ -229,7 +231,7 @@ def _rejection_error(path: Path, error: BaseException) -> CheckpointError:
             "no code was executed. If you trust the file, load it in its original environment and save plain tensors"
         )
     reason = text.splitlines()[0][:160] if text else repr(error)
-    return CorruptCheckpointError(f"{path}: not a torch file, or a damaged one ({reason}); use another checkpoint")
+    return CorruptCheckpointError(f"{path}: not a torch file, or damaged ({reason}); use another checkpoint")
 
 
 @contextlib.contextmanager

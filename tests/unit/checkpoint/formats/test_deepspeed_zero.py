@@ -57,12 +57,12 @@ def test_model_file_without_its_shards(tmp_path: Path) -> None:
     source = FIXTURES / "zero1-w2-bf16" / NAME / "checkpoint" / "mp_rank_00_model_states.pt"
     shutil.copy(source, tmp_path)
     content = read_zero_checkpoint(locate(tmp_path / source.name))
-    assert any("low-precision copies" in note for note in content.notes)
+    assert any("the low-precision weights are read" in note for note in content.notes)
     (tmp_path / "sharded").mkdir()
     shutil.copy(
         FIXTURES / "zero3-w1-fp32" / NAME / "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt", tmp_path / "sharded"
     )
-    with pytest.raises(CheckpointError, match="stage 3 keeps the weights in"):
+    with pytest.raises(CheckpointError, match="stage 3 stores the weights in"):
         read_zero_checkpoint(locate(tmp_path / "sharded"))
 
 
@@ -101,7 +101,9 @@ def test_missing_entry_is_named(tmp_path: Path, key: str) -> None:
             content = {"optimizer_state_dict": {"zero_stage": 1, **{k: optimizer[k] for k in kept if k != key}}}
         content.pop(key, None)
         torch.save(content, file)
-    with pytest.raises(CorruptCheckpointError, match=rf"checkpoint: its files are not as .*'{key}' is missing"):
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"checkpoint: its files do not have the layout of .*'{key}' is missing"
+    ):
         read_zero_checkpoint(locate(root))
 
 
