@@ -4,8 +4,6 @@ import atexit
 import os
 import subprocess
 import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -29,10 +27,7 @@ def environment(*, gpus: bool = False, **more: str) -> dict[str, str]:
     """Environment of a user's shell: one thread, 160 columns, no rank; GPUs are hidden unless `gpus`."""
     own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    # environments that share one build folder rebuild each other's extensions at every start
-    build = Path(tempfile.gettempdir()) / f"mmdistill_extensions_{zlib.crc32(sys.prefix.encode()):08x}"
-    shown = {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "TORCH_EXTENSIONS_DIR": str(build)}
-    return {**own, **hidden, **shown, **more}
+    return {**own, **hidden, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
 
 
 def run_python(

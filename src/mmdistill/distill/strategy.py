@@ -158,7 +158,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         return optimizer, scheduler
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        with skip_shm_op(self.world_size):
+        with skip_shm_op():
             super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(False)
 

@@ -102,15 +102,12 @@ def set_deepspeed_accelerator(name: str) -> None:
 
 
 @contextmanager
-def skip_shm_op(world_size: int) -> Iterator[None]:
-    """Context manager in which DeepSpeed compiles no C++ op for a single CPU process.
+def skip_shm_op() -> Iterator[None]:
+    """Context manager in which DeepSpeed creates its backend without the shared-memory op of CPUs.
 
-    The op reduces over the ranks of one machine through shared memory. DeepSpeed compiles it for every CPU run, which
-    needs a compiler and takes up to minutes, and a single process never calls it.
+    Only tensor-parallel inference calls the op. DeepSpeed compiles it at the first CPU run of an environment, which
+    needs a compiler and takes up to minutes.
     """
-    if world_size > 1:
-        yield
-        return
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     build = backend.build_shm_op
     backend.build_shm_op = lambda: None

@@ -20,7 +20,7 @@ def init_process_group(process: Process) -> None:
         # an in-memory store needs no port, which another job of this machine could take first
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        with skip_shm_op(process.world_size):
+        with skip_shm_op():
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
