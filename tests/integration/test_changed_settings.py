@@ -69,21 +69,21 @@ def test_extended_training_uses_the_schedule_of_the_new_length(
     folder: Path, steps: list[tuple[float, float]], tmp_path: Path
 ) -> None:
     """The schedule in the checkpoint ends with the first training, at a learning rate of almost 0."""
-    run.distill(_distill(folder, "trainer.epochs=3"), tmp_path / "whole")
-    whole = [rate for rate, _ in steps]
+    run.distill(_distill(folder, "trainer.epochs=3"), tmp_path / "full")
+    full = [rate for rate, _ in steps]
     steps.clear()
     run.distill(_distill(folder, "trainer.epochs=1"), tmp_path / "parts")
-    assert [rate for rate, _ in steps] != whole[:9]
+    assert [rate for rate, _ in steps] != full[:9]
     steps.clear()
     more = ["trainer.epochs=3", "trainer.weight_decay=0.3", "resume=auto"]
     run.distill(_distill(folder, *more), tmp_path / "parts")
-    assert steps == [(rate, 0.3) for rate in whole[9:]]
+    assert steps == [(rate, 0.3) for rate in full[9:]]
 
 
 def test_schedule_position_follows_epochs_after_a_change_of_batch_size(
     folder: Path, steps: list[tuple[float, float]], tmp_path: Path
 ) -> None:
-    run.distill(_distill(folder, "trainer.epochs=2", "batch_size=4"), tmp_path / "whole")
+    run.distill(_distill(folder, "trainer.epochs=2", "batch_size=4"), tmp_path / "full")
     second = steps[18:]
     steps.clear()
     run.distill(_distill(folder, "trainer.epochs=1"), tmp_path / "parts")

@@ -96,11 +96,11 @@ def test_ema_averages_the_student_without_changing_it(folder: Path, steps: list,
 
 def test_ema_resume_is_bit_identical_and_rejects_another_setting(folder: Path, tmp_path: Path) -> None:
     options = ["trainer.ema=0.7", "trainer.save_ckpt_freq=1"]
-    run.distill(_config(folder, *options), tmp_path / "whole")
-    first = next((tmp_path / "whole" / "checkpoints").glob("epoch=00-*"))
+    run.distill(_config(folder, *options), tmp_path / "full")
+    first = next((tmp_path / "full" / "checkpoints").glob("epoch=00-*"))
     run.distill(_config(folder, *options, f"resume='{first}'"), tmp_path / "rest")
     for part in ("student_rgb", "student_ema_rgb"):
-        a, b = (_state(tmp_path / name, part) for name in ("whole", "rest"))
+        a, b = (_state(tmp_path / name, part) for name in ("full", "rest"))
         assert a
         assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(CheckpointError, match=r"student_ema_rgb.*trainer\.ema=null"):
@@ -111,15 +111,15 @@ def test_ema_resume_is_bit_identical_and_rejects_another_setting(folder: Path, t
 
 
 def test_two_half_batches_are_one_batch(folder: Path, steps: list, tmp_path: Path) -> None:
-    run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "whole")
-    whole = list(steps)
+    run.distill(_config(folder, "trainer.epochs=1"), tmp_path / "full")
+    full = list(steps)
     steps.clear()
     run.distill(
         _config(folder, "trainer.epochs=1", "batch_size=4", "trainer.accumulate_grad_batches=2"), tmp_path / "halves"
     )
-    assert whole[0]["clips"] == steps[0]["clips"] + steps[1]["clips"]
-    assert len(steps) == 2 * len(whole)
-    assert torch.allclose(whole[-1]["weights"], steps[-1]["weights"], atol=2e-4)
+    assert full[0]["clips"] == steps[0]["clips"] + steps[1]["clips"]
+    assert len(steps) == 2 * len(full)
+    assert torch.allclose(full[-1]["weights"], steps[-1]["weights"], atol=2e-4)
 
 
 def test_clip_grad_bounds_the_norm_at_the_optimizer_step(
@@ -146,10 +146,10 @@ def test_clip_grad_bounds_the_norm_at_the_optimizer_step(
 
 def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients() -> None:
     found, calls = [], []
-    for wanted in (False, True):
+    for is_enabled in (False, True):
         torch.manual_seed(0)
         encoder = Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)).train()
-        encoder.checkpoint_activations = wanted
+        encoder.checkpoint_activations = is_enabled
         count = [0]
         encoder.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
         encoder(torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
@@ -196,9 +196,11 @@ def test_pretraining_compiles_encoder_and_decoder(folder: Path, compiled: list, 
     from mmdistill.pretrain import pretrain
 
     names = []
-    for wanted in (False, True):
-        arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={wanted}"]
-        names.append(pretrain(load_config(PretrainConfig, "config_pretrain", arguments), tmp_path / str(wanted)).name)
+    for is_enabled in (False, True):
+        arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={is_enabled}"]
+        names.append(
+            pretrain(load_config(PretrainConfig, "config_pretrain", arguments), tmp_path / str(is_enabled)).name
+        )
     encoder, decoder = compiled
     assert isinstance(encoder, Encoder)
     assert not isinstance(decoder, Encoder)
@@ -289,20 +291,20 @@ def test_cached_features_give_the_same_losses_without_reading_flow(
 
 
 def test_resume_uses_or_recomputes_the_cache(folder: Path, steps: list, reads: dict, tmp_path: Path) -> None:
-    run.distill(_config(folder, *CACHED), tmp_path / "whole")
+    run.distill(_config(folder, *CACHED), tmp_path / "full")
     final = steps[-1]["weights"]
-    source = next((tmp_path / "whole" / "checkpoints").glob("epoch=02-*"))
+    source = next((tmp_path / "full" / "checkpoints").glob("epoch=02-*"))
     kept, lost = tmp_path / "kept", tmp_path / "lost"
-    shutil.copytree(tmp_path / "whole" / "teacher_features", kept / "teacher_features")
-    for place, computed in ((kept, 0), (lost, 72)):
-        run.distill(_config(folder, *CACHED, f"resume='{source}'"), place)
+    shutil.copytree(tmp_path / "full" / "teacher_features", kept / "teacher_features")
+    for run_dir, computed in ((kept, 0), (lost, 72)):
+        run.distill(_config(folder, *CACHED, f"resume='{source}'"), run_dir)
         assert reads["flow"][3:] == [computed, computed]
         assert torch.allclose(steps[-1]["weights"], final, atol=1e-4)
-    assert torch.equal(_weights(kept), _weights(tmp_path / "whole"))
+    assert torch.equal(_weights(kept), _weights(tmp_path / "full"))
 
 
-def _weights(place: Path) -> torch.Tensor:
-    return torch.cat([v.flatten() for v in _state(place, "student_rgb").values()])
+def _weights(run_dir: Path) -> torch.Tensor:
+    return torch.cat([v.flatten() for v in _state(run_dir, "student_rgb").values()])
 
 
 def test_another_mask_ratio_gets_another_cache(folder: Path, reads: dict, tmp_path: Path) -> None:

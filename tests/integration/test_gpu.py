@@ -202,7 +202,7 @@ def test_compiled_pretraining(data: list[str], tmp_path: Path) -> None:
 def test_stopped_pretraining_resumes(precision: str, data: list[str], tmp_path: Path) -> None:
     """Equal up to rounding: a GPU's sums have no fixed order."""
     given = (*GPU, f"precision={precision}", "trainer.epochs=12")
-    whole = _pretrain(tmp_path / "whole", data, *given)
+    full = _pretrain(tmp_path / "full", data, *given)
     command = [sys.executable, "pretrain_main.py", "modality=flow", *data, *MODEL, *given]
     run = tmp_path / "parts"
     environ = environment(gpus=True, PYTHONUNBUFFERED="1")
@@ -215,16 +215,16 @@ def test_stopped_pretraining_resumes(precision: str, data: list[str], tmp_path: 
     assert process.wait(timeout=120) == INTERRUPTED_EXIT_CODE
     parts = _pretrain(run, data, *given, "resume=auto")
     assert len(parts) == 12
-    assert parts == pytest.approx(whole, rel=1e-3 if precision == "32" else 5e-2)
+    assert parts == pytest.approx(full, rel=1e-3 if precision == "32" else 5e-2)
 
 
 def test_zero_distillation_resumes(data: list[str], teachers: str, tmp_path: Path) -> None:
     """From the end of its first epoch, with the optimizer state on the optimizer's device."""
     given = (*GPU, "precision=32", "strategy=deepspeed_stage_2", "trainer.save_ckpt_freq=1")
-    whole = _distill(tmp_path / "whole", data, teachers, *given)
-    (first,) = (tmp_path / "whole" / "checkpoints").glob("epoch=00-*")
+    full = _distill(tmp_path / "full", data, teachers, *given)
+    (first,) = (tmp_path / "full" / "checkpoints").glob("epoch=00-*")
     assert _distill(tmp_path / "rest", data, teachers, *given, f"resume='{first}'")[-1:] == pytest.approx(
-        whole[-1:], rel=1e-3
+        full[-1:], rel=1e-3
     )
 
 

@@ -72,7 +72,7 @@ class RunLog:
                 self.info(f"copied {num_rows} rows of metrics.csv from {resume.run_dir}")
 
     def step(self, done: int, note: str) -> None:
-        """Update the progress bar: `done` steps are finished. `note` and the peak memory are shown beside it."""
+        """Update the progress bar: `done` steps are finished. `note` and the peak memory are shown next to it."""
         if self.enabled:
             self._display.update(done, f"{note} {peak_memory()}")
 

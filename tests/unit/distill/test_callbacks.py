@@ -69,14 +69,14 @@ def test_means_weight_batches_by_their_clips() -> None:
 
 
 def test_means_continue_after_a_resume() -> None:
-    whole, first, rest = EpochMeans(), EpochMeans(), EpochMeans()
+    full, first, rest = EpochMeans(), EpochMeans(), EpochMeans()
     for loss in (0.1, 0.2, 0.7):
-        _step(whole, loss, 3)
+        _step(full, loss, 3)
     _step(first, 0.1, 3)
     rest.load_state_dict(first.state_dict())
     for loss in (0.2, 0.7):
         _step(rest, loss, 3)
-    assert _log(rest) == _log(whole)
+    assert _log(rest) == _log(full)
 
 
 def test_sums_of_more_ranks_go_to_rank_0() -> None:

@@ -175,12 +175,12 @@ def test_mlflow_reopens_the_run_of_a_resumed_training(
         return client.search_runs([client.get_experiment_by_name("mmdistill").experiment_id])
 
     (first,) = part("run", 3, None, "trainer.epochs=7")
-    (whole,) = part("run", 6, resume, "trainer.epochs=8", "resume=auto")
-    assert (whole.info.run_id, whole.info.status) == (first.info.run_id, "FINISHED")
+    (full,) = part("run", 6, resume, "trainer.epochs=8", "resume=auto")
+    assert (full.info.run_id, full.info.status) == (first.info.run_id, "FINISHED")
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/run/mlflow.db")
-    assert [m.step for m in client.get_metric_history(whole.info.run_id, "loss")] == [3, 6]
-    assert whole.data.params["trainer.epochs"] == "7"
-    assert (whole.data.tags["resumed.trainer.epochs"], whole.data.tags["resumed.resume"]) == ("8", "auto")
+    assert [m.step for m in client.get_metric_history(full.info.run_id, "loss")] == [3, 6]
+    assert full.data.params["trainer.epochs"] == "7"
+    assert (full.data.tags["resumed.trainer.epochs"], full.data.tags["resumed.resume"]) == ("8", "auto")
     (branch,) = part("branch", 6, resume)
     assert branch.data.tags["continues"] == first.info.run_id
     (tmp_path / "run" / "trackers.json").write_text('{"mlflow": "0123"}')  # a run that was deleted there
