@@ -148,7 +148,7 @@ def test_pretraining_inside_an_epoch_rejects_another_batch_order(
         with pytest.raises(SystemExit, match=str(INTERRUPTED_EXIT_CODE)):
             loop.pretrain(_pretrain(folder), run_dir)
     for changed in ("batch_size=4", "batch_size=16", "seed=1"):
-        with pytest.raises(ConfigError, match="within epoch 0"):
+        with pytest.raises(ConfigError, match="in the middle of epoch 0"):
             loop.pretrain(_pretrain(folder, changed, "resume=auto"), run_dir)
     loop.pretrain(_pretrain(folder, "resume=auto"), run_dir)
 

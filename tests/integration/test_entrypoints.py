@@ -139,7 +139,7 @@ def test_teacher_of_wrong_modality_is_rejected(data: list[str], teachers: dict[s
     done = run_python(
         "lit_main_mmdistill.py", _teachers(swapped), "test=False", *data, f"hydra.run.dir={tmp_path}", expect=2
     )
-    assert "is a flow checkpoint, given as the rgb teacher" in done.stderr
+    assert "is a flow checkpoint, but is listed as the rgb teacher" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,6 +1,6 @@
 """Hydra sweeps (`-m`): a failed job does not stop the other jobs. Imports no torch.
 
-The folder of a job holds Hydra's ``.hydra/overrides.yaml``, the run's ``metrics.csv`` or ``fewshot.json``, and
+The folder of a job contains Hydra's ``.hydra/overrides.yaml``, the run's ``metrics.csv`` or ``fewshot.json``, and
 ``failed.json`` if the job failed.
 """
 

@@ -11,7 +11,7 @@ _OVERRIDE = re.compile(r"^(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)$", re.DOTALL)
 def quote_overrides(argv: Sequence[str]) -> list[str]:
     """Quote values that Hydra's grammar rejects, and remove the ``--local_rank`` that a launcher adds.
 
-    ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` is a syntax error for Hydra because of the second ``=``. The same holds for
+    ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` is a syntax error for Hydra because of the second ``=``. The same applies to
     ``~``, brackets inside a path and non-ASCII letters. Such values are put in single quotes, also as elements of a
     list, a mapping or a comma sweep. Quoted values stay as they are. A comma outside quotes remains a sweep.
     """

@@ -170,7 +170,7 @@ def _validate_modality(key: str, modality: str, data: DataModuleConfig) -> None:
 def _validate_distill(config: DistillConfig) -> None:
     if config.strategy.startswith("deepspeed_stage_3"):
         raise ConfigError(
-            f"strategy={config.strategy}: in stage 3 no process holds all weights, so a checkpoint could not be one "
+            f"strategy={config.strategy}: in stage 3 no process has all weights, so the checkpoint cannot be a single "
             "file; use strategy=deepspeed_stage_2"
         )
     _validate_choice("strategy", config.strategy, ("auto", "ddp", *DEEPSPEED_STAGES))
@@ -189,7 +189,7 @@ def _validate_distill(config: DistillConfig) -> None:
     for teacher in config.trainer.teachers:
         _validate_choice("trainer.teachers", teacher, modality_names())
     if STUDENT_MODALITY not in config.trainer.teachers:
-        raise ConfigError("trainer.teachers must contain rgb: the student starts as a copy of the RGB teacher")
+        raise ConfigError("trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher")
     if config.train:
         for teacher in config.trainer.teachers:
             _validate_modality("trainer.teachers", teacher, config.data_module)

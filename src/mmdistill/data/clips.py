@@ -147,7 +147,7 @@ def _make_index(specs: Sequence[tuple[Rally, _ClipSpec]], offsets: range, report
         for rally, spec in specs
     )
     if len({c.id for c in clips}) != len(clips):
-        raise ValueError("two clips have the same id; each video must occur once")
+        raise ValueError("two clips have the same id; list each video once in the annotations")
     return ClipIndex(clips, tuple(classes), {"clips": len(clips), "classes": len(classes), **report})
 
 

@@ -196,7 +196,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 except FrameError:
                     self._seen[other, -1] = 1
         raise FrameError(
-            f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}. "
+            f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}; "
             "`mmdistill check-data` lists the invalid files"
         ) from error
 

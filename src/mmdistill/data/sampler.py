@@ -91,6 +91,6 @@ def batch_order_mismatch(epoch: int, other: Mapping[str, tuple[object, object]])
     """Message for a resume within an epoch with other batches. `other` maps settings to (checkpoint, run) values."""
     message = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
     return (
-        f"resume: the checkpoint was written within epoch {epoch}, and this run has other batches "
+        f"resume: the checkpoint was written in the middle of epoch {epoch}, and this run has different batches "
         f"(checkpoint / run): {message}; use the same settings, or resume from the end of an epoch"
     )

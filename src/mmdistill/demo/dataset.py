@@ -168,7 +168,9 @@ def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
         keys = sorted(key for key in {*found, *requested} if found.get(key) != requested.get(key))
         if keys:
             text = ", ".join(f"{key} is {found.get(key)}, requested {requested.get(key)}" for key in keys)
-            raise DemoError(f"{path}: a demo dataset with other parameters ({text}); use another folder or delete it")
+            raise DemoError(
+                f"{path}: contains a demo dataset with other parameters ({text}); use another folder or delete it"
+            )
 
 
 def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, workers: int, progress: bool) -> None:
@@ -209,7 +211,7 @@ def make_demo(
         progress: show a progress bar, or plain lines without a terminal.
 
     Raises:
-        DemoError: if `root` holds a demo dataset with other parameters, or a parameter is invalid.
+        DemoError: if `root` contains a demo dataset with other parameters, or a parameter is invalid.
     """
     height, width = frame_size
     train, val = strokes_per_class

@@ -34,7 +34,7 @@ _STREAMS = {
 
 
 class DemoError(InputError):
-    """Invalid parameters, or a folder that holds another demo dataset. The message says what to do."""
+    """Invalid parameters, or a folder that contains another demo dataset. The message states the fix."""
 
 
 @dataclass(frozen=True)

@@ -119,11 +119,11 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
     def __init__(self, stage: int, *, batch_size: int, autocast: bool = False, offload: bool = False) -> None:
         if stage not in (0, 1, 2):
             raise ValueError(
-                f"ZeRO stage {stage}: no process holds all the weights, so a checkpoint could not stay one file; "
+                f"ZeRO stage {stage}: no process has all weights, so the checkpoint cannot be a single file; "
                 "use stage 0, 1 or 2"
             )
         if offload and not stage:
-            raise ValueError("offload needs ZeRO stage 1 or 2: stage 0 shards nothing")
+            raise ValueError("offload needs ZeRO stage 1 or 2")
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch_size,
             "zero_optimization": {
@@ -310,7 +310,8 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                 shapes = {tuple(v.shape) for k, v in (entry or {}).items() if k != _STEP}
                 if shapes - {tuple(parameter.shape)}:
                     raise CheckpointError(
-                        f"the checkpoint's optimizer has a moment of shape {shapes}, not {tuple(parameter.shape)}"
+                        f"the checkpoint's optimizer has a moment of shape {shapes}, "
+                        f"not {tuple(parameter.shape)}; resume with the same model"
                     )
             if len({float(e[_STEP]) if e else None for e in entries}) > 1 and self.stage > 0:
                 raise CheckpointError(

@@ -72,7 +72,10 @@ class TeacherCache:
         """
         features, known = self._opened[epoch % self.num_draws]
         if not bool(known[index.cpu()].all()):
-            raise ValueError(f"{self.directory} lacks features of the clips {index.tolist()}; remove the folder")
+            raise ValueError(
+                f"{self.directory}: no features of some of the clips {index.tolist()}; delete the folder, they are "
+                "then computed again"
+            )
         rows = features[index.cpu()].to(index.device)
         return dict(zip(self.widths, rows.split(list(self.widths.values()), dim=1), strict=True))
 

@@ -27,7 +27,7 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     stored_modality = checkpoint.meta.get("modality")
     if stored_modality is not None and stored_modality != modality:
         raise ConfigError(
-            f"trainer.ckpt_path: {path} is a {stored_modality} checkpoint, given as the {modality} teacher; "
+            f"trainer.ckpt_path: {path} is a {stored_modality} checkpoint, but is listed as the {modality} teacher; "
             "check the order (rgb, flow, skeleton)"
         )
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
@@ -78,7 +78,7 @@ def load_teachers(
             teachers[modality] = load_encoder(resumed, part=component)
             check_token_grid(teachers[modality], spec, config.data_module, resume)
             _check_statistics(resumed, spec, resume)
-            # trainer.ckpt_path is optional here, but a file that it names must hold the same teacher
+            # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher
             if modality in paths and Path(paths[modality]).expanduser().exists():
                 teacher = read_teacher(paths[modality], modality, spec, config.data_module)
                 require_same_digest(paths[modality], weights_digest(teacher), component, stored[component], resume)

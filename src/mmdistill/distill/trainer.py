@@ -97,7 +97,7 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
         if data.validation:
             lines.append(validation_summary(data.validation, config))
         if source:
-            lines.append(f"resume from {source}")
+            lines.append(f"resumed from {source}")
         elif config.resume:
             lines.append(f"resume=auto: no checkpoint in {run_dir / 'checkpoints'}; training starts from scratch")
         process.rank_zero_info("\n".join(lines))

@@ -49,8 +49,8 @@ class Network:
         if dataset.name != self.modality or dataset.channels != self.encoder.config.channels:
             channels = self.encoder.config.channels
             raise FewshotError(
-                f"{self.name} takes {self.modality} with {channels} channels, the dataset's modality is {dataset.name} "
-                f"with {dataset.channels}"
+                f"{self.name} needs {self.modality} with {channels} channels, but the input is {dataset.name} with "
+                f"{dataset.channels}; evaluate it on {self.modality}"
             )
         return dataset if self.statistics is None else dataset.with_statistics(*self.statistics)
 
@@ -115,7 +115,9 @@ def load_network(
     else:
         specs = modality_specs(data)
         if modality not in specs:
-            raise ConfigError(f"{path}: {component} is of modality {modality}, the dataset has {', '.join(specs)}")
+            raise ConfigError(
+                f"{path}: {component} has the modality {modality}, but the dataset has only {', '.join(specs)}"
+            )
         encoder = load_encoder_for_clips(
             checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
         )
@@ -138,9 +140,9 @@ def _resolve_component(checkpoint: Checkpoint, component: str | None, modality: 
     stored = suffix if suffix in modality_names() else checkpoint.meta.get("modality")
     found = str(stored or modality or _BY_CHANNELS.get(_input_channels(checkpoint, selected), ""))
     if not found:
-        raise FewshotError(f"{path}: the modality of {selected} is unknown; set mmdistill features --modality")
+        raise FewshotError(f"{path}: the modality of {selected} is unknown; set --modality of `mmdistill features`")
     if modality is not None and modality != found:
-        raise FewshotError(f"{path}: {selected} is of the modality {found}, not {modality}")
+        raise FewshotError(f"{path}: {selected} has the modality {found}, not {modality}")
     return selected, found
 
 

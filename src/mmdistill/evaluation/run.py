@@ -85,7 +85,9 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     lines += [line] if line else []
     lines += sampling_rate_warnings(source.meta, config.data_module, checkpoint)
     if config.compile:
-        lines.append("ignoring compile=true: the evaluation encodes each clip once, so compiling does not pay off")
+        lines.append(
+            "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
+        )
     jobs, skipped = _make_jobs(config, networks, process)
     if process.is_main:
         print("\n".join([*lines, *skipped]), flush=True)

@@ -1,6 +1,6 @@
 """Few-shot classifiers and their registry.
 
-A classifier is fitted to the support clips of an episode and predicts the queries. `CLASSIFIERS` holds the names that
+A classifier is fitted to the support clips of an episode and predicts the queries. `CLASSIFIERS` has the names that
 ``classifier=`` and the reports use. Another distribution adds a `Classifier` through the entry point group
 ``mmdistill.classifiers``. See docs/extending.md.
 

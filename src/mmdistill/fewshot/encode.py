@@ -253,7 +253,7 @@ def _make_features(
     x = np.concatenate(blocks)[positions]
     clips = [index.clips[order[p]] for p in positions]
     if len(x) > 1 and float(np.ptp(x, axis=0).max()) == 0.0:
-        log.warning("%s: all %d clips have the same features; the network has collapsed", job.network, len(x))
+        log.warning("%s: all %d clips have the same features (representation collapse)", job.network, len(x))
     labels = np.array([clip.label for clip in clips], dtype=np.int64)
     ids, groups = tuple(clip.id for clip in clips), tuple(clip.group for clip in clips)
     return Features(x, labels, ids, groups, index.classes, {**job.features_info(), "seconds": seconds})
@@ -304,7 +304,9 @@ def encode_cached(
                 try:
                     write_cache(cache, keys[i], merged)
                 except OSError as error:
-                    log.warning("cannot write the feature cache, the next evaluation encodes again: %s", error)
+                    log.warning(
+                        "cannot write the feature cache, so the next evaluation encodes the clips again: %s", error
+                    )
     # The name of a network may differ from that of the run that filled the cache.
     return [
         replace(features, info={**features.info, **job.features_info(), "cached": i not in missing})

@@ -170,8 +170,8 @@ def eligible_classes(
         where = " in different videos" if disjoint else ""
         listed = f" ({result.describe(names)})" if excluded else ""
         raise EpisodeError(
-            f"{n_way}-way {k_shot}-shot episodes with {q_sample} queries need {n_way} classes of at least "
-            f"{k_shot + q_sample} clips{where}; only {len(eligible)} of {len(table.clips)} have them"
+            f"{n_way}-way {k_shot}-shot episodes with {q_sample} queries need {n_way} classes with at least "
+            f"{k_shot + q_sample} clips{where}; only {len(eligible)} of {len(table.clips)} classes have them"
             f"{listed}; lower n_way, k_shot or q_sample, or merge labels (label_fields)"
         )
     return result

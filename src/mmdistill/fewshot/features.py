@@ -53,12 +53,12 @@ class Features:
             raise FeatureError(f"features must be float32 (clips, views, D), got {self.features.shape}")
         if not n == len(self.labels) == len(self.ids) == len(self.groups):
             sizes = f"{n} features, {len(self.labels)} labels, {len(self.ids)} ids, {len(self.groups)} groups"
-            raise FeatureError(f"clips do not match: {sizes}")
+            raise FeatureError(f"the arrays differ in length: {sizes}")
         if len(set(self.ids)) != n:
-            raise FeatureError("two clips have the same id")
+            raise FeatureError("ids: two clips have the same id")
         if n and not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise FeatureError(
-                f"labels reach from {self.labels.min()} to {self.labels.max()}, classes: {len(self.classes)}"
+                f"labels are in [{self.labels.min()}, {self.labels.max()}], but there are {len(self.classes)} classes"
             )
 
     @property
@@ -79,7 +79,7 @@ class Features:
 def save_features(features: Features, path: str | Path) -> Path:
     """Write a `.safetensors` or `.npz` file atomically.
 
-    Both hold `features` and `labels`; ids, groups, classes and info are string arrays in the `.npz` and JSON in the
+    Both contain `features` and `labels`; ids, groups, classes and info are string arrays in the `.npz` and JSON in the
     metadata of the `.safetensors`, which also has a checksum.
 
     Raises:
@@ -100,7 +100,7 @@ def save_features(features: Features, path: str | Path) -> Path:
             buffer.seek(0)
             atomic_write_bytes(path, buffer.read(), fsync=True)
     else:
-        raise FeatureError(f"{path}: features are written as .safetensors or .npz")
+        raise FeatureError(f"{path}: unsupported file type; use a name that ends in .safetensors or .npz")
     return path
 
 
@@ -125,7 +125,7 @@ def load_features(path: str | Path) -> Features:
         raise FeatureError(f"{path} is corrupt: {error}") from error
     except FeatureError as error:
         raise FeatureError(f"{path}: {error}") from error
-    raise FeatureError(f"{path}: features are read from .safetensors or .npz")
+    raise FeatureError(f"{path}: unsupported file type; give a .safetensors or .npz file")
 
 
 def _load_safetensors(path: Path) -> Features:
@@ -137,7 +137,7 @@ def _load_safetensors(path: Path) -> Features:
         x, labels = file.get_tensor("features"), file.get_tensor("labels")
     expected = metadata.pop("sha256", None)
     if expected is not None and expected != _checksum(x, labels, metadata):
-        raise FeatureError("corrupt: the checksum does not match")
+        raise FeatureError("corrupt: the checksum does not match; copy it again")
     ids, groups, classes = (tuple(json.loads(metadata[name])) for name in ("ids", "groups", "classes"))
     return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, json.loads(metadata.get("info", "{}")))
 
@@ -152,7 +152,9 @@ def _load_npz(path: Path) -> Features:
         try:
             found = {name: file[name] for name in file.files}
         except ValueError as error:
-            raise FeatureError(f"it contains Python objects, which are not read: {error}") from error
+            raise FeatureError(
+                f"it contains Python objects, which are not supported; save plain arrays ({error})"
+            ) from error
     x = as_views(found["features"])
     labels, classes = _parse_labels(found["labels"], found.get("classes"))
     ids = found.get("ids", np.arange(len(x)))
@@ -223,9 +225,9 @@ def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
     """
     merged = [i for part in parts for i in part.ids]
     if len(set(merged)) != len(merged) or set(merged) != set(ids):
-        absent = sorted(set(ids) - set(merged))
+        missing = sorted(set(ids) - set(merged))
         raise FeatureError(
-            f"{len(merged)} features, {len(set(merged))} distinct, for {len(ids)} clips; missing {absent[:5]}"
+            f"{len(merged)} features, {len(set(merged))} distinct, for {len(ids)} clips; missing {missing[:5]}"
         )
     row = {clip: i for i, clip in enumerate(merged)}
     order = [row[clip] for clip in ids]

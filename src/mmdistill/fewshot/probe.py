@@ -40,21 +40,21 @@ def split_by_group(
     videos, largest = len(np.unique(owners)), int(np.bincount(labels[labeled]).max(initial=0))
     if min(videos, largest) < folds:
         raise FewshotError(
-            f"a probe splits the labeled clips into {folds} parts by video, but there are {videos} videos, and the "
-            f"largest class has {largest} clips"
+            f"the probe needs at least {folds} videos and a class with at least {folds} clips; there are {videos} "
+            f"videos, and the largest class has {largest} clips; evaluate without the probe"
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():  # rare classes are expected; clips without a training class are counted
         warnings.filterwarnings("ignore", message="The least populated class")
         train, test = next(splitter.split(labeled, labels[labeled], owners))
-    known = np.isin(labels[labeled[test]], labels[labeled[train]])
+    has_training_class = np.isin(labels[labeled[test]], labels[labeled[train]])
     classes = len(np.unique(labels[labeled[train]]))
-    if classes < 2 or not known.any():
+    if classes < 2 or not has_training_class.any():
         raise FewshotError(
-            f"a probe needs at least 2 classes in the training part, and test clips of these; a split by video gives "
-            f"{classes} and {int(known.sum())}"
+            f"the probe needs at least 2 classes in its training split, and test clips of these; the split by video "
+            f"gives {classes} classes and {int(has_training_class.sum())} test clips; evaluate without the probe"
         )
-    return labeled[train], labeled[test[known]]
+    return labeled[train], labeled[test[has_training_class]]
 
 
 def probe_full_label_set(

@@ -57,7 +57,7 @@ def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
     bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
     if len(bad):
         raise FeatureError(
-            f"{source}: NaN or infinite values in {len(bad)} of {len(x)} clips, first {bad[:5].tolist()}"
+            f"{source}: NaN or infinite values in {len(bad)} of {len(x)} clips, the first at {bad[:5].tolist()}"
         )
     return x
 
@@ -114,7 +114,7 @@ def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeS
     order = np.argsort(numbers, kind="stable")
     if not np.array_equal(numbers[order], np.sort(episodes.numbers)):
         raise FewshotError(
-            f"the shards hold {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(episodes)}"
+            f"the shards contain {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(episodes)}"
         )
     rows = order[np.argsort(np.argsort(episodes.numbers))]
     return EpisodeScores(

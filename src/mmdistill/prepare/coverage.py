@@ -68,7 +68,7 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
         last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
         coverage.extra_frames = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
         if coverage.extra_frames:
-            coverage.messages.append(f"{rally.video}: {name} continues after frame {last}, the last annotated frame")
+            coverage.messages.append(f"{rally.video}: {name} has a file after frame {last}, the last annotated frame")
         for frame in range(0, count, every):
             if frame not in missing:
                 _count_if_unreadable(reader, rally.video, frame, coverage)

@@ -107,7 +107,7 @@ def prepare_all(
             try:
                 results.append(job.result())
             except BrokenProcessPool:  # killed from outside, out of memory, or a decoder that crashed
-                message = "a worker process died; rerun with --workers 1 to find the video that causes it"
+                message = "a worker process exited; rerun with --workers 1 to find the video that causes it"
                 results.append(PrepareResult(jobs[job], None, message))
             progress(results[-1])
     write_annotations(output)
@@ -148,7 +148,7 @@ def _start_record(name: str, path: Path, output: Path, settings: Settings) -> tu
     skeleton = output / SKELETON_DIR / f"{name}.pkl"
     existing = [str(p) for p in (*folders.values(), skeleton) if p.exists()]
     if existing and not old:
-        raise ValueError(f"{path}: {existing[0]} exists and this script did not write it; choose another output folder")
+        raise ValueError(f"{path}: {existing[0]} exists and was not written by mmdistill; choose another --output")
     for kind, kind_settings in new["parts"].items():
         unchanged = old.get("fingerprint") == new["fingerprint"] and old["parts"].get(kind) == kind_settings
         if old and not unchanged:
@@ -207,7 +207,7 @@ def _write_frames_and_flow(name: str, path: Path, output: Path, settings: Settin
             source = frame.pixels.shape[:2]
             stored = stored_size(*source, settings.height)
         elif frame.pixels.shape[:2] != source:
-            raise VideoError(f"{path}: the frame size changes at frame {frame.number}")
+            raise VideoError(f"{path}: the frame size changes at frame {frame.number}; cut the video there")
         image = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
         _write_jpeg(frame_dir / f"{frame.number:06d}.jpg", image, settings.quality)
         gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)

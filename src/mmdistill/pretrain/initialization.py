@@ -26,7 +26,8 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
             mean = state[name].float().mean(dim=1, keepdim=True).expand(-1, channels, -1, -1, -1)
             state[name] = (mean * (source / channels)).contiguous()
             note = (
-                f"patch embedding adapted from {source} to {channels} channels: their mean, times {source}/{channels}"
+                f"patch embedding adapted from {source} to {channels} channels: mean over channels, scaled by "
+                f"{source}/{channels}"
             )
             notes = (*notes, note)
     return load_into(encoder, replace(checkpoint, state_dict=state, notes=notes))
@@ -44,6 +45,6 @@ def _check_sizes(encoder: Encoder, checkpoint: Checkpoint) -> None:
     if sizes != own_sizes:
         raise CheckpointError(
             f"init_from: {checkpoint.path} has width {sizes[0]}, depth {sizes[1]}, heads x head width {sizes[2]}; this "
-            f"model has {own_sizes[0]}, {own_sizes[1]}, {own_sizes[2]}; set model=, or model.dim, model.depth, "
+            f"model has {own_sizes[0]}, {own_sizes[1]}, {own_sizes[2]}; set model=NAME, or model.dim, model.depth, "
             "model.heads and model.head_dim"
         )

@@ -34,7 +34,7 @@ class ResumePoint:
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the run that wrote the checkpoint: it holds ``checkpoints/NAME``."""
+        """The folder of the run that wrote the checkpoint, the parent of ``checkpoints/NAME``."""
         return self.checkpoint.absolute().parent.parent
 
 

@@ -23,7 +23,7 @@ class LearningRates:
 
     @classmethod
     def scaled(cls, lr: float, min_lr: float, warmup_lr: float, *, global_batch: int) -> "LearningRates":
-        """Rates for `global_batch` clips per optimiser step."""
+        """Rates for `global_batch` clips per optimizer step."""
         factor = global_batch / 256
         return cls(lr * factor, min_lr * factor, warmup_lr * factor)
 

@@ -28,7 +28,7 @@ VERBS: dict[str, tuple[Any, str]] = {  # verb of `mmdistill` -> schema and name 
 
 
 class StageError(MMDistillError):
-    """A stage failed, or its folder holds another run. The message names the folder and the fix."""
+    """A stage failed, or its folder contains another run. The message names the folder and the fix."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stage:
         name: name in messages.
         verb: ``pretrain`` or ``distill``.
         overrides: Hydra overrides.
-        run_dir: folder of the run. ``run.json`` in it holds the config, ``done.json`` exists when the run is complete.
+        run_dir: folder of the run. ``run.json`` in it has the config, ``done.json`` exists when the run is complete.
         needs: names of the stages that must be complete first.
         teachers: (modality, ``checkpoints`` folder). The latest checkpoint of each becomes `trainer.ckpt_path`.
     """
@@ -95,7 +95,7 @@ class Stage:
             differences = config_differences(record["config"], requested)
             if differences:
                 raise StageError(
-                    f"{self.run_dir} holds a run with other settings (existing / requested): "
+                    f"{self.run_dir} contains a run with other settings (existing / requested): "
                     f"{'; '.join(differences[:3])}; {hint}"
                 )
             version = record["environment"]["mmdistill"]
@@ -129,14 +129,16 @@ def completed_stages(stages: Sequence[Stage]) -> list[Stage]:
     """The stages that are complete with the current config and version, and made from the current runs they need.
 
     Raises:
-        StageError: a folder holds another run, or a stage was made from an earlier run of a stage that it needs.
+        StageError: a folder contains another run, or a stage was made from an earlier run of a stage that it needs.
     """
     records = {stage.name: stage.done_record() for stage in stages}
     finish_times = {name: (record or {}).get("finished") for name, record in records.items()}
     for stage in stages:
         for need, finished in (records[stage.name] or {}).get("needs", {}).items():
             if finish_times.get(need) != finished:
-                raise StageError(f"{stage.run_dir} was created from an earlier run of {need}; move it away too")
+                raise StageError(
+                    f"{stage.run_dir} was created from an earlier run of {need}; move it away to create it again"
+                )
         stage.check_run_dir()
     return [stage for stage in stages if records[stage.name] is not None]
 
@@ -193,7 +195,7 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
                 running[stage.name] = (stage, start_stage(stage, environment, to_file=parallel > 1), time.monotonic())
             if not running:
                 names = ", ".join(stage.name for stage in waiting)
-                raise StageError(f"no stage can start: {names} need stages that do not exist")
+                raise StageError(f"no stage can start: {names} need stages that are not in the list")
             for name in [name for name, (_, process, _) in running.items() if process.poll() is not None]:
                 stage, process, start_time = running.pop(name)
                 seconds = time.monotonic() - start_time

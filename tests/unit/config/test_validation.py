@@ -158,8 +158,8 @@ PRETRAIN = [
 DISTILL = [
     (
         "strategy=deepspeed_stage_3",
-        "strategy=deepspeed_stage_3: in stage 3 no process holds all weights, so a checkpoint "
-        "could not be one file; use strategy=deepspeed_stage_2",
+        "strategy=deepspeed_stage_3: in stage 3 no process has all weights, so the checkpoint "
+        "cannot be a single file; use strategy=deepspeed_stage_2",
     ),
     ("strategy=dpp", "strategy=dpp is not one of auto, ddp, deepspeed, ..."),
     ("trainer.check_val_every_n_epoch=-1", "trainer.check_val_every_n_epoch=-1 must be at least 0"),
@@ -173,7 +173,10 @@ DISTILL = [
     ("trainer.ema=1", "trainer.ema=1.0 must lie in [0, 1); use null for no average"),
     ("trainer.cache_teacher_epochs=-1", "trainer.cache_teacher_epochs=-1 must be at least 0"),
     ("trainer.teachers=[rgb,flwo]", "trainer.teachers=flwo is not one of rgb, flow, skeleton; did you mean flow?"),
-    ("trainer.teachers=[flow]", "trainer.teachers must contain rgb: the student starts as a copy of the RGB teacher"),
+    (
+        "trainer.teachers=[flow]",
+        "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher",
+    ),
     (
         "trainer.ckpt_path=[a]",
         "trainer.ckpt_path must name a checkpoint for each of rgb, flow, skeleton: a list in this "

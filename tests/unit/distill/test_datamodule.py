@@ -37,14 +37,14 @@ def test_state_of_older_checkpoints_is_read(root: Path) -> None:
     data = _data(root)
     old = {"seed": 0, "clips": 12, "global_batch": 2, "accumulate": 1, "epoch": 1, "batch": 4}
     data.load_state_dict(old)
-    with pytest.raises(ConfigError, match=r"within epoch 1.*num_clips 13 / 12"):
+    with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*num_clips 13 / 12"):
         data.load_state_dict({**old, "clips": 13})
 
 
 def test_another_batch_order_is_rejected_inside_an_epoch_only(root: Path) -> None:
     state = {**_data(root).state_dict(), "epoch": 1}
     other = _data(root, world_size=2)
-    with pytest.raises(ConfigError, match=r"within epoch 1.*global_batch 2 / 4"):
+    with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*global_batch 2 / 4"):
         other.load_state_dict({**state, "batch": 2})
     other.load_state_dict({**state, "batch": 0})
 

@@ -41,7 +41,7 @@ def test_missing_features_raise(tmp_path: Path) -> None:
     cache.write(0)
     cache.open(0)
     assert cache.features(1, torch.tensor([2]))["rgb"].tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="lacks features"):
+    with pytest.raises(ValueError, match="no features of some of the clips"):
         cache.features(1, torch.tensor([1]))
 
 

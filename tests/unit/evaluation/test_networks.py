@@ -67,9 +67,9 @@ def test_a_pretraining_checkpoint_is_named_after_its_modality(tmp_path: Path, da
 def test_wrong_components_modalities_and_specs_raise_an_error(distilled: Path, data: DataModuleConfig):
     with pytest.raises(CheckpointError, match="student_rgb, teacher_rgb, teacher_flow"):
         load_network(distilled, component="teacher_skeleton", data=data)
-    with pytest.raises(FewshotError, match="teacher_flow is of the modality flow, not rgb"):
+    with pytest.raises(FewshotError, match="teacher_flow has the modality flow, not rgb"):
         load_network(distilled, component="teacher_flow", modality="rgb", data=data)
-    with pytest.raises(FewshotError, match="takes rgb with 3 channels, the dataset's modality is flow with 2"):
+    with pytest.raises(FewshotError, match="needs rgb with 3 channels, but the input is flow with 2"):
         load_network(distilled, data=data).spec(get_modality("flow").spec())
 
 

@@ -45,7 +45,7 @@ def test_features_of_other_programs(tmp_path: Path):
     ("arrays", "message"),
     [
         ({"features": np.zeros((3, 2))}, "no array labels; it has features"),
-        ({"features": np.zeros((3, 2)), "labels": np.zeros(4, int)}, "clips do not match"),
+        ({"features": np.zeros((3, 2)), "labels": np.zeros(4, int)}, "the arrays differ in length"),
         ({"features": np.full((3, 2), np.nan), "labels": np.zeros(3, int)}, "NaN or infinite values in 3 of 3"),
         ({"features": np.zeros((3, 2)), "labels": np.zeros(3)}, "integers or names"),
         ({"features": np.zeros(3), "labels": np.zeros(3, int)}, r"must be \[clips, D\]"),

@@ -46,5 +46,5 @@ def test_too_few_videos_raise_an_error():
         probe_full_label_set(np.eye(4)[LABELS], LABELS, groups=[str(i % 3) for i in range(120)])
     with pytest.raises(FewshotError, match="largest class has 2 clips"):
         probe_full_label_set(np.eye(4)[[0, 0, 1, 1, 2, 3]], np.array([0, 0, 1, 1, 2, 3]), groups=list("abcdef"))
-    with pytest.raises(FewshotError, match="test clips of these; a split by video gives 3 and 0"):
+    with pytest.raises(FewshotError, match="test clips of these; the split by video gives 3 classes and 0 test clips"):
         probe_full_label_set(np.eye(4)[LABELS], LABELS, groups=[str(label) for label in LABELS])

@@ -112,7 +112,7 @@ def test_frames_after_the_last_annotated_frame_are_reported(root: Path) -> None:
     assert report["modalities"]["skeleton"]["rallies_longer_than_annotated"] == 1
     assert report["modalities"]["rgb"]["rallies_longer_than_annotated"] == 1
     assert report["rallies_with_gaps"]["m_1_10"]["skeleton"]["longer_than_annotated"]
-    assert "m_20_30: rgb continues after frame 9, the last annotated frame" in report["messages"]
+    assert "m_20_30: rgb has a file after frame 9, the last annotated frame" in report["messages"]
 
 
 def test_opening_every_third_file_still_counts_all_missing_files(root: Path) -> None:

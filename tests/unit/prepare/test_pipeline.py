@@ -138,7 +138,7 @@ def test_files_of_other_origin_are_never_replaced(tmp_path: Path) -> None:
     existing.parent.mkdir(parents=True)
     existing.write_bytes(b"mine")
     result = prepare_video("a", video, tmp_path / "out", SMALL)
-    assert "vid_frames_224/a exists and this script did not write it; choose another" in str(result.error)
+    assert "vid_frames_224/a exists and was not written by mmdistill; choose another" in str(result.error)
     assert existing.read_bytes() == b"mine"
 
 

@@ -38,7 +38,9 @@ def test_changed_default_of_a_config_file_is_rejected(tmp_path: Path) -> None:
     assert completed_stages([stage]) == []
     _complete(stage)
     assert completed_stages([stage]) == [stage]
-    with pytest.raises(StageError, match=r"pretrain_rgb holds a run with other settings .*trainer.epochs \d+ / 1; tr"):
+    with pytest.raises(
+        StageError, match=r"pretrain_rgb contains a run with other settings .*trainer.epochs \d+ / 1; tr"
+    ):
         completed_stages([_pretraining(tmp_path, *SHORT)])
     older = stage.config()
     older["trainer"]["lr"] = 0.123
@@ -78,7 +80,7 @@ def test_stage_made_from_an_earlier_run_is_rejected(tmp_path: Path) -> None:
     _complete(second, {first.name: (first.done_record() or {})["finished"]})
     assert completed_stages([first, second]) == [first, second]
     shutil.rmtree(first.run_dir)
-    with pytest.raises(StageError, match="other was created from an earlier run of pretrain rgb; move it away too"):
+    with pytest.raises(StageError, match="other was created from an earlier run of pretrain rgb; move it away"):
         completed_stages([first, second])
     _complete(first)  # complete again, at a later time
     with pytest.raises(StageError, match="an earlier run of pretrain rgb"):
@@ -145,5 +147,5 @@ def test_failed_run_is_named(tmp_path: Path) -> None:
 
 
 def test_missing_stage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="no stage can start: rgb need stages that do not exist"):
+    with pytest.raises(StageError, match="no stage can start: rgb need stages that are not in the list"):
         run_stages([_script_stage("", "rgb", tmp_path / "rgb", "nothing")])

@@ -74,7 +74,7 @@ ANNOTATION_FORMATS: Registry[AnnotationReader] = Registry("annotation format", "
 def register_annotation_format(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
     """Decorator that registers an annotation reader under `name`, a value of ``data_module.annotations``.
 
-    The reader gets the annotation file, the folder that holds one folder of frames per video (None if not set), and the
+    The reader gets the annotation file, the folder with one folder of frames per video (None if not set), and the
     number that frame 0 has in file names. It raises `AnnotationError` for an invalid file.
 
     Raises:

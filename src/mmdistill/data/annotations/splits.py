@@ -34,7 +34,9 @@ def split_by_match(
     for rally in rallies:
         matches.setdefault(match(rally.video), []).append(rally)
     if len(matches) < len(targets):
-        raise ValueError(f"{len(matches)} matches cannot make {len(targets)} splits without a common match")
+        raise ValueError(
+            f"{len(matches)} matches cannot be divided into {len(targets)} splits; give fewer splits or more matches"
+        )
     sizes = {name: sum(len(r.events) for r in part) or len(part) for name, part in matches.items()}
     chosen = _assign(sizes, targets, seed=seed)
     return {name: [r for r in rallies if chosen[match(r.video)] == name] for name in targets}
@@ -64,7 +66,10 @@ def split_by_class(
     counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events)
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
     if len(classes) < len(targets):
-        raise ValueError(f"{len(classes)} classes with {min_events} events cannot make {len(targets)} splits")
+        raise ValueError(
+            f"{len(classes)} classes with at least {min_events} events cannot be divided into {len(targets)} splits; "
+            "give fewer splits or lower --min-events"
+        )
     chosen = _assign(classes, targets, seed=seed)
     out: dict[str, list[Rally]] = {name: [] for name in targets}
     for rally in rallies:

@@ -29,8 +29,10 @@ class FlowReader(FrameFileReader):
             except (FlowFileError, OSError) as error:
                 raise FrameError(str(error)) from error
             if flow.shape != (2, height, width):
-                raise FrameError(f"{path}: shape {flow.shape}, but data_module.frame_size needs (2, {height}, {width})")
+                raise FrameError(
+                    f"{path}: shape {flow.shape}, expected (2, {height}, {width}) from data_module.frame_size"
+                )
             out_tensor[position].copy_(torch.from_numpy(flow))  # 20 times faster than NumPy's conversion to float16
             if ((out[position].view(np.uint16) & 0x7C00) == 0x7C00).any():  # all exponent bits set: infinite or NaN
-                raise FrameError(f"{path}: values that are not finite in float16")
+                raise FrameError(f"{path}: NaN, infinite or too large for float16; write this flow file again")
         return out

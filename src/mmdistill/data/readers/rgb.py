@@ -26,7 +26,7 @@ class RgbReader(FrameFileReader):
             image = decode_jpeg(self._read_bytes(path), path)
             if image.shape != (height, width, 3):
                 found = f"{image.shape[0]} x {image.shape[1]}"
-                raise FrameError(f"{path}: {found} px, but data_module.frame_size is {height} x {width}")
+                raise FrameError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")
             cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[position])
         return out
 

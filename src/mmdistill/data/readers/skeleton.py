@@ -101,7 +101,7 @@ class SkeletonReader(KeypointReader):
         rows = np.empty((*scores.shape, 3), np.float32)
         rows[..., :2] = (joints + 0.5) * scale - 0.5
         rows[..., 2] = scores
-        rows[scores == 0] = 0  # the position of an absent joint is not defined
+        rows[scores == 0] = 0  # the position of a joint that was not found is undefined
         rows[~np.isfinite(rows).all(axis=-1)] = np.nan
         return self._fit_persons(rows)
 
@@ -141,7 +141,7 @@ def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple
     if joints.ndim != 4 or joints.shape[2:] != (NUM_JOINTS, 2):
         raise FrameError(f"{path}: keypoint has shape {joints.shape}, expected (M, T, 17, 2) or (T, 17, 2)")
     if scores.shape != joints.shape[:3]:
-        raise FrameError(f"{path}: keypoint_score has shape {scores.shape}, keypoint needs {joints.shape[:3]}")
+        raise FrameError(f"{path}: keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])
     if total != joints.shape[1]:
         raise FrameError(f"{path}: total_frames={total}, but keypoint has {joints.shape[1]} rows")

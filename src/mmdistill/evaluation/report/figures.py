@@ -81,7 +81,7 @@ def _draw_shots_panel(axis: Axes, results: Results, n_way: int, classifier: str)
         x = np.arange(len(own)) + 0.06 * (number - (len(names) / len(shots) - 1) / 2)
         style: Any = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
         axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **style)
-    axis.axhline(100 / n_way, color="grey", linestyle=":", label="chance")
+    axis.axhline(100 / n_way, color="gray", linestyle=":", label="chance")
     axis.set_xticks(range(len(shots)), [str(k) for k in shots])
     axis.set_xlim(-0.5, len(shots) - 0.5)
     axis.set(xlabel="support clips per class", ylabel="accuracy, %", title=f"{n_way}-way, {classifier}")
@@ -190,7 +190,7 @@ def probe_bars(probes: Sequence[Mapping[str, float | str]]) -> str:
         ):
             color = COLORS[0] if key == "linear_top1" else COLORS[4]
             axis.barh(y + shift, [100 * float(p[key]) for p in probes], 0.38, color=color, label=title)
-        axis.axvline(100 * float(probes[0]["majority"]), color="grey", linestyle=":", label="most frequent class")
+        axis.axvline(100 * float(probes[0]["majority"]), color="gray", linestyle=":", label="most frequent class")
         axis.set_yticks(y, [shorten(name, 60) for name in names])
         axis.invert_yaxis()
         axis.set(xlabel="accuracy, %")

@@ -37,7 +37,7 @@ def test_damaged_jpeg_raises(dot: DotVideo, keep: float, message: str) -> None:
 
 def test_wrong_size_and_missing_file_raise(dot: DotVideo) -> None:
     reader = RgbReader(dot.root / "frames", frame_size=(64, 98))
-    with pytest.raises(FrameError, match=r"64 x 96 px, but data_module.frame_size is 64 x 98"):
+    with pytest.raises(FrameError, match=r"64 x 96 px, expected 64 x 98 from data_module.frame_size"):
         reader.read("dot", [0])
     with pytest.raises(FrameError, match=r"000099.jpg: no such rgb file"):
         dot.readers()["rgb"].read("dot", [99])
