@@ -40,7 +40,7 @@ def middle_frames(run_dir: Path) -> dict[str, np.ndarray]:
 
 
 def main(output: Path) -> None:
-    """Write method.png beside this file."""
+    """Write method.png next to this file."""
     figure = Figure(figsize=(9.6, 4.6), layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))

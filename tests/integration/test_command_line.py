@@ -61,7 +61,7 @@ def pretrained(config_dir: Path) -> Path:
     return next((config_dir.parent / "run" / "checkpoints").glob("epoch=00-*"))
 
 
-def test_evaluate_reads_a_dataset_config_elsewhere(config_dir: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_evaluate_reads_a_dataset_config_of_another_folder(config_dir: Path, pretrained: Path, tmp_path: Path) -> None:
     run_python(
         "-m", "mmdistill", "evaluate", f"--config-dir={config_dir}", f"ckpt_path={pretrained}", *SMALL, *EVAL,
         "baselines=[random]", "feature_cache=null", f"hydra.run.dir={tmp_path}", cwd=config_dir.parent,
@@ -71,7 +71,7 @@ def test_evaluate_reads_a_dataset_config_elsewhere(config_dir: Path, pretrained:
     assert command[:4] == ["mmdistill distill", f"--config-dir={config_dir}", "train=False", "test=True"]
 
 
-def test_scripts_read_a_dataset_config_elsewhere(
+def test_scripts_read_a_dataset_config_of_another_folder(
     config_dir: Path, pretrained: Path, tmp_path: Path, script: Script
 ) -> None:
     done = script("check_data.py", "dataset=mine", "--config-dir", config_dir)
@@ -86,7 +86,7 @@ def test_scripts_read_a_dataset_config_elsewhere(
     assert features.is_file()
 
 
-def test_visualize_reads_a_dataset_config_elsewhere(
+def test_visualize_reads_a_dataset_config_of_another_folder(
     config_dir: Path, pretrained: Path, tmp_path: Path, script: Script
 ) -> None:
     """The data has moved since the pretraining."""

@@ -43,7 +43,7 @@ def test_resume_is_bitwise(results: dict, kind: str, world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "found", "wanted"),
+    ("case", "found", "requested"),
     [
         ("world", "ZeRO stage 1, 2 processes, fp32", "ZeRO stage 1, 1 process, fp32"),
         ("stage", "ZeRO stage 2, 2 processes, fp32", "ZeRO stage 0, 1 process, fp32"),
@@ -51,11 +51,11 @@ def test_resume_is_bitwise(results: dict, kind: str, world: int) -> None:
         ("precision", "ZeRO stage 1, 2 processes, fp32", "ZeRO stage 1, 1 process, bf16"),
     ],
 )
-def test_other_settings_are_one_error_that_names_both(results: dict, case: str, found: str, wanted: str) -> None:
+def test_other_settings_are_one_error_that_names_both(results: dict, case: str, found: str, requested: str) -> None:
     scenario = results[f"mismatch-{case}"]["0"]
     kind, text = scenario["raised"]
     assert kind == "ResumeMismatchError"
-    assert f"written with {found}, this run has {wanted}; " in text
+    assert f"written with {found}, this run has {requested}; " in text
     assert "convert_checkpoint.py" in text
     assert scenario["unchanged"]
 

@@ -50,19 +50,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each training step saw: epoch, clips, masks, loss, and the student's weights after it."""
-    seen: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     end = MMDistill.on_train_batch_end
 
     def note(self: MMDistill, outputs: Any, batch: Any, index: int) -> None:
         end(self, outputs, batch, index)
         weights = torch.cat([p.detach().flatten() for p in self.student_rgb.parameters()])
-        seen.append(
+        records.append(
             {"epoch": self.current_epoch, "clips": batch["index"].tolist(), "visible": batch["visible"].clone(),
              "loss": float(outputs["loss"].detach()), "weights": weights.clone(), "step": self.global_step}
         )  # fmt: skip
 
     monkeypatch.setattr(MMDistill, "on_train_batch_end", note)
-    return seen
+    return records
 
 
 def _state(run_dir: Path, part: str) -> dict[str, torch.Tensor]:

@@ -77,7 +77,7 @@ def test_dependencies_with_private_interfaces_have_upper_bounds() -> None:
     assert all(",<" in required[name] for name in BOUNDED)
 
 
-def test_lock_holds_installed_versions_and_no_address() -> None:
+def test_lock_contains_installed_versions_and_no_address() -> None:
     text = (ROOT / "requirements.lock").read_text()
     assert "://" not in text
     assert "@" not in text

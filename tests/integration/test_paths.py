@@ -56,10 +56,10 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
 def test_special_characters_need_no_quotes(path: str) -> None:
     """Alone, in a list and in a mapping."""
     parser = OverridesParser.create()
-    for value, wanted in ((path, path), (f"[{path},~/z]", [path, "~/z"]), (f"{{rgb:{path}}}", {"rgb": path})):
+    for value, expected in ((path, path), (f"[{path},~/z]", [path, "~/z"]), (f"{{rgb:{path}}}", {"rgb": path})):
         parsed = parser.parse_override(quote_overrides([f"resume={value}"])[0])
         assert not parsed.is_sweep_override()
-        assert parsed.value() == wanted
+        assert parsed.value() == expected
 
 
 @pytest.mark.parametrize("value", ["range(1,5)", "a,b", "choice(1,2)"])

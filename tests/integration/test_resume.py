@@ -110,11 +110,11 @@ def _plan_folders(runs: Runs, data: list[str]) -> None:
     stale = {"pid": int(ended.stdout), "host": socket.gethostname(), "id": "x"}
     (kept / "checkpoints" / ".lock").write_text(json.dumps(stale))
     runs.add("used", NATIVE, common, into="kept", world=2)
-    runs.add("locked", NATIVE, common, into="held", world=2)
+    runs.add("locked", NATIVE, common, into="in_use", world=2)
     given = ",".join(str(runs.root / f"teacher_{m}") for m in ("rgb", "flow", "skeleton"))
     distil = ["test=False", f"trainer.ckpt_path=[{given}]", *data]
     runs.add("used_distill", DISTILL, distil, into="student_only_whole")
-    runs.add("locked_distill", DISTILL, distil, into="held")
+    runs.add("locked_distill", DISTILL, distil, into="in_use")
     hole = make_tiny(runs.root / "hole")
     (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
     broken = ["modality=rgb", *overrides(hole), *MODEL, "trainer.epochs=1", "batch_size=4"]
@@ -130,7 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     _plan_distill(done, data)
     _plan_native(done, data)
     _plan_folders(done, data)
-    with directory_lock(done.root / "held" / "checkpoints"):  # this test is another job in that folder
+    with directory_lock(done.root / "in_use" / "checkpoints"):  # this test is another job in that folder
         done.run()
     return done
 
@@ -218,11 +218,11 @@ def test_another_batch_order_inside_an_epoch_is_rejected(runs: Runs) -> None:
 
 def test_retention_continues_in_a_new_folder(runs: Runs) -> None:
     """keep_last=1 and no top k: the newest and the best of the whole training stay, the source is untouched."""
-    held = sorted(p.name for p in (runs.root / "ddp_rest" / "checkpoints").glob("epoch=*"))
+    saved = sorted(p.name for p in (runs.root / "ddp_rest" / "checkpoints").glob("epoch=*"))
     losses = load_torch(runs.root / "ddp_rest" / "checkpoints" / "last.ckpt")["callbacks"]["EpochCheckpoints"]["losses"]
     assert [Path(p).name.split("-")[0] for p in losses] == ["epoch=00", "epoch=01", "epoch=02"]
     best = min(losses, key=lambda p: losses[p])
-    assert set(held) == {Path(list(losses)[-1]).name} | ({Path(best).name} if "ddp_rest" in best else set())
+    assert set(saved) == {Path(list(losses)[-1]).name} | ({Path(best).name} if "ddp_rest" in best else set())
     assert (runs.root / "ddp_first" / "checkpoints" / "last.ckpt").is_file()
     assert Path(next(iter(losses))).is_file()
     assert f"best checkpoint: {best}" in runs.log("ddp_rest")
@@ -250,9 +250,9 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
 def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:
     assert runs.codes["kept"] == [0], runs.log("kept")
     losses = [float(row["loss"]) for row in _rows(runs.root / "kept" / "metrics.csv")]
-    held = sorted(int(p.name[6:8]) for p in (runs.root / "kept" / "checkpoints").glob("epoch=*"))
+    saved = sorted(int(p.name[6:8]) for p in (runs.root / "kept" / "checkpoints").glob("epoch=*"))
     assert len(losses) == 5
-    assert held == sorted({3, 4, losses.index(min(losses))})
+    assert saved == sorted({3, 4, losses.index(min(losses))})
     assert "removed the lock of process" in runs.log("kept")
     assert not (runs.root / "kept" / "checkpoints" / ".lock").exists()
 
@@ -268,7 +268,7 @@ def test_new_run_in_a_used_folder_is_rejected(runs: Runs, name: str, world: int)
 def test_second_job_in_a_folder_is_rejected(runs: Runs, name: str, world: int) -> None:
     assert runs.codes[name] == [2] * world, runs.log(name)
     assert f"process {os.getpid()} on {socket.gethostname()} writes checkpoints to this folder" in runs.log(name)
-    assert list((runs.root / "held" / "checkpoints").iterdir()) == []
+    assert list((runs.root / "in_use" / "checkpoints").iterdir()) == []
 
 
 def test_log_reports_missing_data(runs: Runs) -> None:

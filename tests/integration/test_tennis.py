@@ -61,7 +61,7 @@ def test_tennis_config_is_vit_small_at_full_size() -> None:
 def test_one_step_of_each_training_at_full_size(tmp_path: Path, annotations: str) -> None:
     """The width is that of the config; one block instead of twelve keeps the test short."""
     if annotations == "real" and not F3SET.exists():
-        pytest.skip("the F3Set annotations are not beside this repository")
+        pytest.skip("the F3Set annotations are not next to this repository")
     entries = json.loads(F3SET.read_text()) if annotations == "real" else make_f3set_entries(matches=1)
     write_rallies(tmp_path, entries[:2])
     data = [f"data_module.target_data_dir={tmp_path}", "batch_size=2", "num_workers=0", "trainer.epochs=1"]

@@ -104,7 +104,7 @@ def student(root: Path, data: list[str], tmp_path_factory: pytest.TempPathFactor
     return target
 
 
-def test_trainer_file_holds_the_commented_list_and_is_used() -> None:
+def test_trainer_file_contains_the_commented_list_and_is_used() -> None:
     text = (CONFIGS.parent / TRAINER_FILE).read_text()
     block = text[text.index("# ckpt_path: [") :]
     paths = yaml.safe_load(TEACHERS)["ckpt_path"]

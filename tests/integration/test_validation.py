@@ -51,10 +51,10 @@ class _MetricsRecorder(pl.Callback):
     """The metrics at the end of each epoch."""
 
     def __init__(self) -> None:
-        self.seen: list[dict[str, float]] = []
+        self.logged: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
         patch.setattr(run, "_make_trainer", with_monitor)
         run.distill(config, folder / "run")
     (again,) = made[0].validate(made[0].lightning_module, datamodule=made[0].datamodule, verbose=False)
-    recorder.seen.append(again)
-    return config, folder, recorder.seen
+    recorder.logged.append(again)
+    return config, folder, recorder.logged
 
 
 def _evaluate_separately(config: DistillConfig, path: Path) -> float:
@@ -95,8 +95,8 @@ def _evaluate_separately(config: DistillConfig, path: Path) -> float:
 def test_logged_value_equals_a_separate_evaluation(
     trained: tuple[DistillConfig, Path, list[dict[str, float]]],
 ) -> None:
-    config, folder, seen = trained
-    *epochs, again = seen
+    config, folder, logged = trained
+    *epochs, again = logged
     assert len(epochs) == 3
     for epoch, metrics in enumerate(epochs):
         (path,) = (folder / "run" / "checkpoints").glob(f"epoch={epoch:02d}-*")
@@ -107,8 +107,8 @@ def test_logged_value_equals_a_separate_evaluation(
 
 
 def test_model_checkpoint_can_monitor_it(trained: tuple[DistillConfig, Path, list[dict[str, float]]]) -> None:
-    config, folder, seen = trained
-    values = [metrics[METRIC] for metrics in seen]
+    config, folder, logged = trained
+    values = [metrics[METRIC] for metrics in logged]
     kept = {float(p.stem.rpartition("=")[2]): p for p in (folder / "best").glob("*.ckpt")}
     assert len(kept) == 2
     assert max(kept) == pytest.approx(max(values), abs=1e-6)
@@ -123,8 +123,8 @@ def test_retention_can_use_it(
     monkeypatch.setattr(Validation, "score", lambda self, features: next(values))
     options = ["trainer.monitor=val_top1_action", "trainer.check_val_every_n_epoch=1", "trainer.save_ckpt_freq=1"]
     last = run.distill(_config(folder, *options, "trainer.save_top_k=1", "trainer.epochs=4"), tmp_path / "a")
-    held = sorted(p.name[:8] for p in (tmp_path / "a" / "checkpoints").glob("epoch=*"))
-    assert held == ["epoch=01", "epoch=03"]
+    saved = sorted(p.name[:8] for p in (tmp_path / "a" / "checkpoints").glob("epoch=*"))
+    assert saved == ["epoch=01", "epoch=03"]
     best = next((tmp_path / "a" / "checkpoints").glob("epoch=01-*"))
     assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
     resumed = [*options, "trainer.keep_last=1", "trainer.epochs=5", f"resume={last}"]

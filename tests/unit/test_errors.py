@@ -11,7 +11,7 @@ from mmdistill.errors import InputError, MMDistillError
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 
 
-def test_exit_status_tells_input_from_other_errors() -> None:
+def test_exit_status_distinguishes_input_errors() -> None:
     assert (MMDistillError.exit_status, InputError.exit_status) == (1, 2)
     assert issubclass(InputError, MMDistillError)
     assert issubclass(InputError, ValueError)

@@ -45,7 +45,7 @@ def field_comments(source: str) -> dict[tuple[str, str], str]:
         source: Python source.
 
     Returns:
-        (class, field) -> comment. The comment lines directly above a field come before the comment beside it.
+        (class, field) -> comment. The comment lines directly above a field come before the comment in its line.
     """
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}

@@ -91,21 +91,21 @@ def format_result(result: PrepareResult) -> str:
     record = result.record
     frames = record["num_frames"]
     height, width = record["stored_size"]
-    facts = [f"{frames} frames at {record['fps']:.2f} fps", f"{height} x {width}"]
+    details = [f"{frames} frames at {record['fps']:.2f} fps", f"{height} x {width}"]
     declared = record.get("container_frame_count", 0)
     if declared not in (0, frames):
-        facts.append(f"the container declares {declared} frames")
+        details.append(f"the container declares {declared} frames")
     if "timestamps_s" in record:
         deviation = record["largest_timestamp_deviation_s"]
-        facts.append(f"variable frame rate (up to {deviation:.3f} s from the mean rate; see timestamps_s)")
+        details.append(f"variable frame rate (up to {deviation:.3f} s from the mean rate; see timestamps_s)")
     if record["repeated_frames"]:
-        facts.append(f"{len(record['repeated_frames'])} repeated frames (zero flow)")
+        details.append(f"{len(record['repeated_frames'])} repeated frames (zero flow)")
     if "skeleton_frames" in record:
         found = record["skeleton_frames"]
-        facts.append(
+        details.append(
             f"near player found in {found['near']} of {frames} frames, far player in {found['far']} of {frames}"
         )
-    return f"{result.video}: {', '.join(facts)}"
+    return f"{result.video}: {', '.join(details)}"
 
 
 def _print_next_commands(console: Console, output: Path, results: list[PrepareResult]) -> None:

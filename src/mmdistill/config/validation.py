@@ -366,18 +366,19 @@ def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
             teacher or per modality, in the order of `modality_names`.
     """
     given, names = trainer.ckpt_path, modality_names()
-    wanted = [m for m in names if m in trainer.teachers]
+    required = [m for m in names if m in trainer.teachers]
     rule = (
-        f"trainer.ckpt_path must name a checkpoint for each of {', '.join(wanted)}: a list in this order, or a mapping"
+        f"trainer.ckpt_path must name a checkpoint for each of {', '.join(required)}: "
+        "a list in this order, or a mapping"
     )
     if isinstance(given, dict):
         unknown = set(given) - set(names)
-        if unknown or any(m not in given for m in wanted):
+        if unknown or any(m not in given for m in required):
             raise ConfigError(f"{rule}; got the keys {', '.join(map(str, given))}")
-        return {m: str(given[m]) for m in wanted}
+        return {m: str(given[m]) for m in required}
     if isinstance(given, list | tuple):
-        if len(given) == len(wanted):
-            return dict(zip(wanted, map(str, given), strict=True))
-        if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(wanted) <= set(names[: len(given)]):
-            return {m: str(given[names.index(m)]) for m in wanted}
+        if len(given) == len(required):
+            return dict(zip(required, map(str, given), strict=True))
+        if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(required) <= set(names[: len(given)]):
+            return {m: str(given[names.index(m)]) for m in required}
     raise ConfigError(f"{rule}; got {given!r}. `mmdistill find-checkpoints output` prints a list to copy")

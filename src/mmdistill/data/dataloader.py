@@ -94,10 +94,10 @@ def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:
     except (OSError, EOFError, RuntimeError) as error:
         # torch raises RuntimeError only after the worker has exited
         exited = wait([w.sentinel for w in workers], 0 if isinstance(error, RuntimeError) else _WORKER_EXIT_WAIT_S)
-        dead = [w for w in workers if w.sentinel in exited]
-        if not dead:
+        exited_workers = [w for w in workers if w.sentinel in exited]
+        if not exited_workers:
             raise
-        message = ", ".join(f"{w.pid} ({_worker_exit_reason(w)})" for w in dead)
+        message = ", ".join(f"{w.pid} ({_worker_exit_reason(w)})" for w in exited_workers)
         raise RuntimeError(
             f"DataLoader worker exited: {message}. If the machine ran out of memory, lower num_workers or batch_size"
         ) from None

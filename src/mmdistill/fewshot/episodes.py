@@ -156,12 +156,12 @@ def eligible_classes(
     eligible, excluded = [], {}
     for label, clips in table.clips.items():
         if table.groups is None:
-            usable = len(clips)
+            num_clips = len(clips)
         else:
             _, sizes = np.unique(table.groups[clips], return_counts=True)
             num_support = _smallest_sum(sizes.tolist(), k_shot)
-            usable = 0 if num_support is None else k_shot + len(clips) - num_support
-        if usable >= k_shot + q_sample:
+            num_clips = 0 if num_support is None else k_shot + len(clips) - num_support
+        if num_clips >= k_shot + q_sample:
             eligible.append(label)
         else:
             excluded[label] = len(clips)

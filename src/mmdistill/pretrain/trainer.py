@@ -310,13 +310,13 @@ class PretrainTrainer:
         return saved
 
     def _prune_checkpoints(self) -> None:
-        whole_epochs = {path: loss for path, loss in self.checkpoint_losses.items() if "-step=" not in Path(path).name}
+        full_epochs = {path: loss for path, loss in self.checkpoint_losses.items() if "-step=" not in Path(path).name}
         prune(
             self.run_dir / "checkpoints",
             keep_last=self.config.trainer.keep_last,
             save_top_k=self.config.trainer.save_top_k,
             protect=[self.source] if self.source else [],
-            external_losses=whole_epochs,
+            external_losses=full_epochs,
         )
 
     def resume(self, path: Path) -> None:

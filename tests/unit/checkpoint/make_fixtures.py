@@ -62,10 +62,10 @@ def engine_for(net: nn.Module, stage: int, bf16: bool):
     """A DeepSpeed engine with two parameter groups, as with weight decay."""
     import deepspeed
 
-    wanted = [p for p in net.parameters() if p.requires_grad]
+    trainable = [p for p in net.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in wanted if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in wanted if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     return deepspeed.initialize(model=net, model_parameters=groups, config=config(stage, bf16))[0]
 
@@ -223,14 +223,14 @@ def run(*words: str, processes: int = 1, port: int = 29711) -> None:
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     ranks = []
     for rank in range(processes):
-        place = {
+        rank_env = {
             "RANK": rank,
             "LOCAL_RANK": rank,
             "WORLD_SIZE": processes,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        full = {**env, **{k: str(v) for k, v in place.items()}}
+        full = {**env, **{k: str(v) for k, v in rank_env.items()}}
         ranks.append(subprocess.Popen([sys.executable, __file__, *words], env=full))
     if any(process.wait() for process in ranks):
         raise SystemExit(f"{' '.join(words)} failed")

@@ -80,5 +80,5 @@ def test_lightning_file_from_weights_loads_in_lightning(tmp_path: Path) -> None:
             for name, child in net.named_children():
                 setattr(self, name, child)
 
-    held = Holder.load_from_checkpoint(path, weights_only=True).state_dict()
-    assert all(torch.equal(held[k], v) for k, v in read_checkpoint(path).state_dict.items())
+    loaded = Holder.load_from_checkpoint(path, weights_only=True).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in read_checkpoint(path).state_dict.items())

@@ -71,7 +71,7 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
     assert load_deepspeed(Engine(), path) == {"position": 1}
 
 
-def test_metadata_that_json_cannot_hold_fails_before_a_file_is_written(tmp_path: Path) -> None:
+def test_metadata_that_is_not_json_serializable_fails_before_a_file_is_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not JSON serializable"):
         save_deepspeed(Engine(), tmp_path / "last", {"config": object()}, {})
     assert list(tmp_path.iterdir()) == []

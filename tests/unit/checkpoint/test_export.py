@@ -48,7 +48,7 @@ def test_huggingface_config_needs_fixed_positions(pos_embed: str, message: str) 
         make_huggingface_config(Encoder(config))
 
 
-def test_huggingface_cannot_hold_free_widths(tmp_path: Path) -> None:
+def test_huggingface_does_not_support_other_attention_widths(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="3 heads of 5 in a width of 16"):
         export_student(FIXTURES / "plain" / "free_width_sincos.pth", tmp_path / "hf", to="hf")
     assert not (tmp_path / "hf").exists()

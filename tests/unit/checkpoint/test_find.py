@@ -42,12 +42,12 @@ def test_search_starts_at_any_level_and_selects_the_best(output: Path) -> None:
 def test_unreadable_folders_are_listed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, closed = os.scandir, str(output / "2026-01-08")
 
-    def refuse(path: str):  # as root no folder is unreadable
+    def raise_permission_error(path: str):  # as root no folder is unreadable
         if path == closed:
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", raise_permission_error)
     unreadable: list[str] = []
     assert len(find_checkpoints(output, unreadable=unreadable)) == 7
     assert unreadable == [f"{closed}: Permission denied"]

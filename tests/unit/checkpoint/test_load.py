@@ -166,7 +166,7 @@ def test_learned_positions_in_a_sincos_encoder_are_an_error(tmp_path: Path) -> N
         load_weights(Encoder(CONFIG), tmp_path / "learned.pt")
 
 
-def test_heads_that_shapes_do_not_show_must_agree(tmp_path: Path) -> None:
+def test_other_number_of_heads_with_equal_shapes_raises(tmp_path: Path) -> None:
     source = Encoder(CONFIG)
     save_safetensors(
         {f"encoder.{k}": v for k, v in source.state_dict().items()},

@@ -90,10 +90,10 @@ def test_link_or_copy_replaces_an_existing_file(tmp_path: Path, monkeypatch: pyt
     path.unlink()
     assert last.stat().st_size > 0
 
-    def refuse(*_: object) -> None:
+    def raise_os_error(*_: object) -> None:
         raise OSError(1, "Operation not permitted")  # as on FAT and some network disks
 
-    monkeypatch.setattr(retention.os, "link", refuse)
+    monkeypatch.setattr(retention.os, "link", raise_os_error)
     path = write_lightning(tmp_path, 3, 0.4)
     retention.link_or_copy(path, last)
     assert last.read_bytes() == path.read_bytes()
@@ -150,12 +150,12 @@ def test_failure_to_delete_is_a_warning(
         write_native(tmp_path, step, 1.0)
     real = os.rename
 
-    def refuse(source: Path, target: Path) -> None:
+    def raise_os_error(source: Path, target: Path) -> None:
         if str(source).endswith("epoch=01-loss=1.0"):
             raise PermissionError(13, "Permission denied")
         real(source, target)
 
-    monkeypatch.setattr(retention.os, "rename", refuse)
+    monkeypatch.setattr(retention.os, "rename", raise_os_error)
     prune(tmp_path, keep_last=1, save_top_k=0)
     assert "could not be removed" in caplog.text
     assert 2 in epochs_in(tmp_path)
@@ -172,7 +172,7 @@ def test_interrupted_save_over_a_checkpoint_is_repaired(tmp_path: Path) -> None:
     assert not kept.exists()
 
 
-def test_latest_valid_checkpoint_goes_by_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_latest_valid_checkpoint_has_the_highest_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert latest_valid_checkpoint(tmp_path / "none") is None
     assert latest_valid_checkpoint(tmp_path) is None
     for step, name in ((30, "epoch=02-train_loss=0.1.ckpt"), (20, "last.ckpt")):

@@ -21,7 +21,7 @@ class C:
 """
 
 
-def test_comments_above_and_beside_a_field() -> None:
+def test_comments_above_and_after_a_field() -> None:
     assert field_comments(SOURCE) == {("C", "a"): "above one above two beside", ("C", "b"): "", ("C", "c"): "inside"}
 
 

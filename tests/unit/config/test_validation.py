@@ -212,7 +212,7 @@ def test_invalid_values_raise(make: Callable[..., object], given: str, message: 
 
 
 @pytest.mark.parametrize("given", [rule[0] for rule in COMMON])
-def test_rules_of_common_keys_hold_for_both_phases(given: str) -> None:
+def test_rules_of_common_keys_apply_to_both_phases(given: str) -> None:
     with pytest.raises(ConfigError):
         distill_config(*given.split())
 

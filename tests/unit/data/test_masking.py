@@ -29,10 +29,10 @@ def test_tube_has_the_same_positions_at_all_times() -> None:
 @pytest.mark.parametrize("kind", ["tube", "random"])
 def test_every_token_is_visible_equally_often(kind: str) -> None:
     rng = np.random.default_rng(0)
-    seen = np.zeros(2 * 3 * 4)
+    counts = np.zeros(2 * 3 * 4)
     for _ in range(4000):
-        seen[sample_visible_tokens((2, 3, 4), ratio=0.75, mask_type=kind, rng=rng)] += 1
-    assert np.abs(seen / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
+        counts[sample_visible_tokens((2, 3, 4), ratio=0.75, mask_type=kind, rng=rng)] += 1
+    assert np.abs(counts / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
 
 
 def test_invalid_masks_raise() -> None:

@@ -14,8 +14,8 @@ def test_ranks_share_an_epoch(world: int, n: int, drop_last: bool) -> None:
     ]
     batches = [list(s) for s in ranks]
     assert [len(b) for b in batches] == [len(s) for s in ranks]
-    seen = [i for rank in batches for batch in rank for _, i in batch]
-    assert len(seen) == len(set(seen)) == n - ranks[0].num_dropped
+    drawn = [i for rank in batches for batch in rank for _, i in batch]
+    assert len(drawn) == len(set(drawn)) == n - ranks[0].num_dropped
     assert ranks[0].num_dropped == (n % (2 * world) if drop_last else 0)
     if drop_last:
         assert len({len(b) for b in batches}) == 1

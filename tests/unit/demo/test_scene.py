@@ -42,17 +42,17 @@ def test_every_stroke_has_a_complete_window_with_flow(seed: int) -> None:
 
 def test_splits_share_neither_player_nor_court() -> None:
     parameters = DemoParameters()
-    seen: dict[str, dict[str, set[object]]] = {}
+    found: dict[str, dict[str, set[object]]] = {}
     for plan in plan_rallies(parameters):
         assert plan.player != plan.opponent
         court = render.random_court(parameters.rng("court", plan.court), parameters.nuisance)
-        ids = seen.setdefault(plan.split, {"people": set(), "court": set(), "colors": set(), "names": set()})
+        ids = found.setdefault(plan.split, {"people": set(), "court": set(), "colors": set(), "names": set()})
         ids["people"] |= {plan.player, plan.opponent}
         ids["court"].add(plan.court)
         ids["colors"].add((court.court, court.height))
         ids["names"].add(rally_record(plan, parameters)["near_name"])
     for key in ("people", "court", "colors", "names"):
-        assert seen["train"][key].isdisjoint(seen["val"][key])
+        assert found["train"][key].isdisjoint(found["val"][key])
 
 
 def test_another_seed_gives_other_rallies() -> None:

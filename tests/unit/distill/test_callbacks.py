@@ -123,7 +123,7 @@ def test_signal_in_the_last_step_of_an_epoch_stops_the_run(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("batches_done", "signal", "stops"), [(2, 15, True), (1, 15, False), (2, None, False), (4, 15, False)]
 )
-def test_signal_stops_after_a_whole_optimizer_step(
+def test_signal_stops_after_a_complete_optimizer_step(
     tmp_path: Path, batches_done: int, signal: int | None, stops: bool
 ) -> None:
     """With 2 batches per step; after the 4th and last batch `EpochCheckpoints` handles it."""

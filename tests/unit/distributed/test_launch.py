@@ -91,9 +91,9 @@ def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
 def test_free_port_lies_below_the_ephemeral_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = {launch.free_port() for _ in range(20)}
     assert max(ports) < 32768
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", ports.pop()))
-        port = held.getsockname()[1]
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", ports.pop()))
+        port = occupied.getsockname()[1]
         monkeypatch.setattr(launch, "_PORTS", range(port, port + 1))
         with pytest.raises(
             ConfigError, match=f"^no free port found: 100 random ports between {port} and {port} are in use"

@@ -62,7 +62,7 @@ def test_gpu_without_a_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         start_process(accelerator="gpu", seed=0)
 
 
-def test_timeout_holds_for_every_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_applies_to_every_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed creates groups of its own, which would wait for a hung rank for 30 minutes."""
     core = dist.distributed_c10d
     calls: list[tuple[str, timedelta]] = []
@@ -85,10 +85,10 @@ def test_only_rank_zero_prints(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("current", "wanted", "set_to"), [("cuda", "cpu", ["CPU"]), ("cpu", "cpu", []), ("cpu", "cuda", ["CUDA"])]
+    ("current", "requested", "set_to"), [("cuda", "cpu", ["CPU"]), ("cpu", "cpu", []), ("cpu", "cuda", ["CUDA"])]
 )
 def test_imported_deepspeed_changes_its_accelerator(
-    current: str, wanted: str, set_to: list[str], monkeypatch: pytest.MonkeyPatch
+    current: str, requested: str, set_to: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
     modules: dict[str, dict[str, Any]] = {
@@ -104,8 +104,8 @@ def test_imported_deepspeed_changes_its_accelerator(
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    set_deepspeed_accelerator(wanted)
-    assert os.environ["DS_ACCELERATOR"] == wanted
+    set_deepspeed_accelerator(requested)
+    assert os.environ["DS_ACCELERATOR"] == requested
     assert calls == set_to
 
 

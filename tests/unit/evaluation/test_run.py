@@ -117,9 +117,9 @@ def test_compile_is_ignored(
     common = ("feature_cache=null", "data_module.input_modes=configured", "baselines=[]")
     plain = _evaluate(data, checkpoint, tmp_path, *common)["settings"][0]["rows"]["student_rgb"]
     assert "compile=true" not in capsys.readouterr().out
-    asked = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
+    compiled = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
     assert "ignoring compile=true" in capsys.readouterr().out
-    assert {**asked, "seconds": 0} == {**plain, "seconds": 0}
+    assert {**compiled, "seconds": 0} == {**plain, "seconds": 0}
 
 
 def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -86,16 +86,16 @@ def test_shared_masks_are_equal_and_per_clip_masks_are_not():
 
 
 def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
-    seen: list[int] = []
+    read_clips: list[int] = []
 
     def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
-        seen.extend(batch["index"].tolist())
+        read_clips.extend(batch["index"].tolist())
         return batch["index"][:, None].float().expand(-1, 5)
 
     made = encode_clips(
         [EncodingJob("a", encode, GRID, EvalMasks(3, 0.5)), EncodingJob("b", encode, GRID)], loader(), INDEX
     )
-    assert sorted(seen) == sorted(list(range(N)) * 4)
+    assert sorted(read_clips) == sorted(list(range(N)) * 4)
     assert [m.features.shape for m in made] == [(N, 3, 5), (N, 1, 5)]
     assert made[0].features[:, 0, 0].tolist() == list(range(N))
 

@@ -19,7 +19,7 @@ def real_broadcasts() -> Path:
     """The folder of two real broadcast clips, which only some machines have."""
     folder = Path(__file__).resolve().parents[4] / "shared" / "data" / "tennis-video"
     if not folder.exists():
-        pytest.skip("the real broadcast clips are not beside this repository")
+        pytest.skip("the real broadcast clips are not next to this repository")
     return folder
 
 

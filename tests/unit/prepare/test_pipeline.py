@@ -187,8 +187,8 @@ def _double_second_half(path: Path) -> None:
     """Double the duration of the second half of a 50-frame ``.mp4`` of 25 fps in its table of durations (stts)."""
     data = path.read_bytes()
     start, end, chain = 0, len(data), []
-    for wanted in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stts"):
-        while data[start + 4 : start + 8] != wanted:
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stts"):
+        while data[start + 4 : start + 8] != box:
             start += int.from_bytes(data[start : start + 4], "big")
             assert start < end
         chain.append(start)

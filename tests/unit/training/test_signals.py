@@ -34,7 +34,7 @@ def test_exited_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> N
         assert received() == signal.SIGTERM
 
 
-def test_message_says_how_to_resume() -> None:
+def test_message_contains_the_resume_keys() -> None:
     message = stop_message(Path("run/checkpoints/last.ckpt"))
     assert "complete checkpoint written: run/checkpoints/last.ckpt" in message
     assert "resume=run/checkpoints/last.ckpt" in message

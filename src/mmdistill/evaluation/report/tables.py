@@ -56,8 +56,8 @@ def make_tables(results: Results) -> list[Table]:
 
 def select_rows(results: Results, n_way: int, k_shot: int, classifier: str) -> list[Row]:
     """Rows of one combination and classifier."""
-    wanted = {"n_way": n_way, "k_shot": k_shot, "classifier": classifier}
-    return [row for row in results.rows if all(row.summary[key] == value for key, value in wanted.items())]
+    expected = {"n_way": n_way, "k_shot": k_shot, "classifier": classifier}
+    return [row for row in results.rows if all(row.summary[key] == value for key, value in expected.items())]
 
 
 def row_cells(results: Results, row: Row) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "d"
 
 
-def test_entries_hold_size_and_digest(root: Path) -> None:
+def test_entries_contain_size_and_digest(root: Path) -> None:
     archive, small = manifest_entry(root / MODEL), manifest_entry(root / "latest")
     size = (root / MODEL).stat().st_size
     assert archive == {"bytes": size, "zip_directory_sha256": directory_digest(root / MODEL)}

@@ -44,7 +44,7 @@ class TestF3SetContract(AnnotationFormatContract):
         write(path, entries)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the F3Set annotations are not beside this repository")
+@pytest.mark.skipif(not REAL.exists(), reason="the F3Set annotations are not next to this repository")
 @pytest.mark.parametrize(
     ("split", "rallies", "events", "labels"), [("val", 1883, 6994, 638), ("test", 2265, 8717, 620)]
 )

@@ -72,7 +72,7 @@ def test_too_few_matches_or_classes_raise() -> None:
 @pytest.mark.parametrize("source", ["generated", "real"])
 def test_splits_by_match_are_near_the_fractions(source: str, tmp_path: Path) -> None:
     if source == "real" and not REAL.exists():
-        pytest.skip("the F3Set annotations are not beside this repository")
+        pytest.skip("the F3Set annotations are not next to this repository")
     (tmp_path / "generated.json").write_text(json.dumps(make_f3set_entries(matches=60)))
     every = load_f3set(REAL if source == "real" else tmp_path / "generated.json")
     parts = split_by_match(every, {"train": 0.7, "val": 0.3}, seed=0)
