@@ -23,7 +23,7 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         raise _config_error(error) from error
     if not isinstance(config, schema):
         name = "pretrain_schema" if issubclass(schema, PretrainConfig) else "distill_schema"
-        raise ConfigError(f"the defaults list of the config must start with {name}")
+        raise ConfigError(f"the config's defaults list must start with {name}, see configs/")
     _reject_unknown_keys(config, schema)
     validate(config)
     _seal(config)

@@ -143,7 +143,9 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     """
     visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if visible and max(gpus) >= len(visible):
-        raise ConfigError(f"devices={list(gpus)}, but CUDA_VISIBLE_DEVICES={','.join(visible)} has {len(visible)} GPUs")
+        raise ConfigError(
+            f"devices={list(gpus)}, but CUDA_VISIBLE_DEVICES={','.join(visible)} has only {len(visible)} GPUs"
+        )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in gpus)
 
 

@@ -132,7 +132,9 @@ def check_evaluation(config: DistillConfig) -> None:
     try:
         _check_clips(_make_protocol(config), make_clip_index(config.data_module, training=False))
     except (FewshotError, AnnotationError) as error:
-        raise ConfigError(f"the evaluation after the training (test=True) is not possible: {error}") from error
+        raise ConfigError(
+            f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
+        ) from error
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]

@@ -38,7 +38,7 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     capture = cv2.VideoCapture(str(path))
     try:
         if not capture.isOpened():
-            raise VideoError(f"{path}: cannot be opened as a video; no frame was decoded")
+            raise VideoError(f"{path}: OpenCV cannot open it as a video; convert it, for example to .mp4")
         declared = _container_frame_count(capture)
         number = 0
         while True:
@@ -50,11 +50,11 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     finally:
         capture.release()
     if number == 0:
-        raise VideoError(f"{path}: no frame can be decoded")
+        raise VideoError(f"{path}: OpenCV cannot decode any frame; convert the video, for example to .mp4")
     if declared > 0 and number < declared * (1 - COUNT_TOLERANCE) - 1:
         raise VideoError(
             f"{path}: truncated or broken, it ends after frame {number - 1}, "
-            f"but the container declares {declared} frames"
+            f"but the container declares {declared} frames; copy or convert it again"
         )
 
 

@@ -139,7 +139,7 @@ def test_visible_devices_index_those_of_the_parent(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     launch.set_visible_devices([2, 0])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,4"
-    with pytest.raises(ConfigError, match=r"^devices=\[2\], but CUDA_VISIBLE_DEVICES=7,4 has 2 GPUs$"):
+    with pytest.raises(ConfigError, match=r"^devices=\[2\], but CUDA_VISIBLE_DEVICES=7,4 has only 2 GPUs$"):
         launch.set_visible_devices([2])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     launch.set_visible_devices([1, 3])

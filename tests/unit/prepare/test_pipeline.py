@@ -62,7 +62,7 @@ def test_annotations_and_provenance_list_the_complete_videos(tmp_path: Path) -> 
     assert [by_name[n].error for n in "ab"] == [None, None]
     assert "c.avi: truncated or broken, it ends after frame" in str(by_name["c"].error)
     assert "the container declares 20 frames" in str(by_name["c"].error)
-    assert "d.mp4: cannot be opened" in str(by_name["d"].error)
+    assert "d.mp4: OpenCV cannot open it" in str(by_name["d"].error)
     rallies = load_f3set(tmp_path / "out/unlabel.json")
     assert [(r.video, r.num_frames) for r in rallies] == [("a", 20), ("b", 20)]
     index = build_index(rallies, clips="windows", num_frames=8, label="video")
