@@ -68,7 +68,7 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     given = f"trainer.ckpt_path=[{paths['rgb']},{paths['flow']},{paths['skeleton']}]"
     common = ["test=False", *data, "trainer.epochs=3", "trainer.save_ckpt_freq=1", "trainer.lr=0.01"]
     student_only = [*common, "trainer.save_teachers=false", "trainer.accumulate_grad_batches=2", "num_workers=1"]
-    runs.add("student_only_whole", DISTILL, [given, *student_only])
+    runs.add("student_only_full", DISTILL, [given, *student_only])
     runs.add(
         "student_only_first", DISTILL, [given, *student_only], into="student_only", stop_at=13
     )  # the 4th of 9 batches of epoch 1
@@ -76,26 +76,26 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
         "student_only_rest", DISTILL, [*student_only, "resume=auto"], into="student_only"
     )  # the teachers are those that the file names
     two = [given, *common, "strategy=ddp", "devices=2", "trainer.ema=0.9"]
-    runs.add("ddp_whole", DISTILL, two, world=2)
+    runs.add("ddp_full", DISTILL, two, world=2)
     runs.add("ddp_first", DISTILL, two, world=2, stop_at=6, stop_rank=1)  # the 2nd of 4 batches of epoch 1
     last = runs.root / "ddp_first" / "checkpoints" / "last.ckpt"
     runs.add("ddp_rest", DISTILL, [*two, f"resume={last}", "trainer.keep_last=1"], world=2)
     other = [given, *common, "trainer.ema=0.9", f"resume={last}"]  # other batches inside an epoch: refused
     runs.add("ddp_other", DISTILL, other)
     zero = [given, *common, "strategy=deepspeed_stage_2", "devices=2", "trainer.save_ckpt_freq=2", "trainer.epochs=2"]
-    runs.add("zero_whole", DISTILL, zero, world=2)
+    runs.add("zero_full", DISTILL, zero, world=2)
     runs.add("zero_first", DISTILL, zero, world=2, stop_at=6, into="zero")
     runs.add("zero_rest", DISTILL, [*zero, "resume=auto"], world=2, into="zero")
     runs.add("end_first", DISTILL, [given, *common, "num_workers=1"], stop_at=9)  # an epoch's last batch
     runs.add("end_rest", DISTILL, [given, *common, "num_workers=1", "resume=auto"], into="end_first")
-    runs.add("end_whole", DISTILL, [given, *common])
+    runs.add("end_full", DISTILL, [given, *common])
 
 
 def _plan_native(runs: Runs, data: list[str]) -> None:
     for world, stage in STAGES:
         common = ["modality=skeleton", *data, *MODEL, f"strategy=deepspeed_stage_{stage}", "num_workers=1"]
         name = f"native{world}{stage}"
-        runs.add(f"{name}_whole", NATIVE, common, world=world)
+        runs.add(f"{name}_full", NATIVE, common, world=world)
         batches = {1: 9, 2: 4}[world]
         runs.add(f"{name}_first", NATIVE, common, world=world, stop_at=batches + 2, stop_rank=world - 1, into=name)
         runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
@@ -113,7 +113,7 @@ def _plan_folders(runs: Runs, data: list[str]) -> None:
     runs.add("locked", NATIVE, common, into="in_use", world=2)
     given = ",".join(str(runs.root / f"teacher_{m}") for m in ("rgb", "flow", "skeleton"))
     distil = ["test=False", f"trainer.ckpt_path=[{given}]", *data]
-    runs.add("used_distill", DISTILL, distil, into="student_only_whole")
+    runs.add("used_distill", DISTILL, distil, into="student_only_full")
     runs.add("locked_distill", DISTILL, distil, into="in_use")
     hole = make_tiny(runs.root / "hole")
     (hole / "frames" / "rally_CC_0" / "000005.jpg").unlink()  # of one clip, frames 3 to 6
@@ -162,13 +162,13 @@ def _same_moments(a: Path, b: Path) -> bool:
 )
 def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
     """Inside an epoch: accumulated gradients, one worker and student-only checkpoints; ddp; ZeRO 2. And in an epoch's last step."""
-    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_full"] == [0] * world, runs.log(f"{name}_full")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[rest] == [0] * world, runs.log(rest)
     for rank in range(world):
         parts = runs.steps(f"{name}_first", rank) + runs.steps(rest, rank)
-        assert parts == runs.steps(f"{name}_whole", rank)
-    a, b = (runs.root / f / "checkpoints" / "last.ckpt" for f in (f"{name}_whole", folder))
+        assert parts == runs.steps(f"{name}_full", rank)
+    a, b = (runs.root / f / "checkpoints" / "last.ckpt" for f in (f"{name}_full", folder))
     assert _same_tensors(load_torch(a)["state_dict"], load_torch(b)["state_dict"])
     assert _same_moments(a, b)
     assert load_torch(a)["global_step"] == load_torch(b)["global_step"]
@@ -180,10 +180,10 @@ def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str
 )
 def test_epoch_means_equal_those_of_an_uninterrupted_run(runs: Runs, name: str, folder: str) -> None:
     """Also of the epoch that was interrupted; the earlier rows stay, and come over into a new folder."""
-    whole, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_whole", folder))
-    assert len(whole) == 3
-    assert parts == whole
-    names = [sorted(p.name for p in (runs.root / f / "checkpoints").glob("epoch=*")) for f in (f"{name}_whole", folder)]
+    full, parts = (_rows(runs.root / f / "metrics.csv") for f in (f"{name}_full", folder))
+    assert len(full) == 3
+    assert parts == full
+    names = [sorted(p.name for p in (runs.root / f / "checkpoints").glob("epoch=*")) for f in (f"{name}_full", folder)]
     if name != "ddp":  # where only the newest and the best of the new folder were kept
         assert names[0] == names[1]
 
@@ -231,20 +231,20 @@ def test_retention_continues_in_a_new_folder(runs: Runs) -> None:
 @pytest.mark.parametrize(("world", "stage"), STAGES)
 def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     name = f"native{world}{stage}"
-    assert runs.codes[f"{name}_whole"] == [0] * world, runs.log(f"{name}_whole")
+    assert runs.codes[f"{name}_full"] == [0] * world, runs.log(f"{name}_full")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[f"{name}_rest"] == [0] * world, runs.log(f"{name}_rest")
     assert len(list((runs.root / name / "checkpoints").glob("*-step=*"))) == 1
     for rank in range(world):
         parts = runs.steps(f"{name}_first", rank) + runs.steps(f"{name}_rest", rank)
-        assert parts == runs.steps(f"{name}_whole", rank)
-    whole, parts = (latest_valid_checkpoint(runs.root / f / "checkpoints") for f in (f"{name}_whole", name))
-    assert whole is not None
+        assert parts == runs.steps(f"{name}_full", rank)
+    full, parts = (latest_valid_checkpoint(runs.root / f / "checkpoints") for f in (f"{name}_full", name))
+    assert full is not None
     assert parts is not None
-    assert whole.name == parts.name
-    assert _same_tensors(read_checkpoint(whole).state_dict, read_checkpoint(parts).state_dict)
+    assert full.name == parts.name
+    assert _same_tensors(read_checkpoint(full).state_dict, read_checkpoint(parts).state_dict)
     assert (verify_manifest(parts) or {})["stage"] == stage
-    assert _rows(runs.root / f"{name}_whole" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
+    assert _rows(runs.root / f"{name}_full" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
 
 
 def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:

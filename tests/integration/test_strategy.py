@@ -63,16 +63,16 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def assert_resumed(runs: Path, whole: str, *parts: str) -> None:
+def assert_resumed(runs: Path, full: str, *parts: str) -> None:
     """The runs that resumed from the end of the first epoch together equal the uninterrupted run."""
-    steps = losses(runs, whole)
+    steps = losses(runs, full)
     assert [loss for part in parts for loss in losses(runs, part)] == steps[len(steps) // 2 :]
     assert all(losses(runs, part) for part in parts)
-    a, b = saved(runs, whole), saved(runs, parts[-1])
+    a, b = saved(runs, full), saved(runs, parts[-1])
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert_same(a[key], b[key], key)
     assert a["mmdistill"]["loss"] == b["mmdistill"]["loss"]
-    assert epochs(runs, whole)[-1]["grad_norm"] == epochs(runs, parts[-1])[-1]["grad_norm"]
+    assert epochs(runs, full)[-1]["grad_norm"] == epochs(runs, parts[-1])[-1]["grad_norm"]
 
 
 def test_all_ranks_ended(runs: Path) -> None:

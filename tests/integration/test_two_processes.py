@@ -48,8 +48,8 @@ def _fp16(make: Any, name: str, root: Path, data: list[str], *arguments: str) ->
     given = (root, data, "accelerator=auto", "precision=16", "trainer.max_skipped_steps=0", *arguments)
     parts = make(f"{name}_parts", *given, "trainer.epochs=2", inf_at=9, stop_at=12, fp16=True)
     resumed = {**parts, "arguments": [*parts["arguments"], "resume=auto"], "stop_at": None, "inf_at": None}
-    whole = make(name, *given, "trainer.epochs=2", inf_at=9, fp16=True)
-    return [whole, parts, resumed, make(f"{name}_all", *given, "trainer.epochs=3", inf_at=-1, fp16=True)]
+    full = make(name, *given, "trainer.epochs=2", inf_at=9, fp16=True)
+    return [full, parts, resumed, make(f"{name}_all", *given, "trainer.epochs=3", inf_at=-1, fp16=True)]
 
 
 def _infinite(root: Path, data: list[str]) -> list[Runs]:
@@ -291,13 +291,13 @@ def test_overflow_lowers_the_loss_scale_and_is_not_a_skipped_step(
     assert codes[name] == [0], (root / f"{name}.0.log").read_text()
     assert codes[f"{name}_parts"] == [INTERRUPTED_EXIT_CODE, 0], (root / f"{name}_parts.0.log").read_text()
     assert _changed(root, name) == [[True] * 8 + [False] + [True] * 9]
-    whole, parts = _metrics(root / name), _metrics(root / f"{name}_parts")
-    for row, step in zip(whole, (9, 18), strict=True):
+    full, parts = _metrics(root / name), _metrics(root / f"{name}_parts")
+    for row, step in zip(full, (9, 18), strict=True):
         found = [float(row[k]) for k in ("step", "overflow_steps", "skipped_steps", "loss_scale")]
         assert found == [step, 1, 0, 2**15]
     timed = ("clips_per_s", "data_wait_percent")
     assert [{k: v for k, v in r.items() if k not in timed} for r in parts] == [
-        {k: v for k, v in r.items() if k not in timed} for r in whole
+        {k: v for k, v in r.items() if k not in timed} for r in full
     ]
 
 
@@ -374,8 +374,8 @@ def test_bf16_resume_is_bit_identical(runs: tuple[Path, dict[str, list[int]]], s
     name = f"bf16_{stage}"
     assert codes[name] == [0], (root / f"{name}.0.log").read_text()
     assert codes[f"{name}_parts"] == [INTERRUPTED_EXIT_CODE, 0], (root / f"{name}_parts.0.log").read_text()
-    whole, parts = _metrics(root / name), _metrics(root / f"{name}_parts")
-    assert [row["loss"] for row in parts] == [row["loss"] for row in whole]
-    assert float(whole[1]["loss"]) < float(whole[0]["loss"])
-    assert float(whole[0]["loss"]) == pytest.approx(float(_metrics(root / "one")[0]["loss"]), rel=0.05)
-    assert float(whole[0]["grad_norm"]) > 0
+    full, parts = _metrics(root / name), _metrics(root / f"{name}_parts")
+    assert [row["loss"] for row in parts] == [row["loss"] for row in full]
+    assert float(full[1]["loss"]) < float(full[0]["loss"])
+    assert float(full[0]["loss"]) == pytest.approx(float(_metrics(root / "one")[0]["loss"]), rel=0.05)
+    assert float(full[0]["grad_norm"]) > 0
