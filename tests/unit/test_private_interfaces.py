@@ -347,7 +347,7 @@ def test_deepspeed_accelerators() -> None:
 
 
 def test_deepspeed_build_shm_op() -> None:
-    """distributed/process.py `skip_shm_op`: the op that is compiled for CPU runs."""
+    """distributed/process.py `disable_shm_op`: the op that is compiled for CPU runs."""
     backend = importlib.import_module("deepspeed.comm.torch")
     assert callable(backend.build_shm_op)
     _source_mentions(backend.TorchBackend, "build_shm_op")

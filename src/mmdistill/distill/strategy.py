@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmdistill.checkpoint import CheckpointError, load_deepspeed
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, has_offload
 from mmdistill.distributed.collectives import run_on_all_ranks
-from mmdistill.distributed.process import skip_shm_op
+from mmdistill.distributed.process import disable_shm_op
 
 _BUCKET_SIZE = 50_000_000  # elements per reduction; one buffer of this size is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
@@ -147,6 +147,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """Like Lightning's, but also on CPUs, for which DeepSpeed needs numbered devices."""
+        disable_shm_op()
         if isinstance(self.accelerator, CPUAccelerator):
             self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or ()))]
         DDPStrategy.setup_environment(self)
@@ -158,8 +159,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         return optimizer, scheduler
 
     def _initialize_deepspeed_train(self, model: nn.Module) -> None:
-        with skip_shm_op():
-            super()._initialize_deepspeed_train(model)
+        super()._initialize_deepspeed_train(model)
         self.deepspeed_engine.set_gradient_accumulation_boundary(False)
 
     def teardown(self) -> None:

@@ -4,8 +4,6 @@ import atexit
 import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -101,20 +99,14 @@ def set_deepspeed_accelerator(name: str) -> None:
         set_accelerator(CUDA_Accelerator() if name == "cuda" else CPU_Accelerator())
 
 
-@contextmanager
-def skip_shm_op() -> Iterator[None]:
-    """Context manager in which DeepSpeed creates its backend without the shared-memory op of CPUs.
+def disable_shm_op() -> None:
+    """Let DeepSpeed create its backend without the shared-memory op of CPUs, in this process.
 
-    Only tensor-parallel inference calls the op. DeepSpeed compiles it at the first CPU run of an environment, which
-    needs a compiler and takes up to minutes.
+    Only tensor-parallel inference calls the op, and it falls back to an all-reduce. DeepSpeed compiles the op at the
+    first CPU run of an environment, which needs a compiler and takes up to minutes.
     """
     backend: Any = importlib.import_module("deepspeed.comm.torch")
-    build = backend.build_shm_op
     backend.build_shm_op = lambda: None
-    try:
-        yield
-    finally:
-        backend.build_shm_op = build
 
 
 def destroy_process_group_at_exit() -> None:

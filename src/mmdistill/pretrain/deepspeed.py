@@ -8,7 +8,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mmdistill.config import PretrainConfig, has_offload, zero_stage
 from mmdistill.distributed.device import resolve_precision
-from mmdistill.distributed.process import Process, skip_shm_op
+from mmdistill.distributed.process import Process, disable_shm_op
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.training.optim import LearningRates, make_optimizer
 
@@ -20,8 +20,8 @@ def init_process_group(process: Process) -> None:
         # an in-memory store needs no port, which another job of this machine could take first
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
-        with skip_shm_op():
-            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        disable_shm_op()
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:

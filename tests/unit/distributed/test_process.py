@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed import launch, process
-from mmdistill.distributed.process import Process, set_deepspeed_accelerator, skip_shm_op, start_process
+from mmdistill.distributed.process import Process, disable_shm_op, set_deepspeed_accelerator, start_process
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 
@@ -118,9 +118,8 @@ def test_process_group_is_destroyed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert calls == ["destroyed"]
 
 
-def test_shm_op_is_not_built_while_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_shm_op_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = importlib.import_module("deepspeed.comm.torch")
     monkeypatch.setattr(backend, "build_shm_op", lambda: "built")
-    with skip_shm_op():
-        assert backend.build_shm_op() is None
-    assert backend.build_shm_op() == "built"
+    disable_shm_op()
+    assert backend.build_shm_op() is None
