@@ -31,6 +31,7 @@ from mmdistill.checkpoint import (
 from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.distributed.process import disable_shm_op
 from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.unit.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
 
@@ -44,6 +45,7 @@ def launch(
     """Fork `world` ranks and return exit codes. `kill` = (rank, wait) kills that rank after `wait`, then the others."""
 
     def job(rank: int) -> None:
+        disable_shm_op()
         deepspeed.init_distributed("gloo")
         scenario(rank, *args)
         torch.distributed.barrier()

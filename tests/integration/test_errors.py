@@ -32,7 +32,13 @@ def test_error_lists_all_problems_of_an_annotation_file(tmp_path: Path) -> None:
     with pytest.raises(AnnotationError) as caught:
         load_f3set(tmp_path / "bad.json")
     message = explain(caught.value, PretrainConfig)
-    for part in ("bad.json: 3 problems", "a, event 1: a duplicate", "b: the key 'fps'", "c, event 0", "mmdistill check-data"):
+    for part in (
+        "bad.json: 3 problems",
+        "a, event 1: a duplicate",
+        "b: the key 'fps'",
+        "c, event 0",
+        "mmdistill check-data",
+    ):
         assert part in message
 
 

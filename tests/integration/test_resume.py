@@ -161,7 +161,7 @@ def _same_moments(a: Path, b: Path) -> bool:
     ],
 )
 def test_distillation_in_two_parts(runs: Runs, name: str, rest: str, folder: str, world: int) -> None:
-    """Inside an epoch: accumulated gradients, one worker and student-only checkpoints; ddp; ZeRO 2. And in an epoch's last step."""
+    """Stopped inside an epoch (accumulated gradients, one worker, student-only; ddp; ZeRO 2) and in its last step."""
     assert runs.codes[f"{name}_full"] == [0] * world, runs.log(f"{name}_full")
     assert runs.codes[f"{name}_first"] == [INTERRUPTED_EXIT_CODE] * world, runs.log(f"{name}_first")
     assert runs.codes[rest] == [0] * world, runs.log(rest)
