@@ -20,7 +20,7 @@ _DEFAULT_NUM_FRAMES, _DEFAULT_GRID_SIDE = 16, 14  # VideoMAE's clip length and 2
 def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
     """Build the encoder config from metadata. Raises `CheckpointError` for missing or invalid fields."""
     known = {f.name for f in dataclasses.fields(EncoderConfig)}
-    if "pos_embed" not in fields:  # written before version 0.2
+    if "pos_embed" not in fields:  # written before the key was introduced
         fixed = "sincos_separable" if fields.get("separable_positions") else "sincos"
         fields = {**fields, "pos_embed": "learned" if fields.get("learned_positions") else fixed}
     try:

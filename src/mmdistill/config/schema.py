@@ -264,7 +264,7 @@ class CommonConfig(Sealable):
     compile: bool = False
     # auto (bf16 on a GPU that supports it, otherwise 32) | 32 | bf16 | 16
     precision: str = "auto"
-    # null: start from scratch | auto: continue from the newest valid checkpoint of the run directory, if there is one |
+    # null: start from scratch | auto: continue from the newest valid checkpoint of the run folder, if there is one |
     # path of a checkpoint
     resume: str | None = None
     # signals that stop the training after the current step, with a complete checkpoint and exit status 85
@@ -308,7 +308,7 @@ class DistillConfig(CommonConfig):
     # auto | ddp | deepspeed (the same as deepspeed_stage_2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1 or 2. offload keeps the optimizer state in host memory
     strategy: str = "auto"
-    # name of the run directory
+    # name of the run folder
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated
     eval_component: str = "student_rgb"
