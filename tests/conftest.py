@@ -31,11 +31,20 @@ def isolated_env() -> Iterator[None]:
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     single_process = launch._single_process
     yield
+    _leave_process_group()
     launch._single_process = single_process
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+def _leave_process_group() -> None:
+    """Destroy the process group that a training in this process has left, and DeepSpeed's record of it."""
+    if (comm := sys.modules.get("deepspeed.comm")) is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    elif (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture

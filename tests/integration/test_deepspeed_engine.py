@@ -56,7 +56,7 @@ def test_other_settings_are_one_error_that_names_both(results: dict, case: str, 
     kind, text = scenario["raised"]
     assert kind == "ResumeMismatchError"
     assert f"written with {found}, this run has {requested}; " in text
-    assert "convert_checkpoint.py" in text
+    assert "mmdistill convert" in text
     assert scenario["unchanged"]
 
 

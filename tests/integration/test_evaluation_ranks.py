@@ -1,4 +1,4 @@
-"""Two processes share the work and return the same results. One spawn for all checks, because it takes seconds."""
+"""Two processes share the work and return the same results. One pair of ranks runs all checks."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from mmdistill.data.clips import Clip, ClipIndex
@@ -14,6 +13,7 @@ from mmdistill.fewshot.encode import EncodingJob, encode_cached
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.features import load_features, save_features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
+from tests.ranks import fork_ranks, wait_for
 from tests.synthetic_features import make_features
 
 pytestmark = pytest.mark.multiprocess
@@ -55,7 +55,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_two_ranks_return_the_results_of_one_and_fail_together(tmp_path: Path):
     f = make_features("student_rgb", 2.0)
     save_features(f, tmp_path / "f.safetensors")
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    assert wait_for(fork_ranks(2, lambda rank: _rank(rank, str(tmp_path)))) == [0, 0]
     alone = run_protocol([f], PROTOCOL, show_progress=False)
     expected = np.stack([row.scores.predictions for row in alone.rows])
     for rank in (0, 1):

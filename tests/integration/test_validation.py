@@ -1,6 +1,5 @@
 """Few-shot validation during a distillation: equal to a separate evaluation, usable by callbacks."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.validation import METRIC, Validation
-from mmdistill.distributed.launch import free_port
 from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.encode import EvalMasks, encode_clips
 from mmdistill.fewshot.episodes import sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.ranks import fork_ranks, wait_for
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 
@@ -133,9 +132,7 @@ def test_retention_can_use_it(
     assert f"best checkpoint: {best} (val_top1_action 0.9000)" in capsys.readouterr().err
 
 
-def _rank(rank: int, folder: str, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     values: list[float] = []
     note = pl.Callback()
@@ -154,7 +151,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
 
 def test_two_ranks_log_the_same_value(folder: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (str(folder), free_port()), nprocs=2)
+    assert wait_for(fork_ranks(2, lambda rank: _rank(rank, str(folder)))) == [0, 0]
     values = [np.load(folder / f"value{rank}.npy") for rank in range(2)]
     assert values[0] == values[1]
     (path,) = (folder / "two" / "checkpoints").glob("epoch=*")
