@@ -116,6 +116,21 @@ def _safetensors_problem(path: str, size: int) -> str:
     return "" if expected == size else f"{size} bytes, {expected} expected"
 
 
+def _is_feature_file(path: str) -> bool:
+    """Whether a file is a ``.safetensors`` file of clip features, as `mmdistill.fewshot.features` writes them."""
+    if not path.endswith(".safetensors"):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            return False
+        try:
+            header = json.loads(file.read(min(struct.unpack("<Q", head)[0], 1 << 26)))
+        except ValueError:
+            return False
+    return isinstance(header, dict) and set(header) - {"__metadata__"} == {"features", "labels"}
+
+
 def _pickled_epoch(path: str) -> int | None:
     """Epoch of a Lightning file whose name has none, from the first bytes of its pickle."""
     with open(path, "rb") as file:
@@ -259,7 +274,7 @@ def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[Checkpoin
                 if entry.is_dir():
                     if not entry.is_symlink() or _is_new_link_target(entry.path, linked):
                         pending.append(entry.path)
-                elif entry.name.endswith(suffixes):
+                elif entry.name.endswith(suffixes) and not _is_feature_file(entry.path):
                     yield _describe_file(entry)
             except OSError as error:
                 unreadable.append(f"{entry.path}: {error.strerror or error}")

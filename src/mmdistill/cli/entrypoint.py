@@ -22,7 +22,7 @@ from mmdistill.config import (
     register_schemas,
     to_plain,
 )
-from mmdistill.config.compose import CONFIGS, T
+from mmdistill.config.compose import T, configs_dir
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
@@ -64,7 +64,7 @@ def run_entrypoint(
     register_schemas()
     num_jobs = 0
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
     def run_composed(cfg: DictConfig) -> float | None:
         nonlocal num_jobs
         num_jobs += 1

@@ -25,6 +25,15 @@ SOURCE_ROOT = None if (PACKAGE / "configs").is_dir() else PACKAGE.parents[1]
 CONFIGS = PACKAGE / "configs" if SOURCE_ROOT is None else SOURCE_ROOT / "configs"
 
 
+def configs_dir() -> Path:
+    """``configs/`` of the current folder if that is a source tree, otherwise the configs of this package.
+
+    With an installed wheel, edits of a source tree's configs take effect where the commands are typed.
+    """
+    local = Path.cwd() / "configs"
+    return local if (local / "config_pretrain.yaml").is_file() else CONFIGS
+
+
 def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> dict[str, Any]:
     """Read the keys of ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package.
 
@@ -32,7 +41,7 @@ def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> di
         ConfigError: the file does not exist, or it is no mapping of data_module keys.
     """
     folders = [Path(config_dir)] if config_dir is not None else []
-    paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, CONFIGS)]
+    paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, configs_dir())]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ConfigError(f"dataset={name}: there is no {' and no '.join(map(str, paths))}")
@@ -64,5 +73,5 @@ def load_config(
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
         more.append(f"hydra.searchpath=[file://{folder}]")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         return parse(compose(config_name, quote_overrides(more)), schema)

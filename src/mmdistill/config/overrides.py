@@ -14,6 +14,8 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
     ``ckpt_path=/p/epoch=49-loss=0.6.ckpt`` is a syntax error for Hydra because of the second ``=``. The same applies to
     ``~``, brackets inside a path and non-ASCII letters. Such values are put in single quotes, also as elements of a
     list, a mapping or a comma sweep. Quoted values stay as they are. A comma outside quotes remains a sweep.
+
+    Options are moved before the overrides, because Hydra rejects an override that follows an option after overrides.
     """
     out = []
     arguments = iter(argv)
@@ -26,7 +28,7 @@ def quote_overrides(argv: Sequence[str]) -> list[str]:
         if match:
             argument = f"{match[1]}{match[2]}={_quote_value(match[3])}"
         out.append(argument)
-    return out
+    return [*(a for a in out if not is_override(a)), *(a for a in out if is_override(a))]
 
 
 def is_override(argument: str) -> bool:

@@ -5,7 +5,9 @@ import pytest
 
 from mmdistill.checkpoint import CheckpointError, find_checkpoints
 from mmdistill.checkpoint.find import select_checkpoints
+from mmdistill.fewshot.features import save_features
 from tests.checkpoint_files import write_native, write_output
+from tests.synthetic_features import make_features
 
 
 @pytest.fixture
@@ -92,3 +94,9 @@ def test_many_runs(tmp_path: Path) -> None:
     found = find_checkpoints(tmp_path / "many")
     assert len(found) == 60
     assert all(info.complete for info in found)
+
+
+def test_feature_files_are_no_checkpoints(tmp_path: Path) -> None:
+    """An evaluation writes its feature cache below output/, where users search for checkpoints."""
+    save_features(make_features("student_rgb", 1.0), tmp_path / "output" / "features" / "f.safetensors")
+    assert find_checkpoints(tmp_path) == []

@@ -1,5 +1,6 @@
 """Every YAML file of configs/ composes to a valid config."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def test_config_dir_adds_files_of_a_user(tmp_path: Path) -> None:
 def test_defaults_list_must_start_with_the_schema() -> None:
     with pytest.raises(ConfigError, match="the config's defaults list must start with distill_schema"):
         load_config(DistillConfig, "config_pretrain", ["modality=rgb"])
+
+
+def test_configs_of_a_source_tree_take_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user with an installed wheel edits the configs of a clone and runs the commands there."""
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs" / "dataset" / "mine.yaml").write_text((CONFIGS / "dataset" / "demo.yaml").read_text())
+    trainer = tmp_path / "configs" / "trainer" / "pretrain_demo.yaml"
+    trainer.write_text(trainer.read_text().replace("epochs: 12", "epochs: 7"))
+    monkeypatch.chdir(tmp_path)
+    config = load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "dataset=mine"])
+    assert config.trainer.epochs == 7
+    monkeypatch.chdir(tmp_path / "configs")
+    assert load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).trainer.epochs == 12

@@ -58,3 +58,17 @@ def test_added_overrides_follow_the_last_override() -> None:
     assert add_overrides(["--config-name", "x", "a=1", "-m"], ["b=2"]) == ["--config-name", "x", "a=1", "b=2", "-m"]
     assert add_overrides(["-m", "a=1"], ["b=2"]) == ["-m", "a=1", "b=2"]
     assert add_overrides(["--config-name=x"], ["b=2"]) == ["--config-name=x", "b=2"]
+
+
+def test_options_are_moved_before_the_overrides() -> None:
+    given = [
+        "modality=rgb",
+        "--config-name=config_pretrain_tennis",
+        "model=tiny",
+        "--config-dir",
+        "/data/c",
+        "a=1",
+        "-m",
+    ]
+    options = ["--config-name=config_pretrain_tennis", "--config-dir", "/data/c", "-m"]
+    assert quote_overrides(given) == [*options, "modality=rgb", "model=tiny", "a=1"]
