@@ -11,11 +11,22 @@ import os
 import runpy
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
 
 from mmdistill.models.videomae import Encoder
+
+
+def _signal_group(number: signal.Signals) -> None:
+    """Signal this process group from another process: torch's workers treat a signal of their parent as its request."""
+    pid = os.fork()
+    if pid == 0:
+        os.killpg(0, number)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    time.sleep(0.5)  # a worker that the signal ends has ended by now
 
 
 def main() -> None:
@@ -29,7 +40,7 @@ def main() -> None:
         nonlocal done
         done += 1
         if done == int(call):
-            os.killpg(0, signal.Signals[name])
+            _signal_group(signal.Signals[name])
 
     def counted(function: Any) -> Any:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
