@@ -23,6 +23,7 @@ def _signal_group(number: signal.Signals) -> None:
     """Signal this process group from another process: torch's workers treat a signal of their parent as its request."""
     pid = os.fork()
     if pid == 0:
+        signal.signal(number, signal.SIG_IGN)  # the sender is in the group too
         os.killpg(0, number)
         os._exit(0)
     os.waitpid(pid, 0)
