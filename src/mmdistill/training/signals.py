@@ -14,6 +14,17 @@ StopSignal = Callable[[], int | None]  # the number of the received signal, or N
 
 
 @contextmanager
+def _signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install `handler` for these signals; restore the previous handlers at the end."""
+    previous = {number: signal.signal(number, handler) for number in (signal.Signals[name] for name in names)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[StopSignal]:
     """Replace the handlers of these signals by one that only records the signal; restore them at the end.
 
@@ -33,12 +44,8 @@ def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Ite
             return received[0]
         return int(signal.SIGTERM) if launch.launcher_exited() else None
 
-    previous = {number: signal.signal(number, record_signal) for number in (signal.Signals[name] for name in names)}
-    try:
+    with _signal_handler(names, record_signal):
         yield first_received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def stop_message(checkpoint: Path) -> str:
@@ -56,13 +63,10 @@ def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
-    before = {number: signal.signal(number, leave) for number in (signal.Signals[name] for name in names)}
-    try:
-        yield
-    except SystemExit as error:
-        if error.code == INTERRUPTED_EXIT_CODE:
-            print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _signal_handler(names, leave):
+        try:
+            yield
+        except SystemExit as error:
+            if error.code == INTERRUPTED_EXIT_CODE:
+                print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
+            raise
