@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import (
@@ -101,18 +102,31 @@ def _archive_problem(path: str, size: int) -> str:
         return "" if file.read(4) == b"PK\x05\x06" else f"{os.path.basename(path)} is truncated at {size} bytes"
 
 
-def _safetensors_problem(path: str, size: int) -> str:
+def _safetensors_header(path: str) -> tuple[int, Any]:
+    """Length of a ``.safetensors`` header in bytes, and its JSON content.
+
+    Raises:
+        EOFError: the file is too short for the length.
+        ValueError: the header is no JSON.
+    """
     with open(path, "rb") as file:
         head = file.read(8)
         if len(head) < 8:
-            return "truncated"
-        try:
-            header = json.loads(file.read(min(struct.unpack("<Q", head)[0], 1 << 26)))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "its header is damaged"
-    expected = 8 + int(struct.unpack("<Q", head)[0]) + int(end)
+            raise EOFError(path)
+        length = int(struct.unpack("<Q", head)[0])
+        return length, json.loads(file.read(min(length, 1 << 26)))
+
+
+def _safetensors_problem(path: str, size: int) -> str:
+    try:
+        length, header = _safetensors_header(path)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except EOFError:
+        return "truncated"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "its header is damaged"
+    expected = 8 + length + int(end)
     return "" if expected == size else f"{size} bytes, {expected} expected"
 
 
@@ -120,14 +134,10 @@ def _is_feature_file(path: str) -> bool:
     """Whether a file is a ``.safetensors`` file of clip features, as `mmdistill.fewshot.features` writes them."""
     if not path.endswith(".safetensors"):
         return False
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            return False
-        try:
-            header = json.loads(file.read(min(struct.unpack("<Q", head)[0], 1 << 26)))
-        except ValueError:
-            return False
+    try:
+        header = _safetensors_header(path)[1]
+    except (EOFError, ValueError):
+        return False
     return isinstance(header, dict) and set(header) - {"__metadata__"} == {"features", "labels"}
 
 
