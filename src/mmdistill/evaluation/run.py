@@ -48,6 +48,35 @@ from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
 from mmdistill.training.signals import exit_on_stop_signal
 
+# Keys whose values are not shown on the page: training keys, for which the page shows the config in the checkpoint, and
+# keys whose values in use differ by network, which the page shows per network.
+HIDDEN_KEYS = (
+    "train",
+    "test",
+    "ckpt_path",
+    "resume",
+    "stop_signals",
+    "distributed_timeout_s",
+    "loader_timeout_s",
+    "logger",
+    "strategy",
+    "compile",
+    "precision",
+    "run_name",
+    "trainer",
+    "data_module.train_clips",
+    "data_module.val_json_path",
+    "data_module.hflip_prob",
+    "data_module.random_crop_min_scale",
+    "data_module.mask_ratio",
+    "data_module.n_masks",
+    "data_module.eval_mask_ratio",
+    "data_module.eval_masks",
+    "data_module.modalities.*.mean",
+    "data_module.modalities.*.std",
+    "data_module.modalities.*.sigma",
+    "data_module.modalities.*.target",
+)
 _UNUSED_RALLIES = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
 
 
@@ -82,8 +111,9 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     protocol = _make_protocol(config)
     lines += _check_clips(protocol, dataset.index)
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
-    lines += [line] if line else []
-    lines += sampling_rate_warnings(source.meta, config.data_module, checkpoint)
+    caveats = [overlap_warning(protocol, dataset.index), line]
+    caveats = [*filter(None, caveats), *sampling_rate_warnings(source.meta, config.data_module, checkpoint)]
+    lines += caveats
     if config.compile:
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
@@ -117,9 +147,45 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
         if missing_summary:
             print(missing_summary)
         read_frame = _middle_frame_reader(dataset) if STUDENT_MODALITY in modalities else None
-        page = write_report(results, run_dir, read_frame=read_frame, extra=extra)
+        caveats += [missing_summary] if missing_summary else []
+        settings = report_settings(config, extra, networks, source.meta)
+        page = write_report(results, run_dir, read_frame=read_frame, extra=extra, caveats=caveats, settings=settings)
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
+
+
+def report_settings(
+    config: DistillConfig, extra: Mapping[str, Any], networks: Iterable[Network], meta: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The section Settings of the page: values that the results depend on, by the title of their block.
+
+    Args:
+        config: of the evaluation.
+        extra: further keys of ``fewshot.json``.
+        networks: the evaluated networks.
+        meta: metadata of the evaluated checkpoint.
+    """
+    specs = modality_specs(config.data_module)
+    evaluation = to_plain(config)
+    for key in HIDDEN_KEYS:
+        _delete_key(evaluation, key.split("."))
+    counts = {key: extra[key] for key in ("index", "missing", "overlapping_clips", "rallies_in_training")}
+    return {
+        "Evaluation": {"precision": extra["precision"], **evaluation},
+        "Clips": counts,
+        "Statistics of the model input": {n.name: n.spec(specs[n.modality]).statistics for n in networks},
+        "Training config in the checkpoint": meta.get("config") or "not stored",
+    }
+
+
+def _delete_key(config: dict[str, Any], path: list[str]) -> None:
+    """Delete a dotted key, given as the list of its parts. ``*`` is every key."""
+    head, *rest = path
+    if not rest:
+        del config[head]
+        return
+    for name in list(config) if head == "*" else [head]:
+        _delete_key(config[name], rest)
 
 
 def check_evaluation(config: DistillConfig) -> None:
@@ -152,15 +218,20 @@ def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
     """Log lines about the evaluation clips. Raises `FewshotError` if their labels do not supply the episodes."""
     clips = index.clips
     lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes)
-    num_overlapping = count_overlapping_clips(clips)
-    if num_overlapping and protocol.disjoint is None:
-        lines.append(
-            f"{num_overlapping} clips overlap in time with another clip of their class: support and query may show "
-            "the same frames; set data_module.disjoint=video to take them from different videos"
-        )
     unused = [f"{len(index.report[key])} {name}" for key, name in _UNUSED_RALLIES.items() if index.report[key]]
     summary = f"{len(clips)} evaluation clips of {len(index.classes)} classes"
     return [f"{summary}; skipping {', '.join(unused)}" if unused else summary, *lines]
+
+
+def overlap_warning(protocol: Protocol, index: ClipIndex) -> str:
+    """A line about clips that overlap in time with another clip of their class; empty if the episodes exclude these."""
+    num_overlapping = count_overlapping_clips(index.clips)
+    if not num_overlapping or protocol.disjoint is not None:
+        return ""
+    return (
+        f"{num_overlapping} clips overlap in time with another clip of their class: support and query may show "
+        "the same frames; set data_module.disjoint=video to take them from different videos"
+    )
 
 
 def train_eval_overlap(data: DataModuleConfig, index: ClipIndex) -> tuple[int | None, str]:

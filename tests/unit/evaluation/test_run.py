@@ -14,8 +14,8 @@ from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plai
 from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import read_teacher
 from mmdistill.distributed.process import Process
-from mmdistill.evaluation.networks import load_networks
-from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint
+from mmdistill.evaluation.networks import Network, load_networks
+from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint, report_settings
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -190,7 +190,34 @@ def test_overlapping_clips_are_logged(
     windows = ("data_module.eval_clips=windows", "data_module.window_stride=2", "data_module.label=video")
     out = _evaluate(data, checkpoint, tmp_path, *windows, "baselines=[]", "data_module.input_modes=configured")
     assert out["overlapping_clips"] == 96
-    assert "96 clips overlap in time with another clip of their class" in capsys.readouterr().out
+    line = "96 clips overlap in time with another clip of their class"
+    assert line in capsys.readouterr().out
+    assert f"<li>{line}" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_has_the_caveats_of_the_evaluation(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The rallies of the evaluation are in the training file; these clips do not overlap."""
+    _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.input_modes=configured")
+    text = (tmp_path / "report.html").read_text()
+    caveats = text[text.index("<h2>Caveats</h2>") : text.index("<h2>Results</h2>")]
+    assert "evaluated rallies are also in" in caveats
+    assert "overlap in time" not in caveats
+
+
+def test_settings_of_the_page_are_those_that_the_numbers_depend_on(data: Path) -> None:
+    config = _config(data, "seed=3", "data_module.sampling_rate=2", "trainer.lr=0.25")
+    extra = {"precision": "bf16", "index": {}, "missing": {}, "overlapping_clips": 0, "rallies_in_training": 1}
+    network = Network("student_rgb", Encoder(ENCODER), "rgb", statistics=((0.5,), (0.25,), None))
+    found = report_settings(config, extra, [network], {"config": {"trainer": {"lr": 0.125}}})
+    assert (found["Evaluation"]["precision"], found["Evaluation"]["seed"]) == ("bf16", 3)
+    assert found["Evaluation"]["data_module"]["sampling_rate"] == 2
+    assert "trainer" not in found["Evaluation"]
+    assert "mask_ratio" not in found["Evaluation"]["data_module"]
+    assert "mean" not in found["Evaluation"]["data_module"]["modalities"]["rgb"]
+    assert found["Training config in the checkpoint"] == {"trainer": {"lr": 0.125}}
+    assert found["Statistics of the model input"] == {"student_rgb": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    assert report_settings(config, extra, [network], {})["Training config in the checkpoint"] == "not stored"
+    assert config.trainer.lr == 0.25
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "pth"])

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from mmdistill.evaluation.report.tables import (
     select_rows,
     table_title,
 )
+from mmdistill.evaluation.report.terms import TERMS
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import per_class_accuracy
@@ -56,12 +58,21 @@ figure {{ margin: .5rem 0; }} figure > img {{ max-width: 100%; height: auto; }}
   overflow-wrap: anywhere; }}
 .strip img {{ display: block; width: 100%; min-width: 84px; box-sizing: border-box; border: 3px solid #bbb; }}
 .strip .correct img {{ border-color: #009E73; }} .strip .wrong img {{ border-color: #D55E00; }}
+.caveats {{ border-left: 4px solid #E69F00; padding: .1rem 0 .1rem 1rem; max-width: 75ch; }}
+dt {{ font-weight: 600; }} dd {{ margin: 0 0 .4rem 1.2rem; max-width: 75ch; }}
 details {{ margin: .6rem 0; }} summary {{ cursor: pointer; }} pre {{ overflow-x: auto; font-size: .8rem; }}
 </style></head><body>
 """
 
 
-def render_page(results: Results, *, read_frame: ReadFrame | None, extra: Mapping[str, Any], embedding: str) -> str:
+def render_page(
+    results: Results,
+    *,
+    read_frame: ReadFrame | None,
+    embedding: str,
+    caveats: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     """The page as text; arguments as in `write_report`."""
     row = results.headline
     title = f"Few-shot evaluation of {row.network}"
@@ -70,6 +81,7 @@ def render_page(results: Results, *, read_frame: ReadFrame | None, extra: Mappin
     parts = [
         _HEAD.format(title=html.escape(title)),
         _summary(results, title),
+        _caveats(caveats),
         _section("Results", _result_tables(results)),
         _section("Accuracy by number of support clips", _figure(figures.accuracy_by_shots(results), _SHOTS_NOTE)),
         _section(
@@ -83,8 +95,7 @@ def render_page(results: Results, *, read_frame: ReadFrame | None, extra: Mappin
     if read_frame is not None:
         parts.append(_section("Example episode", _example_episode(row, results.features[0], read_frame)))
     parts.append(_section("Accuracy by class", _class_table(row, results.features[0])))
-    settings = json.dumps({**extra, "protocol": vars(results.protocol)}, indent=1, ensure_ascii=False, default=str)
-    parts.append(f"<details><summary>Settings</summary><pre>{html.escape(settings)}</pre></details></body></html>\n")
+    parts += [_terms(), _settings(results, settings or {}), "</body></html>\n"]
     return "\n".join(parts)
 
 
@@ -125,8 +136,39 @@ def _summary(results: Results, title: str) -> str:
         f"Input: {html.escape(row.input_mode)} ({len(scored.ids)}).{disjoint}</p>\n"
         f'<p class="note">± is half of the 95 % interval of the mean over episodes. The interval covers the choice of '
         f"episodes from these clips. It does not cover other clips or another training seed.{excluded} "
-        "Terms: <code>docs/glossary.md</code> of mmdistill.</p></header>"
+        'The section <a href="#terms">Terms</a> defines the terms.</p></header>'
     )
+
+
+def _caveats(caveats: Sequence[str]) -> str:
+    if not caveats:
+        return ""
+    items = "".join(f"<li>{html.escape(caveat)}</li>" for caveat in caveats)
+    return f'<section class="caveats"><h2>Caveats</h2>\n<ul>{items}</ul></section>'
+
+
+def _terms() -> str:
+    def meaning(text: str) -> str:
+        return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+    items = "\n".join(f"<dt>{html.escape(term)}</dt><dd>{meaning(text)}</dd>" for term, text in TERMS.items())
+    return f'<section id="terms"><h2>Terms</h2>\n<dl>{items}</dl></section>'
+
+
+def _settings(results: Results, settings: Mapping[str, Any]) -> str:
+    """The protocol, the origin of each network's features, and `settings`, one block each."""
+    networks = [{"network": f.network, "input_mode": f.input_mode, **_origin(f)} for f in results.features]
+    blocks = {"Protocol": vars(results.protocol), "Networks": networks, **settings}
+    parts = []
+    for title, values in blocks.items():
+        text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+        parts.append(f"<h3>{html.escape(title)}</h3><pre>{html.escape(text)}</pre>")
+    return f"<details><summary>Settings</summary>{''.join(parts)}</details>"
+
+
+def _origin(features: Features) -> dict[str, Any]:
+    keys = ("checkpoint", "modality", "eval_masks", "n_masks", "eval_mask_ratio")
+    return {key: features.info[key] for key in keys if key in features.info}
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", text_columns: int = 1) -> str:

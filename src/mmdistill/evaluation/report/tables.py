@@ -10,10 +10,13 @@ from mmdistill.fewshot.protocol import Results, Row
 COLUMNS = ("network", "input", "accuracy, %\n± 95 %", "std, %", "Δ vs. row\n(paired), %", "encoding\ntime (s)")
 FOOTNOTES = (
     "± is half of the 95 % interval of the mean over episodes.",
-    "Δ vs. row (paired) is the accuracy of the scored network minus that of the row, episode by episode.",
+    "std is the standard deviation of the accuracy over episodes.",
+    "Δ vs. row (paired) is the accuracy of the scored network minus that of the row, episode by episode. The scored "
+    "network is the reference.",
     "Encoding time covers preprocessing and forward passes of all clips, without reading files. For cached features it "
-    "is the time of their encoding.",
+    "is the time of their encoding. – means that it is unknown.",
 )
+REFERENCE = "reference"  # in the column of the differences, in the row of the scored network
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
 
@@ -68,8 +71,8 @@ def row_cells(results: Results, row: Row) -> tuple[str, ...]:
         row.input_mode,
         f"{100 * s['top1_action_ensemble']:.2f} ± {100 * s['ci95']:.2f}",
         f"{100 * s['top1_action_ensemble_std']:.1f}",
-        "" if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
-        f"{s['seconds']:.1f}" if "seconds" in s else "",
+        REFERENCE if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
+        f"{s['seconds']:.1f}" if "seconds" in s else "–",
     )
 
 

@@ -106,6 +106,8 @@ def write_report(
     *,
     read_frame: ReadFrame | None = None,
     extra: Mapping[str, Any] | None = None,
+    caveats: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     embedding: str = "pca",
 ) -> Path:
     """Write `fewshot.json` and `report.html` into `folder`, each atomically.
@@ -114,7 +116,10 @@ def write_report(
         results: the result of `run_protocol`.
         folder: created if it does not exist.
         read_frame: reads a frame of a clip, for the example episode; None: no example episode.
-        extra: further top-level keys of the JSON and of the page's settings.
+        extra: further top-level keys of the JSON.
+        caveats: sentences below the headline of the page, such as the number of clips that overlap.
+        settings: values in the section Settings of the page, by the title of their block; None: those of `extra`. The
+            page adds the protocol and the networks.
         embedding: "pca" or "tsne".
 
     Returns:
@@ -124,6 +129,12 @@ def write_report(
     text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
     atomic_write_bytes(folder / "fewshot.json", text.encode() + b"\n", fsync=True)
     page = folder / "report.html"
-    text = render_page(results, read_frame=read_frame, extra=extra or {}, embedding=embedding)
+    text = render_page(
+        results,
+        read_frame=read_frame,
+        embedding=embedding,
+        caveats=caveats,
+        settings=extra if settings is None else settings,
+    )
     atomic_write_bytes(page, text.encode(), fsync=True)
     return page

@@ -1,3 +1,5 @@
+import html
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,12 +15,14 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.open: list[str] = []
         self.links: list[str] = []
+        self.ids: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         if tag not in ("meta", "link", "img", "br"):
             self.open.append(tag)
         self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag == "img":
             assert dict(attrs).get("alt"), "an image without a description"
 
@@ -32,7 +36,7 @@ def test_the_page_is_well_formed_self_contained_and_escaped(page: Path):
     assert found.open == []
     assert "script" not in found.tags
     assert found.links
-    assert all(link.startswith("data:") for link in found.links)
+    assert all(link.startswith("data:") or link[1:] in found.ids for link in found.links)
     assert found.tags.count("figure") == 6
     assert found.tags.count("tr") > 30
 
@@ -41,15 +45,41 @@ def test_the_header_states_network_input_clips_and_glossary(results: Results, pa
     text = page.read_text()
     assert "Scored network: <strong>student_rgb</strong> from <code>/runs/student_rgb.ckpt</code>. " in text
     assert "Input: 2 tube masks (242). Support and query clips come from different videos.</p>" in text
-    assert "Terms: <code>docs/glossary.md</code> of mmdistill." in text
+    assert 'The section <a href="#terms">Terms</a> defines the terms.' in text
+    assert '<section id="terms"><h2>Terms</h2>' in text
+    assert "<dt>paired difference</dt>" in text
+    assert "<code>data_module.num_frames</code> frames of one rally" in text
     assert "xcluded classes" not in text  # no class is excluded
     assert "Encoding time covers preprocessing" in text
+    assert "std is the standard deviation of the accuracy over episodes." in text
+    assert text.count("<td>reference</td>") == 4
     assert text.count("encoding\ntime (s)") == 4
 
 
 def test_without_frames_there_is_no_example_episode(results: Results, page: Path):
     assert "<h2>Example episode</h2>" in page.read_text()
-    assert "<h2>Example episode</h2>" not in render_page(results, read_frame=None, extra={}, embedding="pca")
+    assert "<h2>Example episode</h2>" not in render_page(results, read_frame=None, embedding="pca")
+
+
+def test_caveats_are_below_the_headline(results: Results):
+    text = render_page(results, read_frame=None, embedding="pca", caveats=["3 clips overlap", "2 of 4 <rallies>"])
+    caveats = text[text.index("<h2>Caveats</h2>") : text.index("<h2>Results</h2>")]
+    assert "<li>3 clips overlap</li><li>2 of 4 &lt;rallies&gt;</li>" in caveats
+
+
+def test_without_caveats_there_is_no_such_section(page: Path):
+    assert "Caveats" not in page.read_text()
+
+
+def test_settings_are_those_of_the_results_and_of_each_network(results: Results):
+    text = render_page(results, read_frame=None, embedding="pca", settings={"Training": {"lr": 0.5}})
+    settings = html.unescape(text[text.index("<summary>Settings</summary>") :])
+    assert [part.split("</h3>")[0] for part in settings.split("<h3>")[1:]] == ["Protocol", "Networks", "Training"]
+    protocol, networks, training = (json.loads(part.split("</pre>")[0]) for part in settings.split("<pre>")[1:])
+    assert (protocol["episodes"], protocol["k_shot"]) == (40, [1, 5])
+    assert [(n["network"], n["input_mode"]) for n in networks] == [(f.network, f.input_mode) for f in results.features]
+    assert networks[0]["checkpoint"] == "/runs/student_rgb.ckpt"
+    assert training == {"lr": 0.5}
 
 
 def test_the_example_episode_is_typical(results: Results):

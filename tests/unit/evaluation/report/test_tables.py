@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from mmdistill.evaluation.report.tables import (
     COLUMNS,
+    FOOTNOTES,
     PROBE_COLUMNS,
+    REFERENCE,
     difference_to_scored,
     make_tables,
     probe_rows,
@@ -45,6 +49,25 @@ def test_cells_are_percent_and_the_encoding_time_is_seconds(results: Results):
     assert cells[2].startswith(f"{100 * row.summary['top1_action_ensemble']:.2f} ± ")
     assert cells[4].startswith("+")
     assert cells[5] == "1.2"
+
+
+def test_the_scored_network_is_the_reference_of_the_differences(results: Results):
+    deltas = [row_cells(results, row)[4] for row in select_rows(results, 5, 1, "centroid")]
+    assert deltas[0] == REFERENCE
+    assert REFERENCE not in deltas[1:]
+    assert any(REFERENCE in footnote for footnote in FOOTNOTES)
+
+
+def test_an_unknown_encoding_time_is_a_dash(results: Results):
+    row = results.rows[0]
+    summary = {key: value for key, value in row.summary.items() if key != "seconds"}
+    assert row_cells(results, replace(row, summary=summary))[5] == "–"
+
+
+def test_a_footnote_explains_each_column_of_numbers():
+    text = " ".join(FOOTNOTES)
+    for name in ("±", "std is the standard deviation", "Δ vs. row (paired)", "Encoding time"):
+        assert name in text
 
 
 def test_probe_rows_are_percent(results: Results):
