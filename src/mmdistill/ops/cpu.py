@@ -27,8 +27,7 @@ def attention_with_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
       B * heads * N * M values, 87 MB for a layer of 2,688 tokens and 3 heads. This saves 4 % of the pretraining step of
       ViT-S.
     - It assigns whole heads to threads, so with three heads on two threads one thread idles. The heads that do not fill
-      the threads are computed in chunks of queries instead (`chunked_attention`): 119 ms instead of 161 ms for 2,688
-      tokens.
+      the threads are computed in chunks of queries instead (`chunked_attention`). docs/speed.md states the time saved.
     """
     if k.shape[2] <= SHORT_CLIP_TOKENS or q.shape[:3].numel() * k.shape[2] <= MAX_SAVED_PROBABILITIES:
         out: Tensor = SavedSoftmaxAttention.apply(q, k, v)
