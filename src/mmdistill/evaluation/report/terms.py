@@ -2,8 +2,8 @@
 
 TERMS = {
     "episode": (
-        "One few-shot task: N classes (N-way), K support clips per class (K-shot), Q query clips per class. The "
-        "support clips have labels. The query clips are classified."
+        "One few-shot task: N classes (N-way), K support clips per class (K-shot) and Q query clips per class. The "
+        "classifier is fitted to the labeled support clips. It classifies the query clips."
     ),
     "clip": (
         "The model's input: `data_module.num_frames` frames of one rally. Two consecutive frames of a clip are "
@@ -27,19 +27,23 @@ TERMS = {
     ),
     "mask": "The tokens that are removed from a clip. A tube mask removes the same positions in all frames.",
     "masked view": (
-        "A clip with a mask in the evaluation (`data_module.n_masks`, `data_module.eval_mask_ratio`). The "
-        "predictions of several masked views are averaged."
+        "A clip with a mask in the evaluation (`data_module.n_masks`, `data_module.eval_mask_ratio`). The class "
+        "probabilities of several masked views are averaged."
     ),
     "input mode": (
         "The input of the network in the evaluation: the whole clip, masked views with the same masks for all clips "
         "(`shared`), or masked views with separate masks for each clip (`per_clip`)."
     ),
-    "modality": "`rgb`, `flow` (optical flow) or `skeleton` (keypoints drawn as heat-maps).",
+    "modality": "`rgb`, `flow` (optical flow) or `skeleton` (heat-maps: one Gaussian per keypoint).",
+    "statistics": (
+        "The mean and standard deviation of the input channels of a modality. For heat-maps also `sigma`, the "
+        "standard deviation of the Gaussian."
+    ),
     "teacher": "A pretrained encoder of one modality. It is frozen during the distillation.",
     "student": "The RGB encoder that the distillation trains. It starts from the RGB teacher.",
     "chance level": "The accuracy of random predictions: 100 % / N.",
     "classifier": (
-        "The method that is fitted to the support features of an episode and predicts the queries: logistic "
+        "The method that is fitted to the features of the support clips and classifies the query clips: logistic "
         "regression, nearest centroid or k-NN."
     ),
     "scored network": (
@@ -51,7 +55,7 @@ TERMS = {
         "untrained encoder."
     ),
     "paired difference": (
-        "The accuracy of the scored network minus that of another network, episode by episode, averaged over the "
+        "The accuracy of the scored network minus that of another network on the same episode, averaged over the "
         "episodes."
     ),
     "probe": "A classifier that is trained on all labels instead of on episodes (`probe=true`): linear or k-NN.",
