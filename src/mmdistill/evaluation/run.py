@@ -48,12 +48,16 @@ from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
 from mmdistill.training.signals import exit_on_stop_signal
 
-# Keys whose values are not shown on the page: training keys, for which the page shows the config in the checkpoint, and
-# keys whose values in use differ by network, which the page shows per network.
+# Keys that the page does not show: keys without an effect on the results, training keys, for which the page shows the
+# config in the checkpoint, and keys whose value in use differs by network, which the page shows per network.
 HIDDEN_KEYS = (
     "train",
     "test",
     "ckpt_path",
+    "batch_size",
+    "num_workers",
+    "devices",
+    "feature_cache",
     "resume",
     "stop_signals",
     "distributed_timeout_s",

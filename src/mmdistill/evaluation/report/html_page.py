@@ -158,7 +158,8 @@ def _terms() -> str:
 def _settings(results: Results, settings: Mapping[str, Any]) -> str:
     """The protocol, the origin of each network's features, and `settings`, one block each."""
     networks = [{"network": f.network, "input_mode": f.input_mode, **_origin(f)} for f in results.features]
-    blocks = {"Protocol": vars(results.protocol), "Networks": networks, **settings}
+    protocol = {key: value for key, value in vars(results.protocol).items() if key != "workers"}  # no effect
+    blocks = {"Protocol": protocol, "Networks": networks, **settings}
     parts = []
     for title, values in blocks.items():
         text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
