@@ -21,6 +21,7 @@ from mmdistill.data.clips import ClipIndex, build_index
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.readers.base import Reader
+from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
@@ -127,9 +128,10 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     if not index.clips:
         too_short, without_events = (len(index.report[key]) for key in ("too_short", "without_events"))
         raise ConfigError(
-            f"{path}: no {'training' if training else 'evaluation'} clip. Of {len(rallies)} rallies, {too_short} are "
-            f"shorter than the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
-            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} have no event; "
+            f"{path}: no {'training' if training else 'evaluation'} clip. Of "
+            f"{format_count(len(rallies), 'rally')}, {too_short} too "
+            f"short for the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
+            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} without an event; "
             f"lower these keys, or give annotations with {'longer rallies' if training else 'events'}"
         )
     return index
@@ -189,9 +191,10 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
         )
     if not len(dataset):
         skipped = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
-        message = ", ".join(f"{count} clips have no {m} files" for m, count in skipped.items())
+        message = ", ".join(f"{format_count(count, 'clip')} without {m} files" for m, count in skipped.items())
         raise ConfigError(
-            f"data_module.on_missing={data.on_missing} removes all {len(index.clips)} clips: {message}; check "
+            f"data_module.on_missing={data.on_missing} leaves none of {format_count(len(index.clips), 'clip')}: "
+            f"{message}; check "
             "data_module.target_data_dir and its folders with `mmdistill check-data`"
         )
     return dataset

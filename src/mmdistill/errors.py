@@ -1,8 +1,12 @@
-"""The base class of all errors that this package raises on purpose.
+"""The base class of all errors that this package raises on purpose, and the wording that messages share.
 
 The command line prints such an error as one line and exits with its `exit_status`. Any other exception is a defect and
 is printed with its traceback.
 """
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
 
 
 class MMDistillError(Exception):
@@ -19,3 +23,24 @@ class InputError(MMDistillError, ValueError):
     """A file, config value or argument that cannot be used as it is."""
 
     exit_status = 2
+
+
+def format_count(count: int, noun: str) -> str:
+    """A number with its noun: ``1 clip``, ``2 clips``, ``2 rallies``, ``2 test classes``."""
+    if count == 1:
+        return f"1 {noun}"
+    if re.search(r"[^aeiou]y$", noun):
+        return f"{count} {noun[:-1]}ies"
+    return f"{count} {noun}{'es' if re.search(r'(s|x|ch|sh)$', noun) else 's'}"
+
+
+def format_first(items: Sequence[object], limit: int) -> str:
+    """The first `limit` items: ``a, b, c and 4 more``."""
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(map(str, items[:limit])) + more
+
+
+def suggest_nearest(name: str, choices: Iterable[object]) -> str:
+    """``; did you mean X?`` for the choice that is nearest to `name`, or nothing. It ends a message."""
+    near = difflib.get_close_matches(name, [str(choice) for choice in choices], n=1)
+    return f"; did you mean {near[0]}?" if near else ""

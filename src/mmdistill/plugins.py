@@ -4,11 +4,10 @@ A component is registered by its own module, or by another distribution through 
 name is the component's name, and its value is the component.
 """
 
-import difflib
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
-from mmdistill.errors import InputError
+from mmdistill.errors import InputError, suggest_nearest
 
 T = TypeVar("T")
 
@@ -53,9 +52,9 @@ class Registry(Generic[T]):
         if name not in self._components:
             found = [entry for entry in entry_points(group=self.group) if entry.name == name]
             if not found:
-                matches = difflib.get_close_matches(name, self.names(), n=1)
-                hint = f"; did you mean {matches[0]}?" if matches else ""
-                raise InputError(f"{self.kind} {name!r} is not one of {', '.join(self.names())}{hint}")
+                names = self.names()
+                hint = suggest_nearest(name, names)
+                raise InputError(f"{self.kind} {name!r} is not one of {', '.join(names)}{hint}")
             self._components[name] = found[0].load()
         return self._components[name]
 

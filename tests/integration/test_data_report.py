@@ -80,7 +80,7 @@ def test_report_counts_rallies_without_clips(folder: Path, capsys: pytest.Captur
     assert (found["index"]["clips"], found["index"]["rallies"]) == (22, 24)
     assert found["index"]["too_short"] == [rallies[0]["video"]]
     assert found["index"]["without_events"] == [rallies[1]["video"]]
-    message = "22 evaluation clips of 4 classes; skipping 1 rallies too short for a clip, 1 rallies without an event"
+    message = "22 evaluation clips of 4 classes; skipping 1 rally too short for a clip, 1 rally without an event"
     assert message in capsys.readouterr().out
 
 

@@ -278,12 +278,12 @@ def test_log_reports_missing_data(runs: Runs) -> None:
     assert report["modalities"] == {"rgb": {"clips_skipped": 0, "frames_repeated": 1}}  # by one rank's worker
     assert report["missing"]["frames_repeated"] == {"rgb": {"rally_CC_0": 1}}
     assert "data: 72 clips of 24 rallies" in runs.log("repeat")
-    assert "missing data (on_missing=repeat): rgb: 1 frames repeated" in runs.log("repeat")
+    assert "missing data (on_missing=repeat): rgb: 1 frame repeated" in runs.log("repeat")
     assert runs.codes["skip"] == [0], runs.log("skip")
     report = json.loads((runs.root / "skip" / "data_report.json").read_text())
     assert report["modalities"]["rgb"]["clips_skipped"] == 1
     assert report["modalities"]["flow"]["clips_skipped"] == 0
     assert report["missing"]["clips"] == 71
     assert (
-        runs.log("skip").count("missing data (on_missing=skip): rgb: 1 clips skipped") == 2
+        runs.log("skip").count("missing data (on_missing=skip): rgb: 1 clip skipped") == 2
     )  # at the start and at the end

@@ -86,7 +86,7 @@ def _launcher(name: str) -> list[str]:
 def test_failed_job_does_not_stop_the_others(toy: Path, tmp_path: Path, launcher: str) -> None:
     common = [toy, "-m", "modality=rgb", *_launcher(launcher), f"hydra.sweep.dir={tmp_path}"]
     done = run_python(*common, "seed=12,13,14", expect=1)
-    assert "1 jobs of the sweep failed" in done.stderr
+    assert "1 job of the sweep failed" in done.stderr
     assert f"{tmp_path}/pretrain_rgb_1: RuntimeError: thirteen" in done.stderr
     rows = read_sweep(tmp_path)
     assert [(r.job, r.overrides["seed"]) for r in rows] == [(f"pretrain_rgb_{i}", str(12 + i)) for i in range(3)]

@@ -61,7 +61,7 @@ def test_error_counts_the_missing_files_if_no_clip_is_left(tmp_path: Path) -> No
     shutil.rmtree(root / "flow")
     (root / "flow").mkdir()
     data = _config(*overrides(root), "data_module.on_missing=skip").data_module
-    with pytest.raises(ConfigError, match="on_missing=skip removes all 12 clips: 12 clips have no flow files;"):
+    with pytest.raises(ConfigError, match="on_missing=skip leaves none of 12 clips: 12 clips without flow files;"):
         make_clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.errors import InputError, MMDistillError
+from mmdistill.errors import InputError, MMDistillError, format_count, format_first, suggest_nearest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 
@@ -15,6 +15,34 @@ def test_exit_status_distinguishes_input_errors() -> None:
     assert (MMDistillError.exit_status, InputError.exit_status) == (1, 2)
     assert issubclass(InputError, MMDistillError)
     assert issubclass(InputError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "expected"),
+    [
+        (0, "clip", "0 clips"),
+        (1, "clip", "1 clip"),
+        (2, "clip", "2 clips"),
+        (1, "rally", "1 rally"),
+        (2, "valid rally", "2 valid rallies"),
+        (3, "day", "3 days"),
+        (2, "class", "2 classes"),
+        (2, "batch", "2 batches"),
+        (2, "GPU", "2 GPUs"),
+    ],
+)
+def test_counts_have_the_right_plural(count: int, noun: str, expected: str) -> None:
+    assert format_count(count, noun) == expected
+
+
+def test_long_lists_are_shortened() -> None:
+    assert format_first(["a", "b", "c"], 3) == "a, b, c"
+    assert format_first(range(5), 3) == "0, 1, 2 and 2 more"
+
+
+def test_nearest_choice_is_suggested() -> None:
+    assert suggest_nearest("randm", ["random", "teacher_rgb"]) == "; did you mean random?"
+    assert suggest_nearest("xyz", ["random"]) == ""
 
 
 def error_classes() -> dict[str, list[str]]:

@@ -20,6 +20,7 @@ from mmdistill.checkpoint.formats.names import (
     OPTIM_STATES,
     CheckpointFormat,
 )
+from mmdistill.errors import format_count
 from mmdistill.modalities import modality_names
 
 DISTILLED = "distilled"  # group of the distillation checkpoints; the other groups are modalities
@@ -99,7 +100,8 @@ def _archive_problem(path: str, size: int) -> str:
         if file.read(4) != b"PK\x03\x04":
             return ""
         file.seek(max(0, size - _ZIP_END_RECORD_BYTES))
-        return "" if file.read(4) == b"PK\x05\x06" else f"{os.path.basename(path)} is truncated at {size} bytes"
+        has_end_record = file.read(4) == b"PK\x05\x06"
+    return "" if has_end_record else f"{os.path.basename(path)} is truncated at {format_count(size, 'byte')}"
 
 
 def _safetensors_header(path: str) -> tuple[int, Any]:
@@ -127,7 +129,7 @@ def _safetensors_problem(path: str, size: int) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "its header is damaged"
     expected = 8 + length + int(end)
-    return "" if expected == size else f"{size} bytes, {expected} expected"
+    return "" if expected == size else f"{format_count(size, 'byte')}, {expected} expected"
 
 
 def _is_feature_file(path: str) -> bool:
@@ -194,7 +196,7 @@ def _describe_directory(path: str) -> CheckpointInfo:
                 num_bytes = -1
             size += max(num_bytes, 0)
             if num_bytes != entry["bytes"] and not problem:
-                mismatch = f"{name}: {num_bytes} bytes, {entry['bytes']} expected"
+                mismatch = f"{name}: {format_count(num_bytes, 'byte')}, {entry['bytes']} expected"
                 problem = f"{name} is missing" if num_bytes < 0 else mismatch
     except FileNotFoundError:
         size, problem = _check_without_manifest(path)

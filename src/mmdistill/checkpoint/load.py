@@ -22,6 +22,7 @@ from mmdistill.checkpoint.architecture import (
 from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
 from mmdistill.checkpoint.keys import component_of, encoder_roots, top_level
 from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
+from mmdistill.errors import format_count
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
 log = logging.getLogger(__name__)
@@ -57,10 +58,12 @@ class LoadReport:
 
     def __str__(self) -> str:
         """One line for the log."""
-        lines = [f"{self.tensors} tensors, {self.parameters:,} parameters from {self.source} ({self.format})"]
+        lines = [
+            f"{format_count(self.tensors, 'tensor')}, {self.parameters:,} parameters from {self.source} ({self.format})"
+        ]
         if self.component:
             lines.append(f"component {self.component}")
-        lines += [f"{count} tensors converted {kind}" for kind, count in self.conversions.items()]
+        lines += [f"{format_count(count, 'tensor')} converted {kind}" for kind, count in self.conversions.items()]
         if self.missing:
             lines.append(
                 f"{len(self.missing)} missing, as allow_missing permits: {', '.join(self.missing[:_MAX_LISTED])}"
@@ -116,7 +119,7 @@ def _adapt_positions(
     if name not in target:
         if is_sincos(stored):
             del state[name]
-            return f"sin-cos position embedding ({stored.shape[1]} tokens) recomputed"
+            return f"sin-cos position embedding ({format_count(stored.shape[1], 'token')}) recomputed"
         return None
     if stored.shape[1] == target[name].shape[1] or stored.shape[2] != target[name].shape[2] or grid is None:
         return None

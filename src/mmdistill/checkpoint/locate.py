@@ -22,6 +22,7 @@ from mmdistill.checkpoint.formats.names import (
 )
 from mmdistill.checkpoint.formats.safetensors_file import is_safetensors
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.errors import format_count
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def _locate_directory(given: Path, path: Path) -> Location:
     candidates = tags or _find_below(path)
     if candidates:
         raise CheckpointError(
-            f"{given}: contains {len(candidates)} checkpoints; give one of{_format_paths(candidates)}"
+            f"{given}: contains {format_count(len(candidates), 'checkpoint')}; give one of{_format_paths(candidates)}"
         )
     raise CheckpointError(
         f"{given}: no checkpoint in this directory (no 'latest', no *_model_states.pt, no weights file); "

@@ -29,9 +29,10 @@ from rich.table import Table
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
-from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Problem, Rally
+from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Problem, Rally, format_rally_counts
 from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
+from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import RallyCoverage, check_all
@@ -144,19 +145,15 @@ def _read_rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list
 
 def _clean_file_message(path: Path, rallies: list[Rally], data: DataModuleConfig) -> str:
     folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
-    return f"{path}: {len(rallies)} valid rallies; training needs the files of each of them in {folders}"
+    return f"{path}: {format_count(len(rallies), 'valid rally')}; the training also needs their files in {folders}"
 
 
 def _print_annotations(console: Console, path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
-    events = [event for rally in rallies for event in rally.events]
-    labels = len({event.label for event in events})
-    console.print(
-        f"{path}: {len(rallies)} rallies, {len(events)} events, {labels} labels", markup=False, soft_wrap=True
-    )
+    console.print(f"{path}: {format_rally_counts(rallies)}", markup=False, soft_wrap=True)
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
         console.print(f"  {problem}", markup=False, soft_wrap=True)
     if len(problems) > MAX_PROBLEMS_SHOWN:
-        console.print(f"  and {len(problems) - MAX_PROBLEMS_SHOWN} more problems")
+        console.print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}")
 
 
 def _print_coverage(console: Console, report: dict[str, Any]) -> None:
@@ -165,11 +162,17 @@ def _print_coverage(console: Console, report: dict[str, Any]) -> None:
         table.add_row(name, *(str(counts[key]) for key, _ in COVERAGE_COLUMNS))
     console.print(table)
     for player, counts in report["players"].items():
-        found = f"{counts['found_frames']} of {counts['expected_frames']} frames ({100 * counts['share']:.1f} %)"
+        found = (
+            f"{counts['found_frames']} of {format_count(counts['expected_frames'], 'frame')} "
+            f"({100 * counts['share']:.1f} %)"
+        )
         console.print(f"{player} player found in {found}", soft_wrap=True)
     for message in report["messages"][:MAX_PROBLEMS_SHOWN]:
         console.print(f"  {message}", markup=False, soft_wrap=True)
     if len(report["messages"]) > MAX_PROBLEMS_SHOWN:
-        console.print(f"  and {len(report['messages']) - MAX_PROBLEMS_SHOWN} more problems; --json FILE writes all")
+        console.print(
+            f"  and {format_count(len(report['messages']) - MAX_PROBLEMS_SHOWN, 'more problem')}; --json FILE "
+            "writes all"
+        )
     gaps = len(report["rallies_with_gaps"])
-    console.print("complete" if report["complete"] else f"gaps in {gaps} of {report['rallies']} rallies")
+    console.print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")

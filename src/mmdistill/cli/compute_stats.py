@@ -26,6 +26,7 @@ from mmdistill.config import (
     to_plain,
 )
 from mmdistill.config.compose import load_config
+from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import ModalitySpec, modality_names
 
@@ -101,7 +102,7 @@ def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
     kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
     if output is not None and kept["name"] != "demo":  # the name "demo" triggers the rendering of the demo data
         kept["name"] = output.stem
-    text = "# @package data_module\n" + f"# statistics over {clips} clips, by mmdistill compute-stats\n"
+    text = "# @package data_module\n" + f"# statistics over {format_count(clips, 'clip')}, by mmdistill compute-stats\n"
     text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)
     if output is None:
         print(text, end="")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.errors import format_count
 
 
 def format_report(report: dict[str, Any]) -> list[str]:
@@ -19,7 +20,9 @@ def format_report(report: dict[str, Any]) -> list[str]:
         if report.get(key) is not None:
             out.append(f"  {key:<14}{report[key]}")
     for name, count in report.get("components", {}).items():
-        out.append(f"  component     {name}: {count['tensors']} tensors, {count['parameters']:,} parameters")
+        out.append(
+            f"  component     {name}: {format_count(count['tensors'], 'tensor')}, {count['parameters']:,} parameters"
+        )
     if report.get("dtypes"):
         out.append("  dtypes        " + ", ".join(f"{name} ({count})" for name, count in report["dtypes"].items()))
     for name, fields in report.get("architecture", {}).items():

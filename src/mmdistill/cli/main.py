@@ -1,6 +1,5 @@
 """The console command ``mmdistill VERB``. Each verb is imported when it is called; nothing here imports torch."""
 
-import difflib
 import importlib
 import os
 import sys
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmdistill import __version__
-from mmdistill.errors import InputError
+from mmdistill.errors import InputError, suggest_nearest
 
 
 class Verb(NamedTuple):
@@ -71,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"mmdistill: error: unknown verb {name!r}{hint}. `mmdistill --help` lists the verbs", file=sys.stderr)
+        hint = f"`mmdistill --help` lists the verbs{suggest_nearest(name, VERBS)}"
+        print(f"mmdistill: error: unknown verb {name!r}; {hint}", file=sys.stderr)
         return InputError.exit_status
     sys.argv = [f"mmdistill {name}", *rest]  # argparse and Hydra print the first item in their help
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
+from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 
 
@@ -49,5 +50,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("mmdistill make-unlabel: error: --exclude removes all rallies; exclude fewer files", file=sys.stderr)
         return 2
     atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
-    print(f"{options.output}: {len(kept)} rallies, {len(rallies) - len(kept)} excluded")
+    print(f"{options.output}: {format_count(len(kept), 'rally')}, {len(rallies) - len(kept)} excluded")
     return 0

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
+from mmdistill.errors import format_count
 from mmdistill.prepare.flow import FLOW_METHODS
 from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_all
 from mmdistill.prepare.video import VideoError, find_videos
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"mmdistill prepare: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     with Progress(console=console) as bar:
-        task = bar.add_task(f"{len(videos)} videos", total=len(videos))
+        task = bar.add_task(format_count(len(videos), "video"), total=len(videos))
 
         def progress(result: PrepareResult) -> None:
             bar.advance(task)
@@ -91,19 +92,20 @@ def format_result(result: PrepareResult) -> str:
     record = result.record
     frames = record["num_frames"]
     height, width = record["stored_size"]
-    details = [f"{frames} frames at {record['fps']:.2f} fps", f"{height} x {width}"]
+    details = [f"{format_count(frames, 'frame')} at {record['fps']:.2f} fps", f"{height} x {width}"]
     declared = record.get("container_frame_count", 0)
     if declared not in (0, frames):
-        details.append(f"the container declares {declared} frames")
+        details.append(f"the container declares {format_count(declared, 'frame')}")
     if "timestamps_s" in record:
         deviation = record["largest_timestamp_deviation_s"]
         details.append(f"variable frame rate (up to {deviation:.3f} s from the mean rate; see timestamps_s)")
     if record["repeated_frames"]:
-        details.append(f"{len(record['repeated_frames'])} repeated frames (zero flow)")
+        details.append(f"{format_count(len(record['repeated_frames']), 'repeated frame')} (zero flow)")
     if "skeleton_frames" in record:
         found = record["skeleton_frames"]
         details.append(
-            f"near player found in {found['near']} of {frames} frames, far player in {found['far']} of {frames}"
+            f"near player found in {found['near']} of {format_count(frames, 'frame')}, far player in "
+            f"{found['far']} of {frames}"
         )
     return f"{result.video}: {', '.join(details)}"
 

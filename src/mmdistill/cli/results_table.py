@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\n{text}\nExpected order, student > RGB pretrained > random initialization, for seeds {args.seeds}: ", end=""
     )
-    print(f"{'confirmed' if confirmed else 'NOT confirmed'} ({minutes:.0f} minutes).")
+    print(f"{'confirmed' if confirmed else 'NOT confirmed'} ({minutes:.0f} min).")
     (args.output / "results.md").write_text(text)
     (args.output / "results.json").write_text(
         json.dumps({"student_beats_baselines": confirmed, "seeds": args.seeds, "results": results})

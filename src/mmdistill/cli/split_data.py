@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.base import AnnotationError, format_rally_counts
 from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
 from mmdistill.files import atomic_write_bytes
 
@@ -66,6 +66,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, part in parts.items():
         path = options.output_dir / f"{name}.json"
         atomic_write_bytes(path, (json.dumps(to_json(part)) + "\n").encode())
-        labels = len({e.label for r in part for e in r.events})
-        print(f"{path}: {len(part)} rallies, {sum(len(r.events) for r in part)} events, {labels} labels")
+        print(f"{path}: {format_rally_counts(part)}")
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from mmdistill.errors import MMDistillError
+from mmdistill.errors import MMDistillError, format_count
 from mmdistill.workflows.sweep_results import FAILED, objective
 
 FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
@@ -78,5 +78,8 @@ def exit_if_failed() -> None:
     """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""
     if _failed:
         lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in _failed]
-        print(f"mmdistill: error: {len(_failed)} jobs of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
+        print(
+            f"mmdistill: error: {format_count(len(_failed), 'job')} of the sweep failed:\n" + "\n".join(lines),
+            file=sys.stderr,
+        )
         raise SystemExit(FAILED_EXIT_CODE)

@@ -1,6 +1,5 @@
 """Validation of config values, and access to keys that take several forms. Runs before any data is read."""
 
-import difflib
 import importlib.util
 import signal
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from mmdistill.config.schema import (
 )
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.errors import suggest_nearest
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 from mmdistill.models import TARGETS
 from mmdistill.plugins import entry_point_names
@@ -55,9 +55,8 @@ def _validate_choice(key: str, value: object, allowed: Sequence[object]) -> None
     if value not in allowed:
         if old := describe_old_value(key, value):
             raise ConfigError(old)
-        near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+        listed = ", ".join(map(str, allowed))
+        raise ConfigError(f"{key}={value} is not one of {listed}{suggest_nearest(str(value), allowed)}")
 
 
 def _validate_minimum(key: str, value: float, minimum: float) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.data.readers.base import FrameError, Reader
+from mmdistill.errors import format_count
 from mmdistill.randomness import seeded_rng
 
 ON_MISSING = ("error", "repeat", "skip")
@@ -196,7 +197,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 except FrameError:
                     self._seen[other, -1] = 1
         raise FrameError(
-            f"more than {allowed} of {len(self)} clips cannot be read, the last one {self.index.clips[i].id}: {error}; "
+            f"more than {allowed} of {format_count(len(self), 'clip')} cannot be read, the last one "
+            f"{self.index.clips[i].id}: {error}; "
             "`mmdistill check-data` lists the invalid files"
         ) from error
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from torch.utils.data import Sampler
 
+from mmdistill.errors import format_count
 from mmdistill.randomness import seeded_rng
 
 
@@ -60,7 +61,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             ValueError: the position is after the end of the epoch.
         """
         if epoch < 0 or not 0 <= start_batch <= len(self):
-            raise ValueError(f"epoch={epoch}, start_batch={start_batch}: an epoch has {len(self)} batches")
+            raise ValueError(
+                f"epoch={epoch}, start_batch={start_batch}: an epoch has {format_count(len(self), 'batch')}"
+            )
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:

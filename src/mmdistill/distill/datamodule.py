@@ -11,6 +11,7 @@ from mmdistill.data.sampler import EpochBatchSampler, batch_order_mismatch
 from mmdistill.distill.module import training_position
 from mmdistill.distill.validation import make_validation
 from mmdistill.distributed.process import Process
+from mmdistill.errors import format_count
 from mmdistill.training.compatibility import data_order, diff_settings, read_data_order
 
 
@@ -44,7 +45,8 @@ class DistillData(pl.LightningDataModule):
         )
         if len(self.sampler) == 0:
             raise ConfigError(
-                f"{len(self.dataset)} clips are fewer than one batch of batch_size={config.batch_size}; lower it"
+                f"{format_count(len(self.dataset), 'clip')} cannot fill one batch of "
+                f"batch_size={config.batch_size}; lower it"
             )
         self._data_order = data_order(
             seed=config.seed,

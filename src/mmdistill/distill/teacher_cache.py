@@ -28,6 +28,7 @@ from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import all_gather_objects, barrier, broadcast_object, get_rank, get_world_size
+from mmdistill.errors import format_count
 from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec
 
@@ -177,7 +178,7 @@ class TeacherCacheCallback(Callback):
             self._compute_features(trainer, pl_module, draw, missing)
         cache.open(draw)
         if trainer.is_global_zero:
-            computed = f"{len(missing)} of {cache.num_clips} clips computed"
+            computed = f"{len(missing)} of {format_count(cache.num_clips, 'clip')} computed"
             print(f"teacher cache: mask draw {draw} from {cache.directory}, {computed}", file=sys.stderr, flush=True)
 
     def _compute_features(self, trainer: pl.Trainer, pl_module: Any, draw: int, clips: list[int]) -> None:

@@ -32,6 +32,7 @@ from mmdistill.distill.validation import validation_summary
 from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
+from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.data_report import DataReport
@@ -122,8 +123,10 @@ def _report_end(report: DataReport, process: Process) -> None:
 
 def _start_summary(config: DistillConfig, teachers: dict[str, Encoder], module: MMDistill, data: DistillData) -> str:
     return (
-        f"distill {', '.join(teachers)} into student_rgb: {len(data.dataset)} clips, {len(data.sampler)} batches of "
-        f"{config.batch_size} per process and epoch ({data.sampler.num_dropped} clips skipped each epoch), base_lr "
+        f"distill {', '.join(teachers)} into student_rgb: {format_count(len(data.dataset), 'clip')}, "
+        f"{format_count(len(data.sampler), 'batch')} of "
+        f"{config.batch_size} per process and epoch ({format_count(data.sampler.num_dropped, 'clip')} skipped "
+        "each epoch), base_lr "
         f"{config.trainer.lr:g} -> lr {module.rates.lr:g}"
     )
 

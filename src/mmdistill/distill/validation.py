@@ -22,6 +22,7 @@ from mmdistill.config import DistillConfig, as_ints
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
+from mmdistill.errors import format_count
 from mmdistill.fewshot.episodes import Episodes, sample_episodes
 from mmdistill.fewshot.logistic import FloatArray
 from mmdistill.fewshot.scores import evaluate_episodes
@@ -80,7 +81,7 @@ class Validation(pl.Callback):
         pl_module.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
         if trainer.is_global_zero:
             e = self.episodes
-            setting = f"{len(e)} episodes, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
+            setting = f"{format_count(len(e), 'episode')}, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
             print(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({setting})", file=sys.stderr)
 
     def score(self, features: Mapping[int, FloatArray]) -> float:
@@ -129,4 +130,7 @@ def validation_summary(validation: Validation, config: DistillConfig) -> str:
     """The log line about the validation at the start of a run."""
     data, every = config.data_module, config.trainer.check_val_every_n_epoch
     source = data.val_json_path or f"{data.fewshot_eval_json_path} (the test clips; see data_module.val_json_path)"
-    return f"{METRIC} every {every} epochs on {len(validation.clips)} clips of {source}"
+    return (
+        f"{METRIC} every {format_count(every or 0, 'epoch')} on {format_count(len(validation.clips), 'clip')} of "
+        f"{source}"
+    )

@@ -22,6 +22,7 @@ from typing import Any
 
 from mmdistill.config import ConfigError
 from mmdistill.config.overrides import add_overrides
+from mmdistill.errors import format_count
 
 INTERRUPTED_EXIT_CODE = 85  # a complete checkpoint was saved after a stop signal; `resume=auto` continues from it
 SHUTDOWN_TIMEOUT_S = 10.0  # after a rank has failed, time for the others to end before they are killed
@@ -117,7 +118,8 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
         requested = len(gpus) if gpus is not None else devices
         if str(requested) not in ("1", "auto", "-1", str(local_world_size)):
             raise ConfigError(
-                f"devices={devices}, but the launcher started {local_world_size} processes on this machine; "
+                f"devices={devices}, but the launcher started {format_count(local_world_size, 'process')} on this "
+                "machine; "
                 "remove devices from the command"
             )
         return 1, None
@@ -144,7 +146,8 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     visible = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if visible and max(gpus) >= len(visible):
         raise ConfigError(
-            f"devices={list(gpus)}, but CUDA_VISIBLE_DEVICES={','.join(visible)} has only {len(visible)} GPUs"
+            f"devices={list(gpus)}, but CUDA_VISIBLE_DEVICES={','.join(visible)} has only "
+            f"{format_count(len(visible), 'GPU')}"
         )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in gpus)
 

@@ -37,6 +37,7 @@ from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import autocast, resolve_precision
 from mmdistill.distributed.process import Process, start_process
+from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
@@ -81,7 +82,7 @@ HIDDEN_KEYS = (
     "data_module.modalities.*.sigma",
     "data_module.modalities.*.target",
 )
-_UNUSED_RALLIES = {"too_short": "rallies too short for a clip", "without_events": "rallies without an event"}
+_UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
 
 
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
@@ -222,8 +223,12 @@ def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
     """Log lines about the evaluation clips. Raises `FewshotError` if their labels do not supply the episodes."""
     clips = index.clips
     lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes)
-    unused = [f"{len(index.report[key])} {name}" for key, name in _UNUSED_RALLIES.items() if index.report[key]]
-    summary = f"{len(clips)} evaluation clips of {len(index.classes)} classes"
+    unused = [
+        f"{format_count(len(index.report[key]), 'rally')} {name}"
+        for key, name in _UNUSED_RALLIES.items()
+        if index.report[key]
+    ]
+    summary = f"{format_count(len(clips), 'evaluation clip')} of {format_count(len(index.classes), 'class')}"
     return [f"{summary}; skipping {', '.join(unused)}" if unused else summary, *lines]
 
 

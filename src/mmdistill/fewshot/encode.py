@@ -19,6 +19,7 @@ from mmdistill.console import progress
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
+from mmdistill.errors import format_count
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
 from mmdistill.fewshot.logistic import FloatArray
@@ -75,7 +76,7 @@ class EvalMasks:
         if self.n_masks == 0:
             return "whole clips"
         kind = "shared" if self.shared_masks else "per clip"
-        return f"{self.n_masks} {self.mask_type} masks, {self.eval_mask_ratio:.0%} removed, {kind}"
+        return f"{format_count(self.n_masks, f'{self.mask_type} mask')}, {self.eval_mask_ratio:.0%} removed, {kind}"
 
     def input_modes(self) -> tuple["EvalMasks", ...]:
         """This input mode first, then the other two of: whole clips, shared masks, masks per clip."""
@@ -221,7 +222,9 @@ def encode_clips(
             order += rows
             advance(len(rows))
     if len(set(order)) != len(order):
-        raise FeatureError(f"the loader returned {len(order)} clips, of which only {len(set(order))} are distinct")
+        raise FeatureError(
+            f"the loader returned {format_count(len(order), 'clip')}, of which {len(set(order))} are distinct"
+        )
     if not order:
         raise FeatureError("the loader returned no clip")
     return [_make_features(job, block, order, index, s) for job, block, s in zip(jobs, blocks, seconds, strict=True)]
@@ -233,12 +236,15 @@ def _encode_batch(job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence
     for view in range(job.masks.num_views):
         out = job.encode(batch, job.masks.visible_tokens(clips, view, job.grid)).float().cpu()
         if out.ndim != 2 or len(out) != len(clips):
-            raise FeatureError(f"{job.network}: features of {len(clips)} clips must be (B, D), got {tuple(out.shape)}")
+            raise FeatureError(
+                f"{job.network}: features of {format_count(len(clips), 'clip')} must be (B, D), got {tuple(out.shape)}"
+            )
         bad = ~out.isfinite().all(dim=1)
         if bool(bad.any()):
             bad_ids = [clip.id for clip, is_bad in zip(clips, bad.tolist(), strict=True) if is_bad]
             raise FeatureError(
-                f"{job.network}: NaN or infinite features of {len(bad_ids)} of {len(clips)} clips in this batch, for "
+                f"{job.network}: NaN or infinite features of {len(bad_ids)} of {format_count(len(clips), 'clip')} "
+                "in this batch, for "
                 f"example {', '.join(bad_ids[:3])}; the weights or these clips are invalid"
             )
         views.append(out)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mmdistill.errors import format_count, format_first
 from mmdistill.fewshot.errors import EpisodeError
 from mmdistill.randomness import integer_rng
 
@@ -40,10 +41,9 @@ class Eligibility:
         if not self.excluded:
             return ""
         order = sorted(self.excluded.items(), key=lambda item: (item[1], item[0]))
-        shown = ", ".join(f"{class_name(label, names)} ({count})" for label, count in order[:limit])
-        more = f" and {len(order) - limit} more" if len(order) > limit else ""
+        shown = format_first([f"{class_name(label, names)} ({count})" for label, count in order], limit)
         where = " in different videos" if self.disjoint else ""
-        return f"excluded classes, too few clips{where}: {shown}{more}"
+        return f"excluded classes, too few clips{where}: {shown}"
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def eligible_classes(
         where = " in different videos" if disjoint else ""
         listed = f" ({result.describe(names)})" if excluded else ""
         raise EpisodeError(
-            f"{n_way}-way {k_shot}-shot episodes with {q_sample} queries need {n_way} classes with at least "
-            f"{k_shot + q_sample} clips{where}; only {len(eligible)} of {len(table.clips)} classes have them"
+            f"{n_way}-way {k_shot}-shot episodes with {format_count(q_sample, 'query')} need {n_way} classes with at "
+            f"least {k_shot + q_sample} clips{where}; classes that have them: {len(eligible)} of {len(table.clips)}"
             f"{listed}; lower n_way, k_shot or q_sample, or merge labels (label_fields)"
         )
     return result
@@ -234,7 +234,8 @@ def sample_episodes(
             if found is None:
                 listed = ", ".join(class_name(int(label), names) for label in classes[e])
                 raise EpisodeError(
-                    f"episode {e}: no draw of {k_shot} support and {q_sample} query clips from different videos was "
+                    f"episode {e}: no draw of {k_shot} support and {format_count(q_sample, 'query clip')} from "
+                    "different videos was "
                     f"found for the classes {listed}; lower q_sample or k_shot, or unset disjoint"
                 )
             support[e], query[e] = found

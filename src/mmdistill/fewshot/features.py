@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from mmdistill.errors import format_count
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.scores import as_views
 from mmdistill.files import atomic_write_bytes
@@ -52,13 +53,22 @@ class Features:
         if self.features.ndim != 3 or self.features.dtype != np.float32:
             raise FeatureError(f"features must be float32 (clips, views, D), got {self.features.shape}")
         if not n == len(self.labels) == len(self.ids) == len(self.groups):
-            sizes = f"{n} features, {len(self.labels)} labels, {len(self.ids)} ids, {len(self.groups)} groups"
+            sizes = ", ".join(
+                format_count(count, noun)
+                for count, noun in (
+                    (n, "feature"),
+                    (len(self.labels), "label"),
+                    (len(self.ids), "id"),
+                    (len(self.groups), "group"),
+                )
+            )
             raise FeatureError(f"the arrays differ in length: {sizes}")
         if len(set(self.ids)) != n:
             raise FeatureError("ids: two clips have the same id")
         if n and not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
             raise FeatureError(
-                f"labels are in [{self.labels.min()}, {self.labels.max()}], but there are {len(self.classes)} classes"
+                f"labels are in [{self.labels.min()}, {self.labels.max()}], but the number of classes is "
+                f"{len(self.classes)}"
             )
 
     @property
@@ -227,7 +237,8 @@ def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
     if len(set(merged)) != len(merged) or set(merged) != set(ids):
         missing = sorted(set(ids) - set(merged))
         raise FeatureError(
-            f"{len(merged)} features, {len(set(merged))} distinct, for {len(ids)} clips; missing {missing[:5]}"
+            f"{format_count(len(merged), 'feature')}, {len(set(merged))} distinct, for "
+            f"{format_count(len(ids), 'clip')}; missing {missing[:5]}"
         )
     row = {clip: i for i, clip in enumerate(merged)}
     order = [row[clip] for clip in ids]

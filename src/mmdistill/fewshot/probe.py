@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mmdistill.errors import format_count
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.scores import as_views
 
 log = logging.getLogger(__name__)
 
+_OMIT_PROBE = "set probe=false (mmdistill evaluate-features: omit --probe)"
 FOLDS = 4  # one of them is the test part
 _NUM_NEIGHBORS = 20
 _TEMPERATURE = 0.07
@@ -40,8 +42,8 @@ def split_by_group(
     videos, largest = len(np.unique(owners)), int(np.bincount(labels[labeled]).max(initial=0))
     if min(videos, largest) < folds:
         raise FewshotError(
-            f"the probe needs at least {folds} videos and a class with at least {folds} clips; there are {videos} "
-            f"videos, and the largest class has {largest} clips; evaluate without the probe"
+            f"the probe needs at least {folds} videos and a class with at least {folds} clips; the data have "
+            f"{format_count(videos, 'video')}, and the largest class has {format_count(largest, 'clip')}; {_OMIT_PROBE}"
         )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():  # rare classes are expected; clips without a training class are counted
@@ -52,7 +54,8 @@ def split_by_group(
     if classes < 2 or not has_training_class.any():
         raise FewshotError(
             f"the probe needs at least 2 classes in its training split, and test clips of these; the split by video "
-            f"gives {classes} classes and {int(has_training_class.sum())} test clips; evaluate without the probe"
+            f"gives {format_count(classes, 'class')} and {format_count(int(has_training_class.sum()), 'test clip')}; "
+            f"{_OMIT_PROBE}"
         )
     return labeled[train], labeled[test[has_training_class]]
 

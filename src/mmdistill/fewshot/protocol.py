@@ -10,6 +10,7 @@ import numpy as np
 
 from mmdistill.console import progress
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
+from mmdistill.errors import format_count
 from mmdistill.fewshot.classifiers import get_classifier
 from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
@@ -80,8 +81,8 @@ class Protocol:
                 )
             excluded = found.describe(names)
             lines.append(
-                f"{n_way}-way {k_shot}-shot, {self.q_sample} queries per class: {len(found.classes)} eligible classes"
-                + (f"; {excluded}" if excluded else "")
+                f"{n_way}-way {k_shot}-shot, {format_count(self.q_sample, 'query')} per class: "
+                f"{format_count(len(found.classes), 'eligible class')}" + (f"; {excluded}" if excluded else "")
             )
         return lines
 
@@ -156,7 +157,7 @@ def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progr
                 differences += [_difference(a, b) for i, a in enumerate(block) for b in block[i + 1 :]]
     num_not_converged = sum(row.scores.num_not_converged for row in rows)
     if num_not_converged:
-        log.warning("%d logistic regressions did not converge", num_not_converged)
+        log.warning("%s did not converge", format_count(num_not_converged, "logistic regression"))
     probes = [_probe(f, protocol) for f in features] if protocol.probe else []
     return Results(protocol, features, tuple(rows), tuple(differences), tuple(probes))
 

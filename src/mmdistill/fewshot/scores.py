@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from mmdistill.errors import format_count
 from mmdistill.fewshot.classifiers import get_classifier
 from mmdistill.fewshot.episodes import Episodes
 from mmdistill.fewshot.errors import FeatureError, FewshotError
@@ -57,7 +58,8 @@ def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
     bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
     if len(bad):
         raise FeatureError(
-            f"{source}: NaN or infinite values in {len(bad)} of {len(x)} clips, the first at {bad[:5].tolist()}"
+            f"{source}: NaN or infinite values in {len(bad)} of {format_count(len(x), 'clip')}, the first at "
+            f"{bad[:5].tolist()}"
         )
     return x
 
@@ -96,7 +98,9 @@ def evaluate_episodes(
         raise FewshotError(f"support_views={support_views!r} is not one of {', '.join(SUPPORT_VIEWS)}")
     highest = max(int(episodes.support.max()), int(episodes.query.max()))
     if highest >= len(x):
-        raise FewshotError(f"the episodes contain clip {highest}, but there are features of {len(x)} clips only")
+        raise FewshotError(
+            f"the episodes contain clip {highest}, but there are features of only {format_count(len(x), 'clip')}"
+        )
     predictions, num_not_converged = model.predict(
         x, episodes, first_support_view=support_views == "first", workers=workers, device=device, advance=advance
     )
@@ -114,7 +118,8 @@ def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeS
     order = np.argsort(numbers, kind="stable")
     if not np.array_equal(numbers[order], np.sort(episodes.numbers)):
         raise FewshotError(
-            f"the shards contain {len(numbers)} episodes, {len(np.unique(numbers))} distinct, of {len(episodes)}"
+            f"the shards contain {format_count(len(numbers), 'episode')}, {len(np.unique(numbers))} distinct, of "
+            f"{len(episodes)}"
         )
     rows = order[np.argsort(np.argsort(episodes.numbers))]
     return EpisodeScores(

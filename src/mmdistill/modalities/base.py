@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdistill.errors import format_count
 from mmdistill.models import TARGETS
 from mmdistill.plugins import Registry
 
@@ -51,7 +52,9 @@ class ModalitySpec:
             if len(values) == 1:
                 object.__setattr__(self, field, tuple(values) * self.channels)
             elif len(values) != self.channels:
-                raise ValueError(f"{self.name}: {field} has {len(values)} values, expected {self.channels} or 1")
+                raise ValueError(
+                    f"{self.name}: {field} has {format_count(len(values), 'value')}, expected {self.channels} or 1"
+                )
         if min(self.std) <= 0:
             raise ValueError(f"{self.name}: std must be positive, got {self.std}")
         if self.target not in TARGETS:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.readers.base import FrameError, KeypointReader, Reader
+from mmdistill.errors import format_count
 from mmdistill.modalities import get_modality
 
 MAX_MESSAGES = 5  # about unreadable files, per rally and modality
@@ -99,7 +100,8 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
     if len(rows) != coverage.expected_frames:
         coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
         coverage.messages.append(
-            f"{reader.path(rally.video)}: {len(rows)} rows, but the annotation has {coverage.expected_frames} frames"
+            f"{reader.path(rally.video)}: {format_count(len(rows), 'row')}, but the annotation has "
+            f"{format_count(coverage.expected_frames, 'frame')}"
         )
     for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
         _count_if_unreadable(reader, rally.video, int(frame), coverage)

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdistill.errors import InputError
+from mmdistill.errors import InputError, format_count
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
@@ -54,7 +54,7 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     if declared > 0 and number < declared * (1 - COUNT_TOLERANCE) - 1:
         raise VideoError(
             f"{path}: truncated or broken, it ends after frame {number - 1}, "
-            f"but the container declares {declared} frames; copy or convert it again"
+            f"but the container declares {format_count(declared, 'frame')}; copy or convert it again"
         )
 
 

@@ -42,6 +42,7 @@ from mmdistill.distributed.collectives import (
 )
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
+from mmdistill.errors import format_count
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, masked_indices
@@ -137,7 +138,8 @@ class PretrainTrainer:
         global_batch = config.batch_size * process.world_size * accumulate
         if steps_per_epoch == 0:
             raise ConfigError(
-                f"{len(self.dataset)} clips are fewer than one optimizer step of {global_batch}; lower batch_size"
+                f"{format_count(len(self.dataset), 'clip')} cannot fill one optimizer step of {global_batch}; "
+                "lower batch_size"
             )
         seed_torch(config.seed)
         self.encoder_config = make_encoder_config(config.model, data, self.spec)
@@ -383,8 +385,10 @@ class PretrainTrainer:
         num_parameters = sum(p.numel() for p in self.engine.module.parameters())
         num_skipped_clips = len(self.dataset) - self.batches_per_epoch * self.data_order["global_batch"]
         log.info(
-            f"pretrain {config.modality}: {len(self.dataset)} clips, {self.batches_per_epoch} batches of "
-            f"{config.batch_size} per process and epoch ({num_skipped_clips} clips skipped each epoch), "
+            f"pretrain {config.modality}: {format_count(len(self.dataset), 'clip')}, "
+            f"{format_count(self.batches_per_epoch, 'batch')} of "
+            f"{config.batch_size} per process and epoch ({format_count(num_skipped_clips, 'clip')} skipped each "
+            "epoch), "
             f"{num_parameters:,} parameters, base_lr {config.trainer.lr:g} -> lr {self.rates.lr:g}, "
             f"device {self.process.device}, precision {self.precision}, target {self.spec.target}"
         )

@@ -9,6 +9,7 @@ import torch
 
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
+from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 
 
@@ -51,15 +52,15 @@ class DataReport:
         report = self.write()
         index = report["index"]
         notes = [
-            f"{count} {text}"
-            for count, text in (
-                (len(index["too_short"]), "rallies too short for a clip"),
-                (len(index["without_events"]), "rallies without an event"),
-                (index["shifted_into_video"], "clips near the start or end of a video were moved inside it"),
+            f"{format_count(count, noun)} {text}"
+            for count, noun, text in (
+                (len(index["too_short"]), "rally", "too short for a clip"),
+                (len(index["without_events"]), "rally", "without an event"),
+                (index["shifted_into_video"], "clip", "near the start or end of a video moved inside it"),
             )
             if count
         ]
-        line = f"data: {report['missing']['clips']} clips of {index['rallies']} rallies"
+        line = f"data: {format_count(report['missing']['clips'], 'clip')} of {format_count(index['rallies'], 'rally')}"
         return "; ".join(filter(None, [line, *notes, missing_line(report["missing"], self.dataset.readers)]))
 
     def end_summary(self) -> str:
@@ -78,10 +79,10 @@ def missing_line(missing: Mapping[str, Any], modalities: Iterable[str]) -> str:
     parts = []
     for name in modalities:
         sums = modality_sums(missing, name)
-        for key, text in (("clips_skipped", "clips skipped"), ("frames_repeated", "frames repeated")):
+        for key, noun, text in (("clips_skipped", "clip", "skipped"), ("frames_repeated", "frame", "repeated")):
             if sums[key]:
-                parts.append(f"{name}: {sums[key]} {text}")
+                parts.append(f"{name}: {format_count(sums[key], noun)} {text}")
     replaced = sum(missing["clips_replaced"].values())
     if replaced:
-        parts.append(f"{replaced} clips replaced by other clips")
+        parts.append(f"{format_count(replaced, 'clip')} replaced by other clips")
     return f"missing data (on_missing={missing['policy']}): {'; '.join(parts)}" if parts else ""

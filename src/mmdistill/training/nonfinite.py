@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mmdistill.distributed.collectives import all_gather_objects
-from mmdistill.errors import MMDistillError
+from mmdistill.errors import MMDistillError, format_count
 
 MIN_LOSS_SCALE = 1.0  # a gradient that overflows at this loss scale is not finite by itself
 
@@ -87,7 +87,8 @@ class NonFiniteGuard:
         self.skipped_steps += 1
         if self.skipped_steps > self.max_skipped_steps:
             raise NonFiniteError(
-                f"{reason} at {step_name}: {self.skipped_steps} steps skipped, trainer.max_skipped_steps="
+                f"{reason} at {step_name}: {format_count(self.skipped_steps, 'step')} skipped, "
+                "trainer.max_skipped_steps="
                 f"{self.max_skipped_steps} allows no more; weights were not changed.{clip_list} Lower trainer.lr or "
                 "check these clips"
             )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mmdistill.console import ProgressDisplay
+from mmdistill.errors import format_count
 from mmdistill.training.loggers import Csv, ResumePoint, Tracker, copy_metrics_history, open_trackers
 
 LOG_FILE = "run.log"
@@ -69,7 +70,7 @@ class RunLog:
         if any(isinstance(tracker, Csv) for tracker in self._trackers):
             num_rows = copy_metrics_history(resume, self._file.parent)
             if num_rows:
-                self.info(f"copied {num_rows} rows of metrics.csv from {resume.run_dir}")
+                self.info(f"copied {format_count(num_rows, 'row')} of metrics.csv from {resume.run_dir}")
 
     def step(self, done: int, note: str) -> None:
         """Update the progress bar: `done` steps are finished. `note` and the peak memory are shown next to it."""
@@ -102,8 +103,8 @@ def baseline_ratio(loss: float, constant_baseline: float) -> float:
 
 
 def peak_memory() -> str:
-    """The peak memory of this process: of the GPU if it uses one, else of the host."""
+    """The peak memory of this process, with its name: of the GPU if it uses one, else of the host."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB GPU"
+        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"

@@ -47,7 +47,7 @@ def check(root: Path, *more: object) -> int:
 def test_complete_data_exits_with_0(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(root) == 0
     text = capsys.readouterr().out
-    assert f"{root / 'a.json'}: 2 rallies, 2 events, 1 labels" in text
+    assert f"{root / 'a.json'}: 2 rallies, 2 events, 1 label" in text
     for title in ("expected frames", "missing frames", "unreadable frames", "rallies without any file"):
         assert title in text
     assert "rallies longer than annotated" in text
@@ -80,7 +80,7 @@ def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys:
     for expected in ("m_1_10, event 1", "event 2: a duplicate", "event 3: frame=99 is out of range", "x: the key"):
         assert expected in text
     folders = "vid_frames_224 (rgb), tennis_flows (flow), skeletons/f3set-tennis (skeleton)"
-    assert f"{clean}: 1 valid rallies; training needs the files of each of them in {folders}" in text
+    assert f"{clean}: 1 valid rally; the training also needs their files in {folders}" in text
     assert [e.frame for e in load_f3set(clean)[0].events] == [3, 5]
 
 

@@ -27,7 +27,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_unknown_verb_names_the_closest_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretran"]) == 2
-    assert "unknown verb 'pretran'; did you mean pretrain?" in capsys.readouterr().err
+    assert (
+        "unknown verb 'pretran'; `mmdistill --help` lists the verbs; did you mean pretrain?\n"
+        in capsys.readouterr().err
+    )
     assert main(["xyz"]) == 2
     assert "did you mean" not in capsys.readouterr().err
 

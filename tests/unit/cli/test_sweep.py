@@ -58,5 +58,5 @@ def test_callback_collects_records_of_this_sweep_only(
         sweep.exit_if_failed()
     assert ended.value.code == sweep.FAILED_EXIT_CODE
     assert capsys.readouterr().err == (
-        f"mmdistill: error: 1 jobs of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
+        f"mmdistill: error: 1 job of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
     )

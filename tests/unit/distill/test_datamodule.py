@@ -50,7 +50,7 @@ def test_another_batch_order_is_rejected_inside_an_epoch_only(root: Path) -> Non
 
 
 def test_fewer_clips_than_a_batch_are_an_error(root: Path) -> None:
-    with pytest.raises(ConfigError, match="12 clips are fewer than one batch of batch_size=13"):
+    with pytest.raises(ConfigError, match="12 clips cannot fill one batch of batch_size=13"):
         _data(root, "batch_size=13")
 
 

@@ -146,7 +146,7 @@ def test_repeated_frames_are_reported_also_for_cached_features(
         out = _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.on_missing=repeat")
         assert out["cached"] is cached
         assert out["missing"]["frames_repeated"] == {"rgb": {"rally_T_0": 1}}
-        assert "missing data (on_missing=repeat): rgb: 1 frames repeated" in capsys.readouterr().out
+        assert "missing data (on_missing=repeat): rgb: 1 frame repeated" in capsys.readouterr().out
 
 
 def test_clips_of_another_size_than_the_training_raise_an_error(data: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_collapsed_features_are_logged(caplog: pytest.LogCaptureFixture):
 
 
 def test_duplicate_and_missing_clips_raise_an_error():
-    with pytest.raises(FeatureError, match="11 clips, of which only 10"):
+    with pytest.raises(FeatureError, match="11 clips, of which 10"):
         encode_clips([job()], loader([*range(N), 0]), INDEX)
     with pytest.raises(FeatureError, match=r"for 10 clips; missing \['v4#9'\]"):
         encode_cached([job()], lambda: loader(list(range(9))), INDEX, data="d", cache=None)

@@ -56,7 +56,7 @@ def test_small_classes_are_excluded_by_name_and_count():
     assert found.classes == (0, 1, 2, 3, 4)
     assert found.excluded == {5: 7}
     assert "serve (7)" in found.describe(names)
-    with pytest.raises(EpisodeError, match=r"only 5 of 6 classes have them.*serve \(7\)"):
+    with pytest.raises(EpisodeError, match=r"classes that have them: 5 of 6.*serve \(7\)"):
         eligible_classes(LABELS, n_way=6, k_shot=2, q_sample=6, names=names)
 
 

@@ -82,7 +82,7 @@ def test_invalid_features_raise_an_error():
     features[17, 1, 3] = np.nan
     with pytest.raises(ValueError, match=r"NaN.*1 of 200 clips.*\[17\]"):
         evaluate_episodes(features, draw(), "centroid")
-    with pytest.raises(ValueError, match="features of 100 clips only"):
+    with pytest.raises(ValueError, match="features of only 100 clips"):
         evaluate_episodes(noisy()[:100], draw(), "centroid")
     with pytest.raises(ValueError, match="must be"):
         evaluate_episodes(np.zeros(7), draw(), "centroid")

@@ -59,5 +59,5 @@ def test_too_few_clips_for_a_step_are_an_error(tmp_path: Any) -> None:
     data = overrides(make_tiny(tmp_path, per_class=1))
     arguments = ["modality=flow", *data, *MODEL, "batch_size=2", "trainer.accumulate_grad_batches=8"]
     config = load_config(PretrainConfig, "config_pretrain", arguments)
-    with pytest.raises(ConfigError, match="12 clips are fewer than one optimizer step of 16; lower batch_size"):
+    with pytest.raises(ConfigError, match="12 clips cannot fill one optimizer step of 16; lower batch_size"):
         PretrainTrainer(config, tmp_path / "run", Process(torch.device("cpu"), 0, 1))

@@ -61,8 +61,8 @@ def test_summaries_name_each_count(tmp_path: Path) -> None:
         "6 clips replaced by other clips"
     )
     assert report.start_summary() == (
-        "data: 72 clips of 24 rallies; 2 rallies too short for a clip; 1 rallies without an event; "
-        f"5 clips near the start or end of a video were moved inside it; {line}"
+        "data: 72 clips of 24 rallies; 2 rallies too short for a clip; 1 rally without an event; "
+        f"5 clips near the start or end of a video moved inside it; {line}"
     )
     assert report.end_summary() == f"data: {line}; details in {tmp_path / 'data_report.json'}"
     assert modality_sums(missing, "flow") == {"clips_skipped": 3, "frames_repeated": 0}

@@ -46,7 +46,7 @@ def test_plain_lines_show_memory_and_remaining_time(tmp_path: Path, capfd: pytes
             log.step(done, "7 clips/s")
     lines = capfd.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]  # the first and the last; between them too little time
-    assert re.search(r"GiB( GPU)? ETA \?$", lines[0])
+    assert re.search(r"memory \d+\.\d GiB ETA \?$", lines[0])
     assert lines[1].endswith("ETA 0:00:00")
     assert (tmp_path / "run.log").read_text().count("7 clips/s") == 2
 
@@ -74,4 +74,4 @@ def test_baseline_ratio_of_constant_targets_is_nan() -> None:
 
 
 def test_peak_memory_has_a_unit() -> None:
-    assert re.fullmatch(r"\d+\.\d GiB( GPU)?", peak_memory())
+    assert re.fullmatch(r"peak (GPU )?memory \d+\.\d GiB", peak_memory())

@@ -22,6 +22,7 @@ from torch import Tensor
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from mmdistill.checkpoint.locate import Location
+from mmdistill.errors import format_count
 
 GROUP_NAMES = "mmdistill_master_names"  # names of stage-0 masters, which `save_deepspeed` adds
 
@@ -93,7 +94,8 @@ def check_shards(tag: Path, shards: Sequence[Mapping[str, Any]], files: Sequence
     if world_size != len(shards):
         names = ", ".join(f.name for f in files)
         raise CorruptCheckpointError(
-            f"{tag}: written by {world_size} ranks but {len(shards)} optimizer shards exist ({names}); "
+            f"{tag}: written by {format_count(world_size, 'rank')} but "
+            f"{format_count(len(shards), 'optimizer shard')} found ({names}); "
             "copy the missing ones"
         )
     steps = [adam_step(shard) for shard in shards]
@@ -125,7 +127,8 @@ def _merge_flat(
             count = _numel(shape)
             if offset + count > flat.numel():
                 raise CorruptCheckpointError(
-                    f"{tag}: the shards contain {flat.numel()} values of parameter group {group}, too few for "
+                    f"{tag}: the shards contain {format_count(flat.numel(), 'value')} of parameter group {group}, "
+                    "too few for "
                     f"'{name}'; "
                     "copy the checkpoint again"
                 )
@@ -134,7 +137,8 @@ def _merge_flat(
         # the end is padded to a multiple of 2 * world size, and further if gradients are aligned for NCCL
         if flat.numel() - offset >= max(2 * len(shards), 1) + len(names) * 2 * len(shards):
             raise CorruptCheckpointError(
-                f"{tag}: the shards contain {flat.numel()} values of parameter group {group}, expected {offset}; "
+                f"{tag}: the shards contain {format_count(flat.numel(), 'value')} of parameter group {group}, "
+                f"expected {offset}; "
                 "use another checkpoint"
             )
     return merged

@@ -10,6 +10,7 @@ from mmdistill.checkpoint.errors import CorruptCheckpointError
 from mmdistill.checkpoint.formats.names import MANIFEST, MODEL_STATES, OPTIM_STATES
 from mmdistill.checkpoint.formats.torch_zip import directory_digest, is_zip, sha256_file, verify_zip
 from mmdistill.checkpoint.locate import read_json
+from mmdistill.errors import format_count
 
 VERSION = 1
 _DIGEST_KEY = "manifest_sha256"
@@ -68,7 +69,7 @@ def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -
     if size != entry["bytes"]:
         word = "truncated" if size < entry["bytes"] else "corrupt"
         raise CorruptCheckpointError(
-            f"{path}: {word}: {size} bytes on disk, {entry['bytes']} expected; use another checkpoint"
+            f"{path}: {word}: {format_count(size, 'byte')} on disk, {entry['bytes']} expected; use another checkpoint"
         )
     digest = entry.get("zip_directory_sha256")
     if digest and not (full and "sha256" in entry):

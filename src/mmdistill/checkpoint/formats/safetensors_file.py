@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.torch_zip import THREADS
+from mmdistill.errors import format_count
 
 TENSOR_CRCS = "mmdistill_crc32"  # metadata: 8 hex digits of CRC-32 per tensor, in the order of the data
 DATA_SHA256 = "mmdistill_data_sha256"  # metadata of older versions, in place of TENSOR_CRCS
@@ -54,7 +55,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str],
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if len(head) < 8 or 8 + length > size:
             expected = 8 + length if len(head) == 8 else "more"
-            raise CorruptCheckpointError(f"{path}: truncated: {size} bytes on disk, {expected} expected; copy it again")
+            raise CorruptCheckpointError(
+                f"{path}: truncated: {format_count(size, 'byte')} on disk, {expected} expected; copy it again"
+            )
         try:
             header = dict(json.loads(file.read(length)))
             meta = dict(header.pop("__metadata__", None) or {})
@@ -66,7 +69,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str],
     if 8 + length + end != size:
         word = "truncated" if size < 8 + length + end else "corrupt"
         raise CorruptCheckpointError(
-            f"{path}: {word}: {size} bytes on disk, {8 + length + end} expected; copy it again"
+            f"{path}: {word}: {format_count(size, 'byte')} on disk, {8 + length + end} expected; copy it again"
         )
     return header, meta, 8 + length
 

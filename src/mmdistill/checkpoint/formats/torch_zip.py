@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from mmdistill.errors import format_count
 
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 # Exceptions of torch's unpickler for bytes that are not a checkpoint.
@@ -111,7 +112,7 @@ def _truncation_error(path: Path) -> CorruptCheckpointError:
                 truncated = f"record '{name}'"
                 break
     return CorruptCheckpointError(
-        f"{path}: truncated: {size} bytes on disk, at least {max(expected, size + 1)} expected "
+        f"{path}: truncated: {format_count(size, 'byte')} on disk, at least {max(expected, size + 1)} expected "
         f"({truncated} is incomplete); use another checkpoint or copy it again"
     )
 

@@ -1,12 +1,12 @@
 """Rallies and events, which every annotation format is read into, and the registry of formats."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdistill.errors import InputError
+from mmdistill.errors import InputError, format_count
 from mmdistill.plugins import Registry
 
 MAX_PROBLEMS_SHOWN = 8
@@ -45,6 +45,13 @@ class Problem:
     def __str__(self) -> str:
         where = self.rally if self.event is None else f"{self.rally}, event {self.event}"
         return f"{where}: {self.message}"
+
+
+def format_rally_counts(rallies: Sequence[Rally]) -> str:
+    """``2 rallies, 5 events, 1 label``."""
+    labels = [event.label for rally in rallies for event in rally.events]
+    counts = ((len(rallies), "rally"), (len(labels), "event"), (len(set(labels)), "label"))
+    return ", ".join(format_count(count, noun) for count, noun in counts)
 
 
 def read_json(path: Path | str) -> Any:

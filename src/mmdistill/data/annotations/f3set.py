@@ -19,6 +19,7 @@ from mmdistill.data.annotations.base import (
     read_json,
     register_annotation_format,
 )
+from mmdistill.errors import format_count
 
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
 
@@ -35,7 +36,7 @@ def load_f3set(path: Path | str) -> list[Rally]:
         shown = "\n  ".join(str(p) for p in problems[:MAX_PROBLEMS_SHOWN])
         more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         raise AnnotationError(
-            f"{path}: {len(problems)} problems:\n  {shown}{more}\n"
+            f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}\n"
             "`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them"
         )
     if not rallies:
@@ -127,7 +128,9 @@ def _check_event(entry: Any, num_frames: int) -> str:
         return f"label={label!r} is not text"
     count = len(label.split("_"))
     if count != len(F3SET_FIELDS):
-        return f"label={label!r} has {count} fields, not {len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
+        return (
+            f"label={label!r} has {format_count(count, 'field')}, not {len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
+        )
     return ""
 
 
@@ -144,7 +147,9 @@ def select_fields(label: str, fields: Sequence[str] | None) -> str:
         raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(F3SET_FIELDS)}")
     parts = label.split("_")
     if len(parts) != len(F3SET_FIELDS):
-        raise ValueError(f"label {label!r} has {len(parts)} fields, label_fields needs {len(F3SET_FIELDS)}")
+        raise ValueError(
+            f"label {label!r} has {format_count(len(parts), 'field')}, label_fields needs {len(F3SET_FIELDS)}"
+        )
     return "_".join(part for part, name in zip(parts, F3SET_FIELDS, strict=True) if name in fields)
 
 

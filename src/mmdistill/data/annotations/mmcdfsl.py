@@ -12,6 +12,7 @@ from mmdistill.data.annotations.base import (
     read_json,
     register_annotation_format,
 )
+from mmdistill.errors import format_count
 
 UNKNOWN_FPS = 30.0  # the format stores no frame rate, and nothing depends on it
 
@@ -132,6 +133,6 @@ def _video_length(path: Path, video: str, events: list[Event], length: int | Non
     for event in events:
         if event.frame >= length:
             raise AnnotationError(
-                f"{path}: {video}: frame {event.frame} is out of range, the video has {length} frames"
+                f"{path}: {video}: frame {event.frame} is out of range, the video has {format_count(length, 'frame')}"
             )
     return length

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import match_name, select_fields
+from mmdistill.errors import format_count
 from mmdistill.randomness import seeded_rng
 
 
@@ -35,7 +36,8 @@ def split_by_match(
         matches.setdefault(match(rally.video), []).append(rally)
     if len(matches) < len(targets):
         raise ValueError(
-            f"{len(matches)} matches cannot be divided into {len(targets)} splits; give fewer splits or more matches"
+            f"{format_count(len(matches), 'match')} cannot be divided into {len(targets)} splits; give fewer "
+            "splits or more matches"
         )
     sizes = {name: sum(len(r.events) for r in part) or len(part) for name, part in matches.items()}
     chosen = _assign(sizes, targets, seed=seed)
@@ -67,7 +69,8 @@ def split_by_class(
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
     if len(classes) < len(targets):
         raise ValueError(
-            f"{len(classes)} classes with at least {min_events} events cannot be divided into {len(targets)} splits; "
+            f"{format_count(len(classes), 'class')} with at least {format_count(min_events, 'event')} cannot be "
+            f"divided into {len(targets)} splits; "
             "give fewer splits or lower --min-events"
         )
     chosen = _assign(classes, targets, seed=seed)

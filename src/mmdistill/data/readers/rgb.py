@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 
 from mmdistill.data.readers.base import FrameError, FrameFileReader
+from mmdistill.errors import format_count
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 PADDING = b"\0\r\n "  # some encoders write it after the end marker
@@ -48,7 +49,7 @@ def decode_jpeg(data: bytes, path: str) -> np.ndarray:
     if not data.startswith(JPEG_START):
         raise FrameError(f"{path}: not a JPEG")
     if not data.endswith(JPEG_END) and not data.rstrip(PADDING).endswith(JPEG_END):
-        raise FrameError(f"{path}: truncated JPEG ({len(data)} bytes, no end marker)")
+        raise FrameError(f"{path}: truncated JPEG ({format_count(len(data), 'byte')}, no end marker)")
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise FrameError(f"{path}: damaged JPEG")

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmdistill.data.readers.base import FrameError, KeypointReader
 from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
+from mmdistill.errors import format_count
 
 NUM_JOINTS = 17  # COCO
 SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
@@ -63,7 +64,9 @@ class SkeletonReader(KeypointReader):
         rows = self.load_video(video)
         missing = [k for k in frames if not 0 <= k < len(rows)]
         if missing:
-            raise FrameError(f"{self.path(video)}: no row for frame {missing[0]}, the file has {len(rows)} rows")
+            raise FrameError(
+                f"{self.path(video)}: no row for frame {missing[0]}, the file has {format_count(len(rows), 'row')}"
+            )
         selected = rows[list(frames)]
         if np.isnan(selected).any():
             k, m, j = np.argwhere(np.isnan(selected).any(axis=-1))[0]
@@ -144,7 +147,7 @@ def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple
         raise FrameError(f"{path}: keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])
     if total != joints.shape[1]:
-        raise FrameError(f"{path}: total_frames={total}, but keypoint has {joints.shape[1]} rows")
+        raise FrameError(f"{path}: total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}")
     if height < 1 or width < 1:
         raise FrameError(f"{path}: img_shape={entry['img_shape']}, expected (height, width)")
     if (scores < 0).any():

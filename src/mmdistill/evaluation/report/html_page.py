@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdistill.errors import format_count
 from mmdistill.evaluation.report import figures
 from mmdistill.evaluation.report.tables import (
     COLUMNS,
@@ -219,7 +220,7 @@ def _class_table(row: Row, features: Features) -> str:
     ordered = sorted(table.items(), key=lambda item: -item[1]["accuracy"])
     cells = [(name, f"{100 * v['accuracy']:.1f}", str(int(v["queries"]))) for name, v in ordered]
     inner = _table(("class", "accuracy, %", "queries"), cells, caption=table_title(row))
-    return f"<details><summary>{len(cells)} classes, highest accuracy first</summary>{inner}</details>"
+    return f"<details><summary>{format_count(len(cells), 'class')}, highest accuracy first</summary>{inner}</details>"
 
 
 def typical_episode(row: Row) -> int:
@@ -247,7 +248,8 @@ def _example_episode(row: Row, features: Features, read_frame: ReadFrame) -> str
     caption = (
         f"Episode {int(episodes.numbers[number])}, accuracy {100 * scores.accuracy[number]:.0f} %: the first one whose "
         "accuracy is nearest to the mean. Each row is a class: middle frames of support clips, then of the first "
-        f"{min(_MAX_QUERY_FRAMES, episodes.q_sample)} queries. Green: correct. Red: wrong, with the predicted class."
+        f"{format_count(min(_MAX_QUERY_FRAMES, episodes.q_sample), 'query')}. Green: correct. Red: wrong, with "
+        "the predicted class."
     )
     table = f'<div class="scroll"><table class="strip"><tbody>{"".join(lines)}</tbody></table></div>'
     return f"<figure>{table}<figcaption>{html.escape(caption)}</figcaption></figure>"

@@ -5,6 +5,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from mmdistill.errors import format_count
 from mmdistill.fewshot.protocol import Results, Row
 
 COLUMNS = ("network", "input", "accuracy, %\n± 95 %", "std, %", "Δ vs. row\n(paired), %", "encoding\ntime (s)")
@@ -79,7 +80,10 @@ def row_cells(results: Results, row: Row) -> tuple[str, ...]:
 def table_title(row: Row) -> str:
     """N-way K-shot, classifier, and the number of episodes, classes and queries."""
     s = row.summary
-    sizes = f"{s['episodes']} episodes from {s['classes']} classes, {s['q_sample']} queries per class"
+    sizes = (
+        f"{format_count(s['episodes'], 'episode')} from {format_count(s['classes'], 'class')}, "
+        f"{format_count(s['q_sample'], 'query')} per class"
+    )
     return f"{s['n_way']}-way {s['k_shot']}-shot, {s['classifier']}: {sizes}"
 
 
@@ -87,8 +91,9 @@ def probe_title(results: Results) -> str:
     """Sizes of the full label set."""
     p = results.probes[0]
     return (
-        f"Full label set: {p['classes']} classes, {p['train_clips']} training clips, {p['test_clips']} test clips, "
-        f"{p['knn_num_neighbors']} neighbors, accuracy in %"
+        f"Full label set: {format_count(p['classes'], 'class')}, {format_count(p['train_clips'], 'training clip')}, "
+        f"{format_count(p['test_clips'], 'test clip')}, {format_count(p['knn_num_neighbors'], 'neighbor')}, "
+        "accuracy in %"
     )
 
 

@@ -119,7 +119,7 @@ def test_check_data_reads_a_dataset_by_its_config(tmp_path: Path, name: str, scr
     for split in ("eval", "unlabel"):
         done = script("check_data.py", *given, "--split", split)
         assert done.returncode == 0, done.stdout
-        assert "1 rallies, 2 events" in done.stdout
+        assert "1 rally, 2 events" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["modalities"]
     assert (found["rgb"]["expected_frames"], found["flow"]["expected_frames"]) == (FRAMES, FRAMES - 1)
     frame, flow = (tmp_path / text.format(k=9) for text in LAYOUTS[name][:2])

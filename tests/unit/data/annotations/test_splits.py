@@ -64,7 +64,7 @@ def test_too_few_matches_or_classes_raise() -> None:
     thirds = {"a": 0.4, "b": 0.3, "c": 0.3}
     with pytest.raises(ValueError, match="2 matches cannot be divided into 3 splits"):
         split_by_match(rallies(2), thirds, seed=0)
-    with pytest.raises(ValueError, match="1 classes"):
+    with pytest.raises(ValueError, match="1 class "):
         split_by_class(rallies(), thirds, seed=0, label_fields=["player"])
     assert all(split_by_match(rallies(3), thirds, seed=s)[n] for s in range(5) for n in thirds)
 
