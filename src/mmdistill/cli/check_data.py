@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
@@ -85,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("check-data", __doc__)
     parser.add_argument(
         "what",
         nargs="+",
@@ -98,16 +97,35 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--split",
         choices=["unlabel", "eval"],
         default="unlabel",
-        help="annotation file of the dataset config: training or evaluation (default unlabel)",
+        help="annotation file of the dataset config: training or evaluation",
     )
-    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
-    parser.add_argument("--root", type=Path, help="data folder (data_module.target_data_dir)")
-    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
-    parser.add_argument("--frames-dir", help="folder of the frames, relative to the data folder")
-    parser.add_argument("--flow-dir", help="folder of the flow files, relative to the data folder")
-    parser.add_argument("--skeleton-dir", help="folder of the skeleton files, relative to the data folder")
     parser.add_argument(
-        "--frame-size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="size of the stored frames in px"
+        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="data folder (data_module.target_data_dir; default: check only the annotations, or the folder of the dataset config)",
+    )
+    parser.add_argument(
+        "--modalities", nargs="+", choices=modality_names(), help="modalities to check (default: all of the dataset)"
+    )
+    parser.add_argument(
+        "--frames-dir", help="folder of the frames, relative to the data folder (default: that of the dataset config)"
+    )
+    parser.add_argument(
+        "--flow-dir", help="folder of the flow files, relative to the data folder (default: that of the dataset config)"
+    )
+    parser.add_argument(
+        "--skeleton-dir",
+        help="folder of the skeleton files, relative to the data folder (default: that of the dataset config)",
+    )
+    parser.add_argument(
+        "--frame-size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="size of the stored frames in px (default: that of the dataset config)",
     )
     parser.add_argument(
         "--every", type=int, default=1, help="open only every n-th file; missing files are always counted"
@@ -115,8 +133,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: all cores)"
     )
-    parser.add_argument("--json", type=Path, help="file for the full report")
-    parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events")
+    parser.add_argument("--json", type=Path, help="file for the full report (default: none)")
+    parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events (default: none)")
     options = parser.parse_intermixed_args(argv)
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     files = [Path(w) for w in options.what if w not in options.overrides]

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import Progress
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.config import (
     DataModuleConfig,
     PretrainConfig,
@@ -84,13 +85,15 @@ def _constant_channels_message(spec: ModalitySpec, constant: list[int]) -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = make_parser("compute-stats", __doc__)
+    parser.add_argument("--config-name", default="config_pretrain", help="main config in configs/")
+    parser.add_argument(
+        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
     )
-    parser.add_argument("--config-name", default="config_pretrain", help="default: %(default)s")
-    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
     parser.add_argument("--output", type=Path, help="dataset config to write (default: standard output)")
-    parser.add_argument("--modalities", nargs="+", choices=modality_names(), help="default: all of the dataset")
+    parser.add_argument(
+        "--modalities", nargs="+", choices=modality_names(), help="modalities to compute (default: all of the dataset)"
+    )
     parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for `mmdistill pretrain`")
     options = parser.parse_intermixed_args(argv)

@@ -5,17 +5,17 @@ mmdistill convert SRC model.ckpt            # a Lightning file
 mmdistill convert SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.cli.parser import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the target was written, 2 if not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
+    parser = make_parser("convert", __doc__)
+    parser.add_argument("source", help="checkpoint of any format")
     parser.add_argument(
         "target", help="X.safetensors, X.ckpt, X.pt, or a name without these suffixes for a DeepSpeed directory"
     )

@@ -3,22 +3,22 @@
 A second call runs only the missing stages.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print the results and the paths of the report. 0 if done, 1 if a stage failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("demo", __doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the runs")
     parser.add_argument(
         "--short", action="store_true", help="one epoch per stage: checks that the pipeline runs, not that it learns"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of all stages (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all stages")
     args = parser.parse_args(argv)
     from mmdistill.workflows.pipeline import (  # torch, which --help must not import
         StageError,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
@@ -26,27 +27,36 @@ if TYPE_CHECKING:  # --help answers without torch
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", nargs="+", type=Path, help=".npz or .safetensors")
+    parser = make_parser("evaluate-features", __doc__)
+    parser.add_argument("file", nargs="+", type=Path, help="feature file, .npz or .safetensors")
     parser.add_argument("--n-way", type=int, nargs="+", default=[5], help="classes per episode")
     parser.add_argument("--k-shot", type=int, nargs="+", default=[1], help="support clips per class")
     parser.add_argument("--q-sample", type=int, default=15, help="query clips per class")
     parser.add_argument("--episodes", type=int, default=600, help="number of episodes")
     names = (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers"))
-    parser.add_argument("--classifier", nargs="+", default=["logistic"], metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--classifier",
+        nargs="+",
+        default=["logistic"],
+        metavar="NAME",
+        help=f"few-shot classifiers: {', '.join(names)}",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
-    parser.add_argument("--disjoint", choices=["video"], help="take support and query clips from different groups")
+    parser.add_argument(
+        "--disjoint", choices=["video"], help="take support and query clips from different groups (default: from any)"
+    )
     parser.add_argument(
         "--support-views",
         choices=["each", "first"],
         default="each",
-        help="each: one classifier per masked view of the support clips; first: one classifier, on the first view "
-        "(default each)",
+        help="each: one classifier per masked view of the support clips; first: one classifier, on the first view",
     )
     parser.add_argument("--probe", action="store_true", help="also run a linear probe and k-NN on the full label set")
-    parser.add_argument("--workers", type=int, help="processes of the logistic regression; default: all processors")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write fewshot.json and report.html to this folder")
+    parser.add_argument("--workers", type=int, help="processes of the logistic regression (default: all processors)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file (default: none)")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write fewshot.json and report.html to this folder (default: none)"
+    )
     return parser.parse_args(argv)
 
 

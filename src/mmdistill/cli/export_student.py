@@ -4,22 +4,22 @@ mmdistill export last.ckpt --to hf            # a folder for transformers.VideoM
 mmdistill export last.ckpt --to onnx --out student.onnx
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
+from mmdistill.cli.parser import make_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the file was written, 2 if not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("--to", required=True, choices=list(EXPORT_SUFFIXES))
+    parser = make_parser("export", __doc__)
+    parser.add_argument("checkpoint", help="distilled or pretraining checkpoint of any format")
+    parser.add_argument("--to", required=True, choices=list(EXPORT_SUFFIXES), help="format of the export")
     parser.add_argument("--out", help="output path (default: ./student-hf, ./student.safetensors, ...)")
-    parser.add_argument("--component", help="encoder to export instead of the student, e.g. teacher_flow")
+    parser.add_argument("--component", help="encoder to export, for example teacher_flow (default: the student)")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.export import export_student  # imports torch, which --help must not

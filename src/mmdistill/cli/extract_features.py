@@ -17,6 +17,7 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.config import ConfigError, DistillConfig, explain
 from mmdistill.config.compose import load_config
 from mmdistill.errors import MMDistillError
@@ -24,22 +25,36 @@ from mmdistill.errors import MMDistillError
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("features", __doc__)
     parser.add_argument("checkpoint", help="checkpoint file or directory")
     parser.add_argument("out", type=Path, help="file to write, .npz or .safetensors")
     parser.add_argument(
-        "--component", help="student_rgb, teacher_flow, encoder ...; default: the student, or the only encoder"
+        "--component", help="student_rgb, teacher_flow, encoder ... (default: the student, or the only encoder)"
     )
-    parser.add_argument("--modality", help="needed if the checkpoint does not determine it")
+    parser.add_argument("--modality", help="modality of the component (default: that of the checkpoint)")
     parser.add_argument(
-        "--n-masks", type=int, help="masked views per clip; 0: whole clips; default: data_module.n_masks"
+        "--n-masks", type=int, help="masked views per clip; 0: whole clips (default: data_module.n_masks)"
     )
-    parser.add_argument("--eval-mask-ratio", type=float, help="default: data_module.eval_mask_ratio")
-    parser.add_argument("--eval-masks", choices=["shared", "per_clip"], help="default: data_module.eval_masks")
-    parser.add_argument("--config-name", default="config_mmdistill", help="default: %(default)s")
-    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
-    parser.add_argument("--cache", type=Path, help="folder of the feature cache")
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides")
+    parser.add_argument(
+        "--eval-mask-ratio",
+        type=float,
+        help="fraction of tokens that a mask removes (default: data_module.eval_mask_ratio)",
+    )
+    parser.add_argument(
+        "--eval-masks",
+        choices=["shared", "per_clip"],
+        help="masks of all clips or of each clip (default: data_module.eval_masks)",
+    )
+    parser.add_argument(
+        "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
+    )
+    parser.add_argument(
+        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
+    )
+    parser.add_argument("--cache", type=Path, help="folder of the feature cache (default: no cache)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
+    )
     return parser.parse_intermixed_args(argv)
 
 

@@ -4,7 +4,6 @@ mmdistill find-checkpoints output
 mmdistill find-checkpoints output --best --json
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
+from mmdistill.cli.parser import make_parser
 from mmdistill.config.compose import CONFIGS
 from mmdistill.modalities import modality_names
 
@@ -100,7 +100,7 @@ def print_report(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if checkpoints were found, 1 if none, 2 if the folder does not exist."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("find-checkpoints", __doc__)
     parser.add_argument("directory", help="folder at any level above the runs")
     parser.add_argument("--best", action="store_true", help="select by lowest loss instead of by age")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")

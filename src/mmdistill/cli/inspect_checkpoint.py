@@ -3,13 +3,13 @@
 mmdistill inspect PATH [--json] [--full]
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.cli.parser import make_parser
 from mmdistill.errors import format_count
 
 
@@ -35,8 +35,8 @@ def format_report(report: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the checkpoint is complete, 1 if it is not, 2 if the path does not exist."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path")
+    parser = make_parser("inspect", __doc__)
+    parser.add_argument("path", help="checkpoint file or directory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
         "--full",

@@ -6,7 +6,6 @@
 training does not see them. The output contains no labels.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
 from mmdistill.errors import format_count
@@ -22,12 +22,12 @@ from mmdistill.files import atomic_write_bytes
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("make-unlabel", __doc__)
     parser.add_argument("annotations", type=Path, nargs="+", help="F3Set JSON files")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
-    parser.add_argument("--exclude", type=Path, nargs="*", default=[], help="files whose rallies are excluded")
+    parser.add_argument(
+        "--exclude", type=Path, nargs="*", default=[], help="files whose rallies are excluded (default: none)"
+    )
     parser.add_argument(
         "--by", choices=["rally", "match"], default="rally", help="exclude rallies, or their whole matches"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import format_count
 from mmdistill.prepare.flow import FLOW_METHODS
@@ -50,31 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("prepare", __doc__)
     parser.add_argument("source", type=Path, help="a video file, or a folder with video files")
     parser.add_argument("--output", type=Path, required=True, help="output folder")
-    parser.add_argument("--height", type=int, default=224, help="height of the stored frames in px (default 224)")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default 95)")
-    parser.add_argument(
-        "--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="optical flow method (default dis)"
-    )
-    parser.add_argument(
-        "--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format of the flow files (default float16)"
-    )
+    parser.add_argument("--height", type=int, default=224, help="height of the stored frames in px")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100")
+    parser.add_argument("--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="optical flow method")
+    parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format of the flow files")
     parser.add_argument(
         "--skeleton",
         choices=["mediapipe", "none"],
         default="none",
-        help="keypoint detector (default none); docs/own_data.md describes how to install mediapipe",
+        help="keypoint detector; docs/own_data.md describes how to install mediapipe",
     )
     parser.add_argument(
         "--split",
         type=float,
         default=0.4,
-        help="vertical position that separates the players, 0 (top) to 1 (bottom): the near player stands below it "
-        "(default 0.4)",
+        help="vertical position that separates the players, 0 (top) to 1 (bottom): the near player stands below it",
     )
     parser.add_argument(
         "--workers",

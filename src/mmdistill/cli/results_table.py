@@ -6,7 +6,6 @@ and the student distilled from RGB alone. A second call runs only the missing st
 ``results.md`` and ``results.json`` in the output folder.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ def seed_stages(output: Path, seeds: list[int], overrides: tuple[str, ...]) -> "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print and write the table. 0 if done, 1 if a stage failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser("results-table", __doc__)
     parser.add_argument("--output", type=Path, default=Path("output/claim"), help="folder of the runs")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument(
-        "--parallel", type=int, default=2, help="simultaneous runs (default 2); the CPU cores are divided among them"
+        "--parallel", type=int, default=2, help="simultaneous runs; the CPU cores are divided among them"
     )
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     args = parser.parse_args(argv)

@@ -7,12 +7,12 @@ r"""Split an annotation file into files that share no match or no class.
 The same seed gives the same files on every machine.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.data.annotations.base import AnnotationError, format_rally_counts
 from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
 from mmdistill.files import atomic_write_bytes
@@ -29,18 +29,18 @@ def _parse_fraction(text: str) -> tuple[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the split files. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser("split-data", __doc__)
     parser.add_argument("annotations", type=Path, help="F3Set JSON")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for one NAME.json per split")
-    parser.add_argument("--by", choices=["match", "class"], required=True)
-    parser.add_argument("--fractions", nargs="+", required=True, metavar="NAME=FRACTION")
+    parser.add_argument("--by", choices=["match", "class"], required=True, help="what the files do not share")
+    parser.add_argument(
+        "--fractions", nargs="+", required=True, metavar="NAME=FRACTION", help="file names and sizes, like train=0.7"
+    )
     parser.add_argument(
         "--label-fields", nargs="+", choices=F3SET_FIELDS, help="label fields that define a class (default: all)"
     )
     parser.add_argument("--min-events", type=int, default=1, help="exclude classes with fewer events (with --by class)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split")
     options = parser.parse_args(argv)
     from mmdistill.data.annotations.splits import split_by_class, split_by_match  # imports torch, which --help must not
 

@@ -3,7 +3,6 @@
 mmdistill sweep-summary output/2026-01-31/12-00-00
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mmdistill.cli.parser import make_parser
 from mmdistill.errors import InputError
 from mmdistill.workflows.sweep_plot import mean_over_seeds, plot_sweep, plotted_keys, sort_values
 from mmdistill.workflows.sweep_results import JobRow, read_sweep, write_table
@@ -41,7 +41,7 @@ def _has_repeated_seeds(rows: Sequence[JobRow]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table and the plot. 0 if written, 2 if the folder contains no sweep."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("sweep-summary", __doc__)
     parser.add_argument("folder", type=Path, help="folder of a sweep (a run with -m)")
     folder = parser.parse_args(argv).folder
     try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.cli.parser import make_parser
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
 from mmdistill.config.compose import load_dataset_settings
 
@@ -59,15 +60,20 @@ def write_reconstructions(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the images. 0 if written, 2 if the checkpoint or the data cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("visualize", __doc__)
     parser.add_argument("checkpoint", help="checkpoint directory of `mmdistill pretrain`")
-    parser.add_argument("overrides", nargs="*", metavar="dataset=NAME | data_module.KEY=VALUE")
     parser.add_argument(
-        "--clips", type=int, default=4, help="number of clips, spread evenly over the split (default 4)"
+        "overrides",
+        nargs="*",
+        metavar="dataset=NAME | data_module.KEY=VALUE",
+        help="overrides of the config in the checkpoint",
     )
-    parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml")
-    parser.add_argument("--out", type=Path, help="folder (default reconstructions/MODALITY-CHECKPOINT)")
+    parser.add_argument("--clips", type=int, default=4, help="number of clips, spread evenly over the split")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="training or evaluation clips")
+    parser.add_argument(
+        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
+    )
+    parser.add_argument("--out", type=Path, help="output folder (default: reconstructions/MODALITY-CHECKPOINT)")
     try:
         write_reconstructions(parser.parse_intermixed_args(argv))
     except (ConfigError, CheckpointError) as error:

@@ -1,0 +1,54 @@
+"""The argument parsers of the verbs: names, help texts and defaults."""
+
+import argparse
+import importlib
+from typing import Any
+
+import pytest
+
+from mmdistill.cli import parser
+from mmdistill.cli.main import VERBS
+from mmdistill.cli.parser import make_parser
+
+HYDRA_VERBS = ("pretrain", "distill", "evaluate")
+
+
+def test_help_states_the_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_parser("verb", "First line.\n\n    mmdistill verb X")
+    made.add_argument("--a", type=int, default=0, help="an a")
+    made.add_argument("--b", default=[1, 2], help="a b")
+    made.add_argument("--c", default=3, help="a c (default: all)")
+    made.add_argument("--d", action="store_true", help="a d")
+    text = made.format_help()
+    assert text.startswith("usage: mmdistill verb ")
+    assert "    mmdistill verb X" in text
+    for line in ("an a (default: 0)", "a b (default: 1 2)", "a c (default: all)", "a d"):
+        assert f" {line}\n" in text
+    with pytest.raises(SystemExit):
+        made.parse_args(["--unknown"])
+    assert "mmdistill verb: error: unrecognized arguments" in capsys.readouterr().err
+
+
+class _ParserMadeError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in HYDRA_VERBS])
+def test_every_argument_has_a_help_text_and_its_default(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[argparse.ArgumentParser] = []
+
+    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
+        made.append(self)
+        raise _ParserMadeError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", stop)
+    with pytest.raises(_ParserMadeError):
+        importlib.import_module(f"mmdistill.cli.{VERBS[verb].module}").main([])
+    assert made[0].prog == f"mmdistill {verb}"
+    formatter = parser._HelpFormatter("")
+    for action in made[0]._actions:
+        text = formatter._get_help_string(action)
+        assert text, action
+        is_optional = action.option_strings and not action.required and action.nargs != 0
+        assert not is_optional or "default" in text, action
