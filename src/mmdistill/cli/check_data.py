@@ -38,7 +38,8 @@ from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import RallyCoverage, check_all
 
-COVERAGE_COLUMNS = (  # key of the report, column title
+_DIR_OPTIONS = {"rgb": "--frames-dir", "flow": "--flow-dir", "skeleton": "--skeleton-dir"}
+COVERAGE_ROWS = (  # key of the report, title of the row
     ("expected_frames", "expected frames"),
     ("missing_frames", "missing frames"),
     ("unreadable_frames", "unreadable frames"),
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.write_clean and data.annotations != "f3set":
             raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
         if options.root is not None or options.overrides:
-            readers = open_readers(data, tuple(options.modalities or data.modalities))
+            names = tuple(options.modalities or data.modalities)
+            _check_folders(options, data, names)
+            readers = open_readers(data, names)
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"mmdistill check-data: error: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
@@ -105,7 +108,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--root",
         type=Path,
-        help="data folder (data_module.target_data_dir; default: check only the annotations, or the folder of the dataset config)",
+        help="data folder, which contains the folders of the modalities (default: that of KEY=VALUE; without KEY=VALUE "
+        "only the annotations are checked)",
     )
     parser.add_argument(
         "--modalities", nargs="+", choices=modality_names(), help="modalities to check (default: all of the dataset)"
@@ -154,6 +158,24 @@ def _data_config(options: argparse.Namespace) -> DataModuleConfig:
     return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})
 
 
+def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: Sequence[str]) -> None:
+    """Raise `ConfigError` if a folder that the options select does not exist. It names the option and the fix."""
+    if options.root is None:
+        return
+    if not options.root.is_dir():
+        raise ConfigError(f"--root {options.root}: there is no such folder; give the folder that contains the data")
+    folders = {name: modality_setting(data, name, "dir") for name in names}
+    absent = [name for name, folder in folders.items() if folder and not (options.root / folder).exists()]
+    if absent:
+        found = [name for name in names if name not in absent]
+        listed = ", ".join(f"{folders[name]} ({name})" for name in absent)
+        only = f", or check only the others with --modalities {' '.join(found)}" if found else ""
+        raise ConfigError(
+            f"--root {options.root}: it contains no {listed}; give the folder that contains the data, or set "
+            f"{' or '.join(_DIR_OPTIONS.get(name, f'data_module.modalities.{name}.dir') for name in absent)}{only}"
+        )
+
+
 def _read_rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
     """The rallies, and all errors of an F3Set file. Other readers raise at the first error."""
     from mmdistill.builders import load_rallies
@@ -175,9 +197,9 @@ def _print_annotations(console: Console, path: Path, rallies: list[Rally], probl
 
 
 def _print_coverage(console: Console, report: dict[str, Any]) -> None:
-    table = Table("modality", *(title for _, title in COVERAGE_COLUMNS))
-    for name, counts in report["modalities"].items():
-        table.add_row(name, *(str(counts[key]) for key, _ in COVERAGE_COLUMNS))
+    table = Table("", *report["modalities"])
+    for key, title in COVERAGE_ROWS:
+        table.add_row(title, *(str(counts[key]) for counts in report["modalities"].values()))
     console.print(table)
     for player, counts in report["players"].items():
         found = (
@@ -188,9 +210,7 @@ def _print_coverage(console: Console, report: dict[str, Any]) -> None:
     for message in report["messages"][:MAX_PROBLEMS_SHOWN]:
         console.print(f"  {message}", markup=False, soft_wrap=True)
     if len(report["messages"]) > MAX_PROBLEMS_SHOWN:
-        console.print(
-            f"  and {format_count(len(report['messages']) - MAX_PROBLEMS_SHOWN, 'more problem')}; --json FILE "
-            "writes all"
-        )
+        more = format_count(len(report["messages"]) - MAX_PROBLEMS_SHOWN, "more problem")
+        console.print(f"  and {more}; --json FILE writes all")
     gaps = len(report["rallies_with_gaps"])
     console.print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")

@@ -11,13 +11,16 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
 from mmdistill.cli.parser import make_parser
-from mmdistill.config.compose import CONFIGS
-from mmdistill.modalities import modality_names
+from mmdistill.config.compose import configs_dir
+from mmdistill.modalities import STUDENT_MODALITY, modality_names
 
 
 def format_size(num_bytes: int) -> str:
@@ -48,20 +51,43 @@ def format_ckpt_path(selected: dict[str, CheckpointInfo]) -> str:
             lines.append(f"  {text},  # {name}, {selected[name].format}")
         else:
             lines.append(f"  ???,  # {name}: no complete checkpoint found; pretrain it with modality={name}")
+    found = [name for name in modality_names() if name in selected]
+    if STUDENT_MODALITY in found and len(found) < len(modality_names()):
+        hint = f"# to distill from these only: remove the lines with ???, set trainer.teachers=[{','.join(found)}]"
+        return "\n".join(["ckpt_path: [", *lines, "]", hint])
     return "\n".join(["ckpt_path: [", *lines, "]"])
+
+
+def config_arguments(run_dir: Path) -> list[str]:
+    """Arguments that select the config and the dataset of a run, from the ``.hydra`` folder that the run wrote.
+
+    Without that folder: the main config that has the run's name, if there is one.
+    """
+    try:
+        hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
+        names = {"main": "--config-path", "command-line": "--config-dir"}
+        sources = [
+            (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
+        ]
+        folders = [f"{name}={path}" for name, path in sources if Path(path).is_dir() and path != str(configs_dir())]
+        overrides = [o for o in hydra["overrides"]["task"] if o.startswith(("dataset=", "data_module."))]
+        if not any(override.startswith("dataset=") for override in overrides):
+            overrides.insert(0, f"dataset={hydra['runtime']['choices']['dataset']}")
+        return [f"--config-name={hydra['job']['config_name']}", *folders, *overrides]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        name = f"config_{run_dir.name}"
+        is_config = run_dir.name != "mmdistill" and (configs_dir() / f"{name}.yaml").is_file()
+        return [f"--config-name={name}"] if is_config else []
 
 
 def evaluation_command(info: CheckpointInfo) -> str:
     """Build the command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
-    words = ["python", "lit_main_mmdistill.py"]
-    run = info.path.parent.parent.name
-    if run != "mmdistill" and (CONFIGS / f"config_{run}.yaml").is_file():
-        words.append(f"--config-name=config_{run}")
+    words = ["mmdistill", "evaluate", *config_arguments(info.path.parent.parent)]
     value = str(info.path)
     if not re.fullmatch(r"[\w./=+-]+", value, re.ASCII):  # Hydra needs quotes; the entrypoints accept "=" without
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         value = f'"{escaped}"'
-    words += ["train=False", "test=True", f"ckpt_path={value}"]
+    words.append(f"ckpt_path={value}")
     return " ".join(shlex.quote(word) for word in words)
 
 

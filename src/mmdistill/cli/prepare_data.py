@@ -7,6 +7,8 @@ An interrupted run can be repeated; it computes only what is missing. The exit s
 
 import argparse
 import os
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +16,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmdistill.cli.parser import make_parser
+from mmdistill.config import PretrainConfig, as_ints
+from mmdistill.config.compose import load_config
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import load_f3set
+from mmdistill.data.clips import build_index
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import format_count
+from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
 from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_all
 from mmdistill.prepare.video import VideoError, find_videos
@@ -108,18 +116,58 @@ def _print_next_commands(console: Console, output: Path, results: list[PrepareRe
     complete = [r.record for r in results if r.record]
     if not complete:
         return
+    done = f"{len(complete)} of {format_count(len(results), 'video')}"
+    lines = [f"prepared {done} in {output}; see {output}/provenance.json"]
     sizes = sorted({tuple(record["stored_size"]) for record in complete})
-    lines = [f"{len(complete)} of {len(results)} videos are in {output}; see {output}/provenance.json"]
     if len(sizes) > 1:
         lines.append(f"the stored sizes differ ({sizes}): prepare videos of one aspect ratio per output folder")
-    lines.append(
-        f"to pretrain: mmdistill pretrain --config-name=config_pretrain_tennis modality=rgb "
-        f"data_module.target_data_dir={output} data_module.frame_size=[{sizes[0][0]},{sizes[0][1]}]"
-    )
-    lines.append(
-        f"to evaluate with the video as class, add to `mmdistill distill`: data_module.eval_clips=windows "
-        "data_module.label=video "
-        f"data_module.fewshot_eval_json_path={(output / 'unlabel.json').resolve()}"
-    )
-    for line in lines:
+    absent = {kind for record in complete for kind, part in record["parts"].items() if part.get("method") == "none"}
+    modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
+    for line in [*lines, *next_commands(output.resolve(), load_f3set(output / "unlabel.json"), sizes[0], modalities)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def next_commands(
+    output: Path, rallies: Sequence[Rally], frame_size: tuple[int, int], modalities: Sequence[str]
+) -> list[str]:
+    """The commands that check, pretrain, distill and evaluate, with values that fit these videos.
+
+    Args:
+        output: absolute path of the data folder.
+        rallies: the prepared videos.
+        frame_size: (height, width) of the stored frames in px.
+        modalities: the prepared ones.
+    """
+    config = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb"])
+    data = config.data_module
+    index = build_index(rallies, clips="windows", num_frames=data.num_frames, label="video")
+    if not index.clips:
+        return [f"no video has the {data.num_frames + 1} frames of a clip: set data_module.num_frames to a lower value"]
+    height, width = frame_size
+    crop_height, crop_width = (side // data.patch_size * data.patch_size for side in frame_size)
+    folder = shlex.quote(str(output))
+    data_keys = f"data_module.target_data_dir={folder} data_module.frame_size=[{height},{width}]"
+    data_keys += f" data_module.crop_size=[{crop_height},{crop_width}]"
+    batch_size = f" batch_size={len(index.clips)}" if len(index.clips) < config.batch_size else ""
+    placeholders = ",".join(name.upper() for name in modalities)
+    teachers = ",".join(modalities)
+    lines = [
+        f"to check: mmdistill check-data {folder}/unlabel.json --root {folder} --modalities {' '.join(modalities)} "
+        f"--frame-size {height} {width}",
+        f"to pretrain: mmdistill pretrain -m --config-name=config_pretrain_tennis modality={teachers} {data_keys}"
+        f"{batch_size}",
+        f"to distill: mmdistill distill --config-name=config_mmdistill_tennis test=False trainer.teachers=[{teachers}] "
+        f"trainer.ckpt_path=[{placeholders}] {data_keys}{batch_size}",
+    ]
+    clips_per_video = sorted(Counter(clip.label for clip in index.clips).values(), reverse=True)
+    usable = [count for count in clips_per_video if count >= 2][: as_ints("n_way", data.n_way)[0]]
+    if len(usable) < 2:
+        needed = f"two videos of at least {2 * data.num_frames + 1} frames"
+        return [*lines, f"an evaluation with the video as class needs {needed}; give labels, or prepare more videos"]
+    return [
+        *lines,
+        "to evaluate with the video as class: mmdistill evaluate --config-name=config_mmdistill_tennis ckpt_path=PATH "
+        f"{data_keys} data_module.eval_clips=windows data_module.label=video "
+        f"data_module.fewshot_eval_json_path=unlabel.json data_module.n_way={len(usable)} "
+        f"data_module.q_sample={min(data.q_sample, usable[-1] - 1)}",
+    ]

@@ -135,6 +135,8 @@ def load_features(path: str | Path) -> Features:
         raise FeatureError(f"{path} is corrupt: {error}") from error
     except FeatureError as error:
         raise FeatureError(f"{path}: {error}") from error
+    except ValueError as error:  # NumPy, about a file of another kind; its text advises to unpickle it
+        raise FeatureError(f"{path}: not an .npz file of arrays; write it again") from error
     raise FeatureError(f"{path}: unsupported file type; give a .safetensors or .npz file")
 
 
@@ -162,9 +164,7 @@ def _load_npz(path: Path) -> Features:
         try:
             found = {name: file[name] for name in file.files}
         except ValueError as error:
-            raise FeatureError(
-                f"it contains Python objects, which are not supported; save plain arrays ({error})"
-            ) from error
+            raise FeatureError("it contains Python objects, which are not supported; save plain arrays") from error
     x = as_views(found["features"])
     labels, classes = _parse_labels(found["labels"], found.get("classes"))
     ids = found.get("ids", np.arange(len(x)))

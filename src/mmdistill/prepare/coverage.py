@@ -12,10 +12,11 @@ import numpy as np
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.readers.base import FrameError, KeypointReader, Reader
-from mmdistill.errors import format_count
+from mmdistill.errors import format_count, format_first
 from mmdistill.modalities import get_modality
 
 MAX_MESSAGES = 5  # about unreadable files, per rally and modality
+MAX_FILES_SHOWN = 3  # missing files, per rally and modality
 
 
 @dataclass
@@ -66,6 +67,8 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
             continue
         missing = set(reader.missing_frames(rally.video, range(count)))
         coverage.missing_frames = len(missing)
+        if missing:
+            coverage.messages.append(_missing_message(reader, rally.video, sorted(missing)))
         last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
         coverage.extra_frames = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
         if coverage.extra_frames:
@@ -74,6 +77,11 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
             if frame not in missing:
                 _count_if_unreadable(reader, rally.video, frame, coverage)
     return result
+
+
+def _missing_message(reader: Reader, video: str, frames: Sequence[int]) -> str:
+    """Names the first missing files."""
+    return f"missing {reader.name} files: {format_first(reader.files(video, frames), MAX_FILES_SHOWN)}"
 
 
 def _count_if_unreadable(reader: Reader, video: str, frame: int, coverage: ModalityCoverage) -> None:
@@ -89,6 +97,7 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
     """Frames in which the near and the far player were found."""
     if reader.missing_frames(rally.video, [0]):
         coverage.missing_frames = coverage.expected_frames
+        coverage.messages.append(_missing_message(reader, rally.video, [0]))
         return 0, 0
     try:
         rows = reader.load_video(rally.video)

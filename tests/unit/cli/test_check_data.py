@@ -91,3 +91,26 @@ def test_checks_that_cannot_run_exit_with_2(tmp_path: Path, capsys: pytest.Captu
         main(["a.json", "b.json"])
     assert stopped.value.code == 2
     assert "give one annotation file at a time, got a.json, b.json" in capsys.readouterr().err
+
+
+def test_table_is_complete_at_80_columns(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert check(root) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["┃", "┃", "rgb", "┃", "flow", "┃", "skeleton", "┃"] for line in lines)
+    assert any("rallies longer than annotated │ 0" in line for line in lines)
+
+
+def test_wrong_root_is_reported_with_the_option(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = str(root / "a.json")
+    assert main([annotations, "--root", str(root / "absent")]) == 2
+    shown = capsys.readouterr().err
+    assert f"--root {root / 'absent'}: there is no such folder" in shown
+    assert "target_data_dir" not in shown
+    (root / "skeletons").rename(root / "elsewhere")
+    assert main([annotations, "--root", str(root)]) == 2
+    shown = capsys.readouterr().err
+    assert f"--root {root}: it contains no skeletons/f3set-tennis (skeleton); " in shown
+    assert shown.endswith("set --skeleton-dir, or check only the others with --modalities rgb flow\n")

@@ -7,7 +7,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmdistill.checkpoint.find import find_checkpoints, select_checkpoints
-from mmdistill.cli.find_checkpoints import evaluation_command, format_size, main
+from mmdistill.cli.find_checkpoints import config_arguments, evaluation_command, format_ckpt_path, format_size, main
+from mmdistill.config.compose import CONFIGS
 from mmdistill.config.overrides import quote_overrides
 from tests.checkpoint_files import write_output
 
@@ -20,9 +21,8 @@ def output(tmp_path: Path) -> Path:
 def parsed_path(command: str) -> Path:
     """``ckpt_path`` of a printed command, as the entrypoint reads it."""
     words = shlex.split(command)
-    assert words[:2] == ["python", "lit_main_mmdistill.py"]
+    assert words[:2] == ["mmdistill", "evaluate"]
     assert "--config-name=config_mmdistill_tennis" in words
-    assert words[-3:-1] == ["train=False", "test=True"]
     (quoted,) = quote_overrides(words[-1:])
     return Path(str(OverridesParser.create().parse_override(quoted).value()))
 
@@ -34,7 +34,7 @@ def test_printed_list_and_command_can_be_pasted(output: Path, capsys: pytest.Cap
     paths = yaml.safe_load(block)["ckpt_path"]
     assert [Path(p).parent.parent.name for p in paths] == ["pretrain_rgb", "pretrain_flow", "pretrain_skeleton"]
     assert all(Path(p).is_dir() for p in paths)
-    command = next(line for line in text.splitlines() if line.startswith("python "))
+    command = next(line for line in text.splitlines() if line.startswith("mmdistill evaluate "))
     assert parsed_path(command).is_file()
     assert '"' not in command  # as the README shows it
 
@@ -62,3 +62,36 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_sizes() -> None:
     assert [format_size(n) for n in (7, 1500, 2_500_000, 3 * 10**9)] == ["7 B", "2 KB", "2.5 MB", "3.0 GB"]
+
+
+def test_command_selects_the_config_and_the_dataset_of_the_run(tmp_path: Path) -> None:
+    """``.hydra/hydra.yaml`` as Hydra writes it."""
+    folder = tmp_path / "run" / ".hydra"
+    folder.mkdir(parents=True)
+    sources = [("hydra", "hydra.conf"), ("main", str(CONFIGS)), ("command-line", str(tmp_path)), ("schema", "")]
+    overrides = ["trainer.epochs=1", "data_module.target_data_dir=/d", "test=False"]
+    hydra = {
+        "job": {"config_name": "config_mmdistill_tennis"},
+        "runtime": {
+            "config_sources": [{"provider": provider, "path": path} for provider, path in sources],
+            "choices": {"dataset": "mine"},
+        },
+        "overrides": {"hydra": [], "task": overrides},
+    }
+    (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    name = "--config-name=config_mmdistill_tennis"
+    expected = [name, f"--config-dir={tmp_path}", "dataset=mine", "data_module.target_data_dir=/d"]
+    assert config_arguments(tmp_path / "run") == expected
+    overrides.append("dataset=other")
+    (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    assert config_arguments(tmp_path / "run")[2:] == ["data_module.target_data_dir=/d", "dataset=other"]
+    (folder / "hydra.yaml").write_text("{}")
+    assert config_arguments(tmp_path / "run") == []
+
+
+def test_missing_teacher_names_the_key_for_fewer_teachers(output: Path) -> None:
+    selected = select_checkpoints(find_checkpoints(output))
+    assert "trainer.teachers" not in format_ckpt_path(selected)
+    text = format_ckpt_path({name: info for name, info in selected.items() if name != "skeleton"})
+    assert "pretrain it with modality=skeleton" in text
+    assert text.endswith("remove the lines with ???, set trainer.teachers=[rgb,flow]")

@@ -102,3 +102,10 @@ def test_merge_restores_the_order_and_rejects_gaps():
     for wrong in (parts[:1], [*parts, parts[0]]):
         with pytest.raises(FeatureError, match="for 6 clips"):
             merge_features(wrong, whole.ids)
+
+
+def test_file_of_another_kind_is_reported_without_numpys_advice_to_unpickle_it(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"garbage")
+    with pytest.raises(FeatureError, match=r"a\.npz: not an \.npz file of arrays; write it again") as caught:
+        load_features(tmp_path / "a.npz")
+    assert "pickle" not in str(caught.value)

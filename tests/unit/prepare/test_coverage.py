@@ -96,6 +96,18 @@ def test_every_kind_of_gap_is_counted_and_named(root: Path) -> None:
     text = "\n".join(report["messages"])
     for part in ("000003.jpg: truncated JPEG", "000004.jpg: 8 x 8 px", "pair_00001.npy: shape (2, 3, 4)", "frame 4"):
         assert part in text
+    flow, skeleton = root / "tennis_flows/m_20_30/pair_00000.npy", root / "skeletons/f3set-tennis/m_20_30.pkl"
+    assert f"missing flow files: {flow}" in report["messages"]
+    assert f"missing skeleton files: {skeleton}" in report["messages"]
+
+
+def test_first_missing_files_are_named(root: Path) -> None:
+    folder = root / "tennis_flows/m_20_30"
+    for k in range(5):
+        (folder / f"pair_{k:05d}.npy").unlink()
+    (message,) = check_all(RALLIES, open_readers(root), workers=1)["messages"]
+    named = ", ".join(str(folder / f"pair_{k:05d}.npy") for k in range(3))
+    assert message == f"missing flow files: {named} and 2 more"
 
 
 def test_skeleton_file_of_another_length_is_reported(root: Path) -> None:

@@ -27,8 +27,8 @@ def read_flow(path: Path | str) -> np.ndarray:
     """
     try:
         stored = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise FlowFileError(f"{path}: not a complete .npy file ({error})") from error
+    except (ValueError, EOFError) as error:  # the text of NumPy advises to unpickle the file, which runs its code
+        raise FlowFileError(f"{path}: truncated, or not a .npy file of numbers; write this flow file again") from error
     if not isinstance(stored, np.ndarray):
         raise FlowFileError(f"{path}: an .npz archive, expected .npy")
     if stored.dtype.names is not None:

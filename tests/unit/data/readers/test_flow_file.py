@@ -54,3 +54,11 @@ def test_wrong_arguments_and_files_raise(tmp_path: Path) -> None:
     np.save(path, np.zeros((), dtype=[("a", "<f4")]))
     with pytest.raises(FlowFileError, match="expected one record of scale and flow"):
         read_flow(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00"])
+def test_file_of_another_kind_is_reported_without_numpys_advice_to_unpickle_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(FlowFileError) as caught:
+        read_flow(tmp_path / "a.npy")
+    assert str(caught.value).endswith("a.npy: truncated, or not a .npy file of numbers; write this flow file again")
