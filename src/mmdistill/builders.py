@@ -151,9 +151,18 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
             frame_number_offset=data.frame_number_offset,
             max_persons=data.max_persons,
         )
-        root = resolve_data_path(
-            data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir")
-        )
+        try:
+            root = resolve_data_path(
+                data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir")
+            )
+        except ConfigError as error:
+            others = [name for name in modalities if name != modality]
+            if modality == STUDENT_MODALITY or STUDENT_MODALITY not in others:
+                raise
+            raise ConfigError(
+                f"{error}; to work without {modality}, set trainer.teachers=[{','.join(others)}] (distillation) or "
+                f"--modalities {' '.join(others)} (check-data, compute-stats)"
+            ) from error
         with raise_as_config_error(modality_setting_key(data, modality, "pattern")):
             readers[modality] = get_modality(modality).open_reader(root, options)
     return readers

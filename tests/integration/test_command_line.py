@@ -68,7 +68,7 @@ def test_evaluate_reads_a_dataset_config_of_another_folder(config_dir: Path, pre
     )  # fmt: skip
     assert json.loads((tmp_path / "fewshot.json").read_text())["n_way"] == 3
     command = json.loads((tmp_path / "run.json").read_text())[0]["command"]
-    assert command[:4] == ["mmdistill distill", f"--config-dir={config_dir}", "train=False", "test=True"]
+    assert command[:4] == ["mmdistill evaluate", f"--config-dir={config_dir}", "train=False", "test=True"]
 
 
 def test_scripts_read_a_dataset_config_of_another_folder(

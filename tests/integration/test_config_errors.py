@@ -23,10 +23,10 @@ def test_misspelled_keys_fail_on_the_command_line_and_in_yaml(tmp_path: Path) ->
 
 def test_renamed_keys_name_their_replacement(tmp_path: Path) -> None:
     message = "data_module.missing was renamed to data_module.on_missing"
-    assert error_of("modality=rgb", "data_module.missing=skip").endswith(f"mmdistill: error: {message}\n")
+    assert error_of("modality=rgb", "data_module.missing=skip").endswith(f"mmdistill pretrain: error: {message}\n")
     (tmp_path / "old.yaml").write_text("defaults:\n  - config_pretrain\n  - _self_\ndata_module:\n  missing: skip\n")
     shown = error_of(f"--config-dir={tmp_path}", "--config-name=old", "modality=rgb")
-    assert shown.endswith(f"mmdistill: error: old: {message}\n")
+    assert shown.endswith(f"mmdistill pretrain: error: old: {message}\n")
     (tmp_path / "old.yaml").write_text("defaults:\n  - config_pretrain\n  - deepspeed: zero2\n  - _self_\n")
     shown = error_of(f"--config-dir={tmp_path}", "--config-name=old", "modality=rgb")
     assert "deepspeed was removed; use strategy=deepspeed_stage_N" in shown

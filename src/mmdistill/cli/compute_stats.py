@@ -9,8 +9,9 @@ and heat-maps of a training with the same overrides. Each checkpoint stores them
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException
@@ -20,16 +21,22 @@ from rich.progress import Progress
 
 from mmdistill.cli.parser import make_parser
 from mmdistill.config import (
+    ConfigError,
     DataModuleConfig,
     PretrainConfig,
     explain,
     modality_specs,
     to_plain,
 )
-from mmdistill.config.compose import load_config
+from mmdistill.config.compose import load_config, load_dataset_settings
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
-from mmdistill.modalities import ModalitySpec, modality_names
+from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, modality_names
+
+TRAINING_KEYS = (
+    "window_stride", "hflip_prob", "random_crop_min_scale", "mask_type", "mask_ratio", "n_masks", "eval_mask_ratio",
+    "eval_masks", "input_modes", "n_way", "k_shot", "q_sample", "episodes", "disjoint", "on_missing",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         print(f"mmdistill compute-stats: error: {explain(error, PretrainConfig)}", file=sys.stderr)
         return 2
-    plain = to_plain(data)
+    plain = dataset_keys(data, moments, overrides, options.config_dir)
     for name, moment in moments.items():
         mean, std, constant = to_mean_std(moment)
         plain["modalities"][name] |= {"mean": list(mean), "std": list(std)}
@@ -100,9 +107,28 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return options, options.overrides
 
 
-def _write(output: Path | None, data: dict[str, object], clips: int) -> None:
-    defaults = to_plain(DataModuleConfig())
-    kept = {key: value for key, value in data.items() if key not in defaults or value != defaults[key]}
+def dataset_keys(
+    data: DataModuleConfig, computed: Collection[str], overrides: Sequence[str], config_dir: Path | None
+) -> dict[str, Any]:
+    """The keys of a dataset config: data, clips and the computed modalities, without keys at their defaults.
+
+    Keys of a training or an evaluation (`TRAINING_KEYS`) have the values of the dataset's own config, not those of the
+    main config or the command line. rgb is kept in any case, because every distillation needs it.
+    """
+    chosen = [override.removeprefix("dataset=") for override in overrides if override.startswith("dataset=")]
+    try:
+        own = load_dataset_settings(chosen[-1] if chosen else data.name, config_dir)
+    except ConfigError:  # the dataset is written in a main config
+        own = {}
+    plain, defaults = to_plain(data), to_plain(DataModuleConfig())
+    kept = {key: value for key, value in plain.items() if key not in TRAINING_KEYS and value != defaults.get(key)}
+    kept |= {key: own[key] for key in TRAINING_KEYS if key in own}
+    modalities = kept.pop("modalities")
+    names = [name for name in modalities if name in (STUDENT_MODALITY, *computed)]
+    return {**kept, "modalities": {name: modalities[name] for name in names}}
+
+
+def _write(output: Path | None, kept: dict[str, Any], clips: int) -> None:
     if output is not None and kept["name"] != "demo":  # the name "demo" triggers the rendering of the demo data
         kept["name"] = output.stem
     text = "# @package data_module\n" + f"# statistics over {format_count(clips, 'clip')}, by mmdistill compute-stats\n"

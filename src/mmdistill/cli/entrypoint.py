@@ -49,7 +49,7 @@ def run_entrypoint(
         job: function that does the work.
         schema: dataclass of the config.
         config_name: default of ``--config-name``.
-        verb: verb of ``mmdistill`` that starts this job.
+        verb: verb of ``mmdistill`` that starts this job; errors name it.
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
     given: Sequence[str] = sys.argv[1:] if argv is None else argv
@@ -89,7 +89,7 @@ def run_entrypoint(
             launch.reset_sigchld_handler()
         except RuntimeError:  # another loader worker died in the meantime
             launch.reset_sigchld_handler()
-        exit_with_error(error, schema, num_jobs)
+        exit_with_error(error, schema, num_jobs, verb)
 
 
 def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | None = None) -> None:
@@ -132,7 +132,7 @@ def broadcast_objective(run_dir: Path) -> float:
     return float(broadcast_object(float("nan") if launch.is_nonzero_rank() else objective(run_dir)))
 
 
-def exit_with_error(error: Exception, schema: type[T], job: int) -> None:
+def exit_with_error(error: Exception, schema: type[T], job: int, verb: str | None = None) -> None:
     """Print the error from one rank and exit: status 2 for invalid input, the error's own status, else 1.
 
     Raises:
@@ -142,7 +142,7 @@ def exit_with_error(error: Exception, schema: type[T], job: int) -> None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         status = InputError.exit_status
     expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException)
-    line = f"mmdistill: error: {explain(error, schema)}" if expected else None
+    line = f"mmdistill{f' {verb}' if verb else ''}: error: {explain(error, schema)}" if expected else None
     if launch.launched_externally():
         launch.exit_after_timeout(status)
         report_rank_failure(error, line, launch.claim_first_failure(job))

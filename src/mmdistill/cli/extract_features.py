@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mmdistill.cli.parser import make_parser
 from mmdistill.config import ConfigError, DistillConfig, explain
 from mmdistill.config.compose import load_config
-from mmdistill.errors import MMDistillError
+from mmdistill.errors import MMDistillError, format_count
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,6 +76,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
     make_demo_data(data)
     dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
+    print(f"dataset {data.name}: {format_count(len(dataset), 'evaluation clip')}", file=sys.stderr)
     masks = EvalMasks(
         data.n_masks if args.n_masks is None else args.n_masks,
         data.eval_mask_ratio if args.eval_mask_ratio is None else args.eval_mask_ratio,

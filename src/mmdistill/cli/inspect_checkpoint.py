@@ -4,11 +4,14 @@ mmdistill inspect PATH [--json] [--full]
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.find import find_checkpoints
 from mmdistill.cli.parser import make_parser
 from mmdistill.errors import format_count
 
@@ -33,8 +36,22 @@ def format_report(report: dict[str, Any]) -> list[str]:
     return out
 
 
+def describe_run_folder(path: str) -> str | None:
+    """What to inspect instead, if `path` is the folder of a run; None if it is not."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or not any((folder / name).exists() for name in ("checkpoints", "run.json")):
+        return None
+    found = [info for info in find_checkpoints(folder) if info.complete]
+    if not found:
+        return f"{path}: a run folder without a complete checkpoint; `mmdistill find-checkpoints` lists checkpoints"
+    return (
+        f"{path}: a run folder, not a checkpoint; its newest checkpoint: "
+        f"mmdistill inspect {shlex.quote(str(found[0].path))}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns 0 if the checkpoint is complete, 1 if it is not, 2 if the path does not exist."""
+    """Run the command. Returns 0 if the checkpoint is complete, 1 if it is not, 2 if the path is none."""
     parser = make_parser("inspect", __doc__)
     parser.add_argument("path", help="checkpoint file or directory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -44,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also compare the sha256 of archives in manifests of older versions",
     )
     args = parser.parse_args(argv)
+    if message := describe_run_folder(args.path):
+        print(f"mmdistill inspect: error: {message}", file=sys.stderr)
+        return 2
     from mmdistill.checkpoint.inspect import inspect_checkpoint  # imports torch, which --help must not
 
     try:

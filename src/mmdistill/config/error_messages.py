@@ -3,13 +3,14 @@
 import difflib
 import re
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config.renames import describe_old_key, renamed_key
 from mmdistill.config.schema import CommonConfig
-from mmdistill.errors import MMDistillError
+from mmdistill.errors import MMDistillError, suggest_nearest
 
 
 def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
@@ -48,6 +49,12 @@ def explain(error: Exception, schema: type[Any]) -> str:
         return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
     if old := _describe_old_keys(chain, text, schema):
         return old
+    if name := re.search(r"Cannot find primary config '([^']+)'", text):
+        folders = [Path(folder.strip()) for folder in re.findall(r"path=file://(.+)", text)]
+        names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        return f"--config-name={name[1]}: not one of {', '.join(names)}{suggest_nearest(name[1], names)}"
+    if "model" not in known_keys(schema) and re.search(r"(?:Could not override|Key) 'model['.]", text):
+        return "model: distillation and evaluation use the model of the checkpoint; remove model from the command"
     first_lines = [
         next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__) for e in chain
     ]
@@ -58,9 +65,10 @@ def explain(error: Exception, schema: type[Any]) -> str:
     if "Ambiguous value for argument" in text:
         message += ": a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\""
     if options := getattr(error, "options", None):  # set by Hydra if a group has no such file
-        message += f". Available: {', '.join(options)}"
+        missing_name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")[2]
+        message = f"{message.rstrip('.')}. Available: {', '.join(options)}{suggest_nearest(missing_name, options)}"
     if match := re.search(r"Key '([^']+)'", text):
-        message += near_matches(match[1], schema)
+        message = message.rstrip(".") + near_matches(match[1], schema)
     return message
 
 

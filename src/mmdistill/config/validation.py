@@ -1,6 +1,7 @@
 """Validation of config values, and access to keys that take several forms. Runs before any data is read."""
 
 import importlib.util
+import itertools
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from mmdistill.config.schema import (
 )
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
-from mmdistill.errors import suggest_nearest
+from mmdistill.errors import format_count, suggest_nearest
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 from mmdistill.models import TARGETS
 from mmdistill.plugins import entry_point_names
@@ -124,7 +125,7 @@ def _validate_trainer(trainer: TrainerConfig) -> None:
 
 def _validate_pretrain(config: PretrainConfig) -> None:
     _validate_choice("modality", config.modality, modality_names())
-    _validate_modality("modality", config.modality, config.data_module)
+    _validate_modality("modality", config.modality, config.data_module, "use one of these")
     _validate_minimum("trainer.image_every_n_epochs", config.trainer.image_every_n_epochs, 0)
     _validate_choice("strategy", config.strategy, tuple(PRETRAIN_STAGES))
     _validate_choice("model.pos_embed", config.model.pos_embed, POS_EMBEDS)
@@ -158,10 +159,10 @@ def has_offload(config: PretrainConfig | DistillConfig) -> bool:
     return config.strategy.endswith("_offload")
 
 
-def _validate_modality(key: str, modality: str, data: DataModuleConfig) -> None:
+def _validate_modality(key: str, modality: str, data: DataModuleConfig, fix: str) -> None:
     if modality not in data.modalities:
         raise ConfigError(
-            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; use one of these, or "
+            f"{key}: dataset {data.name} has no {modality}, but {', '.join(data.modalities)}; {fix}, or "
             f"add data_module.modalities.{modality} to the dataset's config"
         )
 
@@ -190,8 +191,10 @@ def _validate_distill(config: DistillConfig) -> None:
     if STUDENT_MODALITY not in config.trainer.teachers:
         raise ConfigError("trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher")
     if config.train:
+        available = [teacher for teacher in config.trainer.teachers if teacher in config.data_module.modalities]
+        fix = f"set trainer.teachers=[{','.join(available)}]"
         for teacher in config.trainer.teachers:
-            _validate_modality("trainer.teachers", teacher, config.data_module)
+            _validate_modality("trainer.teachers", teacher, config.data_module, fix)
     for name in as_names("classifier", config.classifier):
         _validate_choice("classifier", name, (*CLASSIFIER_NAMES, *entry_point_names("mmdistill.classifiers")))
     if config.test:
@@ -380,4 +383,13 @@ def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
             return dict(zip(required, map(str, given), strict=True))
         if len(BUILTIN_MODALITIES) <= len(given) <= len(names) and set(required) <= set(names[: len(given)]):
             return {m: str(given[names.index(m)]) for m in required}
-    raise ConfigError(f"{rule}; got {given!r}. `mmdistill find-checkpoints output` prints a list to copy")
+    fewer = ""
+    if isinstance(given, list | tuple) and 1 <= len(given) < len(required):
+        examples = " or ".join(f"trainer.teachers=[{','.join(m)}]" for m in _teacher_subsets(required, len(given)))
+        fewer = f" For {format_count(len(given), 'teacher')} set {examples}."
+    raise ConfigError(f"{rule}; got {given!r}.{fewer} `mmdistill find-checkpoints output` prints a list to copy")
+
+
+def _teacher_subsets(names: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    """The subsets of `size` modalities that contain the student's."""
+    return [subset for subset in itertools.combinations(names, size) if STUDENT_MODALITY in subset]

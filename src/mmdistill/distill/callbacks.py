@@ -83,12 +83,12 @@ class EpochCheckpoints(Checkpoint):
             self.losses[str(path)] = loss
             if METRIC in trainer.callback_metrics and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self.validations[str(path)] = float(trainer.callback_metrics[METRIC])
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             run_on_all_ranks(
                 lambda: self._prune_checkpoints(path) if trainer.is_global_zero else None, error_class=CheckpointError
             )
         elif stop:
-            trainer.save_checkpoint(self.directory / LAST)
+            trainer.save_checkpoint(self.directory / LAST, weights_only=False)
         if stop:  # unlike an exit here, this lets Lightning finish the epoch
             trainer.should_stop = True
             _rank_zero_info(trainer, stop_message(self.directory / LAST))
@@ -218,7 +218,7 @@ class StopOnSignal(Callback):
         is_step_end = batches_done > 0 and batches_done % self.accumulate_grad_batches == 0
         if not is_step_end or not should_stop(trainer, self.stop_signal):
             return
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)
         _rank_zero_info(trainer, stop_message(self.path))
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 

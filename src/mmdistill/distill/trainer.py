@@ -37,7 +37,7 @@ from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.nonfinite import NonFiniteGuard
-from mmdistill.training.optim import LearningRates
+from mmdistill.training.optim import LearningRates, schedule_warnings
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.signals import StopSignal, stop_signals
 
@@ -95,6 +95,8 @@ def _fit(config: DistillConfig, run_dir: Path, source: Path | None, process: Pro
         # Lightning's SIGTERM handler runs a broadcast inside the handler, possibly during another collective
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         lines = [_start_summary(config, teachers, module, data), report.start_summary()]
+        if process.is_main:
+            lines += schedule_warnings(config.trainer, read_meta(locate(source)) if source else None)
         if data.validation:
             lines.append(validation_summary(data.validation, config))
         if source:

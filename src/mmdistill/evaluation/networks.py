@@ -1,5 +1,6 @@
 """The networks of an evaluation: an encoder of any checkpoint with the statistics of its training data."""
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, load
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
+from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
@@ -117,13 +119,36 @@ def load_network(
         if modality not in specs:
             raise ConfigError(
                 f"{path}: {component} has the modality {modality}, but the dataset has only {', '.join(specs)}"
+                f"{_training_dataset_hint(checkpoint, data)}"
             )
         encoder = load_encoder_for_clips(
             checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
         )
-        check_token_grid(encoder, specs[modality], data, path)
+        try:
+            check_token_grid(encoder, specs[modality], data, path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
     name = name or (f"pretrained_{modality}" if component == "encoder" else component)
     return Network(name, encoder, modality, str(path), stored_statistics(checkpoint.meta, modality))
+
+
+def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> str:
+    """Names the dataset of the training if the config has another one; else nothing."""
+    stored = ((checkpoint.meta.get("config") or {}).get("data_module") or {}).get("name", data.name)
+    if stored == data.name:
+        return ""
+    return (
+        f"; the checkpoint was trained on dataset {stored}, and the config selects dataset {data.name}: give the "
+        "--config-name and dataset of the training"
+    )
+
+
+def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
+    """The error about an entry of `baselines` that is nothing known."""
+    known = ("random", *components)
+    return ConfigError(
+        f"baselines: {entry} is not one of {', '.join(known)}, nor an existing path{suggest_nearest(entry, known)}"
+    )
 
 
 def _resolve_component(checkpoint: Checkpoint, component: str | None, modality: str | None = None) -> tuple[str, str]:
@@ -193,6 +218,8 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         if entry == "random":
             networks.append(make_random_network(scored, seed=config.seed))
         elif entry in paths:
+            if os.sep not in entry and not Path(entry).exists():
+                raise unknown_baseline(entry, source.components)
             networks.append(load_network(entry, name=names[entry], data=data))
         elif not is_distilled:
             messages.append(f"baselines: skipping {entry}: {source.path} is not a distilled checkpoint")

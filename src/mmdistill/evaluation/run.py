@@ -38,7 +38,7 @@ from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import autocast, resolve_precision
 from mmdistill.distributed.process import Process, start_process
 from mmdistill.errors import format_count
-from mmdistill.evaluation.networks import Network, load_networks
+from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
@@ -116,7 +116,7 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     protocol = _make_protocol(config)
     lines += _check_clips(protocol, dataset.index)
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
-    caveats = [overlap_warning(protocol, dataset.index), line]
+    caveats = [overlap_warning(protocol, dataset.index, config.data_module), line]
     caveats = [*filter(None, caveats), *sampling_rate_warnings(source.meta, config.data_module, checkpoint)]
     lines += caveats
     if config.compile:
@@ -214,9 +214,7 @@ def check_evaluation(config: DistillConfig) -> None:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {component}, only {', '.join(components)}")
     for entry in config.baselines:
         if entry != "random" and entry not in named and not Path(entry).expanduser().exists():
-            raise ConfigError(
-                f"baselines: {entry} is neither random, nor a component of the checkpoint, nor an existing path"
-            )
+            raise unknown_baseline(entry, components)
 
 
 def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
@@ -232,14 +230,17 @@ def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
     return [f"{summary}; skipping {', '.join(unused)}" if unused else summary, *lines]
 
 
-def overlap_warning(protocol: Protocol, index: ClipIndex) -> str:
+def overlap_warning(protocol: Protocol, index: ClipIndex, data: DataModuleConfig) -> str:
     """A line about clips that overlap in time with another clip of their class; empty if the episodes exclude these."""
     num_overlapping = count_overlapping_clips(index.clips)
     if not num_overlapping or protocol.disjoint is not None:
         return ""
+    fix = "; set data_module.disjoint=video to take them from different videos"
+    if data.label == "video":  # the clips of a class come from one video
+        fix = "; unset data_module.window_stride to avoid it" if data.eval_clips == "windows" else ""
     return (
         f"{num_overlapping} clips overlap in time with another clip of their class: support and query may show "
-        "the same frames; set data_module.disjoint=video to take them from different videos"
+        f"the same frames{fix}"
     )
 
 

@@ -28,7 +28,9 @@ from mmdistill.builders import (
 from mmdistill.checkpoint import load_deepspeed, prune, save_deepspeed
 from mmdistill.checkpoint.architecture import encoder_config_from_meta
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.locate import locate
 from mmdistill.checkpoint.lock import run_lock
+from mmdistill.checkpoint.read import read_meta
 from mmdistill.checkpoint.retention import find_resume
 from mmdistill.config import ConfigError, PretrainConfig, as_names, modality_specs, to_plain, zero_stage
 from mmdistill.data.masking import sample_decoder_tokens
@@ -59,7 +61,7 @@ from mmdistill.training.compatibility import (
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.loggers import ResumePoint
 from mmdistill.training.nonfinite import MIN_LOSS_SCALE, NonFiniteGuard, grad_norm, skip_optimizer_step, zero_loss
-from mmdistill.training.optim import LearningRates, make_schedule, param_group_hparams
+from mmdistill.training.optim import LearningRates, make_schedule, param_group_hparams, schedule_warnings
 from mmdistill.training.run_logger import RunLog, baseline_ratio
 from mmdistill.training.signals import StopSignal, stop_message, stop_signals
 
@@ -393,6 +395,9 @@ class PretrainTrainer:
             f"device {self.process.device}, precision {self.precision}, target {self.spec.target}"
         )
         log.info(self.data_report.start_summary())
+        if self.process.is_main:
+            meta = read_meta(locate(self.source)) if self.source else None
+            log.info("\n".join(schedule_warnings(config.trainer, meta)))
         if self.source:
             log.info(f"resumed from {self.source} at epoch {self.progress.epoch}, step {self.step}")
             if self.progress.epoch >= config.trainer.epochs:

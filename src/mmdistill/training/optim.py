@@ -1,6 +1,7 @@
 """AdamW on timm's parameter groups and timm's cosine schedule, the same for both trainings."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+
+from mmdistill.config.schema import TrainerConfig
+from mmdistill.errors import format_count
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,25 @@ def make_schedule(
         warmup_lr_init=rates.warmup_lr,
         t_in_epochs=False,
     )
+
+
+def schedule_warnings(trainer: TrainerConfig, source: Mapping[str, Any] | None = None) -> list[str]:
+    """Log lines about a schedule that is probably not intended; empty if there is nothing to say.
+
+    Args:
+        trainer: the config of this run.
+        source: metadata of the checkpoint that the run resumes from.
+    """
+    lines, epochs = [], trainer.epochs
+    if trainer.warmup_epochs >= epochs:
+        lines.append(
+            f"warning: trainer.warmup_epochs={trainer.warmup_epochs:g} is not below trainer.epochs={epochs}: the "
+            "learning rate rises during the whole training; lower trainer.warmup_epochs"
+        )
+    stored = (((source or {}).get("config") or {}).get("trainer") or {}).get("epochs", epochs)
+    if stored != epochs:
+        lines.append(
+            f"warning: trainer.epochs={epochs}, but the checkpoint was trained with trainer.epochs={stored}: the "
+            f"learning rate continues on the schedule of {format_count(epochs, 'epoch')}, so it changes at the resume"
+        )
+    return lines

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mmdistill.cli.compute_stats import main
+from mmdistill.cli.compute_stats import dataset_keys, main
+from mmdistill.config import PretrainConfig
+from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import write_flow
@@ -60,6 +62,7 @@ def test_config_contains_the_statistics(root: Path, capsys: pytest.CaptureFixtur
     assert text.startswith("# @package data_module\n# statistics over 4 clips, by mmdistill compute-stats\n")
     config = yaml.safe_load(text)
     assert config["name"] == "mine"
+    assert not {"mask_ratio", "window_stride"} & set(config)
     assert 0.4 < config["modalities"]["rgb"]["mean"][0] < 0.6
     assert config["modalities"]["flow"]["mean"] == pytest.approx([1, 1], abs=0.2)
     assert config["modalities"]["flow"]["std"] == pytest.approx([3, 3], abs=0.2)
@@ -73,7 +76,9 @@ def test_training_set_without_skeletons_is_reported(root: Path, capsys: pytest.C
     assert compute(root, "--modalities", "skeleton", "--clips", 1) == 0
     done = capsys.readouterr()
     assert "no skeleton was found in the training set; the std of all channels is set to 1" in done.err
-    assert yaml.safe_load(done.out)["modalities"]["skeleton"]["std"] == [1.0] * 17
+    modalities = yaml.safe_load(done.out)["modalities"]
+    assert modalities["skeleton"]["std"] == [1.0] * 17
+    assert list(modalities) == ["rgb", "skeleton"]
 
 
 def test_constant_image_channels_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,3 +91,11 @@ def test_constant_image_channels_are_listed(root: Path, capsys: pytest.CaptureFi
 def test_missing_data_exits_with_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compute(root) == 2
     assert "skeleton" in capsys.readouterr().err
+
+
+def test_training_keys_are_those_of_the_datasets_own_config() -> None:
+    overrides = ["modality=rgb", "data_module.window_stride=8", "data_module.mask_ratio=0.9"]
+    data = load_config(PretrainConfig, "config_pretrain", overrides).data_module
+    written = dataset_keys(data, ["flow"], overrides, None)
+    assert (written["window_stride"], written["mask_ratio"]) == (1, 0.5)
+    assert list(written["modalities"]) == ["rgb", "flow"]

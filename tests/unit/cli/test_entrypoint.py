@@ -54,9 +54,9 @@ def test_sweep_with_several_devices_is_rejected(
 
 def test_expected_error_of_a_single_process_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        entrypoint.exit_with_error(ConfigError("seed: must be positive"), PretrainConfig, 1)
+        entrypoint.exit_with_error(ConfigError("seed: must be positive"), PretrainConfig, 1, "pretrain")
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "mmdistill: error: seed: must be positive\n"
+    assert capsys.readouterr().err == "mmdistill pretrain: error: seed: must be positive\n"
 
 
 def test_defect_of_a_single_process_is_raised() -> None:

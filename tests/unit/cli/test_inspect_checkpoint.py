@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.cli.inspect_checkpoint import main
+from tests.checkpoint_files import write_output
 from tests.unit.checkpoint.make_fixtures import FIXTURES
 
 SOURCE = str(FIXTURES / "lightning" / "epoch=00-train_loss=0.5000.ckpt")
@@ -24,3 +25,15 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "x.ckpt").write_bytes(Path(SOURCE).read_bytes()[:-9])
     assert main([str(tmp_path / "x.ckpt")]) == 1
     assert "complete      NO: " in capsys.readouterr().out
+
+
+def test_run_folder_is_reported_with_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_output(tmp_path) / "2026-01-10/12-30-45/mmdistill_tennis"
+    assert main([str(run)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"mmdistill inspect: error: {run}: a run folder, not a checkpoint; ")
+    assert Path(shown.split()[-1]).parent == run / "checkpoints"
+    assert shown.split()[-3:-1] == ["mmdistill", "inspect"]
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert main([str(tmp_path / "empty")]) == 2
+    assert "a run folder without a complete checkpoint" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Errors of Hydra and OmegaConf become one sentence with the nearest keys; own errors stay as they are."""
 
 import pytest
+from hydra.errors import HydraException
 
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, explain
 from mmdistill.config.compose import load_config
@@ -56,3 +57,22 @@ def test_known_keys_are_dotted() -> None:
     assert {"seed", "model.dim", "trainer.lr", "data_module.mask_ratio"} <= set(known_keys(PretrainConfig))
     assert "model.dim" not in known_keys(DistillConfig)
     assert near_matches("episode", DistillConfig) == ". Near matches: data_module.episodes, trainer.val_episodes"
+
+
+def test_nearest_group_and_main_config_are_suggested() -> None:
+    assert explain_overrides("dataset=tenis").endswith("wear; did you mean tennis?")
+    with pytest.raises(HydraException) as caught:
+        load_config(PretrainConfig, "config_pretrain_tenis", [])
+    shown = explain(caught.value, PretrainConfig)
+    assert shown.startswith(
+        "--config-name=config_pretrain_tenis: not one of config_mmdistill, config_mmdistill_tennis,"
+    )
+    assert shown.endswith("; did you mean config_pretrain_tennis?")
+
+
+@pytest.mark.parametrize("override", ["model=tiny", "model.dim=3"])
+def test_model_of_an_evaluation_comes_from_the_checkpoint(override: str) -> None:
+    with pytest.raises(HydraException) as caught:
+        load_config(DistillConfig, "config_mmdistill", [override])
+    shown = explain(caught.value, DistillConfig)
+    assert shown == "model: distillation and evaluation use the model of the checkpoint; remove model from the command"

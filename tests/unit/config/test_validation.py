@@ -180,7 +180,8 @@ DISTILL = [
     (
         "trainer.ckpt_path=[a]",
         "trainer.ckpt_path must name a checkpoint for each of rgb, flow, skeleton: a list in this "
-        "order, or a mapping; got ['a']. `mmdistill find-checkpoints output` prints a list to copy",
+        "order, or a mapping; got ['a']. For 1 teacher set trainer.teachers=[rgb]. "
+        "`mmdistill find-checkpoints output` prints a list to copy",
     ),
     ("classifier=[logistic,centriod]", "classifier=centriod is not one of logistic, ..."),
     ("classifier=[]", "classifier=[] must be a name or a list of names"),
@@ -223,12 +224,19 @@ def test_absent_logger_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:
         pretrain_config("logger=[csv,wandb]")
 
 
+def test_two_checkpoints_for_three_teachers_name_the_key_for_two_teachers() -> None:
+    with pytest.raises(ConfigError) as caught:
+        distill_config("trainer.ckpt_path=[a,b]")
+    subsets = "trainer.teachers=[rgb,flow] or trainer.teachers=[rgb,skeleton]"
+    assert f"got ['a', 'b']. For 2 teachers set {subsets}. " in str(caught.value)
+
+
 def test_dataset_without_modality_raises() -> None:
-    fix = "use one of these, or add data_module.modalities.skeleton to the dataset's config"
-    rest = f"has no skeleton, but rgb, flow; {fix}"
-    with pytest.raises(ConfigError, match=f"^modality: dataset epic {rest}$"):
+    rest = "or add data_module.modalities.skeleton to the dataset's config"
+    has = "dataset epic has no skeleton, but rgb, flow"
+    with pytest.raises(ConfigError, match=f"^modality: {has}; use one of these, {rest}$"):
         load_config(PretrainConfig, "config_pretrain", ["modality=skeleton", "dataset=epic"])
-    with pytest.raises(ConfigError, match=f"^trainer.teachers: dataset epic {rest}$"):
+    with pytest.raises(ConfigError, match=rf"^trainer\.teachers: {has}; set trainer\.teachers=\[rgb,flow\], {rest}$"):
         load_config(DistillConfig, "config_mmdistill", [TEACHERS, "dataset=epic"])
 
 

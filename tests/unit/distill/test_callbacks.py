@@ -24,7 +24,8 @@ class _Trainer(SimpleNamespace):
         )  # fmt: skip
         vars(self).update(values)
 
-    def save_checkpoint(self, path: Path) -> None:
+    def save_checkpoint(self, path: Path, *, weights_only: bool) -> None:
+        assert weights_only is False  # otherwise Lightning logs that it is not set
         self.saved.append(path.name)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")

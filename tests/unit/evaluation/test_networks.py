@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import CheckpointError, read_checkpoint
+from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_torch
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig
 from mmdistill.config.compose import load_config
 from mmdistill.evaluation.networks import load_network, load_networks, make_random_network
@@ -143,3 +143,19 @@ def test_the_same_baseline_twice_raises_an_error(distilled: Path, tmp_path: Path
     for baselines in ((path, path), ("random", "random")):
         with pytest.raises(ConfigError, match="two networks have the same name"):
             names_of(distilled, *baselines)
+
+
+def test_misspelled_baseline_is_reported_with_the_nearest_name(distilled: Path) -> None:
+    message = "baselines: randm is not one of random, student_rgb, teacher_rgb, teacher_flow, nor an existing path"
+    with pytest.raises(ConfigError, match=rf"^{message}; did you mean random\?$"):
+        names_of(distilled, "randm")
+
+
+def test_config_of_another_dataset_is_named(tmp_path: Path) -> None:
+    config = EncoderConfig(3, 4, 64, 64, 16, 2, dim=128, depth=1, heads=2, head_dim=64, mlp_dim=256)
+    meta = {"kind": "pretrain", "modality": "rgb", "encoders": {"encoder": vars(config)}}
+    meta["config"] = {"data_module": {"name": "tennis"}}
+    state = {f"encoder.{k}": v for k, v in Encoder(config).state_dict().items()}
+    save_torch({"module": state, "mmdistill": meta}, tmp_path / "rgb.pt")
+    with pytest.raises(ConfigError, match=r"trained on dataset tennis, .* dataset demo: give the --config-name and"):
+        load_network(tmp_path / "rgb.pt", data=make_config().data_module)

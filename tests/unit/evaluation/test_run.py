@@ -170,11 +170,12 @@ def test_a_pretraining_checkpoint_has_no_other_component(data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data_module.q_sample=30", "only 0 of 4"),
+        ("data_module.q_sample=30", "classes that have them: 0 of 4"),
         ("data_module.eval_clips=windows", "no clip has a label"),
         ("eval_component=student_ema_rgb", "eval_component: the distilled checkpoint will have no student_ema_rgb"),
         ("baselines=[teacher_old_rgb]", "baselines: the distilled checkpoint will have no teacher_old_rgb"),
-        ("baselines=[/nowhere]", "baselines: /nowhere is neither"),
+        ("baselines=[randm]", r"baselines: randm is .*, nor an existing path; did you mean random\?"),
+        ("baselines=[/nowhere]", "baselines: /nowhere is not one of random, student_rgb, teacher_rgb"),
     ],
 )
 def test_check_evaluation_finds_errors_before_the_training(data: Path, override: str, message: str) -> None:
@@ -191,7 +192,10 @@ def test_overlapping_clips_are_logged(
     out = _evaluate(data, checkpoint, tmp_path, *windows, "baselines=[]", "data_module.input_modes=configured")
     assert out["overlapping_clips"] == 96
     line = "96 clips overlap in time with another clip of their class"
-    assert line in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert line in shown
+    assert "may show the same frames; unset data_module.window_stride to avoid it\n" in shown
+    assert "disjoint" not in shown  # a class is a video
     assert f"<li>{line}" in (tmp_path / "report.html").read_text()
 
 

@@ -45,7 +45,7 @@ def test_check_needs_labels_only_and_names_small_classes():
     lines = Protocol(k_shot=(1, 5)).check(f.labels.tolist(), f.groups, f.classes)
     assert lines[0] == "5-way 1-shot, 15 queries per class: 8 eligible classes"
     assert len(lines) == 2
-    with pytest.raises(EpisodeError, match=r"only 0 of 8.*near_ad_stroke_fh_gs_CC \(30\)"):
+    with pytest.raises(EpisodeError, match=r"classes that have them: 0 of 8.*near_ad_stroke_fh_gs_CC \(30\)"):
         Protocol(k_shot=(16,)).check(f.labels.tolist(), f.groups, f.classes)
 
 

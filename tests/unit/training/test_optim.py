@@ -1,9 +1,12 @@
 """Learning rates, parameter groups, layer decay and schedule."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from mmdistill.config.schema import PretrainTrainerConfig
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 from mmdistill.training.optim import (
     LearningRates,
@@ -11,6 +14,7 @@ from mmdistill.training.optim import (
     make_optimizer,
     make_schedule,
     param_group_hparams,
+    schedule_warnings,
 )
 
 ENCODER = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)
@@ -104,3 +108,14 @@ def test_schedule_warms_up_and_ends_at_min_lr() -> None:
     assert rates[:2] == pytest.approx([0.5, 0.75])
     assert rates[2] > rates[3]
     assert rates[3] == pytest.approx(0.25)
+
+
+def test_unusual_schedules_are_reported() -> None:
+    def warnings(source: dict[str, Any] | None = None, **changes: float) -> str:
+        return "\n".join(schedule_warnings(PretrainTrainerConfig(**{"epochs": 9, "lr": 1.0, **changes}), source))  # type: ignore[arg-type]
+
+    source = {"config": {"trainer": {"epochs": 9}}}
+    assert warnings() == warnings(source) == warnings({}) == warnings({"config": None}) == ""
+    assert warnings(epochs=1, warmup_epochs=0) == ""
+    assert "trainer.warmup_epochs=9 is not below trainer.epochs=9" in warnings(warmup_epochs=9)
+    assert "trainer.epochs=12, but the checkpoint was trained with trainer.epochs=9: " in warnings(source, epochs=12)
