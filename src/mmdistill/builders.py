@@ -128,11 +128,10 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     if not index.clips:
         too_short, without_events = (len(index.report[key]) for key in ("too_short", "without_events"))
         raise ConfigError(
-            f"{path}: no {'training' if training else 'evaluation'} clip. Of "
-            f"{format_count(len(rallies), 'rally')}, {too_short} too "
-            f"short for the {(data.num_frames - 1) * data.sampling_rate + 2} frames that data_module.num_frames="
-            f"{data.num_frames} with sampling_rate={data.sampling_rate} needs, and {without_events} without an event; "
-            f"lower these keys, or give annotations with {'longer rallies' if training else 'events'}"
+            f"{path}: no {'training' if training else 'evaluation'} clip. Rallies: {len(rallies)}. Shorter than the "
+            f"{(data.num_frames - 1) * data.sampling_rate + 2} frames that num_frames={data.num_frames} with "
+            f"sampling_rate={data.sampling_rate} needs: {too_short}. Without an event: {without_events}. "
+            f"Lower these keys, or give annotations with {'longer rallies' if training else 'events'}"
         )
     return index
 
@@ -269,12 +268,10 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
     expected = (data.num_frames, height, width, data.tubelet, data.patch_size // spec.input_stride)
     if found != expected:
         differences = ", ".join(f"{n} {a} / {b}" for n, a, b in zip(names, found, expected, strict=True) if a != b)
-        stride, rest = divmod(data.patch_size, g.patch)
-        hint = (
-            f"; set data_module.modalities.{spec.name}.input_stride={stride}"
-            if stride != spec.input_stride and not rest
-            else ""
-        )
+        stride = max(data.patch_size // g.patch, 1)
+        input_size = (data.crop_size[0] // stride, data.crop_size[1] // stride)
+        fits = found == (data.num_frames, *input_size, data.tubelet, data.patch_size / stride)
+        hint = f"; set data_module.modalities.{spec.name}.input_stride={stride}" if fits else ""
         raise ConfigError(
             f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {differences}{hint}"
         )

@@ -31,7 +31,7 @@ def format_count(count: int, noun: str) -> str:
         return f"1 {noun}"
     if re.search(r"[^aeiou]y$", noun):
         return f"{count} {noun[:-1]}ies"
-    return f"{count} {noun}{'es' if re.search(r'(s|x|ch|sh)$', noun) else 's'}"
+    return f"{count} {noun}{'es' if re.search(r'(s|x|(?<!epo)ch|sh)$', noun) else 's'}"
 
 
 def format_first(items: Sequence[object], limit: int) -> str:

@@ -28,6 +28,7 @@ def test_exit_status_distinguishes_input_errors() -> None:
         (3, "day", "3 days"),
         (2, "class", "2 classes"),
         (2, "batch", "2 batches"),
+        (2, "epoch", "2 epochs"),
         (2, "GPU", "2 GPUs"),
     ],
 )

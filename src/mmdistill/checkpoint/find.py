@@ -73,7 +73,20 @@ def _infer_modality(path: str, kind: str | None = None, modality: str | None = N
         for name in modality_names():
             if lowered == name or lowered.endswith("_" + name) or lowered.startswith(name + "_"):
                 return name
-    return UNKNOWN
+    return _modality_of_run(path)
+
+
+def _modality_of_run(path: str) -> str:
+    """Group of a checkpoint by the ``run.json`` of its run, for a run folder whose name does not tell it."""
+    try:
+        with open(os.path.join(os.path.dirname(os.path.dirname(path)), "run.json"), encoding="utf-8") as file:
+            config = json.load(file)[-1]["config"]
+        modality = config.get("modality")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return UNKNOWN
+    if modality is None:
+        return DISTILLED
+    return modality if modality in modality_names() else UNKNOWN
 
 
 def _run_start_time(path: str, modified: float) -> float:

@@ -1,6 +1,8 @@
 """One distillation run: load the teachers, create the module and the Trainer, fit."""
 
+import logging
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,20 @@ from mmdistill.training.nonfinite import NonFiniteGuard
 from mmdistill.training.optim import LearningRates, schedule_warnings
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.signals import StopSignal, stop_signals
+
+_NOISE = ("GPU available", "TPU available", "💡 Tip", "`Trainer.fit` stopped")  # start of Lightning's log lines
+
+
+def hide_lightning_noise() -> None:
+    """Hide messages of Lightning that advertise products, repeat what this package logs, or need no action."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_noise)
+    # the teachers are frozen; the deprecation is in Lightning itself
+    for message in (r"Found \d+ module\(s\) in eval mode", r"`isinstance\(treespec, LeafSpec\)` is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NOISE)
 
 
 def distill(config: DistillConfig, run_dir: Path) -> Path:
@@ -201,6 +217,7 @@ def _make_trainer(
     stop_signal: StopSignal,
     device: torch.device,
 ) -> pl.Trainer:
+    hide_lightning_noise()
     t = config.trainer
     checkpoints = run_dir / "checkpoints"
     callbacks: list[pl.Callback] = [

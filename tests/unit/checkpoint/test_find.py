@@ -6,7 +6,7 @@ import pytest
 from mmdistill.checkpoint import CheckpointError, find_checkpoints
 from mmdistill.checkpoint.find import select_checkpoints
 from mmdistill.fewshot.features import save_features
-from tests.checkpoint_files import write_native, write_output
+from tests.checkpoint_files import write_lightning, write_native, write_output
 from tests.synthetic_features import make_features
 
 
@@ -100,3 +100,22 @@ def test_feature_files_are_no_checkpoints(tmp_path: Path) -> None:
     """An evaluation writes its feature cache below output/, where users search for checkpoints."""
     save_features(make_features("student_rgb", 1.0), tmp_path / "output" / "features" / "f.safetensors")
     assert find_checkpoints(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "group"),
+    [
+        ('[{"config": {"train": true}}]', "distilled"),
+        ('[{"config": {"modality": "flow"}}]', "flow"),
+        ('[{"config": {"modality": "other"}}]', "unknown"),
+        ("[]", "unknown"),
+        ("{", "unknown"),
+        (None, "unknown"),
+    ],
+)
+def test_run_with_a_name_that_does_not_tell_its_kind(tmp_path: Path, content: str | None, group: str) -> None:
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    write_lightning(tmp_path / "mine" / "checkpoints" / "last.ckpt", 3)
+    if content is not None:
+        (tmp_path / "mine" / "run.json").write_text(content)
+    assert [info.modality for info in find_checkpoints(tmp_path)] == [group]

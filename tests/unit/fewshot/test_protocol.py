@@ -57,7 +57,8 @@ def test_check_finds_impossible_draws_and_probe_splits():
     with pytest.raises(EpisodeError, match="episode 0: no draw"):
         Protocol(n_way=(3,), **settings).check(labels, groups, names)
     with pytest.raises(
-        FewshotError, match="needs at least 4 videos and a class with at least 4 clips; there are 3 videos"
+        FewshotError,
+        match=r"needs at least 4 videos and a class with at least 4 clips; the data have 3 videos, .*probe=false",
     ):
         Protocol(n_way=(2,), q_sample=3, probe=True).check(labels, groups, names)
 

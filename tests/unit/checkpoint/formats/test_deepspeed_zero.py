@@ -85,7 +85,7 @@ def test_shards_of_two_steps_are_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(CorruptCheckpointError, match="a mix of two saves: the optimizer shards are at steps 2, 3"):
         read_zero_checkpoint(locate(root))
     shard.unlink()
-    with pytest.raises(CorruptCheckpointError, match="written by 2 ranks but 1 optimizer shards"):
+    with pytest.raises(CorruptCheckpointError, match="written by 2 ranks but 1 optimizer shard found"):
         read_zero_checkpoint(locate(root))
 
 
