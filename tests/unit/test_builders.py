@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmdistill.builders import make_clip_dataset
+from mmdistill.builders import make_clip_dataset, open_readers
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import load_config
 from tests.tiny_data import make_tiny, overrides
@@ -71,3 +71,14 @@ def test_other_modalities_are_not_required(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "frames")
     assert len(make_clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12
+
+
+def test_missing_folder_names_the_settings_without_the_modality(tmp_path: Path) -> None:
+    data = _config(*overrides(make_tiny(tmp_path)), "data_module.skeleton_dir=absent").data_module
+    with pytest.raises(
+        ConfigError, match=r"absent does not exist; .*trainer\.teachers=\[rgb,flow\].*--modalities rgb flow"
+    ):
+        open_readers(data, ("rgb", "flow", "skeleton"))
+    with pytest.raises(ConfigError) as caught:
+        open_readers(data, ("skeleton",))
+    assert "teachers" not in str(caught.value)

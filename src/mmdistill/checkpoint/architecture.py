@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.errors import format_count
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, sincos_positions
 
 # Number of heads of VideoMAE's and VideoMAE V2's models by width; head_dim = width // heads.
@@ -104,7 +105,9 @@ def encoder_config_from_tensors(
     inner = qkv.shape[0] // 3
     num_heads = _infer_num_heads(dim, inner, heads)
     if heads is None and not (inner == dim and dim in _NUM_HEADS_BY_WIDTH):
-        notes.append(f"{num_heads} heads of {inner // num_heads} inferred from the attention width {inner}")
+        notes.append(
+            f"{format_count(num_heads, 'head')} of {inner // num_heads} inferred from the attention width {inner}"
+        )
     positions = state.get("pos_embed")
     learned = positions is not None and not is_sincos(positions)
     if positions is not None:

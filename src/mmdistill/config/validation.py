@@ -293,7 +293,7 @@ def _validate_visible_tokens(key: str, ratio: float, data: DataModuleConfig) -> 
     if data.mask_type == "random":
         tokens *= data.num_frames // data.tubelet
     if round(ratio * tokens) == tokens:
-        raise ConfigError(f"{key}={ratio} leaves none of {tokens} tokens visible; use a smaller ratio")
+        raise ConfigError(f"{key}={ratio} leaves none of {format_count(tokens, 'token')} visible; use a smaller ratio")
 
 
 def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:

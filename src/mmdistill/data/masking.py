@@ -5,6 +5,8 @@ Masks are passed on as indices of visible tokens. In a boolean mask, 0 means kee
 
 import numpy as np
 
+from mmdistill.errors import format_count
+
 
 def sample_visible_tokens(
     grid: tuple[int, int, int], *, ratio: float, mask_type: str, rng: np.random.Generator
@@ -41,7 +43,7 @@ def _sample_kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarr
     """Sorted numbers below `count`, without ``round(ratio * count)`` of them."""
     removed = round(ratio * count)
     if removed == count:
-        raise ValueError(f"mask ratio {ratio} leaves none of {count} tokens visible")
+        raise ValueError(f"mask ratio {ratio} leaves none of {format_count(count, 'token')} visible")
     return np.sort(rng.permutation(count)[removed:]).astype(np.int64)
 
 

@@ -156,7 +156,7 @@ def _merge_sliced(
     world_size = len(shards)
     if len(models) != world_size:
         raise CorruptCheckpointError(
-            f"{tag}: {world_size} optimizer shards but {len(models)} model files; copy the missing ones"
+            f"{tag}: {format_count(world_size, 'optimizer shard')} but {format_count(len(models), 'model file')}; copy the missing ones"
         )
     groups = [shard["optimizer_state_dict"]["fp32_flat_groups"] for shard in shards]
     flat = [torch.cat(list(rank)) if len(rank) > 1 else rank[0] for rank in groups]
@@ -293,7 +293,7 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
             weights[alias] = weights[name]
     if masters and not sharded_weights:
         num_frozen = sum(1 for k in module if k not in masters and module[k].dtype in _LOW_PRECISION)
-        frozen = f"; {num_frozen} frozen tensors have no fp32 master weights" if num_frozen else ""
+        frozen = f"; {format_count(num_frozen, 'frozen tensor')} without fp32 master weights" if num_frozen else ""
         notes.append(f"{len(masters)} fp32 master weights read{frozen}")
     client = {
         k: v for k, v in model.items() if k not in ("module", "optimizer", "param_shapes", "frozen_param_fragments")
