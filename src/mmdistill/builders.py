@@ -202,8 +202,7 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
         message = ", ".join(f"{format_count(count, 'clip')} without {m} files" for m, count in skipped.items())
         raise ConfigError(
             f"data_module.on_missing={data.on_missing} leaves none of {format_count(len(index.clips), 'clip')}: "
-            f"{message}; check "
-            "data_module.target_data_dir and its folders with `mmdistill check-data`"
+            f"{message}; check data_module.target_data_dir and its folders with `mmdistill check-data`"
         )
     return dataset
 

@@ -198,8 +198,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._seen[other, -1] = 1
         raise FrameError(
             f"more than {allowed} of {format_count(len(self), 'clip')} cannot be read, the last one "
-            f"{self.index.clips[i].id}: {error}; "
-            "`mmdistill check-data` lists the invalid files"
+            f"{self.index.clips[i].id}: {error}; `mmdistill check-data` lists the invalid files"
         ) from error
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:

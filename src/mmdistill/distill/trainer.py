@@ -142,9 +142,8 @@ def _report_end(report: DataReport, process: Process) -> None:
 def _start_summary(config: DistillConfig, teachers: dict[str, Encoder], module: MMDistill, data: DistillData) -> str:
     return (
         f"distill {', '.join(teachers)} into student_rgb: {format_count(len(data.dataset), 'clip')}, "
-        f"{format_count(len(data.sampler), 'batch')} of "
-        f"{config.batch_size} per process and epoch ({format_count(data.sampler.num_dropped, 'clip')} skipped "
-        "each epoch), base_lr "
+        f"{format_count(len(data.sampler), 'batch')} of {config.batch_size} per process and epoch "
+        f"({format_count(data.sampler.num_dropped, 'clip')} skipped each epoch), base_lr "
         f"{config.trainer.lr:g} -> lr {module.rates.lr:g}"
     )
 

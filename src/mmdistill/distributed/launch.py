@@ -119,8 +119,7 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
         if str(requested) not in ("1", "auto", "-1", str(local_world_size)):
             raise ConfigError(
                 f"devices={devices}, but the launcher started {format_count(local_world_size, 'process')} on this "
-                "machine; "
-                "remove devices from the command"
+                "machine; remove devices from the command"
             )
         return 1, None
     if gpus is not None:

@@ -244,8 +244,7 @@ def _encode_batch(job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence
             bad_ids = [clip.id for clip, is_bad in zip(clips, bad.tolist(), strict=True) if is_bad]
             raise FeatureError(
                 f"{job.network}: NaN or infinite features of {len(bad_ids)} of {format_count(len(clips), 'clip')} "
-                "in this batch, for "
-                f"example {', '.join(bad_ids[:3])}; the weights or these clips are invalid"
+                f"in this batch, for example {', '.join(bad_ids[:3])}; the weights or these clips are invalid"
             )
         views.append(out)
     features: FloatArray = torch.stack(views, dim=1).numpy()

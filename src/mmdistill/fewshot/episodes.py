@@ -235,8 +235,7 @@ def sample_episodes(
                 listed = ", ".join(class_name(int(label), names) for label in classes[e])
                 raise EpisodeError(
                     f"episode {e}: no draw of {k_shot} support and {format_count(q_sample, 'query clip')} from "
-                    "different videos was "
-                    f"found for the classes {listed}; lower q_sample or k_shot, or unset disjoint"
+                    f"different videos was found for the classes {listed}; lower q_sample or k_shot, or unset disjoint"
                 )
             support[e], query[e] = found
     return Episodes(support, query, classes, np.arange(episodes, dtype=np.int64), eligibility, seed, disjoint)

@@ -388,9 +388,8 @@ class PretrainTrainer:
         num_skipped_clips = len(self.dataset) - self.batches_per_epoch * self.data_order["global_batch"]
         log.info(
             f"pretrain {config.modality}: {format_count(len(self.dataset), 'clip')}, "
-            f"{format_count(self.batches_per_epoch, 'batch')} of "
-            f"{config.batch_size} per process and epoch ({format_count(num_skipped_clips, 'clip')} skipped each "
-            "epoch), "
+            f"{format_count(self.batches_per_epoch, 'batch')} of {config.batch_size} per process and epoch "
+            f"({format_count(num_skipped_clips, 'clip')} skipped each epoch), "
             f"{num_parameters:,} parameters, base_lr {config.trainer.lr:g} -> lr {self.rates.lr:g}, "
             f"device {self.process.device}, precision {self.precision}, target {self.spec.target}"
         )

@@ -88,9 +88,8 @@ class NonFiniteGuard:
         if self.skipped_steps > self.max_skipped_steps:
             raise NonFiniteError(
                 f"{reason} at {step_name}: {format_count(self.skipped_steps, 'step')} skipped, "
-                "trainer.max_skipped_steps="
-                f"{self.max_skipped_steps} allows no more; weights were not changed.{clip_list} Lower trainer.lr or "
-                "check these clips"
+                f"trainer.max_skipped_steps={self.max_skipped_steps} allows no more; weights were not changed."
+                f"{clip_list} Lower trainer.lr or check these clips"
             )
         count = f"{self.skipped_steps} of at most {self.max_skipped_steps}"
         self.rank_zero_info(f"skipped step {count}: {reason} at {step_name}.{clip_list}")

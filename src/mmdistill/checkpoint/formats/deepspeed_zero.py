@@ -128,9 +128,7 @@ def _merge_flat(
             if offset + count > flat.numel():
                 raise CorruptCheckpointError(
                     f"{tag}: the shards contain {format_count(flat.numel(), 'value')} of parameter group {group}, "
-                    "too few for "
-                    f"'{name}'; "
-                    "copy the checkpoint again"
+                    f"too few for '{name}'; copy the checkpoint again"
                 )
             merged[name] = flat.narrow(0, offset, count).view(tuple(shape))
             offset += count + (int(paddings[group][index]) if paddings else 0)
@@ -156,7 +154,8 @@ def _merge_sliced(
     world_size = len(shards)
     if len(models) != world_size:
         raise CorruptCheckpointError(
-            f"{tag}: {format_count(world_size, 'optimizer shard')} but {format_count(len(models), 'model file')}; copy the missing ones"
+            f"{tag}: {format_count(world_size, 'optimizer shard')} but {format_count(len(models), 'model file')}; copy "
+            "the missing ones"
         )
     groups = [shard["optimizer_state_dict"]["fp32_flat_groups"] for shard in shards]
     flat = [torch.cat(list(rank)) if len(rank) > 1 else rank[0] for rank in groups]

@@ -70,8 +70,7 @@ def split_by_class(
     if len(classes) < len(targets):
         raise ValueError(
             f"{format_count(len(classes), 'class')} with at least {format_count(min_events, 'event')} cannot be "
-            f"divided into {len(targets)} splits; "
-            "give fewer splits or lower --min-events"
+            f"divided into {len(targets)} splits; give fewer splits or lower --min-events"
         )
     chosen = _assign(classes, targets, seed=seed)
     out: dict[str, list[Rally]] = {name: [] for name in targets}
