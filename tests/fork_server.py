@@ -8,6 +8,8 @@ Protocol, one JSON object per line: the client writes ``{argv, cwd, env, stdout,
 the server answers ``{"pid": n}`` when the command has started and ``{"status": n}`` when it has ended.
 """
 
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -128,6 +130,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what imports print is no answer
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a child would copy the pages of all these objects
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -138,6 +141,15 @@ def _serve() -> None:
         _, status = os.waitpid(pid, 0)
         answers.write(json.dumps({"status": os.waitstatus_to_exitcode(status)}) + "\n")
         answers.flush()
+
+
+def _exit_without_teardown(status: int) -> None:
+    """Exit after what a normal exit runs, without deleting all modules: that takes 2.5 s of CPU time per command."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class _Forked(BaseException):
@@ -151,4 +163,4 @@ if __name__ == "__main__":
         (message,) = forked.args
     else:
         sys.exit(0)
-    sys.exit(_run_command(message))
+    _exit_without_teardown(_run_command(message))
