@@ -1,5 +1,6 @@
 """Ranks that are forked from a process which has imported everything: each starts seconds faster."""
 
+import gc
 import os
 import sys
 import traceback
@@ -20,6 +21,7 @@ def fork_ranks(world: int, job: Callable[[int], int | None]) -> list[int]:
     `wait_for`.
     """
     port, pids = launch.free_port(), []
+    gc.freeze()  # a collection in a child would copy the pages of all these objects
     for rank in range(world):
         pid = os.fork()
         if pid == 0:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 ENVIRONMENT = environment(DS_ACCELERATOR="cpu")
 HANG_TIMEOUT_S = 300.0  # seconds until a run counts as hung, also on a busy machine
+RANK_DEPENDENT = "${now:%S-%f}"  # a folder name that differs between ranks
 NO_LOCAL_RANK = [
     *(str(BIN / "deepspeed"), "--num_accelerators", "2", "--no_local_rank"),
     *("--master_port", str(launch.free_port())),
@@ -45,11 +46,15 @@ def _command(launcher: str, data: list[str], folder: str, *arguments: str) -> li
     return [*LAUNCHERS[launcher], "pretrain_main.py", *common, *arguments, f"hydra.run.dir={folder}"]
 
 
+# A constant learning rate: the loss of the first epoch does not depend on the number of epochs.
+CONSTANT_LR = ("trainer.lr=0.01", "trainer.min_lr=0.01", "trainer.warmup_lr=0.01")
+
+
 @pytest.fixture(scope="module")
 def single_process_loss(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Loss of a run of one process with the same global batch."""
+    """Loss of the first epoch of a run of one process with the same global batch."""
     run = tmp_path_factory.mktemp("single")
-    _, *command = _command("devices=2", data, str(run))
+    _, *command = _command("devices=2", data, str(run), *CONSTANT_LR)
     run_python(*(a for a in command if a not in ("devices=2", "batch_size=4")), "batch_size=8")
     return _loss(run)
 
@@ -59,24 +64,21 @@ def _loss(run: Path, column: str = "loss") -> float:
         return float(next(csv.DictReader(file))[column])
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_every_launcher_makes_one_run_dir_and_the_loss_of_one_process(
-    launcher: str, data: list[str], single_process_loss: float, tmp_path: Path
-) -> None:
-    folder = f"{tmp_path}/${{now:%S-%f}}"  # differs between ranks
-    done = subprocess.run(
-        _command(launcher, data, folder),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=HANG_TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (run,) = tmp_path.iterdir()
-    assert _loss(run) == pytest.approx(single_process_loss, rel=1e-5)
+def _check_one_run_dir(root: Path, loss: float) -> None:
+    """All ranks wrote to one folder, and the loss of the first epoch is `loss`."""
+    (run,) = root.iterdir()
+    assert _loss(run) == pytest.approx(loss, rel=1e-5)
     assert (run / "run.log").read_text().count("epoch 0: loss") == 1
     assert (run / "run.json").is_file()
+
+
+def test_deepspeed_launcher_makes_one_run_dir_and_the_loss_of_one_process(
+    data: list[str], single_process_loss: float, tmp_path: Path
+) -> None:
+    command = _command("deepspeed", data, f"{tmp_path}/{RANK_DEPENDENT}", *CONSTANT_LR)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_TIMEOUT_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _check_one_run_dir(tmp_path, single_process_loss)
 
 
 def test_a_launcher_distills_to_the_loss_of_one_process(data: list[str], tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_launcher_distills_to_the_loss_of_one_process(data: list[str], tmp_pat
     common += ["test=False", "accelerator=cpu"]
     one, two = tmp_path / "one", tmp_path / "two"
     run_python(*common, "batch_size=8", f"hydra.run.dir={one}")
-    command = [*NO_LOCAL_RANK, *common, "batch_size=4", f"hydra.run.dir={two}/${{now:%S-%f}}"]
+    command = [*NO_LOCAL_RANK, *common, "batch_size=4", f"hydra.run.dir={two}/{RANK_DEPENDENT}"]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_TIMEOUT_S)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = two.iterdir()
@@ -98,14 +100,14 @@ class _RunEndedError(Exception):
 
 
 class _Running:
-    """A run of two ranks in the background, after its first epoch."""
+    """A run of two ranks in the background, after its first epoch; its folder lies in `root`."""
 
-    def __init__(self, command: list[str], run: Path) -> None:
-        self.run = run
-        self.errors = run.with_name(run.name + ".err").open("a+")
+    def __init__(self, command: list[str], root: Path) -> None:
+        self.root = root
+        self.errors = root.with_name(root.name + ".err").open("a+")
         self.process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=self.errors, stderr=self.errors)
         deadline = time.monotonic() + HANG_TIMEOUT_S
-        while not (run / "metrics.csv").exists():
+        while not list(root.glob("*/metrics.csv")):
             if self.process.poll() is not None:
                 raise _RunEndedError(self.text())
             assert time.monotonic() < deadline, self.text()
@@ -125,6 +127,10 @@ class _Running:
         _, alive = psutil.wait_procs(everyone, timeout=60)
         assert not alive, f"left behind: {alive}"
         return status
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of the ends of epochs."""
+        return list(self.root.glob("*/checkpoints/epoch=*"))
 
     def text(self) -> str:
         """Output of all processes so far."""
@@ -154,20 +160,24 @@ _LONG = ("trainer.epochs=1000", "trainer.save_ckpt_freq=1000")
 @pytest.fixture
 def running(request: pytest.FixtureRequest, data: list[str], tmp_path: Path) -> Iterator[_Running]:
     launcher, *arguments = request.param
-    run = tmp_path / "run"
-    started = _Running(_command(launcher, data, str(run), *_LONG, *arguments), run)
+    root = tmp_path / "runs"
+    command = _command(launcher, data, f"{root}/{RANK_DEPENDENT}", *_LONG, *CONSTANT_LR, *arguments)
+    started = _Running(command, root)
     yield started
     started.close()
 
 
 @pytest.mark.parametrize("running", [("devices=2",), ("torchrun",)], indirect=True)
-def test_sigterm_to_the_launcher_stops_all_ranks_with_a_checkpoint(running: _Running) -> None:
+def test_launcher_makes_one_run_dir_and_sigterm_stops_all_ranks_with_a_checkpoint(
+    running: _Running, single_process_loss: float
+) -> None:
+    _check_one_run_dir(running.root, single_process_loss)
     running.process.send_signal(signal.SIGTERM)
     status = running.wait()
     # torchrun exits with its own status and reports that of the ranks
     expected = INTERRUPTED_EXIT_CODE if "devices=2" in " ".join(running.process.args) else 1
     assert status == expected, running.text()
-    assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
+    assert len(running.checkpoints()) == 1
     assert running.text().count("stopped by a signal") == 1
 
 
@@ -185,9 +195,9 @@ def test_a_dead_loader_worker_ends_all_ranks(running: _Running) -> None:
 def test_a_hung_rank_ends_all_ranks(data: list[str], tmp_path: Path) -> None:
     """Detected after the timeout. A busy machine may start the ranks further apart than that; then try a longer one."""
     for seconds in (8, 40, 120):
-        run = tmp_path / str(seconds)
-        command = _command("devices=2", data, str(run), *_LONG, f"distributed_timeout_s={seconds}")
-        with contextlib.suppress(_RunEndedError), contextlib.closing(_Running(command, run)) as running:
+        root = tmp_path / str(seconds)
+        command = _command("devices=2", data, str(root / "run"), *_LONG, f"distributed_timeout_s={seconds}")
+        with contextlib.suppress(_RunEndedError), contextlib.closing(_Running(command, root)) as running:
             running.ranks()[1].suspend()
             assert running.wait() not in (0, INTERRUPTED_EXIT_CODE)
             assert "rank 0 failed first" in running.text()
@@ -208,7 +218,7 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(running: _Runnin
     running.process.kill()
     _, alive = psutil.wait_procs(ranks, timeout=HANG_TIMEOUT_S)
     assert not alive
-    assert len(list((running.run / "checkpoints").glob("epoch=*"))) == 1
+    assert len(running.checkpoints()) == 1
 
 
 _LOST = "connection to other ranks lost"
