@@ -1,7 +1,9 @@
 """Stop signals: SIGTERM, SIGINT and SIGUSR1 set a flag that the training loop reads."""
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import FrameType
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 
+RESEND_S = 0.05  # seconds until an ignored stop signal is sent again
 StopSignal = Callable[[], int | None]  # the number of the received signal, or None
 
 
@@ -58,15 +61,28 @@ def stop_message(checkpoint: Path) -> str:
 
 @contextmanager
 def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
-    """While open, a stop signal ends the process with status 85 and one line, for work that has nothing to save."""
+    """While open, a stop signal ends the process with status 85 and one line, for work that has nothing to save.
+
+    Python ignores an exception that a handler raises during a callback, such as a finalizer or a fork hook. The signal
+    is then sent again.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
-    with _signal_handler(names, leave):
-        try:
+    def send_again(ignored: "sys.UnraisableHookArgs") -> None:
+        if isinstance(ignored.exc_value, SystemExit) and ignored.exc_value.code == INTERRUPTED_EXIT_CODE:
+            threading.Timer(RESEND_S, os.kill, (os.getpid(), signal.Signals[names[0]])).start()
+        else:
+            previous_hook(ignored)
+
+    previous_hook, sys.unraisablehook = sys.unraisablehook, send_again
+    try:
+        with _signal_handler(names, leave):
             yield
-        except SystemExit as error:
-            if error.code == INTERRUPTED_EXIT_CODE:
-                print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
-            raise
+    except SystemExit as error:
+        if error.code == INTERRUPTED_EXIT_CODE:
+            print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
+        raise
+    finally:
+        sys.unraisablehook = previous_hook
