@@ -1,4 +1,6 @@
-"""Run the real entrypoints for tests: one interpreter imports everything, then forks the ranks of each run.
+"""Run trainings as the entrypoints do: one interpreter imports everything, then forks the ranks of each run.
+
+The config of a run is composed once, before its ranks are forked. A sweep (``-m``) runs the entrypoint itself.
 
 python -m tests.integration.resume_worker PLAN.json  # {"runs": [{script, world, arguments, record, stop_at, ...}, ...]}
 
@@ -21,6 +23,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,18 @@ import mmdistill.distill.datamodule as distill_data
 import mmdistill.distill.module as distill_module
 import mmdistill.distill.trainer as distill_run
 import mmdistill.pretrain.trainer as pretrain_loop
+from mmdistill.cli.distill import run_distillation
+from mmdistill.cli.entrypoint import exit_with_error
+from mmdistill.cli.pretrain import run_pretraining
+from mmdistill.config import DistillConfig, PretrainConfig
+from mmdistill.config.compose import load_config
 from tests.ranks import fork_ranks, import_zero, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
+ENTRYPOINTS: dict[str, tuple[Any, str, Callable[..., None]]] = {  # schema, config, job
+    "pretrain_main.py": (PretrainConfig, "config_pretrain", run_pretraining),
+    "lit_main_mmdistill.py": (DistillConfig, "config_mmdistill", run_distillation),
+}
 
 
 def _make_recorder(record: str, rank: int, stop: int | None, number: signal.Signals = signal.SIGTERM) -> Any:
@@ -172,7 +184,26 @@ def _disable_cache() -> None:
     distill_data.make_clip_dataset = make_uncached
 
 
-def _rank(run: dict[str, Any], rank: int) -> int:
+def _entrypoint(run: dict[str, Any]) -> Callable[[], None]:
+    """The training of a run, which exits like the entrypoint of ``run["script"]``."""
+    arguments = run["arguments"]
+    if "-m" in arguments:
+        sys.argv = [run["script"], *arguments]
+        return lambda: runpy.run_path(str(ROOT / run["script"]), run_name="__main__") and None
+    schema, config_name, job = ENTRYPOINTS[run["script"]]
+    config = load_config(schema, config_name, [a for a in arguments if not a.startswith("hydra.")])
+    (run_dir,) = (a.removeprefix("hydra.run.dir=") for a in arguments if a.startswith("hydra.run.dir="))
+
+    def call() -> None:
+        try:
+            job(config, run_dir)
+        except Exception as error:
+            exit_with_error(error, schema, 1)
+
+    return call
+
+
+def _rank(run: dict[str, Any], entrypoint: Callable[[], None], rank: int) -> int:
     """One rank of one run; its exit code."""
     log = os.open(f"{run['record']}.{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -188,16 +219,16 @@ def _rank(run: dict[str, Any], rank: int) -> int:
         _allow_fp16()
     if run.get("uncached"):
         _disable_cache()
-    sys.argv = [run["script"], *run["arguments"]]
     try:
-        runpy.run_path(str(ROOT / run["script"]), run_name="__main__")
+        entrypoint()
         return 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
 
 
 def _run(run: dict[str, Any]) -> list[int]:
-    return wait_for(fork_ranks(run["world"], lambda rank: _rank(run, rank)))
+    entrypoint = _entrypoint(run)
+    return wait_for(fork_ranks(run["world"], lambda rank: _rank(run, entrypoint, rank)))
 
 
 def main(plan: Path) -> None:
