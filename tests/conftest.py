@@ -14,7 +14,8 @@ from tests.commands import RANK_VARIABLES, ROOT, Script
 INTEGRATION = ROOT / "tests" / "integration"
 # Modules that take longest. They start first, so that parallel test processes end at about the same time.
 LONGEST = ("test_resume", "test_launch", "test_two_processes", "test_strategy", "test_sweep", "test_entrypoints",
-           "test_deepspeed_engine", "test_efficiency", "test_tennis", "test_paths")  # fmt: skip
+           "test_deepspeed_engine", "test_efficiency", "test_signals", "test_tennis", "test_paths", "test_run",
+           "test_renames", "test_validation", "test_pipeline")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,6 +29,17 @@ def test_help_of_every_verb_imports_no_torch() -> None:
     run_python("-c", HELP)
 
 
+def test_evaluate_names_its_verb_and_the_required_key() -> None:
+    shown = run_python("-m", "mmdistill", "evaluate", "--help").stdout
+    assert shown.startswith("usage: mmdistill evaluate ckpt_path=PATH ")
+    assert "ckpt_path is required" in shown
+    assert "mmdistill distill" not in shown
+    shown = run_python("-m", "mmdistill", "evaluate", expect=2).stderr
+    assert shown.endswith(
+        "mmdistill evaluate: error: train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate\n"
+    )
+
+
 @pytest.fixture(scope="module")
 def config_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder outside the repository with ``dataset/mine.yaml``, which describes the tiny dataset."""

@@ -92,7 +92,13 @@ def test_failed_job_does_not_stop_the_others(toy: Path, tmp_path: Path, launcher
     assert [(r.job, r.overrides["seed"]) for r in rows] == [(f"pretrain_rgb_{i}", str(12 + i)) for i in range(3)]
     assert [r.error for r in rows] == ["", "RuntimeError: thirteen", ""]
     assert [round(r.values["loss"]) for r in rows if not r.error] == [12, 14]
-    run_python(*common, "seed=12,15,14")  # the record of the repaired job is removed
+
+
+def test_record_of_a_repaired_job_is_removed(toy: Path, tmp_path: Path) -> None:
+    common = [toy, "-m", "modality=rgb", f"hydra.sweep.dir={tmp_path}"]
+    run_python(*common, "seed=12,13", expect=1)
+    assert [bool(r.error) for r in read_sweep(tmp_path)] == [False, True]
+    run_python(*common, "seed=12,15")
     assert not any(r.error for r in read_sweep(tmp_path))
 
 

@@ -43,8 +43,7 @@ def replacement(key: str) -> str:
     return f"{key} was removed; {REMOVED_KEYS[general]}"
 
 
-@pytest.mark.parametrize("plus", ["", "+"])
-@pytest.mark.parametrize("key", OLD_KEYS)
+@pytest.mark.parametrize(("key", "plus"), [*((key, "") for key in OLD_KEYS), (OLD_KEYS[0], "+"), (OLD_KEYS[-1], "+")])
 def test_old_key_on_the_command_line_names_the_new_one(key: str, plus: str) -> None:
     expected = replacement("deepspeed" if key.startswith("deepspeed") else key)
     assert error_of(key, [f"{plus}{key}=1"]) == expected
