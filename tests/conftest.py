@@ -1,5 +1,6 @@
 """Fixtures and markers of all tests."""
 
+import gc
 import os
 import runpy
 import subprocess
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(INTEGRATION):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exclude the imported modules from garbage collection: each full collection would visit all their objects."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

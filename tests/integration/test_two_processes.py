@@ -99,7 +99,6 @@ def _distill(name: str, root: Path, data: list[str], *arguments: str, world: int
 
 
 _MODALITIES = ("rgb", "flow", "skeleton")
-_SIGNALS = ("SIGINT", "SIGUSR1")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +127,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
             world=2, **nan,
         ),
         _pretrain("budget", root, good, skip, "trainer.max_skipped_steps=0", **nan),
-        *(_pretrain(f"stop_{s}", root, good, world=2, stop_at=3, stop_signal=s, stop_rank=1) for s in _SIGNALS),
+        _pretrain("stop", root, good, world=2, stop_at=3, stop_signal="SIGUSR1", stop_rank=1),
         *(run for stage in range(3) for run in _half_precision(stage, root, good)),
         _distill("distill_one", root, good),
         _distill("distill_two", root, good, world=2),
@@ -361,11 +360,11 @@ def test_cached_losses_of_two_ranks_equal_uncached(runs: tuple[Path, dict[str, l
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", _SIGNALS)
-def test_signal_to_one_rank_stops_all_with_a_checkpoint(runs: tuple[Path, dict[str, list[int]]], name: str) -> None:
+def test_signal_to_one_rank_stops_all_with_a_checkpoint(runs: tuple[Path, dict[str, list[int]]]) -> None:
+    """Of the signals in test_signals.py, one is enough here: the ranks exchange whether any signal has arrived."""
     root, codes = runs
-    assert codes[f"stop_{name}"] == [INTERRUPTED_EXIT_CODE] * 2, _log(root, f"stop_{name}")
-    assert len(list((root / f"stop_{name}" / "checkpoints").glob("epoch=00-*-step=3"))) == 1
+    assert codes["stop"] == [INTERRUPTED_EXIT_CODE] * 2, _log(root, "stop")
+    assert len(list((root / "stop" / "checkpoints").glob("epoch=00-*-step=3"))) == 1
 
 
 @pytest.mark.parametrize("stage", range(3))
