@@ -4,12 +4,19 @@ A component is registered by its own module, or by another distribution through 
 name is the component's name, and its value is the component.
 """
 
-from importlib.metadata import entry_points
+from functools import cache
+from importlib import metadata
 from typing import Generic, TypeVar
 
 from mmdistill.errors import InputError, suggest_nearest
 
 T = TypeVar("T")
+
+
+@cache
+def entry_points(group: str) -> metadata.EntryPoints:
+    """The entry points of a group. The first call reads the metadata of all installed packages."""
+    return metadata.entry_points(group=group)
 
 
 class Registry(Generic[T]):

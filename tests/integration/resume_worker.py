@@ -40,14 +40,13 @@ import mmdistill.pretrain.trainer as pretrain_loop
 from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error
 from mmdistill.cli.pretrain import run_pretraining
-from mmdistill.config import DistillConfig, PretrainConfig
-from mmdistill.config.compose import load_config
+from tests.configs import distill_config, pretrain_config
 from tests.ranks import fork_ranks, import_zero, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRYPOINTS: dict[str, tuple[Any, str, Callable[..., None]]] = {  # schema, config, job
-    "pretrain_main.py": (PretrainConfig, "config_pretrain", run_pretraining),
-    "lit_main_mmdistill.py": (DistillConfig, "config_mmdistill", run_distillation),
+ENTRYPOINTS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {  # how to make the config, job
+    "pretrain_main.py": (pretrain_config, run_pretraining),
+    "lit_main_mmdistill.py": (distill_config, run_distillation),
 }
 
 
@@ -190,15 +189,16 @@ def _entrypoint(run: dict[str, Any]) -> Callable[[], None]:
     if "-m" in arguments:
         sys.argv = [run["script"], *arguments]
         return lambda: runpy.run_path(str(ROOT / run["script"]), run_name="__main__") and None
-    schema, config_name, job = ENTRYPOINTS[run["script"]]
-    config = load_config(schema, config_name, [a for a in arguments if not a.startswith("hydra.")])
+    make_config, job = ENTRYPOINTS[run["script"]]
+    no_teachers = ["trainer.ckpt_path=null"] if make_config is distill_config else []  # unless `arguments` name some
+    config = make_config(*no_teachers, *(a for a in arguments if not a.startswith("hydra.")))
     (run_dir,) = (a.removeprefix("hydra.run.dir=") for a in arguments if a.startswith("hydra.run.dir="))
 
     def call() -> None:
         try:
             job(config, run_dir)
         except Exception as error:
-            exit_with_error(error, schema, 1)
+            exit_with_error(error, type(config), 1)
 
     return call
 

@@ -26,7 +26,7 @@ from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = [(2, 0), (2, 1), (2, 2), (2, 3), (1, 0), (1, 1), (1, 2)]  # processes, ZeRO stage
+STAGES = [(2, 0), (2, 2), (2, 3), (1, 1)]  # processes, ZeRO stage; test_deepspeed_engine.py covers each combination
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 
 
