@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmdistill.distributed import launch
 from tests.commands import RANK_VARIABLES, ROOT, Script
 
 INTEGRATION = ROOT / "tests" / "integration"
@@ -36,10 +35,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def isolated_env() -> Iterator[None]:
     """Restore the variables of a launcher after each module: `start_process` sets them, and commands inherit them."""
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    single_process = launch._single_process
     yield
     _leave_process_group()
-    launch._single_process = single_process
     for name, value in before.items():
         os.environ.pop(name, None)
         if value is not None:

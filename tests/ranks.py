@@ -2,6 +2,7 @@
 
 import gc
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,13 +15,20 @@ def import_zero() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 
+def free_port() -> int:
+    """A port that no process of this machine uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def fork_ranks(world: int, job: Callable[[int], int | None]) -> list[int]:
     """Start processes that run ``job(rank)`` in the environment that a launcher would set.
 
     A process exits with the job's result (None: 0), or with 1 if the job raises. Returns the process ids, for
     `wait_for`.
     """
-    port, pids = launch.free_port(), []
+    port, pids = free_port(), []
     gc.freeze()  # a collection in a child would copy the pages of all these objects
     for rank in range(world):
         pid = os.fork()

@@ -7,6 +7,7 @@ is printed with its traceback.
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 
 class MMDistillError(Exception):
@@ -14,9 +15,16 @@ class MMDistillError(Exception):
 
     Attributes:
         exit_status: status of the process that ends with this error.
+        raised_on_all_ranks: whether each rank of the run raises this error, so that one of them has to print it.
     """
 
     exit_status = 1
+    raised_on_all_ranks = False
+
+    def on_all_ranks(self) -> Self:
+        """This error, marked as raised on all ranks."""
+        self.raised_on_all_ranks = True
+        return self
 
 
 class InputError(MMDistillError, ValueError):

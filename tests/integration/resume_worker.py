@@ -198,7 +198,7 @@ def _entrypoint(run: dict[str, Any]) -> Callable[[], None]:
         try:
             job(config, run_dir)
         except Exception as error:
-            exit_with_error(error, type(config), 1)
+            exit_with_error(error, type(config))
 
     return call
 

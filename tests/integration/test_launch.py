@@ -16,6 +16,7 @@ import pytest
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from tests.commands import environment, run_python
+from tests.ranks import free_port
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 pytestmark = pytest.mark.multiprocess
@@ -26,7 +27,7 @@ HANG_TIMEOUT_S = 300.0  # seconds until a run counts as hung, also on a busy mac
 RANK_DEPENDENT = "${now:%S-%f}"  # a folder name that differs between ranks
 LAUNCHERS = {
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2"],
-    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(launch.free_port())],
+    "deepspeed": [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())],
     "devices=2": [sys.executable],
 }
 
@@ -203,37 +204,40 @@ def test_ranks_whose_launcher_was_killed_stop_with_a_checkpoint(running: _Runnin
     assert len(running.checkpoints()) == 1
 
 
-_LOST = "connection to other ranks lost"
 _FAILING = {
-    "alike": ("all:nan:bound=60,late1=1", "mmdistill: error: loss is nan"),
-    "alike but too late": ("all:nan:bound=1,late1=4", "mmdistill: error: loss is nan"),
-    "first is 0": ("0:defect:bound=60,late1=1", "[rank0]: TypeError: a defect"),
-    "first is 1": ("1:defect:bound=60,late0=1", "[rank1]: TypeError: a defect"),
-    "a worker of 1 dies too": ("1:defect:bound=60,worker1", "[rank1]: TypeError: a defect"),
-    "1 is suspended": ("all:nan:bound=1,stop1", "mmdistill: error: loss is nan"),
-    "0 is suspended": ("all:defect:bound=1,stop0,late1=1", f"mmdistill: rank 1: {_LOST}: TypeError: a defect"),
+    "alike": ("all:nan:late1=1", 1, "rank 0 failed first", "mmdistill: error: loss is nan"),
+    "first is 0": ("0:defect:late1=1", 1, "rank 0 failed first", "TypeError: a defect"),
+    "first is 1": ("1:defect:late0=1", 1, "rank 1 failed first", "TypeError: a defect"),
+    "a worker of 1 dies too": ("1:defect:worker1", 1, "rank 1 failed first", "TypeError: a defect"),
+    "1 is suspended": ("all:nan:stop1", 1, "rank 0 failed first", "mmdistill: error: loss is nan"),
+    "0 is suspended": ("all:defect:stop0", 1, "rank 1 failed first", "TypeError: a defect"),
+    "1 has wrong input": ("1:input:late0=1", 2, "rank 1 failed first", "mmdistill: error: a wrong path"),
 }
 
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with the output of the two ranks of each case, their exit codes and times."""
+    """Folder with the report of the launcher, and of the ranks their output, exit codes and times, for each case."""
     folder = tmp_path_factory.mktemp("failing")
-    cases = [f"{name}:{case}" for name, (case, _) in _FAILING.items()]
+    cases = [f"{name}:{case}" for name, (case, *_) in _FAILING.items()]
     run_python("-m", "tests.integration.failing_ranks", folder, *cases)
     return folder
 
 
 @pytest.mark.parametrize("name", _FAILING)
 def test_failure_is_reported_once_and_blocks_no_rank(failing: Path, name: str) -> None:
-    """Also if a rank asks late, or never, which rank failed first."""
+    """Also if a rank fails late or never ends."""
+    _, status, first, error = _FAILING[name]
     shown = (failing / f"{name}.log").read_text()
-    reported = [line for line in shown.splitlines() if line.endswith(("loss is nan", "a defect"))]
-    assert reported == [_FAILING[name][1]], shown
-    assert _LOST not in shown or name == "0 is suspended"
-    ends = [end for end in json.loads((failing / f"{name}.json").read_text()) if end[1] is not None]
-    assert [code for code, _ in ends] == [1] * (1 if "suspended" in name else 2)
-    assert max(seconds for _, seconds in ends) < launch.SHUTDOWN_TIMEOUT_S, shown  # after which the launcher kills them
+    assert error not in shown, "the launcher reports, not the ranks"
+    report = json.loads((failing / f"{name}.json").read_text())
+    assert report["status"] == status
+    assert report["text"].startswith(f"mmdistill: {first}:\n")
+    reported = [line for line in report["text"].splitlines() if line.endswith(("loss is nan", "a defect", "path"))]
+    assert reported == [error]
+    ends = [end for end in report["ends"] if end[1] is not None]
+    assert [code for code, _ in ends] == ([1] if "suspended" in name else [1, status])
+    assert max(seconds for _, seconds in ends) < launch.KILL_TIMEOUT_S, shown  # after which the launcher kills them
 
 
 def test_devices_with_a_sweep_raises(data: list[str], tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import nn
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.launcher.api import LaunchConfig
 from torch.utils.data import DataLoader, TensorDataset
+
+from mmdistill.distributed.launch import KILL_TIMEOUT_S
 
 
 def _source_mentions(owner: Any, *names: str) -> None:
@@ -35,9 +39,12 @@ def test_torch_default_pg_timeout(name: str) -> None:
     assert hasattr(torch.distributed.distributed_c10d, name)
 
 
-def test_torch_get_default_store() -> None:
-    """distributed/launch.py: which rank failed first."""
-    assert list(inspect.signature(torch.distributed.distributed_c10d._get_default_store).parameters) == []
+def test_torch_elastic_agent_kills_after_its_timeout() -> None:
+    """distributed/launch.py: signals that the agent leaves to the launcher, and its time limit after a failure."""
+    assert "signals_to_handle" in inspect.signature(LaunchConfig).parameters
+    for method in (SubprocessContext.close, SubprocessContext._close):
+        assert inspect.signature(method).parameters["timeout"].default == KILL_TIMEOUT_S
+    assert "self.close()" in inspect.getsource(SubprocessContext._poll)
 
 
 def test_torch_dataloader_iterator_workers() -> None:

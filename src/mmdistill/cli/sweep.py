@@ -21,19 +21,13 @@ from mmdistill.workflows.sweep_results import FAILED, objective
 
 FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
 
-_failed: list[Path] = []  # records of failed jobs in this process's sweep, filled by `SweepFailureCallback`
-
 
 def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception], str]) -> float | None:
     """Run one job of a sweep. An exception is printed and written to ``failed.json``, and the sweep continues.
 
     With several processes the exception is raised, because a rank that continues alone waits forever for the others.
-    `SystemExit`, for example after a stop signal, ends the sweep too.
-
-    Args:
-        job: the job.
-        run_dir: its folder.
-        explain: turns an exception of this package into a message.
+    `SystemExit`, for example after a stop signal, ends the sweep too. `explain` turns an exception of this package into
+    a message.
 
     Returns:
         `objective` of the job; None after a failure, which Optuna counts as a failed trial.
@@ -56,9 +50,10 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
 
 
 class SweepFailureCallback(Callback):
-    """Hydra callback that collects the failed jobs at the end of a sweep (``hydra.callbacks`` in the main configs).
+    """Hydra callback that ends a sweep with failed jobs with a list of them and status 1 (main configs).
 
-    It reads the job folders, because jobs may run in other processes (joblib, submitit).
+    It reads the job folders, because jobs may run in other processes (joblib, submitit). Hydra ignores every
+    `Exception` of a callback, but not `SystemExit`.
     """
 
     def __init__(self) -> None:
@@ -69,17 +64,11 @@ class SweepFailureCallback(Callback):
         self._start_time = time.time()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Collect the records of failed jobs for `exit_if_failed`."""
+        """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""
         records = sorted(Path(str(config.hydra.sweep.dir)).rglob(FAILED))
-        _failed.extend(r for r in records if r.stat().st_mtime >= self._start_time - 1)
-
-
-def exit_if_failed() -> None:
-    """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""
-    if _failed:
-        lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in _failed]
-        print(
-            f"mmdistill: error: {format_count(len(_failed), 'job')} of the sweep failed:\n" + "\n".join(lines),
-            file=sys.stderr,
-        )
-        raise SystemExit(FAILED_EXIT_CODE)
+        failed = [record for record in records if record.stat().st_mtime >= self._start_time - 1]
+        if failed:
+            lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in failed]
+            count = format_count(len(failed), "job")
+            print(f"mmdistill: error: {count} of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
+            raise SystemExit(FAILED_EXIT_CODE)

@@ -78,10 +78,10 @@ def broadcast_run_dir(run_dir: Path) -> Path:
 def run_on_all_ranks(
     action: Callable[[], Any], *, error_class: type[MMDistillError] | None, message: str = ""
 ) -> list[Any]:
-    """Run `action` on every rank and gather the results; if it fails on any rank, raise the same error on all ranks.
+    """Run `action` on every rank and gather its picklable results; if a rank fails, raise the same error on all ranks.
 
     Args:
-        action: may return any picklable value.
+        action: the same function on every rank.
         error_class: class of the raised error. A failure that is a subclass of it keeps its own class. None: a
             defect (no `MMDistillError`) is raised unchanged on its own rank.
         message: starts the error's message.
@@ -91,8 +91,8 @@ def run_on_all_ranks(
     """
     try:
         own: tuple[Any, Exception | None] = (action(), None)
-    except Exception as error:  # raised again below, on every rank
-        own = (None, error)
+    except Exception as caught:  # raised again below, on every rank
+        own = (None, caught)
     rank, world_size, failure = get_rank(), get_world_size(), own[1]
     kept_class = error_class or MMDistillError
     results = all_gather_objects((own[0], None if failure is None else (type(failure), _describe(failure, kept_class))))
@@ -102,7 +102,8 @@ def run_on_all_ranks(
                 raise failure
             kind = failed[0] if issubclass(failed[0], kept_class) else kept_class
             text = f"rank {source} of {world_size}: {failed[1]}" if world_size > 1 else failed[1]
-            raise kind(f"{message}: {text}" if message else text) from (failure if source == rank else None)
+            error = kind(f"{message}: {text}" if message else text).on_all_ranks()
+            raise error from (failure if source == rank else None)
     return [value for value, _ in results]
 
 

@@ -27,12 +27,8 @@ def tune_malloc() -> None:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Precision of a run: ``32``, ``bf16`` or ``16``.
 
-    ``auto`` becomes ``bf16`` on a GPU that supports it and ``32`` otherwise. On a CPU without bf16 instructions bf16 is
+    ``auto`` becomes ``bf16`` on a GPU that supports it and ``32`` otherwise: on a CPU without bf16 instructions bf16 is
     several hundred times slower than fp32.
-
-    Args:
-        precision: ``auto``, ``32``, ``bf16`` or ``16``.
-        device: device of the run.
 
     Raises:
         ConfigError: ``16`` on a CPU, where DeepSpeed has no fp16 and Lightning would use bf16 instead.

@@ -1,37 +1,37 @@
-"""Start the ranks of a run, detect which launcher started them, and decide which rank reports a failure.
+"""Detect which launcher started this process, start the ranks of ``devices=N``, and report which rank failed first.
 
 ``torchrun``, ``deepspeed`` and ``srun`` start one process per rank and describe its rank in the environment. Under
-plain ``python`` with ``devices=N`` this module starts the ranks. Imports no torch.
+plain ``python`` with ``devices=N`` the elastic agent of torch starts the ranks. Importing this module imports no torch.
 """
 
 import contextlib
-import gc
+import json
+import logging
 import os
-import queue
 import re
-import secrets
 import signal
-import socket
-import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmdistill.config import ConfigError
 from mmdistill.config.overrides import add_overrides
 from mmdistill.errors import format_count
+from mmdistill.files import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 INTERRUPTED_EXIT_CODE = 85  # a complete checkpoint was saved after a stop signal; `resume=auto` continues from it
-SHUTDOWN_TIMEOUT_S = 10.0  # after a rank has failed, time for the others to end before they are killed
-STOP_TIMEOUT_S = 120.0  # the same after a stop signal: the others may still save a checkpoint
 EXIT_TIMEOUT_S = 20.0  # after an error, time for the exit handlers of libraries before the process is ended
-STORE_TIMEOUT_S = 5.0  # time to wait for an answer of the store, and on rank 0 for the ranks that read it
-UNKNOWN_RANK = -1
-_PORTS = range(10_000, 30_000)
-_single_process = False  # `set_single_process_env` was called
+KILL_TIMEOUT_S = 30  # after a rank has failed, the elastic agent sends SIGTERM to the others, and SIGKILL 30 s later
+RUN_ID = "mmdistill"  # TORCHELASTIC_RUN_ID of ranks that `run_ranks` started
+_ANY_PORT = "0"  # MASTER_PORT of `set_single_process_env`; a launcher sets the port that it has chosen
 _PARENT = os.getppid()
 
 
@@ -58,8 +58,8 @@ def _first_host(nodes: str) -> str:
 
 
 def launched_externally() -> bool:
-    """Whether a launcher (torchrun, deepspeed, srun or `spawn_ranks`) started this process as one of its ranks."""
-    return "RANK" in os.environ and not _single_process
+    """Whether a launcher (torchrun, deepspeed, srun or `run_ranks`) started this process as one of its ranks."""
+    return "RANK" in os.environ and os.environ.get("MASTER_PORT") != _ANY_PORT
 
 
 def is_nonzero_rank() -> bool:
@@ -69,27 +69,7 @@ def is_nonzero_rank() -> bool:
 
 def set_single_process_env() -> None:
     """Set the environment variables of a single rank, which libraries require even without a launcher."""
-    global _single_process
-    _single_process = True
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-
-
-def free_port() -> int:
-    """A free port on this machine for rank 0.
-
-    It lies below the range of ephemeral ports, so no outgoing connection takes it before rank 0 binds it.
-
-    Raises:
-        ConfigError: 100 random ports were tried and all are in use.
-    """
-    for _ in range(100):
-        port = secrets.choice(_PORTS)  # not seeded: jobs with one seed would choose the same port
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise ConfigError(
-        f"no free port found: 100 random ports between {_PORTS.start} and {_PORTS.stop - 1} are in use on 127.0.0.1"
-    )
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_ANY_PORT)
 
 
 def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | None]:
@@ -107,16 +87,15 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
         ConfigError: `devices` has another value, or the launcher started another number of processes.
     """
     gpus = list(devices) if isinstance(devices, list | tuple) else None
-    if gpus is not None and (not gpus or any(isinstance(g, bool) or not isinstance(g, int) or g < 0 for g in gpus)):
-        raise ConfigError(f"devices={devices} must be a number, auto, -1 or a list of GPU numbers")
-    if gpus is None and str(devices) not in ("auto", "-1") and (not isinstance(devices, int) or devices < 1):
+    use_all = str(devices) in ("auto", "-1")
+    numbers, minimum = ([devices], 1) if gpus is None else (gpus, 0)
+    if not use_all and not (numbers and all(type(n) is int and n >= minimum for n in numbers)):
         raise ConfigError(f"devices={devices} must be a number of at least 1, auto, -1 or a list of GPU numbers")
     if launched_externally():
-        local_world_size = int(
-            os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
-        )
+        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+        local_world_size = int(next(os.environ[name] for name in names if name in os.environ))
         requested = len(gpus) if gpus is not None else devices
-        if str(requested) not in ("1", "auto", "-1", str(local_world_size)):
+        if not use_all and str(requested) not in ("1", str(local_world_size)):
             raise ConfigError(
                 f"devices={devices}, but the launcher started {format_count(local_world_size, 'process')} on this "
                 "machine; remove devices from the command"
@@ -126,7 +105,7 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
         if accelerator == "cpu":
             raise ConfigError(f"devices={devices} are GPU numbers, but accelerator=cpu; use a number of processes")
         return len(gpus), gpus
-    if str(devices) in ("auto", "-1"):
+    if use_all:
         from torch import cuda
 
         return (max(1, cuda.device_count()) if accelerator != "cpu" else 1), None
@@ -134,10 +113,7 @@ def resolve_devices(devices: Any, accelerator: str) -> tuple[int, list[int] | No
 
 
 def set_visible_devices(gpus: Sequence[int]) -> None:
-    """Hide all other GPUs from this process and its children.
-
-    Args:
-        gpus: indices into the GPUs that are visible now.
+    """Hide all other GPUs from this process and its children. `gpus` are indices into those that are visible now.
 
     Raises:
         ConfigError: an index is out of range.
@@ -151,75 +127,99 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in gpus)
 
 
-def spawn_ranks(count: int, run_dir: str, *, cwd: str, program: Sequence[str]) -> int:
+def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     """Run `program` with the arguments of the current command as `count` ranks, and wait for them.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are forwarded to all ranks. After a rank has failed, the others have
-    `SHUTDOWN_TIMEOUT_S` (after a stop signal `STOP_TIMEOUT_S`) to end, and are then killed.
+    `KILL_TIMEOUT_S` to end. The first failure is printed.
 
     Args:
         count: number of ranks.
         run_dir: run directory of all ranks.
-        cwd: working directory of the ranks.
         program: arguments of Python that start the command: a script's path, or ``-m`` and a module.
 
     Returns:
-        Exit status of the rank that failed first, or 0.
+        Exit status of the rank that failed first, or 0; 128 + N if signal N killed it.
     """
-    escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
-    arguments = add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])
-    command = [sys.executable, *program, *arguments]
-    common_env = {
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-    ranks = [
-        subprocess.Popen(  # in a new session, so that Ctrl-C reaches a rank once, through `forward_signal`
-            command,
-            cwd=cwd,
-            env={**os.environ, **common_env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
-        )
-        for rank in range(count)
-    ]
+    import psutil
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def forward_signal(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
-            if process.poll() is None:
-                process.send_signal(number)
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise SystemExit(128 + number)
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
-    previous = {
-        n: signal.signal(n, forward_signal) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
+    arguments = [*program, *add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])]
+    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    previous = {number: signal.signal(number, forward_signal) for number in forwarded}
+    logging.disable(logging.ERROR)  # the agent logs each step of a shutdown
     try:
-        return _wait_for_ranks(ranks)
+        with tempfile.TemporaryDirectory(prefix="mmdistill-ranks-") as error_dir:
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                run_id=RUN_ID,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(log_dir=error_dir),
+                signals_to_handle="",  # the agent's handler would discard the exit status of the ranks
+            )
+            elastic_launch(config, sys.executable)(*(a.replace("$", "$$") for a in arguments))  # it expands templates
+    except ChildFailedError as error:
+        return report_first_failure(error.failures)
     finally:
-        for process in ranks:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        logging.disable(logging.NOTSET)
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return 0
 
 
-def _wait_for_ranks(ranks: list["subprocess.Popen[bytes]"]) -> int:
-    """Exit status of the rank that failed first, or 0; 128 + N if signal N killed it."""
-    failed, deadline = 0, float("inf")
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process in ranks]  # of all ranks: one that runs may wait for one that has ended
-        bad = [code for code in codes if code]
-        if bad and not failed:
-            failed = min(bad)  # a killed rank (negative code) is the cause of the other failures
-            deadline = time.monotonic() + (STOP_TIMEOUT_S if failed == INTERRUPTED_EXIT_CODE else SHUTDOWN_TIMEOUT_S)
-            if failed < 0:
-                name = signal.Signals(-failed).name
-                print(f"mmdistill: rank {codes.index(failed)} was killed by {name}", file=sys.stderr, flush=True)
-        if None not in codes:
-            break
-        time.sleep(0.1)
-    return 128 - failed if failed < 0 else failed
+def report_first_failure(failures: "Mapping[int, ProcessFailure]") -> int:
+    """Print the failure that caused the others, and return the exit status of its rank; 128 + N after signal N.
+
+    A rank that was killed is the cause, unless the agent killed it because it did not end. Otherwise the first record
+    of `record_failure` is, because ranks that lose their connection to the failed one fail later.
+    """
+    first_time = min(failure.timestamp for failure in failures.values())
+    for rank, failure in failures.items():
+        is_late = failure.timestamp - first_time >= KILL_TIMEOUT_S
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and not is_late:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"mmdistill: rank {rank} was killed by {name}", file=sys.stderr, flush=True)
+            return 128 - failure.exitcode
+    recorded = {rank: f.error_file_data for rank, f in failures.items() if "time_s" in f.error_file_data}
+    if not recorded:
+        first = next(iter(failures.values()))
+        return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+    rank, record = min(recorded.items(), key=lambda item: float(item[1]["time_s"]))
+    if record["status"] != INTERRUPTED_EXIT_CODE:
+        text = record["message"]["extraInfo"]["py_callstack"]
+        print(f"mmdistill: rank {rank} failed first:\n{text}", file=sys.stderr, flush=True)
+    return int(record["status"])
+
+
+def record_failure(text: str, status: int) -> bool:
+    """Write why this rank ends, and with which status, to the file that the elastic agent reads, if one started it.
+
+    Returns:
+        Whether `report_first_failure` prints the text if this rank is the first. torchrun prints its own report.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = time.time()
+        info = {"timestamp": str(int(now)), "py_callstack": text}
+        record = {"message": {"message": text, "extraInfo": info}, "time_s": now, "status": status}
+        atomic_write_bytes(Path(path), json.dumps(record).encode())  # the agent may end this rank meanwhile
+    return bool(path) and os.environ.get("TORCHELASTIC_RUN_ID") == RUN_ID
 
 
 def launcher_exited() -> bool:
@@ -230,64 +230,6 @@ def launcher_exited() -> bool:
 def reset_sigchld_handler() -> None:
     """Remove the handler of torch that raises an exception, at any line, when a loader worker dies."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def claim_first_failure(job: int) -> int | None:
-    """Record this rank as the first that failed in this job, unless another rank already is.
-
-    Ranks that lose their connection fail too, later and with an error that does not name the cause.
-
-    Args:
-        job: number of the job in this process; a sweep runs several.
-
-    Returns:
-        The rank that failed first. None without a process group. `UNKNOWN_RANK` if the store does not answer, for
-        example because rank 0, which keeps it, has exited.
-    """
-    torch = _torch_in_group()
-    if torch is None:
-        return None
-    rank = torch.distributed.get_rank()
-    answers: queue.SimpleQueue[int] = queue.SimpleQueue()
-
-    def claim() -> None:
-        with contextlib.suppress(RuntimeError, ValueError):
-            store = torch.distributed.distributed_c10d._get_default_store()
-            answers.put(int(store.compare_set(f"mmdistill/failed/{job}", "", str(rank))))
-            store.add(f"mmdistill/failure_readers/{job}", 1)
-
-    thread = threading.Thread(target=claim, daemon=True)  # a request to the store of a suspended process never returns
-    thread.start()
-    thread.join(STORE_TIMEOUT_S)
-    return UNKNOWN_RANK if answers.empty() else answers.get()
-
-
-def wait_for_failure_readers(job: int) -> None:
-    """On rank 0, which keeps the store, wait until all ranks have called `claim_first_failure`.
-
-    The wait is at most `STORE_TIMEOUT_S` long. The process group is destroyed first, so that ranks that wait for this
-    one in a collective fail at once, unless a library keeps the group open. Call this after the error is printed: a
-    launcher may end this rank meanwhile.
-
-    Args:
-        job: number of the job in this process.
-    """
-    torch = _torch_in_group()
-    if torch is None or torch.distributed.get_rank() > 0:
-        return
-    world_size, store = torch.distributed.get_world_size(), torch.distributed.distributed_c10d._get_default_store()
-    with contextlib.suppress(RuntimeError):  # the launcher may keep the store, and may have exited
-        torch.distributed.destroy_process_group()
-        gc.collect()  # a group closes its connections when it is freed
-        deadline = time.monotonic() + STORE_TIMEOUT_S
-        while store.add(f"mmdistill/failure_readers/{job}", 0) < world_size and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-
-def _torch_in_group() -> Any:
-    """The module torch if this process has imported it and is in a process group, else None."""
-    torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.distributed.is_initialized() else None
 
 
 def exit_after_timeout(status: int) -> None:

@@ -21,13 +21,7 @@ __all__ = ["INTERRUPTED_EXIT_CODE", "Process", "start_process"]
 
 @dataclass(frozen=True)
 class Process:
-    """Device and rank of this process.
-
-    Attributes:
-        device: device of all tensors of the run in this process.
-        rank: global rank, 0 to `world_size` - 1.
-        world_size: number of processes of the run.
-    """
+    """Device and global rank of this process, and the number of processes of the run."""
 
     device: torch.device
     rank: int
@@ -83,11 +77,7 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
 
 
 def set_deepspeed_accelerator(name: str) -> None:
-    """Set the accelerator of DeepSpeed, which otherwise selects the GPU of a machine even for a CPU run.
-
-    Args:
-        name: ``cuda`` or ``cpu``.
-    """
+    """Set the accelerator of DeepSpeed, ``cuda`` or ``cpu``. By default it takes a GPU even for a CPU run."""
     os.environ["DS_ACCELERATOR"] = name
     if "deepspeed" not in sys.modules:
         return

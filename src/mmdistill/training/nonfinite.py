@@ -25,6 +25,8 @@ MIN_LOSS_SCALE = 1.0  # a gradient that overflows at this loss scale is not fini
 class NonFiniteError(MMDistillError, FloatingPointError):
     """A loss or gradient that is not finite. The message names step and clips; the weights are as before the step."""
 
+    raised_on_all_ranks = True
+
 
 class NonFiniteGuard:
     """The policy of one run.

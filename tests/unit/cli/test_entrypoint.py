@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 from hydra.types import RunMode
 
+from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.cli import entrypoint
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.distributed import launch
+from mmdistill.training.nonfinite import NonFiniteError
 
 
 @pytest.fixture
@@ -28,20 +30,20 @@ def _hydra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: RunMode) -> No
 def test_ranks_are_started_with_the_verb_or_the_script(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: PretrainConfig, verb: str | None
 ) -> None:
-    calls: list[tuple[int, str, str, list[str]]] = []
+    calls: list[tuple[int, str, list[str]]] = []
     _hydra(monkeypatch, tmp_path, RunMode.RUN)
     monkeypatch.setattr(sys, "argv", ["pretrain_main.py"])
 
-    def spawn(count: int, run_dir: str, *, cwd: str, program: list[str]) -> int:
-        calls.append((count, run_dir, cwd, program))
+    def run(count: int, run_dir: str, *, program: list[str]) -> int:
+        calls.append((count, run_dir, program))
         return 3
 
-    monkeypatch.setattr(launch, "spawn_ranks", spawn)
+    monkeypatch.setattr(launch, "run_ranks", run)
     with pytest.raises(SystemExit) as ended:
         entrypoint.run_or_spawn_ranks(lambda config, run_dir: None, config, verb)
     assert ended.value.code == 3
-    program = ["-m", "mmdistill", "pretrain"] if verb else [str(tmp_path / "pretrain_main.py")]
-    assert calls == [(2, str(tmp_path / "run"), str(tmp_path), program)]
+    program = ["-m", "mmdistill", "pretrain"] if verb else ["pretrain_main.py"]
+    assert calls == [(2, str(tmp_path / "run"), program)]
 
 
 def test_sweep_with_several_devices_is_rejected(
@@ -54,55 +56,45 @@ def test_sweep_with_several_devices_is_rejected(
 
 def test_expected_error_of_a_single_process_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        entrypoint.exit_with_error(ConfigError("seed: must be positive"), PretrainConfig, 1, "pretrain")
+        entrypoint.exit_with_error(ConfigError("seed: must be positive"), PretrainConfig, "pretrain")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "mmdistill pretrain: error: seed: must be positive\n"
 
 
 def test_defect_of_a_single_process_is_raised() -> None:
     with pytest.raises(KeyError):
-        entrypoint.exit_with_error(KeyError("defect"), PretrainConfig, 1)
+        entrypoint.exit_with_error(KeyError("defect"), PretrainConfig)
 
 
 @pytest.mark.parametrize(
-    ("error", "line", "first", "expected"),
+    ("error", "rank", "in_group", "expected"),
     [
-        (ConfigError("bad key"), "one line", None, ""),  # rank 0 reports it
-        (ConfigError("bad key"), "one line", 0, ""),
-        (ConfigError("bad key"), "one line", 1, "rank 1 failed first:\none line"),
-        (OSError("full"), None, launch.UNKNOWN_RANK, "rank 1: connection to other ranks lost: OSError: full"),
-        (FloatingPointError("NaN"), "one line", launch.UNKNOWN_RANK, ""),
-        (TypeError("defect"), None, 1, "TypeError: defect"),
+        (ConfigError("bad key"), 0, False, "mmdistill: rank 0 failed:\nmmdistill: error: bad key"),
+        (ConfigError("bad key"), 1, False, ""),  # rank 0 reports it
+        (ConfigError("no file"), 1, True, "mmdistill: rank 1 failed:\nmmdistill: error: no file"),
+        (NonFiniteError("NaN"), 1, True, ""),
+        (NonFiniteError("NaN"), 0, True, "mmdistill: error: NaN"),
+        (CheckpointError("full").on_all_ranks(), 1, True, ""),
+        (CheckpointError("full"), 1, True, "mmdistill: error: full"),
+        (TypeError("defect"), 1, True, "TypeError: defect"),
     ],
 )
-def test_rank_reports_its_own_failure_only(
+def test_error_of_all_ranks_is_printed_by_rank_zero(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
-    line: str | None,
-    first: int | None,
+    rank: int,
+    in_group: bool,
     expected: str,
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    entrypoint.report_rank_failure(error, line, first)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: in_group)
+    monkeypatch.setattr(launch, "exit_after_timeout", lambda status: None)
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.exit_with_error(error, PretrainConfig)
+    assert ended.value.code == getattr(error, "exit_status", 1)
     shown = capsys.readouterr().err
     assert expected in shown
     assert bool(shown) is bool(expected)
-
-
-def test_frames_of_an_error_are_cleared() -> None:
-    def fail() -> None:
-        held = [0]
-        raise ValueError(len(held))
-
-    try:
-        fail()
-    except ValueError as error:
-        caught = error
-    trace = caught.__traceback__
-    assert trace is not None
-    assert trace.tb_next is not None
-    assert "held" in trace.tb_next.tb_frame.f_locals
-    entrypoint.release_references(caught)
-    assert "held" not in trace.tb_next.tb_frame.f_locals

@@ -41,21 +41,18 @@ def test_failure_of_one_of_several_ranks_is_raised(tmp_path: Path, monkeypatch: 
         sweep.run_job(lambda: _raise(RuntimeError("defect")), tmp_path, str)
 
 
-def test_callback_collects_records_of_this_sweep_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sweep, "_failed", [])
-    sweep.exit_if_failed()  # nothing has failed
+def test_failed_jobs_of_this_sweep_end_it_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "failed.json").write_text(json.dumps({"error": f"{name} error"}))
+    (tmp_path / "old" / "failed.json").write_text(json.dumps({"error": "old error"}))
     os.utime(tmp_path / "old" / "failed.json", (0, 0))
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
     callback = sweep.SweepFailureCallback()
     callback.on_multirun_start(config)
-    callback.on_multirun_end(config)
+    callback.on_multirun_end(config)  # nothing has failed
+    (tmp_path / "new" / "failed.json").write_text(json.dumps({"error": "new error"}))
     with pytest.raises(SystemExit) as ended:
-        sweep.exit_if_failed()
+        callback.on_multirun_end(config)
     assert ended.value.code == sweep.FAILED_EXIT_CODE
     assert capsys.readouterr().err == (
         f"mmdistill: error: 1 job of the sweep failed:\n  {tmp_path / 'new'}: new error\n"

@@ -1,17 +1,15 @@
-"""Environment of a rank, number of ranks, ports, and whose failure it is. Real launchers: tests/integration."""
+"""Environment of a rank, number of ranks, and whose failure it is. Real launchers: tests/integration."""
 
+import json
 import os
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed import launch
@@ -26,7 +24,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "x")  # so that monkeypatch restores what the code sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launch, "_single_process", False)
 
 
 @pytest.fixture
@@ -88,19 +85,6 @@ def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert launch._first_host(nodes) == first
 
 
-def test_free_port_lies_below_the_ephemeral_ports(monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = {launch.free_port() for _ in range(20)}
-    assert max(ports) < 32768
-    with socket.socket() as occupied:
-        occupied.bind(("127.0.0.1", ports.pop()))
-        port = occupied.getsockname()[1]
-        monkeypatch.setattr(launch, "_PORTS", range(port, port + 1))
-        with pytest.raises(
-            ConfigError, match=f"^no free port found: 100 random ports between {port} and {port} are in use"
-        ):
-            launch.free_port()
-
-
 @pytest.mark.parametrize(
     ("devices", "accelerator", "expected"),
     [(1, "cpu", (1, None)), (3, "cpu", (3, None)), ("auto", "cpu", (1, None)), (-1, "cpu", (1, None)),
@@ -146,159 +130,83 @@ def test_visible_devices_index_those_of_the_parent(monkeypatch: pytest.MonkeyPat
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
 
 
-class Clock(SimpleNamespace):
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        super().__init__(now=0.0)
-
-    def monotonic(self) -> float:
-        return float(self.now)
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-class Rank:
-    """A process that ends at a time of the clock with an exit code; never if it has none."""
-
-    def __init__(self, clock: Clock, at: float, code: int | None) -> None:
-        self.clock, self.at, self.code, self.signals = clock, at, code, [0] * 0
-
-    def poll(self) -> int | None:
-        return self.code if self.code is not None and self.clock.now >= self.at else None
-
-    def send_signal(self, number: int) -> None:
-        self.signals.append(number)
-
-    def kill(self) -> None:
-        self.signals.append(signal.SIGKILL)
-
-    def wait(self) -> None:
-        pass
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of the launcher."""
-    clock = Clock()
-    monkeypatch.setattr(launch, "time", clock)
-    return clock
+def failure(log_dir: Path, exit_code: int, seconds: float, text: str, status: int | None = None) -> ProcessFailure:
+    """What the agent knows about a rank that ended; with `text` also what the rank recorded at its failure."""
+    file = str(log_dir / f"{seconds}.json")
+    if text:
+        moment = 1000 + seconds
+        info = {"py_callstack": text, "timestamp": str(int(moment))}
+        Path(file).write_text(
+            json.dumps(
+                {"message": {"message": text, "extraInfo": info}, "time_s": moment, "status": status or exit_code}
+            )
+        )
+    ended = ProcessFailure(local_rank=0, pid=1, exitcode=exit_code, error_file=file)
+    ended.timestamp = int(1000 + seconds)
+    return ended
 
 
 @pytest.mark.parametrize(
-    ("ranks", "status", "seconds"),
+    ("ranks", "status", "shown"),
     [
-        ([(0, 0), (0.3, 0)], 0, 0.3),
-        ([(0, None), (1, 3)], 3, 1 + launch.SHUTDOWN_TIMEOUT_S),  # rank 0 hangs: it is not waited for
-        ([(1, 1), (0, -9)], 137, 1),  # rank 0 fails because rank 1 was killed
-        ([(0, 1), (0, -9)], 137, 0),
-        ([(0, 85), (60, 85)], 85, 60),  # rank 1 still saves its checkpoint
-        ([(0, 85), (0, None)], 85, launch.STOP_TIMEOUT_S),
+        # each rank: exit code, second of its end, text that it recorded, other status that it recorded
+        ([(1, 0.9, "lost"), (1, 0.2, "cause")], 1, "mmdistill: rank 1 failed first:\ncause\n"),
+        ([(2, 0, "wrong key"), (-15, 0, "")], 2, "mmdistill: rank 0 failed first:\nwrong key\n"),
+        ([(1, 0, "lost"), (-9, 1, "")], 137, "mmdistill: rank 1 was killed by SIGKILL\n"),
+        ([(-11, 0, ""), (1, 0, "lost")], 139, "mmdistill: rank 0 was killed by SIGSEGV\n"),
+        ([(3, 0, "cause"), (-9, 31, "")], 3, "mmdistill: rank 0 failed first:\ncause\n"),  # the agent killed rank 1
+        ([(85, 0.1, "stopped"), (-15, 0.2, "")], 85, ""),
+        ([(85, 0.1, "stopped"), (1, 0.2, "lost")], 85, ""),
+        ([(-15, 0.1, "stopped", 85), (85, 0.2, "stopped")], 85, ""),  # the agent stopped rank 0 after its record
+        ([(-15, 0, ""), (-15, 0, "")], 143, ""),  # before the ranks can handle a signal
+        ([(1, 0, ""), (1, 0, "")], 1, ""),  # Python printed the traceback
     ],
 )
-def test_launcher_waits_for_all_ranks_but_not_forever(
-    ranks: list[tuple[float, int | None]], status: int, seconds: float, clock: Clock, capfd: pytest.CaptureFixture[str]
+def test_first_failure_decides(
+    ranks: list[Any], status: int, shown: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    processes: Any = [Rank(clock, at, code) for at, code in ranks]
-    assert launch._wait_for_ranks(processes) == status
-    assert clock.now == pytest.approx(seconds, abs=0.2)
-    shown = capfd.readouterr().err
-    assert shown == ("mmdistill: rank 1 was killed by SIGKILL\n" if status == 137 else "")
+    ended = {rank: failure(tmp_path, *given) for rank, given in enumerate(ranks)}
+    assert launch.report_first_failure(ended) == status
+    assert capfd.readouterr().err == shown
 
 
-def test_ranks_run_the_command_in_one_folder(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    started: list[tuple[list[str], dict[str, Any], Rank]] = []
-
-    def popen(command: list[str], **options: Any) -> Rank:
-        started.append((command, options, Rank(clock, 1, 0)))
-        return started[-1][2]
-
-    sleep = clock.sleep
-
-    def stop(seconds: float) -> None:
-        sleep(seconds)
-        os.kill(os.getpid(), signal.SIGUSR2)  # the launcher is asked to stop while it waits
-
-    monkeypatch.setattr(launch.subprocess, "Popen", popen)
-    monkeypatch.setattr(clock, "sleep", stop)
-    monkeypatch.setattr(sys, "argv", ["pretrain_main.py", "modality=rgb", "-m"])
+def test_ranks_run_the_command_in_one_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The agent passes the arguments on unchanged, and the launcher forwards signals to the ranks."""
+    script = tmp_path / "show.py"
+    script.write_text(
+        "import json, os, signal, sys, time\n"
+        "rank = os.environ['RANK']\n"
+        "names = ('WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'LOCAL_RANK')\n"
+        "def leave(number, frame): sys.exit(7)\n"
+        "signal.signal(signal.SIGUSR2, leave)\n"
+        "with open(os.path.join(os.path.dirname(__file__), rank), 'w') as file:\n"
+        "    json.dump([sys.argv[1:], *(os.environ[n] for n in names)], file)\n"
+        "if rank == '0': os.kill(os.getppid(), signal.SIGUSR2)\n"
+        "time.sleep(300)\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["pretrain_main.py", "a=$$x${local_rank}", "-m"])
     before = signal.getsignal(signal.SIGUSR2)
-    assert launch.spawn_ranks(2, "/run's", cwd=str(tmp_path), program=["-m", "mmdistill"]) == 0
+    assert launch.run_ranks(2, "/run's", program=[str(script)]) in (7, 128 + signal.SIGUSR2)  # rank 1 may just start
     assert signal.getsignal(signal.SIGUSR2) is before
-    for rank, (command, options, process) in enumerate(started):
-        expected = [sys.executable, "-m", "mmdistill", "modality=rgb", r"hydra.run.dir='/run\'s'", "-m"]
-        assert command == expected
-        assert (options["cwd"], options["start_new_session"]) == (str(tmp_path), True)
-        own = {name: options["env"][name] for name in RANK_VARIABLES}
-        port = own.pop("MASTER_PORT")
-        assert own == {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                       "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        assert port == started[0][1]["env"]["MASTER_PORT"]
-        assert set(process.signals) == {signal.SIGUSR2}
+    arguments = ["a=$$x${local_rank}", r"hydra.run.dir='/run\'s'", "-m"]
+    assert json.loads((tmp_path / "0").read_text()) == [arguments, "2", "2", "0"]
 
 
-def test_ranks_that_hang_are_killed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = iter([Rank(clock, 0, None), Rank(clock, 0, 1)])
-    kept: list[Rank] = []
-    monkeypatch.setattr(launch.subprocess, "Popen", lambda *a, **k: kept.append(next(ranks)) or kept[-1])
-    assert launch.spawn_ranks(2, "run", cwd="/", program=["x.py"]) == 1
-    assert [rank.signals for rank in kept] == [[signal.SIGKILL], []]
+def test_failure_is_recorded_for_the_agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert not launch.record_failure("cause", 2)
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    assert not launch.record_failure("cause", 2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch.RUN_ID)
+    assert launch.record_failure("cause", 2)
+    shown = str(ChildFailedError("x.py", {1: ProcessFailure(1, 2, 1, str(file))}))  # as torchrun prints it
+    assert "cause" in shown
 
 
 def test_exit_status_of_an_interrupted_run() -> None:
     assert INTERRUPTED_EXIT_CODE == 85
-
-
-def test_failures_have_no_owner_without_a_process_group() -> None:
-    assert launch.claim_first_failure(0) is None
-    launch.wait_for_failure_readers(0)
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of one."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def test_first_claim_of_a_failure_is_kept(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.claim_first_failure(0) == 0
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    assert launch.claim_first_failure(0) == 0  # rank 1 is later
-    assert launch.claim_first_failure(1) == 1  # another job
-    monkeypatch.undo()
-    launch.wait_for_failure_readers(0)  # all have read
-    assert not dist.is_initialized()
-
-
-def test_owner_of_a_failure_is_unknown_if_the_store_does_not_answer(
-    group: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer = threading.Event()
-
-    class Store:
-        def compare_set(self, key: str, expected: str, value: str) -> str:
-            answer.wait()
-            raise RuntimeError("connection reset")
-
-    monkeypatch.setattr(launch, "STORE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Store)
-    assert launch.claim_first_failure(0) == launch.UNKNOWN_RANK
-    answer.set()
-
-
-def test_rank_zero_waits_for_readers_for_a_limited_time(group: None, clock: Clock) -> None:
-    launch.wait_for_failure_readers(0)  # nobody has read
-    assert clock.now == pytest.approx(launch.STORE_TIMEOUT_S, abs=0.1)
-
-
-def test_other_ranks_do_not_wait_for_readers(group: None, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    launch.wait_for_failure_readers(0)
-    assert clock.now == 0
 
 
 def test_exit_is_forced_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

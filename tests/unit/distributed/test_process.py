@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmdistill.config import ConfigError
-from mmdistill.distributed import launch, process
+from mmdistill.distributed import process
 from mmdistill.distributed.process import Process, disable_shm_op, set_deepspeed_accelerator, start_process
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -27,7 +27,6 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RANK_VARIABLES:
         monkeypatch.setenv(name, "x")  # so that monkeypatch restores what the code sets
         monkeypatch.delenv(name)
-    monkeypatch.setattr(launch, "_single_process", False)
 
 
 def test_plain_python_is_the_only_rank(monkeypatch: pytest.MonkeyPatch) -> None:
