@@ -7,8 +7,10 @@ invalid key is reported at once.
 
 from mmdistill.config.error_messages import explain
 from mmdistill.config.parsing import parse, stored_config, to_plain
+from mmdistill.config.rules import ConfigError, as_ints, as_names
 from mmdistill.config.schema import (
-    ConfigError,
+    CLASSIFIER_NAMES,
+    DEEPSPEED_STAGES,
     DataModuleConfig,
     DistillConfig,
     ModalityConfig,
@@ -17,12 +19,8 @@ from mmdistill.config.schema import (
     register_schemas,
 )
 from mmdistill.config.validation import (
-    CLASSIFIER_NAMES,
     COMPONENT_PREFIXES,
-    DEEPSPEED_STAGES,
     SHORT_KEYS,
-    as_ints,
-    as_names,
     has_offload,
     modality_setting,
     modality_setting_key,

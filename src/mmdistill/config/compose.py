@@ -7,13 +7,7 @@ from typing import Any, TypeVar
 import yaml
 from hydra import compose, initialize_config_dir
 
-from mmdistill.config import (
-    ConfigError,
-    DistillConfig,
-    PretrainConfig,
-    parse,
-    register_schemas,
-)
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, register_schemas
 from mmdistill.config.overrides import quote_overrides
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
@@ -35,11 +29,7 @@ def configs_dir() -> Path:
 
 
 def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> dict[str, Any]:
-    """Read the keys of ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package.
-
-    Raises:
-        ConfigError: the file does not exist, or it is no mapping of data_module keys.
-    """
+    """Read ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package. Raises `ConfigError` if invalid."""
     folders = [Path(config_dir)] if config_dir is not None else []
     paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, configs_dir())]
     path = next((path for path in paths if path.is_file()), None)

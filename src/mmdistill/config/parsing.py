@@ -5,11 +5,12 @@ from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mmdistill.config.error_messages import near_matches
 from mmdistill.config.renames import describe_old_key, translate_stored
-from mmdistill.config.schema import ConfigError, DistillConfig, PretrainConfig, Sealable
+from mmdistill.config.rules import ConfigError
+from mmdistill.config.schema import DistillConfig, PretrainConfig, Sealable
 from mmdistill.config.validation import validate
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
@@ -17,31 +18,21 @@ T = TypeVar("T", PretrainConfig, DistillConfig)
 
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Convert a composed config to a validated, read-only instance of `schema`. Raises `ConfigError` naming the key."""
-    try:
-        config = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise _config_error(error) from error
-    if not isinstance(config, schema):
+    if OmegaConf.get_type(cfg) not in (dict, schema):
         name = "pretrain_schema" if issubclass(schema, PretrainConfig) else "distill_schema"
         raise ConfigError(f"the config's defaults list must start with {name}, see configs/")
-    _reject_unknown_keys(config, schema)
+    try:  # the merge rejects keys that Hydra has added for ``+key=value``
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
+        config = cast(T, OmegaConf.to_object(merged))
+    except ConfigKeyError as error:
+        key = error.full_key or ""
+        near = near_matches(key.rpartition(".")[2], schema)
+        raise ConfigError(describe_old_key(key) or f"unknown key {key}{near}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
     validate(config)
     _seal(config)
     return config
-
-
-def _reject_unknown_keys(config: object, schema: type[Any], prefix: str = "") -> None:
-    """Raise for keys that are not in the schema: Hydra adds any key that is written as ``+key=value``."""
-    if isinstance(config, dict):
-        for name, value in config.items():
-            _reject_unknown_keys(value, schema, f"{prefix}{name}.")
-    elif isinstance(config, Sealable):
-        known = {f.name for f in fields(cast(Any, config))}
-        for name, value in vars(config).items():
-            key = prefix + name
-            if name not in known:
-                raise ConfigError(describe_old_key(key) or f"unknown key {key}{near_matches(name, schema)}")
-            _reject_unknown_keys(value, schema, f"{key}.")
 
 
 def _seal(config: object) -> None:
@@ -67,18 +58,8 @@ def stored_config(plain: dict[str, Any], schema: type[T], overrides: Sequence[st
     Raises:
         ConfigError: a key is unknown to this version, or a value is wrong.
     """
-    try:
-        dotlist = OmegaConf.from_dotlist(list(overrides))
-        merged = OmegaConf.merge(OmegaConf.structured(schema), translate_stored(plain), dotlist)
-    except OmegaConfBaseException as error:
-        raise _config_error(error) from error
+    merged = OmegaConf.merge(translate_stored(plain), OmegaConf.from_dotlist(list(overrides)))
     return parse(cast(DictConfig, merged), schema)
-
-
-def _config_error(error: OmegaConfBaseException) -> ConfigError:
-    """Name the key and the first line of an OmegaConf error, or what replaces the key if it is an old one."""
-    key = getattr(error, "full_key", None) or "config"
-    return ConfigError(describe_old_key(key) or f"{key}: {str(error).splitlines()[0]}")
 
 
 def to_plain(config: object) -> dict[str, Any]:

@@ -90,21 +90,17 @@ def translate_stored(plain: dict[str, Any]) -> dict[str, Any]:
     without_effect = {  # every modality had a value of sigma
         f"data_module.modalities.{m}.sigma" for m in ("rgb", "flow") if "scale" in modalities.get(m, {})
     }
-    out: dict[str, Any] = {}
-    old: dict[str, Any] = {}  # removed keys, which `_translate_removed` turns into others
-    for key, value in _leaves(plain):
-        if key in without_effect:
-            continue
-        if key in REMOVED_KEYS:
-            old[key] = value
-            continue
-        new = renamed_key(key) or key
-        node = out
-        *parents, last = new.split(".")
+    flat = {renamed_key(key) or key: value for key, value in _leaves(plain) if key not in without_effect}
+    removed = {key: flat.pop(key) for key in REMOVED_KEYS if key in flat}
+    translated = {key: _translate_value(key, value) for key, value in flat.items()}
+    nested: dict[str, Any] = {}
+    for key, value in (translated | _replacements(translated, removed)).items():
+        node = nested
+        *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = _translate_value(new, value)
-    return _translate_removed(out, old)
+        node[last] = value
+    return nested
 
 
 def _leaves(plain: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,17 +119,17 @@ def _translate_value(key: str, value: Any) -> Any:
     return RENAMED_VALUES.get((_general(key), value), value) if isinstance(value, str) else value
 
 
-def _translate_removed(config: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Express removed keys by those that replace them."""
-    if old.get("model.learned_positions"):
-        config["model"]["pos_embed"] = "learned"
-    elif old.get("model.separable_positions"):
-        config["model"]["pos_embed"] = "sincos_separable"
-    strategy, stage = config.get("strategy", "auto"), old.get("deepspeed.zero_stage", 0)
-    if strategy == "auto" and stage:
-        strategy = f"deepspeed_stage_{stage}"
-    if old.get("deepspeed.offload") and not strategy.endswith("_offload"):
-        strategy = "deepspeed_stage_2_offload" if strategy == "deepspeed" else f"{strategy}_offload"
-    if "deepspeed.zero_stage" in old:
-        config["strategy"] = strategy
-    return config
+def _replacements(config: dict[str, Any], removed: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys and values that replace removed keys."""
+    found: dict[str, Any] = {}
+    for key, pos_embed in (("learned_positions", "learned"), ("separable_positions", "sincos_separable")):
+        if removed.get(f"model.{key}"):
+            found.setdefault("model.pos_embed", pos_embed)
+    if "deepspeed.zero_stage" in removed:
+        strategy, stage = config.get("strategy", "auto"), removed["deepspeed.zero_stage"]
+        if strategy == "auto" and stage:
+            strategy = f"deepspeed_stage_{stage}"
+        if removed.get("deepspeed.offload") and not strategy.endswith("_offload"):
+            strategy = "deepspeed_stage_2_offload" if strategy == "deepspeed" else f"{strategy}_offload"
+        found["strategy"] = strategy
+    return found

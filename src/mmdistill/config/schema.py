@@ -3,17 +3,44 @@
 The comment above a field is its description in docs/config.md (`make docs`).
 """
 
+import signal
 from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmdistill.errors import InputError
+from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, within
+from mmdistill.data.annotations import ANNOTATION_FORMATS
+from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.modalities import modality_names
+from mmdistill.models import TARGETS
+from mmdistill.plugins import entry_point_names
+
+CLASSIFIER_NAMES = (
+    "logistic", "logistic_l2", "knn", "knn_euclidean",
+    "centroid", "centroid_centered", "centroid_euclidean", "centroid_l2", "centroid_cl2",
+)  # fmt: skip
+DEEPSPEED_STAGES = {
+    "deepspeed": 2,
+    "deepspeed_stage_0": 0,
+    "deepspeed_stage_1": 1,
+    "deepspeed_stage_2": 2,
+    "deepspeed_stage_1_offload": 1,
+    "deepspeed_stage_2_offload": 2,
+}  # strategy -> ZeRO stage
+PRETRAIN_STAGES = {
+    "auto": 0,
+    "ddp": 0,
+    **DEEPSPEED_STAGES,
+    "deepspeed_stage_3": 3,
+    "deepspeed_stage_3_offload": 3,
+}
+_SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")]
 
 
-class ConfigError(InputError):
-    """An invalid configuration. The message names the key and the fix."""
+def _classifier_plugins() -> list[str]:
+    return entry_point_names("mmdistill.classifiers")
 
 
 class Sealable:
@@ -45,7 +72,7 @@ class ModelConfig(Sealable):
     mlp_ratio: float = 4.0
     # position embedding: sincos (fixed, of the token index, as in VideoMAE) | sincos_separable (fixed, of time, height
     # and width separately) | learned
-    pos_embed: str = "sincos"
+    pos_embed: str = key("sincos", one_of("sincos", "sincos_separable", "learned"))
     # stochastic depth rate of the last encoder block; it increases linearly from 0 at the first block
     drop_path: float = 0.0
     # width of the decoder
@@ -65,15 +92,15 @@ class ModalityConfig(Sealable):
     # file name below dir, for example {video}/{frame:06d}.jpg; null: default of the modality
     pattern: str | None = None
     # pixels of the stored frame per pixel of the model input, along each axis
-    input_stride: int = MISSING
+    input_stride: int = key(MISSING, at_least(1))
     # mean of each input channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value applies to all channels
     mean: list[float] = MISSING
     # standard deviation of each input channel, in the same units
     std: list[float] = MISSING
     # what the pretraining reconstructs: norm_pix (pixels, normalized per patch) | pixel | motion_energy
-    target: str = MISSING
+    target: str = key(MISSING, one_of(*TARGETS))
     # standard deviation of the Gaussian around a keypoint in heat-map px; null: default of the modality
-    sigma: float | None = None
+    sigma: float | None = key(None, positive(null="the modality's default"))
 
 
 @dataclass
@@ -91,13 +118,13 @@ class DataModuleConfig(Sealable):
     # short form of modalities.skeleton.dir, over which it takes precedence
     skeleton_dir: str | None = None
     # format of the annotation files: f3set | clips (MM-CDFSL) | a registered format
-    annotations: str = "f3set"
+    annotations: str = key("f3set", one_of(more=ANNOTATION_FORMATS.names))
     # short form of modalities.rgb.pattern, over which it takes precedence
     frame_pattern: str | None = None
     # short form of modalities.flow.pattern, over which it takes precedence
     flow_pattern: str | None = None
     # number of the first frame of a video in file names
-    frame_number_offset: int = 0
+    frame_number_offset: int = key(0, at_least(0))
     # annotation file of the training videos; labels are not used
     unlabel_json_path: str = MISSING
     # annotation file of the labeled videos for the evaluation
@@ -110,61 +137,61 @@ class DataModuleConfig(Sealable):
     # size of the crop that becomes model input: [height, width] in px of the stored frame
     crop_size: list[int] = MISSING
     # height and width of a token in px of the stored frame
-    patch_size: int = 16
+    patch_size: int = key(16, at_least(1))
     # number of frames per token
-    tubelet: int = 2
+    tubelet: int = key(2, at_least(1))
     # number of frames per clip
-    num_frames: int = 16
+    num_frames: int = key(16, at_least(1))
     # a clip consists of every n-th frame of the video
-    sampling_rate: int = 1
+    sampling_rate: int = key(1, at_least(1))
     # training clips: windows (one every window_stride frames) | events (one per event) | first (the first event of each
     # video)
-    train_clips: str = "windows"
+    train_clips: str = key("windows", one_of("windows", "events", "first"))
     # evaluation clips: events | first | windows, as for train_clips
-    eval_clips: str = "events"
+    eval_clips: str = key("events", one_of("events", "first", "windows"))
     # frames between the starts of two windows; null: windows do not overlap
-    window_stride: int | None = None
+    window_stride: int | None = key(None, at_least(1))
     # position of the event in its clip: start | center
-    clip_anchor: str = "center"
+    clip_anchor: str = key("center", one_of("start", "center"))
     # class of a clip: event (label of the event) | video (name of the video)
-    label: str = "event"
+    label: str = key("event", one_of("event", "video"))
     # F3Set fields that define the class, a subset of [player, court, type, side, technique, direction, approach,
     # outcome]; null: all
-    label_fields: list[str] | None = None
+    label_fields: list[str] | None = key(None, one_of(*F3SET_FIELDS))
     # number of persons per frame in the skeleton input
-    max_persons: int = 2
+    max_persons: int = key(2, at_least(1))
     # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip
     # (ignore the clip)
-    on_missing: str = "error"
+    on_missing: str = key("error", one_of("error", "repeat", "skip"))
     # probability of a horizontal flip; training only
-    hflip_prob: float = 0.0
+    hflip_prob: float = key(0.0, within("[0, 1]"))
     # height and width of the smallest random crop, as a fraction of crop_size; 1: no random scale; training only
-    random_crop_min_scale: float = 1.0
+    random_crop_min_scale: float = key(1.0, within("(0, 1]"))
     # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens)
-    mask_type: str = "tube"
+    mask_type: str = key("tube", one_of("tube", "random"))
     # fraction of tokens that a training mask removes
-    mask_ratio: float = 0.75
+    mask_ratio: float = key(0.75, within("[0, 1)"))
     # number of masked views per clip in the evaluation, over which predictions are averaged; 0: the whole clip
-    n_masks: int = 0
+    n_masks: int = key(0, at_least(0))
     # fraction of tokens that an evaluation mask removes
-    eval_mask_ratio: float = 0.75
+    eval_mask_ratio: float = key(0.75, within("[0, 1)"))
     # masks of the evaluation: shared (the same masks for all clips) | per_clip
-    eval_masks: str = "shared"
+    eval_masks: str = key("shared", one_of("shared", "per_clip"))
     # input modes in which the evaluation scores eval_component: configured (as n_masks and eval_masks select) | all
     # (also as the whole clip and with shared and per-clip masks)
-    input_modes: str = "all"
+    input_modes: str = key("all", one_of("all", "configured"))
     # number of classes per episode; a list evaluates each value
-    n_way: Any = 5
+    n_way: Any = key(5, as_ints, at_least(2))
     # number of labeled (support) clips per class; a list evaluates each value
-    k_shot: Any = 1
+    k_shot: Any = key(1, as_ints, at_least(1))
     # number of clips to classify (query clips) per class
-    q_sample: int = 15
+    q_sample: int = key(15, at_least(1))
     # number of few-shot episodes per setting
-    episodes: int = 600
+    episodes: int = key(600, at_least(2))
     # video: support and query clips of an episode come from different videos; null: from any
-    disjoint: str | None = None
+    disjoint: str | None = key(None, one_of("video"))
     # settings of each modality, by name: see data_module.modalities.NAME
-    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    modalities: dict[str, ModalityConfig] = key({}, one_of(more=modality_names))
 
 
 @dataclass
@@ -172,41 +199,41 @@ class TrainerConfig(Sealable):
     """Optimization, in both phases."""
 
     # number of epochs
-    epochs: int = MISSING
+    epochs: int = key(MISSING, at_least(1))
     # peak learning rate for a global batch of 256 clips; the rate in use is lr * (global batch size) / 256
-    lr: float = MISSING
+    lr: float = key(MISSING, at_least(0))
     # learning rate at the end of the cosine schedule, for 256 clips
-    min_lr: float = 0.0
+    min_lr: float = key(0.0, at_least(0))
     # learning rate at the start of the warm-up, for 256 clips
-    warmup_lr: float = 0.0
+    warmup_lr: float = key(0.0, at_least(0))
     # length of the linear warm-up in epochs
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = key(5.0, at_least(0))
     # weight decay of AdamW
-    weight_decay: float = 0.05
+    weight_decay: float = key(0.05, at_least(0))
     # coefficients beta1 and beta2 of AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     # largest norm of the gradient of all parameters; null: no clipping
-    clip_grad: float | None = None
+    clip_grad: float | None = key(None, positive(null="no clipping"))
     # what to do if a loss or gradient is NaN or infinite: raise | skip (the step changes no weights, optimizer states
     # or averages, but counts in the schedule). Overflows with precision=16 and a loss scale above 1 are counted
     # separately (overflow_steps)
-    on_nonfinite: str = "raise"
+    on_nonfinite: str = key("raise", one_of("raise", "skip"))
     # number of steps that may be skipped during the whole training; one more is an error
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = key(10, at_least(0))
     # number of batches per optimizer step
-    accumulate_grad_batches: int = 1
+    accumulate_grad_batches: int = key(1, at_least(1))
     # epochs between checkpoints; the last epoch is always saved
-    save_ckpt_freq: int = 5
+    save_ckpt_freq: int = key(5, at_least(1))
     # number of newest checkpoints to keep; if only this key is set, the best checkpoint is kept, too; null: see
     # save_top_k
-    keep_last: int | None = None
+    keep_last: int | None = key(None, at_least(1))
     # number of best checkpoints to keep, -1: all; if only this key is set, the newest checkpoint is kept, too; with
     # both keys null all checkpoints are kept
-    save_top_k: int | None = None
+    save_top_k: int | None = key(None, at_least(-1))
     # recompute the activations of the encoder in the backward pass: less memory, more time
     activation_checkpointing: bool = False
     # factor of the learning rate from each encoder block to the block below it; null: one learning rate for all blocks
-    layer_decay: float | None = None
+    layer_decay: float | None = key(None, within("(0, 1]", null="one learning rate"))
 
 
 @dataclass
@@ -214,7 +241,7 @@ class PretrainTrainerConfig(TrainerConfig):
     """Optimization of the pretraining."""
 
     # epochs between images of reconstructions (in the folder images/ and TensorBoard); 0: none
-    image_every_n_epochs: int = 5
+    image_every_n_epochs: int = key(5, at_least(0))
 
 
 @dataclass
@@ -225,20 +252,20 @@ class DistillTrainerConfig(TrainerConfig):
     # the teachers of the checkpoint that is resumed
     ckpt_path: Any = None
     # modalities of the teachers; must contain rgb
-    teachers: list[str] = field(default_factory=lambda: ["rgb", "flow", "skeleton"])
+    teachers: list[str] = key(["rgb", "flow", "skeleton"], one_of(more=modality_names))
     # epochs between few-shot validations, whose result is val_top1_action; null or 0: none
-    check_val_every_n_epoch: int | None = None
+    check_val_every_n_epoch: int | None = key(None, at_least(0))
     # metric by which save_top_k selects checkpoints: train_loss (lowest) | val_top1_action (highest; only checkpoints
     # of validated epochs)
-    monitor: str = "train_loss"
+    monitor: str = key("train_loss", one_of("train_loss", "val_top1_action"))
     # number of episodes of a validation, which uses the first value of n_way and k_shot
-    val_episodes: int = 20
+    val_episodes: int = key(20, at_least(2))
     # decay per step of an exponential moving average of the student, stored in checkpoints as student_ema_rgb; null:
     # none
-    ema: float | None = None
+    ema: float | None = key(None, within("[0, 1)", null="no average"))
     # number of mask draws per clip whose teacher features are cached; from this epoch on, the training reads rgb frames
     # only; 0: no cache
-    cache_teacher_epochs: int = 0
+    cache_teacher_epochs: int = key(0, at_least(0))
     # whether checkpoints contain the teachers; false: they contain student and transfer heads only, and reference the
     # teachers by path and SHA-256
     save_teachers: bool = True
@@ -249,13 +276,13 @@ class CommonConfig(Sealable):
     """Keys of both phases."""
 
     # seed of the initialization, the data order, the masks and the episodes
-    seed: int = 0
+    seed: int = key(0, at_least(0))
     # number of clips per process and step
-    batch_size: int = MISSING
+    batch_size: int = key(MISSING, at_least(1))
     # number of data loading processes per rank; 0: the training process loads the data
-    num_workers: int = 1
+    num_workers: int = key(1, at_least(0))
     # auto (GPU if there is one) | cpu | gpu
-    accelerator: str = "auto"
+    accelerator: str = key("auto", one_of("auto", "cpu", "gpu"))
     # number of processes on this machine | auto or -1 (one per GPU) | list of GPU numbers. Under a launcher (torchrun,
     # deepspeed, srun) its number of processes is used
     devices: Any = 1
@@ -263,18 +290,18 @@ class CommonConfig(Sealable):
     # minutes. The evaluation is not compiled
     compile: bool = False
     # auto (bf16 on a GPU that supports it, otherwise 32) | 32 | bf16 | 16
-    precision: str = "auto"
+    precision: str = key("auto", one_of("auto", "32", "bf16", "16"))
     # null: start from scratch | auto: continue from the newest valid checkpoint of the run folder, if there is one |
     # path of a checkpoint
     resume: str | None = None
     # signals that stop the training after the current step, with a complete checkpoint and exit status 85
-    stop_signals: list[str] = field(default_factory=lambda: ["SIGTERM", "SIGINT", "SIGUSR1"])
+    stop_signals: list[str] = key(["SIGTERM", "SIGINT", "SIGUSR1"], one_of(*_SIGNALS))
     # seconds that a rank waits for the other ranks before it exits with an error
-    distributed_timeout_s: float = 1800.0
+    distributed_timeout_s: float = key(1800.0, at_least(1))
     # seconds that the training waits for a batch of a data loading process before it exits with an error; 0: no limit
-    loader_timeout_s: float = 600.0
+    loader_timeout_s: float = key(600.0, at_least(0))
     # where metrics are logged: one or a list of tensorboard, csv, wandb, mlflow
-    logger: Any = field(default_factory=lambda: ["tensorboard", "csv"])
+    logger: Any = key(["tensorboard", "csv"], as_names, one_of("tensorboard", "csv", "wandb", "mlflow"))
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
@@ -283,14 +310,14 @@ class PretrainConfig(CommonConfig):
     """Keys of the pretraining (`mmdistill pretrain`)."""
 
     # modality to pretrain: rgb | flow | skeleton | a registered modality
-    modality: str = MISSING
+    modality: str = key(MISSING, one_of(more=modality_names))
     # checkpoint whose weights initialize the model, for example of VideoMAE; null: random weights
     init_from: str | None = None
     # DeepSpeed ZeRO stage: auto or ddp (stage 0) | deepspeed (stage 2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1, 2 or 3. offload keeps the optimizer state in host memory
-    strategy: str = "auto"
+    strategy: str = key("auto", one_of(*PRETRAIN_STAGES))
     # fraction of the masked tokens that the decoder does not reconstruct (0.5 in VideoMAE V2)
-    decoder_mask_ratio: float = 0.0
+    decoder_mask_ratio: float = key(0.0, within("[0, 1)"))
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: PretrainTrainerConfig = field(default_factory=PretrainTrainerConfig)
 
@@ -307,7 +334,7 @@ class DistillConfig(CommonConfig):
     ckpt_path: str | None = None
     # auto | ddp | deepspeed (the same as deepspeed_stage_2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1 or 2. offload keeps the optimizer state in host memory
-    strategy: str = "auto"
+    strategy: str = key("auto", one_of("auto", "ddp", *DEEPSPEED_STAGES))
     # name of the run folder
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated
@@ -317,7 +344,7 @@ class DistillConfig(CommonConfig):
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
-    classifier: Any = "logistic"
+    classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))
     # whether to train a linear probe and k-NN on all labels as well
     probe: bool = False
     # folder of encoded clips, which later evaluations reuse; null: no cache
