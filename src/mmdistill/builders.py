@@ -62,7 +62,6 @@ def raise_as_config_error(key: str = "") -> Iterator[None]:
 
 
 def _under_root(data: DataModuleConfig, value: str) -> Path:
-    """The path of a file or folder. A relative `value` is below `target_data_dir`."""
     return Path(data.target_data_dir).expanduser() / Path(value).expanduser()
 
 
@@ -85,33 +84,21 @@ def resolve_data_path(data: DataModuleConfig, value: str | None, key: str) -> Pa
 
 
 def resolve_annotation_path(data: DataModuleConfig, *, training: bool) -> Path:
-    """The annotation file for training or evaluation.
-
-    Raises:
-        ConfigError: the key is not set, or the file does not exist.
-    """
-    if training:
-        return resolve_data_path(data, data.unlabel_json_path, "unlabel_json_path")
-    return resolve_data_path(data, data.fewshot_eval_json_path, "fewshot_eval_json_path")
+    """The annotation file for training or evaluation. Raises `ConfigError` if it does not exist."""
+    key = "unlabel_json_path" if training else "fewshot_eval_json_path"
+    return resolve_data_path(data, getattr(data, key), key)
 
 
 def load_rallies(data: DataModuleConfig, path: Path) -> list[Rally]:
     """The rallies of an annotation file in the dataset's format."""
-    frames_dir = modality_setting(data, STUDENT_MODALITY, "dir")
-    return load_annotations(
-        path,
-        annotations=data.annotations,
-        frames_dir=None if frames_dir is None else _under_root(data, frames_dir),
-        frame_number_offset=data.frame_number_offset,
-    )
+    folder = modality_setting(data, STUDENT_MODALITY, "dir")
+    frames_dir = None if folder is None else _under_root(data, folder)
+    offset = data.frame_number_offset
+    return load_annotations(path, annotations=data.annotations, frames_dir=frames_dir, frame_number_offset=offset)
 
 
 def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
-    """Training clips (labels unused) or labeled evaluation clips.
-
-    Raises:
-        ConfigError: there is no clip; the message states why.
-    """
+    """Training clips (labels unused) or labeled evaluation clips. Raises `ConfigError` if there is none."""
     path = resolve_annotation_path(data, training=training)
     with raise_as_config_error():
         rallies = load_rallies(data, path)
@@ -144,6 +131,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
     """
     readers = {}
     for modality in modalities:
+        dir_key, pattern_key = (modality_setting_key(data, modality, key) for key in ("dir", "pattern"))
         options = ReaderOptions(
             frame_size=(data.frame_size[0], data.frame_size[1]),
             pattern=modality_setting(data, modality, "pattern"),
@@ -151,9 +139,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
             max_persons=data.max_persons,
         )
         try:
-            root = resolve_data_path(
-                data, modality_setting(data, modality, "dir"), modality_setting_key(data, modality, "dir")
-            )
+            root = resolve_data_path(data, modality_setting(data, modality, "dir"), dir_key)
         except ConfigError as error:
             others = [name for name in modalities if name != modality]
             if modality == STUDENT_MODALITY or STUDENT_MODALITY not in others:
@@ -162,7 +148,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
                 f"{error}; to work without {modality}, set trainer.teachers=[{','.join(others)}] (distillation) or "
                 f"--modalities {' '.join(others)} (check-data, compute-stats)"
             ) from error
-        with raise_as_config_error(modality_setting_key(data, modality, "pattern")):
+        with raise_as_config_error(pattern_key):
             readers[modality] = get_modality(modality).open_reader(root, options)
     return readers
 

@@ -23,7 +23,7 @@ class Registry(Generic[T]):
     """Components by name, in the order of their registration.
 
     Args:
-        kind: what a component is called in messages, for example ``modality``.
+        kind: what messages call a component, for example ``modality``.
         group: the entry point group, for example ``mmdistill.modalities``.
     """
 
@@ -32,11 +32,7 @@ class Registry(Generic[T]):
         self._components: dict[str, T] = {}
 
     def register(self, name: str, component: T) -> T:
-        """Add a component.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """Add a component. Raises `ValueError` if the name is taken."""
         if name in self._components:
             raise ValueError(f"{self.kind} {name!r} is already registered")
         self._components[name] = component

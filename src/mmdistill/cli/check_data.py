@@ -15,28 +15,25 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, explain, modality_setting
+from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, modality_setting
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
+from mmdistill.console import progress
 from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Problem, Rally, format_rally_counts
 from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
-from mmdistill.prepare.coverage import RallyCoverage, check_all
+from mmdistill.prepare.coverage import check_all
 
 _DIR_OPTIONS = {"rgb": "--frames-dir", "flow": "--flow-dir", "skeleton": "--skeleton-dir"}
 COVERAGE_ROWS = (  # key of the report, title of the row
@@ -49,40 +46,40 @@ COVERAGE_ROWS = (  # key of the report, title of the row
 )
 
 
+@report_errors("check-data", ValueError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the data and print a report. Returns the exit status."""
     options = _arguments(argv)
-    from mmdistill.builders import open_readers, resolve_annotation_path  # imports torch, which --help must not
+    from mmdistill.builders import (  # imports torch, which --help must not
+        load_rallies,
+        open_readers,
+        resolve_annotation_path,
+    )
 
-    console = Console()
     readers: dict[str, Reader] = {}
-    try:
-        data = _data_config(options)
-        path = options.annotations or resolve_annotation_path(data, training=options.split == "unlabel")
-        rallies, problems = _read_rallies(data, path)
-        if options.write_clean and data.annotations != "f3set":
-            raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
-        if options.root is not None or options.overrides:
-            names = tuple(options.modalities or data.modalities)
-            _check_folders(options, data, names)
-            readers = open_readers(data, names)
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        print(f"mmdistill check-data: error: {explain(error, PretrainConfig)}", file=sys.stderr)
-        return 2
-    _print_annotations(console, path, rallies, problems)
+    data = _data_config(options)
+    path = options.annotations or resolve_annotation_path(data, training=options.split == "unlabel")
+    # all errors of an F3Set file; other readers raise at the first error
+    rallies, problems = read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
+    if options.write_clean and data.annotations != "f3set":
+        raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
+    if options.root is not None or options.overrides:
+        names = tuple(options.modalities or data.modalities)
+        _check_folders(options, data, names)
+        readers = open_readers(data, names)
+    _print_annotations(path, rallies, problems)
     if options.write_clean:
         atomic_write_bytes(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
-        console.print(_clean_file_message(options.write_clean, rallies, data), markup=False, soft_wrap=True)
+        folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
+        kept = f"{options.write_clean}: {format_count(len(rallies), 'valid rally')}"
+        print(f"{kept}; the training also needs their files in {folders}")
     report: dict[str, Any] = {"annotation_problems": [str(p) for p in problems]}
     if readers:
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("rallies", total=len(rallies))
-
-            def progress(_: RallyCoverage) -> None:
-                bar.advance(task)
-
-            report |= check_all(rallies, readers, workers=options.workers, every=options.every, progress=progress)
-        _print_coverage(console, report)
+        with progress("rallies", len(rallies)) as advance:
+            report |= check_all(
+                rallies, readers, workers=options.workers, every=options.every, progress=lambda _: advance(1)
+            )
+        _print_coverage(report)
     if options.json:
         atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if report.get("complete", True) and not problems else 1
@@ -102,9 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default="unlabel",
         help="annotation file of the dataset config: training or evaluation",
     )
-    parser.add_argument(
-        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
-    )
+    add_config_dir(parser)
     parser.add_argument(
         "--root",
         type=Path,
@@ -114,16 +109,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--modalities", nargs="+", choices=modality_names(), help="modalities to check (default: all of the dataset)"
     )
-    parser.add_argument(
-        "--frames-dir", help="folder of the frames, relative to the data folder (default: that of the dataset config)"
-    )
-    parser.add_argument(
-        "--flow-dir", help="folder of the flow files, relative to the data folder (default: that of the dataset config)"
-    )
-    parser.add_argument(
-        "--skeleton-dir",
-        help="folder of the skeleton files, relative to the data folder (default: that of the dataset config)",
-    )
+    for option, files in (("frames", "frames"), ("flow", "flow files"), ("skeleton", "skeleton files")):
+        text = f"folder of the {files}, relative to the data folder (default: that of the dataset config)"
+        parser.add_argument(f"--{option}-dir", help=text)
     parser.add_argument(
         "--frame-size",
         type=int,
@@ -141,10 +129,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events (default: none)")
     options = parser.parse_intermixed_args(argv)
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
-    files = [Path(w) for w in options.what if w not in options.overrides]
-    if len(files) > 1:
-        parser.error(f"give one annotation file at a time, got {', '.join(map(str, files))}")
-    options.annotations = files[0] if files else None
+    paths = [Path(w) for w in options.what if w not in options.overrides]
+    if len(paths) > 1:
+        parser.error(f"give one annotation file at a time, got {', '.join(map(str, paths))}")
+    options.annotations = paths[0] if paths else None
     return options
 
 
@@ -176,41 +164,29 @@ def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: S
         )
 
 
-def _read_rallies(data: DataModuleConfig, path: Path) -> tuple[list[Rally], list[Problem]]:
-    """The rallies, and all errors of an F3Set file. Other readers raise at the first error."""
-    from mmdistill.builders import load_rallies
-
-    return read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
-
-
-def _clean_file_message(path: Path, rallies: list[Rally], data: DataModuleConfig) -> str:
-    folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
-    return f"{path}: {format_count(len(rallies), 'valid rally')}; the training also needs their files in {folders}"
-
-
-def _print_annotations(console: Console, path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
-    console.print(f"{path}: {format_rally_counts(rallies)}", markup=False, soft_wrap=True)
+def _print_annotations(path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
+    print(f"{path}: {format_rally_counts(rallies)}")
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
-        console.print(f"  {problem}", markup=False, soft_wrap=True)
+        print(f"  {problem}")
     if len(problems) > MAX_PROBLEMS_SHOWN:
-        console.print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}")
+        print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}")
 
 
-def _print_coverage(console: Console, report: dict[str, Any]) -> None:
+def _print_coverage(report: dict[str, Any]) -> None:
     table = Table("", *report["modalities"])
     for key, title in COVERAGE_ROWS:
         table.add_row(title, *(str(counts[key]) for counts in report["modalities"].values()))
-    console.print(table)
+    Console().print(table)
     for player, counts in report["players"].items():
         found = (
             f"{counts['found_frames']} of {format_count(counts['expected_frames'], 'frame')} "
             f"({100 * counts['share']:.1f} %)"
         )
-        console.print(f"{player} player found in {found}", soft_wrap=True)
+        print(f"{player} player found in {found}")
     for message in report["messages"][:MAX_PROBLEMS_SHOWN]:
-        console.print(f"  {message}", markup=False, soft_wrap=True)
+        print(f"  {message}")
     if len(report["messages"]) > MAX_PROBLEMS_SHOWN:
         more = format_count(len(report["messages"]) - MAX_PROBLEMS_SHOWN, "more problem")
-        console.print(f"  and {more}; --json FILE writes all")
+        print(f"  and {more}; --json FILE writes all")
     gaps = len(report["rallies_with_gaps"])
-    console.print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")
+    print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")

@@ -14,21 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.progress import Progress
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.config import (
-    ConfigError,
-    DataModuleConfig,
-    PretrainConfig,
-    explain,
-    modality_specs,
-    to_plain,
-)
+from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config, load_dataset_settings
+from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, modality_names
@@ -39,45 +29,35 @@ TRAINING_KEYS = (
 )  # fmt: skip
 
 
+@report_errors("compute-stats", ValueError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute the statistics and write the config. Returns the exit status."""
-    options, overrides = _arguments(argv)
+    options = _arguments(argv)
     from mmdistill.builders import make_clip_dataset, make_demo_data  # imports torch, which --help must not
     from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
 
-    console = Console(stderr=True)
-    try:
-        config = load_config(
-            PretrainConfig, options.config_name, ["modality=rgb", *overrides], config_dir=options.config_dir
+    config = load_config(
+        PretrainConfig, options.config_name, ["modality=rgb", *options.overrides], config_dir=options.config_dir
+    )
+    data = config.data_module
+    make_demo_data(data)
+    specs = modality_specs(data)
+    names = tuple(options.modalities or specs)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)  # an error here comes before the long computation
+    dataset = make_clip_dataset(data, names, training=True, seed=config.seed)
+    count = min(options.clips or len(dataset), len(dataset))
+    with ProgressDisplay("clips", count) as display:
+        moments = dataset_statistics(
+            dataset, specs, num_workers=config.num_workers, clips=options.clips, progress=display.update
         )
-        data = config.data_module
-        make_demo_data(data)
-        specs = modality_specs(data)
-        names = tuple(options.modalities or specs)
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)  # an error here comes before the long computation
-        dataset = make_clip_dataset(data, names, training=True, seed=config.seed)
-        with Progress(console=console) as bar:
-            count = min(options.clips or len(dataset), len(dataset))
-            task = bar.add_task("clips", total=count)
-            moments = dataset_statistics(
-                dataset,
-                specs,
-                num_workers=config.num_workers,
-                clips=options.clips,
-                progress=lambda done: bar.update(task, completed=done),
-            )
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        print(f"mmdistill compute-stats: error: {explain(error, PretrainConfig)}", file=sys.stderr)
-        return 2
-    plain = dataset_keys(data, moments, overrides, options.config_dir)
+    plain = dataset_keys(data, moments, options.overrides, options.config_dir)
     for name, moment in moments.items():
         mean, std, constant = to_mean_std(moment)
         plain["modalities"][name] |= {"mean": list(mean), "std": list(std)}
-        console.print(f"{name}: mean {mean}, std {std}", markup=False, highlight=False, soft_wrap=True)
+        print(f"{name}: mean {mean}, std {std}", file=sys.stderr)
         if constant:
-            message = _constant_channels_message(specs[name], constant)
-            console.print(message, markup=False, highlight=False, soft_wrap=True)
+            print(_constant_channels_message(specs[name], constant), file=sys.stderr)
     _write(options.output, plain, count)
     return 0
 
@@ -91,20 +71,17 @@ def _constant_channels_message(spec: ModalitySpec, constant: list[int]) -> str:
     return f"{spec.name}: joints {constant} were not found in the training set; their std is set to 1"
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("compute-stats", __doc__)
     parser.add_argument("--config-name", default="config_pretrain", help="main config in configs/")
-    parser.add_argument(
-        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
-    )
+    add_config_dir(parser)
     parser.add_argument("--output", type=Path, help="dataset config to write (default: standard output)")
     parser.add_argument(
         "--modalities", nargs="+", choices=modality_names(), help="modalities to compute (default: all of the dataset)"
     )
     parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for `mmdistill pretrain`")
-    options = parser.parse_intermixed_args(argv)
-    return options, options.overrides
+    return parser.parse_intermixed_args(argv)
 
 
 def dataset_keys(

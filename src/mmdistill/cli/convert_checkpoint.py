@@ -5,13 +5,12 @@ mmdistill convert SRC model.ckpt            # a Lightning file
 mmdistill convert SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
 """
 
-import sys
 from collections.abc import Sequence
 
-from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 
 
+@report_errors("convert")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the target was written, 2 if not."""
     parser = make_parser("convert", __doc__)
@@ -23,10 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.convert import convert_checkpoint  # imports torch, which --help must not
 
-    try:
-        written = convert_checkpoint(args.source, args.target, force=args.force)
-    except CheckpointError as error:
-        print(f"mmdistill convert: error: {error}", file=sys.stderr)
-        return 2
+    written = convert_checkpoint(args.source, args.target, force=args.force)
     print(f"wrote {written}")
     return 0

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
@@ -69,6 +69,7 @@ def make_names_distinct(found: list["Features"], files: list[Path]) -> list["Fea
     ]
 
 
+@report_errors("evaluate-features")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the features or options are invalid or the output cannot be written."""
     args = parse_arguments(argv)
@@ -76,35 +77,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdistill.fewshot.features import load_features
     from mmdistill.fewshot.protocol import Protocol, run_protocol
 
-    try:
-        protocol = Protocol(
-            n_way=tuple(args.n_way),
-            k_shot=tuple(args.k_shot),
-            q_sample=args.q_sample,
-            episodes=args.episodes,
-            seed=args.seed,
-            classifiers=tuple(args.classifier),
-            disjoint=args.disjoint,
-            support_views=args.support_views,
-            probe=args.probe,
-            workers=args.workers,
+    protocol = Protocol(
+        n_way=tuple(args.n_way),
+        k_shot=tuple(args.k_shot),
+        q_sample=args.q_sample,
+        episodes=args.episodes,
+        seed=args.seed,
+        classifiers=tuple(args.classifier),
+        disjoint=args.disjoint,
+        support_views=args.support_views,
+        probe=args.probe,
+        workers=args.workers,
+    )
+    found = make_names_distinct([load_features(file) for file in args.file], args.file)
+    if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
+        raise FewshotError(
+            f"{args.file[0]}: no array `groups`, which --disjoint and --probe need; add it, or omit these options"
         )
-        found = make_names_distinct([load_features(file) for file in args.file], args.file)
-        if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
-            raise FewshotError(
-                f"{args.file[0]}: no array `groups`, which --disjoint and --probe need; add it, or omit these options"
-            )
-        for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
-            print(line, file=sys.stderr)
-        results = run_protocol(found, protocol)
-        print_tables(results)
-        extra = {"files": [str(file) for file in args.file]}
-        if args.json:
-            text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-            atomic_write_bytes(args.json, text.encode() + b"\n")
-        if args.report:
-            print(f"report: {write_report(results, args.report, extra=extra)}")
-    except (FewshotError, OSError) as error:
-        print(f"mmdistill evaluate-features: error: {error}", file=sys.stderr)
-        return 2
+    for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
+        print(line, file=sys.stderr)
+    results = run_protocol(found, protocol)
+    print_tables(results)
+    extra = {"files": [str(file) for file in args.file]}
+    if args.json:
+        text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
+        atomic_write_bytes(args.json, text.encode() + b"\n")
+    if args.report:
+        print(f"report: {write_report(results, args.report, extra=extra)}")
     return 0

@@ -4,15 +4,14 @@ mmdistill export last.ckpt --to hf            # a folder for transformers.VideoM
 mmdistill export last.ckpt --to onnx --out student.onnx
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 
 
+@report_errors("export")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the file was written, 2 if not."""
     parser = make_parser("export", __doc__)
@@ -27,10 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = Path(
         args.out or (f"student{EXPORT_SUFFIXES[args.to]}" if EXPORT_SUFFIXES[args.to] else f"student-{args.to}")
     )
-    try:
-        written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
-    except CheckpointError as error:
-        print(f"mmdistill export: error: {error}", file=sys.stderr)
-        return 2
+    written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
     print(f"wrote {written}")
     return 0

@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from mmdistill.cli.parser import make_parser
-from mmdistill.config import ConfigError, DistillConfig, explain
+from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.config import ConfigError, DistillConfig, modality_specs
 from mmdistill.config.compose import load_config
-from mmdistill.errors import MMDistillError, format_count
+from mmdistill.errors import format_count
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,9 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
     )
-    parser.add_argument(
-        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
-    )
+    add_config_dir(parser)
     parser.add_argument("--cache", type=Path, help="folder of the feature cache (default: no cache)")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
@@ -61,7 +56,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode the clips and write the file."""
     from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
-    from mmdistill.config import modality_specs
     from mmdistill.data.fingerprint import data_fingerprint
     from mmdistill.distributed.device import autocast, resolve_precision
     from mmdistill.distributed.process import start_process
@@ -105,13 +99,10 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     return path
 
 
+@report_errors("features", schema=DistillConfig)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the arguments, the checkpoint or the data are invalid."""
     args = parse_arguments(argv)
-    try:
-        overrides = [*args.overrides, "train=False", "test=False"]
-        extract_features(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
-    except (HydraException, OmegaConfBaseException, MMDistillError) as error:
-        print(f"mmdistill features: error: {explain(error, DistillConfig)}", file=sys.stderr)
-        return 2
+    overrides = [*args.overrides, "train=False", "test=False"]
+    extract_features(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
     return 0

@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config.compose import configs_dir
 from mmdistill.modalities import STUDENT_MODALITY, modality_names
 
@@ -124,6 +123,7 @@ def print_report(
         print(f"unreadable: {line}", file=sys.stderr)
 
 
+@report_errors("find-checkpoints")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if checkpoints were found, 1 if none, 2 if the folder does not exist."""
     parser = make_parser("find-checkpoints", __doc__)
@@ -132,11 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     unreadable: list[str] = []
-    try:
-        found = find_checkpoints(args.directory, unreadable=unreadable)
-    except CheckpointError as error:
-        print(f"mmdistill find-checkpoints: error: {error}", file=sys.stderr)
-        return 2
+    found = find_checkpoints(args.directory, unreadable=unreadable)
     selected = select_checkpoints(found, best=args.best)
     if args.json:
         print(json.dumps(to_data(found, selected, unreadable), indent=1, ensure_ascii=False))

@@ -5,14 +5,13 @@ mmdistill inspect PATH [--json] [--full]
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.find import find_checkpoints
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.errors import format_count
 
 
@@ -50,6 +49,7 @@ def describe_run_folder(path: str) -> str | None:
     )
 
 
+@report_errors("inspect")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the checkpoint is complete, 1 if it is not, 2 if the path is none."""
     parser = make_parser("inspect", __doc__)
@@ -62,14 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if message := describe_run_folder(args.path):
-        print(f"mmdistill inspect: error: {message}", file=sys.stderr)
-        return 2
+        raise CheckpointError(message)
     from mmdistill.checkpoint.inspect import inspect_checkpoint  # imports torch, which --help must not
 
-    try:
-        report = inspect_checkpoint(args.path, full=args.full)
-    except CheckpointError as error:
-        print(f"mmdistill inspect: error: {error}", file=sys.stderr)
-        return 2
+    report = inspect_checkpoint(args.path, full=args.full)
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(format_report(report)))
     return 0 if report["complete"] else 1

@@ -4,50 +4,36 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from mmdistill import __version__
 from mmdistill.errors import InputError, suggest_nearest
 
-
-class Verb(NamedTuple):
-    """One verb of the command line.
-
-    Attributes:
-        module: module of `mmdistill.cli` with the function ``main(argv) -> exit status``.
-        summary: one line for the list of verbs.
-    """
-
-    module: str
-    summary: str
-
-
-VERBS = {
-    "pretrain": Verb("pretrain", "Pretrain a masked autoencoder on one modality"),
-    "distill": Verb("distill", "Distill the teachers into an RGB student, then evaluate it"),
-    "evaluate": Verb("evaluate", "Evaluate a checkpoint few-shot"),
-    "demo": Verb("demo", "Run the whole method on generated data"),
-    "prepare": Verb("prepare_data", "Convert videos to frames, optical flow and skeletons"),
-    "check-data": Verb("check_data", "Check that the files of a dataset exist and can be read"),
-    "compute-stats": Verb("compute_stats", "Compute mean and standard deviation of the training data"),
-    "split-data": Verb("split_data", "Split an annotation file by match or by class"),
-    "make-unlabel": Verb("make_unlabel", "Write an annotation file without labels for training"),
-    "find-checkpoints": Verb("find_checkpoints", "List checkpoints and the commands that use them"),
-    "inspect": Verb("inspect_checkpoint", "Show the contents of a checkpoint"),
-    "convert": Verb("convert_checkpoint", "Convert a checkpoint to another format"),
-    "export": Verb("export_student", "Export the student without its teachers"),
-    "features": Verb("extract_features", "Write the features of the evaluation clips to a file"),
-    "evaluate-features": Verb("evaluate_features", "Evaluate features of any model few-shot"),
-    "visualize": Verb("visualize_reconstruction", "Render the reconstructions of a pretraining checkpoint"),
-    "sweep-summary": Verb("summarize_sweep", "Write a table and a plot of a sweep"),
-    "results-table": Verb("results_table", "Repeat the demo with several seeds and write a table of results"),
+VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status``, line in the list of verbs)
+    "pretrain": ("pretrain", "Pretrain a masked autoencoder on one modality"),
+    "distill": ("distill", "Distill the teachers into an RGB student, then evaluate it"),
+    "evaluate": ("evaluate", "Evaluate a checkpoint few-shot"),
+    "demo": ("demo", "Run the whole method on generated data"),
+    "prepare": ("prepare_data", "Convert videos to frames, optical flow and skeletons"),
+    "check-data": ("check_data", "Check that the files of a dataset exist and can be read"),
+    "compute-stats": ("compute_stats", "Compute mean and standard deviation of the training data"),
+    "split-data": ("split_data", "Split an annotation file by match or by class"),
+    "make-unlabel": ("make_unlabel", "Write an annotation file without labels for training"),
+    "find-checkpoints": ("find_checkpoints", "List checkpoints and the commands that use them"),
+    "inspect": ("inspect_checkpoint", "Show the contents of a checkpoint"),
+    "convert": ("convert_checkpoint", "Convert a checkpoint to another format"),
+    "export": ("export_student", "Export the student without its teachers"),
+    "features": ("extract_features", "Write the features of the evaluation clips to a file"),
+    "evaluate-features": ("evaluate_features", "Evaluate features of any model few-shot"),
+    "visualize": ("visualize_reconstruction", "Render the reconstructions of a pretraining checkpoint"),
+    "sweep-summary": ("summarize_sweep", "Write a table and a plot of a sweep"),
+    "results-table": ("results_table", "Repeat the demo with several seeds and write a table of results"),
 }
 
 
 def usage() -> str:
     """The text of ``mmdistill --help``: each verb with its summary."""
     width = max(map(len, VERBS))
-    lines = [f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in VERBS.items()]
     head = ["usage: mmdistill VERB [ARGUMENTS]", "       mmdistill VERB --help", "", "Verbs:"]
     return "\n".join([*head, *lines])
 
@@ -75,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InputError.exit_status
     sys.argv = [f"mmdistill {name}", *rest]  # argparse and Hydra print the first item in their help
     try:
-        status: int = importlib.import_module(f"mmdistill.cli.{VERBS[name].module}").main(rest)
+        status: int = importlib.import_module(f"mmdistill.cli.{VERBS[name][0]}").main(rest)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, for example `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

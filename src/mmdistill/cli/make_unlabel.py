@@ -7,19 +7,18 @@ training does not see them. The output contains no labels.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.data.annotations.f3set import load_f3set, match_name, to_json
-from mmdistill.errors import format_count
+from mmdistill.errors import InputError, format_count
 from mmdistill.files import atomic_write_bytes
 
 
+@report_errors("make-unlabel")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the file. Returns the exit status."""
     parser = make_parser("make-unlabel", __doc__)
@@ -32,23 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--by", choices=["rally", "match"], default="rally", help="exclude rallies, or their whole matches"
     )
     options = parser.parse_args(argv)
-    try:
-        rallies = [rally for path in options.annotations for rally in load_f3set(path)]
-        excluded = [rally for path in options.exclude for rally in load_f3set(path)]
-    except (AnnotationError, OSError) as error:
-        print(f"mmdistill make-unlabel: error: {error}", file=sys.stderr)
-        return 2
+    rallies = [rally for path in options.annotations for rally in load_f3set(path)]
+    excluded = [rally for path in options.exclude for rally in load_f3set(path)]
     duplicates = [name for name, count in Counter(rally.video for rally in rallies).items() if count > 1]
     if duplicates:
-        message = f"rally {duplicates[0]} is in more than one of the files; remove one of them"
-        print(f"mmdistill make-unlabel: error: {message}", file=sys.stderr)
-        return 2
+        raise InputError(f"rally {duplicates[0]} is in more than one of the files; remove one of them")
     key = match_name if options.by == "match" else str
     excluded_keys = {key(rally.video) for rally in excluded}
     kept = [replace(rally, events=()) for rally in rallies if key(rally.video) not in excluded_keys]
     if not kept:
-        print("mmdistill make-unlabel: error: --exclude removes all rallies; exclude fewer files", file=sys.stderr)
-        return 2
+        raise InputError("--exclude removes all rallies; exclude fewer files")
     atomic_write_bytes(options.output, (json.dumps(to_json(kept)) + "\n").encode())
     print(f"{options.output}: {format_count(len(kept), 'rally')}, {len(rallies) - len(kept)} excluded")
     return 0

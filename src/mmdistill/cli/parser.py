@@ -1,6 +1,18 @@
-"""The argument parser of the verbs that do not use Hydra."""
+"""The argument parser and the error messages of the verbs that do not use Hydra."""
 
 import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdistill.config import DistillConfig, PretrainConfig, explain
+from mmdistill.errors import InputError, MMDistillError
+
+Main = Callable[[Sequence[str] | None], int]
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -18,3 +30,44 @@ def make_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"mmdistill {verb}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
+
+
+def add_config_dir(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config-dir``."""
+    parser.add_argument(
+        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
+    )
+
+
+def report_errors(
+    verb: str, *more: type[Exception], schema: type[PretrainConfig | DistillConfig] = PretrainConfig
+) -> Callable[[Callable[..., int]], Main]:
+    """Decorator of the ``main`` of a verb: an expected error becomes one line and an exit status.
+
+    The status is the one of the error: 1 for a failed stage, 2 for invalid input and files that cannot be read or
+    written. Ctrl-C gives 130.
+
+    Args:
+        verb: name of the verb, for the line.
+        more: further classes of expected errors.
+        schema: class of the config, whose keys are suggested.
+    """
+    expected: tuple[type[Exception], ...] = (MMDistillError, HydraException, OmegaConfBaseException, OSError, *more)
+
+    def decorate(run: Callable[..., int]) -> Main:
+        @functools.wraps(run)
+        def main(argv: Sequence[str] | None = None) -> int:
+            try:
+                return run(argv)
+            except BrokenPipeError:
+                raise
+            except expected as error:
+                print(f"mmdistill {verb}: error: {explain(error, schema)}", file=sys.stderr)
+                return error.exit_status if isinstance(error, MMDistillError) else InputError.exit_status
+            except KeyboardInterrupt:
+                print(f"mmdistill {verb}: interrupted; run the same command again to continue", file=sys.stderr)
+                return 130
+
+        return main
+
+    return decorate

@@ -6,18 +6,19 @@ An interrupted run can be repeated; it computes only what is missing. The exit s
 """
 
 import argparse
+import dataclasses
+import itertools
 import os
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
-
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import PretrainConfig, as_ints
 from mmdistill.config.compose import load_config
+from mmdistill.console import ProgressDisplay
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import build_index
@@ -26,35 +27,24 @@ from mmdistill.errors import format_count
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
 from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_all
-from mmdistill.prepare.video import VideoError, find_videos
+from mmdistill.prepare.video import find_videos
 
 
+@report_errors("prepare", ValueError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the videos, print a summary and the next commands. Returns the exit status."""
     options = _arguments(argv)
-    console = Console(stderr=True)
-    try:
-        settings = Settings(
-            height=options.height,
-            quality=options.quality,
-            flow=options.flow,
-            flow_dtype=options.flow_dtype,
-            skeleton=options.skeleton,
-            split=options.split,
-        )
-        videos = find_videos(options.source)
-    except (VideoError, ValueError) as error:
-        console.print(f"mmdistill prepare: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-    with Progress(console=console) as bar:
-        task = bar.add_task(format_count(len(videos), "video"), total=len(videos))
+    settings = Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)})
+    videos = find_videos(options.source)
+    done = itertools.count(1)
+    with ProgressDisplay("videos", len(videos)) as display:
 
         def progress(result: PrepareResult) -> None:
-            bar.advance(task)
-            console.print(format_result(result), markup=False, highlight=False, soft_wrap=True)
+            display.update(next(done))
+            display.print(format_result(result))
 
         results = prepare_all(videos, options.output, settings, workers=options.workers, progress=progress)
-    _print_next_commands(console, options.output, results)
+    _print_next_commands(options.output, results)
     return 1 if any(r.error for r in results) else 0
 
 
@@ -112,7 +102,7 @@ def format_result(result: PrepareResult) -> str:
     return f"{result.video}: {', '.join(details)}"
 
 
-def _print_next_commands(console: Console, output: Path, results: list[PrepareResult]) -> None:
+def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     complete = [r.record for r in results if r.record]
     if not complete:
         return
@@ -124,7 +114,7 @@ def _print_next_commands(console: Console, output: Path, results: list[PrepareRe
     absent = {kind for record in complete for kind, part in record["parts"].items() if part.get("method") == "none"}
     modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
     for line in [*lines, *next_commands(output.resolve(), load_f3set(output / "unlabel.json"), sizes[0], modalities)]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(line, file=sys.stderr)
 
 
 def next_commands(

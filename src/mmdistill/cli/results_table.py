@@ -7,36 +7,20 @@ and the student distilled from RGB alone. A second call runs only the missing st
 """
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.workflows.results_table import read_results, render_results_table, student_beats_baselines
-
-if TYPE_CHECKING:
-    from mmdistill.workflows.pipeline import Stage
-
-
-def seed_stages(output: Path, seeds: list[int], overrides: tuple[str, ...]) -> "list[Stage]":
-    """The stages of all seeds."""
-    from mmdistill.workflows.pipeline import method_stages  # imports torch, which --help must not
-
-    stages: list[Stage] = []
-    for seed in seeds:
-        stages += method_stages(
-            output / f"seed{seed}",
-            seed=seed,
-            common=("num_workers=0", *overrides),
-            test=("data_module.episodes=1000", "data_module.k_shot=[1,5]"),
-            rgb_only=True,
-            prefix=f"seed {seed}: ",
-        )
-    return stages
+from mmdistill.cli.parser import make_parser, report_errors
+from mmdistill.workflows.results_table import (
+    describe_order,
+    read_results,
+    render_results_table,
+    student_beats_baselines,
+)
 
 
+@report_errors("results-table")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print and write the table. 0 if done, 1 if a stage failed."""
     parser = make_parser("results-table", __doc__)
@@ -47,27 +31,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     args = parser.parse_args(argv)
-    from mmdistill.workflows.pipeline import StageError, run_stages
+    from mmdistill.workflows.pipeline import method_stages, run_stages  # torch, which --help must not import
 
     start_time = time.monotonic()
-    try:
-        run_stages(seed_stages(args.output.resolve(), args.seeds, tuple(args.overrides)), parallel=args.parallel)
-    except StageError as error:
-        print(f"mmdistill results-table: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("mmdistill results-table: interrupted; run the same command again to continue", file=sys.stderr)
-        return 130
+    stages = [
+        stage
+        for seed in args.seeds
+        for stage in method_stages(
+            args.output.resolve() / f"seed{seed}",
+            seed=seed,
+            common=("num_workers=0", *args.overrides),
+            test=("data_module.episodes=1000", "data_module.k_shot=[1,5]"),
+            rgb_only=True,
+            prefix=f"seed {seed}: ",
+        )
+    ]
+    run_stages(stages, parallel=args.parallel)
     results = [read_results(args.output / f"seed{seed}" / "test") for seed in args.seeds]
     text = render_results_table(results, args.seeds)
-    confirmed = student_beats_baselines(results)
     minutes = (time.monotonic() - start_time) / 60
-    print(
-        f"\n{text}\nExpected order, student > RGB pretrained > random initialization, for seeds {args.seeds}: ", end=""
-    )
-    print(f"{'confirmed' if confirmed else 'NOT confirmed'} ({minutes:.0f} min).")
+    print(f"\n{text}\n{describe_order(results)} for seeds {args.seeds} ({minutes:.0f} min).")
     (args.output / "results.md").write_text(text)
     (args.output / "results.json").write_text(
-        json.dumps({"student_beats_baselines": confirmed, "seeds": args.seeds, "results": results})
+        json.dumps(
+            {"student_beats_baselines": student_beats_baselines(results), "seeds": args.seeds, "results": results}
+        )
     )
     return 0

@@ -8,13 +8,13 @@ The same seed gives the same files on every machine.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.data.annotations.base import AnnotationError, format_rally_counts
+from mmdistill.cli.parser import make_parser, report_errors
+from mmdistill.data.annotations.base import format_rally_counts
 from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
+from mmdistill.errors import InputError
 from mmdistill.files import atomic_write_bytes
 
 
@@ -24,9 +24,10 @@ def _parse_fraction(text: str) -> tuple[str, float]:
     try:
         return name, float(value)
     except ValueError:
-        raise ValueError(f"--fractions {text}: expected NAME=FRACTION, like train=0.7") from None
+        raise InputError(f"--fractions {text}: expected NAME=FRACTION, like train=0.7") from None
 
 
+@report_errors("split-data", ValueError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the split files. Returns the exit status."""
     parser = make_parser("split-data", __doc__)
@@ -44,24 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     from mmdistill.data.annotations.splits import split_by_class, split_by_match  # imports torch, which --help must not
 
-    try:
-        fractions = dict(_parse_fraction(text) for text in options.fractions)
-        if len(fractions) != len(options.fractions):
-            raise ValueError("--fractions: a name occurs twice; give each split its own name")
-        rallies = load_f3set(options.annotations)
-        if options.by == "match":
-            parts = split_by_match(rallies, fractions, seed=options.seed)
-        else:
-            parts = split_by_class(
-                rallies,
-                fractions,
-                seed=options.seed,
-                label_fields=options.label_fields,
-                min_events=options.min_events,
-            )
-    except (AnnotationError, OSError, ValueError) as error:
-        print(f"mmdistill split-data: error: {error}", file=sys.stderr)
-        return 2
+    fractions = dict(_parse_fraction(text) for text in options.fractions)
+    if len(fractions) != len(options.fractions):
+        raise InputError("--fractions: a name occurs twice; give each split its own name")
+    rallies, seed = load_f3set(options.annotations), options.seed
+    if options.by == "match":
+        parts = split_by_match(rallies, fractions, seed=seed)
+    else:
+        limits = {"label_fields": options.label_fields, "min_events": options.min_events}
+        parts = split_by_class(rallies, fractions, seed=seed, **limits)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         path = options.output_dir / f"{name}.json"

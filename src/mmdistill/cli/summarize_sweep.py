@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmdistill.cli.parser import make_parser
-from mmdistill.errors import InputError
+from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.workflows.sweep_plot import mean_over_seeds, plot_sweep, plotted_keys, sort_values
 from mmdistill.workflows.sweep_results import JobRow, read_sweep, write_table
 
@@ -39,16 +38,13 @@ def _has_repeated_seeds(rows: Sequence[JobRow]) -> bool:
     return len({r.overrides.get("seed") for r in rows}) > 1 and "seed" not in plotted_keys(rows)
 
 
+@report_errors("sweep-summary")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table and the plot. 0 if written, 2 if the folder contains no sweep."""
     parser = make_parser("sweep-summary", __doc__)
     parser.add_argument("folder", type=Path, help="folder of a sweep (a run with -m)")
     folder = parser.parse_args(argv).folder
-    try:
-        rows = read_sweep(folder)
-    except InputError as error:
-        print(f"mmdistill sweep-summary: error: {error}", file=sys.stderr)
-        return 2
+    rows = read_sweep(folder)
     write_table(rows, folder / "sweep.csv")
     print_table(rows)
     for row in rows:

@@ -8,12 +8,10 @@ example the path of the data.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
 from mmdistill.config.compose import load_dataset_settings
 
@@ -58,6 +56,7 @@ def write_reconstructions(args: argparse.Namespace) -> None:
         print(f"{path}: loss {result.loss:.4f}, constant baseline {result.constant_baseline:.4f}")
 
 
+@report_errors("visualize")
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the images. 0 if written, 2 if the checkpoint or the data cannot be used."""
     parser = make_parser("visualize", __doc__)
@@ -70,13 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--clips", type=int, default=4, help="number of clips, spread evenly over the split")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="training or evaluation clips")
-    parser.add_argument(
-        "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
-    )
+    add_config_dir(parser)
     parser.add_argument("--out", type=Path, help="output folder (default: reconstructions/MODALITY-CHECKPOINT)")
-    try:
-        write_reconstructions(parser.parse_intermixed_args(argv))
-    except (ConfigError, CheckpointError) as error:
-        print(f"mmdistill visualize: error: {error}", file=sys.stderr)
-        return 2
+    write_reconstructions(parser.parse_intermixed_args(argv))
     return 0

@@ -70,20 +70,19 @@ class Stage:
 
     def start_records(self) -> list[dict[str, Any]]:
         """One record of ``run.json`` per start of the run."""
-        path = self.run_dir / RUN_FILE
-        return json.loads(path.read_text()) if path.is_file() else []
+        return self._read(RUN_FILE) or []
 
     def done_record(self) -> dict[str, Any] | None:
         """Content of ``done.json``: time of completion and of the stages it needs. None for an incomplete run."""
-        path = self.run_dir / DONE_FILE
+        record: dict[str, Any] | None = self._read(DONE_FILE)
+        return record
+
+    def _read(self, name: str) -> Any:
+        path = self.run_dir / name
         return json.loads(path.read_text()) if path.is_file() else None
 
     def check_run_dir(self) -> None:
-        """Check that a run in the folder has this stage's config and version.
-
-        Raises:
-            StageError: it has other settings or another version.
-        """
+        """Raise `StageError` if a run in the folder has other settings or another version than this stage."""
         records = self.start_records()
         if not records and self.done_record() is None:
             return
@@ -92,8 +91,7 @@ class Stage:
             raise StageError(f"{self.run_dir} has no {RUN_FILE}, so its settings are unknown; {hint}")
         requested = self.config()
         for record in records:
-            differences = config_differences(record["config"], requested)
-            if differences:
+            if differences := config_differences(record["config"], requested):
                 raise StageError(
                     f"{self.run_dir} contains a run with other settings (existing / requested): "
                     f"{'; '.join(differences[:3])}; {hint}"
@@ -105,12 +103,7 @@ class Stage:
                 )
 
     def write_done_record(self, seconds: float, needs: dict[str, str]) -> None:
-        """Mark the run as complete.
-
-        Args:
-            seconds: duration of the run.
-            needs: name of each needed stage -> its time of completion.
-        """
+        """Mark the run as complete after `seconds`. `needs`: name of each needed stage -> its time of completion."""
         content = {"finished": datetime.now(UTC).isoformat(), "needs": needs, "seconds": round(seconds, 1)}
         atomic_write_bytes(self.run_dir / DONE_FILE, json.dumps(content, indent=1).encode())
 
@@ -165,14 +158,10 @@ def commit_name(state: dict[str, Any] | None) -> str:
 
 
 def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
-    """Run the missing stages. Each of several parallel runs gets its share of the CPU cores.
+    """Run the missing stages, at most `parallel` at the same time. Each gets its share of the CPU cores.
 
     A single run prints to this terminal. Parallel runs write ``log.txt`` in their folders, and this process prints a
     line at each start and end. Ctrl-C reaches all runs; they write a checkpoint, and the next call resumes from it.
-
-    Args:
-        stages: all stages.
-        parallel: maximum number of simultaneous runs.
 
     Raises:
         StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.
@@ -228,8 +217,7 @@ def method_stages(
     *,
     seed: int,
     common: tuple[str, ...] = (),
-    pretrain: tuple[str, ...] = (),
-    distill: tuple[str, ...] = (),
+    train: tuple[str, ...] = (),
     test: tuple[str, ...] = (),
     rgb_only: bool = False,
     prefix: str = "",
@@ -240,8 +228,7 @@ def method_stages(
         output: folder of the runs ``pretrain_rgb``, ``pretrain_flow``, ``pretrain_skeleton``, ``mmdistill``, ``test``.
         seed: seed of all stages.
         common: further overrides for all stages.
-        pretrain: further overrides for the pretrainings.
-        distill: further overrides for the distillations.
+        train: further overrides for the pretrainings and distillations.
         test: further overrides for the evaluation.
         rgb_only: also distill from the RGB teacher alone, and evaluate that student as a baseline.
         prefix: text in front of the names of the stages.
@@ -249,11 +236,11 @@ def method_stages(
     shared = (f"seed={seed}", *common)
     runs = {m: output / f"pretrain_{m}" for m in BUILTIN_MODALITIES}
     stages = [
-        Stage(f"{prefix}pretrain {m}", "pretrain", (f"modality={m}", *shared, *pretrain, "resume=auto"), run_dir)
+        Stage(f"{prefix}pretrain {m}", "pretrain", (f"modality={m}", *shared, *train, "resume=auto"), run_dir)
         for m, run_dir in runs.items()
     ]
     teachers = tuple((m, run_dir / "checkpoints") for m, run_dir in runs.items())
-    fit = ("test=False", *shared, *distill, "resume=auto")
+    fit = ("test=False", *shared, *train, "resume=auto")
     needs = tuple(stage.name for stage in stages)
     stages.append(Stage(f"{prefix}distill", "distill", fit, output / "mmdistill", needs, teachers))
     student = output / "mmdistill" / "checkpoints" / "last.ckpt"

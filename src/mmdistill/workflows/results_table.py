@@ -57,3 +57,9 @@ def student_beats_baselines(results: Sequence[dict[str, Any]], *, k_shots: Seque
         for k in k_shots
         for a, b in DIFFERENCES[:2]
     )
+
+
+def describe_order(results: Sequence[dict[str, Any]]) -> str:
+    """Whether the networks have the expected order, as the start of a sentence."""
+    confirmed = "confirmed" if student_beats_baselines(results) else "NOT confirmed"
+    return f"Expected order, student > RGB pretrained > random initialization: {confirmed}"

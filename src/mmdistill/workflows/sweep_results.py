@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from mmdistill.errors import InputError
 
@@ -35,11 +35,7 @@ class JobRow:
 
 
 def read_sweep(folder: Path) -> list[JobRow]:
-    """Read the jobs of a sweep folder, in the order of their numbers.
-
-    Raises:
-        InputError: the folder contains no job.
-    """
+    """Read the jobs of a sweep folder, in the order of their numbers. Raises `InputError` if there is none."""
     jobs = sorted((p.parents[1] for p in folder.rglob(".hydra/overrides.yaml")), key=_job_order)
     if not jobs:
         raise InputError(f"{folder} contains no job with .hydra/overrides.yaml; give the folder that `-m` wrote")
@@ -79,7 +75,7 @@ def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) 
 
 
 def _overrides(path: Path) -> dict[str, str]:
-    pairs = (str(text).partition("=") for text in OmegaConf.load(path))
+    pairs = (str(text).partition("=") for text in yaml.safe_load(path.read_text()))
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
@@ -104,8 +100,7 @@ def write_table(rows: Sequence[JobRow], path: Path) -> None:
 def objective(run_dir: Path) -> float:
     """Objective of a run for a sweeper: few-shot accuracy (maximize), else the loss of the last epoch (minimize).
 
-    Raises:
-        ValueError: the run folder has neither.
+    Raises `ValueError` if the run folder has neither.
     """
     accuracy = run_dir / "fewshot.json"
     if accuracy.is_file():

@@ -47,13 +47,13 @@ def test_verb_receives_its_arguments_and_returns_its_status(monkeypatch: pytest.
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_module_of_each_verb_has_main(verb: str) -> None:
-    tree = ast.parse((ROOT / "src/mmdistill/cli" / f"{VERBS[verb].module}.py").read_text())
+    tree = ast.parse((ROOT / "src/mmdistill/cli" / f"{VERBS[verb][0]}.py").read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert functions["main"].args.args[0].arg == "argv"
 
 
 def test_every_script_calls_the_module_of_its_verb() -> None:
-    modules = {verb.module for verb in VERBS.values()}
+    modules = {module for module, _ in VERBS.values()}
     scripts = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
     imported = {
         node.module.removeprefix("mmdistill.cli.")

@@ -44,7 +44,7 @@ def test_every_argument_has_a_help_text_and_its_default(verb: str, monkeypatch: 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_intermixed_args", stop)
     with pytest.raises(_ParserMadeError):
-        importlib.import_module(f"mmdistill.cli.{VERBS[verb].module}").main([])
+        importlib.import_module(f"mmdistill.cli.{VERBS[verb][0]}").main([])
     assert made[0].prog == f"mmdistill {verb}"
     formatter = parser._HelpFormatter("")
     for action in made[0]._actions:
