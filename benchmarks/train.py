@@ -85,10 +85,9 @@ def make_encoder_config(sizes: dict, spec: ModalitySpec) -> EncoderConfig:
 # Arithmetic ----------------------------------------------------------------------------------------------------------
 
 
-def block_flops(n: int, dim: int, inner: int, hidden: int, last: int | None = None) -> int:
-    """Forward pass of a block on n tokens (qkv, attention, projection, MLP); `last`: number of output tokens."""
-    m = n if last is None else last
-    return 2 * (m + 2 * n) * dim * inner + 4 * m * n * inner + 2 * m * inner * dim + 4 * m * dim * hidden
+def block_flops(n: int, dim: int, inner: int, hidden: int) -> int:
+    """Forward pass of a block on n tokens (qkv, attention, projection, MLP)."""
+    return 2 * 3 * n * dim * inner + 4 * n * n * inner + 2 * n * inner * dim + 4 * n * dim * hidden
 
 
 def encoder_flops(g: EncoderConfig, n: int, *, backward: bool) -> int:
@@ -97,11 +96,11 @@ def encoder_flops(g: EncoderConfig, n: int, *, backward: bool) -> int:
     return 2 * embed + 3 * blocks if backward else embed + blocks
 
 
-def pretrain_flops(g: EncoderConfig, d: DecoderConfig, visible: int, predicted: int, last: int) -> int:
-    """One pretraining step on one clip; the decoder's last block outputs `last` tokens."""
+def pretrain_flops(g: EncoderConfig, d: DecoderConfig, visible: int, predicted: int) -> int:
+    """One pretraining step on one clip."""
     tokens, sizes = visible + predicted, (d.dim, d.heads * d.head_dim, d.mlp_dim)
     decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.patch_dim
-    decoder += (d.depth - 1) * block_flops(tokens, *sizes) + block_flops(tokens, *sizes, last=last)
+    decoder += d.depth * block_flops(tokens, *sizes)
     return encoder_flops(g, visible, backward=True) + 3 * decoder
 
 
@@ -178,16 +177,16 @@ def pretraining(setting: Setting) -> tuple[Steps, dict[str, float]]:
     with torch.no_grad():
         losses = {"ours": float(our_loss(None)), "transformers": float(their_loss())}
     n, all_, some = visible.shape[1], removed.shape[1], half.shape[1]
-    theirs_full = pretrain_flops(g, d, n, all_, g.num_tokens)
+    theirs_full = pretrain_flops(g, d, n, all_)
     theirs_full += 2 * (g.num_tokens - n) * g.patch_dim * g.dim * 2  # transformers embeds the removed patches too
     return {
         "pretrain, transformers": (clips * theirs_full, stepper(theirs, their_loss, setting)),
         "pretrain, full decoder": (
-            clips * pretrain_flops(g, d, n, all_, all_),
+            clips * pretrain_flops(g, d, n, all_),
             stepper(ours, lambda: our_loss(None), setting),
         ),
         "pretrain, decoder_mask_ratio=0.5": (
-            clips * pretrain_flops(g, d, n, some, some),
+            clips * pretrain_flops(g, d, n, some),
             stepper(ours, lambda: our_loss(half), setting),
         ),
     }, losses

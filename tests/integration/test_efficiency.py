@@ -149,7 +149,7 @@ def test_activation_checkpointing_recomputes_blocks_and_keeps_gradients() -> Non
     for is_enabled in (False, True):
         torch.manual_seed(0)
         encoder = Encoder(EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)).train()
-        encoder.checkpoint_activations = is_enabled
+        encoder.set_activation_checkpointing(is_enabled)
         count = [0]
         encoder.blocks[0].register_forward_pre_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
         encoder(torch.ones(1, 3, 4, 16, 16)).square().sum().backward()

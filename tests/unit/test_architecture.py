@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 # From the lowest to the highest layer. Entries of one layer do not import each other.
 LAYERS = (
     ("errors",),
-    ("files", "console", "plugins", "randomness", "ops"),
+    ("files", "console", "plugins", "randomness"),
     ("data", "models"),
     ("modalities",),
     ("config",),

@@ -176,7 +176,7 @@ def _make_module(
         ema=t.ema,
         nonfinite=NonFiniteGuard(t.on_nonfinite, t.max_skipped_steps, process.rank_zero_info),
     )
-    module.student.checkpoint_activations = t.activation_checkpointing
+    module.student.set_activation_checkpointing(t.activation_checkpointing)
     if config.compile:
         module.compile_encoders()
     if t.cache_teacher_epochs:

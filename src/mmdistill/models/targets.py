@@ -1,26 +1,23 @@
 """Reconstruction targets and losses of masked autoencoding."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdistill.models import TARGETS
 from mmdistill.models.videomae import gather_patches
-from mmdistill.ops.cpu import ChunkedMSE
 
 
 def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, target: str) -> Tensor:
     """Reconstruction targets of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, P).
 
-    The values of a token are in the order (C, pt, ph, pw).
+    `x` are normalized clips. The values of a token are in the order (C, pt, ph, pw). Targets:
 
-    Args:
-        x: normalized clips.
-        index: int64 token indices.
-        grid: tokens along (t, h, w).
-        target: one of `TARGETS`. ``norm_pix``: ``(value - mean) / (std + 1e-6)`` per token and channel, with the
-            unbiased std (VideoMAE, section 3.1). ``motion_energy``: ``|value - mean over the clip's frames|`` of the
-            same pixel and channel, which shows where and when something moves, independent of its color (after the
-            motion-energy images of Bobick and Davis, IEEE PAMI 2001). ``pixel``: the values of `x`.
+    - ``norm_pix``: ``(value - mean) / (std + 1e-6)`` per token and channel, with the unbiased std (VideoMAE, section
+      3.1).
+    - ``motion_energy``: ``|value - mean over the clip's frames|`` of the same pixel and channel, which shows where and
+      when something moves, independent of its color (after Bobick and Davis, IEEE PAMI 2001).
+    - ``pixel``: the values of `x`.
 
     Raises:
         ValueError: the target is unknown.
@@ -39,9 +36,8 @@ def patch_targets(x: Tensor, index: Tensor, grid: tuple[int, int, int], *, targe
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over removed tokens, in float32. The target gets no gradient. (B, N, P) twice -> scalar."""
-    loss: Tensor = ChunkedMSE.apply(prediction.float().flatten(0, 1), target.float().flatten(0, 1))
-    return loss
+    """Mean squared error over removed tokens, in float32. (B, N, P) twice -> scalar."""
+    return F.mse_loss(prediction.float(), target.float())
 
 
 def constant_baseline_loss(target: Tensor, channels: int) -> Tensor:

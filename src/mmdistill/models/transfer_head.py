@@ -6,12 +6,7 @@ from torch import Tensor, nn
 
 
 class CrossModalTransfer(nn.Module):
-    """One two-layer MLP per teacher, from the student's feature to the teacher's feature.
-
-    Args:
-        dim: width of the student's feature.
-        teacher_dims: width of each teacher's feature, by modality. Widths may differ.
-    """
+    """One two-layer MLP per teacher, from the student's feature of width `dim` to the teacher's feature."""
 
     def __init__(self, dim: int, teacher_dims: Mapping[str, int]) -> None:
         super().__init__()

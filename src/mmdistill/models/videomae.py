@@ -8,15 +8,13 @@ predicted tokens, D encoder width, Dd decoder width, P = tubelet * patch * patch
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.beit import Attention as TimmAttention
 from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from mmdistill.models.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,7 @@ def sincos_positions(length: int, dim: int) -> Tensor:
 def separable_positions(grid: tuple[int, int, int], dim: int) -> Tensor:
     """Fixed position embedding with separate columns for t (a quarter), h and w (three eighths each). (L, D) float32.
 
-    Tokens with the same t, h or w share columns, unlike those of `sincos_positions`. Short trainings of small models
-    benefit from this.
+    Tokens with the same t, h or w share columns. Short trainings of small models benefit from this.
 
     Raises:
         ValueError: `dim` is not a multiple of 16.
@@ -110,22 +107,12 @@ def position_table(config: EncoderConfig, dim: int) -> Tensor:
 
 
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw).
-
-    A patch is copied as C * pt * ph lines of pw pixels, which are contiguous in memory.
-    """
-    b, c, frames, height, width = x.shape
+    """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)."""
     t, h, w = grid
-    pt, ph, pw = frames // t, height // h, width // w
-
-    def offsets(count: int, stride: int) -> Tensor:
-        return torch.arange(count, device=x.device) * stride
-
-    clip, channel, frame = c * frames * height * w, frames * height * w, height * w  # strides in lines
-    first = index // (h * w) * (pt * frame) + index // w % h * (ph * w) + index % w + offsets(b, clip)[:, None]
-    lines = offsets(c, channel)[:, None, None] + offsets(pt, frame)[:, None] + offsets(ph, w)
-    selected = (first[:, :, None] + lines.flatten()).flatten()
-    return x.reshape(-1, pw).index_select(0, selected).view(b, index.shape[1], c, pt, ph, pw)
+    patches = x.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1)).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    clip = torch.arange(x.shape[0], device=x.device)[:, None]
+    found: Tensor = patches[clip, index // (h * w), index // w % h, index % w]
+    return found
 
 
 def masked_indices(index: Tensor, length: int) -> Tensor:
@@ -133,6 +120,22 @@ def masked_indices(index: Tensor, length: int) -> Tensor:
     is_masked = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
     is_masked.scatter_(1, index, False)
     return is_masked.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
+
+
+class Attention(TimmAttention):
+    """timm's attention layer for any head width and any dtype.
+
+    timm 1.0.31 reshapes the output to the width, which fails if heads * head_dim differs from it. Its `k_bias` is a
+    buffer, which stays in fp32 when DeepSpeed casts the parameters to bf16.
+    """
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
+        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
 
 
 def _make_block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
@@ -149,7 +152,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class _PatchEmbed(nn.Module):
-    """VideoMAE's tubelet embedding: the weights of a Conv3d, applied as a linear map to gathered patches."""
+    """VideoMAE's tubelet embedding: the weights of a Conv3d, applied to gathered patches."""
 
     def __init__(self, g: EncoderConfig) -> None:
         super().__init__()
@@ -165,9 +168,7 @@ class _PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """The ViT that is pretrained, distilled and evaluated.
 
-    Args:
-        config: sizes.
-        drop_path: stochastic depth rate of the last block. Rates increase linearly from 0. Used in training only.
+    `drop_path` is the stochastic depth rate of the last block. Rates increase linearly from 0. Used in training only.
     """
 
     def __init__(self, config: EncoderConfig, *, drop_path: float = 0.0) -> None:
@@ -184,22 +185,19 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
         self.blocks.apply(_init_weights)
 
+    def set_activation_checkpointing(self, is_enabled: bool) -> None:
+        """Whether each block recomputes its activations in the backward pass of a training."""
+        self.checkpoint_activations = is_enabled
+
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Encode tokens.
-
-        Args:
-            x: (B, C, T, H, W) float, normalized.
-            visible: (B, Lv) int64 indices of the tokens to encode; None: all L.
-
-        Returns:
-            (B, Lv, D), after the final norm.
+        """Encode the tokens `visible`; None: all. (B, C, T, H, W) normalized, int64 (B, Lv) -> (B, Lv, D).
 
         Raises:
             ValueError: the clips have another size.
         """
         g = self.config
-        if x.shape[1:] != (g.channels, g.num_frames, g.height, g.width):
-            expected = (g.channels, g.num_frames, g.height, g.width)
+        expected = (g.channels, g.num_frames, g.height, g.width)
+        if x.shape[1:] != expected:
             raise ValueError(f"encoder expects clips (C, T, H, W) = {expected}, got {tuple(x.shape[1:])}")
         if visible is None:
             visible = torch.arange(g.num_tokens, device=x.device).expand(x.shape[0], -1)
@@ -239,19 +237,13 @@ class _Decoder(nn.Module):
     def forward(self, tokens: Tensor, last: int) -> Tensor:
         """Decode all tokens and predict the values of the last ones. (B, N, Dd) -> (B, last, P).
 
-        The last block computes only the tokens that are predicted. The rows of the head are in VideoMAE's order,
-        (pt, ph, pw, C); the predictions are in the order (C, pt, ph, pw).
+        The rows of the head are in VideoMAE's order, (pt, ph, pw, C); the predictions are in the order (C, pt, ph, pw).
         """
-        *first_blocks, last_block = self.blocks
-        block: Any = last_block  # timm's Block: its parts are called one by one
-        for first_block in first_blocks:
-            tokens = first_block(tokens)
-        attended = block.attn(block.norm1(tokens), last=last)
-        tokens = tokens[:, -last:] + attended
-        tokens = self.norm(tokens + block.mlp(block.norm2(tokens)))
+        for block in self.blocks:
+            tokens = block(tokens)
         rows = (self.head.weight, self.head.bias)
         weight, bias = (p.unflatten(0, (-1, self.channels)).transpose(0, 1).flatten(0, 1) for p in rows)
-        return F.linear(tokens, weight, bias)
+        return F.linear(self.norm(tokens[:, -last:]), weight, bias)
 
 
 class VideoMAE(nn.Module):
@@ -268,16 +260,11 @@ class VideoMAE(nn.Module):
         nn.init.xavier_uniform_(self.encoder_to_decoder.weight)
 
     def forward(self, x: Tensor, visible: Tensor, predict: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predict removed tokens.
+        """Predict the removed tokens. (B, C, T, H, W) normalized, int64 (B, Lv) -> (B, Lp, P), int64 (B, Lp).
 
-        Args:
-            x: (B, C, T, H, W) float, normalized.
-            visible: (B, Lv) int64 indices of the tokens that are encoded.
-            predict: (B, Lp) int64 indices of the tokens to predict; None: all tokens that are not visible. A subset is
-                the dual masking of VideoMAE V2 (arXiv 2303.16727, section 3.2).
-
-        Returns:
-            Predictions (B, Lp, P), values in the order (C, pt, ph, pw) of `patch_targets`, and `predict`.
+        Returns the predictions, values in the order (C, pt, ph, pw) of `patch_targets`, and the indices of their
+        tokens: `predict`, or all tokens that are not visible. A subset of these is the dual masking of VideoMAE V2
+        (arXiv 2303.16727, section 3.2).
         """
         if predict is None:
             predict = masked_indices(visible, self.encoder.config.num_tokens)

@@ -147,7 +147,7 @@ class PretrainTrainer:
         self.encoder_config = make_encoder_config(config.model, data, self.spec)
         self.decoder_config = make_decoder_config(config.model)
         model = VideoMAE(self.encoder_config, self.decoder_config, drop_path=config.model.drop_path)
-        model.encoder.checkpoint_activations = trainer.activation_checkpointing
+        model.encoder.set_activation_checkpointing(trainer.activation_checkpointing)
         if config.compile:
             model.encoder.compile(dynamic=False)
             model.decoder.compile(dynamic=False)

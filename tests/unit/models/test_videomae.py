@@ -9,6 +9,7 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from mmdistill.models.targets import patch_targets, reconstruction_loss
 from mmdistill.models.videomae import (
+    Attention,
     DecoderConfig,
     Encoder,
     EncoderConfig,
@@ -198,7 +199,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     encoder.embed(x).pow(3).sum().backward()
     before = {n: p.grad.clone() for n, p in encoder.named_parameters()}
     encoder.zero_grad()
-    encoder.checkpoint_activations = True
+    encoder.set_activation_checkpointing(True)
     encoder.embed(x).pow(3).sum().backward()
     for name, parameter in encoder.named_parameters():
         torch.testing.assert_close(parameter.grad, before[name], atol=1e-6, rtol=1e-5)
@@ -230,3 +231,16 @@ def test_separable_positions_against_scalar_formula() -> None:
         np.testing.assert_allclose(table[t, h, w].numpy(), expected, atol=1e-6)
     with pytest.raises(ValueError, match="multiple of 16, got 24"):
         separable_positions(grid, 24)
+
+
+def test_attention_equals_its_formula_for_a_head_width_that_differs_from_width_over_heads() -> None:
+    torch.manual_seed(0)
+    layer = Attention(12, 2, qkv_bias=True, attn_head_dim=5).double()
+    for bias in (layer.q_bias, layer.v_bias):
+        torch.nn.init.normal_(bias)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    q, k, v = ((x @ w.T).view(2, 7, 2, 5) for w in layer.qkv.weight.chunk(3))
+    q, v = q + layer.q_bias.view(2, 5), v + layer.v_bias.view(2, 5)
+    weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 5**0.5).softmax(-1)
+    expected = layer.proj(torch.einsum("bhnm,bmhd->bnhd", weights, v).flatten(2))
+    torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=1e-10)
