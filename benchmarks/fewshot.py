@@ -18,7 +18,7 @@ from torch import nn
 
 from mmdistill.data.clips import Clip
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
-from mmdistill.fewshot.episodes import Episodes, sample_episodes
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import get_modality
 from mmdistill.models.videomae import Encoder, EncoderConfig
@@ -79,7 +79,7 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
     crop_box = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
     rgb = torch.randint(0, 255, (batch, 16, 224, 398, 3), dtype=torch.uint8)
     owners = [Clip(str(i), "", (), -1, "") for i in range(batch)]
-    masks = [eval_masks.visible_tokens(owners, v, VIT_S.grid) for v in range(eval_masks.num_views)]
+    masks = [eval_masks.visible_tokens(owners, v, VIT_S.grid) for v in range(eval_masks.n_masks)]
     tokens = 0 if masks[0] is None else masks[0].shape[1]
     rate, best = 0.0, float("inf")
     with torch.inference_mode():
@@ -90,11 +90,11 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
             for mask in masks:
                 job.encode(fresh, mask)
             best = min(best, time.perf_counter() - start)
-    flop = encoder_flop(VIT_S, tokens) * batch * eval_masks.num_views
+    flop = encoder_flop(VIT_S, tokens) * batch * eval_masks.n_masks
     print(f"fp32 matrix product   {rate / 1e9:6.0f} GFLOP/s, {batch * tokens} x {VIT_S.dim} x {VIT_S.mlp_dim}")
-    each = f"{flop / batch / eval_masks.num_views / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
+    each = f"{flop / batch / eval_masks.n_masks / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
     print(f"ViT-S encoding        {flop / best / 1e9:6.0f} GFLOP/s, {100 * flop / best / rate:.0f} % of it; {each}")
-    print(f"                      {batch * eval_masks.num_views / best:6.2f} clips x views per second")
+    print(f"                      {batch * eval_masks.n_masks / best:6.2f} clips x views per second")
     return {"gemm_gflops": rate / 1e9, "encoding_gflops": flop / best / 1e9, "share": flop / best / rate}
 
 
@@ -112,7 +112,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     features, labels = clips()
     start = time.perf_counter()
-    episodes = sample_episodes(labels, n_way=5, k_shot=5, q_sample=15, episodes=args.episodes, seed=0)
+    episodes = sample_episodes(labels, EpisodeSpec(5, 5), episodes=args.episodes, seed=0)
     print(f"{'drawing episodes':20} {time.perf_counter() - start:6.2f} s  {args.episodes} episodes, 5-way 5-shot q 15")
     result: dict[str, object] = {"heads": time_classifiers(features, episodes, args.workers)}
     if not args.no_encoding:

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from mmdistill.fewshot.classifiers import Classifier
-from mmdistill.fewshot.episodes import Episodes, sample_episodes
+from mmdistill.fewshot.classifiers import Classifier, PredictOptions
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, sample_episodes
 
 LABELS = np.repeat(np.arange(8), 25)
 
 
 def draw(episodes: int = 6, *, k_shot: int = 2) -> Episodes:
     """5-way episodes with 4 queries per class."""
-    return sample_episodes(LABELS, n_way=5, k_shot=k_shot, q_sample=4, episodes=episodes, seed=1)
+    return sample_episodes(LABELS, EpisodeSpec(5, k_shot, 4), episodes=episodes, seed=1)
 
 
 def noisy_features(*, views: int = 2, noise: float = 2.0, width: int = 16) -> np.ndarray:
@@ -31,9 +31,8 @@ class ClassifierContract:
     def predict(
         self, classifier: Classifier, features: np.ndarray, episodes: Episodes, *, first_support_view: bool = False
     ) -> np.ndarray:
-        predictions, num_not_converged = classifier.predict(
-            features, episodes, first_support_view=first_support_view, workers=1
-        )
+        options = PredictOptions(first_support_view, workers=1)
+        predictions, num_not_converged = classifier.predict(features, episodes, options)
         assert num_not_converged >= 0
         return predictions
 
@@ -85,5 +84,5 @@ class ClassifierContract:
 
     def test_progress_counts_every_episode_once(self, classifier: Classifier) -> None:
         counts: list[int] = []
-        classifier.predict(noisy_features(), draw(), first_support_view=False, workers=1, advance=counts.append)
+        classifier.predict(noisy_features(), draw(), PredictOptions(workers=1, advance=counts.append))
         assert sum(counts) == 6

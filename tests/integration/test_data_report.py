@@ -52,9 +52,10 @@ def test_heatmaps_use_the_stored_sigma(folder: Path) -> None:
 
     assert score("with_statistics.ckpt") == score("without_statistics.ckpt", SIGMA)
     assert score("with_statistics.ckpt") != score("without_statistics.ckpt")
-    spec = modality_specs(_config(folder).data_module)["skeleton"]
+    data = _config(folder).data_module
+    spec = modality_specs(data)["skeleton"]
     assert spec.sigma == 2.0
-    assert load_network(folder / "with_statistics.ckpt").spec(spec).sigma == 0.4
+    assert load_network(folder / "with_statistics.ckpt", data=data).spec(spec).sigma == 0.4
 
 
 def test_report_states_sampling_rate_and_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from tests.synthetic_features import make_features
 
 pytestmark = pytest.mark.multiprocess
 INDEX = ClipIndex(tuple(Clip(f"c{i}", "v", (0,), 0, "v") for i in range(7)), ("a",))
-PROTOCOL = Protocol(q_sample=5, episodes=7, classifiers=("centroid", "logistic"), workers=1)
+PROTOCOL = Protocol(q_sample=5, episodes=7, classifiers=("centroid", "logistic"))
 
 
 def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
@@ -32,8 +32,11 @@ def broken_on_rank_one(batch: dict[str, Tensor], visible: Tensor | None) -> Tens
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = run_protocol([load_features(Path(folder) / "f.safetensors")], PROTOCOL, show_progress=False)
-    np.save(f"{folder}/predictions{rank}.npy", np.stack([row.scores.predictions for row in results.rows]))
+    results = run_protocol([load_features(Path(folder) / "f.safetensors")], PROTOCOL, workers=1, show_progress=False)
+    np.save(
+        f"{folder}/predictions{rank}.npy",
+        np.stack([row.scores.predictions for setting in results.settings for row in setting.rows]),
+    )
 
     batches = [{"index": torch.tensor(rows)} for rows in ([0, 2], [4, 6]) if rank == 0] or [
         {"index": torch.tensor([5, 3, 1])}
@@ -56,8 +59,8 @@ def test_two_ranks_return_the_results_of_one_and_fail_together(tmp_path: Path):
     f = make_features("student_rgb", 2.0)
     save_features(f, tmp_path / "f.safetensors")
     assert wait_for(fork_ranks(2, lambda rank: _rank(rank, str(tmp_path)))) == [0, 0]
-    alone = run_protocol([f], PROTOCOL, show_progress=False)
-    expected = np.stack([row.scores.predictions for row in alone.rows])
+    alone = run_protocol([f], PROTOCOL, workers=1, show_progress=False)
+    expected = np.stack([row.scores.predictions for setting in alone.settings for row in setting.rows])
     for rank in (0, 1):
         assert np.array_equal(np.load(tmp_path / f"predictions{rank}.npy"), expected)
         assert np.load(tmp_path / f"features{rank}.npy")[:, 0, 0].tolist() == list(range(7))

@@ -50,7 +50,11 @@ def _run(installed: Path, cwd: Path, *arguments: str) -> str:
 def test_wheel_contains_all_modules_and_configs(wheel: Path) -> None:
     with ZipFile(wheel) as file:
         names = {name for name in file.namelist() if not name.startswith("mmdistill-")}
-    sources = ((ROOT / "src", "*.py", ""), (ROOT / "configs", "*.yaml", "mmdistill/configs/"))
+    sources = (
+        (ROOT / "src", "*.py", ""),
+        (ROOT / "src", "*.jinja", ""),
+        (ROOT / "configs", "*.yaml", "mmdistill/configs/"),
+    )
     expected = {prefix + p.relative_to(root).as_posix() for root, glob, prefix in sources for p in root.rglob(glob)}
     assert names == expected
 

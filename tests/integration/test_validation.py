@@ -17,7 +17,7 @@ from mmdistill.distill import trainer as run
 from mmdistill.distill.validation import METRIC, Validation
 from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.encode import EvalMasks, encode_clips
-from mmdistill.fewshot.episodes import sample_episodes
+from mmdistill.fewshot.episodes import EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.ranks import fork_ranks, wait_for
@@ -85,9 +85,7 @@ def _evaluate_separately(config: DistillConfig, path: Path) -> float:
     job = student.encoding_job(modality_specs(config.data_module)["rgb"], EvalMasks())
     loader = make_clip_loader(dataset, num_workers=0, pin_memory=False, batch_size=5)
     (features,) = encode_clips([job], loader, dataset.index, show_progress=False)
-    episodes = sample_episodes(
-        features.labels, n_way=3, k_shot=1, q_sample=3, episodes=20, seed=config.seed, groups=features.groups
-    )
+    episodes = sample_episodes(features.labels, EpisodeSpec(3, 1, 3), episodes=20, seed=config.seed)
     return float(evaluate_episodes(features.features, episodes, "centroid").accuracy.mean())
 
 

@@ -78,16 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdistill.fewshot.protocol import Protocol, run_protocol
 
     protocol = Protocol(
-        n_way=tuple(args.n_way),
-        k_shot=tuple(args.k_shot),
+        n_way=args.n_way,
+        k_shot=args.k_shot,
         q_sample=args.q_sample,
         episodes=args.episodes,
         seed=args.seed,
-        classifiers=tuple(args.classifier),
+        classifiers=args.classifier,
         disjoint=args.disjoint,
         support_views=args.support_views,
         probe=args.probe,
-        workers=args.workers,
     )
     found = make_names_distinct([load_features(file) for file in args.file], args.file)
     if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
@@ -96,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
         print(line, file=sys.stderr)
-    results = run_protocol(found, protocol)
+    results = run_protocol(found, protocol, workers=args.workers)
     print_tables(results)
     extra = {"files": [str(file) for file in args.file]}
     if args.json:

@@ -11,7 +11,6 @@ the dataset config.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
@@ -57,7 +56,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode the clips and write the file."""
     from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
     from mmdistill.data.fingerprint import data_fingerprint
-    from mmdistill.distributed.device import autocast, resolve_precision
+    from mmdistill.distributed.device import resolve_precision
     from mmdistill.distributed.process import start_process
     from mmdistill.evaluation.networks import load_network
     from mmdistill.fewshot.encode import EvalMasks, encode_cached
@@ -71,20 +70,14 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     make_demo_data(data)
     dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
     print(f"dataset {data.name}: {format_count(len(dataset), 'evaluation clip')}", file=sys.stderr)
-    masks = EvalMasks(
-        data.n_masks if args.n_masks is None else args.n_masks,
-        data.eval_mask_ratio if args.eval_mask_ratio is None else args.eval_mask_ratio,
-        data.mask_type,
-        shared_masks=(args.eval_masks or data.eval_masks) == "shared",
-        seed=config.seed,
-    )
-    precision = resolve_precision(config.precision, process.device)
+    n_masks = data.n_masks if args.n_masks is None else args.n_masks
+    ratio = data.eval_mask_ratio if args.eval_mask_ratio is None else args.eval_mask_ratio
+    shared = (args.eval_masks or data.eval_masks) == "shared"
     job = network.encoding_job(
         modality_specs(data)[network.modality],
-        masks,
+        EvalMasks(n_masks, ratio, data.mask_type, shared, config.seed),
         device=process.device,
-        autocast=partial(autocast, precision, process.device),
-        precision=precision,
+        precision=resolve_precision(config.precision, process.device),
     )
     pin = process.device.type == "cuda"
     (features,) = encode_cached(

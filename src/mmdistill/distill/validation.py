@@ -23,8 +23,7 @@ from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
 from mmdistill.errors import format_count
-from mmdistill.fewshot.episodes import Episodes, sample_episodes
-from mmdistill.fewshot.logistic import FloatArray
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, FloatArray, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import STUDENT_MODALITY
 
@@ -106,15 +105,13 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
     val_data = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
     dataset = make_clip_dataset(val_data, (STUDENT_MODALITY,), training=False, seed=config.seed)
     clips = dataset.index.clips
+    n_way, k_shot = as_ints("data_module.n_way", data.n_way)[0], as_ints("data_module.k_shot", data.k_shot)[0]
     episodes = sample_episodes(
         [c.label for c in clips],
-        n_way=as_ints("data_module.n_way", data.n_way)[0],
-        k_shot=as_ints("data_module.k_shot", data.k_shot)[0],
-        q_sample=data.q_sample,
+        EpisodeSpec(n_way, k_shot, data.q_sample, data.disjoint),
         episodes=trainer.val_episodes,
         seed=config.seed,
         groups=[c.group for c in clips],
-        disjoint=data.disjoint,
         names=dataset.index.classes,
     )
     loader = {

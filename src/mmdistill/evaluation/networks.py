@@ -1,8 +1,7 @@
 """The networks of an evaluation: an encoder of any checkpoint with the statistics of its training data."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,16 @@ from typing import Any
 import torch
 
 from mmdistill.builders import check_token_grid, token_grid
-from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, load_encoder_for_clips, read_checkpoint
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, read_checkpoint
 from mmdistill.checkpoint.digest import weights_digest
 from mmdistill.checkpoint.references import load_referenced_teacher
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality, modality_names, stored_statistics
+from mmdistill.modalities import ModalitySpec, get_modality, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
 from mmdistill.randomness import seed_torch
-
-_BY_CHANNELS = {get_modality(name).channels: name for name in BUILTIN_MODALITIES}
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class Network:
         Raises:
             FewshotError: another modality or number of channels.
         """
-        if dataset.name != self.modality or dataset.channels != self.encoder.config.channels:
-            channels = self.encoder.config.channels
+        channels = self.encoder.config.channels
+        if (dataset.name, dataset.channels) != (self.modality, channels):
             raise FewshotError(
                 f"{self.name} needs {self.modality} with {channels} channels, but the input is {dataset.name} with "
                 f"{dataset.channels}; evaluate it on {self.modality}"
@@ -57,52 +54,37 @@ class Network:
         return dataset if self.statistics is None else dataset.with_statistics(*self.statistics)
 
     def encoding_job(
-        self,
-        dataset: ModalitySpec,
-        masks: EvalMasks,
-        *,
-        device: torch.device | str = "cpu",
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-        precision: str = "32",
+        self, dataset: ModalitySpec, masks: EvalMasks, *, device: torch.device | str = "cpu", precision: str = "32"
     ) -> EncodingJob:
-        """The job that encodes clips with this network in one input mode.
-
-        Args:
-            dataset: spec of the dataset's modality.
-            masks: the input mode.
-            device: where the encoder runs.
-            autocast: returns the context of the encoding.
-            precision: name of the precision of `autocast`, for the cache.
+        """The job that encodes clips with this network in one input mode; see `ClipEncoder`.
 
         Raises:
             FewshotError: see `spec`, or the masks leave no token visible.
         """
-        spec = self.spec(dataset)
-        masks.require_visible_tokens(self.encoder.config.grid)
+        spec, grid = self.spec(dataset), self.encoder.config.grid
+        masks.require_visible_tokens(grid)
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
-        encode = ClipEncoder(self.encoder, spec, device=device, autocast=autocast)
-        return EncodingJob(self.name, encode, self.encoder.config.grid, masks, digest, info)
+        encode = ClipEncoder(self.encoder, spec, device=device, precision=precision)
+        return EncodingJob(self.name, encode, grid, masks, digest, info)
 
 
 def load_network(
     source: str | Path | Checkpoint,
     *,
+    data: DataModuleConfig,
     component: str | None = None,
     modality: str | None = None,
     name: str | None = None,
-    data: DataModuleConfig | None = None,
 ) -> Network:
     """Load an encoder from a checkpoint of any format.
 
     Args:
         source: anything that `read_checkpoint` reads, or its result.
-        component: ``student_rgb``, ``teacher_flow``, ``encoder`` ...; None: the student of a distilled checkpoint, the
-            encoder of a pretraining checkpoint.
+        data: the dataset of the clips. It gives the input size of a checkpoint without metadata.
+        component: None: the student of a distilled checkpoint, the encoder of a pretraining checkpoint.
         modality: needed only if neither the metadata nor the number of channels determines it.
         name: name in the outputs; None: the component, or ``pretrained_MODALITY``.
-        data: the dataset of the clips. It gives the input size of a checkpoint without metadata. The encoder must fit
-            its clips.
 
     Raises:
         CheckpointError: the path cannot be read or has no such component.
@@ -111,23 +93,28 @@ def load_network(
     """
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     path = checkpoint.path
-    component, modality = _resolve_component(checkpoint, component, modality)
-    if data is None:
-        encoder = load_encoder(checkpoint, part=component)
-    else:
-        specs = modality_specs(data)
-        if modality not in specs:
-            raise ConfigError(
-                f"{path}: {component} has the modality {modality}, but the dataset has only {', '.join(specs)}"
-                f"{_training_dataset_hint(checkpoint, data)}"
-            )
-        encoder = load_encoder_for_clips(
-            checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
+    components = checkpoint.components
+    if component and component not in components:
+        raise CheckpointError(
+            f"{path}: no component {component!r}; set eval_component and baselines (mmdistill features: --component) "
+            f"to {', '.join(components)}"
         )
-        try:
-            check_token_grid(encoder, specs[modality], data, path)
-        except ConfigError as error:
-            raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
+    preferred = [c for c in ("student_rgb", "encoder") if c in components]
+    component = component or next(iter(preferred + components), "encoder")
+    modality = _find_modality(checkpoint, component, modality)
+    specs = modality_specs(data)
+    if modality not in specs:
+        raise ConfigError(
+            f"{path}: {component} has the modality {modality}, but the dataset has only {', '.join(specs)}"
+            f"{_training_dataset_hint(checkpoint, data)}"
+        )
+    encoder = load_encoder_for_clips(
+        checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
+    )
+    try:
+        check_token_grid(encoder, specs[modality], data, path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
     name = name or (f"pretrained_{modality}" if component == "encoder" else component)
     return Network(name, encoder, modality, str(path), stored_statistics(checkpoint.meta, modality))
 
@@ -151,31 +138,20 @@ def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
     )
 
 
-def _resolve_component(checkpoint: Checkpoint, component: str | None, modality: str | None = None) -> tuple[str, str]:
-    """Name and modality of the component to load; arguments and errors as in `load_network`."""
-    path, components = checkpoint.path, checkpoint.components
-    if component and component not in components:
-        raise CheckpointError(
-            f"{path}: no component {component!r}; set eval_component and baselines (mmdistill features: --component) "
-            f"to {', '.join(components)}"
-        )
-    preferred = [c for c in ("student_rgb", "encoder") if c in components]
-    selected = component or next(iter(preferred + components), "encoder")
-    suffix = selected.rpartition("_")[2]
-    stored = suffix if suffix in modality_names() else checkpoint.meta.get("modality")
-    found = str(stored or modality or _BY_CHANNELS.get(_input_channels(checkpoint, selected), ""))
+def _find_modality(checkpoint: Checkpoint, component: str, given: str | None) -> str:
+    """That of the component's name or the metadata, else `given`, else the first registered one with its channels."""
+    path, found = checkpoint.path, component.rpartition("_")[2]
+    if found not in modality_names():
+        prefix = "" if component == "encoder" else f"{component}."
+        weight = checkpoint.state_dict.get(f"{prefix}encoder.patch_embed.proj.weight")
+        channels = None if weight is None else weight.shape[1]
+        fitting = [name for name in modality_names() if get_modality(name).channels == channels]
+        found = str(checkpoint.meta.get("modality") or given or (fitting[0] if fitting else ""))
     if not found:
-        raise FewshotError(f"{path}: the modality of {selected} is unknown; set --modality of `mmdistill features`")
-    if modality is not None and modality != found:
-        raise FewshotError(f"{path}: {selected} has the modality {found}, not {modality}")
-    return selected, found
-
-
-def _input_channels(checkpoint: Checkpoint, component: str) -> int:
-    """Input channels of the patch embedding of a component; 0 if it has none."""
-    shapes = {k: v.shape for k, v in checkpoint.state_dict.items() if k.endswith("patch_embed.proj.weight")}
-    own = [shape for key, shape in shapes.items() if component in key] or list(shapes.values())
-    return int(own[0][1]) if own else 0
+        raise FewshotError(f"{path}: the modality of {component} is unknown; set --modality of `mmdistill features`")
+    if given not in (None, found):
+        raise FewshotError(f"{path}: {component} has the modality {found}, not {given}")
+    return found
 
 
 def make_random_network(reference: Network, *, seed: int) -> Network:
@@ -187,26 +163,23 @@ def make_random_network(reference: Network, *, seed: int) -> Network:
 
 
 def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Network], list[str]]:
-    """The scored network, then those of `baselines`.
-
-    Returns:
-        The networks, and one log line for each baseline that is skipped.
+    """The scored network, then those of `baselines`; and one log line for each baseline that is skipped.
 
     Raises:
         ConfigError: the checkpoint has no `eval_component`, or two networks have the same name.
         CheckpointError: a component is missing, or a path of `baselines` cannot be read.
     """
-    data = config.data_module
-    is_distilled = any(key.startswith("student_rgb.") for key in source.state_dict)
+    data, path = config.data_module, source.path
+    is_distilled = "student_rgb" in source.components
     references = source.meta.get("teachers") or {}  # of a student-only checkpoint
     if is_distilled:
         scored = _load_component(source, config.eval_component, data)
     else:
-        own_name = f"pretrained_{_resolve_component(source, None)[1]}"
+        own_name = f"pretrained_{_find_modality(source, (source.components or ['encoder'])[0], None)}"
         if config.eval_component not in (DistillConfig.eval_component, own_name, "encoder"):
             raise ConfigError(
-                f"eval_component={config.eval_component}: {source.path} is not a distilled checkpoint, it contains "
-                f"only {own_name}"
+                f"eval_component={config.eval_component}: {path} is not a distilled checkpoint, it contains only "
+                f"{own_name}"
             )
         scored = load_network(source, name=own_name, data=data)
     networks, messages = [scored], []
@@ -222,14 +195,14 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
                 raise unknown_baseline(entry, source.components)
             networks.append(load_network(entry, name=names[entry], data=data))
         elif not is_distilled:
-            messages.append(f"baselines: skipping {entry}: {source.path} is not a distilled checkpoint")
+            messages.append(f"baselines: skipping {entry}: {path} is not a distilled checkpoint")
         else:
             try:
                 networks.append(_load_component(source, entry, data))
             except (ConfigError, CheckpointError) as error:
                 if entry in source.components or entry not in references:
                     raise
-                messages.append(f"baselines: skipping {entry}: {source.path} is a student-only checkpoint: {error}")
+                messages.append(f"baselines: skipping {entry}: {path} is a student-only checkpoint: {error}")
     if len({n.name for n in networks}) != len(networks):
         raise ConfigError(f"baselines: two networks have the same name: {', '.join(n.name for n in networks)}")
     return networks, messages
@@ -246,8 +219,13 @@ def _load_component(source: Checkpoint, component: str, data: DataModuleConfig) 
 
 def _distinct_names(paths: Sequence[str], taken: Collection[str]) -> list[str]:
     """The shortest distinct name of each path: the run, with the file if needed, else the path."""
+
+    def with_file(path: str) -> str:
+        file = Path(path)
+        return f"{_run_name(path)} ({file.name if file.is_dir() else file.stem})"
+
     names = [_run_name(path) for path in paths]
-    for qualify in (lambda path: f"{_run_name(path)} ({_file_name(path)})", str):
+    for qualify in (with_file, str):
         names = [
             qualify(path) if names.count(name) > 1 or name in taken else name
             for path, name in zip(paths, names, strict=True)
@@ -259,8 +237,3 @@ def _run_name(path: str) -> str:
     """Name of the run folder: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``."""
     parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "checkpoint")]
     return parts[-2] if len(parts) > 2 else Path(path).name
-
-
-def _file_name(path: str) -> str:
-    """Name of a checkpoint file without its suffix, or of a checkpoint folder: ``epoch=24-train_loss=0.0081``."""
-    return Path(path).name if Path(path).is_dir() else Path(path).stem

@@ -1,24 +1,15 @@
 """The few-shot evaluation of a checkpoint: its networks, clips, input modes and log. Scoring is in `fewshot`."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.builders import (
-    load_rallies,
-    make_clip_dataset,
-    make_clip_index,
-    make_clip_loader,
-    make_demo_data,
-    resolve_annotation_path,
-    sampling_rate_warnings,
-)
+from mmdistill import builders
 from mmdistill.checkpoint import read_checkpoint
 from mmdistill.config import (
     COMPONENT_PREFIXES,
@@ -27,6 +18,7 @@ from mmdistill.config import (
     DistillConfig,
     as_ints,
     as_names,
+    modality_setting,
     modality_specs,
     to_plain,
 )
@@ -35,8 +27,8 @@ from mmdistill.data.clips import ClipIndex, count_overlapping_clips
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
-from mmdistill.distributed.device import autocast, resolve_precision
-from mmdistill.distributed.process import Process, start_process
+from mmdistill.distributed.device import resolve_precision
+from mmdistill.distributed.process import start_process
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
 from mmdistill.evaluation.report.html_page import ReadFrame
@@ -49,38 +41,13 @@ from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
 from mmdistill.training.signals import exit_on_stop_signal
 
-# Keys that the page does not show: keys without an effect on the results, training keys, for which the page shows the
-# config in the checkpoint, and keys whose value in use differs by network, which the page shows per network.
-HIDDEN_KEYS = (
-    "train",
-    "test",
-    "ckpt_path",
-    "batch_size",
-    "num_workers",
-    "devices",
-    "feature_cache",
-    "resume",
-    "stop_signals",
-    "distributed_timeout_s",
-    "loader_timeout_s",
-    "logger",
-    "strategy",
-    "compile",
-    "precision",
-    "run_name",
-    "trainer",
-    "data_module.train_clips",
-    "data_module.val_json_path",
-    "data_module.hflip_prob",
-    "data_module.random_crop_min_scale",
-    "data_module.mask_ratio",
-    "data_module.n_masks",
-    "data_module.eval_mask_ratio",
-    "data_module.eval_masks",
-    "data_module.modalities.*.mean",
-    "data_module.modalities.*.std",
-    "data_module.modalities.*.sigma",
-    "data_module.modalities.*.target",
+# Keys of the config that the page shows, because the numbers depend on them. The protocol, the masks, the precision and
+# the statistics in use are in other blocks of the page.
+SHOWN_KEYS = ("seed", "accelerator", "eval_component", "baselines")
+SHOWN_DATA_KEYS = (
+    *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
+    *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
+    *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
 )
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
 
@@ -88,15 +55,8 @@ _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "witho
 def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
     """Evaluate `config.eval_component` of a checkpoint, and the networks of `config.baselines` on the same episodes.
 
-    Only rank 0 prints and writes files.
-
-    Args:
-        config: the validated config.
-        checkpoint: a distilled ``.ckpt`` (needs no other file), or a pretraining checkpoint, whose encoder is scored.
-        run_dir: folder of ``fewshot.json`` and ``report.html``.
-
-    Returns:
-        The content of ``fewshot.json``.
+    `checkpoint` is a distilled ``.ckpt``, or a pretraining checkpoint, whose encoder is scored. Only rank 0 prints, and
+    writes ``fewshot.json`` and ``report.html`` into `run_dir`. Returns the content of ``fewshot.json``.
 
     Raises:
         InputError: the message names the key or the file.
@@ -108,28 +68,35 @@ def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -
 def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
-    make_demo_data(config.data_module)
+    builders.make_demo_data(config.data_module)
     source = read_checkpoint(checkpoint)
     networks, lines = load_networks(config, source)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
-    dataset = make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
+    dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _make_protocol(config)
     lines += _check_clips(protocol, dataset.index)
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
-    caveats = [overlap_warning(protocol, dataset.index, config.data_module), line]
-    caveats = [*filter(None, caveats), *sampling_rate_warnings(source.meta, config.data_module, checkpoint)]
+    caveats = [*filter(None, (overlap_warning(protocol, dataset.index, config.data_module), line))]
+    caveats += builders.sampling_rate_warnings(source.meta, config.data_module, checkpoint)
     lines += caveats
     if config.compile:
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
         )
-    jobs, skipped = _make_jobs(config, networks, process)
+    precision = resolve_precision(config.precision, process.device)
+    jobs, skipped = _make_jobs(config, networks, process.device, precision)
     if process.is_main:
         print("\n".join([*lines, *skipped]), flush=True)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     features = encode_cached(
         jobs,
-        lambda: _make_loader(config, dataset, process),
+        lambda: builders.make_clip_loader(
+            Subset(dataset, range(process.rank, len(dataset), process.world_size)),  # the share of this rank
+            num_workers=config.num_workers,
+            pin_memory=process.device.type == "cuda",
+            batch_size=config.batch_size,
+            timeout_s=config.loader_timeout_s,
+        ),
         dataset.index,
         data={m: data_fingerprint(dataset, m) for m in modalities} if config.feature_cache else "",
         cache=Path(config.feature_cache).expanduser() if config.feature_cache else None,
@@ -137,22 +104,21 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
         collect_info=lambda: {"frames_repeated": report.collect()["missing"]["frames_repeated"]},
     )
     results = run_protocol(features, protocol, show_progress=process.is_main)
-    missing = {**dataset.missing_report(), "frames_repeated": _repeated_frames(features)}
-    extra = {
+    extra: dict[str, Any] = {
         "config": to_plain(config),
-        "precision": resolve_precision(config.precision, process.device),
+        "precision": precision,
         "index": dataset.index.report,
-        "missing": missing,
+        "missing": {**dataset.missing_report(), "frames_repeated": _repeated_frames(features)},
         "overlapping_clips": count_overlapping_clips(dataset.index.clips),
         "rallies_in_training": rallies_in_training,
     }
     if process.is_main:
         print_tables(results)
-        missing_summary = missing_line(missing, modalities)
+        missing_summary = missing_line(extra["missing"], modalities)
         if missing_summary:
             print(missing_summary)
+            caveats.append(missing_summary)
         read_frame = _middle_frame_reader(dataset) if STUDENT_MODALITY in modalities else None
-        caveats += [missing_summary] if missing_summary else []
         settings = report_settings(config, extra, networks, source.meta)
         page = write_report(results, run_dir, read_frame=read_frame, extra=extra, caveats=caveats, settings=settings)
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
@@ -164,44 +130,33 @@ def report_settings(
 ) -> dict[str, Any]:
     """The section Settings of the page: values that the results depend on, by the title of their block.
 
-    Args:
-        config: of the evaluation.
-        extra: further keys of ``fewshot.json``.
-        networks: the evaluated networks.
-        meta: metadata of the evaluated checkpoint.
+    `extra` has the further keys of ``fewshot.json``, `meta` is the metadata of the evaluated checkpoint.
     """
-    specs = modality_specs(config.data_module)
-    evaluation = to_plain(config)
-    for key in HIDDEN_KEYS:
-        _delete_key(evaluation, key.split("."))
-    counts = {key: extra[key] for key in ("index", "missing", "overlapping_clips", "rallies_in_training")}
+    data, specs = config.data_module, modality_specs(config.data_module)
+    modalities = {
+        name: {
+            "dir": modality_setting(data, name, "dir"),
+            "pattern": modality_setting(data, name, "pattern"),
+            "input_stride": values.input_stride,
+        }
+        for name, values in data.modalities.items()
+    }
+    shown_data = {**{key: getattr(data, key) for key in SHOWN_DATA_KEYS}, "modalities": modalities}
+    shown = {key: getattr(config, key) for key in SHOWN_KEYS}
+    counts = ("index", "missing", "overlapping_clips", "rallies_in_training")
     return {
-        "Evaluation": {"precision": extra["precision"], **evaluation},
-        "Clips": counts,
+        "Evaluation": {"precision": extra["precision"], **shown, "data_module": shown_data},
+        "Clips": {key: extra[key] for key in counts},
         "Statistics of the model input": {n.name: n.spec(specs[n.modality]).statistics for n in networks},
         "Training config in the checkpoint": meta.get("config") or "not stored",
     }
 
 
-def _delete_key(config: dict[str, Any], path: list[str]) -> None:
-    """Delete a dotted key, given as the list of its parts. ``*`` is every key."""
-    head, *rest = path
-    if not rest:
-        del config[head]
-        return
-    for name in list(config) if head == "*" else [head]:
-        _delete_key(config[name], rest)
-
-
 def check_evaluation(config: DistillConfig) -> None:
-    """Check before a training that the evaluation after it is possible: labels, components and baselines.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    make_demo_data(config.data_module)
+    """Raise `ConfigError` on every rank if the evaluation after a training will fail: labels, components, baselines."""
+    builders.make_demo_data(config.data_module)
     try:
-        _check_clips(_make_protocol(config), make_clip_index(config.data_module, training=False))
+        _check_clips(_make_protocol(config), builders.make_clip_index(config.data_module, training=False))
     except (FewshotError, AnnotationError) as error:
         raise ConfigError(
             f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
@@ -245,13 +200,12 @@ def overlap_warning(protocol: Protocol, index: ClipIndex, data: DataModuleConfig
 
 
 def train_eval_overlap(data: DataModuleConfig, index: ClipIndex) -> tuple[int | None, str]:
-    """Number of evaluated rallies that are also in `unlabel_json_path`, and a log line.
-
-    The number is None if that file cannot be read. The line is empty if the number is 0.
-    """
+    """Number of evaluated rallies that are also in `unlabel_json_path` (None: unreadable), and a log line (0: "")."""
     evaluated = {clip.video for clip in index.clips}
     try:
-        trained = {rally.video for rally in load_rallies(data, resolve_annotation_path(data, training=True))}
+        trained = {
+            rally.video for rally in builders.load_rallies(data, builders.resolve_annotation_path(data, training=True))
+        }
     except (ConfigError, AnnotationError) as error:
         return None, f"cannot compare the evaluated rallies with the training file: {error}"
     count = len(evaluated & trained)
@@ -282,18 +236,16 @@ def _make_protocol(config: DistillConfig) -> Protocol:
     )
 
 
-def _make_jobs(config: DistillConfig, networks: list[Network], process: Process) -> tuple[list[EncodingJob], list[str]]:
+def _make_jobs(
+    config: DistillConfig, networks: list[Network], device: torch.device, precision: str
+) -> tuple[list[EncodingJob], list[str]]:
     """Encoding jobs of all networks, and one log line for each skipped input mode.
 
     Every network is encoded in the configured input mode. With ``input_modes=all`` the scored network is also encoded
     in the other two.
     """
     data, specs = config.data_module, modality_specs(config.data_module)
-    precision = resolve_precision(config.precision, process.device)
-    context = partial(autocast, precision, process.device)
-    masks = EvalMasks(
-        data.n_masks, data.eval_mask_ratio, data.mask_type, shared_masks=data.eval_masks == "shared", seed=config.seed
-    )
+    masks = EvalMasks(data.n_masks, data.eval_mask_ratio, data.mask_type, data.eval_masks == "shared", config.seed)
     selected, skipped = [(networks[0], masks)], []
     for other in masks.input_modes()[1:] if data.input_modes == "all" else ():
         try:
@@ -302,29 +254,11 @@ def _make_jobs(config: DistillConfig, networks: list[Network], process: Process)
         except FewshotError as error:
             skipped.append(f"input_modes=all: skipping {error}")
     selected += [(network, masks) for network in networks[1:]]
-    jobs = [
-        network.encoding_job(
-            specs[network.modality], mode, device=process.device, autocast=context, precision=precision
-        )
-        for network, mode in selected
-    ]
+    jobs = [n.encoding_job(specs[n.modality], mode, device=device, precision=precision) for n, mode in selected]
     return jobs, skipped
 
 
-def _make_loader(config: DistillConfig, dataset: ClipDataset, process: Process) -> Iterable[Mapping[str, Tensor]]:
-    """A loader of this rank's share of the clips, in order."""
-    own = range(process.rank, len(dataset), process.world_size)
-    return make_clip_loader(
-        Subset(dataset, own),
-        num_workers=config.num_workers,
-        pin_memory=process.device.type == "cuda",
-        batch_size=config.batch_size,
-        timeout_s=config.loader_timeout_s,
-    )
-
-
 def _middle_frame_reader(dataset: ClipDataset) -> ReadFrame:
-    """A function that reads the middle frame of a clip, uint8 (H, W, 3)."""
     reader = dataset.readers[STUDENT_MODALITY]
 
     def read_middle_frame(index: int) -> NDArray[np.uint8]:

@@ -4,7 +4,7 @@ A classifier is fitted to the support clips of an episode and predicts the queri
 ``classifier=`` and the reports use. Another distribution adds a `Classifier` through the entry point group
 ``mmdistill.classifiers``. See docs/extending.md.
 
-Shapes: E (a chunk: e) episodes, V views, N ways, K shots, S = N * K support clips, Q queries per class, D width.
+Shapes: E episodes (a chunk: e), V views, N ways, K shots, Q queries per class, R references, D width.
 """
 
 from abc import ABC, abstractmethod
@@ -14,18 +14,39 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from torch import Tensor
 
 from mmdistill.errors import InputError
-from mmdistill.fewshot.episodes import Episodes, IntArray
+from mmdistill.fewshot.episodes import Episodes, FloatArray, IntArray
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.logistic import FloatArray, predict_logistic
+from mmdistill.fewshot.logistic import default_num_workers, predict_logistic
 from mmdistill.plugins import Registry
 
 _COSINE_SCALE = 10.0  # softmax(10 s): a similarity s lies in [-1, 1] (Gidaris and Komodakis 2018, arXiv 1804.09458)
 _VOTE_TEMPERATURE = 0.07  # weights exp(s / 0.07) of the neighbors (Wu et al. 2018, arXiv 1805.01978)
 _CHUNK_BYTES = 64 << 20
+_EPISODES_PER_TASK = 25
+
+
+def ignore_progress(num_episodes: int) -> None:
+    """The default of `PredictOptions.advance`."""
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `Classifier.predict`.
+
+    Attributes:
+        first_support_view: fit on the first view of the support clips, and classify every view of a query with it.
+            Otherwise fit on view v and classify view v.
+        workers: number of processes; None: all processors. The predictions do not depend on it.
+        advance: called with the number of episodes that have been finished since the last call.
+    """
+
+    first_support_view: bool = False
+    workers: int | None = None
+    advance: Callable[[int], None] = ignore_progress
 
 
 class Classifier(ABC):
@@ -35,76 +56,44 @@ class Classifier(ABC):
     """
 
     @abstractmethod
-    def predict(
-        self,
-        features: FloatArray,
-        episodes: Episodes,
-        *,
-        first_support_view: bool,
-        workers: int | None = None,
-        device: torch.device | str = "cpu",
-        advance: Callable[[int], None] | None = None,
-    ) -> tuple[IntArray, int]:
+    def predict(self, features: FloatArray, episodes: Episodes, options: PredictOptions) -> tuple[IntArray, int]:
         """Predict the queries of every episode; class probabilities are averaged over the views.
 
-        Args:
-            features: float32 (clips, V, D), finite.
-            episodes: E episodes, as indices into `features`.
-            first_support_view: fit on the first view of the support clips, and classify every view of a query with it.
-                Otherwise fit on view v and classify view v.
-            workers: number of processes; None: all processors. The predictions do not depend on it.
-            device: the device of tensor operations.
-            advance: called with the number of episodes that have been finished since the last call.
-
-        Returns:
-            predictions int64 (E, N * Q), positions 0..N-1, in the order of `episodes.query`, and the number of fits
-            that did not converge.
+        `features` are finite float32 (clips, V, D). Returns predictions int64 (E, N * Q), positions 0..N-1 in the order
+        of `episodes.query`, and the number of fits that did not converge.
         """
 
 
 @dataclass(frozen=True)
 class LogisticClassifier(Classifier):
-    """Multinomial logistic regression of scikit-learn, the paper's classifier.
+    """``LogisticRegression(max_iter=1000)`` of scikit-learn: multinomial, L2, lbfgs, features without scaling.
 
-    Its intercept makes centering redundant.
+    This is the paper's classifier (MM-CDFSL section 4.2 and its release). Its intercept makes centering redundant. The
+    fits run on the CPU, in several processes.
 
-    Attributes:
-        c: inverse strength of the L2 penalty.
-        normalize: scale every feature to length 1 first.
+    `normalize`: scale every feature to length 1 first.
     """
 
-    c: float = 1.0
     normalize: bool = False
 
-    def __post_init__(self) -> None:
-        if self.c <= 0:
-            raise FewshotError(f"c={self.c} must be positive")
-
-    def predict(
-        self,
-        features: FloatArray,
-        episodes: Episodes,
-        *,
-        first_support_view: bool,
-        workers: int | None = None,
-        device: torch.device | str = "cpu",
-        advance: Callable[[int], None] | None = None,
-    ) -> tuple[IntArray, int]:
-        """See `Classifier.predict`. Each fit runs on the CPU."""
-        return predict_logistic(
-            features,
-            episodes,
-            c=self.c,
-            first_support_view=first_support_view,
-            normalize=self.normalize,
-            workers=workers,
-            advance=advance,
-        )
+    def predict(self, features: FloatArray, episodes: Episodes, options: PredictOptions) -> tuple[IntArray, int]:  # noqa: D102
+        starts = range(_EPISODES_PER_TASK, len(episodes), _EPISODES_PER_TASK)
+        tasks = [episodes.take(rows) for rows in np.split(np.arange(len(episodes)), starts)]
+        settings = {"normalize": self.normalize, "first_support_view": options.first_support_view}
+        workers = default_num_workers() if options.workers is None else options.workers
+        # loky starts new interpreters. A fork would inherit the locks of the torch and DeepSpeed threads.
+        parallel = Parallel(n_jobs=max(1, min(workers, len(tasks))), return_as="generator", backend="loky")
+        predictions, num_not_converged = [], 0
+        for predicted, count in parallel(delayed(predict_logistic)(features, task, **settings) for task in tasks):
+            predictions.append(predicted)
+            num_not_converged += count
+            options.advance(len(predicted))
+        return np.concatenate(predictions), num_not_converged
 
 
 @dataclass(frozen=True)
 class _BatchedClassifier(Classifier):
-    """A classifier that torch computes over many episodes at once.
+    """A classifier by similarity to reference features, which torch computes over many episodes at once.
 
     Attributes:
         metric: "cosine" or "euclidean".
@@ -121,80 +110,78 @@ class _BatchedClassifier(Classifier):
         if self.metric not in ("cosine", "euclidean"):
             raise FewshotError(f"metric {self.metric!r} is not one of cosine, euclidean")
 
-    def predict(
-        self,
-        features: FloatArray,
-        episodes: Episodes,
-        *,
-        first_support_view: bool,
-        workers: int | None = None,
-        device: torch.device | str = "cpu",
-        advance: Callable[[int], None] | None = None,
-    ) -> tuple[IntArray, int]:
-        """See `Classifier.predict`. It uses one process."""
-        table = torch.from_numpy(features).to(device)
+    def predict(self, features: FloatArray, episodes: Episodes, options: PredictOptions) -> tuple[IntArray, int]:
+        table = torch.from_numpy(features)
         if self.normalize and not self.center:
             table = F.normalize(table, dim=2)
-        if self.metric == "euclidean":
-            table = table - table.mean(dim=(0, 1))  # same distances; smaller numbers lose less precision in float32
         clips = episodes.n_way * (episodes.k_shot + episodes.q_sample)
         chunk = max(1, _CHUNK_BYTES // (4 * clips * features.shape[1] * features.shape[2]))
         predictions = []
         for start in range(0, len(episodes), chunk):
             part = episodes.take(np.arange(start, min(start + chunk, len(episodes))))
-            support = _gather(table, part.support)  # (e, V, S, D)
-            query = _gather(table, part.query)  # (e, V, N * Q, D)
-            if first_support_view:
-                support = support[:, :1].expand(-1, query.shape[1], -1, -1)
+            support, query = (
+                table[torch.from_numpy(index)].movedim(3, 1) for index in (part.support, part.query)
+            )  # (e, V, N, K, D), (e, V, N, Q, D)
+            if options.first_support_view:
+                support = support[:, :1].expand(-1, query.shape[1], -1, -1, -1)
             if self.center:
-                mean = support.mean(dim=2, keepdim=True)
+                mean = support.mean(dim=(2, 3), keepdim=True)
                 support, query = support - mean, query - mean
                 if self.normalize:
-                    support, query = F.normalize(support, dim=3), F.normalize(query, dim=3)
-            scale = _mean_squared_distance(support) if self.metric == "euclidean" else None
-            probabilities = self._probabilities(support, query, scale, episodes.n_way, episodes.k_shot)
-            predictions.append(probabilities.mean(dim=1).argmax(dim=2).cpu().numpy())
-            if advance is not None:
-                advance(len(part))
+                    support, query = F.normalize(support, dim=4), F.normalize(query, dim=4)
+            query = query.flatten(2, 3)  # (e, V, N * Q, D)
+            similarity = self._similarity(query, self._references(support), support.flatten(2, 3))
+            probabilities = self._probabilities(similarity, episodes.n_way, episodes.k_shot)
+            predictions.append(probabilities.mean(dim=1).argmax(dim=2).numpy())
+            options.advance(len(part))
         return np.concatenate(predictions).astype(np.int64), 0
 
+    def _similarity(self, query: Tensor, references: Tensor, support: Tensor) -> Tensor:
+        """Cosine, or minus the squared distance / the mean squared distance of two support clips, as float64.
+
+        With raw squared distances of wide features every softmax is 0 or 1, and the mean over views is a vote with
+        ties. (e, V, N * Q, D), (e, V, R, D), (e, V, N * K, D) -> (e, V, N * Q, R).
+        """
+        if self.metric == "cosine":
+            return (F.normalize(query, dim=3) @ F.normalize(references, dim=3).mT).double()
+        distance = torch.cdist(query, references, compute_mode="donot_use_mm_for_euclid_dist")  # exact in float32
+        deviation = support - support.mean(dim=2, keepdim=True)
+        scale = deviation.square().sum(dim=(2, 3)) * (2 / (support.shape[2] - 1))
+        return -distance.double().square() / scale.clamp(min=1e-12)[..., None, None]
+
     @abstractmethod
-    def _probabilities(self, support: Tensor, query: Tensor, scale: Tensor | None, n_way: int, k_shot: int) -> Tensor:
-        """Class probabilities of each view, float64. (e, V, S, D), (e, V, N * Q, D) -> (e, V, N * Q, N)."""
+    def _references(self, support: Tensor) -> Tensor:
+        """The features that queries are compared with. (e, V, N, K, D) -> (e, V, R, D)."""
+
+    @abstractmethod
+    def _probabilities(self, similarity: Tensor, n_way: int, k_shot: int) -> Tensor:
+        """Class probabilities of each view. float64 (e, V, N * Q, R) -> float64 (e, V, N * Q, N)."""
 
 
 @dataclass(frozen=True)
 class CentroidClassifier(_BatchedClassifier):
     """Nearest class centroid (Snell et al. 2017, arXiv 1703.05175)."""
 
-    def _probabilities(self, support: Tensor, query: Tensor, scale: Tensor | None, n_way: int, k_shot: int) -> Tensor:
-        e, v, _, width = support.shape
-        centroids = support.reshape(e, v, n_way, k_shot, width).mean(dim=3)  # (e, V, N, D)
-        return (_COSINE_SCALE * _similarity(query, centroids, scale)).softmax(dim=3)
+    def _references(self, support: Tensor) -> Tensor:
+        return support.mean(dim=3)
+
+    def _probabilities(self, similarity: Tensor, n_way: int, k_shot: int) -> Tensor:
+        return (_COSINE_SCALE * similarity).softmax(dim=3)
 
 
 @dataclass(frozen=True)
 class KnnClassifier(_BatchedClassifier):
-    """Weighted vote of the nearest support clips.
+    """Weighted vote of the K nearest support clips."""
 
-    Attributes:
-        num_neighbors: 0 means K, so that one shot is the nearest neighbor.
-    """
+    def _references(self, support: Tensor) -> Tensor:
+        return support.flatten(2, 3)
 
-    num_neighbors: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_neighbors < 0:
-            raise FewshotError(f"num_neighbors={self.num_neighbors} must not be negative")
-
-    def _probabilities(self, support: Tensor, query: Tensor, scale: Tensor | None, n_way: int, k_shot: int) -> Tensor:
-        similarity = _similarity(query, support, scale)  # (e, V, N * Q, S)
+    def _probabilities(self, similarity: Tensor, n_way: int, k_shot: int) -> Tensor:
         # The softmax covers all support clips. Over the nearest clips alone it would be 1 wherever they agree, and two
         # views that disagree would then tie exactly.
         shares = (similarity / _VOTE_TEMPERATURE).softmax(dim=3)
-        weight, index = shares.topk(min(self.num_neighbors or k_shot, n_way * k_shot), dim=3)
-        votes = torch.zeros(*similarity.shape[:3], n_way, dtype=weight.dtype, device=weight.device)
+        weight, index = shares.topk(k_shot, dim=3)
+        votes = weight.new_zeros(*similarity.shape[:3], n_way)
         return votes.scatter_add_(3, index // k_shot, weight)
 
 
@@ -229,28 +216,3 @@ def get_classifier(name: str) -> Classifier:
             f"but it names {classifier!r}"
         )
     return classifier
-
-
-def _gather(table: Tensor, index: NDArray[np.int64]) -> Tensor:
-    """Features of the clips of each episode, view by view. (clips, V, D), (e, N, K) -> (e, V, N * K, D)."""
-    rows = torch.from_numpy(index.reshape(len(index), -1)).to(table.device)
-    return table[rows].transpose(1, 2)
-
-
-def _mean_squared_distance(support: Tensor) -> Tensor:
-    """Mean squared distance between two support clips. (e, V, S, D) -> (e, V, 1, 1).
-
-    Squared distances are divided by it, so that probabilities do not depend on the scale of the features. With raw
-    squared distances of wide features every softmax is 0 or 1, and the mean over views is a vote with ties.
-    """
-    clips = support.shape[2]
-    distance = (support - support.mean(dim=2, keepdim=True)).square().sum(dim=(2, 3)) * (2 / (clips - 1))
-    return distance.clamp(min=1e-12)[..., None, None]
-
-
-def _similarity(query: Tensor, other: Tensor, scale: Tensor | None) -> Tensor:
-    """Cosine, or minus the squared distance over `scale`, as float64. (e, V, A, D), (e, V, B, D) -> (e, V, A, B)."""
-    if scale is None:
-        return (F.normalize(query, dim=3) @ F.normalize(other, dim=3).transpose(2, 3)).double()
-    squares = other.square().sum(dim=3)[:, :, None] + query.square().sum(dim=3)[..., None]
-    return (2 * query @ other.transpose(2, 3) - squares).double() / scale

@@ -3,10 +3,11 @@
 Shapes: B batch, N clips, V views, L tokens, Lv visible tokens, D width.
 """
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from mmdistill.console import progress
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import sample_visible_tokens
 from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
+from mmdistill.distributed.device import autocast
 from mmdistill.errors import format_count
+from mmdistill.fewshot.episodes import FloatArray, IntArray
 from mmdistill.fewshot.errors import FeatureError, FewshotError
-from mmdistill.fewshot.features import Features, cache_key, merge_features, read_cache, write_cache
-from mmdistill.fewshot.logistic import FloatArray
+from mmdistill.fewshot.features import Features, merge_features, read_cache, write_cache
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.models.videomae import Encoder
 from mmdistill.randomness import text_rng
 
 log = logging.getLogger(__name__)
+
+_CACHE_FORMAT = 2  # increase it when the meaning of cached numbers changes
 
 Encode = Callable[[Mapping[str, Tensor], Tensor | None], Tensor]
 """(batch of the loader, visible int64 (B, Lv) or None for all tokens) -> features (B, D)"""
@@ -41,9 +45,8 @@ class EvalMasks:
         n_masks: number of masked views per clip; 0: one view, the whole clip.
         eval_mask_ratio: fraction of the tokens that is removed from each view.
         mask_type: "tube" or "random".
-        shared_masks: True: a mask depends on (seed, view) and is the same for all clips. False: it depends on (seed,
-            clip id, view), as in the paper. It never depends on the batch, the order or the number of processes.
-        seed: seed of the masks.
+        shared_masks: whether a mask depends on (seed, view) only. Otherwise it depends on (seed, clip id, view), as in
+            the paper. It never depends on the batch, the order or the number of processes.
     """
 
     n_masks: int = 0
@@ -59,24 +62,17 @@ class EvalMasks:
             raise FewshotError(f"eval_mask_ratio={self.eval_mask_ratio} must lie in [0, 1)")
 
     @property
-    def num_views(self) -> int:
-        """V, the number of encodings per clip."""
-        return max(1, self.n_masks)
-
-    @property
     def eval_masks(self) -> str:
         """The value of ``data_module.eval_masks``; "none" for whole clips."""
-        if self.n_masks == 0:
-            return "none"
-        return "shared" if self.shared_masks else "per_clip"
+        return "none" if self.n_masks == 0 else "shared" if self.shared_masks else "per_clip"
 
     @property
     def input_mode(self) -> str:
         """Description for tables."""
         if self.n_masks == 0:
             return "whole clips"
-        kind = "shared" if self.shared_masks else "per clip"
-        return f"{format_count(self.n_masks, f'{self.mask_type} mask')}, {self.eval_mask_ratio:.0%} removed, {kind}"
+        removed = f"{self.eval_mask_ratio:.0%} removed"
+        return f"{format_count(self.n_masks, f'{self.mask_type} mask')}, {removed}, {self.eval_masks.replace('_', ' ')}"
 
     def input_modes(self) -> tuple["EvalMasks", ...]:
         """This input mode first, then the other two of: whole clips, shared masks, masks per clip."""
@@ -95,17 +91,13 @@ class EvalMasks:
         """Visible tokens of one view. int64 (B, Lv), or None for all tokens."""
         if self.n_masks == 0:
             return None
-        owners = [""] if self.shared_masks else [clip.id for clip in clips]
-        masks = np.stack([self._mask(owner, view, grid) for owner in owners])
+
+        def sample(owner: str) -> IntArray:
+            rng = text_rng(f"view mask/{self.seed}/{view}/{owner}")
+            return sample_visible_tokens(grid, ratio=self.eval_mask_ratio, mask_type=self.mask_type, rng=rng)
+
+        masks = np.stack([sample(owner) for owner in ([""] if self.shared_masks else [clip.id for clip in clips])])
         return torch.from_numpy(masks).expand(len(clips), -1)
-
-    def _mask(self, owner: str, view: int, grid: tuple[int, int, int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        rng = text_rng(f"view mask/{self.seed}/{view}/{owner}")
-        return sample_visible_tokens(grid, ratio=self.eval_mask_ratio, mask_type=self.mask_type, rng=rng)
-
-    def cache_settings(self) -> dict[str, Any]:
-        """The values that features depend on, for the cache key. Features of whole clips do not depend on the masks."""
-        return asdict(self) if self.n_masks else {"n_masks": 0}
 
 
 @dataclass(frozen=True)
@@ -117,7 +109,7 @@ class EncodingJob:
         encode: see `Encode`; runs without gradients.
         grid: tokens (t, h, w), for the masks.
         masks: the input mode.
-        weights: digest of the weights (`weights_digest`), for the cache. Features with "" are never cached.
+        weights: digest of everything that determines `encode`. Features with "" are never cached.
         info: further plain values for the outputs: checkpoint, modality ...
     """
 
@@ -129,13 +121,13 @@ class EncodingJob:
     info: Mapping[str, Any] = field(default_factory=dict)
 
     def cache_key(self, data: str | Mapping[str, str]) -> str:
-        """Cache key of the features of clips with this fingerprint (`data.fingerprint.data_fingerprint`; by modality).
-
-        Episodes, shots and classifiers are not part of it, because features do not depend on them.
-        """
-        data = data if isinstance(data, str) else data[str(self.info.get("modality"))]
-        settings = {**self.masks.cache_settings(), "grid": list(self.grid), "modality": self.info.get("modality")}
-        return cache_key(weights=self.weights, data=data, settings=settings)
+        """Cache key of the features of clips with this fingerprint (of `data_fingerprint`; or one by modality)."""
+        modality = self.info.get("modality")
+        data = data if isinstance(data, str) else data[str(modality)]
+        masks = asdict(self.masks) if self.masks.n_masks else {"n_masks": 0}  # whole clips depend on no mask setting
+        settings = {**masks, "grid": list(self.grid), "modality": modality}
+        parts = {"format": _CACHE_FORMAT, "weights": self.weights, "data": data, "settings": settings}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def features_info(self) -> dict[str, Any]:
         """Origin of the features, for `Features.info`."""
@@ -150,36 +142,27 @@ class EncodingJob:
 
 
 class ClipEncoder:
-    """The `Encode` function of an `Encoder`: raw clips to clip features.
+    """The `Encode` function of an encoder: raw clips to clip features.
 
-    Args:
-        encoder: moved to `device` and put into eval mode.
-        spec: its modality: key of the batch and statistics.
-        device: where the encoder runs.
-        autocast: returns the context of the encoding (precision).
+    It moves the encoder to `device` and puts it into eval mode. `precision` is "32", "bf16" or "16" (autocast).
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        spec: ModalitySpec,
-        *,
-        device: torch.device | str = "cpu",
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        self, encoder: Encoder, spec: ModalitySpec, *, device: torch.device | str = "cpu", precision: str = "32"
     ) -> None:
-        self.encoder, self.spec, self.device, self.autocast = encoder.to(device).eval(), spec, device, autocast
-        self._clip: Tensor | None = None
-        self._x: Tensor | None = None
+        self.encoder, self.spec = encoder.to(device).eval(), spec
+        self.device, self.precision = torch.device(device), precision
+        self._last: tuple[Tensor, Tensor] | None = None  # raw and preprocessed clips, for all views of a batch
 
     def __call__(self, batch: Mapping[str, Tensor], visible: Tensor | None) -> Tensor:
         """(B, D) float32."""
-        clip = batch[self.spec.name]
-        if self._x is None or self._clip is not clip:  # all views of a batch use the same preprocessed clips
+        clips = batch[self.spec.name]
+        if self._last is None or self._last[0] is not clips:
             size = (self.encoder.config.height, self.encoder.config.width)
-            x = preprocess_clips(clip.to(self.device), batch["crop_box"].to(self.device), self.spec, size)
-            self._clip, self._x = clip, x
-        with self.autocast():
-            features = self.encoder.embed(self._x, None if visible is None else visible.to(self.device))
+            x = preprocess_clips(clips.to(self.device), batch["crop_box"].to(self.device), self.spec, size)
+            self._last = clips, x
+        with autocast(self.precision, self.device):
+            features = self.encoder.embed(self._last[1], None if visible is None else visible.to(self.device))
         return features.float()
 
 
@@ -192,21 +175,14 @@ def encode_clips(
 ) -> list[Features]:
     """Encode the clips of a loader for all jobs. Each clip is read once.
 
-    Args:
-        jobs: networks and input modes.
-        loader: batches with the modalities' clips, `crop_box`, and `index` int64 (B,), the position of each clip in
-            ``index.clips``; in any order. With several ranks each loader may contain a part of the clips.
-        index: the clips.
-        show_progress: show a progress bar.
-
-    Returns:
-        For each job the features of the loader's clips, in the order of `index`.
+    The batches of `loader` contain the modalities' clips, `crop_box`, and `index` int64 (B,), the position of each clip
+    in ``index.clips``. They may be in any order, and contain a part of the clips. Returns the features of these clips
+    for each job, in the order of `index`.
 
     Raises:
         FeatureError: a network returned NaN or infinite values (the message names it and the clips), or a clip occurs
             twice.
     """
-    jobs = list(jobs)
     blocks: list[list[FloatArray]] = [[] for _ in jobs]
     seconds = [0.0] * len(jobs)
     order: list[int] = []
@@ -214,10 +190,9 @@ def encode_clips(
     with torch.inference_mode(), progress(f"encoding {names}", len(index.clips), enabled=show_progress) as advance:
         for batch in loader:
             rows = batch["index"].tolist()
-            clips = [index.clips[i] for i in rows]
             for number, job in enumerate(jobs):
                 start = time.perf_counter()
-                blocks[number].append(_encode_batch(job, batch, clips))
+                blocks[number].append(_encode_batch(job, batch, [index.clips[i] for i in rows]))
                 seconds[number] += time.perf_counter() - start
             order += rows
             advance(len(rows))
@@ -227,41 +202,36 @@ def encode_clips(
         )
     if not order:
         raise FeatureError("the loader returned no clip")
-    return [_make_features(job, block, order, index, s) for job, block, s in zip(jobs, blocks, seconds, strict=True)]
+    clips = [index.clips[i] for i in sorted(order)]
+    labels = np.array([clip.label for clip in clips], dtype=np.int64)
+    ids, groups = tuple(clip.id for clip in clips), tuple(clip.group for clip in clips)
+    found = []
+    for job, block, duration in zip(jobs, blocks, seconds, strict=True):
+        x = np.concatenate(block)[np.argsort(order)]
+        if len(x) > 1 and float(np.ptp(x, axis=0).max()) == 0.0:
+            log.warning("%s: all %d clips have the same features (representation collapse)", job.network, len(x))
+        found.append(Features(x, labels, ids, groups, index.classes, {**job.features_info(), "seconds": duration}))
+    return found
 
 
 def _encode_batch(job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence[Clip]) -> FloatArray:
     """All views of one batch. float32 (B, V, D)."""
     views = []
-    for view in range(job.masks.num_views):
+    for view in range(max(1, job.masks.n_masks)):
         out = job.encode(batch, job.masks.visible_tokens(clips, view, job.grid)).float().cpu()
         if out.ndim != 2 or len(out) != len(clips):
             raise FeatureError(
                 f"{job.network}: features of {format_count(len(clips), 'clip')} must be (B, D), got {tuple(out.shape)}"
             )
-        bad = ~out.isfinite().all(dim=1)
-        if bool(bad.any()):
-            bad_ids = [clip.id for clip, is_bad in zip(clips, bad.tolist(), strict=True) if is_bad]
+        bad_ids = [clip.id for clip, is_finite in zip(clips, out.isfinite().all(dim=1), strict=True) if not is_finite]
+        if bad_ids:
             raise FeatureError(
-                f"{job.network}: NaN or infinite features of {len(bad_ids)} of {format_count(len(clips), 'clip')} "
-                f"in this batch, for example {', '.join(bad_ids[:3])}; the weights or these clips are invalid"
+                f"{job.network}: NaN or infinite features of {len(bad_ids)} of {format_count(len(clips), 'clip')} in "
+                f"this batch, for example {', '.join(bad_ids[:3])}; the weights or these clips are invalid"
             )
         views.append(out)
     features: FloatArray = torch.stack(views, dim=1).numpy()
     return features
-
-
-def _make_features(
-    job: EncodingJob, blocks: Sequence[FloatArray], order: list[int], index: ClipIndex, seconds: float
-) -> Features:
-    positions = np.argsort(order)
-    x = np.concatenate(blocks)[positions]
-    clips = [index.clips[order[p]] for p in positions]
-    if len(x) > 1 and float(np.ptp(x, axis=0).max()) == 0.0:
-        log.warning("%s: all %d clips have the same features (representation collapse)", job.network, len(x))
-    labels = np.array([clip.label for clip in clips], dtype=np.int64)
-    ids, groups = tuple(clip.id for clip in clips), tuple(clip.group for clip in clips)
-    return Features(x, labels, ids, groups, index.classes, {**job.features_info(), "seconds": seconds})
 
 
 def encode_cached(
@@ -278,21 +248,20 @@ def encode_cached(
 
     Args:
         jobs: networks and input modes. Cached ones are not encoded.
-        loader: called only if clips must be encoded. With several ranks each rank's loader contains its part.
+        loader: called only if clips must be encoded. Each rank's loader contains its part of the clips.
         index: all clips.
         data: fingerprint of the clips (`data.fingerprint.data_fingerprint`), one for all or by modality.
         cache: folder of the cache, or None.
         show_progress: show a progress bar.
-        collect_info: called on every rank after encoding; returns plain values that are stored in `Features.info`.
+        collect_info: called on every rank after encoding; returns plain values for `Features.info`.
 
     Returns:
         Features of all clips for each job, the same on every rank. ``info["cached"]`` is True for cached ones.
     """
-    keys = [job.cache_key(data) for job in jobs]
-    is_cacheable = [cache is not None and job.weights != "" for job in jobs]
+    keys = [job.cache_key(data) if cache is not None and job.weights else None for job in jobs]
     found: list[Features | None] = [None] * len(jobs)
     if get_rank() == 0 and cache is not None:
-        found = [read_cache(cache, key) if use else None for key, use in zip(keys, is_cacheable, strict=True)]
+        found = [read_cache(cache, key) if key else None for key in keys]
     found = broadcast_object(found)
     missing = [i for i, features in enumerate(found) if features is None]
     if missing:
@@ -305,13 +274,12 @@ def encode_cached(
         for number, i in enumerate(missing):
             merged = merge_features([part[number] for part in parts], ids)
             found[i] = merged = replace(merged, info={**merged.info, **info})
-            if is_cacheable[i] and cache is not None and get_rank() == 0:
+            key = keys[i]
+            if key and cache is not None and get_rank() == 0:
                 try:
-                    write_cache(cache, keys[i], merged)
+                    write_cache(cache, key, merged)
                 except OSError as error:
-                    log.warning(
-                        "cannot write the feature cache, so the next evaluation encodes the clips again: %s", error
-                    )
+                    log.warning("cannot write the feature cache, so the next evaluation encodes again: %s", error)
     # The name of a network may differ from that of the run that filled the cache.
     return [
         replace(features, info={**features.info, **job.features_info(), "cached": i not in missing})

@@ -4,9 +4,9 @@ Shapes: N clips, V mask views, D width.
 """
 
 import hashlib
+import io
 import json
 import logging
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,13 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from mmdistill.errors import format_count
+from mmdistill.fewshot.episodes import FloatArray, IntArray
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.scores import as_views
 from mmdistill.files import atomic_write_bytes
 
 log = logging.getLogger(__name__)
-
-FORMAT = 2  # part of every cache key; increase it when the meaning of cached numbers changes
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Features:
         info: plain values that describe their origin: network, checkpoint, modality, input_mode, seconds ...
     """
 
-    features: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    features: FloatArray
+    labels: IntArray
     ids: tuple[str, ...]
     groups: tuple[str, ...]
     classes: tuple[str, ...]
@@ -53,15 +52,8 @@ class Features:
         if self.features.ndim != 3 or self.features.dtype != np.float32:
             raise FeatureError(f"features must be float32 (clips, views, D), got {self.features.shape}")
         if not n == len(self.labels) == len(self.ids) == len(self.groups):
-            sizes = ", ".join(
-                format_count(count, noun)
-                for count, noun in (
-                    (n, "feature"),
-                    (len(self.labels), "label"),
-                    (len(self.ids), "id"),
-                    (len(self.groups), "group"),
-                )
-            )
+            counts = {"feature": n, "label": len(self.labels), "id": len(self.ids), "group": len(self.groups)}
+            sizes = ", ".join(format_count(count, noun) for noun, count in counts.items())
             raise FeatureError(f"the arrays differ in length: {sizes}")
         if len(set(self.ids)) != n:
             raise FeatureError("ids: two clips have the same id")
@@ -87,13 +79,10 @@ class Features:
 
 
 def save_features(features: Features, path: str | Path) -> Path:
-    """Write a `.safetensors` or `.npz` file atomically.
+    """Write a `.safetensors` or `.npz` file atomically. Raises `FeatureError` for another suffix.
 
-    Both contain `features` and `labels`; ids, groups, classes and info are string arrays in the `.npz` and JSON in the
-    metadata of the `.safetensors`, which also has a checksum.
-
-    Raises:
-        FeatureError: another suffix.
+    ids, groups, classes and info are string arrays in the `.npz` and JSON in the metadata of the `.safetensors`, which
+    also has a checksum.
     """
     path = Path(path)
     texts = {"ids": features.ids, "groups": features.groups, "classes": features.classes}
@@ -101,16 +90,15 @@ def save_features(features: Features, path: str | Path) -> Path:
     if path.suffix == ".safetensors":
         metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
         metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
-        atomic_write_bytes(path, safetensors_bytes(arrays, metadata), fsync=True)
+        data = safetensors_bytes(arrays, metadata)
     elif path.suffix == ".npz":
-        path.parent.mkdir(parents=True, exist_ok=True)
         text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
-        with tempfile.TemporaryFile(dir=path.parent) as buffer:
-            np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
-            buffer.seek(0)
-            atomic_write_bytes(path, buffer.read(), fsync=True)
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
+        data = buffer.getvalue()
     else:
         raise FeatureError(f"{path}: unsupported file type; use a name that ends in .safetensors or .npz")
+    atomic_write_bytes(path, data, fsync=True)
     return path
 
 
@@ -167,8 +155,7 @@ def _load_npz(path: Path) -> Features:
             raise FeatureError("it contains Python objects, which are not supported; save plain arrays") from error
     x = as_views(found["features"])
     labels, classes = _parse_labels(found["labels"], found.get("classes"))
-    ids = found.get("ids", np.arange(len(x)))
-    groups = found.get("groups", np.arange(len(x)))  # without groups each clip is its own group
+    ids, groups = (found.get(name, np.arange(len(x))) for name in ("ids", "groups"))  # default: one group per clip
     info = json.loads(str(found["info"])) if "info" in found else {"network": path.stem}
     if not isinstance(info, dict):
         raise FeatureError("info is not a JSON object")
@@ -176,7 +163,7 @@ def _load_npz(path: Path) -> Features:
     return Features(x, labels, tuple(map(str, ids)), tuple(map(str, groups)), classes, info)
 
 
-def _parse_labels(labels: NDArray[Any], names: NDArray[Any] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _parse_labels(labels: NDArray[Any], names: NDArray[Any] | None) -> tuple[IntArray, tuple[str, ...]]:
     """Integer labels and their names. Labels that are names are numbered alphabetically."""
     if labels.ndim != 1 or labels.dtype.kind not in "iuU":
         raise FeatureError(f"labels must be a vector of integers or names, got {labels.dtype} of shape {labels.shape}")
@@ -184,11 +171,10 @@ def _parse_labels(labels: NDArray[Any], names: NDArray[Any] | None) -> tuple[NDA
         values, numbers = np.unique(labels, return_inverse=True)
         return numbers.astype(np.int64), tuple(map(str, values))
     labels = np.maximum(labels.astype(np.int64), -1)
-    if names is not None:
-        return labels, tuple(map(str, names))
-    values, numbers = np.unique(labels[labels >= 0], return_inverse=True)  # other programs may use any integers
-    labels[labels >= 0] = numbers
-    return labels, tuple(map(str, values))
+    if names is None:  # other programs may use any integers
+        names, numbers = np.unique(labels[labels >= 0], return_inverse=True)
+        labels[labels >= 0] = numbers
+    return labels, tuple(map(str, names))
 
 
 def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]) -> str:
@@ -196,12 +182,6 @@ def _checksum(x: NDArray[Any], labels: NDArray[Any], metadata: Mapping[str, str]
     digest.update(np.ascontiguousarray(labels).data)
     digest.update(json.dumps(sorted(metadata.items())).encode())
     return digest.hexdigest()
-
-
-def cache_key(**parts: object) -> str:
-    """sha256 of everything that the features depend on: weights, data, settings. Values must be JSON."""
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cache_path(folder: str | Path, key: str) -> Path:
@@ -228,26 +208,18 @@ def write_cache(folder: str | Path, key: str, features: Features) -> Path:
 
 
 def merge_features(parts: Sequence[Features], ids: Sequence[str]) -> Features:
-    """Features of several ranks, in the order of `ids`.
-
-    Raises:
-        FeatureError: a clip is missing or occurs twice.
-    """
-    merged = [i for part in parts for i in part.ids]
-    if len(set(merged)) != len(merged) or set(merged) != set(ids):
-        missing = sorted(set(ids) - set(merged))
-        raise FeatureError(
-            f"{format_count(len(merged), 'feature')}, {len(set(merged))} distinct, for "
-            f"{format_count(len(ids), 'clip')}; missing {missing[:5]}"
-        )
+    """Features of several ranks, in the order of `ids`. Raises `FeatureError` if a clip is missing or occurs twice."""
+    merged = [clip for part in parts for clip in part.ids]
     row = {clip: i for i, clip in enumerate(merged)}
+    if len(row) != len(merged) or set(row) != set(ids):
+        missing = sorted(set(ids) - set(row))
+        raise FeatureError(
+            f"{format_count(len(merged), 'feature')}, {len(row)} distinct, for {format_count(len(ids), 'clip')}; "
+            f"missing {missing[:5]}"
+        )
     order = [row[clip] for clip in ids]
-    groups = [g for part in parts for g in part.groups]
-    return Features(
-        np.concatenate([part.features for part in parts])[order],
-        np.concatenate([part.labels for part in parts])[order],
-        tuple(ids),
-        tuple(groups[i] for i in order),
-        parts[0].classes,
-        {**parts[0].info, "seconds": max(float(part.info.get("seconds", 0.0)) for part in parts)},
+    x, labels, groups = (
+        np.concatenate([getattr(p, n) for p in parts])[order] for n in ("features", "labels", "groups")
     )
+    info = {**parts[0].info, "seconds": max(float(part.info.get("seconds", 0.0)) for part in parts)}
+    return Features(x, labels, tuple(ids), tuple(groups.tolist()), parts[0].classes, info)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mmdistill.errors import format_count
+from mmdistill.fewshot.episodes import IntArray
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.scores import as_views
 
@@ -21,13 +22,11 @@ _OMIT_PROBE = "set probe=false (mmdistill evaluate-features: omit --probe)"
 FOLDS = 4  # one of them is the test part
 _NUM_NEIGHBORS = 20
 _TEMPERATURE = 0.07
-_BLOCK_ROWS = 1024
+_MAX_ITERATIONS = 300
 
 
-def split_by_group(
-    labels: NDArray[np.int64], groups: Sequence[str], *, folds: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split clips: one of `folds` stratified parts is the test part, and no group is in both parts.
+def split_by_group(labels: IntArray, groups: Sequence[str], *, seed: int) -> tuple[IntArray, IntArray]:
+    """Split clips: one of `FOLDS` stratified parts is the test part, and no group is in both parts.
 
     Returns:
         int64 positions of the training and the test clips. Classes without training clips have no test clips.
@@ -40,12 +39,12 @@ def split_by_group(
     labeled = np.flatnonzero(labels >= 0)
     owners = np.asarray(groups)[labeled]
     videos, largest = len(np.unique(owners)), int(np.bincount(labels[labeled]).max(initial=0))
-    if min(videos, largest) < folds:
+    if min(videos, largest) < FOLDS:
         raise FewshotError(
-            f"the probe needs at least {folds} videos and a class with at least {folds} clips; the data have "
+            f"the probe needs at least {FOLDS} videos and a class with at least {FOLDS} clips; the data have "
             f"{format_count(videos, 'video')}, and the largest class has {format_count(largest, 'clip')}; {_OMIT_PROBE}"
         )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
     with warnings.catch_warnings():  # rare classes are expected; clips without a training class are counted
         warnings.filterwarnings("ignore", message="The least populated class")
         train, test = next(splitter.split(labeled, labels[labeled], owners))
@@ -61,46 +60,42 @@ def split_by_group(
 
 
 def probe_full_label_set(
-    features: ArrayLike,
-    labels: NDArray[np.int64],
-    *,
-    groups: Sequence[str],
-    seed: int = 0,
-    folds: int = FOLDS,
-    c: float = 1.0,
+    features: ArrayLike, labels: IntArray, *, groups: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """Accuracy over all classes, trained on 3/4 of the videos and tested on the rest.
 
-    The linear probe is scikit-learn's multinomial logistic regression on features scaled to zero mean and unit
-    variance (statistics of the training part). k-NN weights the nearest training clips by exp(cos / 0.07) (Wu et al.
-    2018, arXiv 1805.01978; DINO, arXiv 2104.14294). It uses 20 neighbors, or the mean number of training clips per
-    class if that is smaller. The views of a clip are averaged first.
+    The linear probe is multinomial logistic regression on features scaled to zero mean and unit variance (statistics of
+    the training part). k-NN weights the nearest training clips by exp(cos / 0.07) (Wu et al. 2018, arXiv 1805.01978;
+    DINO, arXiv 2104.14294). It uses 20 neighbors, or the mean number of training clips per class if that is smaller.
+    The views of a clip are averaged first.
 
-    Args:
-        features: float (N, D) or (N, V, D).
-        labels: int64 (N,), -1 = none.
-        groups: N names of the videos.
-        seed: of the split.
-        folds: number of parts, of which one is the test part.
-        c: inverse L2 strength of the probe.
+    `features` are (N, D) or (N, V, D), `labels` int64 (N,) with -1 for none, `groups` the names of the videos.
 
     Returns:
         `linear_top1`, `linear_macro` (mean over classes), `knn_top1`, `majority` (always predict the most frequent
         training class): fractions; `knn_num_neighbors`, `train_clips`, `test_clips`, `classes`, `skipped_clips` (test
         clips of classes without training clips).
     """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x = as_views(features).mean(axis=1)
-    train, test = split_by_group(labels, groups, folds=folds, seed=seed)
+    train, test = split_by_group(labels, groups, seed=seed)
     y, truth = labels[train], labels[test]
-    linear = _predict_linear(x[train], y, x[test], c)
     values, counts = np.unique(y, return_counts=True)
     num_neighbors = max(1, min(_NUM_NEIGHBORS, round(len(y) / len(values))))  # more would force in other classes
-    nearest = _predict_knn(x[train], y, x[test], num_neighbors)
+    regression = LogisticRegression(max_iter=_MAX_ITERATIONS, tol=1e-3)
+    linear = make_pipeline(StandardScaler(), regression).fit(x[train], y).predict(x[test])
+    if int(max(regression.n_iter_)) >= _MAX_ITERATIONS:
+        log.warning("the linear probe did not converge in %d iterations", _MAX_ITERATIONS)
+    nearest = KNeighborsClassifier(num_neighbors, weights=_vote_weights, metric="cosine").fit(x[train], y)
     correct = linear == truth
     return {
         "linear_top1": float(correct.mean()),
         "linear_macro": float(np.mean([correct[truth == v].mean() for v in np.unique(truth)])),
-        "knn_top1": float((nearest == truth).mean()),
+        "knn_top1": float((nearest.predict(x[test]) == truth).mean()),
         "majority": float((truth == values[counts.argmax()]).mean()),
         "knn_num_neighbors": num_neighbors,
         "train_clips": len(train),
@@ -110,28 +105,6 @@ def probe_full_label_set(
     }
 
 
-def _predict_linear(
-    x: NDArray[np.float32], y: NDArray[np.int64], query: NDArray[np.float32], c: float
-) -> NDArray[np.int64]:
-    from sklearn.linear_model import LogisticRegression
-
-    mean, std = x.mean(axis=0), np.maximum(x.std(axis=0), 1e-6)
-    probe = LogisticRegression(C=c, max_iter=300, tol=1e-3).fit((x - mean) / std, y)
-    if int(max(probe.n_iter_)) >= 300:
-        log.warning("the linear probe did not converge in 300 iterations")
-    return np.asarray(probe.predict((query - mean) / std), dtype=np.int64)
-
-
-def _predict_knn(x: NDArray[np.float32], y: NDArray[np.int64], query: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    values, position = np.unique(y, return_inverse=True)
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    out = []
-    for start in range(0, len(query), _BLOCK_ROWS):
-        q = query[start : start + _BLOCK_ROWS]
-        cosine = (q / np.maximum(np.linalg.norm(q, axis=1, keepdims=True), 1e-12)) @ unit.T
-        near = np.argpartition(-cosine, k - 1, axis=1)[:, :k]
-        weight = np.exp((np.take_along_axis(cosine, near, axis=1) - 1) / _TEMPERATURE)
-        votes = np.zeros((len(q), len(values)))
-        np.add.at(votes, (np.arange(len(q))[:, None], position[near]), weight)
-        out.append(values[votes.argmax(axis=1)])
-    return np.concatenate(out)
+def _vote_weights(distance: NDArray[Any]) -> NDArray[np.float64]:
+    """exp((cos - 1) / 0.07) of the cosine distance 1 - cos."""
+    return np.exp(-distance.astype(np.float64) / _TEMPERATURE)

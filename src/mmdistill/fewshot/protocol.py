@@ -2,21 +2,23 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mmdistill.console import progress
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
 from mmdistill.errors import format_count
 from mmdistill.fewshot.classifiers import get_classifier
-from mmdistill.fewshot.episodes import Episodes, eligible_classes, sample_episodes
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.logistic import default_num_workers
-from mmdistill.fewshot.probe import FOLDS, probe_full_label_set, split_by_group
+from mmdistill.fewshot.probe import probe_full_label_set, split_by_group
 from mmdistill.fewshot.scores import EpisodeScores, evaluate_episodes, merge_scores, paired_difference, summarize
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,9 @@ class Protocol:
         episodes: number of episodes per combination.
         seed: seed of the episodes.
         classifiers: names in `CLASSIFIERS`; the first is the headline.
-        disjoint: None, or "video": support and query clips come from different videos.
+        disjoint: see `EpisodeSpec`.
         support_views: see `evaluate_episodes`.
         probe: also classify the full label set (linear probe, k-NN).
-        workers: number of processes of the logistic regression; None: all processors.
     """
 
     n_way: tuple[int, ...] = (5,)
@@ -47,7 +48,6 @@ class Protocol:
     disjoint: str | None = None
     support_views: str = "each"
     probe: bool = False
-    workers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_way", "k_shot", "classifiers"):
@@ -60,35 +60,31 @@ class Protocol:
             get_classifier(classifier)
 
     def check(self, labels: Sequence[int], groups: Sequence[str], names: Sequence[str]) -> list[str]:
-        """Check before encoding that these labels supply the episodes.
-
-        Returns:
-            One log line per combination: the number of eligible classes, and the excluded ones.
+        """Check before encoding that these labels supply the episodes. Returns one log line per combination.
 
         Raises:
             EpisodeError: fewer than N classes have enough clips, or no draw with disjoint videos is found.
             FewshotError: the probe cannot be split by video.
         """
         if self.probe:
-            split_by_group(np.asarray(labels, dtype=np.int64), groups, folds=FOLDS, seed=self.seed)
+            split_by_group(np.asarray(labels, dtype=np.int64), groups, seed=self.seed)
         lines = []
-        for n_way, k_shot in self.combinations():
-            sizes: dict[str, Any] = {"n_way": n_way, "k_shot": k_shot, "q_sample": self.q_sample, "names": names}
-            found = eligible_classes(list(labels), groups=groups, disjoint=self.disjoint, **sizes)
+        for spec in self.specs():
+            found = eligible_classes(list(labels), spec, groups=groups, names=names)
             if self.disjoint:  # a draw can be impossible for several classes together
-                sample_episodes(
-                    list(labels), episodes=self.episodes, seed=self.seed, groups=groups, disjoint=self.disjoint, **sizes
-                )
-            excluded = found.describe(names)
-            lines.append(
-                f"{n_way}-way {k_shot}-shot, {format_count(self.q_sample, 'query')} per class: "
-                f"{format_count(len(found.classes), 'eligible class')}" + (f"; {excluded}" if excluded else "")
-            )
+                self.sample(spec, list(labels), groups, names)
+            size = f"{spec.n_way}-way {spec.k_shot}-shot, {format_count(self.q_sample, 'query')} per class"
+            line = f"{size}: {format_count(len(found.classes), 'eligible class')}"
+            lines.append("; ".join(filter(None, (line, found.describe(names)))))
         return lines
 
-    def combinations(self) -> list[tuple[int, int]]:
-        """(n_way, k_shot) of every table."""
-        return [(n, k) for n in self.n_way for k in self.k_shot]
+    def specs(self) -> list[EpisodeSpec]:
+        """The episodes of every combination of N-way and K-shot."""
+        return [EpisodeSpec(n, k, self.q_sample, self.disjoint) for n in self.n_way for k in self.k_shot]
+
+    def sample(self, spec: EpisodeSpec, labels: ArrayLike, groups: Sequence[str], names: Sequence[str]) -> Episodes:
+        """Draw the episodes of one combination; see `sample_episodes`."""
+        return sample_episodes(labels, spec, episodes=self.episodes, seed=self.seed, groups=groups, names=names)
 
 
 @dataclass(frozen=True)
@@ -102,127 +98,92 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """The rows of one combination and classifier, which have the same episodes; the scored network first."""
+
+    n_way: int
+    k_shot: int
+    classifier: str
+    rows: tuple[Row, ...]
+
+    def difference_to_scored(self, row: Row) -> dict[str, float] | None:
+        """The paired difference of the scored network minus this row's network; None for the scored network."""
+        return None if row is self.rows[0] else paired_difference(self.rows[0].scores, row.scores)
+
+
+@dataclass(frozen=True)
 class Results:
     """All results; `evaluation.report` writes them as tables, JSON and a page.
 
     Attributes:
         protocol: the settings.
         features: of each network and input mode, the scored network first.
-        rows: in the order combination, classifier, network.
-        differences: paired differences between networks on the same episodes, first minus second.
+        settings: in the order combination, classifier.
         probes: full label set, one per network and input mode.
     """
 
     protocol: Protocol
     features: tuple[Features, ...]
-    rows: tuple[Row, ...]
-    differences: tuple[dict[str, Any], ...]
-    probes: tuple[dict[str, Any], ...] = field(default=())
+    settings: tuple[Setting, ...]
+    probes: tuple[dict[str, Any], ...] = ()
 
     @property
     def headline(self) -> Row:
         """The scored network with the first combination and classifier."""
-        return self.rows[0]
+        return self.settings[0].rows[0]
 
 
-def run_protocol(features: Sequence[Features], protocol: Protocol, *, show_progress: bool = True) -> Results:
-    """Evaluate features of several networks and input modes on the same episodes.
+def run_protocol(
+    features: Sequence[Features], protocol: Protocol, *, workers: int | None = None, show_progress: bool = True
+) -> Results:
+    """Evaluate features of several networks and input modes, the scored network first, on the same episodes.
 
-    In a process group each rank evaluates its share of the episodes, and all ranks return the same results.
-
-    Args:
-        features: of the same clips in the same order. The first is the scored network, the others are baselines.
-        protocol: the settings.
-        show_progress: show a progress bar.
+    Each rank of a process group evaluates its share of the episodes, and all ranks return the same results. `workers`
+    is the number of processes of the logistic regression; None: all processors.
 
     Raises:
         FewshotError: the clips differ, two entries have the same name and input mode, or the labels do not supply the
             episodes.
     """
-    features = tuple(features)
-    first = _check_features(features)
-    rows: list[Row] = []
-    differences: list[dict[str, Any]] = []
-    total = len(protocol.combinations()) * len(protocol.classifiers) * len(features) * protocol.episodes
-    world_size = get_world_size()
-    with progress("episodes", total, enabled=show_progress and get_rank() == 0) as advance:
-        for n_way, k_shot in protocol.combinations():
-            episodes = _sample_episodes(first, protocol, n_way, k_shot)
-            for classifier in protocol.classifiers:
-                block = []
-                for f in features:
-                    scores = _evaluate_over_ranks(f, episodes, classifier, protocol, lambda n: advance(n * world_size))
-                    block.append(Row(f.network, f.input_mode, scores, {**_origin(f), **summarize(scores)}))
-                rows += block
-                differences += [_difference(a, b) for i, a in enumerate(block) for b in block[i + 1 :]]
-    num_not_converged = sum(row.scores.num_not_converged for row in rows)
-    if num_not_converged:
-        log.warning("%s did not converge", format_count(num_not_converged, "logistic regression"))
-    probes = [_probe(f, protocol) for f in features] if protocol.probe else []
-    return Results(protocol, features, tuple(rows), tuple(differences), tuple(probes))
-
-
-def _check_features(features: tuple[Features, ...]) -> Features:
     if not features:
         raise FewshotError("no features to evaluate")
-    names = [(f.network, f.input_mode) for f in features]
-    for f in features[1:]:
-        if not f.has_same_clips(features[0]):
-            raise FewshotError(f"{f.network} and {features[0].network} have features of different clips")
+    clips, names = features[0], [(f.network, f.input_mode) for f in features]
+    for f in features:
+        if not f.has_same_clips(clips):
+            raise FewshotError(f"{f.network} and {clips.network} have features of different clips")
     if len(set(names)) != len(names):
         raise FewshotError(f"two networks have the same name and input mode: {', '.join(map(str, names))}")
-    return features[0]
-
-
-def _sample_episodes(clips: Features, protocol: Protocol, n_way: int, k_shot: int) -> Episodes:
-    return sample_episodes(
-        clips.labels,
-        n_way=n_way,
-        k_shot=k_shot,
-        q_sample=protocol.q_sample,
-        episodes=protocol.episodes,
-        seed=protocol.seed,
-        groups=clips.groups,
-        disjoint=protocol.disjoint,
-        names=clips.classes,
-    )
-
-
-def _evaluate_over_ranks(
-    f: Features, episodes: Episodes, classifier: str, protocol: Protocol, advance: Callable[[int], None]
-) -> EpisodeScores:
-    rank, world_size, workers = get_rank(), get_world_size(), protocol.workers
+    rank, world_size = get_rank(), get_world_size()
     if workers is None and world_size > 1:  # the ranks of one machine share its processors
         workers = max(1, default_num_workers() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
-
-    def evaluate(part: Episodes) -> EpisodeScores:
-        return evaluate_episodes(
-            f.features, part, classifier, workers=workers, support_views=protocol.support_views, advance=advance
+    total = len(protocol.specs()) * len(protocol.classifiers) * len(features) * protocol.episodes
+    settings, probes = [], []
+    with progress("episodes", total, enabled=show_progress and rank == 0) as advance:
+        evaluate = partial(
+            evaluate_episodes,
+            support_views=protocol.support_views,
+            workers=workers,
+            advance=lambda n: advance(n * world_size),
         )
-
-    if world_size == 1:
-        return evaluate(episodes)
-    shard = episodes.shard(rank, world_size)
-    parts = all_gather_objects(evaluate(shard) if len(shard) else None)
-    return merge_scores([part for part in parts if part is not None], episodes)
+        for spec in protocol.specs():
+            episodes = protocol.sample(spec, clips.labels, clips.groups, clips.classes)
+            shard = episodes.shard(rank, world_size)
+            for classifier in protocol.classifiers:
+                rows = []
+                for f in features:
+                    part = evaluate(f.features, shard, classifier) if len(shard) else None
+                    scores = merge_scores([p for p in all_gather_objects(part) if p is not None], episodes)
+                    rows.append(Row(f.network, f.input_mode, scores, {**_origin(f), **summarize(scores)}))
+                settings.append(Setting(spec.n_way, spec.k_shot, classifier, tuple(rows)))
+    num_not_converged = sum(row.scores.num_not_converged for setting in settings for row in setting.rows)
+    if num_not_converged:
+        log.warning("%s did not converge", format_count(num_not_converged, "logistic regression"))
+    for f in features if protocol.probe else ():
+        accuracies = probe_full_label_set(f.features, f.labels, groups=f.groups, seed=protocol.seed)
+        probes.append({"network": f.network, "input_mode": f.input_mode, **accuracies})
+    return Results(protocol, tuple(features), tuple(settings), tuple(probes))
 
 
 def _origin(f: Features) -> dict[str, Any]:
     keys = ("checkpoint", "modality", "eval_masks", "n_masks", "eval_mask_ratio", "seconds", "cached")
     return {"network": f.network, "input_mode": f.input_mode, **{k: f.info[k] for k in keys if k in f.info}}
-
-
-def _difference(a: Row, b: Row) -> dict[str, Any]:
-    names = {
-        "first": a.network,
-        "first_input_mode": a.input_mode,
-        "second": b.network,
-        "second_input_mode": b.input_mode,
-    }
-    setting = {key: a.summary[key] for key in ("n_way", "k_shot", "classifier")}
-    return {**names, **setting, **paired_difference(a.scores, b.scores)}
-
-
-def _probe(f: Features, protocol: Protocol) -> dict[str, Any]:
-    accuracies = probe_full_label_set(f.features, f.labels, groups=f.groups, seed=protocol.seed)
-    return {"network": f.network, "input_mode": f.input_mode, **accuracies}

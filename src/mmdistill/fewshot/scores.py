@@ -14,10 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from mmdistill.errors import format_count
-from mmdistill.fewshot.classifiers import get_classifier
-from mmdistill.fewshot.episodes import Episodes
+from mmdistill.fewshot.classifiers import PredictOptions, get_classifier, ignore_progress
+from mmdistill.fewshot.episodes import Episodes, FloatArray, IntArray
 from mmdistill.fewshot.errors import FeatureError, FewshotError
-from mmdistill.fewshot.logistic import FloatArray
 
 SUPPORT_VIEWS = ("each", "first")
 
@@ -35,32 +34,26 @@ class EpisodeScores:
     """
 
     episodes: Episodes
-    predictions: NDArray[np.int64]
+    predictions: IntArray
     accuracy: NDArray[np.float64]
     classifier: str
     num_not_converged: int = 0
 
 
-def as_views(features: ArrayLike, *, source: str = "features") -> FloatArray:
-    """Features as finite float32 (clips, V, D); (clips, D) is one view.
-
-    Raises:
-        FeatureError: another type or shape, or values that are not finite (the first such clips are listed).
-    """
+def as_views(features: ArrayLike) -> FloatArray:
+    """Features as float32 (clips, V, D); (clips, D) is one view. Raises `FeatureError` if they are invalid."""
     given = np.asarray(features)
     if given.dtype.kind not in "fiu":
-        raise FeatureError(f"{source} must be numbers, got the type {given.dtype}")
+        raise FeatureError(f"features must be numbers, got the type {given.dtype}")
     x = np.ascontiguousarray(given, dtype=np.float32)
     if x.ndim == 2:
         x = x[:, None]
     if x.ndim != 3 or 0 in x.shape:
-        raise FeatureError(f"{source} must be [clips, D] or [clips, views, D], got the shape {np.shape(features)}")
+        raise FeatureError(f"features must be [clips, D] or [clips, views, D], got the shape {np.shape(features)}")
     bad = np.flatnonzero(~np.isfinite(x).all(axis=(1, 2)))
     if len(bad):
-        raise FeatureError(
-            f"{source}: NaN or infinite values in {len(bad)} of {format_count(len(x), 'clip')}, the first at "
-            f"{bad[:5].tolist()}"
-        )
+        where = f"{len(bad)} of {format_count(len(x), 'clip')}, the first at {bad[:5].tolist()}"
+        raise FeatureError(f"features: NaN or infinite values in {where}")
     return x
 
 
@@ -69,31 +62,23 @@ def evaluate_episodes(
     episodes: Episodes,
     classifier: str,
     *,
-    workers: int | None = None,
     support_views: str = "each",
-    device: str = "cpu",
-    advance: Callable[[int], None] | None = None,
+    workers: int | None = None,
+    advance: Callable[[int], None] = ignore_progress,
 ) -> EpisodeScores:
     """Classify the queries of every episode.
 
     With V views this is MM-CDFSL's ensemble inference over masks (arXiv 2405.19917, section 3.4): class probabilities
     are averaged over views, and the class with the largest probability is predicted.
 
-    Args:
-        features: float (clips, D) or (clips, V, D).
-        episodes: indices into the clips.
-        classifier: a name in `CLASSIFIERS`.
-        workers: number of processes of the logistic regression; the result does not depend on it.
-        support_views: "each": view v of a query is classified by a classifier fitted to view v of the support clips.
-            "first": one classifier is fitted to the first view, as in the paper's release.
-        device: the device of the other built-in classifiers.
-        advance: called with the number of episodes that have been finished since the last call.
+    `features` are (clips, D) or (clips, V, D). With ``support_views="each"`` view v of a query is classified by a
+    classifier fitted to view v of the support clips, with "first" by one fitted to the first view, as in the paper's
+    release. See `PredictOptions` for `workers` and `advance`.
 
     Raises:
         FewshotError: features that are not finite, an unknown classifier, indices outside the features.
     """
     x = as_views(features)
-    model = get_classifier(classifier)
     if support_views not in SUPPORT_VIEWS:
         raise FewshotError(f"support_views={support_views!r} is not one of {', '.join(SUPPORT_VIEWS)}")
     highest = max(int(episodes.support.max()), int(episodes.query.max()))
@@ -101,34 +86,23 @@ def evaluate_episodes(
         raise FewshotError(
             f"the episodes contain clip {highest}, but there are features of only {format_count(len(x), 'clip')}"
         )
-    predictions, num_not_converged = model.predict(
-        x, episodes, first_support_view=support_views == "first", workers=workers, device=device, advance=advance
-    )
+    options = PredictOptions(support_views == "first", workers, advance)
+    predictions, num_not_converged = get_classifier(classifier).predict(x, episodes, options)
     accuracy = (predictions == episodes.targets).mean(axis=1)
     return EpisodeScores(episodes, predictions, accuracy, classifier, num_not_converged)
 
 
 def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeScores:
-    """Scores of the shards of `episodes`, in the order of `episodes`.
-
-    Raises:
-        FewshotError: an episode is missing or occurs twice.
-    """
+    """Scores of the shards of `episodes`. Raises `FewshotError` if an episode is missing or occurs twice."""
     numbers = np.concatenate([p.episodes.numbers for p in parts])
-    order = np.argsort(numbers, kind="stable")
-    if not np.array_equal(numbers[order], np.sort(episodes.numbers)):
+    if not np.array_equal(np.sort(numbers), episodes.numbers):
         raise FewshotError(
             f"the shards contain {format_count(len(numbers), 'episode')}, {len(np.unique(numbers))} distinct, of "
             f"{len(episodes)}"
         )
-    rows = order[np.argsort(np.argsort(episodes.numbers))]
-    return EpisodeScores(
-        episodes,
-        np.concatenate([p.predictions for p in parts])[rows],
-        np.concatenate([p.accuracy for p in parts])[rows],
-        parts[0].classifier,
-        sum(p.num_not_converged for p in parts),
-    )
+    rows = np.argsort(numbers)
+    predictions, accuracy = (np.concatenate([getattr(p, n) for p in parts])[rows] for n in ("predictions", "accuracy"))
+    return EpisodeScores(episodes, predictions, accuracy, parts[0].classifier, sum(p.num_not_converged for p in parts))
 
 
 def _mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
@@ -144,8 +118,7 @@ def summarize(scores: EpisodeScores) -> dict[str, Any]:
     """The numbers of one row, as plain values.
 
     `top1_action_ensemble` is the mean accuracy (a fraction), `..._std` the standard deviation over episodes,
-    `..._std_error` that of the mean, `ci95` the half width of its 95 % interval. The interval covers the choice of
-    episodes from these clips. It does not cover other clips or another training seed.
+    `..._std_error` that of the mean, `ci95` the half width of its 95 % interval.
     """
     mean, std, error, ci95 = _mean_with_interval(scores.accuracy)
     episodes = scores.episodes
@@ -162,18 +135,13 @@ def summarize(scores: EpisodeScores) -> dict[str, Any]:
         "classes_excluded": len(episodes.eligibility.excluded),
         "classifier": scores.classifier,
         "seed": episodes.seed,
-        "disjoint": episodes.disjoint,
+        "disjoint": episodes.eligibility.disjoint,
         "num_not_converged": scores.num_not_converged,
     }
 
 
 def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
-    """Mean of accuracy(a) - accuracy(b) over the same episodes, with its 95 % interval.
-
-    The interval is far narrower than that of an unpaired difference, because an easy episode is easy for both.
-
-    Returns:
-        difference, std_error, ci95 (half width), low, high: fractions.
+    """Mean of accuracy(a) - accuracy(b) over the same episodes, with its 95 % interval (`ci95`: half width), fractions.
 
     Raises:
         FewshotError: the episodes are not the same.
@@ -184,7 +152,7 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}
 
 
-def count_confusions(scores: EpisodeScores, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def count_confusions(scores: EpisodeScores, num_classes: int) -> tuple[IntArray, IntArray]:
     """Confusion over all episodes.
 
     Returns:

@@ -1,6 +1,7 @@
 """The evaluation of a checkpoint in this process: input modes, log lines, and the feature cache."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import read_teacher
 from mmdistill.distributed.process import Process
 from mmdistill.evaluation.networks import Network, load_networks
-from mmdistill.evaluation.run import check_evaluation, evaluate_checkpoint, report_settings
+from mmdistill.evaluation.run import SHOWN_DATA_KEYS, check_evaluation, evaluate_checkpoint, report_settings
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -221,6 +222,12 @@ def test_settings_of_the_page_are_those_that_the_numbers_depend_on(data: Path) -
     assert found["Training config in the checkpoint"] == {"trainer": {"lr": 0.125}}
     assert found["Statistics of the model input"] == {"student_rgb": {"mean": [0.5] * 3, "std": [0.25] * 3}}
     assert report_settings(config, extra, [network], {})["Training config in the checkpoint"] == "not stored"
+    hidden = {field.name for field in fields(config.data_module)} - set(SHOWN_DATA_KEYS)
+    short_forms = {"frames_dir", "flow_dir", "skeleton_dir", "frame_pattern", "flow_pattern"}
+    training = {"train_clips", "val_json_path", "hflip_prob", "random_crop_min_scale", "mask_ratio"}
+    masks = {"n_masks", "eval_mask_ratio", "eval_masks"}  # of each network, in the block Networks
+    protocol = {"n_way", "k_shot", "q_sample", "episodes", "disjoint"}
+    assert hidden == {"modalities", *short_forms, *training, *masks, *protocol}
     assert config.trainer.lr == 0.25
 
 

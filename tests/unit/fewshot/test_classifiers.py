@@ -70,13 +70,6 @@ def test_batched_classifiers_equal_a_loop_over_single_queries(name: str):
         assert predictions[e].tolist() == expected
 
 
-def test_num_neighbors_is_the_number_of_voting_support_clips():
-    features, episodes = noisy_features(), draw(8, k_shot=5)
-    all_vote, _ = KnnClassifier(num_neighbors=1000).predict(features, episodes, first_support_view=False)
-    one_votes, _ = KnnClassifier(num_neighbors=1).predict(features, episodes, first_support_view=False)
-    assert not np.array_equal(all_vote, one_votes)
-
-
 def load_documented_example() -> Classifier:
     """The classifier of docs/extending.md."""
     text = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -126,10 +119,8 @@ def test_unknown_and_old_names_raise_an_error_with_the_known_ones():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LogisticClassifier(c=0), "c=0 must be positive"),
         (lambda: CentroidClassifier("manhattan"), "metric 'manhattan' is not one of cosine, euclidean"),
         (lambda: KnnClassifier("manhattan"), "metric 'manhattan' is not one of cosine, euclidean"),
-        (lambda: KnnClassifier(num_neighbors=-1), "num_neighbors=-1 must not be negative"),
     ],
 )
 def test_invalid_settings_raise_an_error(make, message: str):

@@ -1,19 +1,30 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmdistill.fewshot.episodes import EpisodeError, Episodes, eligible_classes, sample_episodes
+from mmdistill.fewshot.episodes import EpisodeError, Episodes, EpisodeSpec, eligible_classes, sample_episodes
 from tests.generated_annotations import make_f3set_entries
 
 F3SET = Path(__file__).resolve().parents[4] / "shared" / "data" / "f3set-tennis"
 LABELS = np.repeat([0, 1, 2, 3, 4, 5], [20, 20, 20, 20, 20, 7])
 
 
-def draw(labels: np.ndarray = LABELS, **options: object) -> Episodes:
-    return sample_episodes(labels, **{"n_way": 5, "k_shot": 2, "q_sample": 6, "episodes": 40, "seed": 3, **options})
+SPEC = EpisodeSpec(5, 2, 6)
+
+
+def draw(
+    labels: np.ndarray = LABELS,
+    *,
+    episodes: int = 40,
+    seed: int = 3,
+    groups: list[str] | None = None,
+    **changes: object,
+) -> Episodes:
+    return sample_episodes(labels, replace(SPEC, **changes), episodes=episodes, seed=seed, groups=groups)
 
 
 def test_every_episode_has_all_its_clips_and_they_are_distinct():
@@ -52,12 +63,12 @@ def test_shards_contain_every_episode_once(world_size: int):
 
 def test_small_classes_are_excluded_by_name_and_count():
     names = ["a", "b", "c", "d", "e", "serve"]
-    found = eligible_classes(LABELS, n_way=5, k_shot=2, q_sample=6, names=names)
+    found = eligible_classes(LABELS, SPEC, names=names)
     assert found.classes == (0, 1, 2, 3, 4)
     assert found.excluded == {5: 7}
     assert "serve (7)" in found.describe(names)
     with pytest.raises(EpisodeError, match=r"classes that have them: 5 of 6.*serve \(7\)"):
-        eligible_classes(LABELS, n_way=6, k_shot=2, q_sample=6, names=names)
+        eligible_classes(LABELS, EpisodeSpec(6, 2, 6), names=names)
 
 
 def test_clips_without_label_are_never_drawn():
@@ -102,7 +113,7 @@ def test_disjoint_with_few_large_groups_still_finds_a_split():
 def test_disjoint_excludes_classes_of_a_single_group():
     labels = np.repeat(np.arange(6), 20)
     groups = [str(i % 4) if label < 5 else "one" for i, label in enumerate(labels)]
-    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=5, groups=groups, disjoint="video")
+    found = eligible_classes(labels, EpisodeSpec(5, 1, 5, "video"), groups=groups)
     assert found.excluded == {5: 20}
     assert found.describe() == "excluded classes, too few clips in different videos: 5 (20)"
     with pytest.raises(EpisodeError, match="needs `groups`"):
@@ -110,9 +121,6 @@ def test_disjoint_excludes_classes_of_a_single_group():
 
 
 def test_impossible_disjoint_draws_raise_an_error():
-    labels = np.tile(np.arange(2), 20)
-    groups = np.where(labels == 0, np.repeat(["a", "b"], 20), np.repeat(["b", "a"], 20))
-    groups[:2] = ["a", "b"]
     # each class alone can be split over the two videos, but the 20 clips leave no query for K=10, Q=10 of both
     labels = np.array([0] * 10 + [0] * 10 + [1] * 10 + [1] * 10 + [1] * 10)
     groups = np.array(["a"] * 10 + ["b"] * 10 + ["a"] * 10 + ["c"] * 5 + ["b"] * 5 + ["c"] * 10)
@@ -125,13 +133,11 @@ def test_impossible_disjoint_draws_raise_an_error():
 def test_f3set_has_as_many_eligible_classes_as_published(split: str, classes: int):
     rallies = json.loads((F3SET / f"{split}.json").read_text())
     names, labels = np.unique([e["label"] for r in rallies for e in r["events"]], return_inverse=True)
-    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())
+    found = eligible_classes(labels, EpisodeSpec(5, 1, 15), names=names.tolist())
     assert len(found.classes) == classes
     groups = [r["video"] for r in rallies for _ in r["events"]]
     for disjoint in (None, "video"):
-        episodes = sample_episodes(
-            labels, n_way=5, k_shot=1, q_sample=15, episodes=20, seed=0, groups=groups, disjoint=disjoint
-        )
+        episodes = sample_episodes(labels, EpisodeSpec(5, 1, 15, disjoint), episodes=20, seed=0, groups=groups)
         assert len(np.unique(episodes.query[0])) == 75
 
 
@@ -139,13 +145,11 @@ def test_classes_of_generated_f3set_annotations_are_counted():
     rallies = make_f3set_entries(matches=30, rallies_per_match=20)
     events = [e["label"] for r in rallies for e in r["events"]]
     names, labels = np.unique(events, return_inverse=True)
-    found = eligible_classes(labels, n_way=5, k_shot=1, q_sample=15, names=names.tolist())
+    found = eligible_classes(labels, EpisodeSpec(5, 1, 15), names=names.tolist())
     large = {name for name, count in Counter(events).items() if count >= 16}
     assert {names[c] for c in found.classes} == large
     assert 5 <= len(large) < len(names)
     groups = [r["video"] for r in rallies for _ in r["events"]]
     for disjoint in (None, "video"):
-        episodes = sample_episodes(
-            labels, n_way=5, k_shot=1, q_sample=15, episodes=20, seed=0, groups=groups, disjoint=disjoint
-        )
+        episodes = sample_episodes(labels, EpisodeSpec(5, 1, 15, disjoint), episodes=20, seed=0, groups=groups)
         assert len(np.unique(episodes.query[0])) == 75

@@ -9,11 +9,11 @@ GROUPS = [f"rally{i % 10}" for i in range(120)]
 
 
 def test_no_video_is_in_both_parts():
-    train, test = split_by_group(LABELS, GROUPS, folds=4, seed=0)
+    train, test = split_by_group(LABELS, GROUPS, seed=0)
     owners = np.array(GROUPS)
     assert not set(owners[train]) & set(owners[test])
     assert len(train) + len(test) == 120
-    again = split_by_group(LABELS, GROUPS, folds=4, seed=0)
+    again = split_by_group(LABELS, GROUPS, seed=0)
     assert np.array_equal(again[1], test)
 
 

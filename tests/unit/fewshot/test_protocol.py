@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mmdistill.fewshot.episodes import sample_episodes
+from mmdistill.fewshot.episodes import EpisodeSpec, sample_episodes
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Protocol, run_protocol
@@ -13,28 +13,28 @@ def test_every_combination_classifier_and_network_has_a_row():
     networks = [make_features("student_rgb", 1.0), make_features("teacher_rgb", 2.0), make_features("random", 9.0)]
     protocol = Protocol(n_way=(5, 3), k_shot=(1, 5), q_sample=5, episodes=30, classifiers=("centroid", "knn"))
     results = run_protocol(networks, protocol, show_progress=False)
-    assert len(results.rows) == 2 * 2 * 2 * 3
-    assert len(results.differences) == 2 * 2 * 2 * 3
+    assert [(s.n_way, s.k_shot, s.classifier) for s in results.settings] == [
+        (n, k, classifier) for n in (5, 3) for k in (1, 5) for classifier in ("centroid", "knn")
+    ]
+    for setting in results.settings:
+        assert [row.network for row in setting.rows] == ["student_rgb", "teacher_rgb", "random"]
     headline = results.headline
     assert (headline.network, headline.summary["n_way"], headline.summary["k_shot"]) == ("student_rgb", 5, 1)
     assert headline.summary["checkpoint"] == "/runs/student_rgb.ckpt"
-    means = [r.summary["top1_action_ensemble"] for r in results.rows[:3]]
+    scored, teacher, _ = results.settings[0].rows
+    means = [r.summary["top1_action_ensemble"] for r in results.settings[0].rows]
     assert means[0] > means[1] > means[2]
-    first = results.differences[0]
-    assert (first["first"], first["second"], first["n_way"], first["classifier"]) == (
-        "student_rgb",
-        "teacher_rgb",
-        5,
-        "centroid",
-    )
+    first = results.settings[0].difference_to_scored(teacher)
+    assert first is not None
     assert first["low"] > 0
     assert first["difference"] == pytest.approx(means[0] - means[1])
+    assert results.settings[0].difference_to_scored(scored) is None
 
 
 def test_rows_equal_a_direct_evaluation():
     f = make_features("student_rgb", 2.0, views=2)
     row = run_protocol([f], Protocol(q_sample=5, episodes=20, seed=3), show_progress=False).headline
-    episodes = sample_episodes(f.labels, n_way=5, k_shot=1, q_sample=5, episodes=20, seed=3)
+    episodes = sample_episodes(f.labels, EpisodeSpec(5, 1, 5), episodes=20, seed=3)
     direct = evaluate_episodes(f.features, episodes, "logistic", workers=1)
     assert np.array_equal(row.scores.predictions, direct.predictions)
     assert paired_difference(row.scores, direct)["difference"] == 0

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mmdistill.fewshot.classifiers import CLASSIFIERS
-from mmdistill.fewshot.episodes import Episodes, sample_episodes
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import (
     count_confusions,
     evaluate_episodes,
@@ -15,9 +15,8 @@ from mmdistill.fewshot.scores import (
 LABELS = np.repeat(np.arange(8), 25)
 
 
-def draw(episodes: int = 60, **options: object) -> Episodes:
-    protocol = {"n_way": 5, "k_shot": 2, "q_sample": 10, "episodes": episodes, "seed": 1}
-    return sample_episodes(LABELS, **{**protocol, **options})
+def draw(episodes: int = 60, *, k_shot: int = 2, seed: int = 1) -> Episodes:
+    return sample_episodes(LABELS, EpisodeSpec(5, k_shot, 10), episodes=episodes, seed=seed)
 
 
 def noisy(seed: int = 0, *, views: int = 2, noise: float = 1.0, width: int = 16) -> np.ndarray:

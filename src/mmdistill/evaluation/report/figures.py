@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from mmdistill.fewshot.episodes import FloatArray
 from mmdistill.fewshot.features import Features
-from mmdistill.fewshot.protocol import Results, Row
+from mmdistill.fewshot.protocol import Results, Row, Setting
 from mmdistill.fewshot.scores import count_confusions
 from mmdistill.randomness import integer_rng
 
@@ -48,6 +49,10 @@ def shorten(text: str, limit: int = 34) -> str:
     return text if len(text) <= limit else f"{text[: limit - 15]}…{text[-14:]}"
 
 
+def _marker(number: int) -> dict[str, Any]:
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 def _legend_columns(names: Sequence[str]) -> int:
     """Number of columns that fits in the narrowest figure; constrained layout truncates a wider legend."""
     return max(1, 70 // (8 + max(map(len, names))))
@@ -56,13 +61,13 @@ def _legend_columns(names: Sequence[str]) -> int:
 def accuracy_by_shots(results: Results) -> str:
     """Accuracy with 95 % intervals over k_shot, one panel per n_way and classifier."""
     panels = [(n, c) for n in results.protocol.n_way for c in results.protocol.classifiers]
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    columns = min(3, len(panels))
     count = -(-len(panels) // columns)
     with rc_context(_STYLE):
         figure = Figure(figsize=(max(5.5, 3.6 * columns), 3.4 * count), layout="constrained")
         axes = figure.subplots(count, columns, squeeze=False, sharey=True).ravel()
-        for axis, (n_way, classifier) in zip(axes, panels, strict=False):
-            _draw_shots_panel(axis, results, n_way, classifier)
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw_shots_panel(axis, [s for s in results.settings if (s.n_way, s.classifier) == panel])
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         handles, names = axes[0].get_legend_handles_labels()
@@ -70,29 +75,23 @@ def accuracy_by_shots(results: Results) -> str:
         return _svg(figure)
 
 
-def _draw_shots_panel(axis: Axes, results: Results, n_way: int, classifier: str) -> None:
-    shots = results.protocol.k_shot
-    rows = [r for r in results.rows if r.summary["n_way"] == n_way and r.summary["classifier"] == classifier]
-    names = row_labels(rows)
-    for number, name in enumerate(dict.fromkeys(names)):
-        own = [r for r, n in zip(rows, names, strict=True) if n == name]
-        mean = [100 * r.summary["top1_action_ensemble"] for r in own]
-        half = [100 * r.summary["ci95"] for r in own]
-        x = np.arange(len(own)) + 0.06 * (number - (len(names) / len(shots) - 1) / 2)
-        style: Any = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-        axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **style)
-    axis.axhline(100 / n_way, color="gray", linestyle=":", label="chance")
-    axis.set_xticks(range(len(shots)), [str(k) for k in shots])
-    axis.set_xlim(-0.5, len(shots) - 0.5)
-    axis.set(xlabel="support clips per class", ylabel="accuracy, %", title=f"{n_way}-way, {classifier}")
+def _draw_shots_panel(axis: Axes, settings: Sequence[Setting]) -> None:
+    """One curve per network; `settings` differ in k_shot."""
+    names = row_labels(settings[0].rows)
+    for number, (name, rows) in enumerate(zip(names, zip(*(s.rows for s in settings), strict=True), strict=True)):
+        mean = [100 * r.summary["top1_action_ensemble"] for r in rows]
+        half = [100 * r.summary["ci95"] for r in rows]
+        x = np.arange(len(rows)) + 0.06 * (number - (len(names) - 1) / 2)
+        axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **_marker(number))
+    axis.axhline(100 / settings[0].n_way, color="gray", linestyle=":", label="chance")
+    axis.set_xticks(range(len(settings)), [str(s.k_shot) for s in settings])
+    axis.set_xlim(-0.5, len(settings) - 0.5)
+    title = f"{settings[0].n_way}-way, {settings[0].classifier}"
+    axis.set(xlabel="support clips per class", ylabel="accuracy, %", title=title)
 
 
 def confusion_matrix(row: Row, classes: Sequence[str], *, limit: int = 12) -> tuple[str, int]:
-    """How often class i is predicted as j in episodes that contain j, for the most frequent classes.
-
-    Returns:
-        The SVG and the number of classes in it.
-    """
+    """How often class i is predicted as j in episodes that contain j. Returns the SVG and its number of classes."""
     counts, possible = count_confusions(row.scores, len(classes))
     frequent = np.argsort(-counts.sum(axis=1), kind="stable")[:limit]
     frequent = np.sort(frequent[counts.sum(axis=1)[frequent] > 0])
@@ -133,26 +132,16 @@ def episode_histogram(rows: Sequence[Row]) -> str:
         return _svg(figure)
 
 
-def project(x: NDArray[np.float32], *, method: str, seed: int = 0) -> NDArray[np.float64]:
-    """Two dimensions of features (N, D), by "pca" or "tsne" (van der Maaten and Hinton 2008). float64 (N, 2)."""
-    if method == "tsne" and len(x) > 10:
-        from sklearn.manifold import TSNE
+def project(x: FloatArray) -> NDArray[np.float64]:
+    """The first two principal components of features (N, D), 0 if there is only one. float64 (N, 2)."""
+    from sklearn.decomposition import PCA
 
-        perplexity = min(30.0, (len(x) - 1) / 3)
-        return np.asarray(TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(x), dtype=np.float64)
-    centered = x.astype(np.float64) - x.mean(axis=0)
-    _, vectors = np.linalg.eigh(centered.T @ centered)  # ascending
-    first = vectors[:, ::-1][:, :2]
-    largest = first[np.abs(first).argmax(axis=0), np.arange(first.shape[1])]
-    signs = np.sign(largest)  # the sign of an eigenvector is arbitrary
-    plane = np.zeros((len(x), 2))
-    plane[:, : first.shape[1]] = centered @ (first * signs)
-    return plane
+    with np.errstate(invalid="ignore"):  # constant features have no variance
+        found = PCA(min(2, *x.shape), svd_solver="full").fit_transform(x.astype(np.float64))
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
 
 
-def embedding_map(
-    features: Sequence[Features], *, method: str = "pca", most_classes: int = 8, most_clips: int = 1500, seed: int = 0
-) -> str:
+def embedding_map(features: Sequence[Features], *, most_classes: int = 8, most_clips: int = 1500, seed: int = 0) -> str:
     """Clips in two dimensions, one color per class, one panel per entry; the views of a clip are averaged."""
     first = features[0]
     labeled = np.flatnonzero(first.labels >= 0)
@@ -164,12 +153,11 @@ def embedding_map(
         figure = Figure(figsize=(4.8 * len(features), 4.6), layout="constrained")
         axes = figure.subplots(1, len(features), squeeze=False).ravel()
         for axis, f in zip(axes, features, strict=True):
-            plane = project(f.features[clips].mean(axis=1), method=method, seed=seed)
+            plane = project(f.features[clips].mean(axis=1))
             for number, value in enumerate(selected.tolist()):
                 own = first.labels[clips] == value
-                style: Any = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
-                name = shorten(first.classes[value])
-                axis.scatter(plane[own, 0], plane[own, 1], s=14, alpha=0.75, linewidths=0, label=name, **style)
+                style = {"s": 14, "alpha": 0.75, "linewidths": 0, "label": shorten(first.classes[value])}
+                axis.scatter(plane[own, 0], plane[own, 1], **style, **_marker(number))
             title = network_label(f.network, f.input_mode, default_mode=first.input_mode)
             axis.set(xticks=[], yticks=[], title=shorten(title, 44))
         handles, names = axes[0].get_legend_handles_labels()
@@ -177,18 +165,17 @@ def embedding_map(
         return _svg(figure)
 
 
-def probe_bars(probes: Sequence[Mapping[str, float | str]]) -> str:
+def probe_bars(probes: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy on the full label set, of the linear probe and of k-NN."""
-    default_mode = str(probes[0]["input_mode"])
-    names = [network_label(str(p["network"]), str(p["input_mode"]), default_mode=default_mode) for p in probes]
+    names = [network_label(p["network"], p["input_mode"], default_mode=probes[0]["input_mode"]) for p in probes]
     with rc_context(_STYLE):
         figure = Figure(figsize=(6.5, 1.2 + 0.5 * len(names)), layout="constrained")
         axis = figure.subplots()
         y = np.arange(len(names))
-        for shift, (key, title) in zip(
-            (-0.2, 0.2), (("linear_top1", "linear probe"), ("knn_top1", "k-NN")), strict=True
+        for shift, key, title, color in (
+            (-0.2, "linear_top1", "linear probe", COLORS[0]),
+            (0.2, "knn_top1", "k-NN", COLORS[4]),
         ):
-            color = COLORS[0] if key == "linear_top1" else COLORS[4]
             axis.barh(y + shift, [100 * float(p[key]) for p in probes], 0.38, color=color, label=title)
         axis.axvline(100 * float(probes[0]["majority"]), color="gray", linestyle=":", label="most frequent class")
         axis.set_yticks(y, [shorten(name, 60) for name in names])

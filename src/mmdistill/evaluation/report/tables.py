@@ -1,12 +1,10 @@
-"""Tables of the results: accuracies in percent with their 95 % intervals."""
+"""Tables of the results: accuracies in percent with their 95 % intervals, for the terminal and the page."""
 
-from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mmdistill.errors import format_count
-from mmdistill.fewshot.protocol import Results, Row
+from mmdistill.fewshot.protocol import Results, Row, Setting
 
 COLUMNS = ("network", "input", "accuracy, %\n± 95 %", "std, %", "Δ vs. row\n(paired), %", "encoding\ntime (s)")
 FOOTNOTES = (
@@ -21,52 +19,26 @@ REFERENCE = "reference"  # in the column of the differences, in the row of the s
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
 
-def difference_to_scored(results: Results, row: Row) -> dict[str, Any] | None:
-    """The paired difference of the scored network minus this row's network; None for the scored network."""
-    setting = ("n_way", "k_shot", "classifier")
-    scored = results.features[0]
-    for d in results.differences:
-        same = all(d[key] == row.summary[key] for key in setting)
-        first = (d["first"], d["first_input_mode"]) == (scored.network, scored.input_mode)
-        if same and first and (d["second"], d["second_input_mode"]) == (row.network, row.input_mode):
-            return d
-    return None
+@dataclass(frozen=True)
+class Table:
+    """A table as text; the first two columns are names, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
 
 
-def make_tables(results: Results) -> list[Table]:
-    """One table per combination and classifier, and one of the probes."""
-    tables = []
-    for n_way, k_shot in results.protocol.combinations():
-        for classifier in results.protocol.classifiers:
-            rows = select_rows(results, n_way, k_shot, classifier)
-            table = Table(title=table_title(rows[0]), title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
-            for number, name in enumerate(COLUMNS):
-                if number < 2:
-                    table.add_column(name, overflow="fold")  # a name is never truncated
-                else:
-                    table.add_column(name, justify="right", no_wrap=True)
-            for row in rows:
-                table.add_row(*row_cells(results, row))
-            tables.append(table)
-    if results.probes:
-        table = Table(title=probe_title(results), title_justify="left", box=SIMPLE_HEAD)
-        for name in PROBE_COLUMNS:
-            table.add_column(name, overflow="fold")
-        for cells in probe_rows(results):
-            table.add_row(*cells)
-        tables.append(table)
-    return tables
+def result_tables(results: Results) -> list[Table]:
+    """One table per combination and classifier."""
+    return [
+        Table(table_title(setting.rows[0]), COLUMNS, [row_cells(setting, row) for row in setting.rows])
+        for setting in results.settings
+    ]
 
 
-def select_rows(results: Results, n_way: int, k_shot: int, classifier: str) -> list[Row]:
-    """Rows of one combination and classifier."""
-    expected = {"n_way": n_way, "k_shot": k_shot, "classifier": classifier}
-    return [row for row in results.rows if all(row.summary[key] == value for key, value in expected.items())]
-
-
-def row_cells(results: Results, row: Row) -> tuple[str, ...]:
+def row_cells(setting: Setting, row: Row) -> tuple[str, ...]:
     """One row of a table, in the order of `COLUMNS`."""
-    s, d = row.summary, difference_to_scored(results, row)
+    s, d = row.summary, setting.difference_to_scored(row)
     return (
         row.network,
         row.input_mode,
@@ -87,20 +59,16 @@ def table_title(row: Row) -> str:
     return f"{s['n_way']}-way {s['k_shot']}-shot, {s['classifier']}: {sizes}"
 
 
-def probe_title(results: Results) -> str:
-    """Sizes of the full label set."""
+def probe_tables(results: Results) -> list[Table]:
+    """The table of the full label set, if the probes were computed."""
+    if not results.probes:
+        return []
     p = results.probes[0]
-    return (
+    title = (
         f"Full label set: {format_count(p['classes'], 'class')}, {format_count(p['train_clips'], 'training clip')}, "
         f"{format_count(p['test_clips'], 'test clip')}, {format_count(p['knn_num_neighbors'], 'neighbor')}, "
         "accuracy in %"
     )
-
-
-def probe_rows(results: Results) -> list[tuple[str, ...]]:
-    """Rows of the full label set, in the order of `PROBE_COLUMNS`."""
     keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
-    return [
-        (str(p["network"]), str(p["input_mode"]), *(f"{100 * float(p[key]):.2f}" for key in keys))
-        for p in results.probes
-    ]
+    rows = [(p["network"], p["input_mode"], *(f"{100 * p[key]:.2f}" for key in keys)) for p in results.probes]
+    return [Table(title, PROBE_COLUMNS, rows)]

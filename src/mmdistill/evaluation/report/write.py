@@ -6,17 +6,20 @@ The JSON contains fractions in [0, 1]; tables and page contain percent.
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import rich.table
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
 from mmdistill.evaluation.report.figures import network_label
 from mmdistill.evaluation.report.html_page import ReadFrame, render_page
-from mmdistill.evaluation.report.tables import FOOTNOTES, make_tables, select_rows
+from mmdistill.evaluation.report.tables import FOOTNOTES, Table, probe_tables, result_tables
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.protocol import Results, Row
-from mmdistill.fewshot.scores import per_class_accuracy
+from mmdistill.fewshot.scores import paired_difference, per_class_accuracy
 from mmdistill.files import atomic_write_bytes
 
 _FILE_WIDTH = 140  # characters, if the output is not a terminal
@@ -25,28 +28,35 @@ _FILE_WIDTH = 140  # characters, if the output is not a terminal
 def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All results as plain values.
 
-    The top level has the keys of the headline row: `top1_action_ensemble`, `..._std`, `..._std_error`, `ci95` (half of
-    the interval), `episodes`, `n_way`, `k_shot`, `q_sample`, `network`, `checkpoint` and more. `settings` has
-    one entry per combination and classifier, with `rows` by network and paired `differences` by "first - second" (a key
+    The top level has the keys of the headline row (see `scores.summarize`) and those of `extra`. `settings` has one
+    entry per combination and classifier, with `rows` by network and paired `differences` by "first - second" (a key
     contains the input mode if it is not the headline's). Further keys: `probes`, `per_class` (by class name) and
     `excluded_classes` (number of clips by class name).
-
-    Args:
-        results: the result of `run_protocol`.
-        extra: further top-level keys, such as the configuration.
     """
-    first = results.features[0]
-    headline = results.headline
+    names, headline = results.features[0].classes, results.headline
+    settings = []
+    for setting in results.settings:
+        rows = {network_label(r.network, r.input_mode, default_mode=headline.input_mode): r for r in setting.rows}
+        settings.append(
+            {
+                **{key: getattr(setting, key) for key in ("n_way", "k_shot", "classifier")},
+                "rows": {name: row.summary for name, row in rows.items()},
+                "differences": {
+                    f"{a} - {b}": paired_difference(rows[a].scores, rows[b].scores) for a, b in permutations(rows, 2)
+                },
+                "excluded_classes": _excluded(setting.rows[0], names),
+            }
+        )
     return {
         **headline.summary,
         "checkpoint": headline.summary.get("checkpoint"),
         **(extra or {}),
         "unit": "fraction",
         "support_views": results.protocol.support_views,
-        "settings": _settings(results),
+        "settings": settings,
         "probes": list(results.probes),
-        "per_class": per_class_accuracy(headline.scores, first.classes),
-        "excluded_classes": _excluded(headline, first.classes),
+        "per_class": per_class_accuracy(headline.scores, names),
+        "excluded_classes": _excluded(headline, names),
     }
 
 
@@ -56,48 +66,29 @@ def _excluded(row: Row, names: Sequence[str]) -> dict[str, int]:
     return {class_name(value, names): count for value, count in sorted(excluded.items())}
 
 
-def _settings(results: Results) -> list[dict[str, Any]]:
-    protocol = results.protocol
-
-    def name(network: str, input_mode: str) -> str:
-        return network_label(network, input_mode, default_mode=results.headline.input_mode)
-
-    out = []
-    for n_way, k_shot in protocol.combinations():
-        for classifier in protocol.classifiers:
-            setting = {"n_way": n_way, "k_shot": k_shot, "classifier": classifier}
-            differences: dict[str, dict[str, float]] = {}
-            for d in results.differences:
-                if all(d[key] == value for key, value in setting.items()):
-                    a, b = name(d["first"], d["first_input_mode"]), name(d["second"], d["second_input_mode"])
-                    differences[f"{a} - {b}"] = {key: d[key] for key in _DIFFERENCE}
-                    differences[f"{b} - {a}"] = _reverse(d)
-            found = select_rows(results, n_way, k_shot, classifier)
-            rows = {name(r.network, r.input_mode): r.summary for r in found}
-            excluded = _excluded(found[0], results.features[0].classes)
-            out.append({**setting, "rows": rows, "differences": differences, "excluded_classes": excluded})
-    return out
-
-
-_DIFFERENCE = ("difference", "std_error", "ci95", "low", "high")
-
-
-def _reverse(d: Mapping[str, Any]) -> dict[str, float]:
-    reversed_values = {"difference": -d["difference"], "low": -d["high"], "high": -d["low"]}
-    return {key: reversed_values.get(key, d[key]) for key in _DIFFERENCE}
-
-
 def print_tables(results: Results, *, console: Console | None = None) -> None:
     """Print the tables to standard output."""
     if console is None:
         console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
-    for table in make_tables(results):
-        console.print(table)
+    for table in (*result_tables(results), *probe_tables(results)):
+        console.print(_rich_table(table))
     for footnote in FOOTNOTES:
         console.print(footnote, highlight=False, markup=False, soft_wrap=True)
     scored = results.features[0]
     source = f", checkpoint {scored.info['checkpoint']}" if scored.info.get("checkpoint") else ""
     console.print(f"scored network: {scored.network}{source}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _rich_table(table: Table) -> rich.table.Table:
+    found = rich.table.Table(title=table.title, title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
+    for number, name in enumerate(table.columns):
+        if number < 2:
+            found.add_column(name, overflow="fold")  # a name is never truncated
+        else:
+            found.add_column(name, justify="right", no_wrap=True)
+    for cells in table.rows:
+        found.add_row(*cells)
+    return found
 
 
 def write_report(
@@ -108,9 +99,8 @@ def write_report(
     extra: Mapping[str, Any] | None = None,
     caveats: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    embedding: str = "pca",
 ) -> Path:
-    """Write `fewshot.json` and `report.html` into `folder`, each atomically.
+    """Write `fewshot.json` and `report.html` into `folder`, each atomically. Returns the path of the page.
 
     Args:
         results: the result of `run_protocol`.
@@ -118,23 +108,12 @@ def write_report(
         read_frame: reads a frame of a clip, for the example episode; None: no example episode.
         extra: further top-level keys of the JSON.
         caveats: sentences below the headline of the page, such as the number of clips that overlap.
-        settings: values in the section Settings of the page, by the title of their block; None: those of `extra`. The
-            page adds the protocol and the networks.
-        embedding: "pca" or "tsne".
-
-    Returns:
-        The path of the page.
+        settings: values in the section Settings of the page, by the title of their block; None: those of `extra`.
     """
     folder = Path(folder)
     text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
     atomic_write_bytes(folder / "fewshot.json", text.encode() + b"\n", fsync=True)
-    page = folder / "report.html"
-    text = render_page(
-        results,
-        read_frame=read_frame,
-        embedding=embedding,
-        caveats=caveats,
-        settings=extra if settings is None else settings,
-    )
-    atomic_write_bytes(page, text.encode(), fsync=True)
-    return page
+    settings = (extra or {}) if settings is None else settings
+    text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings)
+    atomic_write_bytes(folder / "report.html", text.encode(), fsync=True)
+    return folder / "report.html"

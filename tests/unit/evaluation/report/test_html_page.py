@@ -1,5 +1,6 @@
 import html
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from mmdistill.evaluation.report.html_page import render_page, typical_episode
 from mmdistill.fewshot.protocol import Results
+
+GLOSSARY = Path(__file__).resolve().parents[4] / "docs" / "glossary.md"
 
 
 class Page(HTMLParser):
@@ -56,13 +59,21 @@ def test_the_header_states_network_input_clips_and_glossary(results: Results, pa
     assert text.count("encoding\ntime (s)") == 4
 
 
+def test_the_terms_are_those_of_the_glossary(page: Path):
+    text = " ".join(page.read_text().split())
+    terms = dict(re.findall(r"<dt>(.+?)</dt><dd>(.+?)</dd>", re.sub("</?code>", "`", text)))
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", GLOSSARY.read_text(), flags=re.MULTILINE))
+    assert len(terms) == 10
+    assert {term: rows.get(term) for term in terms} == terms
+
+
 def test_without_frames_there_is_no_example_episode(results: Results, page: Path):
     assert "<h2>Example episode</h2>" in page.read_text()
-    assert "<h2>Example episode</h2>" not in render_page(results, read_frame=None, embedding="pca")
+    assert "<h2>Example episode</h2>" not in render_page(results, read_frame=None)
 
 
 def test_caveats_are_below_the_headline(results: Results):
-    text = render_page(results, read_frame=None, embedding="pca", caveats=["3 clips overlap", "2 of 4 <rallies>"])
+    text = render_page(results, read_frame=None, caveats=["3 clips overlap", "2 of 4 <rallies>"])
     caveats = text[text.index("<h2>Caveats</h2>") : text.index("<h2>Results</h2>")]
     assert "<li>3 clips overlap</li><li>2 of 4 &lt;rallies&gt;</li>" in caveats
 
@@ -72,7 +83,7 @@ def test_without_caveats_there_is_no_such_section(page: Path):
 
 
 def test_settings_are_those_of_the_results_and_of_each_network(results: Results):
-    text = render_page(results, read_frame=None, embedding="pca", settings={"Training": {"lr": 0.5}})
+    text = render_page(results, read_frame=None, settings={"Training": {"lr": 0.5}})
     settings = html.unescape(text[text.index("<summary>Settings</summary>") :])
     assert [part.split("</h3>")[0] for part in settings.split("<h3>")[1:]] == ["Protocol", "Networks", "Training"]
     protocol, networks, training = (json.loads(part.split("</pre>")[0]) for part in settings.split("<pre>")[1:])

@@ -7,43 +7,45 @@ from mmdistill.evaluation.report.tables import (
     FOOTNOTES,
     PROBE_COLUMNS,
     REFERENCE,
-    difference_to_scored,
-    make_tables,
-    probe_rows,
-    probe_title,
+    probe_tables,
+    result_tables,
     row_cells,
-    select_rows,
     table_title,
 )
 from mmdistill.fewshot.protocol import Results
 
 
 def test_there_is_a_table_per_combination_and_classifier_and_one_of_the_probes(results: Results):
-    tables = make_tables(results)
+    tables = [*result_tables(results), *probe_tables(results)]
     assert len(tables) == 2 * 2 + 1
     assert [len(table.rows) for table in tables] == [4] * 5
     assert tables[0].title == "5-way 1-shot, centroid: 40 episodes from 8 classes, 6 queries per class"
+    assert probe_tables(replace(results, probes=())) == []
 
 
 def test_rows_of_a_table_have_its_setting(results: Results):
-    rows = select_rows(results, 5, 5, "knn")
-    assert [row.network for row in rows] == ["student_rgb", "student_rgb", "<script>alert(1)</script>", "random"]
-    assert {table_title(row) for row in rows} == {"5-way 5-shot, knn: 40 episodes from 8 classes, 6 queries per class"}
+    setting = results.settings[-1]
+    assert (setting.n_way, setting.k_shot, setting.classifier) == (5, 5, "knn")
+    networks = ["student_rgb", "student_rgb", "<script>alert(1)</script>", "random"]
+    assert [row.network for row in setting.rows] == networks
+    titles = {table_title(row) for row in setting.rows}
+    assert titles == {"5-way 5-shot, knn: 40 episodes from 8 classes, 6 queries per class"}
 
 
 def test_the_difference_is_that_of_the_scored_network(results: Results):
-    scored, *others = select_rows(results, 5, 1, "centroid")
-    assert difference_to_scored(results, scored) is None
+    setting = results.settings[0]
+    scored, *others = setting.rows
+    assert setting.difference_to_scored(scored) is None
     for row in others:
-        difference = difference_to_scored(results, row)
+        difference = setting.difference_to_scored(row)
         assert difference is not None
         expected = scored.scores.accuracy.mean() - row.scores.accuracy.mean()
         assert difference["difference"] == pytest.approx(expected)
 
 
 def test_cells_are_percent_and_the_encoding_time_is_seconds(results: Results):
-    row = select_rows(results, 5, 1, "centroid")[-1]
-    cells = row_cells(results, row)
+    row = results.settings[0].rows[-1]
+    cells = row_cells(results.settings[0], row)
     assert len(cells) == len(COLUMNS)
     assert cells[:2] == ("random", "whole clips")
     assert cells[2].startswith(f"{100 * row.summary['top1_action_ensemble']:.2f} ± ")
@@ -52,16 +54,16 @@ def test_cells_are_percent_and_the_encoding_time_is_seconds(results: Results):
 
 
 def test_the_scored_network_is_the_reference_of_the_differences(results: Results):
-    deltas = [row_cells(results, row)[4] for row in select_rows(results, 5, 1, "centroid")]
+    deltas = [cells[4] for cells in result_tables(results)[0].rows]
     assert deltas[0] == REFERENCE
     assert REFERENCE not in deltas[1:]
     assert any(REFERENCE in footnote for footnote in FOOTNOTES)
 
 
 def test_an_unknown_encoding_time_is_a_dash(results: Results):
-    row = results.rows[0]
+    row = results.headline
     summary = {key: value for key, value in row.summary.items() if key != "seconds"}
-    assert row_cells(results, replace(row, summary=summary))[5] == "–"
+    assert row_cells(results.settings[0], replace(row, summary=summary))[5] == "–"
 
 
 def test_a_footnote_explains_each_column_of_numbers():
@@ -71,7 +73,7 @@ def test_a_footnote_explains_each_column_of_numbers():
 
 
 def test_probe_rows_are_percent(results: Results):
-    rows = probe_rows(results)
-    assert {len(cells) for cells in rows} == {len(PROBE_COLUMNS)}
-    assert rows[0][2] == f"{100 * results.probes[0]['linear_top1']:.2f}"
-    assert probe_title(results).startswith("Full label set: 8 classes, ")
+    (table,) = probe_tables(results)
+    assert {len(cells) for cells in table.rows} == {len(PROBE_COLUMNS)}
+    assert table.rows[0][2] == f"{100 * results.probes[0]['linear_top1']:.2f}"
+    assert table.title.startswith("Full label set: 8 classes, ")

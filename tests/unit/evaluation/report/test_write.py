@@ -32,7 +32,8 @@ def test_json_has_the_documented_keys_and_fractions(results: Results, page: Path
         "<script>alert(1)</script> (whole clips)",
         "random (whole clips)",
     ]
-    assert last["rows"]["random (whole clips)"] == results.rows[-1].summary
+    assert last["rows"]["random (whole clips)"] == results.settings[-1].rows[-1].summary
+    assert len(last["differences"]) == 4 * 3
     pair = last["differences"]["random (whole clips) - student_rgb (whole clips)"]
     back = last["differences"]["student_rgb (whole clips) - random (whole clips)"]
     assert pair["difference"] == -back["difference"] < 0
@@ -66,7 +67,8 @@ def test_tables_show_percent_network_and_paired_difference(results: Results):
     row = results.headline.summary
     assert f"{100 * row['top1_action_ensemble']:.2f} ± {100 * row['ci95']:.2f}" in text
     assert "scored network: student_rgb, checkpoint /runs/student_rgb.ckpt" in text
-    d = next(d for d in results.differences if d["second"] == "random" and d["first_input_mode"] == "2 tube masks")
+    d = results.settings[0].difference_to_scored(results.settings[0].rows[-1])
+    assert d is not None
     assert f"+{100 * d['difference']:.2f} ± {100 * d['ci95']:.2f}" in text
     assert text.count("Δ vs. row") == 4 + 1  # and the footnote
     narrow = Console(width=80, file=io.StringIO())
