@@ -40,7 +40,7 @@ from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE, masked_indices
 from mmdistill.randomness import seeded_rng
-from mmdistill.training.optim import LearningRates, make_optimizer
+from mmdistill.training.optim import Optimization, make_optimizer
 
 FULL = {"frames": 16, "size": (224, 384), "patch": 16, "dim": 384, "depth": 12, "heads": 6, "decoder": (192, 4, 3)}
 TINY = {"frames": 4, "size": (64, 64), "patch": 16, "dim": 32, "depth": 2, "heads": 2, "decoder": (16, 1, 1)}
@@ -121,7 +121,7 @@ def mask(g: EncoderConfig, ratio: float, setting: Setting) -> Tensor:
 
 def stepper(module: torch.nn.Module, loss: Callable[[], Tensor], setting: Setting) -> Callable[[], float]:
     """Forward, backward, AdamW."""
-    optimizer = make_optimizer(module, lr=1e-9, weight_decay=0.05, betas=(0.9, 0.95))
+    optimizer = make_optimizer(module, Optimization(1e-9))
 
     def step() -> float:
         with autocast(setting.precision, torch.device(setting.device)):
@@ -197,10 +197,8 @@ def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float
     sizes, clips = setting.sizes, setting.batch
     specs = {name: get_modality(name).spec() for name in BUILTIN_MODALITIES}
     encoder_configs = {m: make_encoder_config(sizes, s) for m, s in specs.items()}
-    module = MMDistill(
-        {m: Encoder(g) for m, g in encoder_configs.items()}, specs, rates=LearningRates(1e-9, 0, 0), weight_decay=0.05,
-        betas=(0.9, 0.95), warmup_steps=0, total_steps=1, meta={},
-    ).train().to(setting.device)  # fmt: skip
+    teachers = {m: Encoder(g) for m, g in encoder_configs.items()}
+    module = MMDistill(teachers, specs, Optimization(1e-9)).train().to(setting.device)
     t, (h, w) = sizes["frames"], sizes["size"]
     batch = {
         "rgb": torch.randint(0, 256, (clips, t, h, w + 14, 3), dtype=torch.uint8),

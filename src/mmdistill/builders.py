@@ -153,8 +153,12 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
     return readers
 
 
-def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int) -> ClipDataset:
+def make_clip_dataset(
+    data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int, cached_epochs: int = 0
+) -> ClipDataset:
     """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
+
+    `cached_epochs` see `ClipDataset`.
 
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
@@ -181,6 +185,7 @@ def make_clip_dataset(data: DataModuleConfig, modalities: tuple[str, ...], *, tr
             random_crop_min_scale=data.random_crop_min_scale,
             hflip_prob=data.hflip_prob,
             on_missing=data.on_missing,
+            cached_epochs=cached_epochs,
             always_decoded=(STUDENT_MODALITY,),
         )
     if not len(dataset):

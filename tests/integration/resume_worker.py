@@ -33,10 +33,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-import mmdistill.distill.datamodule as distill_data
 import mmdistill.distill.module as distill_module
 import mmdistill.distill.trainer as distill_run
 import mmdistill.pretrain.trainer as pretrain_loop
+import mmdistill.training.train_data as train_data
 from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error
 from mmdistill.cli.pretrain import run_pretraining
@@ -71,7 +71,7 @@ def _record_steps(record_step: Any) -> None:
 
     def recorded_losses(self: Any, batch: Any) -> Any:
         out = losses(self, batch)
-        record_step(self.progress.epoch, batch["index"].tolist(), out[0])
+        record_step(self.state.epoch, batch["index"].tolist(), out[0])
         return out
 
     def recorded_step(self: Any, batch: Any, index: int) -> Any:
@@ -172,7 +172,7 @@ def _allow_fp16() -> None:
 def _disable_cache() -> None:
     """Read all modalities and run the teachers in every epoch."""
     distill_run.TeacherCache.is_cached = lambda self, epoch: False  # type: ignore[method-assign]
-    make = distill_data.make_clip_dataset
+    make = train_data.make_clip_dataset
 
     def make_uncached(*args: Any, **kwargs: Any) -> Any:
         dataset = make(*args, **kwargs)
@@ -180,7 +180,7 @@ def _disable_cache() -> None:
         dataset.always_decoded = tuple(dataset.readers)
         return dataset
 
-    distill_data.make_clip_dataset = make_uncached
+    train_data.make_clip_dataset = make_uncached
 
 
 def _entrypoint(run: dict[str, Any]) -> Callable[[], None]:

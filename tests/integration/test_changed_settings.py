@@ -98,8 +98,8 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     recorded: list[tuple[int, list[int]]] = []
     original = loop.PretrainTrainer.train_step
 
-    def record(self: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
-        recorded.append((self.progress.epoch, batch["index"].tolist()))
+    def record(self: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+        recorded.append((self.state.epoch, batch["index"].tolist()))
         return original(self, batch)
 
     monkeypatch.setattr(loop.PretrainTrainer, "train_step", record)
@@ -138,8 +138,8 @@ def test_pretraining_inside_an_epoch_rejects_another_batch_order(
 ) -> None:
     original, run_dir = loop.PretrainTrainer.train_step, tmp_path / "run"
 
-    def stop_at_5(self: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float] | None:
-        if self.progress.batch == 4:
+    def stop_at_5(self: Any, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+        if self.state.batch == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 

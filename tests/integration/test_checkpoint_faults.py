@@ -278,7 +278,7 @@ import os, sys, tempfile
 from pathlib import Path
 from tests.integration.test_checkpoint_faults import make_model, write_lightning, write_native
 from mmdistill.checkpoint import read_checkpoint, save_safetensors
-from mmdistill.distill.callbacks import VerifiedCheckpointIO
+from mmdistill.distill.strategy import VerifiedCheckpointIO
 tempfile.tempdir = os.environ["TMPDIR"]  # Python would look for another one by itself
 try:
     tempfile.TemporaryFile().write(b"0" * 100000)

@@ -234,9 +234,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[int]]]:
     counts: dict[str, list[int]] = {}
     make = run._make_trainer
 
-    def count_reads(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
-        trainer = make(config, run_dir, data, *rest)
-        for name, reader in data.dataset.readers.items():
+    def count_reads(config: Any, training: Any, callbacks: Any) -> Any:
+        trainer = make(config, training, callbacks)
+        for name, reader in training.data.dataset.readers.items():
             counts[name] = [0] * config.trainer.epochs
 
             def read(*args: Any, original: Any = reader.read, row: list[int] = counts[name]) -> Any:
@@ -257,10 +257,10 @@ def _uncached(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same masks, but teachers run in every epoch."""
     make = run._make_trainer
 
-    def decode_all(config: Any, run_dir: Path, data: Any, *rest: Any) -> Any:
-        assert data.dataset.always_decoded == ("rgb",)
-        data.dataset.always_decoded = ("rgb", "flow", "skeleton")
-        return make(config, run_dir, data, *rest)
+    def decode_all(config: Any, training: Any, callbacks: Any) -> Any:
+        assert training.data.dataset.always_decoded == ("rgb",)
+        training.data.dataset.always_decoded = ("rgb", "flow", "skeleton")
+        return make(config, training, callbacks)
 
     monkeypatch.setattr(run, "_make_trainer", decode_all)
     monkeypatch.setattr(TeacherCache, "is_cached", lambda self, epoch: False)

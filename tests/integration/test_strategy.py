@@ -198,8 +198,6 @@ def test_stage_3_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("stage", "end"), [(1, ""), (1, "_offload"), (2, ""), (2, "_offload")])
 def test_offload_follows_the_strategy_name(stage: int, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    strategy = strategy_kwargs(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32", [])[
-        "strategy"
-    ]
+    strategy = strategy_kwargs(config_of(Path("nowhere"), f"strategy=deepspeed_stage_{stage}{end}"), "32")["strategy"]
     zero = strategy.config["zero_optimization"]
     assert (zero["stage"], "offload_optimizer" in zero) == (stage, bool(end))

@@ -73,7 +73,7 @@ def trained(folder: Path) -> tuple[DistillConfig, Path, list[dict[str, float]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_make_trainer", with_monitor)
         run.distill(config, folder / "run")
-    (again,) = made[0].validate(made[0].lightning_module, datamodule=made[0].datamodule, verbose=False)
+    (again,) = made[0].validate(made[0].lightning_module, made[0].val_dataloaders, verbose=False)
     recorder.logged.append(again)
     return config, folder, recorder.logged
 

@@ -1,6 +1,6 @@
 """The order of the clips, a pure function of seed, epoch, rank and world size. A resumed run gets the same order."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -88,12 +88,3 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     def _tail_share(self, count: int) -> slice:
         """The slice of the last `count` clips that this rank gets."""
         return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
-
-
-def batch_order_mismatch(epoch: int, other: Mapping[str, tuple[object, object]]) -> str:
-    """Message for a resume within an epoch with other batches. `other` maps settings to (checkpoint, run) values."""
-    message = ", ".join(f"{k} {stored} / {own}" for k, (stored, own) in other.items())
-    return (
-        f"resume: the checkpoint was written in the middle of epoch {epoch}, and this run has different batches "
-        f"(checkpoint / run): {message}; use the same settings, or resume from the end of an epoch"
-    )

@@ -1,233 +1,252 @@
-"""Lightning plugins and callbacks: checkpoint files, epochs, stop signals, exact epoch means."""
+"""Lightning callbacks: skipped steps and average, position and log, checkpoint files and stop signals."""
 
-import sys
-from pathlib import Path
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.strategies import DeepSpeedStrategy
 
-from mmdistill.checkpoint import load_torch, prune, save_torch
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.retention import best_checkpoint, link_or_copy
-from mmdistill.distill.module import training_position
+from mmdistill.data.dataloader import ClipLoader
 from mmdistill.distill.validation import METRIC
-from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size, run_on_all_ranks
-from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.distributed.collectives import run_on_all_ranks
+from mmdistill.models.videomae import EncoderConfig
 from mmdistill.randomness import seed_step
-from mmdistill.training.signals import StopSignal, stop_message
+from mmdistill.training.nonfinite import grad_norm, skip_optimizer_step
+from mmdistill.training.optim import StepSchedule
+from mmdistill.training.run import Training
+from mmdistill.training.run_logger import baseline_ratio
 
 LAST = "last.ckpt"
 
 
-class VerifiedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoint I/O through the checkpoint layer: atomic writes, checksums, ``weights_only``."""
+class ResumableLoader(ClipLoader):
+    """A loader with the two methods that Lightning requires for a resume inside an epoch.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write one file; it appears under its name only when it is complete."""
-        save_torch(checkpoint, Path(path))
+    They do nothing, because `Training.load_state_dict` sets the sampler's position.
+    """
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read one file. Raises `CheckpointError` if it is damaged or contains anything but data."""
-        content: dict[str, Any] = load_torch(Path(path))
-        return content
+    def state_dict(self) -> dict[str, Any]:
+        """An empty dict."""
+        return {}
 
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a file."""
-        Path(path).unlink(missing_ok=True)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Ignored."""
+
+
+def loss_scale(trainer: pl.Trainer) -> float | None:
+    """The dynamic loss scale of precision=16."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
+
+
+class StepCallback(Callback):
+    """Skip an optimizer step whose loss or gradient is not finite; update the student's average after the others.
+
+    It comes before `TrainingCallback`, which counts the step.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.guard = training.guard
+        self._is_step_end = False
+        self._skipped_before = 0  # steps that the engine had skipped before this one
+        self._step_context = ExitStack()  # entered during the optimizer step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Check the gradient before it is clipped. Raises `NonFiniteError` if the policy does not allow to skip."""
+        self._is_step_end = True
+        strategy: Any = trainer.strategy
+        if _is_zero(strategy):
+            self._skipped_before = strategy.deepspeed_engine.skipped_steps
+            must_skip = self.guard.before_step()
+        else:
+            must_skip = self.guard.before_step(grad_norm(list(pl_module.parameters())), loss_scale(trainer))
+        if must_skip and isinstance(strategy, DeepSpeedStrategy):
+            self._step_context.enter_context(skip_optimizer_step(optimizer))
+        elif must_skip:  # this hook runs inside AdamW's step, which ignores parameters without a gradient
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """After an optimizer step, handle a step that ZeRO has skipped, and update the average."""
+        if not self._is_step_end:
+            return
+        self._is_step_end = False
+        self._step_context.close()
+        strategy: Any = trainer.strategy
+        if _is_zero(strategy):
+            engine = strategy.deepspeed_engine
+            was_skipped = engine.skipped_steps > self._skipped_before
+            self.guard.after_step(engine.get_global_grad_norm(), was_skipped=was_skipped)
+        if not self.guard.was_skipped:
+            pl_module.update_average()
+
+
+def _is_zero(strategy: Any) -> bool:
+    """Whether only the optimizer knows the gradient: ZeRO keeps it in buckets, and computes its norm in the step."""
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.stage > 0  # type: ignore[attr-defined]
+
+
+class TrainingCallback(Callback):
+    """Position, seeds, learning rates and log of a training.
+
+    All randomness in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
+
+    Args:
+        training: the training.
+        summary: first line of the log.
+    """
+
+    def __init__(self, training: Training, summary: str) -> None:
+        self.training, self.state, self.data = training, training.state, training.data
+        self.summary = summary
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Set the learning rates; `on_train_epoch_start` is not called if a run resumes inside an epoch."""
+        self._schedule(trainer).restore(self.data.schedule_step(self.state))
+        self.training.log_start(self.summary)
+        self.training.throughput.restart()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the epoch's iterator is created."""
+        self.state.start_epoch(trainer.current_epoch)
+        self.data.sampler.set_state(trainer.current_epoch, 0)
+        self.training.throughput.restart()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Seed the step."""
+        self.training.throughput.end_wait()
+        seed_step(self.training.config.seed, trainer.current_epoch, index, trainer.global_rank)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and set the learning rates of the next step."""
+        num_clips = len(batch["index"]) * trainer.world_size
+        self.state.add_batch(outputs["values"], num_clips)
+        self.state.step = trainer.global_step
+        self._schedule(trainer).step_update(self.data.schedule_step(self.state))
+        self.training.throughput.add_clips(num_clips)
+        self.training.log_step()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the epoch's means, each teacher's loss with its constant baseline, also for Lightning's callbacks."""
+        pl_module.log_dict(self.state.means, sync_dist=True)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self.state.means
+        lr = self._schedule(trainer).lr
+        self.training.log_epoch(metrics, format_losses(self.state.means), lr=lr, loss_scale=loss_scale(trainer))
+
+    def _schedule(self, trainer: pl.Trainer) -> StepSchedule:
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        return schedule  # type: ignore[no-any-return]
+
+
+def format_losses(means: Mapping[str, float]) -> str:
+    """The total loss, and each teacher's loss with its ratio to the constant baseline.
+
+    Args:
+        means: epoch means ``train_loss``, ``train_loss_NAME`` and ``constant_baseline_loss_NAME``.
+    """
+    parts: list[str] = []
+    for name, loss in means.items():
+        if name.startswith("train_loss_"):
+            teacher = name.removeprefix("train_loss_")
+            ratio = baseline_ratio(loss, means[f"constant_baseline_loss_{teacher}"])
+            label = "ratio to constant baseline" if not parts else "ratio"
+            parts.append(f"{teacher} {loss:.4f} ({label} {f'{ratio:.2g}' if ratio < 10 else f'{ratio:.0f}'})")
+    total = f"loss {means.get('train_loss', math.nan):.4f}"
+    return f"{total}: {', '.join(parts)}" if parts else total
 
 
 class EpochCheckpoints(Checkpoint):
     """``epoch=XX-train_loss=X.XXXX.ckpt`` every `save_ckpt_freq` epochs and at the end, and ``last.ckpt``.
 
-    ``last.ckpt`` is a hard link to the newest of them (a copy where the disk has no links). Each checkpoint stores the
-    losses and validations of all checkpoints of the training, so a run that resumes in another folder knows the best.
+    ``last.ckpt`` is a hard link to the newest of them (a copy where the disk has no links), or the checkpoint that was
+    written after a stop signal. Each checkpoint stores the state of `training`. Lightning calls this class after all
+    other callbacks.
 
     Args:
-        directory: the folder of checkpoints.
-        save_ckpt_freq: epochs between files.
-        keep_last: see `checkpoint.prune`.
-        save_top_k: see `checkpoint.prune`.
+        training: the training.
+        encoders: architecture of each component.
+        statistics: of each modality.
+        sources: path and sha256 of each teacher by component.
         monitor: metric that decides the best: ``train_loss`` or ``val_top1_action``.
-        source: the checkpoint that the run resumes from, which is never removed.
-        stop_signal: returns the received stop signal. After a signal in the last step of an epoch, the run stops here.
     """
 
     def __init__(
         self,
-        directory: Path,
+        training: Training,
         *,
-        save_ckpt_freq: int,
-        keep_last: int | None,
-        save_top_k: int | None,
+        encoders: Mapping[str, EncoderConfig],
+        statistics: Mapping[str, Any],
+        sources: Mapping[str, Any],
         monitor: str,
-        source: Path | None,
-        stop_signal: StopSignal,
     ) -> None:
-        self.directory, self.save_ckpt_freq = directory, save_ckpt_freq
-        self.keep_last, self.save_top_k, self.source = keep_last, save_top_k, source
-        self.stop_signal = stop_signal
+        self.training, self.state = training, training.state
+        self.encoders, self.statistics, self.sources = encoders, statistics, sources
         self.monitor = monitor
-        self.losses: dict[str, float] = {}  # absolute path -> loss
-        self.validations: dict[str, float] = {}  # absolute path -> val_top1_action, of validated epochs
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save every `save_ckpt_freq` epochs, at the last epoch, and after a stop signal."""
-        epoch, loss = trainer.current_epoch, float(trainer.callback_metrics.get("train_loss", float("nan")))
-        is_last_epoch = epoch + 1 == trainer.max_epochs
-        stop = not is_last_epoch and should_stop(trainer, self.stop_signal)
-        if is_last_epoch or (epoch + 1) % self.save_ckpt_freq == 0:
-            path = (self.directory / f"epoch={epoch:02d}-train_loss={loss:.4f}.ckpt").absolute()
-            self.losses[str(path)] = loss
-            if METRIC in trainer.callback_metrics and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-                self.validations[str(path)] = float(trainer.callback_metrics[METRIC])
-            trainer.save_checkpoint(path, weights_only=False)
-            run_on_all_ranks(
-                lambda: self._prune_checkpoints(path) if trainer.is_global_zero else None, error_class=CheckpointError
-            )
-        elif stop:
-            trainer.save_checkpoint(self.directory / LAST, weights_only=False)
-        if stop:  # unlike an exit here, this lets Lightning finish the epoch
-            trainer.should_stop = True
-            _rank_zero_info(trainer, stop_message(self.directory / LAST))
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the best checkpoint."""
-        best = best_checkpoint(self._scores())
-        if best is not None:
-            values = self.losses if self.monitor == "train_loss" else self.validations
-            _rank_zero_info(trainer, f"best checkpoint: {best} ({self.monitor} {values[str(best)]:.4f})")
-
-    def _scores(self) -> dict[str, float]:
-        """Score of each checkpoint by path; the lowest is the best."""
-        return self.losses if self.monitor == "train_loss" else {p: -v for p, v in self.validations.items()}
+        self.last_path = training.run.checkpoints / LAST
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses and validations of all checkpoints of this training."""
-        return {"losses": dict(self.losses), "validations": dict(self.validations)}
+        """See `Training.state_dict`."""
+        return self.training.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the losses and validations of the resumed run."""
-        self.losses = {str(k): float(v) for k, v in state_dict["losses"].items()}
-        self.validations = {str(k): float(v) for k, v in state_dict.get("validations", {}).items()}
+        """See `Training.load_state_dict`."""
+        self.training.load_state_dict(state_dict)
 
-    def _prune_checkpoints(self, path: Path) -> None:
-        """Link ``last.ckpt`` to `path` and remove old checkpoints."""
-        link_or_copy(path, self.directory / LAST)
-        prune(
-            self.directory,
-            keep_last=self.keep_last,
-            save_top_k=self.save_top_k,
-            protect=[self.source] if self.source else [],
-            external_losses=self.losses,
-            scores=None if self.monitor == "train_loss" else self._scores(),
-        )
-
-
-class SetEpochCallback(Callback):
-    """Set the sampler's epoch and seed each step. `DistillData` sets the first epoch when it creates the loader.
-
-    All randomness in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
-    """
-
-    def __init__(self, sampler: Any, seed: int) -> None:
-        self.sampler, self.seed = sampler, seed
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Restore the schedule at the sampler's position."""
-        pl_module.restore_schedule(self.sampler.epoch, self.sampler.start_batch)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the epoch's iterator is created; Lightning skips it if a run resumes inside an epoch."""
-        self.sampler.set_state(trainer.current_epoch, 0)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Seed the step."""
-        seed_step(self.seed, trainer.current_epoch, index, trainer.global_rank)
-
-
-class EpochMeans(Callback):
-    """Means of the steps' ``values`` over the clips of an epoch and all ranks, exact also after a resume.
-
-    Lightning's own means restart from zero at a resume. These sums (float64) are stored in the checkpoint, one list per
-    rank, so the means of a resumed epoch are bit-identical to those of an uninterrupted one.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums: torch.Tensor | None = None  # sums of value x clips for each value; last element: number of clips
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reset the sums."""
-        self.sums = None
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add a step's values without a device synchronization."""
-        values = outputs["values"]
-        if not values:  # the loss was not finite
-            return
-        self.names, num_clips = list(values), len(batch["index"])
-        step = torch.stack([v.detach().double() for v in values.values()] + [torch.ones_like(outputs["loss"]).double()])
-        step *= num_clips
-        self.sums = step if self.sums is None else self.sums.to(step.device) + step
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Log the means."""
-        if self.sums is None:
-            return
-        total = trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
-        means = (total[:-1] / total[-1]).float()
-        pl_module.log_dict(dict(zip(self.names, means, strict=True)), batch_size=1)
-        pl_module.log_dict(
-            {"grad_norm": pl_module.grad_norm, "skipped_steps": float(pl_module.nonfinite.skipped_steps)}
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of all ranks. Collective, like saving a checkpoint."""
-        return {"names": self.names, "sums": all_gather_objects([] if self.sums is None else self.sums.tolist())}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """This rank's sums. With another number of ranks, rank 0 gets the sums of all stored ranks."""
-        by_rank, rank = state_dict["sums"], get_rank()
-        if len(by_rank) != get_world_size():
-            nonempty = [sums for sums in by_rank if sums]
-            by_rank = [[sum(column) for column in zip(*nonempty, strict=True)]] if nonempty else [[]]
-        # checkpoints of commit ae7d5c0 and earlier have the old name
-        self.names = [name.replace("trivial_loss", "constant_baseline_loss") for name in state_dict["names"]]
-        own_sums = by_rank[rank] if rank < len(by_rank) else []
-        self.sums = torch.tensor(own_sums, dtype=torch.float64) if own_sums else None
-
-
-class StopOnSignal(Callback):
-    """After a stop signal, finish the optimizer step, save ``last.ckpt`` and exit with `INTERRUPTED_EXIT_CODE`.
-
-    `resume` continues with the next batch of the epoch. `EpochCheckpoints` handles a signal in the last step of an
-    epoch.
-    """
-
-    def __init__(self, stop_signal: StopSignal, path: Path, accumulate_grad_batches: int) -> None:
-        self.stop_signal, self.path, self.accumulate_grad_batches = stop_signal, path, accumulate_grad_batches
+        """Add the metadata. ``loss`` is None inside an epoch."""
+        meta = self.training.meta("distill", self.encoders, self.statistics)
+        loss = None if meta["batch"] else self.state.means.get("train_loss")
+        checkpoint["mmdistill"] = {**meta, "decoder": None, "teachers": dict(self.sources), "loss": loss}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save and exit if any rank has received a signal. Collective."""
-        batches_done = training_position(trainer)[1]
-        is_step_end = batches_done > 0 and batches_done % self.accumulate_grad_batches == 0
-        if not is_step_end or not should_stop(trainer, self.stop_signal):
-            return
-        trainer.save_checkpoint(self.path, weights_only=False)
-        _rank_zero_info(trainer, stop_message(self.path))
-        raise SystemExit(INTERRUPTED_EXIT_CODE)
+        """Inside an epoch, save and exit after a stop signal, when the optimizer step is complete. Collective."""
+        data, batch = self.training.data, self.state.batch
+        is_step_end = batch < data.batches_per_epoch and batch % data.accumulate_grad_batches == 0
+        if is_step_end and self.training.should_stop():
+            trainer.save_checkpoint(self.last_path, weights_only=False)
+            self.training.stop(self.last_path)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save every `save_ckpt_freq` epochs, at the last epoch, and after a stop signal. Collective."""
+        config, epoch = self.training.config.trainer, self.state.epoch
+        is_last_epoch = epoch + 1 == trainer.max_epochs
+        must_stop = not is_last_epoch and self.training.should_stop()
+        if is_last_epoch or (epoch + 1) % config.save_ckpt_freq == 0:
+            loss = self.state.means.get("train_loss", math.nan)
+            path = self.training.run.checkpoints / f"epoch={epoch:02d}-train_loss={loss:.4f}.ckpt"
+            self.state.losses[str(path)] = loss
+            if METRIC in trainer.callback_metrics and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+                self.state.validations[str(path)] = float(trainer.callback_metrics[METRIC])
+            trainer.save_checkpoint(path, weights_only=False)
+            run_on_all_ranks(
+                lambda: link_or_copy(path, self.last_path) if trainer.is_global_zero else None,
+                error_class=CheckpointError,
+            )
+            self.training.finish_save(None if self.monitor == "train_loss" else self._scores)
+        elif must_stop:
+            trainer.save_checkpoint(self.last_path, weights_only=False)
+        if must_stop:  # unlike an exit here, this lets Lightning finish the epoch
+            trainer.should_stop = True
 
-def should_stop(trainer: pl.Trainer, stop_signal: StopSignal) -> bool:
-    """Whether any rank has received a stop signal; the same value on every rank. Collective."""
-    return bool(trainer.strategy.reduce_boolean_decision(stop_signal() is not None, all=False))
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the best checkpoint."""
+        best = best_checkpoint(self._scores)
+        if best is not None:
+            values = self.state.losses if self.monitor == "train_loss" else self.state.validations
+            self.training.log.info(f"best checkpoint: {best} ({self.monitor} {values[str(best)]:.4f})")
 
-
-def _rank_zero_info(trainer: pl.Trainer, text: str) -> None:
-    if trainer.is_global_zero:
-        print(text, file=sys.stderr, flush=True)
+    @property
+    def _scores(self) -> dict[str, float]:
+        """Score of each checkpoint by path; the lowest is the best."""
+        if self.monitor == "train_loss":
+            return self.state.losses
+        return {path: -value for path, value in self.state.validations.items()}

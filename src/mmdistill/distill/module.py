@@ -6,21 +6,17 @@ teacher's feature.
 """
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmdistill.checkpoint import CheckpointError
-from mmdistill.config import ConfigError
 from mmdistill.distill.parallel_encoders import MAX_TOKENS_FOR_THREADING, run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teacher_digests
@@ -28,8 +24,8 @@ from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
-from mmdistill.training.nonfinite import MIN_LOSS_SCALE, NonFiniteGuard, grad_norm, skip_optimizer_step, zero_loss
-from mmdistill.training.optim import LearningRates, make_optimizer, make_schedule, param_group_hparams
+from mmdistill.training.nonfinite import NonFiniteGuard, zero_loss
+from mmdistill.training.optim import Optimization, StepSchedule, make_optimizer
 
 
 class MMDistill(pl.LightningModule):
@@ -38,69 +34,52 @@ class MMDistill(pl.LightningModule):
     Args:
         teachers: frozen encoders by modality. ``rgb`` is required: the student is initialized as its copy.
         specs: preprocessing of each modality's raw clips.
-        rates: learning rates of the schedule.
-        weight_decay: weight decay of AdamW.
-        betas: betas of AdamW.
-        warmup_steps: optimizer steps of the linear warm-up.
-        total_steps: optimizer steps of the whole schedule.
-        meta: plain containers that are stored with the weights (architectures, statistics, teachers with digests).
-        save_teachers: False: checkpoints do not contain the teachers; `meta` references them.
-        layer_decay: see `make_optimizer`.
+        optimization: hyperparameters of AdamW and its schedule.
+        guard: policy for a loss that is not finite; None: such a loss is used.
+        cache: features that replace the teachers.
+        sources: path and sha256 of each teacher by component, see `load_teachers`.
+        save_teachers: False: checkpoints do not contain the teachers.
         ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
-        nonfinite: policy for a loss or gradient that is not finite; None: raise.
     """
 
     def __init__(
         self,
         teachers: Mapping[str, Encoder],
         specs: Mapping[str, ModalitySpec],
+        optimization: Optimization,
         *,
-        rates: LearningRates,
-        weight_decay: float,
-        betas: tuple[float, float],
-        warmup_steps: int,
-        total_steps: int,
-        meta: Mapping[str, Any],
+        guard: NonFiniteGuard | None = None,
+        cache: TeacherCache | None = None,
+        sources: Mapping[str, Any] | None = None,
         save_teachers: bool = True,
-        layer_decay: float | None = None,
         ema: float | None = None,
-        nonfinite: NonFiniteGuard | None = None,
     ) -> None:
         super().__init__()
-        self.nonfinite = nonfinite or NonFiniteGuard("raise", 0, print)
-        self.grad_norm = 0.0  # of the last step, before clipping
-        self._num_finite_batches = 0  # of the current optimizer step
-        self.overflow_steps = 0  # under precision=16: steps skipped to find the loss scale
-        self._step_was_skipped = False
-        self._step_context = ExitStack()  # entered during the optimizer step
-        self.save_teachers = save_teachers
-        self.specs, self.rates, self.meta = dict(specs), rates, dict(meta)
-        self.weight_decay, self.betas, self.layer_decay = weight_decay, betas, layer_decay
-        self.warmup_steps, self.total_steps = warmup_steps, total_steps
-        self._group_hparams: list[dict[str, Any]] = []  # of the optimizer's param groups
-        # position in the schedule, less `global_step`; not 0 if earlier epochs had another number of steps
-        self._step_offset = 0
-        self.modalities = tuple(teachers)
+        self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
+        self.guard, self.cache, self.ema = guard, cache, ema
+        self.sources, self.save_teachers = dict(sources or {}), save_teachers
+        self._is_compiled = False
         self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers[STUDENT_MODALITY])})
         self.student_rgb.requires_grad_(True)
         for modality, encoder in teachers.items():
             teacher = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
             self.add_module(f"teacher_{modality}", teacher)
-        self.ema = ema
         if ema is not None:
-            self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
-        self.cache: TeacherCache | None = None
-        self._is_compiled = False
-        widths = {m: e.config.dim for m, e in teachers.items()}
-        self.cmt = CrossModalTransfer(teachers[STUDENT_MODALITY].config.dim, widths)
+            average = AveragedModel(self.student_rgb, multi_avg_fn=get_ema_multi_avg_fn(ema))
+            average.update_parameters(self.student_rgb)  # the first update copies
+            self.student_ema_rgb = average.module.requires_grad_(False).eval()
+            # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
+            self._update_average = average.update_parameters
+        self.cmt = CrossModalTransfer(
+            teachers[STUDENT_MODALITY].config.dim, {m: encoder.config.dim for m, encoder in teachers.items()}
+        )
 
     def train(self, mode: bool = True) -> "MMDistill":
         """Set the mode of the student and the transfer head; teachers and average stay in eval mode."""
         super().train(mode)
-        for modality in self.modalities:
-            self.teacher(modality).eval()
-        if self.ema is not None:
-            self.student_ema_rgb.eval()
+        for name, child in self.named_children():
+            if name not in ("student_rgb", "cmt"):
+                child.eval()
         return self
 
     def compile_encoders(self) -> None:
@@ -117,6 +96,31 @@ class MMDistill(pl.LightningModule):
     def teacher(self, modality: str) -> Encoder:
         """The frozen teacher of a modality."""
         return cast(Encoder, self.get_submodule(f"teacher_{modality}.encoder"))
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
+        """Forward pass of one batch.
+
+        Returns:
+            ``loss``, the sum of the teachers' losses; ``values``, the means over all ranks of this sum, each loss and
+            its constant baseline, which are empty if the loss is not finite.
+        """
+        losses = self.losses(batch)
+        total = torch.stack([loss for loss, _ in losses.values()]).sum()
+        values = {"train_loss": total}
+        for modality, (loss, constant_baseline) in losses.items():
+            values[f"train_loss_{modality}"] = loss
+            values[f"constant_baseline_loss_{modality}"] = constant_baseline
+        means = dict(zip(values, all_reduce_mean(list(values.values())), strict=True))
+        if self.guard is not None:
+            is_first = batch_index % self.trainer.accumulate_grad_batches == 0
+            if not self.guard.before_backward(total, means["train_loss"], batch["index"], is_first=is_first):
+                # DDP and DeepSpeed need a backward pass on every rank and for every batch
+                return {"loss": zero_loss(list(self.parameters())), "values": {}}
+        return {"loss": total, "values": means}
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
+        """The student's features of clips without a mask, (B, D); `Validation` scores them."""
+        return self.student.embed(self.input(STUDENT_MODALITY, batch), None)
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """By teacher: (mean squared error, that of the best constant feature on this batch); float32 scalars."""
@@ -172,134 +176,25 @@ class MMDistill(pl.LightningModule):
             return [job() for job in jobs]
         return run_in_parallel(jobs)
 
-    def _update_average(self) -> None:
-        """Update the student's average after an optimizer step."""
-        averages, current = list(self.student_ema_rgb.parameters()), list(self.student_rgb.parameters())
-        if averages[0].dtype != torch.float32:  # rounding would discard small updates
-            raise ConfigError("trainer.ema needs float32 weights: with strategy=deepspeed set precision=32")
-        get_ema_multi_avg_fn(self.ema or 0)(averages, [p.detach() for p in current], None)
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
-        """The sum of the teachers' losses as ``loss``; each loss and its constant baseline in ``values``."""
-        losses = self.losses(batch)
-        total = torch.stack([loss for loss, _ in losses.values()]).sum()
-        mean = all_reduce_mean([total])[0]
-        accumulate = self.trainer.accumulate_grad_batches
-        is_finite = self.nonfinite.check_loss(total, mean, self.clip_ids(batch), self._step_name)
-        self._num_finite_batches = is_finite + (0 if batch_index % accumulate == 0 else self._num_finite_batches)
-        if not is_finite:  # DDP and DeepSpeed need a backward pass on every rank and for every batch
-            return {"loss": zero_loss(list(self.parameters())), "values": {}}
-        values = {"train_loss": total}
-        for modality, (loss, constant_baseline) in losses.items():
-            values[f"train_loss_{modality}"] = loss
-            values[f"constant_baseline_loss_{modality}"] = constant_baseline
-        return {"loss": total, "values": values}
-
-    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """The student's features of clips without a mask, (B, D); `Validation` scores them."""
-        return self.student.embed(self.input(STUDENT_MODALITY, batch), None)
-
-    def clip_ids(self, batch: Mapping[str, Tensor]) -> list[str]:
-        """Ids of a batch's clips."""
-        clips = self.trainer.datamodule.dataset.index.clips  # type: ignore[attr-defined]
-        return [clips[i].id for i in batch["index"].tolist()]
-
-    @property
-    def _step_name(self) -> str:
-        """Step and epoch, for messages."""
-        return f"step {self.global_step} (epoch {self.current_epoch})"
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Compute the gradient norm before clipping; skip the step if the loss or the gradient is not finite.
-
-        Raises:
-            NonFiniteError: the policy does not allow to skip this step.
-        """
-        reason = None if self._num_finite_batches else "loss is not finite"
-        self._step_was_skipped = reason is not None
-        strategy: Any = self.trainer.strategy
-        is_deepspeed = isinstance(strategy, DeepSpeedStrategy)
-        if reason is None and not (is_deepspeed and strategy.stage):  # ZeRO keeps gradients in buckets
-            self.grad_norm = grad_norm(list(self.parameters()))
-            if not math.isfinite(self.grad_norm):
-                self._step_was_skipped = True
-                scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # skips such a step by itself
-                if scaler is not None:
-                    self.overflow_steps += 1
-                if scaler is None or scaler.get_scale() <= MIN_LOSS_SCALE:
-                    reason = "gradient is not finite"
-        if reason:
-            if is_deepspeed:
-                self._step_context.enter_context(skip_optimizer_step(optimizer))
-            else:  # this hook runs inside AdamW's step, which ignores parameters without a gradient
-                for parameter in self.parameters():
-                    parameter.grad = None
-            self.nonfinite.skip_step(self._step_name, reason=reason)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's step. ZeRO reports the gradient norm, and a step that it skips is counted.
-
-        Raises:
-            NonFiniteError: see `on_before_optimizer_step`.
-        """
-        engine = getattr(self.trainer.strategy, "deepspeed_engine", None)
-        skipped_before = engine.skipped_steps if engine else 0
-        with self._step_context:
-            super().optimizer_step(*args, **kwargs)
-        if engine and engine.zero_optimization_stage() and self._num_finite_batches:
-            self.grad_norm = float(engine.get_global_grad_norm())
-        if engine and engine.skipped_steps > skipped_before and not self._step_was_skipped:
-            self._step_was_skipped = True
-            self.nonfinite.skip_step(self._step_name, reason="gradient is not finite")
+    def update_average(self) -> None:
+        """Update the student's average, if there is one, after an optimizer step."""
+        if self.ema is not None:
+            self._update_average(self.student_rgb)
 
     def configure_optimizers(self) -> Any:
         """AdamW on student and transfer head, with a cosine schedule by step."""
         trainable = nn.ModuleDict({"student_rgb": self.student_rgb, "cmt": self.cmt})
-        optimizer = make_optimizer(
-            trainable, lr=self.rates.lr, weight_decay=self.weight_decay, betas=self.betas, layer_decay=self.layer_decay
-        )
+        optimizer = make_optimizer(trainable, self.optimization)
         # otherwise a fused AdamW unscales fp16 gradients inside its step, after they are checked and clipped
         optimizer._step_supports_amp_scaling = False
-        self._group_hparams = param_group_hparams(optimizer)
-        schedule = make_schedule(optimizer, self.rates, warmup_steps=self.warmup_steps, total_steps=self.total_steps)
+        schedule = StepSchedule(optimizer, self.optimization)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def restore_schedule(self, epoch: int, batch: int) -> None:
-        """Set learning rates, weight decay and betas of this position from this run's config, not the checkpoint."""
-        accumulate = self.trainer.accumulate_grad_batches
-        steps_per_epoch = math.ceil(self.trainer.num_training_batches / accumulate)
-        self._step_offset = epoch * steps_per_epoch + batch // accumulate - self.global_step
-        for scheduler_config in self.trainer.lr_scheduler_configs:
-            schedule: Any = scheduler_config.scheduler
-            for group, hparams in zip(schedule.optimizer.param_groups, self._group_hparams, strict=True):
-                group.update(hparams)
-            schedule.step_update(self.global_step + self._step_offset)
-
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """After each optimizer step: update timm's schedule with the number of steps done, and the average."""
-        scheduler.step_update(self.global_step + self._step_offset)
-        # not in a hook at the end of the batch, which does not run if a signal stops the training there
-        if self.ema is not None and not self._step_was_skipped:
-            self._update_average()
+        """Do nothing: `TrainingCallback` sets the position of the schedule."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add `meta` with epoch, step and loss; remove the teachers if `save_teachers` is False.
-
-        ``batch`` is the number of batches done in the epoch, None at its end. ``loss`` is None inside an epoch.
-        """
-        _, batch = training_position(self.trainer)
-        loss = None if batch else self.trainer.callback_metrics.get("train_loss")
-        checkpoint["mmdistill"] = {
-            **self.meta,
-            "epoch": self.current_epoch,
-            "step": self.global_step,
-            "batch": batch or None,
-            "skipped_steps": self.nonfinite.skipped_steps,
-            "overflow_steps": self.overflow_steps,
-            "loss": float(loss) if loss is not None else None,
-        }
-        # Lightning's loader state does not load into a loader without state; `DistillData` stores the position
-        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        """Remove the teachers if `save_teachers` is False."""
         if not self.save_teachers:
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {k: v for k, v in state.items() if not k.startswith("teacher_")}
@@ -311,9 +206,7 @@ class MMDistill(pl.LightningModule):
             CheckpointError: the digests differ; or only one of checkpoint and run has an average of the student.
         """
         state, stored = checkpoint.get("state_dict"), checkpoint.get("mmdistill") or {}
-        self.nonfinite.skipped_steps = int(stored.get("skipped_steps", 0))
-        self.overflow_steps = int(stored.get("overflow_steps", 0))
-        checkpoint["lr_schedulers"] = []  # the schedule follows from config and step, see `restore_schedule`
+        checkpoint["lr_schedulers"] = []  # the schedule follows from config and position, see `StepSchedule.restore`
         if state is None:  # a directory of Lightning's own DeepSpeed strategy: the engine has loaded the weights
             return
         has_average = any(k.startswith("student_ema_rgb.") for k in state)
@@ -324,13 +217,6 @@ class MMDistill(pl.LightningModule):
             )
         teachers = [f"teacher_{m}" for m in self.modalities]
         missing = [name for name in teachers if not any(k.startswith(f"{name}.") for k in state)]
-        check_teacher_digests(stored.get("teachers") or {}, self.meta.get("teachers") or {}, missing)
+        check_teacher_digests(stored.get("teachers") or {}, self.sources, missing)
         own_teachers = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in missing}
         checkpoint["state_dict"] = {**state, **own_teachers}
-
-
-def training_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """The position between two batches: (epoch, batches done in it); (next epoch, 0) at the end of an epoch."""
-    loop: Any = trainer.fit_loop
-    epochs_started, done = loop.epoch_progress.current.started, loop.epoch_loop.batch_progress.current.ready
-    return (epochs_started - 1, done) if 0 < done < trainer.num_training_batches else (epochs_started, 0)

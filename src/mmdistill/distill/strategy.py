@@ -15,34 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from mmdistill.checkpoint import CheckpointError, load_deepspeed
+from mmdistill.checkpoint import CheckpointError, load_deepspeed, load_torch, save_torch
 from mmdistill.config import DEEPSPEED_STAGES, ConfigError, DistillConfig, has_offload
 from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.distributed.process import disable_shm_op
+from mmdistill.training.old_checkpoints import upgrade_distill_checkpoint
 
 _BUCKET_SIZE = 50_000_000  # elements per reduction; one buffer of this size is allocated
 _STEP = "step"  # the only entry of AdamW's state that is not a moment
 _PRECISION = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
-def strategy_kwargs(config: DistillConfig, precision: str, plugins: list[Any]) -> dict[str, Any]:
+def strategy_kwargs(config: DistillConfig, precision: str) -> dict[str, Any]:
     """The Trainer's arguments ``strategy``, ``devices``, ``num_nodes``, ``precision`` and ``plugins``.
 
     Rank and world size are read from the environment variables that `start_process` uses, whichever launcher set them.
     Lightning must not start processes itself: each of them would run all jobs of a multirun again.
 
-    Args:
-        config: the validated config.
-        precision: ``32``, ``bf16`` or ``16``.
-        plugins: further plugins.
-
     Raises:
-        ConfigError: the strategy does not support the precision.
+        ConfigError: the strategy does not support `precision` (``32``, ``bf16`` or ``16``).
     """
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
@@ -50,9 +47,11 @@ def strategy_kwargs(config: DistillConfig, precision: str, plugins: list[Any]) -
     if config.strategy in DEEPSPEED_STAGES:
         if precision == "16":
             raise ConfigError(f"strategy={config.strategy} does not support precision=16; use precision=bf16 or 32")
-        stage = DEEPSPEED_STAGES[config.strategy]
         strategy = SingleFileDeepSpeedStrategy(
-            stage, batch_size=config.batch_size, autocast=precision == "bf16", offload=has_offload(config)
+            DEEPSPEED_STAGES[config.strategy],
+            batch_size=config.batch_size,
+            autocast=precision == "bf16",
+            offload=has_offload(config),
         )
         precision = "32"  # of the weights; the engine computes under autocast
     elif config.strategy == "ddp" or world_size > 1:
@@ -62,8 +61,24 @@ def strategy_kwargs(config: DistillConfig, precision: str, plugins: list[Any]) -
         "devices": local_world_size,
         "num_nodes": world_size // local_world_size,
         "precision": _PRECISION[precision],
-        "plugins": [*plugins, TorchElasticEnvironment()],
+        "plugins": [VerifiedCheckpointIO(), TorchElasticEnvironment()],
     }
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint I/O through the checkpoint layer: atomic writes, checksums, ``weights_only``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write one file; it appears under its name only when it is complete."""
+        save_torch(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one file. Raises `CheckpointError` if it is damaged or contains anything but data."""
+        return upgrade_distill_checkpoint(load_torch(Path(path)))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a file."""
+        Path(path).unlink(missing_ok=True)
 
 
 class SingleFileCheckpointMixin:
@@ -79,23 +94,18 @@ class SingleFileCheckpointMixin:
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file on rank 0. Raises the same `CheckpointError` on every rank."""
         path = self.broadcast(filepath)
-
-        def write() -> None:
-            if self.is_global_zero:
-                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
-
         run_on_all_ranks(
-            write, error_class=CheckpointError, message=f"{path}: not saved; an existing file there is unchanged"
+            lambda: self.checkpoint_io.save_checkpoint(checkpoint, path) if self.is_global_zero else None,
+            error_class=CheckpointError,
+            message=f"{path}: not saved; an existing file there is unchanged",
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read one file on every rank. Raises the same `CheckpointError` on every rank."""
         content: dict[str, Any] = {}
-
-        def read() -> None:
-            content.update(self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only))
-
-        run_on_all_ranks(read, error_class=CheckpointError)
+        run_on_all_ranks(
+            lambda: content.update(self.checkpoint_io.load_checkpoint(checkpoint_path)), error_class=CheckpointError
+        )
         return content
 
 
@@ -124,18 +134,13 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
             )
         if offload and not stage:
             raise ValueError("offload needs ZeRO stage 1 or 2")
+        zero = {"stage": stage, "reduce_bucket_size": _BUCKET_SIZE, "allgather_bucket_size": _BUCKET_SIZE}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": batch_size,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": _BUCKET_SIZE,
-                "allgather_bucket_size": _BUCKET_SIZE,
-            },
+            "zero_optimization": {**zero, **({"offload_optimizer": {"device": "cpu"}} if offload else {})},
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 10**9,
         }
-        if offload:
-            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-            config["zero_force_ds_cpu_optimizer"] = False
         if autocast:  # no modules are listed, so all gradients are reduced in float32
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         super().__init__(config=config)
@@ -143,7 +148,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         self._param_groups: list[list[nn.Parameter]] = []
         self._resumed_from_directory = False
 
-    # setting up ---------------------------------------------------------------------------------------------------
+    # setting up -------------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
         """Like Lightning's, but also on CPUs, for which DeepSpeed needs numbered devices."""
@@ -169,7 +174,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         if hasattr(engine, "destroy"):
             engine.destroy()
 
-    # stepping -----------------------------------------------------------------------------------------------------
+    # stepping ---------------------------------------------------------------------------------------------------------
 
     @property
     def handles_gradient_accumulation(self) -> bool:
@@ -195,7 +200,7 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         finally:
             engine.set_gradient_accumulation_boundary(False)
 
-    # saving -------------------------------------------------------------------------------------------------------
+    # saving -----------------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All weights on rank 0, an empty dict on other ranks. Trained ones are copied out of ZeRO's flat tensors."""
@@ -212,38 +217,30 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         if self.stage == 0:
             unsharded: dict[str, Any] = wrapped.state_dict()
             return unsharded
-        inner = wrapped.optimizer
+        from deepspeed.utils import safe_get_full_optimizer_state
+
         _link_moments(wrapped)
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
-        num_params = 0
-        for parameters, flat, group in zip(
-            self._param_groups, wrapped.single_partition_of_fp32_groups, inner.param_groups, strict=True
-        ):
-            indices = list(range(num_params, num_params + len(parameters)))
-            num_params += len(parameters)
-            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": indices})
-            flat_state = inner.state.get(flat, {})  # empty before the first step
-            for index, parameter in zip(indices, parameters, strict=True) if flat_state else ():
-                moments = {k: self._gather_moment(parameter, k) for k in flat_state if k != _STEP}
-                if self.is_global_zero:
-                    state[index] = {_STEP: flat_state[_STEP].clone(), **moments}
+        index = 0
+        for parameters, (flat, group) in zip(self._param_groups, _partitions(wrapped), strict=True):
+            groups.append({**group, "params": list(range(index, index + len(parameters)))})
+            flat_state = wrapped.optimizer.state.get(flat)  # None before the first step
+            for parameter in parameters:
+                if flat_state:
+                    moments = {k: safe_get_full_optimizer_state(parameter, k) for k in flat_state if k != _STEP}
+                    if self.is_global_zero:
+                        state[index] = {_STEP: flat_state[_STEP].clone(), **{k: m.cpu() for k, m in moments.items()}}
+                index += 1
         return {"state": state, "param_groups": groups}
 
-    def _gather_moment(self, parameter: nn.Parameter, key: str) -> Tensor | None:
-        """One unsharded moment on rank 0, None on other ranks. Collective."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        moment: Tensor = safe_get_full_optimizer_state(parameter, key)
-        return moment.cpu() if self.is_global_zero else None
-
-    # loading ------------------------------------------------------------------------------------------------------
+    # loading ----------------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or restore the engine from a directory that Lightning's own DeepSpeed strategy wrote."""
         self._resumed_from_directory = Path(checkpoint_path).is_dir()
         if self._resumed_from_directory:
-            content = load_deepspeed(self.deepspeed_engine, checkpoint_path)
+            content = upgrade_distill_checkpoint(load_deepspeed(self.deepspeed_engine, checkpoint_path))
             assert self.lightning_module is not None
             return {**content, "state_dict": self.lightning_module.state_dict()}  # hooks expect this key
         return super().load_checkpoint(checkpoint_path, weights_only)
@@ -274,21 +271,19 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         if self.stage == 0:
             Strategy.load_optimizer_state_dict(self, checkpoint)
             return
-        wrapped = self.deepspeed_engine.optimizer
-        for flat, group, stored in zip(
-            wrapped.single_partition_of_fp32_groups, wrapped.optimizer.param_groups, saved["param_groups"], strict=True
-        ):
-            group.update({k: v for k, v in stored.items() if k != "params"})
-            entries = [saved["state"][n] for n in stored["params"] if n in saved["state"]]
-            if entries:
-                moments = {k: torch.zeros_like(flat) for k in entries[0] if k != _STEP}
-                wrapped.optimizer.state[flat] = {_STEP: entries[0][_STEP].to(flat.device, copy=True), **moments}
-        if saved["state"]:
-            self._load_moments(wrapped, saved)
-
-    def _load_moments(self, wrapped: Any, saved: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        wrapped = self.deepspeed_engine.optimizer
+        for (flat, _), group, stored in zip(
+            _partitions(wrapped), wrapped.optimizer.param_groups, saved["param_groups"], strict=True
+        ):
+            group.update({k: v for k, v in stored.items() if k != "params"})
+            if stored["params"][0] in saved["state"]:
+                entry = saved["state"][stored["params"][0]]
+                moments = {k: torch.zeros_like(flat) for k in entry if k != _STEP}
+                wrapped.optimizer.state[flat] = {_STEP: entry[_STEP].to(flat.device, copy=True), **moments}
+        if not saved["state"]:
+            return
         _link_moments(wrapped)
         for parameters, stored in zip(self._param_groups, saved["param_groups"], strict=True):
             for parameter, index in zip(parameters, stored["params"], strict=True):
@@ -318,6 +313,12 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                     "the checkpoint's optimizer has parameters at different steps, which ZeRO does not support; "
                     "resume with strategy=auto, ddp or deepspeed_stage_0"
                 )
+
+
+def _partitions(wrapped: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """This rank's flat tensor of each param group of a ZeRO optimizer, and the group's other entries."""
+    for flat, group in zip(wrapped.single_partition_of_fp32_groups, wrapped.optimizer.param_groups, strict=True):
+        yield flat, {k: v for k, v in group.items() if k != "params"}
 
 
 def _link_moments(wrapped: Any) -> None:

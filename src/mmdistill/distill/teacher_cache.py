@@ -12,7 +12,6 @@ dropped in that epoch, or of an epoch that was stopped. A resumed run uses the f
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,14 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import Subset
 
-from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.dataset import ClipDataset, init_worker
+from mmdistill.builders import make_clip_loader
+from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import all_gather_objects, barrier, broadcast_object, get_rank, get_world_size
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec
+from mmdistill.training.run import Training
 
 
 class TeacherCache:
@@ -72,13 +72,14 @@ class TeacherCache:
             ValueError: a clip has no features.
         """
         features, known = self._opened[epoch % self.num_draws]
-        if not bool(known[index.cpu()].all()):
+        rows = index.cpu()
+        if not bool(known[rows].all()):
             raise ValueError(
                 f"{self.directory}: no features of some of the clips {index.tolist()}; delete the folder, they are "
                 "then computed again"
             )
-        rows = features[index.cpu()].to(index.device)
-        return dict(zip(self.widths, rows.split(list(self.widths.values()), dim=1), strict=True))
+        parts = features[rows].to(index.device).split(list(self.widths.values()), dim=1)
+        return dict(zip(self.widths, parts, strict=True))
 
     def is_open(self, epoch: int) -> bool:
         """Whether `features` can be called for this epoch."""
@@ -96,25 +97,21 @@ class TeacherCache:
     def write(self, draw: int) -> None:
         """Gather the collected features of all ranks and add them to the draw's file. Collective."""
         self._select_draw(draw)
-        rows, known = self._rows, self._known
         if get_world_size() > 1:
-            own = known.nonzero().flatten()
-            for index, values in all_gather_objects((own, rows[own])):
-                rows[index], known[index] = values, True
+            own = self._known.nonzero().flatten()
+            for index, values in all_gather_objects((own, self._rows[own])):
+                self._rows[index], self._known[index] = values, True
         if get_rank() == 0:
-            self._merge_into_file(draw, rows, known)
+            rows, known, known_before = self._rows, self._known, self.known_clips(draw)
+            if known_before.any():
+                old_rows = torch.from_numpy(np.load(self._path(draw)))
+                rows = torch.where((known_before & ~known)[:, None], old_rows, rows)
+                known = known | known_before
+            for suffix, array in (("", rows), ("_known", known)):  # in this order: a known clip has its features
+                with atomic_open(self._path(draw, suffix)) as file:
+                    np.save(file, array.numpy())
         barrier()
         self._current_draw = None
-
-    def _merge_into_file(self, draw: int, rows: Tensor, known: Tensor) -> None:
-        known_before = self.known_clips(draw)
-        if known_before.any():
-            old_rows = torch.from_numpy(np.load(self._path(draw)))
-            rows = torch.where((known_before & ~known)[:, None], old_rows, rows)
-            known = known | known_before
-        for suffix, array in (("", rows), ("_known", known)):  # in this order: a known clip always has its features
-            with atomic_open(self._path(draw, suffix)) as file:
-                np.save(file, array.numpy())
 
     def _select_draw(self, draw: int) -> None:
         """Start to collect the features of a draw, if it is not the current one."""
@@ -155,9 +152,8 @@ def cache_key(
 class TeacherCacheCallback(Callback):
     """Write each draw at the end of its epoch, and complete it before its first reuse."""
 
-    def __init__(self, cache: TeacherCache, dataset: ClipDataset, *, batch_size: int, num_workers: int) -> None:
-        self.cache, self.dataset = cache, dataset
-        self.batch_size, self.num_workers = batch_size, num_workers
+    def __init__(self, cache: TeacherCache, training: Training) -> None:
+        self.cache, self.training = cache, training
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the epoch's draw. Collective."""
@@ -177,17 +173,16 @@ class TeacherCacheCallback(Callback):
         if missing:
             self._compute_features(trainer, pl_module, draw, missing)
         cache.open(draw)
-        if trainer.is_global_zero:
-            computed = f"{len(missing)} of {format_count(cache.num_clips, 'clip')} computed"
-            print(f"teacher cache: mask draw {draw} from {cache.directory}, {computed}", file=sys.stderr, flush=True)
+        computed = f"{len(missing)} of {format_count(cache.num_clips, 'clip')} computed"
+        self.training.log.info(f"teacher cache: mask draw {draw} from {cache.directory}, {computed}")
 
     def _compute_features(self, trainer: pl.Trainer, pl_module: Any, draw: int, clips: list[int]) -> None:
-        own_clips = [(draw, i) for i in clips[trainer.global_rank :: trainer.world_size]]
-        loader = ClipLoader(
-            Subset(self.dataset, own_clips),  # type: ignore[arg-type]
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            worker_init_fn=init_worker,
+        own_clips: Any = [(draw, i) for i in clips[trainer.global_rank :: trainer.world_size]]
+        loader = make_clip_loader(
+            Subset(self.training.data.dataset, own_clips),
+            num_workers=self.training.config.num_workers,
+            pin_memory=False,
+            batch_size=self.training.config.batch_size,
         )
         with trainer.precision_plugin.train_step_context(), torch.no_grad():
             for batch in loader:

@@ -12,7 +12,7 @@ from mmdistill.checkpoint.references import require_exists, require_same_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
-from mmdistill.training.compatibility import diff_settings, format_difference
+from mmdistill.training.compatibility import diff_settings
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,10 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
 def _check_statistics(checkpoint: Checkpoint, spec: ModalitySpec, path: object) -> None:
     """Raise `ConfigError` if mean, std or sigma differ from those that the checkpoint was trained with."""
     stored = stored_statistics(checkpoint.meta, spec.name)
-    if stored and spec.with_statistics(*stored) != spec:
-        difference = diff_settings(vars(spec.with_statistics(*stored)), vars(spec))
+    if stored and (difference := diff_settings(vars(spec.with_statistics(*stored)), vars(spec))):
         raise ConfigError(
             f"data_module.modalities.{spec.name}: differs from the settings that {path} was trained with (checkpoint / "
-            f"data_module): {format_difference(difference)}; use the same dataset config in both trainings"
+            f"data_module): {difference}; use the same dataset config in both trainings"
         )
 
 
@@ -102,8 +101,7 @@ def check_teacher_digests(stored: Mapping[str, Any], own: Mapping[str, Any], com
         CheckpointError: a teacher differs; names both digests.
     """
     for component in components:
-        expected = (stored.get(component) or {}).get("sha256")
-        found = (own.get(component) or {}).get("sha256")
+        expected, found = ((sources.get(component) or {}).get("sha256") for sources in (stored, own))
         if expected is None or expected != found:
             raise CheckpointError(
                 f"the student-only checkpoint was distilled with {component} of sha256 {expected}; this run's "

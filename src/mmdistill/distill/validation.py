@@ -7,9 +7,9 @@ Shapes: B batch, N clips of the episodes, D width.
 """
 
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,24 +39,30 @@ class Validation(pl.Callback):
     Args:
         dataset: evaluation clips (rgb).
         episodes: positions in the dataset; only their clips are read.
-        loader: arguments of `make_clip_loader`.
-        rank: rank of this process.
-        world_size: number of ranks.
+        process: this process.
+        make_loader: creates a loader of a dataset.
+        log: prints a line on rank 0.
     """
 
     def __init__(
-        self, dataset: ClipDataset, episodes: Episodes, *, loader: Mapping[str, Any], rank: int, world_size: int
+        self,
+        dataset: ClipDataset,
+        episodes: Episodes,
+        process: Process,
+        *,
+        make_loader: Callable[..., DataLoader[Any]],
+        log: Callable[[str], None],
     ) -> None:
-        self.dataset, self.episodes, self._loader_kwargs = dataset, episodes, dict(loader)
+        self.dataset, self.episodes, self._make_loader, self._log = dataset, episodes, make_loader, log
         self.clips = np.unique(np.concatenate((episodes.support.ravel(), episodes.query.ravel())))
-        clips_per_rank = math.ceil(len(self.clips) / world_size)
-        padded = np.resize(self.clips, clips_per_rank * world_size)  # repeats clips: ranks need equal numbers
-        self.own_clips = padded[rank::world_size].tolist()
+        clips_per_rank = math.ceil(len(self.clips) / process.world_size)
+        padded = np.resize(self.clips, clips_per_rank * process.world_size)  # repeats clips: ranks need equal numbers
+        self.own_clips = padded[process.rank :: process.world_size].tolist()
         self._features: dict[int, FloatArray] = {}
 
     def dataloader(self) -> DataLoader[Any]:
         """A loader of this rank's clips."""
-        return make_clip_loader(Subset(self.dataset, self.own_clips), **self._loader_kwargs)
+        return self._make_loader(Subset(self.dataset, self.own_clips))
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Clear the features."""
@@ -78,10 +84,9 @@ class Validation(pl.Callback):
         features = {i: row for part in all_gather_objects(self._features) for i, row in part.items()}
         value = self.score(features)
         pl_module.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
-        if trainer.is_global_zero:
-            e = self.episodes
-            setting = f"{format_count(len(e), 'episode')}, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
-            print(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({setting})", file=sys.stderr)
+        e = self.episodes
+        setting = f"{format_count(len(e), 'episode')}, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
+        self._log(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({setting})")
 
     def score(self, features: Mapping[int, FloatArray]) -> float:
         """Mean accuracy as a fraction. `features` are float32 (D,) by position in the dataset."""
@@ -93,8 +98,8 @@ class Validation(pl.Callback):
         return float(evaluate_episodes(rows, own_episodes, CLASSIFIER).accuracy.mean())
 
 
-def make_validation(config: DistillConfig, process: Process) -> Validation | None:
-    """The validation callback; None if `trainer.check_val_every_n_epoch` is not set.
+def make_validation(config: DistillConfig, process: Process, log: Callable[[str], None]) -> Validation | None:
+    """The validation callback, which prints lines with `log`; None if `trainer.check_val_every_n_epoch` is not set.
 
     Raises:
         EpisodeError: there are too few validation clips for the episodes.
@@ -114,13 +119,14 @@ def make_validation(config: DistillConfig, process: Process) -> Validation | Non
         groups=[c.group for c in clips],
         names=dataset.index.classes,
     )
-    loader = {
-        "num_workers": config.num_workers,
-        "pin_memory": process.device.type == "cuda",
-        "batch_size": config.batch_size,
-        "timeout_s": config.loader_timeout_s,
-    }
-    return Validation(dataset, episodes, loader=loader, rank=process.rank, world_size=process.world_size)
+    make_loader = partial(
+        make_clip_loader,
+        num_workers=config.num_workers,
+        pin_memory=process.device.type == "cuda",
+        batch_size=config.batch_size,
+        timeout_s=config.loader_timeout_s,
+    )
+    return Validation(dataset, episodes, process, make_loader=make_loader, log=log)
 
 
 def validation_summary(validation: Validation, config: DistillConfig) -> str:

@@ -1,5 +1,7 @@
 """The DeepSpeed side of pretraining: process group, config and engine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -7,16 +9,17 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mmdistill.config import PretrainConfig, has_offload, zero_stage
-from mmdistill.distributed.device import resolve_precision
-from mmdistill.distributed.process import Process, disable_shm_op
+from mmdistill.distributed.process import disable_shm_op
 from mmdistill.models.videomae import VideoMAE
-from mmdistill.training.optim import LearningRates, make_optimizer
+from mmdistill.training.nonfinite import skip_optimizer_step
+from mmdistill.training.optim import Optimization, make_optimizer
+from mmdistill.training.run import Run
 
 
-def init_process_group(process: Process) -> None:
+def init_process_group(device: torch.device, world_size: int) -> None:
     """Create the process group and DeepSpeed's backend, once per Python process: the jobs of a sweep share it."""
-    backend = "nccl" if process.device.type == "cuda" else "gloo"
-    if process.world_size == 1 and not torch.distributed.is_initialized():
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1 and not torch.distributed.is_initialized():
         # an in-memory store needs no port, which another job of this machine could take first
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
@@ -26,8 +29,8 @@ def init_process_group(process: Process) -> None:
 
 def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     """The config dictionary for `deepspeed.initialize`; `precision` is ``32``, ``bf16`` or ``16``."""
-    trainer, stage = config.trainer, zero_stage(config)
-    zero: dict[str, Any] = {"stage": stage}
+    trainer = config.trainer
+    zero: dict[str, Any] = {"stage": zero_stage(config)}
     if has_offload(config):
         zero["offload_optimizer"] = {"device": "cpu"}
     out: dict[str, Any] = {
@@ -45,21 +48,24 @@ def deepspeed_config(config: PretrainConfig, precision: str) -> dict[str, Any]:
     return out
 
 
-def make_engine(config: PretrainConfig, model: VideoMAE, rates: LearningRates, process: Process) -> DeepSpeedEngine:
+def make_engine(config: PretrainConfig, model: VideoMAE, optimization: Optimization, run: Run) -> DeepSpeedEngine:
     """The engine that trains `model`. The schedule sets the optimizer's learning rates before each step."""
-    betas = (config.trainer.betas[0], config.trainer.betas[1])
-    optimizer = make_optimizer(
-        model,
-        lr=rates.lr,
-        weight_decay=config.trainer.weight_decay,
-        betas=betas,
-        layer_decay=config.trainer.layer_decay,
-    )
-    precision = resolve_precision(config.precision, process.device)
+    init_process_group(run.process.device, run.process.world_size)
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, precision), dist_init_required=False
+        model=model,
+        optimizer=make_optimizer(model, optimization),
+        config=deepspeed_config(config, run.precision),
+        dist_init_required=False,
     )
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None:  # trainer.on_nonfinite handles a gradient that overflows at the minimum scale
         scaler.raise_error_at_min_scale = False
     return engine
+
+
+@contextmanager
+def skip_engine_step(engine: DeepSpeedEngine) -> Iterator[None]:
+    """`engine.step` counts a step but changes no weight. The loader of checkpoints compares the engine's counts."""
+    engine.skipped_steps += 1
+    with skip_optimizer_step(engine.optimizer):
+        yield

@@ -32,14 +32,12 @@ _ENERGY_TARGET, _ENERGY_PREDICTION = "target: motion energy", "prediction: motio
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A clip and its reconstruction.
+    """A clip of a modality and its reconstruction.
 
     Attributes:
-        spec: the modality.
         rows: title -> (C, T, H, W) float32, in the normalized units of the input or, for the target ``motion_energy``,
             in those of the target; hidden values are NaN.
-        loss: loss of the model on this clip.
-        constant_baseline: loss of the best constant per channel on this clip.
+        loss, constant_baseline: losses of the model and of the best constant per channel on this clip.
     """
 
     spec: ModalitySpec
@@ -54,8 +52,7 @@ def reconstruct(model: VideoMAE, batch: Mapping[str, Tensor], spec: ModalitySpec
 
     The model's training mode is restored. Under ZeRO 3 all ranks must call this together.
     """
-    g = model.encoder.config
-    parameter = next(model.parameters())
+    g, parameter = model.encoder.config, next(model.parameters())
     clip, visible = batch[spec.name][:1].to(parameter.device), batch["visible"][:1].to(parameter.device)
     x = preprocess_clips(clip, batch["crop_box"][:1], spec, (g.height, g.width))
     training = model.training
@@ -72,36 +69,29 @@ def _rows(
     x: Tensor, visible: Tensor, removed: Tensor, prediction: Tensor, kind: str, grid: tuple[int, int, int]
 ) -> dict[str, Tensor]:
     """The image rows. (1, C, T, H, W), (1, Nv), (1, N), (1, N, P) -> title -> (C, T, H, W)."""
-    size = tuple(x.shape[1:])
 
     def replace_removed(values: Tensor, base: Tensor) -> Tensor:
         return scatter_patches(values, removed, grid, base)[0]
 
-    hidden = torch.full_like(prediction, float("nan"))
-    rows = {"input": x[0], "masked": replace_removed(hidden, x)}
+    def patch_statistics(index: Tensor) -> tuple[Tensor, Tensor]:
+        """Unbiased std and mean of each token and channel, (1, N, C, 1) each."""
+        return torch.std_mean(gather_patches(x, index, grid).flatten(3), dim=3, keepdim=True)
+
+    rows = {"input": x[0], "masked": replace_removed(torch.full_like(prediction, float("nan")), x)}
     if kind == "motion_energy":
         all_tokens = torch.arange(math.prod(grid), device=x.device)[None]
-        target = patch_targets(x, all_tokens, grid, target=kind)
-        energy = scatter_patches(target, all_tokens, grid, torch.empty(1, *size, device=x.device))
+        energy = scatter_patches(patch_targets(x, all_tokens, grid, target=kind), all_tokens, grid, torch.empty_like(x))
         return {**rows, _ENERGY_TARGET: energy[0], _ENERGY_PREDICTION: replace_removed(prediction, energy)}
     if kind == "pixel":
         return {**rows, "reconstruction": replace_removed(prediction, x)}
-    channels = x.shape[1]
-    true_mean, true_std = _patch_statistics(x, removed, grid)
-    visible_mean, visible_std = (s.mean(dim=1, keepdim=True) for s in _patch_statistics(x, visible, grid))
-    values = prediction.unflatten(2, (channels, -1))  # (1, N, C, pt*ph*pw)
-    for title, mean, std in (
-        ("reconstruction + true\nmean and std of each patch", true_mean, true_std),
-        ("reconstruction + mean and std\nof the visible patches", visible_mean, visible_std),
+    values = prediction.unflatten(2, (x.shape[1], -1))  # (1, N, C, pt*ph*pw)
+    visible_statistics = (s.mean(dim=1, keepdim=True) for s in patch_statistics(visible))
+    for title, (std, mean) in (
+        ("reconstruction + true\nmean and std of each patch", patch_statistics(removed)),
+        ("reconstruction + mean and std\nof the visible patches", visible_statistics),
     ):
         rows[title] = replace_removed((values * (std + _STD_FLOOR) + mean).flatten(2), x)
     return rows
-
-
-def _patch_statistics(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased std of each token and channel, (1, N, C, 1) each."""
-    std, mean = torch.std_mean(gather_patches(x, index, grid).flatten(3), dim=3, keepdim=True)
-    return mean, std
 
 
 def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], base: Tensor) -> Tensor:
@@ -110,46 +100,32 @@ def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], b
     t, h, w = grid
     out = base.clone()
     cells = out.view(b, c, t, frames // t, h, height // h, w, width // w).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    rows = torch.arange(b, device=base.device)[:, None]
     patch = values.unflatten(2, (c, frames // t, height // h, width // w))
-    cells[rows, index // (h * w), index // w % h, index % w] = patch.to(out.dtype)
+    batch = torch.arange(b, device=base.device)[:, None]
+    cells[batch, index // (h * w), index // w % h, index % w] = patch.to(out.dtype)
     return out
 
 
 def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
     """The image, uint8 (height, width, 3): one row each for input, mask and reconstructions, one column per frame."""
-    spec, rows = reconstruction.spec, reconstruction.rows
-    x = rows["input"]
+    x, rows = reconstruction.rows["input"], render_rows(reconstruction)
     frames = np.unique(np.linspace(0, x.shape[1] - 1, min(_MAX_COLUMNS, x.shape[1])).round().astype(int))
-    cell_w, cell_h = 1.5, 1.5 * x.shape[2] / x.shape[3]
-    figure = Figure(figsize=(1.9 + cell_w * len(frames), 0.7 + cell_h * len(rows)), layout="constrained", dpi=100)
+    width, height = 1.9 + 1.5 * len(frames), 0.7 + 1.5 * x.shape[2] / x.shape[3] * len(rows)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(frames), squeeze=False)
-    for row, ((name, images), row_axes) in enumerate(zip(render_rows(reconstruction).items(), axes, strict=True)):
-        for column, (ax, frame) in enumerate(zip(row_axes, frames, strict=True)):
+    for (name, images), row_axes in zip(rows.items(), axes, strict=True):
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        for ax, frame in zip(row_axes, frames, strict=True):
             ax.imshow(images[frame], interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if column == 0:
-                ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-            if row == 0:
-                ax.set_title(f"frame {frame}", fontsize=8)
+            ax.set(xticks=[], yticks=[])
+    for ax, frame in zip(axes[0], frames, strict=True):
+        ax.set_title(f"frame {frame}", fontsize=8)
     ratio = baseline_ratio(reconstruction.loss, reconstruction.constant_baseline)
     loss = f"loss {reconstruction.loss:.4f} (ratio to constant baseline {ratio:.2f})"
-    figure.suptitle(f"{title}; target {spec.target}, {loss}", fontsize=9)
+    figure.suptitle(f"{title}; target {reconstruction.spec.target}, {loss}", fontsize=9)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
-    """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
-    scale, images = _display_scale(reconstruction), {}
-    for title, clip in reconstruction.rows.items():
-        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
-        images[title] = to_display_image(
-            clip, reconstruction.spec, is_energy=is_energy, scale=scale["energy" if is_energy else "input"]
-        )
-    return images
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
@@ -158,21 +134,23 @@ def write_png(image: np.ndarray, path: Path) -> None:
     imsave(path, image)
 
 
-def _display_scale(reconstruction: Reconstruction) -> dict[str, float]:
-    """The value that is shown at full brightness, for raw values and for energies; the same in all rows."""
-    spec = reconstruction.spec
-    max_input = get_modality(spec.name).display_max(_denormalize(reconstruction.rows["input"], spec))
-    energy = reconstruction.rows.get(_ENERGY_TARGET)
-    max_energy = float((energy * _std(spec)).max()) if energy is not None else 1.0
-    return {"input": max(max_input, 1e-6), "energy": max(max_energy, 1e-6)}
+def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
+    """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
+    spec, rows = reconstruction.spec, reconstruction.rows
+    max_input = get_modality(spec.name).display_max(_in_own_units(rows["input"], spec))
+    max_energy = float(_in_own_units(rows[_ENERGY_TARGET], spec, is_energy=True).max()) if _ENERGY_TARGET in rows else 0
+    images = {}
+    for title, clip in rows.items():
+        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
+        scale = max(max_energy if is_energy else max_input, 1e-6)
+        images[title] = to_display_image(clip, spec, is_energy=is_energy, scale=scale)
+    return images
 
 
-def _std(spec: ModalitySpec) -> Tensor:
-    return torch.tensor(spec.std).view(-1, 1, 1, 1)
-
-
-def _denormalize(x: Tensor, spec: ModalitySpec) -> Tensor:
-    return x * _std(spec) + torch.tensor(spec.mean).view(-1, 1, 1, 1)
+def _in_own_units(x: Tensor, spec: ModalitySpec, *, is_energy: bool = False) -> Tensor:
+    """Undo the normalization of a clip or of motion energies, which have no mean."""
+    std, mean = (torch.tensor(values).view(-1, 1, 1, 1) for values in (spec.std, spec.mean))
+    return x * std if is_energy else x * std + mean
 
 
 def to_display_image(clip: Tensor, spec: ModalitySpec, *, is_energy: bool, scale: float) -> np.ndarray:
@@ -182,6 +160,6 @@ def to_display_image(clip: Tensor, spec: ModalitySpec, *, is_energy: bool, scale
     """
     hidden = clip.isnan().any(dim=0)[..., None].numpy()
     modality = get_modality(spec.name)
-    values = torch.nan_to_num(clip * _std(spec) if is_energy else _denormalize(clip, spec)) / scale
+    values = torch.nan_to_num(_in_own_units(clip, spec, is_energy=is_energy)) / scale
     image = modality.energy_to_image(values) if is_energy else modality.to_image(values)
     return np.where(hidden, _GRAY, np.clip(image, 0, 1)).astype(np.float32)

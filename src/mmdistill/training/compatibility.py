@@ -1,38 +1,37 @@
 """Settings that must be the same in a checkpoint and in the run that resumes it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-Difference = Mapping[str, tuple[Any, Any]]  # key -> (value in the checkpoint, value in this run)
-# Names in checkpoints of commit ae7d5c0 and earlier -> names now
-_OLD_ORDER_NAMES = {"clips": "num_clips", "accumulate": "accumulate_grad_batches", "batches": "batches_per_epoch"}
+from mmdistill.config import ConfigError
+from mmdistill.training.state import TrainingState
+
+Record = Mapping[str, Mapping[str, Any]]  # weight_compat and data_order, see `check_compatible`
 
 
-def data_order(*, seed: int, num_clips: int, global_batch: int, accumulate_grad_batches: int) -> dict[str, int]:
-    """The settings that decide which clips are in the batches before a position in an epoch."""
-    return {
-        "seed": seed,
-        "num_clips": num_clips,
-        "global_batch": global_batch,
-        "accumulate_grad_batches": accumulate_grad_batches,
-    }
+def diff_settings(stored: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """``key checkpoint / run, ...`` of the keys of both mappings whose values differ, for error messages."""
+    different = [key for key, value in own.items() if key in stored and stored[key] != value]
+    return ", ".join(f"{key} {stored[key]} / {own[key]}" for key in different)
 
 
-def read_data_order(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored `data_order`, also one of an older version."""
-    return rename_keys(stored, _OLD_ORDER_NAMES)
+def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoint: Path | None) -> None:
+    """Raise unless a checkpoint with the record `stored` and the position `state` continues in a run with `own`.
 
+    ``weight_compat`` affects what the weights compute but not their shapes; it must always match. ``data_order``
+    decides which clips are in the batches before a position; it must match inside an epoch.
 
-def rename_keys(stored: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`stored` with the keys of `names` replaced by their new names."""
-    return {names.get(key, key): value for key, value in stored.items()}
-
-
-def diff_settings(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys of both mappings whose values differ. Keys of one mapping only are ignored."""
-    return {key: (stored[key], value) for key, value in own.items() if key in stored and stored[key] != value}
-
-
-def format_difference(difference: Difference) -> str:
-    """``key checkpoint / run, ...``, for error messages."""
-    return ", ".join(f"{key} {stored} / {own}" for key, (stored, own) in difference.items())
+    Raises:
+        ConfigError: settings differ; gives the values in the checkpoint and in this run.
+    """
+    if difference := diff_settings(stored.get("weight_compat", {}), own["weight_compat"]):
+        raise ConfigError(
+            f"resume: {checkpoint} was trained with other settings than this run's (checkpoint / run): {difference}; "
+            "use the same settings, or start from scratch with resume=null"
+        )
+    if state.batch and (difference := diff_settings(stored.get("data_order", {}), own["data_order"])):
+        raise ConfigError(
+            f"resume: the checkpoint was written in the middle of epoch {state.epoch}, and this run has different "
+            f"batches (checkpoint / run): {difference}; use the same settings, or resume from the end of an epoch"
+        )

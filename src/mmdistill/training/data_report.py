@@ -14,13 +14,7 @@ from mmdistill.files import atomic_write_bytes
 
 
 class DataReport:
-    """Counts of one run since its start, over all ranks and loader workers.
-
-    Args:
-        dataset: the training clips.
-        run_dir: the run's folder.
-        is_main: whether this process writes the file.
-    """
+    """Counts of one run since its start, over all ranks and loader workers. `is_main`: this process writes the file."""
 
     def __init__(self, dataset: ClipDataset, run_dir: Path, *, is_main: bool) -> None:
         self.dataset, self.path, self.is_main = dataset, run_dir / "data_report.json", is_main
@@ -50,18 +44,15 @@ class DataReport:
     def start_summary(self) -> str:
         """Write the file; one line about the clips. Collective."""
         report = self.write()
-        index = report["index"]
-        notes = [
-            f"{format_count(count, noun)} {text}"
-            for count, noun, text in (
-                (len(index["too_short"]), "rally", "too short for a clip"),
-                (len(index["without_events"]), "rally", "without an event"),
-                (index["shifted_into_video"], "clip", "near the start or end of a video moved inside it"),
-            )
-            if count
-        ]
-        line = f"data: {format_count(report['missing']['clips'], 'clip')} of {format_count(index['rallies'], 'rally')}"
-        return "; ".join(filter(None, [line, *notes, missing_line(report["missing"], self.dataset.readers)]))
+        index, missing = report["index"], report["missing"]
+        notes = (
+            (len(index["too_short"]), "rally", "too short for a clip"),
+            (len(index["without_events"]), "rally", "without an event"),
+            (index["shifted_into_video"], "clip", "near the start or end of a video moved inside it"),
+        )
+        parts = [f"{format_count(missing['clips'], 'clip')} of {format_count(index['rallies'], 'rally')}"]
+        parts += [f"{format_count(count, noun)} {text}" for count, noun, text in notes if count]
+        return "data: " + "; ".join(filter(None, [*parts, missing_line(missing, self.dataset.readers)]))
 
     def end_summary(self) -> str:
         """Write the file; one line about missing data, empty if none was missing. Collective."""
@@ -82,7 +73,6 @@ def missing_line(missing: Mapping[str, Any], modalities: Iterable[str]) -> str:
         for key, noun, text in (("clips_skipped", "clip", "skipped"), ("frames_repeated", "frame", "repeated")):
             if sums[key]:
                 parts.append(f"{name}: {format_count(sums[key], noun)} {text}")
-    replaced = sum(missing["clips_replaced"].values())
-    if replaced:
+    if replaced := sum(missing["clips_replaced"].values()):
         parts.append(f"{format_count(replaced, 'clip')} replaced by other clips")
     return f"missing data (on_missing={missing['policy']}): {'; '.join(parts)}" if parts else ""

@@ -1,16 +1,18 @@
 """Metric loggers: ``logger=tensorboard``, ``csv``, ``wandb``, ``mlflow``, or a list of them.
 
-Each is a class with three methods. W&B and MLflow are optional packages; they are imported only if configured.
+TensorBoard, W&B and MLflow are Lightning's loggers behind one interface, `Tracker`. W&B and MLflow are optional
+packages; they are imported only if configured.
 """
 
 import csv
+import io
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """What a run resumes from.
-
-    Attributes:
-        checkpoint: its path.
-        step: optimizer steps done.
-    """
+    """The checkpoint that a run resumes from, and the number of optimizer steps done in it."""
 
     checkpoint: Path
     step: int
@@ -38,240 +35,191 @@ class ResumePoint:
         return self.checkpoint.absolute().parent.parent
 
 
-class Tracker(Protocol):
-    """Receives metrics and images while a run lasts."""
+@dataclass(frozen=True)
+class Tracker:
+    """Receives metrics and images while a run lasts.
 
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log metrics after `step` optimizer steps."""
+    Attributes:
+        log_metrics: logs (step, {name: value}) after `step` optimizer steps.
+        log_image: logs (step, name, image) after `step` optimizer steps; the image is uint8 (height, width, 3).
+        close: flushes and closes at the end of the run.
+        logger: the object that does it.
+    """
 
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Log an image after `step` optimizer steps: uint8 (height, width, 3)."""
+    log_metrics: Callable[[int, Mapping[str, float]], None]
+    log_image: Callable[[int, str, np.ndarray], None]
+    close: Callable[[], None]
+    logger: Any
 
-    def close(self) -> None:
-        """Flush and close at the end of the run."""
 
-
-class TensorBoard:
+def open_tensorboard(run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> Tracker:
     """Curves and images under ``tensorboard/``.
 
     A run that was killed repeats the steps after its last checkpoint. TensorBoard then hides the older points of these
     steps.
     """
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = resume.step + 1 if resume else None
-        self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of each curve."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One image."""
-        self.writer.add_image(name, image, step, dataformats="HWC")
-
-    def close(self) -> None:
-        """Write buffered events and close the file."""
-        self.writer.close()
+    purge_step = resume.step + 1 if resume else None
+    logger = TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=purge_step)
+    return Tracker(
+        lambda step, values: logger.log_metrics(values, step),
+        lambda step, name, image: logger.experiment.add_image(name, image, step, dataformats="HWC"),
+        lambda: logger.finalize("success"),
+        logger,
+    )
 
 
 class Csv:
-    """``metrics.csv``, to which a resumed run appends. Older rows have empty cells in a new column.
+    """``metrics.csv``, which a resumed run continues. Older rows have empty cells in a new column.
 
     A run that was killed repeats the steps after its last checkpoint. The new rows of these steps replace the older
-    ones.
+    ones. A run that resumes in another folder, without this file, copies the rows up to its step: `num_copied` rows.
     """
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> None:
-        self.path = run_dir / "metrics.csv"
+    def __init__(self, run_dir: Path, resume: ResumePoint | None) -> None:
+        self.path, self.num_copied = run_dir / "metrics.csv", 0
+        if resume and not self.path.exists():
+            rows = _read_rows(resume.run_dir / "metrics.csv")
+            rows = [row for row in rows if str(row.get("step")).isdecimal() and int(row["step"]) <= resume.step]
+            self._write(rows)
+            self.num_copied = len(rows)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
-        row = {"step": step, **values}
-        rows: list[dict[str, Any]] = []
-        columns = list(row)
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                columns, rows = list(reader.fieldnames or []), list(reader)
-        new_columns = [name for name in row if name not in columns]
-        num_rows = len(rows)
-        rows = [r for r in rows if not _is_superseded(r, step, values)]
-        rewrite = bool(new_columns) or len(rows) < num_rows or not self.path.exists()
-        with self.path.open("w" if rewrite else "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=[*columns, *new_columns], restval="")
-            if rewrite:
-                writer.writeheader()
-                writer.writerows(rows)
-            writer.writerow(row)
+        """Write one row. It replaces those of later steps, and of this step with the same metrics."""
 
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Ignored."""
+        def is_kept(row: Mapping[str, Any]) -> bool:
+            has_same_metrics = all(row.get(name) not in (None, "") for name in values)
+            return int(row["step"]) < step or (int(row["step"]) == step and not has_same_metrics)
 
-    def close(self) -> None:
-        """Nothing to do: each row is written at once."""
+        self._write([*filter(is_kept, _read_rows(self.path)), {"step": step, **values}])
 
-
-def copy_metrics_history(resume: ResumePoint, run_dir: Path) -> int:
-    """Copy the rows of ``metrics.csv`` up to the resumed step from the run that wrote the checkpoint into `run_dir`.
-
-    Nothing is copied if both are the same run, if that run has no rows, or if `run_dir` has a ``metrics.csv``.
-
-    Returns:
-        The number of copied rows.
-    """
-    old, new = resume.run_dir / "metrics.csv", run_dir.absolute() / "metrics.csv"
-    if new.exists() or not old.is_file():
-        return 0
-    with old.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if row.get("step", "").isdecimal() and int(row["step"]) <= resume.step]
-    if rows:
-        with new.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(reader.fieldnames or []), restval="", extrasaction="ignore")
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        if rows:
+            file, columns = io.StringIO(newline=""), dict.fromkeys(name for row in rows for name in row if name)
+            writer = csv.DictWriter(file, list(columns), restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-    return len(rows)
+            atomic_write_bytes(self.path, file.getvalue().encode())
 
 
-def _is_superseded(row: Mapping[str, Any], step: int, values: Mapping[str, float]) -> bool:
-    """Whether a stored row is of a later step, or of this step with the same metrics."""
-    stored_step = int(row["step"])
-    return stored_step > step or (stored_step == step and all(row.get(name) not in (None, "") for name in values))
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file; empty if it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def _load_run_id(tracker: str, run_dir: Path, resume: ResumePoint | None) -> tuple[str | None, bool]:
-    """The tracker's id of the run that wrote the checkpoint, and whether this run is in the same folder."""
-    if resume is None:
-        return None, False
-    path = resume.run_dir / IDS_FILE
-    ids = json.loads(path.read_text()) if path.is_file() else {}
-    return ids.get(tracker), resume.run_dir == run_dir.absolute()
+def open_csv(run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> Tracker:
+    """Metrics in `Csv`; images are ignored."""
+    table = Csv(run_dir, resume)
+    return Tracker(table.log_metrics, lambda step, name, image: None, lambda: None, table)
 
 
-def _save_run_id(tracker: str, run_dir: Path, run_id: str) -> None:
+def _load_run_id(tracker: str, run_dir: Path, resume: ResumePoint | None) -> tuple[str | None, str | None]:
+    """The tracker's id of the run that wrote the checkpoint: (of the same run, of an earlier run in another folder)."""
+    path = resume.run_dir / IDS_FILE if resume else None
+    run_id = json.loads(path.read_text()).get(tracker) if path and path.is_file() else None
+    is_same_run = resume is not None and resume.run_dir == run_dir.absolute()
+    return (run_id, None) if is_same_run else (None, run_id)
+
+
+def _save_run_id(tracker: str, run_dir: Path, run_id: str | None) -> None:
     path = run_dir / IDS_FILE
     ids = json.loads(path.read_text()) if path.is_file() else {}
     atomic_write_bytes(path, json.dumps({**ids, tracker: run_id}, indent=1).encode() + b"\n")
 
 
-class Wandb:
+def open_wandb(run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> Tracker:
     """A Weights & Biases run named after the run folder; its files are in ``wandb/``.
 
     A run that resumes in its folder keeps its W&B id; W&B ignores steps that it already has. Offline, a second folder
     with the same id is written, for ``wandb sync --append``. A run that resumes in another folder is a new W&B run,
     whose config entry ``continues`` is the id of the earlier one.
     """
+    import wandb
+    from pytorch_lightning.loggers import WandbLogger
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> None:
-        import wandb
+    own_id, earlier_id = _load_run_id("wandb", run_dir, resume)
+    options: dict[str, Any] = {"id": own_id, "allow_val_change": True} if own_id else {}
+    options["config"] = {**config, "continues": earlier_id} if earlier_id else dict(config)
+    logger = WandbLogger(project="mmdistill", name=run_dir.name, save_dir=str(run_dir), **options)
+    run = logger.experiment
+    _save_run_id("wandb", run_dir, run.id)
 
-        earlier_id, is_same_run = _load_run_id("wandb", run_dir, resume)
-        kwargs: dict[str, Any] = {"config": dict(config)}
-        if earlier_id and is_same_run:
-            kwargs |= {"id": earlier_id, "resume": "allow", "allow_val_change": True}
-        elif earlier_id:
-            kwargs["config"]["continues"] = earlier_id
-        self.run = wandb.init(project="mmdistill", name=run_dir.name, dir=str(run_dir), **kwargs)
-        _save_run_id("wandb", run_dir, self.run.id)
+    def log_values(step: int, values: Mapping[str, Any]) -> None:
+        # `WandbLogger.log_metrics` does not pass the step, by which W&B recognizes repeated steps
+        run.log({**values, "trainer/global_step": step}, step=step)
 
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of each curve."""
-        self.run.log(dict(values), step=step)
-
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One image."""
-        import wandb
-
-        self.run.log({name: wandb.Image(image)}, step=step)
-
-    def close(self) -> None:
-        """Upload the rest and finish the run."""
-        self.run.finish()
+    return Tracker(
+        log_values, lambda step, name, image: log_values(step, {name: wandb.Image(image)}), run.finish, logger
+    )
 
 
-class MLflow:
+def open_mlflow(run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> Tracker:
     """An MLflow run at ``MLFLOW_TRACKING_URI``; without it in ``mlflow.db`` and ``mlruns/`` of the run folder.
 
     MLflow 3 does not accept a plain folder, which older releases wrote to. A run that resumes in its folder reopens its
     MLflow run; in another folder it is a new one, whose tag ``continues`` is the id of the earlier one.
     """
+    import mlflow
+    from pytorch_lightning.loggers import MLFlowLogger
 
-    def __init__(self, run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None) -> None:
-        import mlflow
+    given_uri, params = os.environ.get("MLFLOW_TRACKING_URI"), _flatten(config)
+    options: dict[str, Any] = {
+        "experiment_name": "mmdistill",
+        "run_name": run_dir.name,
+        "tracking_uri": given_uri or f"sqlite:///{(run_dir / 'mlflow.db').absolute()}",
+        "artifact_location": None if given_uri else (run_dir / "mlruns").absolute().as_uri(),
+    }
+    own_id, earlier_id = _load_run_id("mlflow", run_dir, resume)
+    logger = _resume_mlflow_run(own_id, params, options) if own_id else None
+    if logger is None:
+        logger = MLFlowLogger(tags={"continues": earlier_id} if earlier_id else None, **options)
+        logger.log_hyperparams(params)
+        _save_run_id("mlflow", run_dir, logger.run_id)
 
-        self.mlflow = mlflow
-        self.uses_run_dir = "MLFLOW_TRACKING_URI" not in os.environ
-        if self.uses_run_dir:
-            mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').absolute()}")
-            if mlflow.get_experiment_by_name("mmdistill") is None:
-                mlflow.create_experiment("mmdistill", artifact_location=(run_dir / "mlruns").absolute().as_uri())
-        mlflow.set_experiment("mmdistill")
-        earlier_id, is_same_run = _load_run_id("mlflow", run_dir, resume)
-        if not (earlier_id and is_same_run and self._resume_run(earlier_id, _flatten(config))):
-            run = mlflow.start_run(run_name=run_dir.name)
-            mlflow.log_params(_flatten(config))
-            if earlier_id:
-                mlflow.set_tag("continues", earlier_id)
-            _save_run_id("mlflow", run_dir, run.info.run_id)
-
-    def _resume_run(self, run_id: str, params: Mapping[str, str]) -> bool:
-        """Reopen a run; False if the server does not have it. MLflow keeps params, so changed values become tags."""
-        try:
-            stored = self.mlflow.get_run(run_id).data.params
-            self.mlflow.start_run(run_id=run_id)
-        except self.mlflow.MlflowException as error:
-            log.warning("cannot resume MLflow run %s; a new run is created: %s", run_id, error)
-            return False
-        self.mlflow.log_params({key: value for key, value in params.items() if key not in stored})
-        changed = {f"resumed.{key}": value for key, value in params.items() if stored.get(key, value) != value}
-        self.mlflow.set_tags(changed)
-        return True
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One point of each curve."""
-        self.mlflow.log_metrics({k: float(v) for k, v in values.items()}, step=step)
-
-    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """One image artifact."""
-        self.mlflow.log_image(image, f"{name}-{step}.png")
-
-    def close(self) -> None:
-        """End the run and reset the tracking URI that MLflow put into the environment, for the next job of a sweep."""
-        self.mlflow.end_run()
-        if self.uses_run_dir:
-            self.mlflow.set_tracking_uri(None)
+    def close() -> None:
+        logger.finalize("success")
+        if given_uri is None:  # MLflow puts its URI into the environment, where the next job of a sweep would find it
+            mlflow.set_tracking_uri(None)
             os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+    return Tracker(
+        lambda step, values: logger.log_metrics({name: float(v) for name, v in values.items()}, step),
+        lambda step, name, image: logger.experiment.log_image(logger.run_id, image, f"{name}-{step}.png"),
+        close,
+        logger,
+    )
+
+
+def _resume_mlflow_run(run_id: str, params: Mapping[str, str], options: Mapping[str, Any]) -> Any:
+    """Reopen a run; None if the server does not have it. MLflow keeps params, so changed values become tags."""
+    from mlflow.exceptions import MlflowException
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    logger = MLFlowLogger(run_id=run_id, **options)
+    try:
+        stored = logger.experiment.get_run(run_id).data.params
+        logger.experiment.update_run(run_id, "RUNNING")
+    except MlflowException as error:
+        log.warning("cannot resume MLflow run %s; a new run is created: %s", run_id, error)
+        return None
+    logger.log_hyperparams({key: value for key, value in params.items() if key not in stored})
+    for key, value in params.items():
+        if stored.get(key, value) != value:
+            logger.experiment.set_tag(run_id, f"resumed.{key}", value)
+    return logger
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"trainer": {"lr": 1}}`` -> ``{"trainer.lr": "1"}``, values cut at 500 characters, which is MLflow's limit."""
+    """``{"trainer": {"lr": 1}}`` -> ``{"trainer.lr": "1"}``, values cut at 250 characters, as `MLFlowLogger` does."""
     out: dict[str, str] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping):
-            out |= _flatten(value, f"{prefix}{key}.")
-        else:
-            out[prefix + key] = str(value)[:500]
+        is_mapping = isinstance(value, Mapping)
+        out |= _flatten(value, f"{prefix}{key}.") if is_mapping else {prefix + key: str(value)[:250]}
     return out
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], ResumePoint | None], Tracker]] = {
-    "tensorboard": TensorBoard, "csv": Csv, "wandb": Wandb, "mlflow": MLflow,
-}  # fmt: skip
-
-
-def open_trackers(
-    names: Sequence[str], run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | None = None
-) -> list[Tracker]:
-    """The trackers of one run.
-
-    Args:
-        names: keys of `TRACKERS`; add an entry there for a further tracker.
-        run_dir: the run's folder, where files are written.
-        config: the resolved config as builtin containers.
-        resume: the checkpoint that the run resumes from.
-    """
-    return [TRACKERS[name](run_dir, config, resume) for name in names]
+TRACKERS = {"tensorboard": open_tensorboard, "csv": open_csv, "wandb": open_wandb, "mlflow": open_mlflow}

@@ -2,7 +2,7 @@
 
 The mean loss over all ranks is checked before the backward pass. A NaN on one rank is therefore known to all ranks
 before any weight changes. A gradient can overflow although the loss is finite: its norm is checked before the optimizer
-step.
+step or, where only the optimizer knows it, after the step that the optimizer has skipped.
 
 A skipped step changes no weight, no moment and no average. The schedule and the step count advance. Under
 ``precision=16`` an overflow is how the loss scale is found: such steps are counted as ``overflow_steps`` and do not
@@ -18,6 +18,7 @@ import torch
 
 from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.errors import MMDistillError, format_count
+from mmdistill.training.state import TrainingState
 
 MIN_LOSS_SCALE = 1.0  # a gradient that overflows at this loss scale is not finite by itself
 
@@ -29,72 +30,106 @@ class NonFiniteError(MMDistillError, FloatingPointError):
 
 
 class NonFiniteGuard:
-    """The policy of one run.
+    """The policy of one training, which calls `before_backward`, `before_step` and, where needed, `after_step`.
 
     Args:
         on_nonfinite: ``raise``, or ``skip`` the step.
-        max_skipped_steps: steps that may be skipped before a further one raises too.
-        rank_zero_info: prints a line on rank 0.
+        max_skipped_steps: steps that may be skipped in the whole training before a further one raises too.
+        state: position, and the numbers of skipped and overflown steps.
+        clip_ids: ids of the dataset's clips, for messages.
+        log: prints a line on rank 0.
 
     Attributes:
-        skipped_steps: steps skipped so far. Stored in checkpoints, because the limit is that of the whole training.
+        grad_norm: norm of the gradient of the last step, before clipping.
+        was_skipped: whether the last step changed no weight.
+
+    Raises:
+        NonFiniteError: by each method, if the policy does not allow to skip the step; the same on every rank.
     """
 
-    def __init__(self, on_nonfinite: str, max_skipped_steps: int, rank_zero_info: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        on_nonfinite: str,
+        max_skipped_steps: int,
+        *,
+        state: TrainingState,
+        clip_ids: Sequence[str],
+        log: Callable[[str], None],
+    ) -> None:
         self.on_nonfinite, self.max_skipped_steps = on_nonfinite, max_skipped_steps
-        self.rank_zero_info = rank_zero_info
-        self.skipped_steps = 0
+        self.state, self.clip_ids, self.log = state, clip_ids, log
+        self.grad_norm, self.was_skipped = 0.0, False
+        self._num_finite_batches = 0  # of this step
         self._clips: list[str] = []  # clips of this step whose loss is not finite
 
-    def check_loss(self, loss: torch.Tensor, mean: float, clips: Sequence[str], step_name: str) -> bool:
-        """Whether the loss of a batch is finite on all ranks. Collective; all ranks pass the same `mean`.
+    def before_backward(self, loss: torch.Tensor, mean: float, index: torch.Tensor, *, is_first: bool) -> bool:
+        """Whether the loss of a batch is finite on all ranks. If not, run the backward pass on `zero_loss`. Collective.
 
         Args:
             loss: this rank's loss.
-            mean: the mean loss over all ranks.
-            clips: ids of this rank's clips.
-            step_name: step and epoch, for messages.
-
-        Returns:
-            False if it is not finite and the policy is ``skip``; then call `skip_step` once per skipped step.
-
-        Raises:
-            NonFiniteError: the same on every rank; it names the clips of the ranks whose loss is not finite.
+            mean: the mean loss over all ranks, the same on all ranks.
+            index: numbers of this rank's clips (B,).
+            is_first: whether the batch is the first one of its optimizer step.
         """
+        if is_first:
+            self._num_finite_batches, self._clips = 0, []
         if math.isfinite(mean):
+            self._num_finite_batches += 1
             return True
-        is_finite = bool(torch.isfinite(loss))
-        by_rank = all_gather_objects([] if is_finite else list(clips))
-        nonfinite_clips = [clip for rank_clips in by_rank for clip in rank_clips]
-        self._clips += nonfinite_clips
+        own_clips = [] if bool(torch.isfinite(loss)) else [self.clip_ids[i] for i in index.tolist()]
+        clips = [clip for rank_clips in all_gather_objects(own_clips) for clip in rank_clips]
+        self._clips += clips
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
-                f"loss is {mean} at {step_name}; weights were not changed. Clips: {', '.join(nonfinite_clips)}. Lower "
+                f"loss is {mean} at {self._step_name}; weights were not changed. Clips: {', '.join(clips)}. Lower "
                 "trainer.lr, set trainer.clip_grad, check these clips, or set trainer.on_nonfinite=skip"
             )
         return False
 
-    def skip_step(self, step_name: str, *, reason: str = "loss is not finite") -> None:
-        """Count and log a skipped step.
+    def before_step(self, grad_norm: float | None = None, loss_scale: float | None = None) -> bool:
+        """Whether the optimizer step must be skipped.
 
-        Raises:
-            NonFiniteError: the policy is ``raise``, or more than `max_skipped_steps` are skipped.
+        Args:
+            grad_norm: None if only the optimizer knows it; then call `after_step`.
+            loss_scale: of a scaler that skips a step with a gradient that is not finite by itself.
         """
-        clips, self._clips = self._clips, []
-        clip_list = f" Clips: {', '.join(clips)}." if clips else ""
+        self.was_skipped = False
+        if not self._num_finite_batches:
+            self._skip_step("loss is not finite")
+        elif grad_norm is not None:
+            self._check_gradient(grad_norm, not math.isfinite(grad_norm), loss_scale)
+        return self.was_skipped
+
+    def after_step(self, grad_norm: float | None, *, was_skipped: bool, loss_scale: float | None = None) -> None:
+        """Handle the step of an optimizer that computes the norm, and skips a step whose norm is not finite."""
+        if self._num_finite_batches:
+            self._check_gradient(grad_norm or 0.0, was_skipped, loss_scale)
+
+    def _check_gradient(self, grad_norm: float, is_nonfinite: bool, loss_scale: float | None) -> None:
+        self.grad_norm, self.was_skipped = float(grad_norm), is_nonfinite
+        if is_nonfinite:
+            self.state.overflow_steps += loss_scale is not None
+            if loss_scale is None or loss_scale <= MIN_LOSS_SCALE:
+                self._skip_step("gradient is not finite")
+
+    def _skip_step(self, reason: str) -> None:
+        """Count and log a skipped step, or raise."""
+        clip_list = f" Clips: {', '.join(self._clips)}." if self._clips else ""
+        self.was_skipped, where = True, f"{reason} at {self._step_name}"
         if self.on_nonfinite == "raise":
+            raise NonFiniteError(f"{where}; weights were not changed. Lower trainer.lr or set trainer.clip_grad")
+        self.state.skipped_steps += 1
+        skipped = self.state.skipped_steps
+        if skipped > self.max_skipped_steps:
             raise NonFiniteError(
-                f"{reason} at {step_name}; weights were not changed. Lower trainer.lr or set trainer.clip_grad"
+                f"{where}: {format_count(skipped, 'step')} skipped, trainer.max_skipped_steps={self.max_skipped_steps} "
+                f"allows no more; weights were not changed.{clip_list} Lower trainer.lr or check these clips"
             )
-        self.skipped_steps += 1
-        if self.skipped_steps > self.max_skipped_steps:
-            raise NonFiniteError(
-                f"{reason} at {step_name}: {format_count(self.skipped_steps, 'step')} skipped, "
-                f"trainer.max_skipped_steps={self.max_skipped_steps} allows no more; weights were not changed."
-                f"{clip_list} Lower trainer.lr or check these clips"
-            )
-        count = f"{self.skipped_steps} of at most {self.max_skipped_steps}"
-        self.rank_zero_info(f"skipped step {count}: {reason} at {step_name}.{clip_list}")
+        self.log(f"skipped step {skipped} of at most {self.max_skipped_steps}: {where}.{clip_list}")
+
+    @property
+    def _step_name(self) -> str:
+        return f"step {self.state.step} (epoch {self.state.epoch})"
 
 
 def zero_loss(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The log of a run: a progress bar (plain lines without a terminal), ``run.log``, and metrics for the trackers."""
+"""The log of a run: a progress bar (plain lines without a terminal), ``run.log``, metrics for the trackers."""
 
 import math
 import resource
@@ -14,45 +14,24 @@ import torch
 
 from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
-from mmdistill.training.loggers import Csv, ResumePoint, Tracker, copy_metrics_history, open_trackers
+from mmdistill.training.loggers import TRACKERS, Csv, ResumePoint, Tracker
 
 LOG_FILE = "run.log"
-DEFAULT_TRACKERS = ("tensorboard", "csv")
 
 
 class RunLog:
-    """Log of one run. On other ranks than 0 (`enabled=False`) every method does nothing.
+    """Log of one run in its folder, with a progress bar up to `total_steps`.
 
-    Args:
-        run_dir: the run's folder.
-        total_steps: optimizer steps or batches of the whole run, as passed to `step`.
-        title: title of the progress bar.
-        enabled: True on rank 0 only.
-        trackers: names, see `mmdistill.training.loggers`.
-        config: the resolved config, for the trackers.
-        resume: the checkpoint that the run resumes from. A run in a new folder copies the metrics up to its step.
+    On other ranks than 0 (`enabled=False`) every method does nothing.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        *,
-        total_steps: int,
-        title: str,
-        enabled: bool = True,
-        trackers: Sequence[str] = DEFAULT_TRACKERS,
-        config: Mapping[str, Any] | None = None,
-        resume: ResumePoint | None = None,
-    ) -> None:
+    def __init__(self, run_dir: Path, *, total_steps: int, title: str, enabled: bool = True) -> None:
         self.enabled = enabled
-        if not enabled:
-            return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._file = run_dir / LOG_FILE
-        self._trackers: list[Tracker] = open_trackers(trackers, run_dir, config or {}, resume)
-        self._display = ProgressDisplay(title, total_steps, show_ends=True, print_line=self.info)
-        if resume:
-            self.inherit_metrics(resume)
+        self._trackers: list[Tracker] = []
+        if enabled:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = run_dir / LOG_FILE
+            self._display = ProgressDisplay(title, total_steps, show_ends=True, print_line=self.info)
 
     def __enter__(self) -> "RunLog":
         if self.enabled:
@@ -65,12 +44,14 @@ class RunLog:
             for tracker in self._trackers:
                 tracker.close()
 
-    def inherit_metrics(self, resume: ResumePoint) -> None:
-        """Copy the rows of ``metrics.csv`` from the resumed run, if it is in another folder."""
-        if any(isinstance(tracker, Csv) for tracker in self._trackers):
-            num_rows = copy_metrics_history(resume, self._file.parent)
-            if num_rows:
-                self.info(f"copied {format_count(num_rows, 'row')} of metrics.csv from {resume.run_dir}")
+    def open_trackers(self, names: Sequence[str], config: Mapping[str, Any], resume: ResumePoint | None = None) -> None:
+        """Start to send metrics to these `TRACKERS`. `config` is the resolved config as builtin containers."""
+        if not self.enabled:
+            return
+        self._trackers = [TRACKERS[name](self._file.parent, config, resume) for name in names]
+        for table in (tracker.logger for tracker in self._trackers if isinstance(tracker.logger, Csv)):
+            if resume and table.num_copied:
+                self.info(f"copied {format_count(table.num_copied, 'row')} of metrics.csv from {resume.run_dir}")
 
     def step(self, done: int, note: str) -> None:
         """Update the progress bar: `done` steps are finished. `note` and the peak memory are shown next to it."""
@@ -86,15 +67,40 @@ class RunLog:
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Send metrics after `step` optimizer steps to each tracker."""
-        if self.enabled:
-            for tracker in self._trackers:
-                tracker.log_metrics(step, values)
+        for tracker in self._trackers:
+            tracker.log_metrics(step, values)
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Send an image, uint8 (height, width, 3), to each tracker."""
-        if self.enabled:
-            for tracker in self._trackers:
-                tracker.log_image(step, name, image)
+        for tracker in self._trackers:
+            tracker.log_image(step, name, image)
+
+
+class ThroughputMeter:
+    """Clips per second of all ranks, and the percentage of the time that this rank waits for data, since `restart`."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start to measure, and to wait for the first batch."""
+        self._start = self._wait_start = time.monotonic()
+        self._num_clips, self._wait_s = 0, 0.0
+
+    def end_wait(self) -> None:
+        """The loader has returned a batch."""
+        self._wait_s += time.monotonic() - self._wait_start
+
+    def add_clips(self, num_clips: int) -> None:
+        """A step with `num_clips` over all ranks is done; the wait for the next batch starts."""
+        self._num_clips += num_clips
+        self._wait_start = time.monotonic()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """``clips_per_s`` and ``data_wait_percent``."""
+        elapsed_s = max(time.monotonic() - self._start, 1e-9)
+        return {"clips_per_s": self._num_clips / elapsed_s, "data_wait_percent": 100 * self._wait_s / elapsed_s}
 
 
 def baseline_ratio(loss: float, constant_baseline: float) -> float:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -47,36 +48,29 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
 
 def git_state(root: Path | None) -> dict[str, Any] | None:
     """Commit and changed files of a repository; None without git, a repository or a source tree (`root`)."""
-    if root is None:
-        return None
 
     def run_git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, errors="replace").stdout
 
-    try:
-        changed = [line[3:] for line in run_git("status", "--porcelain").splitlines()]
-        return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(changed), "changed": changed}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    with suppress(OSError, subprocess.SubprocessError):
+        if root is not None:
+            changed = [line[3:] for line in run_git("status", "--porcelain").splitlines()]
+            return {"commit": run_git("rev-parse", "HEAD").strip(), "dirty": bool(changed), "changed": changed}
+    return None
 
 
 def environment(accelerator: str) -> dict[str, Any]:
     """Versions of Python and of this project's dependencies, platform, device, CPUs and threads."""
     import torch
 
-    names = {"torch", "numpy"}
-    try:
+    names, packages = {"torch", "numpy"}, {}
+    with suppress(metadata.PackageNotFoundError):  # runs from the source tree, not installed
         required = metadata.requires("mmdistill") or []
         names |= {re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in required if "extra ==" not in r}
-    except metadata.PackageNotFoundError:
-        pass  # runs from the source tree, not installed
-    packages = {}
     for name in sorted(names):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     return {
         "mmdistill": __version__,

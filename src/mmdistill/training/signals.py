@@ -29,11 +29,11 @@ def _signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | No
 
 @contextmanager
 def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[StopSignal]:
-    """Replace the handlers of these signals by one that only records the signal; restore them at the end.
+    """While open, these signals are only recorded. A second SIGINT raises `KeyboardInterrupt` at once.
 
     Yields:
         A function that returns the number of the first received signal, or None. A launcher that has exited counts as
-        SIGTERM. A second SIGINT raises `KeyboardInterrupt` at once.
+        SIGTERM.
     """
     received: list[int] = []
 

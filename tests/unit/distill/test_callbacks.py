@@ -1,5 +1,6 @@
-"""Checkpoint files, epoch means and stop signals as Lightning callbacks."""
+"""Skipped steps, position and log, checkpoint files and stop signals as Lightning callbacks."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from mmdistill.distill.callbacks import EpochCheckpoints, EpochMeans, SetEpochCallback, StopOnSignal
+from mmdistill.distill.callbacks import EpochCheckpoints, StepCallback, TrainingCallback, format_losses
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.training.run import Training
+from tests.tiny_data import make_tiny
+from tests.tiny_training import make_training
+
+Make = Callable[..., Training]
 
 
 class _Trainer(SimpleNamespace):
@@ -16,130 +22,89 @@ class _Trainer(SimpleNamespace):
 
     def __init__(self, **values: Any) -> None:
         super().__init__(
-            saved=[], is_global_zero=True, global_rank=0, current_epoch=0, max_epochs=4, num_training_batches=4,
-            check_val_every_n_epoch=1, callback_metrics={}, should_stop=False,
-            strategy=SimpleNamespace(
-                reduce=lambda tensor, reduce_op: tensor, reduce_boolean_decision=lambda value, all: value
-            ),
+            saved=[], is_global_zero=True, global_rank=0, world_size=1, current_epoch=0, global_step=0, max_epochs=4,
+            check_val_every_n_epoch=1, callback_metrics={}, should_stop=False, strategy=None,
+            precision_plugin=SimpleNamespace(), lr_scheduler_configs=[SimpleNamespace(scheduler=_Schedule())],
         )  # fmt: skip
         vars(self).update(values)
 
-    def save_checkpoint(self, path: Path, *, weights_only: bool) -> None:
-        assert weights_only is False  # otherwise Lightning logs that it is not set
+    def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+        assert not weights_only
         self.saved.append(path.name)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(b"")
 
 
-def _position(started: int, ready: int) -> SimpleNamespace:
-    def current(**values: int) -> SimpleNamespace:
-        return SimpleNamespace(current=SimpleNamespace(**values))
+class _Schedule(SimpleNamespace):
+    """Records its position."""
 
-    return SimpleNamespace(
-        epoch_progress=current(started=started), epoch_loop=SimpleNamespace(batch_progress=current(ready=ready))
-    )
+    lr, position = 0.5, -1
+
+    def restore(self, step: int) -> None:
+        self.position = step
+
+    def step_update(self, step: int) -> None:
+        self.position = step
 
 
 class _Module(SimpleNamespace):
-    """Records what is logged."""
+    """Records what is logged, and counts updates of the average."""
 
     def __init__(self) -> None:
-        super().__init__(logged={}, grad_norm=2.0, nonfinite=SimpleNamespace(skipped_steps=3))
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        super().__init__(logged={}, num_updates=0, parameters=lambda: [parameter])
 
     def log_dict(self, values: dict[str, Any], **_: Any) -> None:
-        self.logged |= {name: float(value) for name, value in values.items()}
+        self.logged |= values
+
+    def update_average(self) -> None:
+        self.num_updates += 1
 
 
-def _step(means: EpochMeans, loss: float | None, clips: int) -> None:
-    values = {} if loss is None else {"train_loss": torch.tensor(loss)}
-    outputs = {"loss": torch.tensor(loss or 0.0), "values": values}
-    means.on_train_batch_end(None, None, outputs, {"index": torch.arange(clips)}, 0)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1)  # 12 clips, 4 batches
 
 
-def _log(means: EpochMeans) -> dict[str, float]:
-    module = _Module()
-    means.on_train_epoch_end(_Trainer(), module)  # type: ignore[arg-type]
-    return module.logged
+@pytest.fixture
+def make(data: Path, tmp_path: Path) -> Make:
+    return lambda *more, **options: make_training(data, tmp_path / "run", *more, **options)
 
 
-def test_means_weight_batches_by_their_clips() -> None:
-    means = EpochMeans()
-    for loss, clips in ((1.0, 3), (None, 5), (5.0, 1)):
-        _step(means, loss, clips)
-    assert _log(means) == {"train_loss": 2.0, "grad_norm": 2.0, "skipped_steps": 3.0}
+def _end_batch(callback: TrainingCallback, trainer: _Trainer, values: dict[str, float]) -> None:
+    outputs = {"loss": torch.tensor(0.0), "values": values}
+    callback.on_train_batch_end(trainer, _Module(), outputs, {"index": torch.arange(3)}, 0)  # type: ignore[arg-type]
 
 
-def test_means_continue_after_a_resume() -> None:
-    full, first, rest = EpochMeans(), EpochMeans(), EpochMeans()
-    for loss in (0.1, 0.2, 0.7):
-        _step(full, loss, 3)
-    _step(first, 0.1, 3)
-    rest.load_state_dict(first.state_dict())
-    for loss in (0.2, 0.7):
-        _step(rest, loss, 3)
-    assert _log(rest) == _log(full)
+def test_batches_are_counted_and_their_means_logged(make: Make) -> None:
+    training = make("trainer.accumulate_grad_batches=2")
+    callback, trainer, module = TrainingCallback(training, "summary"), _Trainer(), _Module()
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
+    assert schedule.position == 0
+    for step, loss in ((0, 1.0), (1, None), (1, 2.0), (2, 6.0)):
+        trainer.global_step = step
+        _end_batch(callback, trainer, {} if loss is None else {"train_loss": loss})
+    assert (training.state.batch, training.state.step, schedule.position) == (4, 2, 2)
+    trainer.callback_metrics = {"val_top1_action": torch.tensor(0.25)}
+    callback.on_train_epoch_end(trainer, module)  # type: ignore[arg-type]
+    assert module.logged == {"train_loss": 3.0}
+    rows = (training.run.directory / "metrics.csv").read_text().splitlines()
+    assert {"train_loss", "val_top1_action", "grad_norm", "skipped_steps", "lr"} <= set(rows[0].split(","))
+    trainer.current_epoch = 1
+    callback.on_train_epoch_start(trainer, module)  # type: ignore[arg-type]
+    assert (training.state.epoch, training.state.batch, training.data.sampler.epoch) == (1, 0, 1)
 
 
-def test_sums_of_more_ranks_go_to_rank_0() -> None:
-    means = EpochMeans()
-    means.load_state_dict({"names": ["train_loss"], "sums": [[2.0, 1.0], [], [4.0, 2.0]]})
-    assert _log(means)["train_loss"] == 2.0
+def test_resumed_training_starts_at_the_stored_position(make: Make) -> None:
+    training, trainer = make(), _Trainer()
+    training.load_state_dict({**training.state_dict(), "epoch": 1, "batch": 3})
+    TrainingCallback(training, "").on_train_start(trainer, _Module())  # type: ignore[arg-type]
+    assert trainer.lr_scheduler_configs[0].scheduler.position == 7
 
 
-def test_names_of_older_checkpoints_are_translated() -> None:
-    means = EpochMeans()
-    means.load_state_dict({"names": ["train_loss", "trivial_loss_rgb"], "sums": [[2.0, 4.0, 2.0]]})
-    assert _log(means)["constant_baseline_loss_rgb"] == 2.0
-
-
-def _checkpoints(directory: Path, *, stop: bool = False, save_ckpt_freq: int = 2) -> EpochCheckpoints:
-    return EpochCheckpoints(
-        directory, save_ckpt_freq=save_ckpt_freq, keep_last=None, save_top_k=None, monitor="train_loss", source=None,
-        stop_signal=lambda: 15 if stop else None,
-    )  # fmt: skip
-
-
-def test_checkpoints_every_n_epochs_and_at_the_end(tmp_path: Path) -> None:
-    callback, saved = _checkpoints(tmp_path / "checkpoints"), []
-    for epoch in range(5):
-        trainer = _Trainer(current_epoch=epoch, max_epochs=5, callback_metrics={"train_loss": torch.tensor(0.5)})
-        callback.on_train_epoch_end(trainer, _Module())  # type: ignore[arg-type]
-        saved += trainer.saved
-        assert not trainer.should_stop
-    assert saved == [f"epoch={epoch:02d}-train_loss=0.5000.ckpt" for epoch in (1, 3, 4)]
-    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
-    assert list(callback.state_dict()["losses"].values()) == [0.5] * 3
-    restored = _checkpoints(tmp_path)
-    restored.load_state_dict(callback.state_dict())
-    assert restored.losses == callback.losses
-
-
-def test_signal_in_the_last_step_of_an_epoch_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = _Trainer()
-    _checkpoints(tmp_path, stop=True).on_train_epoch_end(trainer, _Module())  # type: ignore[arg-type]
-    assert (trainer.saved, trainer.should_stop) == (["last.ckpt"], True)
-    assert f"complete checkpoint written: {tmp_path / 'last.ckpt'}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("batches_done", "signal", "stops"), [(2, 15, True), (1, 15, False), (2, None, False), (4, 15, False)]
-)
-def test_signal_stops_after_a_complete_optimizer_step(
-    tmp_path: Path, batches_done: int, signal: int | None, stops: bool
-) -> None:
-    """With 2 batches per step; after the 4th and last batch `EpochCheckpoints` handles it."""
-    trainer = _Trainer(fit_loop=_position(started=1, ready=batches_done))
-    callback = StopOnSignal(lambda: signal, tmp_path / "last.ckpt", accumulate_grad_batches=2)
-    if stops:
-        with pytest.raises(SystemExit, match=str(INTERRUPTED_EXIT_CODE)):
-            callback.on_train_batch_end(trainer, _Module())  # type: ignore[arg-type]
-    else:
-        callback.on_train_batch_end(trainer, _Module())  # type: ignore[arg-type]
-    assert trainer.saved == (["last.ckpt"] if stops else [])
-
-
-def test_steps_are_seeded_by_their_position() -> None:
-    callback = SetEpochCallback(SimpleNamespace(), seed=1)
+def test_steps_are_seeded_by_their_position(make: Make) -> None:
+    callback = TrainingCallback(make("seed=1"), "")
 
     def draw(epoch: int, batch: int) -> float:
         callback.on_train_batch_start(_Trainer(current_epoch=epoch), _Module(), None, batch)  # type: ignore[arg-type]
@@ -147,3 +112,102 @@ def test_steps_are_seeded_by_their_position() -> None:
 
     assert draw(0, 3) == draw(0, 3)
     assert len({draw(0, 3), draw(0, 2), draw(1, 3)}) == 3
+
+
+@pytest.mark.parametrize(("gradient", "num_updates"), [(3.0, 1), (float("inf"), 0)])
+def test_average_is_updated_after_a_step_that_is_not_skipped(make: Make, gradient: float, num_updates: int) -> None:
+    training, trainer, module = make("trainer.on_nonfinite=skip"), _Trainer(), _Module()
+    callback = StepCallback(training)
+    (parameter,) = module.parameters()
+    parameter.grad = torch.tensor([gradient])
+    assert training.guard.before_backward(torch.tensor(1.0), 1.0, torch.arange(3), is_first=True)
+    callback.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+    assert module.num_updates == 0  # the step is not complete
+    callback.on_before_optimizer_step(trainer, module, None)  # type: ignore[arg-type]
+    callback.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+    assert (module.num_updates, training.guard.grad_norm) == (num_updates, gradient)
+    assert (parameter.grad is None) == (num_updates == 0)
+
+
+def _checkpoints(training: Training) -> EpochCheckpoints:
+    return EpochCheckpoints(training, encoders={}, statistics={}, sources={"teacher_rgb": {}}, monitor="train_loss")
+
+
+def test_checkpoints_every_n_epochs_and_at_the_end(make: Make) -> None:
+    training, saved = make("trainer.save_ckpt_freq=2"), []
+    callback = _checkpoints(training)
+    for epoch in range(5):
+        training.state.start_epoch(epoch)
+        training.state.add_batch({"train_loss": 0.5}, 3)
+        trainer = _Trainer(max_epochs=5)
+        callback.on_train_epoch_end(trainer, _Module())  # type: ignore[arg-type]
+        saved += trainer.saved
+        assert not trainer.should_stop
+    assert saved == [f"epoch={epoch:02d}-train_loss=0.5000.ckpt" for epoch in (1, 3, 4)]
+    assert (training.run.checkpoints / "last.ckpt").is_file()
+    assert list(callback.state_dict()["losses"].values()) == [0.5] * 3
+    restored = make()
+    _checkpoints(restored).load_state_dict(callback.state_dict())
+    assert restored.state.losses == training.state.losses
+
+
+def test_signal_in_the_last_step_of_an_epoch_stops_the_run(make: Make) -> None:
+    trainer = _Trainer()
+    _checkpoints(make("trainer.save_ckpt_freq=2", signal=15)).on_train_epoch_end(trainer, _Module())  # type: ignore[arg-type]
+    assert (trainer.saved, trainer.should_stop) == (["last.ckpt"], True)
+
+
+@pytest.mark.parametrize(
+    ("batches_done", "signal", "stops"), [(2, 15, True), (1, 15, False), (2, None, False), (4, 15, False)]
+)
+def test_signal_stops_after_a_complete_optimizer_step(
+    make: Make, batches_done: int, signal: int | None, stops: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 2 batches per step; after the 4th and last batch `on_train_epoch_end` handles it."""
+    training, trainer = make("trainer.accumulate_grad_batches=2", signal=signal), _Trainer()
+    training.state.batch = batches_done
+    callback = _checkpoints(training)
+    if stops:
+        with pytest.raises(SystemExit, match=str(INTERRUPTED_EXIT_CODE)):
+            callback.on_train_batch_end(trainer, _Module())  # type: ignore[arg-type]
+        assert f"complete checkpoint written: {callback.last_path}" in capsys.readouterr().err
+    else:
+        callback.on_train_batch_end(trainer, _Module())  # type: ignore[arg-type]
+    assert trainer.saved == (["last.ckpt"] if stops else [])
+
+
+@pytest.mark.parametrize(("batch", "stored"), [(2, (2, None)), (4, (None, 0.5))])
+def test_metadata_have_a_loss_at_the_end_of_an_epoch(make: Make, batch: int, stored: tuple[Any, Any]) -> None:
+    training, content = make(), dict[str, Any]()
+    training.state.add_batch({"train_loss": 0.5}, 3)
+    training.state.batch = batch
+    _checkpoints(training).on_save_checkpoint(_Trainer(), _Module(), content)  # type: ignore[arg-type]
+    meta = content["mmdistill"]
+    assert (meta["batch"], meta["loss"]) == stored
+    assert (meta["kind"], meta["decoder"], meta["teachers"]) == ("distill", None, {"teacher_rgb": {}})
+
+
+def test_losses_with_ratios() -> None:
+    means = {
+        "train_loss": 0.0919,
+        "train_loss_rgb": 0.0127,
+        "constant_baseline_loss_rgb": 0.334,
+        "train_loss_flow": 0.0008,
+        "constant_baseline_loss_flow": 0.0009,
+        "train_loss_skeleton": 0.9411,
+        "constant_baseline_loss_skeleton": 0.006,
+        "grad_norm": 1.0,
+    }
+    assert format_losses(means) == (
+        "loss 0.0919: rgb 0.0127 (ratio to constant baseline 0.038), flow 0.0008 (ratio 0.89), "
+        "skeleton 0.9411 (ratio 157)"
+    )
+
+
+def test_epoch_without_finite_losses() -> None:
+    assert format_losses({}) == "loss nan"
+
+
+def test_constant_features_have_no_ratio() -> None:
+    means = {"train_loss": 0.5, "train_loss_rgb": 0.5, "constant_baseline_loss_rgb": 0.0}
+    assert format_losses(means) == "loss 0.5000: rgb 0.5000 (ratio to constant baseline nan)"

@@ -16,7 +16,7 @@ from mmdistill.distill.parallel_encoders import run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
 from mmdistill.models.videomae import Encoder, EncoderConfig
-from mmdistill.training.optim import LearningRates
+from mmdistill.training.optim import Optimization
 
 
 @pytest.fixture(params=[2, 8])
@@ -32,10 +32,7 @@ def _module(**more: Any) -> MMDistill:
     torch.manual_seed(0)
     specs = {name: get_modality(name).spec() for name in BUILTIN_MODALITIES}
     teachers = {name: Encoder(_encoder_config(spec)) for name, spec in specs.items()}
-    return MMDistill(
-        teachers, specs, rates=LearningRates(1e-3, 0, 0), weight_decay=0.05, betas=(0.9, 0.95),
-        warmup_steps=0, total_steps=1, meta={"teachers": {}}, **more,
-    ).train()  # fmt: skip
+    return MMDistill(teachers, specs, Optimization(1e-3), **more).train()
 
 
 def _encoder_config(spec: ModalitySpec) -> EncoderConfig:
@@ -115,19 +112,18 @@ def test_average_moves_towards_the_student() -> None:
     with torch.no_grad():
         for parameter in net.student_rgb.parameters():
             parameter.add_(1)
-    net._update_average()
+    net.update_average()
     for new, old in zip(net.student_ema_rgb.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(new, old + 0.25)
 
 
 def test_cached_epoch_reads_only_rgb(tmp_path: Path) -> None:
-    net, batch = _module(), _batch()
-    widths = dict.fromkeys(net.modalities, 16)
-    net.cache = TeacherCache(tmp_path, num_draws=1, num_clips=2, widths=widths, key={})
+    cache = TeacherCache(tmp_path, num_draws=1, num_clips=2, widths=dict.fromkeys(BUILTIN_MODALITIES, 16), key={})
+    net, batch = _module(cache=cache), _batch()
     expected = {name: loss.item() for name, (loss, _) in net.losses(batch).items()}  # epoch 0 fills the cache
-    net.cache.write(0)
-    net.cache.open(0)
-    net.cache.is_cached = lambda epoch: True  # type: ignore[method-assign]
+    cache.write(0)
+    cache.open(0)
+    cache.is_cached = lambda epoch: True  # type: ignore[method-assign]
     rgb_only = {name: value for name, value in batch.items() if name not in ("flow", "skeleton")}
     found = {name: loss.item() for name, (loss, _) in net.losses(rgb_only).items()}
     assert found == pytest.approx(expected, rel=1e-5)
@@ -140,19 +136,27 @@ def test_checkpoint_must_have_an_average_if_the_run_has_one() -> None:
 
 
 def test_student_only_checkpoint_gets_the_runs_teachers() -> None:
-    net = _module()
-    digests = {f"teacher_{name}": {"sha256": name} for name in net.modalities}
-    net.meta["teachers"] = digests
+    digests = {f"teacher_{name}": {"sha256": name} for name in BUILTIN_MODALITIES}
+    net = _module(sources=digests)
     own = net.state_dict()
     student_only = {k: v for k, v in own.items() if not k.startswith("teacher_")}
-    checkpoint = {
-        "state_dict": student_only,
-        "mmdistill": {"teachers": digests, "skipped_steps": 3},
-        "lr_schedulers": [1],
-    }
+    checkpoint = {"state_dict": student_only, "mmdistill": {"teachers": digests}, "lr_schedulers": [1]}
     net.on_load_checkpoint(checkpoint)
     assert checkpoint["state_dict"].keys() == own.keys()
-    assert (net.nonfinite.skipped_steps, checkpoint["lr_schedulers"]) == (3, [])
+    assert checkpoint["lr_schedulers"] == []
     other = {**digests, "teacher_flow": {"sha256": "other"}}
     with pytest.raises(CheckpointError, match="teacher_flow of sha256 other; this run's teacher_flow has flow"):
         net.on_load_checkpoint({"state_dict": student_only, "mmdistill": {"teachers": other}})
+
+
+def test_teachers_are_removed_from_a_student_only_checkpoint() -> None:
+    net = _module(save_teachers=False)
+    checkpoint = {"state_dict": net.state_dict()}
+    net.on_save_checkpoint(checkpoint)
+    assert {name.partition(".")[0] for name in checkpoint["state_dict"]} == {"student_rgb", "cmt"}
+
+
+def test_average_keeps_the_names_of_its_tensors() -> None:
+    """`AveragedModel` would add a prefix and a count."""
+    names = {name.removeprefix("student_ema_rgb.") for name in _module(ema=0.9).state_dict() if "_ema_" in name}
+    assert names == {name.removeprefix("student_rgb.") for name in _module().state_dict() if "student_rgb" in name}

@@ -12,6 +12,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill.strategy import (
     SingleFileDDPStrategy,
     SingleFileDeepSpeedStrategy,
+    VerifiedCheckpointIO,
     strategy_kwargs,
 )
 from tests.tiny_data import overrides
@@ -19,7 +20,7 @@ from tests.tiny_data import overrides
 
 def _kwargs(strategy: str, precision: str = "32") -> dict[str, Any]:
     given = [*overrides(Path("nowhere")), "trainer.ckpt_path=[a,b,c]", f"strategy={strategy}"]
-    return strategy_kwargs(load_config(DistillConfig, "config_mmdistill", given), precision, ["plugin"])
+    return strategy_kwargs(load_config(DistillConfig, "config_mmdistill", given), precision)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_one_process_uses_lightnings_default() -> None:
     kwargs = _kwargs("auto", "bf16")
     assert (kwargs["strategy"], kwargs["precision"]) == ("auto", "bf16-mixed")
     assert (kwargs["devices"], kwargs["num_nodes"]) == (1, 1)
-    assert kwargs["plugins"][0] == "plugin"
+    assert isinstance(kwargs["plugins"][0], VerifiedCheckpointIO)
 
 
 def test_several_processes_use_ddp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_monitor_must_be_validated_at_each_checkpoint(folder: Path) -> None:
 
 def test_ranks_get_equal_numbers_of_clips(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=2", "trainer.val_episodes=3", "data_module.n_way=2")
-    parts = [make_validation(config, Process(torch.device("cpu"), rank, 5)) for rank in range(5)]
+    parts = [make_validation(config, Process(torch.device("cpu"), rank, 5), print) for rank in range(5)]
     assert len({len(p.own_clips) for p in parts}) == 1
     assert set().union(*(p.own_clips for p in parts)) == set(parts[0].clips.tolist())
     assert len(parts[0].clips) < len(parts[0].dataset)  # clips outside the episodes are not encoded
@@ -45,16 +45,16 @@ def test_val_json_path_replaces_the_test_clips(folder: Path) -> None:
     data = folder / "data"
     (data / "other.json").write_text((data / "val.json").read_text().replace("rally_CC_0", "rally_absent"))
     config = _config(folder, "trainer.check_val_every_n_epoch=1", "data_module.val_json_path=other.json")
-    made = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    made = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
     assert "rally_absent" in {c.video for c in made.dataset.index.clips}
-    assert make_validation(_config(folder), Process(torch.device("cpu"), 0, 1)) is None
+    assert make_validation(_config(folder), Process(torch.device("cpu"), 0, 1), print) is None
     with pytest.raises(ConfigError, match="val_episodes=1 must be at least 2"):
         _config(folder, "trainer.val_episodes=1")
 
 
 def test_score_separates_perfect_and_constant_features(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=1")
-    validation = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    validation = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
     assert validation is not None
     clips = validation.dataset.index.clips
     one_hot = {i: np.eye(4, dtype=np.float32)[clips[i].label] for i in validation.clips.tolist()}
@@ -65,7 +65,7 @@ def test_score_separates_perfect_and_constant_features(folder: Path) -> None:
 
 def test_summary_names_the_clips(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=2")
-    validation = make_validation(config, Process(torch.device("cpu"), 0, 1))
+    validation = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
     assert validation is not None
     line = validation_summary(validation, config)
     assert line.startswith(

@@ -1,63 +1,51 @@
-"""Position and epoch means of a pretraining, and the client state of older checkpoints."""
+"""Pretrainings of a few steps: skipped steps and checkpoints."""
 
-import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mmdistill.config import ConfigError, PretrainConfig, to_plain
+from mmdistill.checkpoint.read import read_checkpoint
+from mmdistill.config import PretrainConfig
 from mmdistill.config.compose import load_config
-from mmdistill.distributed.process import Process
-from mmdistill.models.videomae import EncoderConfig
-from mmdistill.pretrain.trainer import PretrainTrainer, Progress, _read_client_state
-from mmdistill.training.compatibility import diff_settings
+from mmdistill.pretrain.trainer import PretrainTrainer, _weight_compat, pretrain
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
-def test_means_are_over_finite_batches() -> None:
-    progress = Progress()
-    assert all(map(math.isnan, progress.means))
-    for losses in ((1.0, 4.0), None, (3.0, 2.0)):
-        progress.add_batch(losses)
-    assert progress.means == (2.0, 3.0)
-    assert (progress.batch, progress.num_skipped_batches) == (3, 1)
-    progress.start_next_epoch()
-    assert progress == Progress(epoch=1)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return overrides(make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1))  # 12 clips
 
 
-def test_client_state_of_older_versions_is_read() -> None:
-    """The names of commit ae7d5c0."""
-    encoder = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="sincos_separable")
-    fields = {k: v for k, v in to_plain(encoder).items() if k != "pos_embed"}
-    learned = {**fields, "learned_positions": False, "separable_positions": True, "mean": [0.5]}
-    state: dict[str, Any] = {
-        "progress": {"epoch": 1, "batch": 2, "loss_sum": 3.0, "trivial_sum": 4.0, "unusable": 1},
-        "learned": learned,
-        "order": {"seed": 0, "clips": 72, "global_batch": 8, "accumulate": 1, "batches": 9},
-        "step": 11,
-    }
-    found = _read_client_state(state)
-    assert Progress(**found["progress"]) == Progress(1, 2, 3.0, 4.0, 1)
-    order = {"seed": 0, "num_clips": 72, "global_batch": 8, "accumulate_grad_batches": 1, "batches_per_epoch": 9}
-    assert found["data_order"] == order
-    assert found["step"] == 11
-    own = {**to_plain(encoder), "mean": [0.5]}
-    assert diff_settings(found["weight_compat"], own) == {}
-    other = {**own, "pos_embed": "learned"}
-    assert diff_settings(found["weight_compat"], other) == {"pos_embed": ("sincos_separable", "learned")}
+def _config(data: list[str], *more: str) -> PretrainConfig:
+    fixed = ["modality=flow", "accelerator=cpu", "batch_size=2", "logger=csv", "trainer.epochs=1"]
+    return load_config(PretrainConfig, "config_pretrain", [*data, *MODEL, *fixed, *more])
 
 
-def test_client_state_without_settings_is_read() -> None:
-    """Versions before that stored neither "learned" nor "order"."""
-    found = _read_client_state({"progress": {"epoch": 1, "batch": 0, "loss_sum": 0.0, "trivial_sum": 0.0}})
-    assert (found["weight_compat"], found["data_order"]) == ({}, {})
-    assert Progress(**found["progress"]) == Progress(epoch=1)
+def test_settings_of_the_weights_contain_those_that_no_shape_shows(data: list[str]) -> None:
+    compat = _weight_compat(_config(data))
+    assert {"heads", "pos_embed", "decoder", "mean", "std"} <= compat.keys()
 
 
-def test_too_few_clips_for_a_step_are_an_error(tmp_path: Any) -> None:
-    data = overrides(make_tiny(tmp_path, per_class=1))
-    arguments = ["modality=flow", *data, *MODEL, "batch_size=2", "trainer.accumulate_grad_batches=8"]
-    config = load_config(PretrainConfig, "config_pretrain", arguments)
-    with pytest.raises(ConfigError, match="12 clips cannot fill one optimizer step of 16; lower batch_size"):
-        PretrainTrainer(config, tmp_path / "run", Process(torch.device("cpu"), 0, 1))
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_skipped_steps_do_not_prevent_a_resume(
+    data: list[str], accumulate: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Adam's count of steps lags behind that of the engine. Under ZeRO the checkpoint is checked for such a lag."""
+    original, num_batches = PretrainTrainer.losses, 0
+
+    def nan_in_the_first_step(self: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal num_batches
+        num_batches += 1
+        loss, baseline = original(self, batch)
+        return loss * (float("nan") if num_batches <= accumulate else 1.0), baseline
+
+    monkeypatch.setattr(PretrainTrainer, "losses", nan_in_the_first_step)
+    options = ["strategy=deepspeed_stage_1", "trainer.on_nonfinite=skip"]
+    options.append(f"trainer.accumulate_grad_batches={accumulate}")
+    first = pretrain(_config(data, *options), tmp_path)
+    meta = read_checkpoint(first).meta
+    assert (meta["step"], meta["skipped_steps"], meta["batch"]) == (6 // accumulate, 1, None)
+    last = pretrain(_config(data, *options, "trainer.epochs=2", "resume=auto"), tmp_path)
+    assert read_checkpoint(last).meta["step"] == 12 // accumulate

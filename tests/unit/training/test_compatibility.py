@@ -1,21 +1,43 @@
-"""Settings that must match on resume: comparison, message, names of older versions."""
+"""Settings that must match on resume: comparison, message, what is checked where."""
 
-from mmdistill.training.compatibility import data_order, diff_settings, format_difference, read_data_order
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdistill.config import ConfigError
+from mmdistill.training.compatibility import check_compatible, diff_settings
+from mmdistill.training.state import TrainingState
+
+RECORD = {"weight_compat": {"heads": 2}, "data_order": {"seed": 0, "global_batch": 2}}
+CHECKPOINT = Path("old.ckpt")
 
 
 def test_diff_ignores_keys_of_one_side() -> None:
     stored, own = {"seed": 0, "heads": 2, "only_stored": 1}, {"seed": 0, "heads": 4, "only_own": 1}
-    assert diff_settings(stored, own) == {"heads": (2, 4)}
-    assert diff_settings(own, own) == {}
+    assert diff_settings(stored, own) == "heads 2 / 4"
+    assert diff_settings(own, own) == ""
 
 
-def test_message_gives_checkpoint_then_run() -> None:
-    assert format_difference({"heads": (2, 4), "std": ((1.0,), (2.0,))}) == "heads 2 / 4, std (1.0,) / (2.0,)"
+def test_difference_gives_checkpoint_then_run() -> None:
+    stored, own = {"heads": 2, "std": (1.0,)}, {"heads": 4, "std": (2.0,)}
+    assert diff_settings(stored, own) == "heads 2 / 4, std (1.0,) / (2.0,)"
 
 
-def test_data_order_of_older_versions_is_read() -> None:
-    own = data_order(seed=1, num_clips=72, global_batch=8, accumulate_grad_batches=2)
-    stored = {"seed": 1, "clips": 72, "global_batch": 8, "accumulate": 2, "batches": 9, "epoch": 3}
-    assert read_data_order(stored) == {**own, "batches_per_epoch": 9, "epoch": 3}
-    assert read_data_order(own) == own
-    assert diff_settings(read_data_order({**stored, "accumulate": 1}), own) == {"accumulate_grad_batches": (1, 2)}
+@pytest.mark.parametrize("batch", [0, 2])
+def test_settings_of_the_weights_must_always_match(batch: int) -> None:
+    stored = {**RECORD, "weight_compat": {"heads": 4}}
+    with pytest.raises(ConfigError, match=r"old\.ckpt was trained with other settings .*: heads 4 / 2; .*resume=null"):
+        check_compatible(stored, RECORD, TrainingState(batch=batch), CHECKPOINT)
+
+
+def test_another_batch_order_is_rejected_inside_an_epoch_only() -> None:
+    stored = {**RECORD, "data_order": {"seed": 0, "global_batch": 4}}
+    with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*: global_batch 4 / 2; .*the end of an epoch"):
+        check_compatible(stored, RECORD, TrainingState(epoch=1, batch=2), CHECKPOINT)
+    check_compatible(stored, RECORD, TrainingState(epoch=1), CHECKPOINT)
+
+
+@pytest.mark.parametrize("stored", [RECORD, {}])
+def test_equal_or_unknown_settings_pass(stored: dict[str, Any]) -> None:
+    check_compatible(stored, RECORD, TrainingState(batch=2), CHECKPOINT)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mmdistill.config import ConfigError, PretrainConfig, to_plain
 from mmdistill.config.compose import load_config
-from mmdistill.training.loggers import TRACKERS, ResumePoint, copy_metrics_history, open_trackers
+from mmdistill.training.loggers import TRACKERS, Csv, ResumePoint, open_csv, open_tensorboard, open_wandb
 from mmdistill.training.run_logger import RunLog
 
 
@@ -24,7 +24,7 @@ def _parsed(*overrides: str) -> PretrainConfig:
 
 def test_csv_appends_to_the_rows_of_a_resumed_run(tmp_path: Path) -> None:
     for step in (1, 2):
-        (tracker,) = open_trackers(["csv"], tmp_path, {})
+        tracker = open_csv(tmp_path, {}, None)
         tracker.log_metrics(step, {"loss": step / 4})
         tracker.close()
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.25", "2,0.5"]
@@ -33,20 +33,20 @@ def test_csv_appends_to_the_rows_of_a_resumed_run(tmp_path: Path) -> None:
 def test_history_is_copied_up_to_the_resumed_step(tmp_path: Path) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     resume = ResumePoint(old / "checkpoints" / "epoch=01-loss=0.5000", 20)
-    assert copy_metrics_history(resume, new) == 0  # the old run has no metrics
     old.mkdir()
     new.mkdir()
+    assert Csv(new, resume).num_copied == 0  # the old run has no metrics
     (old / "metrics.csv").write_text("step,loss\n10,0.9\n20,0.5\n30,0.7\n")
-    assert copy_metrics_history(resume, new) == 2
+    assert Csv(new, resume).num_copied == 2
     assert (new / "metrics.csv").read_text().splitlines() == ["step,loss", "10,0.9", "20,0.5"]
-    assert copy_metrics_history(resume, new) == 0  # the new run has metrics
-    assert copy_metrics_history(resume, old) == 0  # resumed in the same folder
+    assert Csv(new, resume).num_copied == 0  # the new run has metrics
+    assert Csv(old, resume).num_copied == 0  # resumed in the same folder
     assert len((old / "metrics.csv").read_text().splitlines()) == 4
 
 
 def test_csv_rows_of_repeated_steps_replace_older_ones(tmp_path: Path) -> None:
     """A run that was killed after step 30 resumes from its checkpoint of step 10."""
-    [log] = open_trackers(["csv"], tmp_path, {})
+    log = open_csv(tmp_path, {}, None)
     for step in (10, 20, 30, 20):
         log.log_metrics(step, {"epoch": step // 10, "loss": 1.0 / step})
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -59,11 +59,11 @@ def test_csv_rows_of_repeated_steps_replace_older_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_tensorboard_hides_steps_that_a_resumed_run_repeats(tmp_path: Path, is_killed: bool) -> None:
     """The run writes steps 10 to 30, and resumes from its checkpoint of step 10."""
-    [first] = open_trackers(["tensorboard"], tmp_path, {})
+    first = open_tensorboard(tmp_path, {}, None)
     for step in (10, 20, 30):
         first.log_metrics(step, {"loss": 1.0})
-    first.writer.flush() if is_killed else first.close()  # type: ignore[attr-defined]
-    [second] = open_trackers(["tensorboard"], tmp_path, {}, ResumePoint(tmp_path / "checkpoints" / "last.ckpt", 10))
+    first.logger.experiment.flush() if is_killed else first.close()
+    second = open_tensorboard(tmp_path, {}, ResumePoint(tmp_path / "checkpoints" / "last.ckpt", 10))
     for step in (20, 30, 40):
         second.log_metrics(step, {"loss": 2.0})
     second.close()
@@ -79,64 +79,81 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         _parsed("logger=mlfow")
 
 
-def test_calls_of_wandb_and_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, object]] = []
-    run = types.SimpleNamespace(
-        id="w1",
-        log=lambda values, step: calls.append(("wandb", (values, step))),
-        finish=lambda: calls.append(("wandb", "end")),
-    )
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **given: calls.append(("wandb", given["config"])) or run  # type: ignore[attr-defined]
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """Calls of Lightning's loggers, also where W&B and MLflow are not installed."""
+    calls: list[tuple[str, Any]] = []
+
+    class Wandb:
+        def __init__(self, **given: Any) -> None:
+            calls.append(("wandb", given))
+            self.experiment = types.SimpleNamespace(
+                id="w1",
+                log=lambda values, step: calls.append(("wandb log", (values, step))),
+                finish=lambda: calls.append(("wandb end", None)),
+            )
+
+    class MLflow:
+        run_id = "m1"
+
+        def __init__(self, **given: Any) -> None:
+            calls.append(("mlflow", given))
+
+        def log_hyperparams(self, params: dict[str, str]) -> None:
+            calls.append(("mlflow params", params))
+
+        def log_metrics(self, values: dict[str, float], step: int) -> None:
+            calls.append(("mlflow log", (values, step)))
+
+        def finalize(self, status: str) -> None:
+            calls.append(("mlflow end", status))
+
+    monkeypatch.setattr("pytorch_lightning.loggers.WandbLogger", Wandb)
+    monkeypatch.setattr("pytorch_lightning.loggers.MLFlowLogger", MLflow)
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     mlflow = types.ModuleType("mlflow")
-    mlflow.get_experiment_by_name = lambda name: None  # type: ignore[attr-defined]
-    mlflow.create_experiment = lambda name, artifact_location: calls.append((name, artifact_location))  # type: ignore[attr-defined]
-    for name in ("set_tracking_uri", "set_experiment", "log_params"):
-        setattr(mlflow, name, lambda given, _name=name: calls.append((_name, given)))
-    started = types.SimpleNamespace(info=types.SimpleNamespace(run_id="m1"))
-    mlflow.start_run = lambda run_name: calls.append(("start", run_name)) or started  # type: ignore[attr-defined]
-    mlflow.log_metrics = lambda values, step: calls.append(("mlflow", (values, step)))  # type: ignore[attr-defined]
-    mlflow.end_run = lambda: calls.append(("mlflow", "end"))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    mlflow.set_tracking_uri = lambda uri: calls.append(("uri", uri))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    config = {"seed": 1, "trainer": {"lr": 0.5}}
-    with RunLog(tmp_path / "run", total_steps=1, title="t", trackers=["wandb", "mlflow"], config=config) as log:
+    return calls
+
+
+def test_calls_of_wandb_and_mlflow(tmp_path: Path, calls: list[tuple[str, Any]]) -> None:
+    config, run = {"seed": 1, "trainer": {"lr": 0.5}}, tmp_path / "run"
+    with RunLog(run, total_steps=1, title="t") as log:
+        log.open_trackers(["wandb", "mlflow"], config)
         log.log_metrics(3, {"loss": 0.5})
-    assert ("wandb", config) in calls
-    assert ("log_params", {"seed": "1", "trainer.lr": "0.5"}) in calls
-    assert [c[1] for c in calls if c[0] == "set_tracking_uri"] == [f"sqlite:///{tmp_path}/run/mlflow.db", None]
-    assert ("mmdistill", (tmp_path / "run" / "mlruns").as_uri()) in calls
-    assert ("start", "run") in calls
-    assert [c for c in calls if c[0] in ("wandb", "mlflow")][1:] == [
-        ("wandb", ({"loss": 0.5}, 3)), ("mlflow", ({"loss": 0.5}, 3)), ("wandb", "end"), ("mlflow", "end"),
+    place = {"tracking_uri": f"sqlite:///{run}/mlflow.db", "artifact_location": (run / "mlruns").as_uri()}
+    assert calls == [
+        ("wandb", {"project": "mmdistill", "name": "run", "save_dir": str(run), "config": config}),
+        ("mlflow", {"experiment_name": "mmdistill", "run_name": "run", "tags": None, **place}),
+        ("mlflow params", {"seed": "1", "trainer.lr": "0.5"}),
+        ("wandb log", ({"loss": 0.5, "trainer/global_step": 3}, 3)), ("mlflow log", ({"loss": 0.5}, 3)),
+        ("wandb end", None), ("mlflow end", "success"), ("uri", None),
     ]  # fmt: skip
     assert set(TRACKERS) == {"tensorboard", "csv", "wandb", "mlflow"}
-    assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == {"wandb": "w1", "mlflow": "m1"}
+    assert json.loads((run / "trackers.json").read_text()) == {"wandb": "w1", "mlflow": "m1"}
 
 
 @pytest.mark.parametrize(
     ("folder", "source", "given"),
     [
-        ("run", "run", {"id": "w0", "resume": "allow", "allow_val_change": True, "config": {"seed": 1}}),
+        ("run", "run", {"id": "w0", "allow_val_change": True, "config": {"seed": 1}}),
         ("branch", "run", {"config": {"seed": 1, "continues": "w0"}}),
         ("run", None, {"config": {"seed": 1}}),
         ("run", "other", {"config": {"seed": 1}}),  # whose run was not on W&B
     ],
 )
 def test_wandb_resumes_a_run_of_the_same_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, source: str | None, given: dict[str, object]
+    tmp_path: Path, calls: list[tuple[str, Any]], folder: str, source: str | None, given: dict[str, object]
 ) -> None:
-    calls: list[dict[str, object]] = []
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **given: calls.append(given) or types.SimpleNamespace(id="w1")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for name in ("run", "branch"):
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "trackers.json").write_text('{"mlflow": "m0", "wandb": "w0"}')
     resume = ResumePoint(tmp_path / source / "checkpoints" / "last.ckpt", 3) if source else None
-    open_trackers(["wandb"], tmp_path / folder, {"seed": 1}, resume)
-    assert calls == [{"project": "mmdistill", "name": folder, "dir": str(tmp_path / folder), **given}]
+    open_wandb(tmp_path / folder, {"seed": 1}, resume)
+    place = {"project": "mmdistill", "name": folder, "save_dir": str(tmp_path / folder)}
+    assert calls == [("wandb", {**place, **given})]
     assert json.loads((tmp_path / folder / "trackers.json").read_text())["wandb"] == "w1"
 
 
@@ -146,7 +163,8 @@ def test_mlflow_writes_each_run_to_its_folder(tmp_path: Path, monkeypatch: pytes
     config = to_plain(_parsed())
     for name in ("first job", "second=1,[é]"):  # jobs of a sweep share a process
         run = tmp_path / name
-        with RunLog(run, total_steps=1, title="t", trackers=["mlflow"], config=config) as log:
+        with RunLog(run, total_steps=1, title="t") as log:
+            log.open_trackers(["mlflow"], config)
             log.log_metrics(3, {"loss": 0.5, "grad_norm": float("nan")})
             log.log_image(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
         assert "MLFLOW_TRACKING_URI" not in os.environ
@@ -167,9 +185,8 @@ def test_mlflow_reopens_the_run_of_a_resumed_training(
 
     def part(folder: str, step: int, resume: ResumePoint | None, *overrides: str) -> list[Any]:
         config = to_plain(_parsed(*overrides))
-        with RunLog(
-            tmp_path / folder, total_steps=9, title="t", trackers=["mlflow"], config=config, resume=resume
-        ) as log:
+        with RunLog(tmp_path / folder, total_steps=9, title="t") as log:
+            log.open_trackers(["mlflow"], config, resume)
             log.log_metrics(step, {"loss": 1 / step})
         client = mlflow.MlflowClient(f"sqlite:///{tmp_path / folder}/mlflow.db")
         return client.search_runs([client.get_experiment_by_name("mmdistill").experiment_id])
@@ -193,7 +210,8 @@ def test_wandb_keeps_the_id_of_a_resumed_run(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("WANDB_MODE", "offline")
     for resume in (None, ResumePoint(tmp_path / "checkpoints" / "last.ckpt", 3)):
         config = to_plain(_parsed(f"trainer.epochs={7 if resume else 8}"))
-        with RunLog(tmp_path, total_steps=1, title="t", trackers=["wandb"], config=config, resume=resume) as log:
+        with RunLog(tmp_path, total_steps=1, title="t") as log:
+            log.open_trackers(["wandb"], config, resume)
             log.log_metrics(3, {"loss": 0.5})
     parts = [path.stem for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert (len(parts), len(set(parts))) == (2, 1)
@@ -204,7 +222,8 @@ def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_MODE", "offline")
     for job in range(2):
         run = tmp_path / f"run {job}"
-        with RunLog(run, total_steps=1, title="t", trackers=["wandb"], config=to_plain(_parsed())) as log:
+        with RunLog(run, total_steps=1, title="t") as log:
+            log.open_trackers(["wandb"], to_plain(_parsed()))
             log.log_metrics(3, {"loss": 0.5, "grad_norm": float("nan")})
             log.log_image(3, "reconstruction", np.zeros((8, 8, 3), np.uint8))
         assert len(list(run.glob("wandb/offline-run-*/run-*.wandb"))) == 1

@@ -9,11 +9,10 @@ from torch import nn
 from mmdistill.config.schema import PretrainTrainerConfig
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE
 from mmdistill.training.optim import (
-    LearningRates,
+    Optimization,
+    StepSchedule,
     layer_index,
     make_optimizer,
-    make_schedule,
-    param_group_hparams,
     schedule_warnings,
 )
 
@@ -21,7 +20,10 @@ ENCODER = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32)
 
 
 def test_linear_scaling_rule() -> None:
-    assert LearningRates.scaled(1.0, 0.1, 0.01, global_batch=512) == LearningRates(2.0, 0.2, 0.02)
+    trainer = PretrainTrainerConfig(epochs=4, lr=1.0, min_lr=0.1, warmup_lr=0.01, warmup_epochs=0.5)
+    assert Optimization.from_config(trainer, global_batch=512, steps_per_epoch=10) == Optimization(
+        lr=2.0, min_lr=0.2, warmup_lr=0.02, warmup_steps=5, total_steps=40
+    )
 
 
 def test_layer_index() -> None:
@@ -40,8 +42,9 @@ def test_layer_index() -> None:
 
 def test_layer_decay_scales_learning_rates_by_layer() -> None:
     model = VideoMAE(ENCODER, DecoderConfig(8, 1, 1, 8, 16))
-    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=0.5)
-    schedule = make_schedule(optimizer, LearningRates(1.0, 0.0, 0.0), warmup_steps=4, total_steps=10)
+    optimization = Optimization(1.0, weight_decay=0.1, layer_decay=0.5, warmup_steps=4, total_steps=10)
+    optimizer = make_optimizer(model, optimization)
+    schedule = StepSchedule(optimizer, optimization)
 
     def rates() -> dict[str, tuple[float, float]]:
         by_id = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
@@ -54,7 +57,7 @@ def test_layer_decay_scales_learning_rates_by_layer() -> None:
     assert full["encoder.blocks.1.mlp.fc1.weight"] == pytest.approx((full["mask_token"][0] / 2, 0.1))
     assert full["encoder.norm.weight"] == full["mask_token"] == full["decoder.blocks.0.norm1.weight"]
     assert full["decoder.head.weight"][1] == 0.1
-    assert optimizer.param_groups[0]["lr"] == full["mask_token"][0] > 0.5  # the logged learning rate
+    assert schedule.lr == full["mask_token"][0] > 0.5  # the logged learning rate
     schedule.step_update(2)
     assert rates()["encoder.patch_embed.proj.weight"][0] == pytest.approx(0.5 / 8)
 
@@ -64,7 +67,7 @@ def test_layer_decay_of_one_changes_nothing() -> None:
     for decay in (None, 1.0):
         torch.manual_seed(0)
         encoder = nn.ModuleDict({"encoder": Encoder(ENCODER)})
-        optimizer = make_optimizer(encoder, lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), layer_decay=decay)
+        optimizer = make_optimizer(encoder, Optimization(0.01, weight_decay=0.1, layer_decay=decay))
         for _ in range(3):
             optimizer.zero_grad()
             encoder["encoder"](torch.ones(1, 3, 4, 16, 16)).square().sum().backward()
@@ -77,34 +80,32 @@ def test_learned_position_embeddings_are_not_decayed() -> None:
     """Independent of the encoder's prefix."""
     config = EncoderConfig(3, 4, 16, 16, 8, 2, 16, 2, 2, 8, 32, pos_embed="learned")
     module = nn.ModuleDict({"student_rgb": nn.ModuleDict({"encoder": Encoder(config)})})
-    optimizer = make_optimizer(module, lr=1.0, weight_decay=0.1, betas=(0.9, 0.95))
+    optimizer = make_optimizer(module, Optimization(1.0, weight_decay=0.1))
     by_id = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     decay = {name: by_id[id(p)] for name, p in module.named_parameters()}
     assert decay["student_rgb.encoder.pos_embed"] == 0
     assert decay["student_rgb.encoder.patch_embed.proj.weight"] == 0.1
 
 
-def test_group_hparams_are_restored_after_loading_a_state() -> None:
+def test_hyperparameters_are_restored_after_loading_a_state() -> None:
     parameter = nn.Parameter(torch.ones(2, 2))
-    own, other = (
-        make_optimizer(nn.ParameterList([parameter]), lr=1.0, weight_decay=w, betas=(0.9, 0.95)) for w in (0.1, 0.2)
-    )
-    hparams = param_group_hparams(own)
-    own.load_state_dict(other.state_dict())
-    assert own.param_groups[0]["weight_decay"] == 0.2
-    for group, values in zip(own.param_groups, hparams, strict=True):
-        group.update(values)
-    assert own.param_groups[0]["weight_decay"] == 0.1
-    assert "lr" not in hparams[0]  # set by the schedule
+    own, other = (Optimization(1.0, weight_decay=w, warmup_steps=4, total_steps=12) for w in (0.1, 0.2))
+    optimizer = make_optimizer(nn.ParameterList([parameter]), own)
+    schedule = StepSchedule(optimizer, own)
+    optimizer.load_state_dict(make_optimizer(nn.ParameterList([parameter]), other).state_dict())
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+    schedule.restore(2)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert schedule.lr == pytest.approx(0.5)
 
 
 def test_schedule_warms_up_and_ends_at_min_lr() -> None:
-    optimizer = make_optimizer(nn.Linear(2, 2), lr=1.0, weight_decay=0.0, betas=(0.9, 0.95))
-    schedule = make_schedule(optimizer, LearningRates(1.0, 0.25, 0.5), warmup_steps=4, total_steps=12)
+    optimization = Optimization(1.0, 0.25, 0.5, warmup_steps=4, total_steps=12)
+    schedule = StepSchedule(make_optimizer(nn.Linear(2, 2), optimization), optimization)
     rates = []
     for step in (0, 2, 4, 12):
         schedule.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
+        rates.append(schedule.lr)
     assert rates[:2] == pytest.approx([0.5, 0.75])
     assert rates[2] > rates[3]
     assert rates[3] == pytest.approx(0.25)

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmdistill.config import PretrainConfig, as_names
 from mmdistill.config.compose import load_config
 from mmdistill.training.loggers import ResumePoint
-from mmdistill.training.run_logger import RunLog, baseline_ratio, peak_memory
+from mmdistill.training.run_logger import RunLog, ThroughputMeter, baseline_ratio, peak_memory
 
 
 def test_default_trackers_get_the_same_metrics(tmp_path: Path) -> None:
     names = as_names("logger", load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).logger)
-    with RunLog(tmp_path, total_steps=2, title="t", trackers=names) as log:
+    with RunLog(tmp_path, total_steps=2, title="t") as log:
+        log.open_trackers(names, {})
         log.log_metrics(1, {"loss": 0.5})
         log.log_metrics(2, {"loss": 0.25, "loss_scale": 1024.0})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -34,14 +36,15 @@ def test_run_resumed_in_another_folder_inherits_metrics(tmp_path: Path) -> None:
     old.mkdir()
     (old / "metrics.csv").write_text("step,loss\n10,0.9\n20,0.5\n30,0.7\n")
     resume = ResumePoint(old / "checkpoints" / "epoch=01-loss=0.5000", 20)
-    with RunLog(new, total_steps=3, title="t", trackers=["csv"], resume=resume) as log:
+    with RunLog(new, total_steps=3, title="t") as log:
+        log.open_trackers(["csv"], {}, resume)
         log.log_metrics(30, {"loss": 0.4, "top1": 0.3})
     assert (new / "metrics.csv").read_text().splitlines() == ["step,loss,top1", "10,0.9,", "20,0.5,", "30,0.4,0.3"]
     assert f"copied 2 rows of metrics.csv from {old}" in (new / "run.log").read_text()
 
 
 def test_plain_lines_show_memory_and_remaining_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with RunLog(tmp_path, total_steps=3, title="pretrain", trackers=[]) as log:
+    with RunLog(tmp_path, total_steps=3, title="pretrain") as log:
         for done in (1, 2, 3):
             log.step(done, "7 clips/s")
     lines = capfd.readouterr().err.splitlines()
@@ -53,6 +56,7 @@ def test_plain_lines_show_memory_and_remaining_time(tmp_path: Path, capfd: pytes
 
 def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with RunLog(tmp_path / "run", total_steps=1, title="t", enabled=False) as log:
+        log.open_trackers(["csv"], {})
         log.step(1, "")
         log.info("x")
         log.log_metrics(1, {"loss": 1.0})
@@ -61,10 +65,25 @@ def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 
 def test_empty_lines_are_not_logged(tmp_path: Path) -> None:
-    with RunLog(tmp_path, total_steps=1, title="t", trackers=[]) as log:
+    with RunLog(tmp_path, total_steps=1, title="t") as log:
         log.info("")
         log.info("text")
     assert [line.split(" ", 2)[2] for line in (tmp_path / "run.log").read_text().splitlines()] == ["text"]
+
+
+def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of 3 s for 4 clips each, before which the training waits for 1 s."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    meter = ThroughputMeter()
+    for _ in range(2):
+        now += 1
+        meter.end_wait()
+        now += 3
+        meter.add_clips(4)
+    assert meter.metrics == {"clips_per_s": 1.0, "data_wait_percent": 25.0}
+    meter.restart()
+    assert meter.metrics == {"clips_per_s": 0.0, "data_wait_percent": 0.0}
 
 
 def test_baseline_ratio_of_constant_targets_is_nan() -> None:

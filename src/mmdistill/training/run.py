@@ -1,0 +1,244 @@
+"""What both trainings do around their steps: process, folder and lock, position, log, stop signals, retention."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mmdistill import __version__
+from mmdistill.builders import make_demo_data
+from mmdistill.checkpoint import prune
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.locate import locate
+from mmdistill.checkpoint.lock import run_lock
+from mmdistill.checkpoint.read import read_meta
+from mmdistill.checkpoint.retention import find_resume
+from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
+from mmdistill.distributed.collectives import all_reduce_any, barrier, broadcast_run_dir, run_on_all_ranks
+from mmdistill.distributed.device import resolve_precision
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
+from mmdistill.models.videomae import EncoderConfig
+from mmdistill.training.compatibility import check_compatible
+from mmdistill.training.data_report import DataReport
+from mmdistill.training.loggers import ResumePoint
+from mmdistill.training.nonfinite import NonFiniteGuard
+from mmdistill.training.optim import Optimization, schedule_warnings
+from mmdistill.training.run_logger import RunLog, ThroughputMeter
+from mmdistill.training.signals import StopSignal, stop_message, stop_signals
+from mmdistill.training.state import TrainingState
+from mmdistill.training.train_data import TrainData
+
+Config = PretrainConfig | DistillConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """One start of a training.
+
+    Attributes:
+        directory: the run's folder, absolute; the same on all ranks.
+        process: rank and device.
+        precision: ``32``, ``bf16`` or ``16``.
+        source, source_meta: the checkpoint that the run resumes from, and its metadata.
+    """
+
+    directory: Path
+    process: Process
+    precision: str
+    source: Path | None
+    source_meta: Mapping[str, Any]
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.directory / "checkpoints"
+
+
+@contextmanager
+def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
+    """Start this process, lock the run's folder, and find the checkpoint to resume from. Collective.
+
+    Raises:
+        ConfigError: the device does not support the precision.
+        CheckpointError: another job holds the lock, or see `find_resume`.
+    """
+    process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
+    precision = resolve_precision(config.precision, process.device)  # raises before anything is created
+    run_dir = broadcast_run_dir(run_dir)
+    if process.is_main:
+        make_demo_data(config.data_module)
+    barrier()
+    with run_lock(run_dir / "checkpoints"):
+        source = find_resume(config.resume, run_dir / "checkpoints")
+        yield Run(run_dir, process, precision, source, read_meta(locate(source)) if source else {})
+
+
+def finish_complete_run(config: Config, run: Run, kind: str) -> Path | None:
+    """If the run resumes from a checkpoint of `kind` of the last epoch, log this and return it; otherwise None."""
+    meta, epochs = run.source_meta, config.trainer.epochs
+    is_epoch_end = meta.get("kind") == kind and "batch" in meta and not meta["batch"]
+    if not is_epoch_end or int(meta.get("epoch", -1)) + 1 < epochs:
+        return None
+    with RunLog(run.directory, title=kind, total_steps=0, enabled=run.process.is_main) as log:
+        log.info(f"training is already complete: trainer.epochs={epochs}\nlast checkpoint: {run.source}")
+    return run.source
+
+
+@contextmanager
+def start_training(
+    config: Config, run: Run, data: TrainData, *, title: str, weight_compat: Mapping[str, Any] | None = None
+) -> Iterator["Training"]:
+    """The `Training` of a run. While it is open, stop signals are recorded. `weight_compat`: see `check_compatible`."""
+    total_steps = config.trainer.epochs * data.steps_per_epoch
+    with (
+        RunLog(run.directory, title=title, total_steps=total_steps, enabled=run.process.is_main) as log,
+        stop_signals(config.stop_signals) as stop_signal,
+    ):
+        yield Training(config, run, data, log, stop_signal, weight_compat or {})
+
+
+class Training:
+    """The parts of a training that do not depend on its network.
+
+    Attributes:
+        state: position and sums, saved in each checkpoint.
+        guard: policy for non-finite values.
+        optimization: hyperparameters of the optimizer and its schedule.
+        throughput: of the current epoch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run,
+        data: TrainData,
+        log: RunLog,
+        stop_signal: StopSignal,
+        weight_compat: Mapping[str, Any],
+    ) -> None:
+        self.config, self.run, self.data, self.log = config, run, data, log
+        self._stop_signal = stop_signal
+        self._record = {"weight_compat": weight_compat, "data_order": data.order}
+        self._report = DataReport(data.dataset, run.directory, is_main=run.process.is_main)
+        self.state, self.throughput = TrainingState(), ThroughputMeter()
+        trainer, clip_ids = config.trainer, [clip.id for clip in data.dataset.index.clips]
+        self.guard = NonFiniteGuard(
+            trainer.on_nonfinite, trainer.max_skipped_steps, state=self.state, clip_ids=clip_ids, log=log.info
+        )
+        global_batch = data.global_batch * data.accumulate_grad_batches
+        self.optimization = Optimization.from_config(
+            trainer, global_batch=global_batch, steps_per_epoch=data.steps_per_epoch
+        )
+
+    # the log ----------------------------------------------------------------------------------------------------------
+
+    def log_start(self, summary: str) -> None:
+        """Log `summary`, the data, doubtful settings and the checkpoint to resume from; open the trackers."""
+        config, run, info = self.config, self.run, self.log.info
+        info(summary)
+        info(self._report.start_summary())
+        info("\n".join(schedule_warnings(config.trainer, run.source_meta)))
+        if run.source:
+            info(f"resumed from {run.source} at epoch {self.state.epoch}, step {self.state.step}")
+        elif config.resume:
+            info(f"resume=auto: no checkpoint in {run.checkpoints}; training starts from scratch")
+        resume = ResumePoint(run.source, self.state.step) if run.source else None
+        self.log.open_trackers(as_names("logger", config.logger), to_plain(config), resume)
+
+    def log_step(self, note: str = "") -> None:
+        """Show the position in the training, `note` and the throughput."""
+        speed = self.throughput.metrics
+        rates = f"{speed['clips_per_s']:.0f} clips/s data wait {speed['data_wait_percent']:.0f} %"
+        text = " ".join(filter(None, (f"epoch {self.state.epoch}", note, rates)))
+        self.log.step(self.data.schedule_step(self.state), text)
+
+    def log_epoch(self, means: Mapping[str, float], text: str, *, lr: float, loss_scale: float | None) -> None:
+        """Send the metrics of the epoch to the trackers, and log `text`."""
+        state, speed = self.state, self.throughput.metrics
+        metrics = {"epoch": state.epoch, **means, "lr": lr, **speed}
+        metrics |= {"grad_norm": self.guard.grad_norm, "skipped_steps": state.skipped_steps}
+        if loss_scale is not None:
+            metrics |= {"loss_scale": loss_scale, "overflow_steps": state.overflow_steps}
+        self.log.log_metrics(state.step, metrics)
+        rates = f"{speed['clips_per_s']:.1f} clips/s, data wait {speed['data_wait_percent']:.0f} %"
+        self.log.info(f"epoch {state.epoch}: {text}, {rates}")
+
+    # checkpoints ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, and the settings that a resumed run must share."""
+        order = {**self._record["data_order"], "batches_per_epoch": self.data.batches_per_epoch}
+        return {**self.state.state_dict(), **self._record, "data_order": order}
+
+    def load_state_dict(self, stored: Mapping[str, Any]) -> None:
+        """Continue at the stored position.
+
+        Raises:
+            ConfigError: see `check_compatible`.
+        """
+        self.state.load_state_dict(stored)
+        if self.state.batch >= stored["data_order"].get("batches_per_epoch", self.data.batches_per_epoch):
+            self.state.start_epoch(self.state.epoch + 1)
+        check_compatible(stored, self._record, self.state, self.run.source)
+        if "step" not in stored:
+            self.state.step = self.data.schedule_step(self.state)
+        self.data.sampler.set_state(self.state.epoch, self.state.batch)
+
+    def meta(self, kind: str, encoders: Mapping[str, EncoderConfig], statistics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata that are stored with the weights. ``batch``: batches done in the epoch, None at its end.
+
+        Args:
+            kind: ``pretrain`` or ``distill``.
+            encoders: by component.
+            statistics: of each modality.
+        """
+        state = self.state
+        return {
+            "mmdistill_version": __version__,
+            "kind": kind,
+            "encoders": {name: to_plain(config) for name, config in encoders.items()},
+            "statistics": dict(statistics),
+            "config": to_plain(self.config),
+            "batch": state.batch if state.batch < self.data.batches_per_epoch else None,
+            **{name: getattr(state, name) for name in ("epoch", "step", "skipped_steps", "overflow_steps")},
+        }
+
+    def finish_save(self, scores: Mapping[str, float] | None = None) -> None:
+        """After a save, write the data report and remove old checkpoints (`keep_last`, `save_top_k`). Collective.
+
+        Args:
+            scores: by path, lower is better; None: the losses.
+        """
+        run, trainer = self.run, self.config.trainer
+
+        def prune_on_main() -> None:
+            if run.process.is_main:
+                prune(
+                    run.checkpoints,
+                    keep_last=trainer.keep_last,
+                    save_top_k=trainer.save_top_k,
+                    protect=[run.source] if run.source else [],
+                    external_losses=self.state.losses,
+                    scores=scores,
+                )
+
+        run_on_all_ranks(prune_on_main, error_class=CheckpointError)
+        self._report.write()
+
+    # the end ----------------------------------------------------------------------------------------------------------
+
+    def should_stop(self) -> bool:
+        """Whether any rank has received a stop signal. Collective."""
+        return all_reduce_any(self._stop_signal() is not None, self.run.process.device)
+
+    def stop(self, checkpoint: Path) -> NoReturn:
+        """Exit with `INTERRUPTED_EXIT_CODE` after `checkpoint` was written. Collective."""
+        self.log.info(self._report.end_summary())
+        self.log.info(stop_message(checkpoint))
+        raise SystemExit(INTERRUPTED_EXIT_CODE)
+
+    def log_end(self, checkpoint: Path) -> None:
+        """Log the end of a complete training with its last checkpoint. Collective."""
+        self.log.info(self._report.end_summary())
+        self.log.info(f"last checkpoint: {checkpoint}")

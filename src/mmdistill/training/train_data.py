@@ -1,0 +1,96 @@
+"""The training clips of a run: dataset, order and loader."""
+
+import math
+from dataclasses import dataclass
+
+from mmdistill.builders import make_clip_dataset, make_clip_loader
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig
+from mmdistill.data.dataloader import ClipLoader
+from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.distributed.process import Process
+from mmdistill.errors import format_count
+from mmdistill.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """The clips, their order, and how many batches and optimizer steps an epoch has.
+
+    Attributes:
+        dataset, sampler, loader: the clips, and the batches of this rank; `sampler` has the position.
+        batches_per_epoch: batches of each rank.
+        accumulate_grad_batches: batches per optimizer step. The last step of an epoch may have fewer.
+        global_batch: clips per batch over all ranks.
+    """
+
+    dataset: ClipDataset
+    sampler: EpochBatchSampler
+    loader: ClipLoader
+    batches_per_epoch: int
+    accumulate_grad_batches: int
+    global_batch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return math.ceil(self.batches_per_epoch / self.accumulate_grad_batches)
+
+    def schedule_step(self, state: TrainingState) -> int:
+        """Position in the learning rate schedule, if all earlier epochs had as many steps as this run's."""
+        is_end = state.batch >= self.batches_per_epoch
+        in_epoch = self.steps_per_epoch if is_end else state.batch // self.accumulate_grad_batches
+        return state.epoch * self.steps_per_epoch + in_epoch
+
+    @property
+    def order(self) -> dict[str, int]:
+        """The settings that decide which clips are in the batches before a position in an epoch."""
+        order = {"seed": self.sampler.seed, "num_clips": len(self.dataset), "global_batch": self.global_batch}
+        return {**order, "accumulate_grad_batches": self.accumulate_grad_batches}
+
+    @property
+    def summary(self) -> str:
+        """Numbers of clips and batches, for the log."""
+        num_skipped = len(self.dataset) - self.batches_per_epoch * self.global_batch
+        return (
+            f"{format_count(len(self.dataset), 'clip')}, {format_count(self.batches_per_epoch, 'batch')} of "
+            f"{self.sampler.batch_size} per process and epoch ({format_count(num_skipped, 'clip')} skipped each epoch)"
+        )
+
+
+def make_train_data(
+    config: PretrainConfig | DistillConfig,
+    modalities: tuple[str, ...],
+    process: Process,
+    *,
+    whole_steps: bool = False,
+    cached_epochs: int = 0,
+    loader_class: type[ClipLoader] = ClipLoader,
+) -> TrainData:
+    """The training clips of a run. With `whole_steps` an epoch ends after its last complete optimizer step.
+
+    Raises:
+        ConfigError: there are fewer clips than one batch or, with `whole_steps`, than one optimizer step needs.
+    """
+    dataset = make_clip_dataset(
+        config.data_module, modalities, training=True, seed=config.seed, cached_epochs=cached_epochs
+    )
+    sampler = EpochBatchSampler(
+        len(dataset), batch_size=config.batch_size, seed=config.seed, rank=process.rank, world_size=process.world_size
+    )
+    accumulate, global_batch = config.trainer.accumulate_grad_batches, config.batch_size * process.world_size
+    num_batches = len(sampler) - (len(sampler) % accumulate if whole_steps else 0)
+    if num_batches == 0:
+        needed = f"batch of batch_size={config.batch_size}; lower it"
+        if whole_steps:
+            needed = f"optimizer step of {global_batch * accumulate}; lower batch_size"
+        raise ConfigError(f"{format_count(len(dataset), 'clip')} cannot fill one {needed}")
+    loader = make_clip_loader(
+        dataset,
+        num_workers=config.num_workers,
+        pin_memory=process.device.type == "cuda",
+        batch_sampler=sampler,
+        timeout_s=config.loader_timeout_s,
+        loader_class=loader_class,
+    )
+    return TrainData(dataset, sampler, loader, num_batches, accumulate, global_batch)

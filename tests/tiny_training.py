@@ -1,0 +1,31 @@
+"""A `Training` of a distillation on tiny data, without a network."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdistill.config import DistillConfig
+from mmdistill.config.compose import load_config
+from mmdistill.distributed.process import Process
+from mmdistill.training.run import Run, Training
+from mmdistill.training.run_logger import RunLog
+from mmdistill.training.train_data import make_train_data
+from tests.tiny_data import overrides
+
+
+def distill_config(data: Path, *more: str) -> DistillConfig:
+    """Batches of 3 clips; the teachers do not exist."""
+    given = [*overrides(data), "trainer.ckpt_path=[a,b,c]", "batch_size=3", "accelerator=cpu", "logger=csv", *more]
+    config: DistillConfig = load_config(DistillConfig, "config_mmdistill", given)
+    return config
+
+
+def make_training(
+    data: Path, run_dir: Path, *more: str, signal: int | None = None, source: Path | None = None, **meta: Any
+) -> Training:
+    """A training that has received `signal` and resumes from `source` with the metadata `meta`."""
+    config, process = distill_config(data, *more), Process(torch.device("cpu"), 0, 1)
+    run = Run(run_dir, process, "32", source, meta)
+    log = RunLog(run_dir, title="t", total_steps=1)
+    return Training(config, run, make_train_data(config, ("rgb",), process), log, lambda: signal, {})

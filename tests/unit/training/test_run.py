@@ -1,0 +1,131 @@
+"""The parts of a training around its steps: resume, log, end."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmdistill.config import ConfigError
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process
+from mmdistill.training.run import Run, Training, finish_complete_run
+from mmdistill.training.state import TrainingState
+from tests.tiny_data import make_tiny
+from tests.tiny_training import distill_config, make_training
+
+Make = Callable[..., Training]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1)  # 12 clips, 4 batches
+
+
+@pytest.fixture
+def make(data: Path, tmp_path: Path) -> Make:
+    return lambda *more, **options: make_training(data, tmp_path / "run", *more, **options)
+
+
+def test_training_continues_at_the_stored_position(make: Make) -> None:
+    first, rest = make(), make()
+    first.state.start_epoch(1)
+    first.state.add_batch({"train_loss": 0.5}, 3)
+    first.state.step = 5
+    rest.load_state_dict(first.state_dict())
+    assert rest.state == first.state
+    assert (rest.data.sampler.epoch, rest.data.sampler.start_batch) == (1, 1)
+
+
+def test_checkpoint_of_an_epochs_end_continues_with_the_next_epoch(make: Make) -> None:
+    stored = {**make().state_dict(), "epoch": 1, "batch": 4, "losses": {"a": 0.5}}
+    rest = make("batch_size=2")  # of 6 batches
+    rest.load_state_dict(stored)
+    assert rest.state == TrainingState(epoch=2, losses={"a": 0.5})
+
+
+def test_another_order_inside_an_epoch_is_rejected(make: Make) -> None:
+    stored = {**make().state_dict(), "epoch": 1, "batch": 2}
+    with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*global_batch 3 / 2"):
+        make("batch_size=2").load_state_dict(stored)
+
+
+def test_state_without_steps_is_at_the_position_of_the_schedule(make: Make) -> None:
+    training = make()
+    stored = {name: value for name, value in training.state_dict().items() if name != "step"}
+    training.load_state_dict({**stored, "epoch": 1, "batch": 2})
+    assert training.state.step == 6
+
+
+def test_metadata_name_the_batch_inside_an_epoch_only(make: Make) -> None:
+    training = make()
+    training.state.load_state_dict({"epoch": 1, "batch": 3, "step": 7, "skipped_steps": 2})
+    meta = training.meta("distill", {}, {"rgb": {"mean": [0.5]}})
+    assert {key: meta[key] for key in ("epoch", "batch", "step", "skipped_steps")} == {
+        "epoch": 1, "batch": 3, "step": 7, "skipped_steps": 2,
+    }  # fmt: skip
+    assert (meta["statistics"], meta["config"]["batch_size"]) == ({"rgb": {"mean": [0.5]}}, 3)
+    training.state.batch = 4
+    assert training.meta("distill", {}, {})["batch"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"source": Path("old/checkpoints/a.ckpt")}, "resumed from old/checkpoints/a.ckpt at epoch 0, step 0"),
+        ({}, "resume=auto: no checkpoint in {run}/checkpoints; training starts from scratch"),
+    ],
+)
+def test_start_is_logged(make: Make, options: dict[str, Any], line: str) -> None:
+    training = make("resume=auto", **options)
+    training.log_start("summary")
+    folder = training.run.directory
+    text = (folder / "run.log").read_text()
+    assert line.format(run=folder) in text
+    assert text.index("summary") < text.index("data: 12 clips")
+    assert (folder / "data_report.json").is_file()
+
+
+def test_epoch_is_logged(make: Make) -> None:
+    training = make()
+    training.log_start("summary")
+    training.state.load_state_dict({"epoch": 2, "step": 12, "skipped_steps": 1, "overflow_steps": 3})
+    training.log_epoch({"train_loss": 0.5}, "loss 0.5000", lr=0.25, loss_scale=8.0)
+    with (training.run.directory / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = {"step": 12, "epoch": 2, "train_loss": 0.5, "lr": 0.25, "skipped_steps": 1, "overflow_steps": 3}
+    assert {name: float(row[name]) for name in expected} == expected
+    assert float(row["loss_scale"]) == 8
+    assert "epoch 2: loss 0.5000, 0.0 clips/s, data wait" in (training.run.directory / "run.log").read_text()
+
+
+def test_stopped_training_names_its_checkpoint(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not make().should_stop()
+    training = make(signal=15)
+    assert training.should_stop()
+    with pytest.raises(SystemExit, match=str(INTERRUPTED_EXIT_CODE)):
+        training.stop(Path("a/last.ckpt"))
+    assert "complete checkpoint written: a/last.ckpt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("meta", "is_complete"),
+    [
+        ({"kind": "distill", "epoch": 1, "batch": None}, True),
+        ({"kind": "distill", "epoch": 4, "batch": None}, True),  # trainer.epochs was larger
+        ({"kind": "distill", "epoch": 0, "batch": None}, False),
+        ({"kind": "distill", "epoch": 1, "batch": 3}, False),  # stopped inside the last epoch
+        ({"kind": "pretrain", "epoch": 1, "batch": None}, False),
+        ({}, False),  # written by another program
+    ],
+)
+def test_complete_checkpoints(data: Path, tmp_path: Path, meta: dict[str, Any], is_complete: bool) -> None:
+    source = tmp_path / "checkpoints" / "last.ckpt"
+    run = Run(tmp_path, Process(torch.device("cpu"), 0, 1), "32", source, meta)
+    assert finish_complete_run(distill_config(data, "trainer.epochs=2"), run, "distill") == (
+        source if is_complete else None
+    )
+    if is_complete:
+        text = (tmp_path / "run.log").read_text()
+        assert f"training is already complete: trainer.epochs=2\nlast checkpoint: {source}" in text
