@@ -92,13 +92,9 @@ def _is_zero(strategy: Any) -> bool:
 
 
 class TrainingCallback(Callback):
-    """Position, seeds, learning rates and log of a training.
+    """Position, seeds, learning rates and log of a training; `summary` is the first line of the log.
 
     All randomness in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
-
-    Args:
-        training: the training.
-        summary: first line of the log.
     """
 
     def __init__(self, training: Training, summary: str) -> None:
@@ -146,11 +142,7 @@ class TrainingCallback(Callback):
 
 
 def format_losses(means: Mapping[str, float]) -> str:
-    """The total loss, and each teacher's loss with its ratio to the constant baseline.
-
-    Args:
-        means: epoch means ``train_loss``, ``train_loss_NAME`` and ``constant_baseline_loss_NAME``.
-    """
+    """The total loss, and each teacher's loss with its ratio to the constant baseline, from `TrainingState.means`."""
     parts: list[str] = []
     for name, loss in means.items():
         if name.startswith("train_loss_"):

@@ -148,8 +148,6 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         self._param_groups: list[list[nn.Parameter]] = []
         self._resumed_from_directory = False
 
-    # setting up -------------------------------------------------------------------------------------------------------
-
     def setup_environment(self) -> None:
         """Like Lightning's, but also on CPUs, for which DeepSpeed needs numbered devices."""
         disable_shm_op()
@@ -174,8 +172,6 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         if hasattr(engine, "destroy"):
             engine.destroy()
 
-    # stepping ---------------------------------------------------------------------------------------------------------
-
     @property
     def handles_gradient_accumulation(self) -> bool:
         """False: Lightning decides when to step. DeepSpeed's own count would continue across the end of an epoch."""
@@ -199,8 +195,6 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         finally:
             engine.set_gradient_accumulation_boundary(False)
-
-    # saving -----------------------------------------------------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """All weights on rank 0, an empty dict on other ranks. Trained ones are copied out of ZeRO's flat tensors."""
@@ -233,8 +227,6 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                         state[index] = {_STEP: flat_state[_STEP].clone(), **{k: m.cpu() for k, m in moments.items()}}
                 index += 1
         return {"state": state, "param_groups": groups}
-
-    # loading ----------------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or restore the engine from a directory that Lightning's own DeepSpeed strategy wrote."""

@@ -38,10 +38,7 @@ def _is_no_noise(record: logging.LogRecord) -> bool:
 def distill(config: DistillConfig, run_dir: Path) -> Path:
     """Distill the teachers of `trainer.ckpt_path` into one RGB student.
 
-    Args:
-        config: the validated config.
-        run_dir: the run's folder; checkpoints are ``checkpoints/epoch=XX-train_loss=X.XXXX.ckpt`` and
-            ``checkpoints/last.ckpt``.
+    Checkpoints are ``checkpoints/epoch=XX-train_loss=X.XXXX.ckpt`` and ``checkpoints/last.ckpt`` in `run_dir`.
 
     Returns:
         The last checkpoint. A run that resumes from a checkpoint of the last epoch returns it at once.
@@ -77,7 +74,15 @@ def _fit(
 ) -> Path:
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
-    cache = _make_cache(training, teachers, specs, sources) if trainer_config.cache_teacher_epochs else None
+    cache = None
+    if trainer_config.cache_teacher_epochs:
+        cache = TeacherCache(
+            run.directory,
+            num_draws=trainer_config.cache_teacher_epochs,
+            num_clips=len(data.dataset),
+            widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
+            key=cache_key(data.dataset, sources, specs, run.precision),
+        )
     module = MMDistill(
         teachers,
         specs,
@@ -127,19 +132,6 @@ def _fit(
         training.stop(last_checkpoint)
     training.log_end(last_checkpoint)
     return last_checkpoint
-
-
-def _make_cache(
-    training: Training, teachers: Mapping[str, Encoder], specs: Mapping[str, ModalitySpec], sources: Mapping[str, Any]
-) -> TeacherCache:
-    dataset = training.data.dataset
-    return TeacherCache(
-        training.run.directory,
-        num_draws=dataset.cached_epochs,
-        num_clips=len(dataset),
-        widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
-        key=cache_key(dataset, sources, specs, training.run.precision),
-    )
 
 
 def _make_trainer(config: DistillConfig, training: Training, callbacks: list[pl.Callback]) -> pl.Trainer:

@@ -35,11 +35,7 @@ from mmdistill.training.train_data import make_train_data
 
 
 def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
-    """Pretrain one VideoMAE.
-
-    Args:
-        config: the validated config.
-        run_dir: the run's folder; checkpoints are ``checkpoints/epoch=XX-loss=X.XXXX``.
+    """Pretrain one VideoMAE; checkpoints are ``checkpoints/epoch=XX-loss=X.XXXX`` in `run_dir`.
 
     Returns:
         The last checkpoint directory. A run that resumes from a checkpoint of the last epoch returns it at once.
@@ -103,8 +99,6 @@ class PretrainTrainer:
         self.training.log_end(checkpoint)
         self.engine.destroy()
         return checkpoint
-
-    # one step ---------------------------------------------------------------------------------------------------------
 
     def train_epoch(self) -> None:
         """Train to the end of the current epoch, or stop after a signal with a checkpoint."""
@@ -185,8 +179,6 @@ class PretrainTrainer:
         """The dynamic loss scale of precision=16."""
         return float(self.engine.optimizer.loss_scale) if self.run.precision == "16" else None
 
-    # log --------------------------------------------------------------------------------------------------------------
-
     def log_start(self) -> None:
         """Log what the run trains."""
         config = self.config
@@ -227,8 +219,6 @@ class PretrainTrainer:
             write_png(image, self.run.directory / "images" / f"epoch={epoch:02d}.png")
             self.training.log.log_image(self.state.step, "reconstruction", image)
 
-    # checkpoints ------------------------------------------------------------------------------------------------------
-
     def end_epoch(self) -> Path | None:
         """Save every `save_ckpt_freq` epochs and after the last one, or stop after a signal. Collective."""
         trainer, epochs_done = self.config.trainer, self.state.epoch + 1
@@ -244,8 +234,7 @@ class PretrainTrainer:
     def save(self, suffix: str = "") -> Path:
         """Write the checkpoint directory ``epoch=XX-loss=X.XXXX{suffix}``, then prune old ones. Collective.
 
-        Args:
-            suffix: not empty inside an epoch, whose mean loss is not comparable.
+        `suffix` is not empty inside an epoch, whose mean loss is not comparable.
         """
         loss = self.means["loss"]
         path = self.run.checkpoints / f"epoch={self.state.epoch:02d}-loss={loss:.4f}{suffix}"
@@ -266,8 +255,7 @@ class PretrainTrainer:
         """Continue from a checkpoint directory. Learning rates, weight decay and betas are those of this run's config.
 
         Raises:
-            ConfigError: the checkpoint's heads, position embeddings or statistics differ from this run's; or it was
-                written inside an epoch whose batches differ from this run's.
+            ConfigError: see `check_compatible`.
         """
         stored = upgrade_pretrain_state(load_deepspeed(self.engine, path))
         self.training.load_state_dict({"overflow_steps": self.engine.skipped_steps, **stored})

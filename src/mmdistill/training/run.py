@@ -131,8 +131,6 @@ class Training:
             trainer, global_batch=global_batch, steps_per_epoch=data.steps_per_epoch
         )
 
-    # the log ----------------------------------------------------------------------------------------------------------
-
     def log_start(self, summary: str) -> None:
         """Log `summary`, the data, doubtful settings and the checkpoint to resume from; open the trackers."""
         config, run, info = self.config, self.run, self.log.info
@@ -164,19 +162,13 @@ class Training:
         rates = f"{speed['clips_per_s']:.1f} clips/s, data wait {speed['data_wait_percent']:.0f} %"
         self.log.info(f"epoch {state.epoch}: {text}, {rates}")
 
-    # checkpoints ------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The state, and the settings that a resumed run must share."""
         order = {**self._record["data_order"], "batches_per_epoch": self.data.batches_per_epoch}
         return {**self.state.state_dict(), **self._record, "data_order": order}
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
-        """Continue at the stored position.
-
-        Raises:
-            ConfigError: see `check_compatible`.
-        """
+        """Continue at the stored position. Raises `ConfigError`, see `check_compatible`."""
         self.state.load_state_dict(stored)
         if self.state.batch >= stored["data_order"].get("batches_per_epoch", self.data.batches_per_epoch):
             self.state.start_epoch(self.state.epoch + 1)
@@ -188,10 +180,7 @@ class Training:
     def meta(self, kind: str, encoders: Mapping[str, EncoderConfig], statistics: Mapping[str, Any]) -> dict[str, Any]:
         """Metadata that are stored with the weights. ``batch``: batches done in the epoch, None at its end.
 
-        Args:
-            kind: ``pretrain`` or ``distill``.
-            encoders: by component.
-            statistics: of each modality.
+        `kind` is ``pretrain`` or ``distill``, `encoders` are by component, `statistics` by modality.
         """
         state = self.state
         return {
@@ -207,8 +196,7 @@ class Training:
     def finish_save(self, scores: Mapping[str, float] | None = None) -> None:
         """After a save, write the data report and remove old checkpoints (`keep_last`, `save_top_k`). Collective.
 
-        Args:
-            scores: by path, lower is better; None: the losses.
+        `scores` are by path, the lowest is the best; None: the losses.
         """
         run, trainer = self.run, self.config.trainer
 
@@ -225,8 +213,6 @@ class Training:
 
         run_on_all_ranks(prune_on_main, error_class=CheckpointError)
         self._report.write()
-
-    # the end ----------------------------------------------------------------------------------------------------------
 
     def should_stop(self) -> bool:
         """Whether any rank has received a stop signal. Collective."""

@@ -21,16 +21,10 @@ RUN_FILE = "run.json"
 
 
 def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, accelerator: str) -> dict[str, Any]:
-    """Append a record of this start to ``run.json``; call on rank 0.
+    """Append a record of this start to ``run.json``; call on rank 0. Returns the record.
 
-    Args:
-        run_dir: the run's folder.
-        config: the resolved config as builtin containers.
-        processes: number of ranks.
-        accelerator: ``auto``, ``cpu`` or ``gpu``; decides which device is recorded.
-
-    Returns:
-        The record: command, time (UTC), config, git state (None outside a repository), environment; no host name.
+    It has command, time (UTC), config, git state (None outside a repository) and environment; no host name. `config`
+    are builtin containers, `processes` is the number of ranks. `accelerator` decides which device is recorded.
     """
     path = run_dir / RUN_FILE
     records = json.loads(path.read_text()) if path.is_file() else []
