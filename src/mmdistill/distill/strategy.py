@@ -217,8 +217,9 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
         state: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         index = 0
-        for parameters, (flat, group) in zip(self._param_groups, _partitions(wrapped), strict=True):
-            groups.append({**group, "params": list(range(index, index + len(parameters)))})
+        for parameters, flat, group in self._partitions():
+            hyperparameters = {k: v for k, v in group.items() if k != "params"}
+            groups.append({**hyperparameters, "params": list(range(index, index + len(parameters)))})
             flat_state = wrapped.optimizer.state.get(flat)  # None before the first step
             for parameter in parameters:
                 if flat_state:
@@ -227,6 +228,12 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                         state[index] = {_STEP: flat_state[_STEP].clone(), **{k: m.cpu() for k, m in moments.items()}}
                 index += 1
         return {"state": state, "param_groups": groups}
+
+    def _partitions(self) -> Iterator[tuple[list[nn.Parameter], Tensor, dict[str, Any]]]:
+        """Parameters, this rank's flat tensor, and param group of each group of a ZeRO optimizer."""
+        wrapped = self.deepspeed_engine.optimizer
+        flat_tensors, groups = wrapped.single_partition_of_fp32_groups, wrapped.optimizer.param_groups
+        return zip(self._param_groups, flat_tensors, groups, strict=True)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file, or restore the engine from a directory that Lightning's own DeepSpeed strategy wrote."""
@@ -265,21 +272,17 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        wrapped = self.deepspeed_engine.optimizer
-        for (flat, _), group, stored in zip(
-            _partitions(wrapped), wrapped.optimizer.param_groups, saved["param_groups"], strict=True
-        ):
+        wrapped, states = self.deepspeed_engine.optimizer, saved["state"]
+        for (_, flat, group), stored in zip(self._partitions(), saved["param_groups"], strict=True):
             group.update({k: v for k, v in stored.items() if k != "params"})
-            if stored["params"][0] in saved["state"]:
-                entry = saved["state"][stored["params"][0]]
+            if entry := states.get(stored["params"][0]):
                 moments = {k: torch.zeros_like(flat) for k in entry if k != _STEP}
                 wrapped.optimizer.state[flat] = {_STEP: entry[_STEP].to(flat.device, copy=True), **moments}
-        if not saved["state"]:
-            return
-        _link_moments(wrapped)
-        for parameters, stored in zip(self._param_groups, saved["param_groups"], strict=True):
+        if states:
+            _link_moments(wrapped)
+        for (parameters, _, _), stored in zip(self._partitions(), saved["param_groups"], strict=True):
             for parameter, index in zip(parameters, stored["params"], strict=True):
-                for key, value in saved["state"][index].items():
+                for key, value in states.get(index, {}).items():
                     if key != _STEP:
                         safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
@@ -305,12 +308,6 @@ class SingleFileDeepSpeedStrategy(SingleFileCheckpointMixin, DeepSpeedStrategy):
                     "the checkpoint's optimizer has parameters at different steps, which ZeRO does not support; "
                     "resume with strategy=auto, ddp or deepspeed_stage_0"
                 )
-
-
-def _partitions(wrapped: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """This rank's flat tensor of each param group of a ZeRO optimizer, and the group's other entries."""
-    for flat, group in zip(wrapped.single_partition_of_fp32_groups, wrapped.optimizer.param_groups, strict=True):
-        yield flat, {k: v for k, v in group.items() if k != "params"}
 
 
 def _link_moments(wrapped: Any) -> None:

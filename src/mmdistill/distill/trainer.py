@@ -17,7 +17,8 @@ from mmdistill.distill.teachers import load_teachers
 from mmdistill.distill.validation import Validation, make_validation, validation_summary
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.models.videomae import Encoder
-from mmdistill.training.run import Training, finish_complete_run, open_run, start_training
+from mmdistill.training.run import Training, complete_message, open_run, start_training
+from mmdistill.training.run_logger import RunLog
 from mmdistill.training.train_data import make_train_data
 
 _NOISE = ("GPU available", "TPU available", "💡 Tip", "`Trainer.fit` stopped")  # start of Lightning's log lines
@@ -49,9 +50,10 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
     with open_run(config, run_dir) as run:
-        complete = finish_complete_run(config, run, "distill")
-        if complete is not None:
-            return complete
+        if run.source and _is_complete(run.source_meta, config.trainer.epochs):
+            with RunLog(run.directory, title="distill", total_steps=0, enabled=run.process.is_main) as log:
+                log.info(f"{complete_message(config)}\nlast checkpoint: {run.source}")
+            return run.source
         specs = modality_specs(config.data_module)
         teachers, sources = load_teachers(config, specs, run.source)
         data = make_train_data(
@@ -63,6 +65,11 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         )
         with start_training(config, run, data, title="distill") as training:
             return _fit(config, training, teachers, specs, sources)
+
+
+def _is_complete(meta: Mapping[str, Any], epochs: int) -> bool:
+    """Whether a checkpoint with these metadata was written at the end of the last epoch."""
+    return meta.get("kind") == "distill" and not meta.get("batch") and int(meta.get("epoch", -1)) + 1 >= epochs
 
 
 def _fit(

@@ -29,7 +29,7 @@ from mmdistill.randomness import seed_step, seed_torch, seeded_rng
 from mmdistill.training.nonfinite import grad_norm, zero_loss
 from mmdistill.training.old_checkpoints import upgrade_pretrain_state
 from mmdistill.training.optim import StepSchedule
-from mmdistill.training.run import Training, finish_complete_run, open_run, start_training
+from mmdistill.training.run import Training, open_run, start_training
 from mmdistill.training.run_logger import baseline_ratio
 from mmdistill.training.train_data import make_train_data
 
@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
     """Pretrain one VideoMAE; checkpoints are ``checkpoints/epoch=XX-loss=X.XXXX`` in `run_dir`.
 
     Returns:
-        The last checkpoint directory. A run that resumes from a checkpoint of the last epoch returns it at once.
+        The last checkpoint directory; that of a run that resumes from a checkpoint of the last epoch is this one.
 
     Raises:
         ConfigError: there are fewer clips than one optimizer step needs, or see `Training.load_state_dict`.
@@ -46,9 +46,6 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
     with open_run(config, run_dir) as run:
-        complete = finish_complete_run(config, run, "pretrain")
-        if complete is not None:
-            return complete
         data = make_train_data(config, (config.modality,), run.process, whole_steps=True)
         title = f"pretrain {config.modality}"
         with start_training(config, run, data, title=title, weight_compat=_weight_compat(config)) as training:

@@ -74,15 +74,9 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
         yield Run(run_dir, process, precision, source, read_meta(locate(source)) if source else {})
 
 
-def finish_complete_run(config: Config, run: Run, kind: str) -> Path | None:
-    """If the run resumes from a checkpoint of `kind` of the last epoch, log this and return it; otherwise None."""
-    meta, epochs = run.source_meta, config.trainer.epochs
-    is_epoch_end = meta.get("kind") == kind and "batch" in meta and not meta["batch"]
-    if not is_epoch_end or int(meta.get("epoch", -1)) + 1 < epochs:
-        return None
-    with RunLog(run.directory, title=kind, total_steps=0, enabled=run.process.is_main) as log:
-        log.info(f"training is already complete: trainer.epochs={epochs}\nlast checkpoint: {run.source}")
-    return run.source
+def complete_message(config: Config) -> str:
+    """The log line of a run that resumes from a checkpoint of the last epoch."""
+    return f"training is already complete: trainer.epochs={config.trainer.epochs}"
 
 
 @contextmanager
@@ -139,6 +133,7 @@ class Training:
         info("\n".join(schedule_warnings(config.trainer, run.source_meta)))
         if run.source:
             info(f"resumed from {run.source} at epoch {self.state.epoch}, step {self.state.step}")
+            info(complete_message(config) if self.state.epoch >= config.trainer.epochs else "")
         elif config.resume:
             info(f"resume=auto: no checkpoint in {run.checkpoints}; training starts from scratch")
         resume = ResumePoint(run.source, self.state.step) if run.source else None

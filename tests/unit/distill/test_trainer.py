@@ -1,11 +1,26 @@
-"""The log lines of Lightning."""
+"""Which checkpoints are those of a complete distillation; the log lines of Lightning."""
 
 import logging
 import warnings
+from typing import Any
 
 import pytest
 
-from mmdistill.distill.trainer import _is_no_noise, hide_lightning_noise
+from mmdistill.distill.trainer import _is_complete, _is_no_noise, hide_lightning_noise
+
+
+@pytest.mark.parametrize(
+    ("meta", "expected"),
+    [
+        ({"kind": "distill", "epoch": 1, "batch": None}, True),
+        ({"kind": "distill", "epoch": 4, "batch": None}, True),  # trainer.epochs was larger
+        ({"kind": "distill", "epoch": 0, "batch": None}, False),
+        ({"kind": "distill", "epoch": 1, "batch": 3}, False),  # stopped inside the last epoch
+        ({}, False),  # written by another program
+    ],
+)
+def test_complete_checkpoints(meta: dict[str, Any], expected: bool) -> None:
+    assert _is_complete(meta, epochs=2) is expected
 
 
 def test_noise_of_lightning_is_hidden(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process
-from mmdistill.training.run import Run, Training, finish_complete_run
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.training.run import Training
 from mmdistill.training.state import TrainingState
 from tests.tiny_data import make_tiny
-from tests.tiny_training import distill_config, make_training
+from tests.tiny_training import make_training
 
 Make = Callable[..., Training]
 
@@ -109,23 +108,8 @@ def test_stopped_training_names_its_checkpoint(make: Make, capsys: pytest.Captur
     assert "complete checkpoint written: a/last.ckpt" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("meta", "is_complete"),
-    [
-        ({"kind": "distill", "epoch": 1, "batch": None}, True),
-        ({"kind": "distill", "epoch": 4, "batch": None}, True),  # trainer.epochs was larger
-        ({"kind": "distill", "epoch": 0, "batch": None}, False),
-        ({"kind": "distill", "epoch": 1, "batch": 3}, False),  # stopped inside the last epoch
-        ({"kind": "pretrain", "epoch": 1, "batch": None}, False),
-        ({}, False),  # written by another program
-    ],
-)
-def test_complete_checkpoints(data: Path, tmp_path: Path, meta: dict[str, Any], is_complete: bool) -> None:
-    source = tmp_path / "checkpoints" / "last.ckpt"
-    run = Run(tmp_path, Process(torch.device("cpu"), 0, 1), "32", source, meta)
-    assert finish_complete_run(distill_config(data, "trainer.epochs=2"), run, "distill") == (
-        source if is_complete else None
-    )
-    if is_complete:
-        text = (tmp_path / "run.log").read_text()
-        assert f"training is already complete: trainer.epochs=2\nlast checkpoint: {source}" in text
+def test_complete_training_is_logged(make: Make) -> None:
+    training = make("trainer.epochs=1", source=Path("a.ckpt"))
+    training.load_state_dict({**training.state_dict(), "batch": 4})
+    training.log_start("summary")
+    assert "training is already complete: trainer.epochs=1" in (training.run.directory / "run.log").read_text()
