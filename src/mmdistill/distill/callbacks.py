@@ -131,10 +131,11 @@ class TrainingCallback(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the epoch's means, each teacher's loss with its constant baseline, also for Lightning's callbacks."""
-        pl_module.log_dict(self.state.means, sync_dist=True)
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()} | self.state.means
+        means, validation = self.state.means, trainer.callback_metrics.get(METRIC)
+        pl_module.log_dict(means, sync_dist=True)
+        metrics = means if validation is None else {**means, METRIC: float(validation)}
         lr = self._schedule(trainer).lr
-        self.training.log_epoch(metrics, format_losses(self.state.means), lr=lr, loss_scale=loss_scale(trainer))
+        self.training.log_epoch(metrics, format_losses(means), lr=lr, loss_scale=loss_scale(trainer))
 
     def _schedule(self, trainer: pl.Trainer) -> StepSchedule:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
