@@ -134,7 +134,7 @@ def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
         raise OSError(28, "No space left on device")
 
     strategies.SingleFileCheckpointMixin.save_checkpoint = timed
-    callbacks.save_torch = fail
+    strategies.save_torch = fail
     message = None
     try:
         train(rank, folder, name, f"strategy={strategy}", "trainer.epochs=1")
