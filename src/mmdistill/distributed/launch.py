@@ -147,13 +147,14 @@ def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     def forward_signal(number: int, frame: FrameType | None) -> None:
-        ranks = psutil.Process().children()
+        ranks = set(psutil.Process().children()) - other_children
         if not ranks:
             raise SystemExit(128 + number)
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
+    other_children = set(psutil.Process().children())
     escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
     arguments = [*program, *add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])]
     forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -186,7 +187,11 @@ def test_ranks_run_the_command_in_one_folder(monkeypatch: pytest.MonkeyPatch, tm
     )
     monkeypatch.setattr(sys, "argv", ["pretrain_main.py", "a=$$x${local_rank}", "-m"])
     before = signal.getsignal(signal.SIGUSR2)
+    other_child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     assert launch.run_ranks(2, "/run's", program=[str(script)]) in (7, 128 + signal.SIGUSR2)  # rank 1 may just start
+    assert other_child.poll() is None  # it is no rank
+    other_child.kill()
+    other_child.wait()
     assert signal.getsignal(signal.SIGUSR2) is before
     arguments = ["a=$$x${local_rank}", r"hydra.run.dir='/run\'s'", "-m"]
     assert json.loads((tmp_path / "0").read_text()) == [arguments, "2", "2", "0"]
