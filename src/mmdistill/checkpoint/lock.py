@@ -4,18 +4,18 @@ import contextlib
 import json
 import logging
 import os
-import socket
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from socket import gethostname
+
+from filelock import SoftFileLock, Timeout
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.names import TMP_PREFIX
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
 
 log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
+_TIMEOUT_S = 0.5  # another job may be writing its lock, or removing it
 
 
 @contextlib.contextmanager
@@ -29,78 +29,74 @@ def run_lock(directory: Path) -> Iterator[None]:
         yield
 
 
-def _process_start_ticks(pid: int) -> str | None:
-    """Start time of a process of this host in kernel ticks; identifies it, because process ids are reused."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _is_alive(pid: int, started: str | None) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    current = _process_start_ticks(pid)
-    return started is None or current is None or started == current
-
-
 @contextlib.contextmanager
 def directory_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a folder of checkpoints for one job; call on rank 0.
 
-    A lock of a process of this host that has ended is removed, with a warning.
+    The lock is a file that is created exclusively, which works on every shared file system. A lock of a process of
+    this host that has ended is removed, with a warning.
 
     Raises:
         CheckpointError: another job holds the lock; the message names its process and host.
     """
     folder = Path(directory).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    path, pid = folder / LOCK_NAME, os.getpid()
-    own = {"pid": pid, "host": socket.gethostname(), "started": _process_start_ticks(pid), "id": uuid.uuid4().hex}
-    staged = folder / f"{TMP_PREFIX}lock-{own['id']}"
-    staged.write_text(json.dumps(own), encoding="utf-8")
-    try:
-        while not _try_link(staged, path):
-            _break_stale_lock(path, own)
-    finally:
-        staged.unlink(missing_ok=True)
+    path = folder / LOCK_NAME
+    previous = _read_holder(path)
+    lock = SoftFileLock(path)
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=_TIMEOUT_S)  # also takes over the lock of a process that has ended
+    if not lock.is_locked:  # not raised from Timeout, which is an OSError, whose text `run_on_all_ranks` would report
+        holder = _read_holder(path)
+        who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
+        raise CheckpointError(
+            f"{folder}: {who} writes checkpoints to this folder; wait for it, choose another folder, or delete {path} "
+            "if that process has ended"
+        )
+    if previous is not None:
+        log.warning("%s: removed the lock of process %d, which has ended", path, previous[0])
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(path.read_text(encoding="utf-8")).get("id") == own["id"]:
-                path.unlink()
+        lock.release()
 
 
-def _try_link(staged: Path, path: Path) -> bool:
-    """Hard-link `staged` to `path`, so that no process sees an incomplete lock. False if `path` exists."""
+def _read_holder(path: Path) -> tuple[int, str] | None:
+    """Read process and host of a lock file of filelock, or of earlier versions in JSON; None if there is none.
+
+    A JSON lock of a process that has ended is removed; filelock does this with its own.
+
+    Raises:
+        CheckpointError: the file is neither.
+    """
     try:
-        os.link(staged, path)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _break_stale_lock(path: Path, own: dict[str, Any]) -> None:
-    """Remove a lock whose process has ended; raise `CheckpointError` if the process may still run."""
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        pid, host = int(holder["pid"]), str(holder["host"])
+        text = path.read_text(encoding="utf-8")
+        if not text:  # its process is just writing it
+            return None
+        if text.startswith("{"):
+            fields = json.loads(text)
+            pid, host = int(fields["pid"]), str(fields["host"])
+            if host == gethostname() and _has_ended(pid, fields.get("started")):
+                path.unlink(missing_ok=True)
+            return pid, host
+        process, host, *_ = text.splitlines()
+        return int(process), host.partition("?")[0]  # after "?": the PID namespace
     except FileNotFoundError:
-        return
+        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: unreadable lock ({error}); delete it if no job writes to this folder"
         ) from error
-    if host == own["host"] and not _is_alive(pid, holder.get("started")):
-        log.warning("%s: removed the lock of process %d, which has ended", path, pid)
-        path.unlink(missing_ok=True)
-        return
-    raise CheckpointError(
-        f"{path.parent}: process {pid} on {host} writes checkpoints to this folder; wait for it, choose another "
-        f"folder, or delete {path} if that process has ended"
-    )
+
+
+def _has_ended(pid: int, started: str | None) -> bool:
+    """Whether a process of this host has ended. Process ids are reused, so its start (kernel ticks) is compared."""
+    try:
+        with contextlib.suppress(PermissionError):  # it runs as another user
+            os.kill(pid, 0)
+        current = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except ProcessLookupError:
+        return True
+    except (OSError, IndexError):
+        return False
+    return started is not None and started != current

@@ -14,22 +14,20 @@ number depends only on `seed` and the rally, so rallies can be rendered in any o
 """
 
 import argparse
-import fcntl
 import io
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from filelock import FileLock
 
 from mmdistill.console import progress as show_progress
 from mmdistill.data.readers.flow_file import write_flow
@@ -151,14 +149,6 @@ def is_complete(root: Path, plan: RallyPlan) -> bool:
     return True
 
 
-@contextmanager
-def _lock_folder(root: Path) -> Iterator[None]:
-    """Other processes that create the same dataset wait until this one has finished."""
-    with (root / ".demo.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
     for name in ("demo.json", "demo.partial.json"):
         path = root / name
@@ -221,7 +211,7 @@ def make_demo(
     # A round trip through JSON turns tuples into lists, as in the file.
     requested = json.loads(json.dumps({"format": FORMAT, **asdict(parameters)}))
     plans = plan_rallies(parameters)
-    with _lock_folder(root):
+    with FileLock(root / ".demo.lock"):  # other processes that create the same dataset wait
         _check_parameters(root, requested)
         missing = [plan for plan in plans if not is_complete(root, plan)]
         if not missing and (root / "demo.json").is_file():

@@ -2,6 +2,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ def test_second_job_is_rejected(tmp_path: Path) -> None:
         ):
             pass
         assert (tmp_path / ".lock").exists()
+        with (
+            pytest.raises(CheckpointError, match=rf"process {os.getpid()} on .* writes checkpoints"),
+            run_lock(tmp_path),
+        ):
+            pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -25,8 +32,8 @@ def test_stale_lock_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     lock, no_process = tmp_path / ".lock", int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
     lock.write_text(json.dumps({"pid": no_process, "host": socket.gethostname(), "id": "x"}))
     with directory_lock(tmp_path):
-        assert json.loads(lock.read_text())["pid"] == os.getpid()
-    assert "removed the lock" in caplog.text
+        assert int(lock.read_text().splitlines()[0]) == os.getpid()
+    assert f"removed the lock of process {no_process}" in caplog.text
     reused_pid = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -44,9 +51,24 @@ def test_stale_lock_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         pass
 
 
+def test_lock_of_a_killed_process_is_taken_over_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    enter = f"lock = directory_lock({str(tmp_path)!r}); lock.__enter__()"
+    code = f"import os; from mmdistill.checkpoint import directory_lock; {enter}; os._exit(0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    pid = int((tmp_path / ".lock").read_text().splitlines()[0])
+    monkeypatch.delattr(os, "link")
+    with directory_lock(tmp_path):
+        assert int((tmp_path / ".lock").read_text().splitlines()[0]) == os.getpid()
+    assert f"removed the lock of process {pid}, which has ended" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lock_of_another_job_is_not_removed_at_the_end(tmp_path: Path) -> None:
     """An administrator deleted the lock, and another job started before this one ended."""
     with directory_lock(tmp_path):
+        (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "id": "other"}))
     assert json.loads((tmp_path / ".lock").read_text())["id"] == "other"
 
