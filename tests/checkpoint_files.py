@@ -1,6 +1,9 @@
 """Checkpoint files without a training."""
 
+import struct
+import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -10,6 +13,24 @@ from mmdistill.models.videomae import Encoder, EncoderConfig
 
 STUDENT_CONFIG = EncoderConfig(3, 4, 8, 12, 4, 2, 16, 2, 4, 4, 32)
 STATE = {"encoder.norm.weight": torch.zeros(2)}
+
+
+class Record(NamedTuple):
+    """A stored file of a zip archive and the position of its bytes."""
+
+    name: str
+    start: int
+    size: int
+
+
+def zip_records(path: Path) -> list[Record]:
+    """The records of an archive. A local header has 30 bytes; the name and the extra field follow."""
+    data, records = path.read_bytes(), []
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            lengths = struct.unpack("<HH", data[info.header_offset + 26 : info.header_offset + 30])
+            records.append(Record(info.filename, info.header_offset + 30 + sum(lengths), info.file_size))
+    return records
 
 
 def write_native(path: Path, **meta: object) -> Path:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
 from mmdistill.builders import make_clip_dataset
-from mmdistill.checkpoint import latest_valid_checkpoint, load_weights, read_checkpoint
+from mmdistill.checkpoint import latest_valid_checkpoint, open_checkpoint
 from mmdistill.checkpoint.architecture import encoder_config_from_meta
 from mmdistill.config import PretrainConfig, modality_specs, stored_config
 from mmdistill.models.videomae import DecoderConfig, VideoMAE
@@ -28,11 +28,11 @@ def middle_frames(run_dir: Path) -> dict[str, np.ndarray]:
     path = latest_valid_checkpoint(run_dir / "checkpoints")
     if path is None:
         raise SystemExit(f"{run_dir}: no checkpoint; run `make demo` first")
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     config = stored_config(checkpoint.meta["config"], PretrainConfig)
     encoder = encoder_config_from_meta(checkpoint.meta["encoders"]["encoder"])
     model = VideoMAE(encoder, DecoderConfig(**checkpoint.meta["decoder"]))
-    load_weights(model, path)
+    checkpoint.load_into(model)
     dataset = make_clip_dataset(config.data_module, (config.modality,), training=True, seed=config.seed)
     clip = len(dataset) // 2
     result = reconstruct(model, default_collate([dataset[clip]]), modality_specs(config.data_module)[config.modality])

@@ -28,6 +28,7 @@ from mmdistill.checkpoint import (
     read_checkpoint,
     save_deepspeed,
 )
+from mmdistill.checkpoint.formats import manifest
 from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
@@ -131,7 +132,7 @@ def full_disk(rank: int, folder: Path) -> None:
     path = save_deepspeed(engine, folder / "full" / "last", META, {})
     stamp = verify_manifest(path)
     train(engine, 1, False, start=1)
-    torch_writer, small_writer = deepspeed_engine.write_torch, deepspeed_engine.write_bytes
+    torch_writer, small_writer = deepspeed_engine.write_torch, manifest.write_bytes
 
     def fail(*_: object) -> str:
         raise OSError(28, "No space left on device")
@@ -141,9 +142,9 @@ def full_disk(rank: int, folder: Path) -> None:
     first = run_action(lambda: save_deepspeed(engine, path, META, {}))
     deepspeed_engine.write_torch = torch_writer
     if rank == 0:
-        deepspeed_engine.write_bytes = fail
+        manifest.write_bytes = fail
     second = run_action(lambda: save_deepspeed(engine, path, META, {}))
-    deepspeed_engine.write_bytes = small_writer
+    manifest.write_bytes = small_writer
     result = {"first": first, "second": second, "old": verify_manifest(path) == stamp}
     torch.distributed.barrier()  # rank 0 cleans up after all ranks have the error
     result["left"] = sorted(os.listdir(path.parent))

@@ -1,11 +1,13 @@
 """Damaged and hostile files: an error names the file and the problem, no module changes, no code is executed."""
 
+import io
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +26,8 @@ from mmdistill.checkpoint import (
 )
 from mmdistill.checkpoint import write as writing
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.checkpoint.formats.torch_zip import zip_records
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
+from tests.checkpoint_files import zip_records
 
 FIXTURES = Path(__file__).resolve().parents[1] / "unit" / "checkpoint" / "fixtures"
 CONFIG, DECODER = EncoderConfig(3, 2, 8, 8, 4, 2, 16, 2, 2, 8, 32), DecoderConfig(8, 1, 1, 8, 16)
@@ -256,13 +258,13 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     before = path.read_bytes()
     written = []
 
-    def full(self: writing.DirectFile, view: memoryview) -> None:
-        written.append(len(view))
+    def full(self: writing.DirectFile, data: Any) -> int:
+        written.append(data)
         if len(written) > 5:
             raise OSError(28, "No space left on device")
-        self._file.write(view)
+        return io.FileIO.write(self, data)
 
-    monkeypatch.setattr(writing.DirectFile, "_write_all", full)
+    monkeypatch.setattr(writing.DirectFile, "write", full)
     with pytest.raises(CheckpointError, match=r"last.ckpt: not saved .*No space left"):
         write_lightning(path, step=9)
     with pytest.raises(CheckpointError, match="No space left"):

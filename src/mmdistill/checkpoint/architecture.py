@@ -30,22 +30,20 @@ def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
         raise CheckpointError(f"the encoder config in the metadata is incomplete ({error})") from error
 
 
-def _infer_num_heads(dim: int, inner: int, heads: int | None) -> int:
+def _infer_num_heads(dim: int, inner: int, heads: int | None = None) -> int:
     if heads is not None:
         if inner % heads:
             raise CheckpointError(f"the attention width {inner} is not a multiple of heads={heads}")
         return heads
     if inner == dim:
-        if dim in _NUM_HEADS_BY_WIDTH:
-            return _NUM_HEADS_BY_WIDTH[dim]
-        if dim % 64 == 0:
-            return dim // 64
-    for count in _NUM_HEADS_CANDIDATES:
-        if inner != dim and dim // count * count == inner:
-            return count
-    raise CheckpointError(
-        f"the number of heads cannot be inferred from width {dim} and attention width {inner}; set heads="
-    )
+        candidates = [_NUM_HEADS_BY_WIDTH[dim]] if dim in _NUM_HEADS_BY_WIDTH else [dim // 64] if dim % 64 == 0 else []
+    else:
+        candidates = [count for count in _NUM_HEADS_CANDIDATES if dim // count * count == inner]
+    if not candidates:
+        raise CheckpointError(
+            f"the number of heads cannot be inferred from width {dim} and attention width {inner}; set heads="
+        )
+    return candidates[0]
 
 
 def is_sincos(positions: Tensor) -> bool:
@@ -74,18 +72,10 @@ def encoder_config_from_tensors(
     height: int | None = None,
     width: int | None = None,
 ) -> tuple[EncoderConfig, list[str]]:
-    """Infer the config of an encoder from its tensors.
+    """Infer the config of an encoder from its tensors (names without ``encoder.``), and a sentence per assumption.
 
-    Args:
-        state: the tensors, names without ``encoder.``.
-        heads: number of attention heads, if the tensors do not determine it.
-        num_frames: frames per clip. The input size is not stored in files without learned positions; the defaults of
-            the three arguments are then VideoMAE's 16 frames of 14 x 14 patches.
-        height: height of the input in pixels.
-        width: width of the input in pixels.
-
-    Returns:
-        The config, and a sentence for each assumption.
+    `heads` is needed if the tensors do not determine it. The input size (frames, pixels) is not stored in files without
+    learned positions; its default is VideoMAE's 16 frames of 14 x 14 patches.
 
     Raises:
         CheckpointError: the tensors are not those of an encoder, or do not determine the number of heads.
@@ -101,7 +91,6 @@ def encoder_config_from_tensors(
             f"patch_embed.proj.weight has shape {list(conv.shape)}, expected [D, C, t, p, p] as in VideoMAE"
         )
     dim, channels, tubelet, patch, _ = conv.shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     inner = qkv.shape[0] // 3
     num_heads = _infer_num_heads(dim, inner, heads)
     if heads is None and not (inner == dim and dim in _NUM_HEADS_BY_WIDTH):
@@ -109,15 +98,13 @@ def encoder_config_from_tensors(
             f"{format_count(num_heads, 'head')} of {inner // num_heads} inferred from the attention width {inner}"
         )
     positions = state.get("pos_embed")
-    learned = positions is not None and not is_sincos(positions)
     if positions is not None:
-        frames = (num_frames or _DEFAULT_NUM_FRAMES) // tubelet
-        t, h, w = infer_token_grid(positions.shape[1], frames)
+        t, h, w = infer_token_grid(positions.shape[1], (num_frames or _DEFAULT_NUM_FRAMES) // tubelet)
     else:
         t, h, w = max(_DEFAULT_NUM_FRAMES // tubelet, 1), _DEFAULT_GRID_SIDE, _DEFAULT_GRID_SIDE
         if num_frames is None or height is None or width is None:
             notes.append("the file has no input size; the default of VideoMAE is used: 16 frames of 14 x 14 patches")
-    return EncoderConfig(
+    config = EncoderConfig(
         channels=channels,
         num_frames=num_frames or t * tubelet,
         height=height or h * patch,
@@ -125,22 +112,29 @@ def encoder_config_from_tensors(
         patch=patch,
         tubelet=tubelet,
         dim=dim,
-        depth=depth,
+        depth=count_blocks(state),
         heads=num_heads,
         head_dim=inner // num_heads,
         mlp_dim=fc1.shape[0],
-        pos_embed="learned" if learned else "sincos",
-    ), notes
+        pos_embed="sincos" if positions is None or is_sincos(positions) else "learned",
+    )
+    return config, notes
+
+
+def count_blocks(state: Mapping[str, Tensor], prefix: str = "blocks.") -> int:
+    """Number of transformer blocks: the highest index after `prefix`, plus 1."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
 def decoder_config_from_tensors(state: Mapping[str, Tensor]) -> DecoderConfig | None:
     """Infer the config of the decoder from ``decoder.*`` tensors; None if there are none."""
     if "decoder.blocks.0.attn.qkv.weight" not in state:
         return None
-    inner, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
-    depth = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("decoder.blocks."))
-    heads = _infer_num_heads(dim, inner // 3, None)
-    return DecoderConfig(dim, depth, heads, inner // 3 // heads, state["decoder.blocks.0.mlp.fc1.weight"].shape[0])
+    rows, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
+    inner = rows // 3
+    heads = _infer_num_heads(dim, inner)
+    mlp_dim = state["decoder.blocks.0.mlp.fc1.weight"].shape[0]
+    return DecoderConfig(dim, count_blocks(state, "decoder.blocks."), heads, inner // heads, mlp_dim)
 
 
 def resize_positions(positions: Tensor, source: tuple[int, int, int], target: tuple[int, int, int]) -> Tensor:

@@ -6,28 +6,36 @@ DeepSpeed is imported only by functions that take an engine.
 import contextlib
 import json
 import logging
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mmdistill import __version__
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
-from mmdistill.checkpoint.formats.deepspeed_zero import GROUP_NAMES, adam_step, check_shards, read_model_file
-from mmdistill.checkpoint.formats.manifest import manifest_bytes, manifest_entry, verify_manifest
-from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, METADATA_KEY, TAG, TMP_PREFIX, CheckpointFormat
-from mmdistill.checkpoint.formats.torch_zip import read_torch_file
-from mmdistill.checkpoint.locate import Location, locate, read_json
-from mmdistill.checkpoint.write import (
-    fsync_path,
-    publish_directory,
-    recover_interrupted_saves,
-    remove_quietly,
-    write_bytes,
-    write_torch,
+from mmdistill.checkpoint.formats.deepspeed_zero import (
+    GROUP_NAMES,
+    adam_step,
+    check_shards,
+    read_model_states,
+    read_shard,
+    stage_in_config,
 )
+from mmdistill.checkpoint.formats.manifest import complete_directory, verify_manifest
+from mmdistill.checkpoint.formats.names import (
+    META,
+    METADATA_KEY,
+    OPTIM_STATES,
+    TAG,
+    TMP_PREFIX,
+    rank_files,
+    state_files,
+)
+from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.checkpoint.locate import read_json
+from mmdistill.checkpoint.read import open_checkpoint
+from mmdistill.checkpoint.write import publish_directory, recover_interrupted_saves, remove_quietly, write_torch
 from mmdistill.distributed.collectives import get_rank, get_world_size, run_on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -43,20 +51,13 @@ class _CheckpointEngineShim:
 
     def __init__(self, engine: Any) -> None:
         self._inner = engine.checkpoint_engine
-        self.files: list[str] = []
+        self.files: list[Path] = []
         self.error: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def _guard(self, action: Callable[[], Any]) -> None:
-        if self.error is None:
-            try:
-                action()
-            except Exception as error:  # `report` raises it after the barriers
-                self.error = error
-
-    def report(self) -> list[str]:
+    def report(self) -> list[Path]:
         """Return the files that were written, or raise the stored error."""
         if self.error is not None:
             raise self.error
@@ -64,16 +65,19 @@ class _CheckpointEngineShim:
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Create a directory, like DeepSpeed's method."""
-        self._guard(lambda: os.makedirs(path, exist_ok=exist_ok))
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = self.error or error
 
     def save(self, state_dict: Any, path: str) -> None:
         """Write and sync one file of this rank."""
-
-        def write() -> None:
-            write_torch(state_dict, Path(path))
-            self.files.append(path)
-
-        self._guard(write)
+        try:
+            if self.error is None:
+                write_torch(state_dict, Path(path))
+                self.files.append(Path(path))
+        except Exception as error:  # `report` raises it after the barriers
+            self.error = error
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read without executing code: DeepSpeed's own loader would unpickle any class."""
@@ -125,23 +129,6 @@ def _prepare_save(staged: Path, target: Path, meta: Mapping[str, Any], client: d
     return client
 
 
-def _publish(staged: Path, target: Path, meta: Mapping[str, Any], files: list[str], counts: dict[str, Any]) -> None:
-    """Write metadata and manifest and rename the folder; on rank 0."""
-    entries = {os.path.relpath(path, staged): manifest_entry(Path(path)) for path in files}
-    for name, data in (
-        (LATEST, TAG.encode()),
-        (META, (json.dumps(dict(meta), indent=1, sort_keys=True) + "\n").encode()),
-    ):
-        entries[name] = manifest_entry(staged / name, write_bytes(staged / name, data))
-    fsync_path(staged / TAG)
-    summary = {key: meta.get(key) for key in ("epoch", "kind", "modality", "loss")}
-    if summary["loss"] is not None and not math.isfinite(summary["loss"]):
-        summary["loss"] = None
-    write_bytes(staged / MANIFEST, manifest_bytes(entries, **counts, **summary))
-    fsync_path(staged)
-    publish_directory(staged, target)
-
-
 def save_deepspeed(
     engine: Any, directory: str | os.PathLike[str], meta: dict[str, Any], client_state: dict[str, Any]
 ) -> Path:
@@ -177,12 +164,13 @@ def save_deepspeed(
         reports = run_on_all_ranks(shim.report, error_class=CheckpointError, message=message)
         files = [path for report in reports for path in report]
         stage, step = int(engine.zero_optimization_stage()), int(engine.global_steps)
-        counts = {"world_size": get_world_size(), "stage": stage, "step": step}
-        run_on_all_ranks(
-            lambda: _publish(staged, target, meta, files, counts) if rank == 0 else None,
-            error_class=CheckpointError,
-            message=message,
-        )
+
+        def publish() -> None:
+            if rank == 0:
+                complete_directory(staged, files, meta, world_size=get_world_size(), stage=stage, step=step)
+                publish_directory(staged, target)
+
+        run_on_all_ranks(publish, error_class=CheckpointError, message=message)
     except CheckpointError:
         if rank == 0:
             remove_quietly(staged)
@@ -198,12 +186,10 @@ def _precision(config: Any) -> str:
     return "fp32"
 
 
-def _check_fit(engine: Any, location: Location, model: Mapping[str, Any]) -> None:
+def _check_fit(engine: Any, path: Path, model: Mapping[str, Any]) -> None:
     """Raise a clear error where DeepSpeed would raise an obscure one or load only part of the state."""
-    config = model.get("ds_config") or {}
-    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
-    stage = int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 0
-    saved = (stage, int(model.get("dp_world_size") or 1), _precision(config))
+    config = model.get("ds_config")
+    saved = (stage_in_config(config), int(model.get("dp_world_size") or 1), _precision(config))
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     own = (int(engine.zero_optimization_stage()), int(engine.dp_world_size), precision)
     same_layout = saved[0] == own[0] and saved[2] == own[2]
@@ -211,24 +197,24 @@ def _check_fit(engine: Any, location: Location, model: Mapping[str, Any]) -> Non
         return
     settings = [f"ZeRO stage {s}, {w} process{'es' if w > 1 else ''}, {p}" for s, w, p in (saved, own)]
     raise ResumeMismatchError(
-        f"{location.given}: written with {settings[0]}, this run has {settings[1]}; use the same settings, or "
+        f"{path}: written with {settings[0]}, this run has {settings[1]}; use the same settings, or "
         "load only the weights (`mmdistill convert` writes them as .safetensors)"
     )
 
 
-def _check_steps(location: Location, model: Mapping[str, Any]) -> None:
+def _check_steps(tag: Path, model: Mapping[str, Any]) -> None:
     """Raise if the directory mixes two saves: the steps of Adam must be those of the engine."""
-    assert location.tag is not None
-    if not location.optim_files:
+    files = rank_files(tag, OPTIM_STATES)
+    if not files:
         return
-    shards = [read_torch_file(f, verify=False) for f in location.optim_files]
-    check_shards(location.tag, shards, location.optim_files)
+    shards = [read_shard(file, verify=False) for file in files]
+    check_shards(tag, shards, files)
     shard_step, model_step = adam_step(shards[0]), model.get("global_steps")
     if shard_step is None or not isinstance(model_step, int):
         return
     if shard_step != model_step - int(model.get("skipped_steps") or 0):
         raise CorruptCheckpointError(
-            f"{location.tag}: a mix of two saves: the model file is at step {model_step}, the optimizer shards at step "
+            f"{tag}: a mix of two saves: the model file is at step {model_step}, the optimizer shards at step "
             f"{shard_step}; use another checkpoint"
         )
 
@@ -273,37 +259,33 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
     """
     rank, world_size = get_rank(), get_world_size()
 
-    def check() -> Location:
-        location = locate(directory)
-        if location.format is not CheckpointFormat.DEEPSPEED or location.tag is None:
+    def check() -> Path:
+        checkpoint = open_checkpoint(directory, verify=False)
+        tag = checkpoint.tag
+        if tag is None:
             raise CheckpointError(
-                f"{directory}: a {location.format} file; a DeepSpeed run resumes only from a DeepSpeed directory"
+                f"{directory}: a {checkpoint.format} file; a DeepSpeed run resumes only from a DeepSpeed directory"
             )
-        manifest = verify_manifest(location.root, rank=rank, world_size=world_size)
+        manifest = verify_manifest(checkpoint.root, rank=rank, world_size=world_size)
         if manifest is not None:
-            read_json(location.root / META)
-        model = read_model_file(location.model_files[0], verify=manifest is None)
-        _check_fit(engine, location, model)
-        _check_steps(location, model)
+            read_json(checkpoint.root / META)
+        model = read_model_states(tag, verify=manifest is None)
+        _check_fit(engine, checkpoint.path, model)
+        _check_steps(tag, model)
         if manifest is None:
-            for file in (*location.model_files, *location.optim_files)[rank::world_size]:
+            for file in state_files(tag)[rank::world_size]:
                 read_torch_file(file)
-        return location
+        return tag
 
-    location: Location = run_on_all_ranks(check, error_class=CheckpointError)[rank]
-    assert location.tag is not None
+    tag: Path = run_on_all_ranks(check, error_class=CheckpointError)[rank]
 
     def restore() -> dict[str, Any]:
-        with _shimmed(engine), _glob_safe_path(location.tag.parent) as name:  # type: ignore[union-attr]
-            loaded, states = engine.load_checkpoint(name, tag=location.tag.name)  # type: ignore[union-attr]
+        with _shimmed(engine), _glob_safe_path(tag.parent) as name:
+            loaded, states = engine.load_checkpoint(name, tag=tag.name)
         if loaded is None:
-            raise CheckpointError(
-                f"{directory}: DeepSpeed found nothing to load in {location.tag}; use another checkpoint"
-            )
+            raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {tag}; use another checkpoint")
         return _select_client_state(states or {}, rank)
 
     # engine.load_checkpoint waits at barriers; `check` raised every foreseeable error on all ranks before
-    client: dict[str, Any] = run_on_all_ranks(restore, error_class=CheckpointError, message=f"{directory}: not loaded")[
-        rank
-    ]
-    return client
+    clients = run_on_all_ranks(restore, error_class=CheckpointError, message=f"{directory}: not loaded")
+    return cast(dict[str, Any], clients[rank])

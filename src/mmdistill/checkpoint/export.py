@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mmdistill import __version__
+from mmdistill.checkpoint.convert import resolve_target
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
+from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
-from mmdistill.checkpoint.load import load_encoder_with_report
-from mmdistill.checkpoint.read import read_checkpoint
-from mmdistill.checkpoint.write import fsync_path, save_safetensors, write_bytes, write_directory
+from mmdistill.checkpoint.load import select_encoder
+from mmdistill.checkpoint.read import open_checkpoint
+from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
 from mmdistill.models.videomae import Encoder
 
 
@@ -40,20 +40,14 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
         CheckpointError: VideoMAEModel does not support the architecture.
     """
     config = encoder.config
-    if config.pos_embed == "learned":
-        raise CheckpointError(
-            "this encoder has learned positions, which transformers' VideoMAE does not support; use --to "
-            "safetensors, onnx or torch_export"
-        )
-    if config.pos_embed == "sincos_separable":
-        raise CheckpointError(
-            "this encoder has positions separable in (t, h, w), which transformers' VideoMAE does not support; use "
-            "--to safetensors, onnx or torch_export"
-        )
+    problems = {"learned": "learned positions", "sincos_separable": "positions separable in (t, h, w)"}
+    problem = problems.get(config.pos_embed)
     if config.heads * config.head_dim != config.dim:
+        problem = f"{config.heads} heads of {config.head_dim} in a width of {config.dim}"
+    if problem:
         raise CheckpointError(
-            f"this encoder has {config.heads} heads of {config.head_dim} in a width of {config.dim}, which "
-            "transformers' VideoMAE does not support; use --to safetensors, onnx or torch_export"
+            f"this encoder has {problem}, which transformers' VideoMAE does not support; use --to safetensors, onnx or "
+            "torch_export"
         )
     return {
         "architectures": ["VideoMAEModel"],
@@ -76,28 +70,32 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def _export_safetensors(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
+    save_safetensors({f"encoder.{k}": v for k, v in encoder.state_dict().items()}, target, meta)
+
+
 def _export_hf(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
-    config = make_huggingface_config(encoder)
+    text = json.dumps({**make_huggingface_config(encoder), "mmdistill": meta}, indent=1, sort_keys=True) + "\n"
 
     def fill(folder: Path) -> None:
         save_safetensors(to_huggingface(encoder.state_dict()), folder / "model.safetensors", meta)
-        text = json.dumps({**config, "mmdistill": meta}, indent=1, sort_keys=True) + "\n"
         write_bytes(folder / "config.json", text.encode())
 
     write_directory(target, fill)
 
 
-def _make_example_batch(encoder: Encoder) -> Tensor:
+def _example_arguments(encoder: Encoder) -> dict[str, Any]:
+    """Arguments of torch's exporters: a batch of 2, which may have any size later."""
     config = encoder.config
-    return torch.zeros(2, config.channels, config.num_frames, config.height, config.width)
+    clips = torch.zeros(2, config.channels, config.num_frames, config.height, config.width)
+    return {"args": (clips,), "dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}
 
 
 def _export_torch(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(
-        _FeatureExtractor(encoder).eval(), (_make_example_batch(encoder),), dynamic_shapes=({0: batch},)
-    )
-    _write_atomically(target, lambda staged: torch.export.save(program, staged))
+    program = torch.export.export(_FeatureExtractor(encoder).eval(), **_example_arguments(encoder))
+    with stage_file(target) as staged:
+        torch.export.save(program, str(staged))
+        fsync_path(staged)
 
 
 def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
@@ -106,37 +104,27 @@ def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{target}: not written: ONNX export needs the packages {' and '.join(missing)}; pip install them"
         )
-    batch = torch.export.Dim("batch", min=1)
     program = torch.onnx.export(
         _FeatureExtractor(encoder).eval(),
-        (_make_example_batch(encoder),),
         dynamo=True,
         input_names=["clip"],
         output_names=["feature"],
-        dynamic_shapes=({0: batch},),
         verbose=False,
+        **_example_arguments(encoder),
     )
     if program is None:
         raise CheckpointError(f"{target}: not written: torch.onnx returned no program; use --to torch_export")
-    _write_atomically(target, lambda staged: program.save(staged, external_data=False))
-
-
-def _write_atomically(target: Path, write: Callable[[str], None]) -> None:
-    staged = target.with_name(f".tmp-{os.getpid()}-{target.name}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(str(staged))
+    with stage_file(target) as staged:
+        program.save(str(staged), external_data=False)
         fsync_path(staged)
-        os.replace(staged, target)
-        fsync_path(target.parent)
-    except OSError as error:
-        raise CheckpointError(f"{target}: not saved ({error})") from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
-def _export_safetensors(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
-    save_safetensors({f"encoder.{k}": v for k, v in encoder.state_dict().items()}, target, meta)
+_WRITERS = {
+    "safetensors": _export_safetensors,
+    "hf": _export_hf,
+    "onnx": _export_onnx,
+    "torch_export": _export_torch,
+}
 
 
 def export_student(
@@ -163,15 +151,12 @@ def export_student(
     Raises:
         CheckpointError: `target` exists, the format does not support the architecture, or a package is missing.
     """
-    target_path = Path(target).expanduser()
-    if to not in EXPORT_SUFFIXES:
-        raise CheckpointError(f"--to {to}: choose one of {', '.join(EXPORT_SUFFIXES)}")
-    if target_path.exists() and not force:
-        raise CheckpointError(f"{target}: exists; choose another name, or use --force to replace it")
-    checkpoint = read_checkpoint(path)
-    encoder, report = load_encoder_with_report(checkpoint, part=component)
-    encoder.eval()
-    name = report.component or "encoder"
+    if to not in _WRITERS:
+        raise CheckpointError(f"--to {to}: choose one of {', '.join(_WRITERS)}")
+    target_path = resolve_target(target, force=force)
+    checkpoint = open_checkpoint(path)
+    name = select_encoder(checkpoint.state_dict, component, checkpoint.path).component
+    encoder = checkpoint.encoder(name).eval()
     modality = name.rpartition("_")[2] if "_" in name else checkpoint.meta.get("modality")
     statistics = checkpoint.meta.get("statistics") or {}
     meta = {
@@ -185,11 +170,5 @@ def export_student(
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }
-    writers = {
-        "safetensors": _export_safetensors,
-        "hf": _export_hf,
-        "onnx": _export_onnx,
-        "torch_export": _export_torch,
-    }
-    writers[to](encoder, target_path, meta)
+    _WRITERS[to](encoder, target_path, meta)
     return target_path

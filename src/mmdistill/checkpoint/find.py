@@ -1,25 +1,30 @@
 """Find the checkpoints below a folder by names, small JSON files and the ends of archives. No tensor is read."""
 
+import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
     LATEST,
     MANIFEST,
-    MODEL_STATES,
-    OPTIM_STATES,
+    TAG,
     CheckpointFormat,
+    is_tag,
+    state_files,
 )
+from mmdistill.checkpoint.locate import locate
 from mmdistill.errors import format_count
 from mmdistill.modalities import modality_names
 
@@ -90,12 +95,9 @@ def _modality_of_run(path: str) -> str:
 
 
 def _run_start_time(path: str, modified: float) -> float:
-    matches = _RUN_TIME.findall(path.replace(os.sep, "/"))
-    if matches:
-        try:
-            return datetime.datetime.strptime(" ".join(matches[-1]), "%Y-%m-%d %H-%M-%S").timestamp()
-        except ValueError:
-            return modified
+    with contextlib.suppress(IndexError, ValueError):  # no date, or an invalid one
+        text = " ".join(_RUN_TIME.findall(path.replace(os.sep, "/"))[-1])
+        return datetime.datetime.strptime(text, "%Y-%m-%d %H-%M-%S").timestamp()
     return modified
 
 
@@ -117,45 +119,6 @@ def _archive_problem(path: str, size: int) -> str:
     return "" if has_end_record else f"{os.path.basename(path)} is truncated at {format_count(size, 'byte')}"
 
 
-def _safetensors_header(path: str) -> tuple[int, Any]:
-    """Length of a ``.safetensors`` header in bytes, and its JSON content.
-
-    Raises:
-        EOFError: the file is too short for the length.
-        ValueError: the header is no JSON.
-    """
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise EOFError(path)
-        length = int(struct.unpack("<Q", head)[0])
-        return length, json.loads(file.read(min(length, 1 << 26)))
-
-
-def _safetensors_problem(path: str, size: int) -> str:
-    try:
-        length, header = _safetensors_header(path)
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except EOFError:
-        return "truncated"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "its header is damaged"
-    expected = 8 + length + int(end)
-    return "" if expected == size else f"{format_count(size, 'byte')}, {expected} expected"
-
-
-def _is_feature_file(path: str) -> bool:
-    """Whether a file is a ``.safetensors`` file of clip features, as `mmdistill.fewshot.features` writes them."""
-    if not path.endswith(".safetensors"):
-        return False
-    try:
-        header = _safetensors_header(path)[1]
-    except (EOFError, ValueError):
-        return False
-    return isinstance(header, dict) and set(header) - {"__metadata__"} == {"features", "labels"}
-
-
 def _pickled_epoch(path: str) -> int | None:
     """Epoch of a Lightning file whose name has none, from the first bytes of its pickle."""
     with open(path, "rb") as file:
@@ -165,105 +128,82 @@ def _pickled_epoch(path: str) -> int | None:
     return int.from_bytes(next(group for group in match.groups() if group is not None), "little")
 
 
-def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo:
+def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
+    """Describe a file; None for a file of clip features, as `mmdistill.fewshot.features` writes them."""
     stat = entry.stat()
     epoch, loss = _parse_name(entry.name)
+    format_ = CheckpointFormat.LIGHTNING if entry.name.endswith(".ckpt") else CheckpointFormat.WEIGHTS
+    problem = ""
     if entry.name.endswith(".safetensors"):
-        problem, format_ = _safetensors_problem(entry.path, stat.st_size), CheckpointFormat.WEIGHTS
+        try:
+            with safe_open(entry.path, framework="numpy") as file:  # reads the header and compares it with the size
+                if set(file.keys()) == {"features", "labels"}:
+                    return None
+        except SafetensorError as error:
+            problem = f"truncated or damaged at {format_count(stat.st_size, 'byte')} ({error})"
     else:
         problem = _archive_problem(entry.path, stat.st_size)
-        format_ = CheckpointFormat.LIGHTNING if entry.name.endswith(".ckpt") else CheckpointFormat.WEIGHTS
         if epoch is None and not problem:
             epoch = _pickled_epoch(entry.path)
     return CheckpointInfo(
-        Path(entry.path),
-        str(format_),
-        _infer_modality(entry.path),
-        epoch,
-        loss,
-        stat.st_size,
-        not problem,
-        problem,
-        stat.st_mtime,
-        _run_start_time(entry.path, stat.st_mtime),
+        path=Path(entry.path),
+        format=str(format_),
+        modality=_infer_modality(entry.path),
+        epoch=epoch,
+        loss=loss,
+        size=stat.st_size,
+        complete=not problem,
+        problem=problem,
+        modified=stat.st_mtime,
+        started=_run_start_time(entry.path, stat.st_mtime),
     )
 
 
 def _describe_directory(path: str) -> CheckpointInfo:
     """Describe a DeepSpeed directory by its manifest, or by its files if it has none."""
     epoch, loss = _parse_name(os.path.basename(path))
-    kind = modality = None
-    problem, size = "", 0
     modified = os.stat(path).st_mtime
+    manifest: dict[str, Any] = {}
+    size, problem = 0, ""
     try:
         with open(os.path.join(path, MANIFEST), "rb") as file:
             manifest = json.loads(file.read())
             modified = os.fstat(file.fileno()).st_mtime
         epoch = manifest.get("epoch") if manifest.get("epoch") is not None else epoch
         loss = manifest.get("loss") if manifest.get("loss") is not None else loss
-        kind, modality = manifest.get("kind"), manifest.get("modality")
         for name, entry in manifest["files"].items():
-            try:
-                num_bytes = os.stat(os.path.join(path, name)).st_size
-            except FileNotFoundError:
-                num_bytes = -1
-            size += max(num_bytes, 0)
+            file_path = os.path.join(path, name)
+            num_bytes = os.path.getsize(file_path) if os.path.exists(file_path) else None
+            size += num_bytes or 0
             if num_bytes != entry["bytes"] and not problem:
-                mismatch = f"{name}: {format_count(num_bytes, 'byte')}, {entry['bytes']} expected"
-                problem = f"{name} is missing" if num_bytes < 0 else mismatch
+                found = "is missing" if num_bytes is None else f"has {format_count(num_bytes, 'byte')}"
+                problem = f"{name} {found}, {entry['bytes']} expected"
     except FileNotFoundError:
         size, problem = _check_without_manifest(path)
     except (ValueError, KeyError, TypeError, AttributeError):
-        problem = f"{MANIFEST} is damaged"
+        manifest, problem = {}, f"{MANIFEST} is damaged"
     return CheckpointInfo(
-        Path(path),
-        str(CheckpointFormat.DEEPSPEED),
-        _infer_modality(path, kind, modality),
-        epoch,
-        loss,
-        size,
-        not problem,
-        problem,
-        modified,
-        _run_start_time(path, modified),
+        path=Path(path),
+        format=str(CheckpointFormat.DEEPSPEED),
+        modality=_infer_modality(path, manifest.get("kind"), manifest.get("modality")),
+        epoch=epoch,
+        loss=loss,
+        size=size,
+        complete=not problem,
+        problem=problem,
+        modified=modified,
+        started=_run_start_time(path, modified),
     )
 
 
 def _check_without_manifest(path: str) -> tuple[int, str]:
     """Size and problem of a directory without manifest."""
-    tag = "checkpoint"
     try:
-        with open(os.path.join(path, LATEST), encoding="utf-8") as file:
-            tag = file.read().strip()
-        if not tag:
-            return 0, f"{LATEST} is empty"
-    except (FileNotFoundError, UnicodeDecodeError):
-        tags = [e.name for e in os.scandir(path) if e.is_dir() and _is_tag(e.path)]
-        tag = tags[0] if len(tags) == 1 else tag
-    size, problem, num_models = 0, "", 0
-    try:
-        for entry in os.scandir(os.path.join(path, tag)):
-            num_bytes = entry.stat().st_size
-            size += num_bytes
-            if entry.name.endswith((MODEL_STATES, OPTIM_STATES)):
-                num_models += entry.name.endswith(MODEL_STATES)
-                problem = problem or _archive_problem(entry.path, num_bytes)
-    except (FileNotFoundError, NotADirectoryError):
-        return 0, f"its tag '{tag}' is missing"
-    return size, problem if num_models else f"no *{MODEL_STATES} in {tag}"
-
-
-def _is_tag(path: str) -> bool:
-    try:
-        return any(name.endswith(MODEL_STATES) for name in os.listdir(path))
-    except OSError:
-        return False
-
-
-def _is_checkpoint(names: set[str], path: str) -> bool:
-    if MANIFEST in names or LATEST in names:
-        return True
-    return "checkpoint" in names and _is_tag(os.path.join(path, "checkpoint"))
+        tag = locate(path)[1]
+    except CheckpointError as error:
+        return 0, str(error)
+    sizes = {str(file): file.stat().st_size for file in state_files(tag or Path(path))}
+    return sum(sizes.values()), next(filter(None, itertools.starmap(_archive_problem, sizes.items())), "")
 
 
 def _is_new_link_target(path: str, linked: set[str]) -> bool:
@@ -284,7 +224,8 @@ def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[Checkpoin
         try:
             with os.scandir(folder) as scan:
                 entries = list(scan)
-            if _is_checkpoint({entry.name for entry in entries}, folder):
+            names = {entry.name for entry in entries}
+            if names & {MANIFEST, LATEST} or (TAG in names and is_tag(os.path.join(folder, TAG))):
                 yield _describe_directory(folder)
                 continue
         except OSError as error:
@@ -299,8 +240,8 @@ def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[Checkpoin
                 if entry.is_dir():
                     if not entry.is_symlink() or _is_new_link_target(entry.path, linked):
                         pending.append(entry.path)
-                elif entry.name.endswith(suffixes) and not _is_feature_file(entry.path):
-                    yield _describe_file(entry)
+                elif entry.name.endswith(suffixes) and (info := _describe_file(entry)):
+                    yield info
             except OSError as error:
                 unreadable.append(f"{entry.path}: {error.strerror or error}")
 

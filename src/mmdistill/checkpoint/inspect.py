@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from mmdistill.checkpoint.architecture import decoder_config_from_tensors, encoder_config_from_tensors
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
-from mmdistill.checkpoint.keys import component_of, encoder_roots, top_level
-from mmdistill.checkpoint.locate import Location, existing_path, locate
-from mmdistill.checkpoint.read import Checkpoint, read_checkpoint
+from mmdistill.checkpoint.keys import top_level
+from mmdistill.checkpoint.load import select_encoder
+from mmdistill.checkpoint.locate import existing_path
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 
 
 def _count_by_component(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
@@ -31,41 +31,34 @@ def _find_architectures(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
     """Configs of each encoder and of the decoder, from the metadata or else from the tensors; and notes."""
     found: dict[str, Any] = {}
     notes: list[str] = []
-    stored = checkpoint.meta.get("encoders") or {}
-    for root in encoder_roots(checkpoint.state_dict):
-        component = component_of(root)
-        if component in stored:
-            found[component] = stored[component]
-            continue
-        tensors = {k.removeprefix(root): v for k, v in checkpoint.state_dict.items() if k.startswith(root)}
+    stored = {**(checkpoint.meta.get("encoders") or {}), "decoder": checkpoint.meta.get("decoder")}
+    for component in [*checkpoint.components, "decoder"]:
         try:
-            config, assumptions = encoder_config_from_tensors(tensors)
+            if stored.get(component):
+                found[component] = stored[component]
+            elif component == "decoder":
+                decoder = decoder_config_from_tensors(checkpoint.state_dict)
+                found |= {"decoder": asdict(decoder)} if decoder else {}
+            else:
+                tensors = select_encoder(checkpoint.state_dict, component, checkpoint.path).tensors
+                config, assumptions = encoder_config_from_tensors(tensors)
+                found[component] = asdict(config)
+                notes += [f"{component}: {line}" for line in assumptions]
         except CheckpointError as error:
             notes.append(f"{component}: {error}")
-            continue
-        found[component] = asdict(config)
-        notes += [f"{component}: {line}" for line in assumptions]
-    try:
-        decoder = decoder_config_from_tensors(checkpoint.state_dict)
-    except CheckpointError as error:
-        notes.append(f"decoder: {error}")
-    else:
-        if checkpoint.meta.get("decoder") or decoder:
-            found["decoder"] = checkpoint.meta.get("decoder") or (asdict(decoder) if decoder else None)
     return found, notes
 
 
-def _list_missing(location: Location, meta: Mapping[str, Any], components: Sequence[str]) -> list[str]:
+def _list_missing(checkpoint: Checkpoint) -> list[str]:
     """List what complete checkpoints of mmdistill contain and this one does not. These are not errors."""
     lines = []
-    if location.format is CheckpointFormat.DEEPSPEED:
-        for name, use in ((MANIFEST, "checksums"), (META, "architecture and statistics")):
-            if not (location.root / name).exists():
-                lines.append(f"{name} ({use})")
-    elif "encoders" not in meta:
+    if checkpoint.format is CheckpointFormat.DEEPSPEED:
+        uses = {MANIFEST: "checksums", META: "architecture and statistics"}
+        lines += [f"{name} ({use})" for name, use in uses.items() if not (checkpoint.root / name).exists()]
+    elif "encoders" not in checkpoint.meta:
         lines.append("metadata (architecture and statistics)")
-    for component, reference in (meta.get("teachers") or {}).items():
-        if component not in components:
+    for component, reference in (checkpoint.meta.get("teachers") or {}).items():
+        if component not in checkpoint.components:
             lines.append(
                 f"{component} (a student-only checkpoint references it: {reference['path']}, sha256 of its encoder "
                 f"{reference['sha256']})"
@@ -83,7 +76,7 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
     """Describe a checkpoint as plain data. Every byte is compared with the checksums of the format.
 
     Args:
-        path: anything that `read_checkpoint` reads.
+        path: see `open_checkpoint`.
         full: also compare the sha256 of archives in manifests of older versions.
 
     Returns:
@@ -93,30 +86,26 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
     Raises:
         CheckpointError: the path does not exist.
     """
-    resolved = existing_path(path)
-    report: dict[str, Any] = {"path": str(path), "size": _total_bytes(resolved), "complete": False, "problem": ""}
+    size = _total_bytes(existing_path(path))
+    report: dict[str, Any] = {"path": str(path), "size": size, "complete": False, "problem": ""}
     try:
-        location = locate(path)
-        report["format"] = str(location.format)
-        if full and location.format is CheckpointFormat.DEEPSPEED:
-            verify_manifest(location.root, full=True)
-        if location.format is CheckpointFormat.DEEPSPEED:
-            verify_manifest(location.root)  # also the optimizer shards, which read_checkpoint may not read
-        checkpoint = read_checkpoint(location)
+        checkpoint = open_checkpoint(path, verify=False)
+        report["format"] = str(checkpoint.format)
+        checkpoint.verify(full=full)  # all files, also the optimizer shards, which `state_dict` may not read
+        meta, state_dict = checkpoint.meta, checkpoint.state_dict
     except (CheckpointError, OSError) as error:
         report["problem"] = str(error)
         return report
     architecture, notes = _find_architectures(checkpoint)
-    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.state_dict.values())
-    report.update({key: checkpoint.meta.get(key) for key in ("kind", "modality", "epoch", "step", "loss")})
+    report.update({key: meta.get(key) for key in ("kind", "modality", "epoch", "step", "loss")})
     report.update(
-        stage=checkpoint.stage,
-        world_size=checkpoint.world_size,
-        components=_count_by_component(checkpoint.state_dict),
-        dtypes=dict(dtypes),
+        stage=checkpoint.raw.stage,
+        world_size=checkpoint.raw.world_size,
+        components=_count_by_component(state_dict),
+        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in state_dict.values())),
         architecture=architecture,
-        notes=[*checkpoint.notes, *notes],
-        missing=_list_missing(location, checkpoint.meta, checkpoint.components),
+        notes=[*checkpoint.raw.notes, *notes],
+        missing=_list_missing(checkpoint),
         complete=True,
     )
     return report

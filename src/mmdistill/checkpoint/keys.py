@@ -80,6 +80,22 @@ def canonical_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def canonical_state(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the tensors of a file to canonical names, Hugging Face's and timm's included.
+
+    Raises:
+        CheckpointError: two names become the same, or a Hugging Face tensor is missing.
+    """
+    names = canonical_names(raw)
+    state = {names[key]: tensor for key, tensor in raw.items()}
+    try:
+        return split_qkv_bias(from_huggingface(state) if is_huggingface(state) else state)
+    except KeyError as error:
+        raise CheckpointError(
+            f"the Hugging Face tensor {error} is missing; the file is incomplete, copy it again"
+        ) from error
+
+
 def encoder_roots(keys: Iterable[str]) -> list[str]:
     """Prefixes of the encoders in canonical names: ``['encoder.']`` or ``['student_rgb.encoder.', ...]``."""
     return [key.removesuffix(_PROBE) for key in keys if key == _PROBE or key.endswith("." + _PROBE)]
@@ -106,8 +122,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Reads VideoMAEModel, VideoMAEForPreTraining and VideoMAEForVideoClassification, whose classifiers keep their names.
     A key bias, which some conversions contain, is dropped: it does not change softmax attention.
     """
-    probe = next(key for key in state if key.endswith(_HF_PROBE))
-    base = probe.removesuffix(_HF_PROBE)  # "" or "videomae."
+    base = next(key for key in state if key.endswith(_HF_PROBE)).removesuffix(_HF_PROBE)  # "" or "videomae."
     decoder = any(key.startswith("decoder.decoder_layers.") for key in state)
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -118,8 +133,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if field in _HF_LAYER:
                 out[target + _HF_LAYER[field]] = tensor
             elif field == _HF_QKV[0]:
-                qkv = [state[key.removesuffix(field) + other] for other in _HF_QKV]
-                out[target + "attn.qkv.weight"] = torch.cat(qkv)
+                out[target + "attn.qkv.weight"] = torch.cat([state[key.removesuffix(field) + f] for f in _HF_QKV])
             elif field not in _HF_QKV[1:]:
                 out[key] = tensor
         elif name.startswith("embeddings.patch_embeddings.projection."):

@@ -1,63 +1,193 @@
-"""Read a checkpoint of any format: tensors under canonical names, and metadata."""
+"""Open a checkpoint of any format: tensors under canonical names, metadata, and its encoders."""
 
-import json
+import logging
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from mmdistill.checkpoint.formats.deepspeed_zero import read_zero_checkpoint
+from mmdistill.checkpoint.architecture import encoder_config_from_meta, encoder_config_from_tensors
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.deepspeed_zero import RawTensors, read_model_states, read_zero_checkpoint
 from mmdistill.checkpoint.formats.manifest import verify_manifest
-from mmdistill.checkpoint.formats.names import META, METADATA_KEY, CheckpointFormat
-from mmdistill.checkpoint.formats.safetensors_file import is_safetensors, read_safetensors, read_safetensors_header
+from mmdistill.checkpoint.formats.names import FILE_SUFFIXES, META, METADATA_KEY, CheckpointFormat, state_files
+from mmdistill.checkpoint.formats.safetensors_file import is_safetensors, read_safetensors
 from mmdistill.checkpoint.formats.torch_zip import is_zip, read_torch_file, verify_zip
-from mmdistill.checkpoint.keys import (
-    COMPONENT_PREFIXES,
-    canonical_names,
-    component_of,
-    encoder_roots,
-    from_huggingface,
-    is_huggingface,
-    split_qkv_bias,
-)
-from mmdistill.checkpoint.locate import Location, locate, read_json
+from mmdistill.checkpoint.keys import COMPONENT_PREFIXES, canonical_state, component_of, encoder_roots, top_level
+from mmdistill.checkpoint.load import LoadReport, adapt_positions, check_hidden_hparams, copy_state, select_encoder
+from mmdistill.checkpoint.locate import locate, read_json
+from mmdistill.models.videomae import Encoder, EncoderConfig
+
+log = logging.getLogger(__name__)
 
 _STATE_DICT_KEYS = ("state_dict", "module", "model")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint: tensors and metadata.
+    """A located checkpoint. Metadata and tensors are read on first use, each file at most once.
 
     Attributes:
         path: the path as given.
         format: layout on disk.
-        state_dict: tensors under canonical names, on the CPU, possibly memory-mapped (copy them before changing them).
-        meta: metadata that mmdistill stores; for files of other programs the values that were found (``epoch``,
-            ``step``, ``kind``).
-        stage, world_size: ZeRO stage and number of ranks of a DeepSpeed directory, else None.
-        notes: remarks about the source, one sentence each.
-        raw_keys: names of the tensors in the file.
+        root: the file, or the directory that holds ``latest``, ``meta.json`` and the tag.
+        tag: the directory with the ``*_states.pt`` files; None for a single file.
+        content: content of a single file: tensors (memory-mapped) and metadata.
+        verify_on_read: compare every byte that is read with the checksums of the format.
     """
 
     path: Path
     format: CheckpointFormat
-    state_dict: dict[str, Tensor]
-    meta: dict[str, Any]
-    stage: int | None = None
-    world_size: int | None = None
-    notes: tuple[str, ...] = ()
-    raw_keys: tuple[str, ...] = field(default=(), repr=False)
+    root: Path
+    tag: Path | None = None
+    content: Any = field(default=None, repr=False, compare=False)
+    verify_on_read: bool = True
+
+    @cached_property
+    def _model_states(self) -> Mapping[str, Any]:
+        assert self.tag is not None
+        return read_model_states(self.tag, verify=self.verify_on_read)
+
+    @cached_property
+    def raw(self) -> RawTensors:
+        """Tensors under the names in the file, on the CPU, possibly memory-mapped.
+
+        Raises:
+            CheckpointError: or a subclass; one sentence that names the file.
+        """
+        if self.tag is None:
+            if self.verify_on_read:
+                self.verify()
+            return RawTensors(_find_state_dict(self.content, self.path))
+        verify_manifest(self.root, payload=False)  # the CRCs, which its digests cover, are compared during the read
+        return read_zero_checkpoint(self.tag, self._model_states, verify=self.verify_on_read)
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors under canonical names; copy them before changing them. Raises the errors of `raw`."""
+        if not self.raw.weights:
+            raise CheckpointError(f"{self.path}: contains no tensors; use another checkpoint")
+        try:
+            return canonical_state(self.raw.weights)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    @cached_property
+    def stored_meta(self) -> dict[str, Any]:
+        """Metadata in the file, read without the tensors; of other programs ``epoch`` and ``step``, if present."""
+        if self.tag is None:
+            return _find_meta(self.content)
+        if (self.root / META).exists():
+            return read_json(self.root / META)
+        return _find_meta(self._model_states)
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """`stored_meta`, verified, with ``kind``: ``pretrain``, ``distill`` or ``weights``.
+
+        Raises:
+            CheckpointError: its ``encoders`` are not configs.
+        """
+        if self.tag is not None and "raw" not in vars(self):
+            verify_manifest(self.root, payload=False)
+        encoders = self.stored_meta.get("encoders") or {}
+        if not isinstance(encoders, dict) or not all(isinstance(fields, dict) for fields in encoders.values()):
+            raise CheckpointError(f"{self.path}: 'encoders' in its metadata must map each encoder to its config")
+        return self.stored_meta if "kind" in self.stored_meta else {**self.stored_meta, "kind": self._infer_kind()}
+
+    def _infer_kind(self) -> str:
+        if any(key.startswith((*COMPONENT_PREFIXES, "cmt.")) for key in self.state_dict):
+            return "distill"
+        return "pretrain" if any(key.startswith("decoder.") for key in self.state_dict) else "weights"
 
     @property
     def components(self) -> list[str]:
         """Names of the encoders: ``['encoder']`` or ``['student_rgb', 'teacher_rgb', ...]``."""
         return [component_of(root) for root in encoder_roots(self.state_dict)]
+
+    def encoder_config(self, component: str) -> EncoderConfig | None:
+        """Config of an encoder in the metadata; None if it has none."""
+        fields = (self.meta.get("encoders") or {}).get(component)
+        return encoder_config_from_meta(fields) if fields else None
+
+    def verify(self, *, full: bool = False) -> None:
+        """Compare all files with their checksums; a directory of another program, which has no digests, is read.
+
+        Args:
+            full: also compare the sha256 of archives in manifests of older versions.
+
+        Raises:
+            CheckpointError: the reason why the checkpoint cannot be used.
+        """
+        if self.tag is not None:
+            if verify_manifest(self.root, full=full) is None:
+                for file in state_files(self.tag):
+                    read_torch_file(file)
+                self.raw  # noqa: B018 - raises an error if a file is missing
+        elif is_safetensors(self.root):
+            read_safetensors(self.root)
+        elif is_zip(self.root):
+            verify_zip(self.root)
+
+    def load_into(
+        self,
+        module: nn.Module,
+        *,
+        component: str | None = None,
+        allow_missing: Sequence[str] = (),
+        state_dict: Mapping[str, Tensor] | None = None,
+        notes: Sequence[str] = (),
+    ) -> LoadReport:
+        """Load the tensors into a module, as `load_weights` does.
+
+        `state_dict` replaces the tensors of the checkpoint, if they were adapted; `notes` are added to the report.
+        """
+        state = dict(self.state_dict if state_dict is None else state_dict)
+        target = module.state_dict()
+        ignored: Mapping[str, int] = {}
+        note = None
+        if "patch_embed.proj.weight" in target:
+            state, component, ignored = select_encoder(state, component, self.path)
+            stored, config = self.encoder_config(component), getattr(module, "config", None)
+            own = config if isinstance(config, EncoderConfig) else None
+            if stored and own:
+                check_hidden_hparams(self.path, stored, own)
+            note = adapt_positions(state, target.get("pos_embed"), own, stored)
+        elif component is not None:
+            prefix = component + "."
+            ignored = Counter(top_level(k) for k in state if not k.startswith(prefix))
+            state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        report = replace(
+            copy_state(module, state, self.path, allow_missing),
+            format=str(self.format),
+            component=component,
+            ignored_keys=dict(ignored),
+            notes=(*self.raw.notes, *notes, *([note] if note else [])),
+        )
+        log.info("loaded %s", report)
+        return report
+
+    def encoder(self, component: str | None = None, **size: int | None) -> Encoder:
+        """Build an encoder and load its weights; `size`, other arguments and errors as in `load_encoder`."""
+        selected = select_encoder(self.state_dict, component, self.path)
+        notes: list[str] = []
+        try:
+            if config := self.encoder_config(selected.component):
+                given: dict[str, Any] = {name: value for name, value in size.items() if value and name != "heads"}
+                config = replace(config, **given)
+            else:
+                config, notes = encoder_config_from_tensors(selected.tensors, **size)
+            encoder = Encoder(config)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        self.load_into(encoder, component=selected.component, notes=notes)
+        return encoder
 
 
 def _select_tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
@@ -73,25 +203,20 @@ def _select_tensors(entries: Mapping[Any, Any], path: Path) -> dict[str, Tensor]
 
 
 def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """Find the state_dict in the content of a ``.pt`` or ``.ckpt`` file."""
-    if isinstance(content, Mapping):
-        for key in _STATE_DICT_KEYS:
-            inner = content.get(key)
-            if isinstance(inner, Mapping) and any(isinstance(v, Tensor) for v in inner.values()):
-                return _select_tensors(inner, path)
-        if any(isinstance(v, Tensor) for v in content.values()):
-            return _select_tensors(content, path)
-        found = ", ".join(map(repr, list(content)[:8])) or "nothing"
-    else:
-        found = type(content).__name__
+    """Find the state_dict in the content of a file."""
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: contains a {type(content).__name__}, no tensors; use another checkpoint")
+    for candidate in (*(content.get(key) for key in _STATE_DICT_KEYS), content):
+        if isinstance(candidate, Mapping) and any(isinstance(v, Tensor) for v in candidate.values()):
+            return _select_tensors(candidate, path)
     raise CheckpointError(
-        f"{path}: no tensors under 'state_dict', 'module', 'model' or at the top level, only {found}; "
-        "use another checkpoint"
+        f"{path}: no tensors under 'state_dict', 'module', 'model' or at the top level, only "
+        f"{', '.join(map(repr, list(content)[:8])) or 'nothing'}; use another checkpoint"
     )
 
 
 def _find_meta(content: Any) -> dict[str, Any]:
-    """Metadata in the content of a pickle: mmdistill's entry, and epoch and step of other programs."""
+    """Metadata in the content of a file: mmdistill's entry, and epoch and step of other programs."""
     if not isinstance(content, Mapping):
         return {}
     meta = dict(content[METADATA_KEY]) if isinstance(content.get(METADATA_KEY), Mapping) else {}
@@ -102,81 +227,113 @@ def _find_meta(content: Any) -> dict[str, Any]:
     return meta
 
 
-def to_canonical_state(raw: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Rename tensors to canonical names. Raises `CheckpointError` that names the file if two names become the same."""
-    try:
-        names = canonical_names(raw)
-        state = {names[key]: tensor for key, tensor in raw.items()}
-        if is_huggingface(state):
-            state = from_huggingface(state)
-        return split_qkv_bias(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path}: the Hugging Face tensor {error} is missing; the file is incomplete, copy it again"
-        ) from error
-
-
-def _infer_kind(state: Mapping[str, Tensor]) -> str:
-    if any(key.startswith(COMPONENT_PREFIXES) or key.startswith("cmt.") for key in state):
-        return "distill"
-    return "pretrain" if any(key.startswith("decoder.") for key in state) else "weights"
-
-
-def read_meta(location: Location) -> dict[str, Any]:
-    """Read only the metadata of a checkpoint, without its tensors if the format allows it."""
-    if location.format is CheckpointFormat.DEEPSPEED:
-        if (location.root / META).exists():
-            return read_json(location.root / META)
-        return _find_meta(read_torch_file(location.model_files[0], verify=False))
-    if is_safetensors(location.root):
-        return _parse_safetensors_meta(read_safetensors_header(location.root)[1], location.root)
-    return _find_meta(location.content)
-
-
-def _parse_safetensors_meta(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    if METADATA_KEY not in metadata:
-        return {}
-    try:
-        meta = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{path}: corrupt: its '{METADATA_KEY}' metadata is not JSON ({error})") from error
-    return meta if isinstance(meta, dict) else {}
-
-
-def read_checkpoint(source: str | os.PathLike[str] | Location, *, verify: bool = True) -> Checkpoint:
-    """Read any checkpoint. Each file is unpickled once; pass the result on instead of reading the path again.
+def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+    """Locate a checkpoint and determine its format; its tensors are read on first use.
 
     Args:
-        source: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
-            ``.safetensors``, or a Hugging Face folder; or the result of `locate`.
-        verify: compare every byte with the checksums of the format (zip CRCs, manifest, safetensors CRCs).
+        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
+            ``.safetensors``, or a Hugging Face folder.
+        verify: compare the tensors with their checksums (zip CRCs, manifest, safetensors CRCs) when they are read.
 
     Raises:
-        CheckpointError: or a subclass; one sentence that names the file.
+        CheckpointError: or a subclass; one sentence that names the file. Nothing exists there, or it is a folder of
+            several checkpoints (the message lists them), or the file is truncated or of another format.
     """
-    location = source if isinstance(source, Location) else locate(source)
-    stage = world_size = None
-    notes: tuple[str, ...] = ()
-    if location.format is CheckpointFormat.DEEPSPEED:
-        # the payload is checked when it is read, by CRCs that the digests of the manifest cover
-        verify_manifest(location.root, payload=False)
-        content = read_zero_checkpoint(location, verify=verify)
-        raw, stage, world_size, notes = content.weights, content.stage, content.world_size, tuple(content.notes)
-        meta = read_json(location.root / META) if (location.root / META).exists() else _find_meta(content.client)
-    elif is_safetensors(location.root):
-        raw, metadata = read_safetensors(location.root, verify=verify)
-        meta = _parse_safetensors_meta(metadata, location.root)
+    root, tag = locate(path)
+    if tag is not None:
+        return Checkpoint(Path(path), CheckpointFormat.DEEPSPEED, root, tag, verify_on_read=verify)
+    content: Any
+    if is_safetensors(root):
+        tensors, meta = read_safetensors(root, verify=False)
+        content = {"model": tensors, METADATA_KEY: meta}
+    elif root.suffix in FILE_SUFFIXES:
+        content = read_torch_file(root, verify=False)
     else:
-        if verify and is_zip(location.root):
-            verify_zip(location.root)
-        raw, meta = _find_state_dict(location.content, location.root), _find_meta(location.content)
-    encoders = meta.get("encoders") or {}
-    if not isinstance(encoders, dict) or not all(isinstance(fields, dict) for fields in encoders.values()):
-        raise CheckpointError(f"{location.given}: 'encoders' in its metadata must map each encoder to its config")
-    state = to_canonical_state(raw, location.given)
-    if not state:
-        raise CheckpointError(f"{location.given}: contains no tensors; use another checkpoint")
-    meta.setdefault("kind", _infer_kind(state))
-    return Checkpoint(location.given, location.format, state, meta, stage, world_size, notes, tuple(raw))
+        expected = ", ".join(FILE_SUFFIXES)
+        raise CheckpointError(f"{root}: not a known checkpoint format; expected a directory or {expected}")
+    is_lightning = isinstance(content, Mapping) and {"state_dict", "pytorch-lightning_version"} <= content.keys()
+    format_ = CheckpointFormat.LIGHTNING if is_lightning else CheckpointFormat.WEIGHTS
+    return Checkpoint(Path(path), format_, root, content=content, verify_on_read=verify)
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+    """`open_checkpoint` that reads and verifies tensors and metadata at once, and raises their errors."""
+    checkpoint = open_checkpoint(path, verify=verify)
+    checkpoint.state_dict, checkpoint.meta  # noqa: B018 - read on access
+    return checkpoint
+
+
+def detect_format(path: str | os.PathLike[str]) -> CheckpointFormat:
+    """Format of a path at any level of the checkpoint. Raises the errors of `open_checkpoint`."""
+    return open_checkpoint(path).format
+
+
+def load_weights(
+    module: nn.Module, path: str | os.PathLike[str], *, part: str | None = None, allow_missing: Sequence[str] = ()
+) -> LoadReport:
+    """Load a checkpoint into a module, strictly.
+
+    Args:
+        module: an `Encoder` (the tensors of one encoder are loaded, the others are ignored and counted), or any module
+            with the file's canonical names.
+        path: see `open_checkpoint`.
+        part: name of the component of a distilled checkpoint: ``student_rgb``, ``teacher_flow``, ... For an `Encoder`,
+            None means ``student_rgb`` in a distilled file and ``encoder`` in a pretrained one.
+        allow_missing: patterns (``fnmatch``) of names that may be missing in the file; they keep the module's values.
+
+    Raises:
+        WeightMismatchError: a tensor is missing, unexpected or of another shape, or no tensor matches. The module then
+            keeps its values.
+        CheckpointError: the path cannot be read.
+    """
+    return open_checkpoint(path).load_into(module, component=part, allow_missing=allow_missing)
+
+
+def load_encoder(
+    source: str | os.PathLike[str] | Checkpoint,
+    *,
+    part: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+) -> Encoder:
+    """Build the encoder of a checkpoint and load its weights.
+
+    Args:
+        source: a checkpoint, or its path.
+        part: name of the component of a distilled checkpoint; None is the student.
+        num_frames: frames per clip, if they differ from the checkpoint's. For another input size, sin-cos positions
+            are recomputed and learned ones interpolated; the logged report notes it.
+        height: height of the input in pixels, if it differs.
+        width: width of the input in pixels, if it differs.
+        heads: number of attention heads, for files of other programs whose tensors do not determine it.
+
+    Returns:
+        The encoder on the CPU in fp32, in training mode.
+
+    Raises:
+        CheckpointError, WeightMismatchError: the errors of `load_weights`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    return checkpoint.encoder(part, num_frames=num_frames, height=height, width=width, heads=heads)
+
+
+def load_encoder_for_clips(
+    checkpoint: Checkpoint, *, component: str | None = None, num_frames: int, token_grid: tuple[int, int]
+) -> Encoder:
+    """`load_encoder` for clips of a given token grid, for files that may lack metadata.
+
+    Such files do not store the input size, because sin-cos positions have no tensor. It is taken to be `num_frames`
+    frames of `token_grid` (rows, columns) patches of the size in the weights, at any resolution of the modality's
+    input. Files with metadata keep their own size. The caller compares the size with its data.
+
+    Raises:
+        CheckpointError, WeightMismatchError: the errors of `load_encoder`.
+    """
+    selected = select_encoder(checkpoint.state_dict, component, checkpoint.path)
+    if checkpoint.encoder_config(selected.component):
+        return checkpoint.encoder(selected.component)
+    patch = int(selected.tensors["patch_embed.proj.weight"].shape[-1])
+    height, width = (count * patch for count in token_grid)
+    return checkpoint.encoder(selected.component, num_frames=num_frames, height=height, width=width)

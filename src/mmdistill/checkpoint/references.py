@@ -1,15 +1,35 @@
-"""Teachers that a student-only checkpoint references by path and digest."""
+"""Teachers that a student-only checkpoint references by path and by the digest of their weights."""
 
+import hashlib
+import json
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdistill.checkpoint import Checkpoint, load_encoder, read_checkpoint
-from mmdistill.checkpoint.digest import weights_digest
+from torch import nn
+
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.safetensors_file import tensor_bytes
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+
+
+def weights_digest(module: nn.Module) -> str:
+    """sha256 of a module's config (the values of its fields) and of the names, dtypes, shapes and values of its state.
+
+    Class names are not included, so that renaming a class does not change the digest.
+    """
+    config = getattr(module, "config", None)
+    digest = hashlib.sha256()
+    if is_dataclass(config) and not isinstance(config, type):
+        digest.update(json.dumps(asdict(config), sort_keys=True).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:
-    """Read the checkpoint that a student-only checkpoint references as its teacher `component`, and compare its digest.
+    """Open the checkpoint that a student-only checkpoint references as its teacher `component`; compare its digest.
 
     Raises:
         CheckpointError: there is no reference, or the referenced checkpoint is missing, unreadable or has changed.
@@ -22,10 +42,10 @@ def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:
         )
     path = reference["path"]
     require_exists(path, component, reference, source.path)
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     config = {} if checkpoint.meta.get("encoders") else (source.meta.get("encoders") or {}).get(component, {})
     size = {name: config[name] for name in ("num_frames", "height", "width") if name in config}
-    require_same_digest(path, weights_digest(load_encoder(checkpoint, **size)), component, reference, source.path)
+    require_same_digest(path, weights_digest(checkpoint.encoder(**size)), component, reference, source.path)
     return checkpoint
 
 

@@ -7,69 +7,49 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.deepspeed_zero import read_zero_checkpoint
 from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
-from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX, CheckpointFormat
-from mmdistill.checkpoint.formats.torch_zip import is_zip, verify_zip
-from mmdistill.checkpoint.locate import existing_path, locate
-from mmdistill.checkpoint.read import read_meta
+from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX
+from mmdistill.checkpoint.locate import existing_path
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.write import fsync_path, recover_interrupted_saves, remove_quietly
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     path: Path
+    checkpoint: Checkpoint | None  # None if it cannot be opened
     step: float  # inf if unknown, so that a damaged newest checkpoint is checked, and warned about, first
-    modified: int
 
 
-def _step(path: Path) -> float:
+def _step(checkpoint: Checkpoint) -> float:
     """Optimizer steps of a checkpoint; inf if it does not store them."""
-    location = locate(path)
-    manifest = read_manifest(location.root) if location.format is CheckpointFormat.DEEPSPEED else None
-    return float((manifest or read_meta(location)).get("step", math.inf))
+    manifest = read_manifest(checkpoint.root) if checkpoint.tag is not None else None
+    return float((manifest or checkpoint.stored_meta).get("step", math.inf))
 
 
 def _candidates(directory: Path) -> list[_Candidate]:
+    """DeepSpeed directories and ``.ckpt`` files in a folder, newest first."""
     found = []
     for path in directory.iterdir():
         if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".ckpt"):
             continue
-        step = math.inf
+        checkpoint, step = None, math.inf
         with contextlib.suppress(CheckpointError, OSError):
-            step = _step(path)
-        found.append(_Candidate(path, step, path.stat().st_mtime_ns))
-    return sorted(found, key=lambda c: (c.step, c.modified, c.path.name), reverse=True)
-
-
-def verify(path: Path) -> None:
-    """Compare a checkpoint with its checksums; one of another program without checksums is read instead.
-
-    Raises:
-        CheckpointError: the reason why it cannot be used.
-    """
-    location = locate(path)
-    if location.format is not CheckpointFormat.DEEPSPEED:
-        if location.content is None:
-            read_meta(location)
-        elif is_zip(location.root):
-            verify_zip(location.root)
-    elif verify_manifest(location.root) is None:
-        read_zero_checkpoint(location)
-        for file in location.optim_files:
-            verify_zip(file)
+            checkpoint = open_checkpoint(path, verify=False)
+            step = _step(checkpoint)
+        found.append((_Candidate(path, checkpoint, step), path.stat().st_mtime_ns))
+    found.sort(key=lambda item: (item[0].step, item[1], item[0].path.name), reverse=True)
+    return [candidate for candidate, _ in found]
 
 
 def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Find the newest checkpoint of a folder, by step, that passes `verify`; for ``resume=auto``.
+    """Find the newest checkpoint of a folder, by step, that passes `Checkpoint.verify`; for ``resume=auto``.
 
     Considers DeepSpeed directories and ``.ckpt`` files. Interrupted saves over a checkpoint are repaired and
     incomplete ``.tmp-*`` are ignored. A warning gives the reason for each skipped checkpoint.
@@ -83,7 +63,7 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     recover_interrupted_saves(folder)
     for candidate in _candidates(folder):
         try:
-            verify(candidate.path)
+            (candidate.checkpoint or open_checkpoint(candidate.path)).verify()
         except (CheckpointError, OSError) as error:
             log.warning("skipping an invalid checkpoint: %s", error)
             continue
@@ -98,8 +78,8 @@ def _loss(path: Path, summary: Mapping[str, Any]) -> float:
     return float(loss) if is_full_epoch and isinstance(loss, (int, float)) and math.isfinite(loss) else math.inf
 
 
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    """Read step and loss of a checkpoint that may be pruned; None if it may not.
+def _read_summary(path: Path) -> tuple[Checkpoint, dict[str, Any]] | None:
+    """Open a checkpoint that may be pruned, and read its step and loss; None if it may not.
 
     Directories with a manifest and ``epoch=`` files of mmdistill may be pruned.
 
@@ -107,25 +87,24 @@ def _read_summary(path: Path) -> dict[str, Any] | None:
         CheckpointError: it may be pruned but is damaged.
     """
     if path.is_dir():
-        return verify_manifest(path, payload=False)
+        manifest = verify_manifest(path, payload=False)
+        return None if manifest is None else (open_checkpoint(path, verify=False), manifest)
     if path.suffix != ".ckpt" or not path.name.startswith("epoch="):
         return None
-    meta = read_meta(locate(path))
-    return meta if meta.get("kind") == "distill" else None
+    checkpoint = open_checkpoint(path, verify=False)
+    return (checkpoint, checkpoint.stored_meta) if checkpoint.stored_meta.get("kind") == "distill" else None
 
 
-def _prune_candidates(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _prune_candidates(folder: Path) -> list[tuple[Checkpoint, dict[str, Any]]]:
     """Checkpoints that may be pruned, with their summaries, newest first."""
-    found: list[tuple[Path, dict[str, Any]]] = []
+    found = []
     for path in [p for p in folder.iterdir() if not p.name.startswith(".")]:
         try:
-            summary = _read_summary(path)
+            if (summary := _read_summary(path)) is not None:
+                found.append(summary)
         except (CheckpointError, OSError) as error:
             log.warning("excluded from pruning: %s", error)
-            continue
-        if summary is not None:
-            found.append((path, summary))
-    return sorted(found, key=lambda item: (float(item[1].get("step") or 0), item[0].name), reverse=True)
+    return sorted(found, key=lambda item: (float(item[1].get("step") or 0), item[0].path.name), reverse=True)
 
 
 def _remove(path: Path) -> bool:
@@ -151,8 +130,8 @@ def prune(
     """Remove old checkpoints that mmdistill wrote; call on one rank, after a save.
 
     Keeps the newest `keep_last` (at least one), the `save_top_k` of lowest loss (at least one; -1 keeps all) and
-    `protect`. Removes nothing unless the newest one passes `verify`. Directories without a valid manifest and files
-    that are not named ``epoch=`` are kept. Temporary files of interrupted saves are removed.
+    `protect`. Removes nothing unless the newest one passes `Checkpoint.verify`. Directories without a valid manifest
+    and files that are not named ``epoch=`` are kept. Temporary files of interrupted saves are removed.
 
     Args:
         directory: the folder of checkpoints.
@@ -172,25 +151,21 @@ def prune(
     if (keep_last is None and save_top_k is None) or (save_top_k is not None and save_top_k < 0):
         return []
     complete = _prune_candidates(folder)
-    kept = {path.resolve() for path, _ in complete[: max(keep_last or 0, 1)]}
-    losses = {path.resolve(): _loss(path, summary) for path, summary in complete}
+    losses = {checkpoint.path.resolve(): _loss(checkpoint.path, summary) for checkpoint, summary in complete}
     for other, loss in (external_losses or {}).items():
-        if Path(other).exists():
-            losses.setdefault(Path(other).resolve(), loss)
+        losses.setdefault(Path(other).resolve(), loss)
     if scores is not None:
-        losses = {Path(path).resolve(): score for path, score in scores.items() if Path(path).exists()}
-    finite = sorted((path for path, loss in losses.items() if math.isfinite(loss)), key=lambda path: losses[path])
-    kept |= set(finite[: max(save_top_k or 0, 1)])
-    protected = [Path(p).expanduser().resolve() for p in protect]
-    to_remove = [
-        path
-        for path, _ in complete
-        if path.resolve() not in kept and not any(p == path.resolve() or path.resolve() in p.parents for p in protected)
-    ]
+        losses = {Path(path).resolve(): score for path, score in scores.items()}
+    ranked = [path for path, loss in losses.items() if math.isfinite(loss) and path.exists()]
+    best = sorted(ranked, key=losses.__getitem__)[: max(save_top_k or 0, 1)]
+    newest = [checkpoint.path for checkpoint, _ in complete[: max(keep_last or 0, 1)]]
+    kept = {Path(p).expanduser().resolve() for p in (*newest, *best, *protect)}
+    kept |= {parent for path in kept for parent in path.parents}  # `protect` may name a file in a directory
+    to_remove = [checkpoint.path for checkpoint, _ in complete if checkpoint.path.resolve() not in kept]
     if not to_remove:
         return []
     try:
-        verify(complete[0][0])
+        complete[0][0].verify()
     except (CheckpointError, OSError) as error:
         log.warning("no checkpoint was pruned, because the newest one is damaged: %s", error)
         return []
@@ -240,7 +215,7 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
 
 
 def _check_no_later_checkpoints(directory: Path, source: Path | None) -> None:
-    step = _step(source) if source else -1.0
+    step = _step(open_checkpoint(source)) if source else -1.0
     step = step if math.isfinite(step) else 0.0
     for candidate in _candidates(directory) if directory.is_dir() else ():
         if not candidate.path.name.startswith(("epoch=", "last")) or candidate.step <= step:

@@ -22,12 +22,12 @@ def write_reconstructions(args: argparse.Namespace) -> None:
     from torch.utils.data import default_collate
 
     from mmdistill.builders import make_clip_dataset
-    from mmdistill.checkpoint import load_weights, read_checkpoint
+    from mmdistill.checkpoint import open_checkpoint
     from mmdistill.checkpoint.architecture import encoder_config_from_meta
     from mmdistill.models.videomae import DecoderConfig, VideoMAE
     from mmdistill.pretrain.visualization import draw, reconstruct, write_png
 
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
         raise ConfigError(
             f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder; give one of `mmdistill pretrain`"
@@ -41,7 +41,7 @@ def write_reconstructions(args: argparse.Namespace) -> None:
     spec = modality_specs(config.data_module)[config.modality]
     encoder_config = encoder_config_from_meta(checkpoint.meta["encoders"]["encoder"])
     model = VideoMAE(encoder_config, DecoderConfig(**checkpoint.meta["decoder"]))
-    load_weights(model, args.checkpoint)
+    checkpoint.load_into(model)
     dataset = make_clip_dataset(
         config.data_module, (config.modality,), training=args.split == "train", seed=config.seed
     )

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
-from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder, load_encoder_for_clips, read_checkpoint
-from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.checkpoint.references import require_exists, require_same_digest
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
+from mmdistill.checkpoint.references import require_exists, require_same_digest, weights_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -23,7 +22,7 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     Raises:
         ConfigError: its modality, statistics or token grid differ from this run's.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     stored_modality = checkpoint.meta.get("modality")
     if stored_modality is not None and stored_modality != modality:
         raise ConfigError(
@@ -61,7 +60,7 @@ def load_teachers(
         CheckpointError: a teacher of a student-only checkpoint is missing, or a teacher's sha256 differs.
     """
     modalities = [m for m in modality_names() if m in config.trainer.teachers]
-    resumed = read_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
+    resumed = open_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
     stored: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
     if stored and set(stored) != {f"teacher_{m}" for m in modalities}:
         raise ConfigError(
@@ -74,7 +73,7 @@ def load_teachers(
     for modality in modalities:
         component, spec = f"teacher_{modality}", specs[modality]
         if resumed and component in stored and component in resumed.components:
-            teachers[modality] = load_encoder(resumed, part=component)
+            teachers[modality] = resumed.encoder(component)
             check_token_grid(teachers[modality], spec, config.data_module, resume)
             _check_statistics(resumed, spec, resume)
             # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher

@@ -1,9 +1,7 @@
 """Initialize a pretraining from VideoMAE weights (``init_from``)."""
 
-from dataclasses import replace
-
-from mmdistill.checkpoint import Checkpoint, CheckpointError, LoadReport, read_checkpoint
-from mmdistill.checkpoint.load import load_into, select_encoder
+from mmdistill.checkpoint import Checkpoint, CheckpointError, LoadReport, open_checkpoint
+from mmdistill.checkpoint.load import select_encoder
 from mmdistill.models.videomae import Encoder
 
 
@@ -16,29 +14,28 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     Raises:
         CheckpointError: the weights do not fit. The message lists the tensors; the encoder is unchanged.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     _check_sizes(encoder, checkpoint)
-    state, notes = dict(checkpoint.state_dict), checkpoint.notes
+    state, notes = dict(checkpoint.state_dict), []
     channels = encoder.config.channels
     for name in [k for k in state if k.endswith("patch_embed.proj.weight")]:
         source = state[name].shape[1]
         if source != channels:
             mean = state[name].float().mean(dim=1, keepdim=True).expand(-1, channels, -1, -1, -1)
             state[name] = (mean * (source / channels)).contiguous()
-            note = (
+            notes.append(
                 f"patch embedding adapted from {source} to {channels} channels: mean over channels, scaled by "
                 f"{source}/{channels}"
             )
-            notes = (*notes, note)
-    return load_into(encoder, replace(checkpoint, state_dict=state, notes=notes))
+    return checkpoint.load_into(encoder, state_dict=state, notes=notes)
 
 
 def _check_sizes(encoder: Encoder, checkpoint: Checkpoint) -> None:
     """Raise a one-line error if width, depth or heads differ, instead of listing all tensors."""
-    state = select_encoder(checkpoint, None)[0]
+    state = select_encoder(checkpoint.state_dict, None, checkpoint.path).tensors
     embed, attention = state.get("patch_embed.proj.weight"), state.get("blocks.0.attn.proj.weight")
     if embed is None or attention is None:
-        return  # not an encoder: `load_into` lists the tensors
+        return  # not an encoder: `Checkpoint.load_into` lists the tensors
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     g = encoder.config
     sizes, own_sizes = (embed.shape[0], depth, attention.shape[1]), (g.dim, g.depth, g.heads * g.head_dim)

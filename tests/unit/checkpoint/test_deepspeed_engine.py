@@ -1,6 +1,6 @@
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from mmdistill.checkpoint import deepspeed_engine
 from mmdistill.checkpoint.convert import write_deepspeed
 from mmdistill.checkpoint.deepspeed_engine import load_deepspeed, save_deepspeed
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
+from mmdistill.checkpoint.formats import manifest
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
 
@@ -57,14 +58,16 @@ def test_saved_engine_is_loaded_with_its_client_state(tmp_path: Path) -> None:
     assert "[" not in folder  # DeepSpeed uses it in a glob pattern
 
 
-@pytest.mark.parametrize("step", ["write_torch", "write_bytes"])
-def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+@pytest.mark.parametrize(("module", "step"), [(deepspeed_engine, "write_torch"), (manifest, "write_bytes")])
+def test_failed_save_keeps_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: str
+) -> None:
     path = save_deepspeed(Engine(), tmp_path / "last", {"kind": "pretrain"}, {"position": 1})
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(deepspeed_engine, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(CheckpointError, match=r"last: not saved: .*No space left on device"):
         save_deepspeed(Engine(), tmp_path / "last", {"kind": "pretrain"}, {"position": 2})
     assert [p.name for p in tmp_path.iterdir()] == ["last"]

@@ -9,7 +9,6 @@ from mmdistill.checkpoint import (
     WeightMismatchError,
     load_encoder,
     load_encoder_for_clips,
-    load_encoder_with_report,
     load_weights,
     read_checkpoint,
     save_safetensors,
@@ -107,12 +106,12 @@ def test_components_of_a_distilled_file(tmp_path: Path) -> None:
 
 
 def test_encoder_with_free_head_width_and_classifiers() -> None:
-    encoder, report = load_encoder_with_report(
-        FIXTURES / "plain" / "free_width_sincos.pth", num_frames=4, height=8, width=12
-    )
+    path = FIXTURES / "plain" / "free_width_sincos.pth"
+    encoder = load_encoder(path, num_frames=4, height=8, width=12)
     config = encoder.config
     found = (config.dim, config.heads, config.head_dim, config.depth, config.mlp_dim, config.pos_embed)
     assert found == (16, 3, 5, 2, 32, "sincos")
+    report = load_weights(encoder, path)
     assert report.ignored_keys == {"head_action": 2, "head_verb": 2, "head_noun": 2}
     encoder(torch.zeros(1, 3, 4, 8, 12))
     learned = load_encoder(FIXTURES / "plain" / "free_width_learned.pth", num_frames=4, height=8, width=12)
@@ -154,7 +153,8 @@ def test_learned_positions_are_interpolated(tmp_path: Path) -> None:
         tmp_path / "e.safetensors",
         encoder_meta(encoder=source),
     )
-    encoder, report = load_encoder_with_report(tmp_path / "e.safetensors", num_frames=4)
+    encoder = load_encoder(tmp_path / "e.safetensors", num_frames=4)
+    report = load_weights(encoder, tmp_path / "e.safetensors")
     assert encoder.pos_embed.shape == (1, 8, 8)
     assert torch.equal(encoder.pos_embed[0, :4], source.pos_embed[0])  # repeated along time
     assert any("interpolated from (1, 2, 2) to (2, 2, 2)" in note for note in report.notes)

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmdistill.checkpoint import detect_format
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from mmdistill.checkpoint.formats.names import CheckpointFormat
-from mmdistill.checkpoint.locate import detect_format, existing_path, locate, rank_files, read_json
+from mmdistill.checkpoint.formats.names import rank_files
+from mmdistill.checkpoint.locate import existing_path, locate, read_json
 from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
 
 
@@ -18,10 +19,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_each_level_of_a_directory_has_the_same_location(root: Path) -> None:
     for path in (root, root / "latest", root / "checkpoint", *(root / "checkpoint").iterdir()):
-        location = locate(path)
-        assert (location.given, location.root, location.tag) == (path, root, root / "checkpoint")
-        assert location.format is CheckpointFormat.DEEPSPEED
-        assert [file.name for file in location.model_files] == ["mp_rank_00_model_states.pt"]
+        assert locate(path) == (root, root / "checkpoint")
 
 
 def test_files_are_ordered_by_rank_also_with_glob_characters(tmp_path: Path) -> None:
@@ -33,15 +31,6 @@ def test_files_are_ordered_by_rank_also_with_glob_characters(tmp_path: Path) -> 
     assert [path.name for path in rank_files(folder, "_optim_states.pt")] == names
 
 
-def test_content_of_a_pickled_file_is_kept(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.ones(2)}, "pytorch-lightning_version": "2"}, tmp_path / "x.pt")
-    location = locate(tmp_path / "x.pt")
-    assert location.format is CheckpointFormat.LIGHTNING  # by content, not by name
-    assert torch.equal(location.content["state_dict"]["a"], torch.ones(2))
-    assert "tensor" not in repr(location)
-    assert locate(FIXTURES / "hf-model").content is None
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"", "is empty and should name"), (b"global_step9", "names 'global_step9'"), (b"\xff\xfe", "unreadable")],
@@ -50,9 +39,9 @@ def test_invalid_latest_is_an_error_that_names_the_tag(root: Path, content: byte
     (root / "latest").write_bytes(content)
     with pytest.raises(CorruptCheckpointError, match=rf"latest: .*{message}.*there is 'checkpoint'"):
         locate(root)
-    assert locate(root / "checkpoint").tag == root / "checkpoint"  # what the message proposes
+    assert locate(root / "checkpoint")[1] == root / "checkpoint"  # what the message proposes
     (root / "latest").unlink()
-    assert locate(root).tag == root / "checkpoint"  # the only tag
+    assert locate(root)[1] == root / "checkpoint"  # the only tag
 
 
 def test_manifest_without_tag_is_an_error(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmdistill.checkpoint import CheckpointError, CheckpointFormat, detect_format, read_checkpoint
+from mmdistill.checkpoint import CheckpointError, CheckpointFormat, detect_format, open_checkpoint, read_checkpoint
+from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
 
-FIXTURES = Path(__file__).parent / "fixtures"
-NAME = "epoch=01-loss=0.5000"
 ZERO = [f"zero{stage}-w{world}-{precision}" for stage in range(4) for world in (1, 2) for precision in ("fp32", "bf16")]
 
 
@@ -25,7 +24,7 @@ def test_deepspeed_directories(name: str) -> None:
     checkpoint = read_checkpoint(FIXTURES / name / NAME)
     same(checkpoint.state_dict, load_file(FIXTURES / name / "expected.safetensors"))
     assert checkpoint.format is CheckpointFormat.DEEPSPEED
-    assert (checkpoint.stage, checkpoint.world_size) == (int(name[4]), int(name[7]))
+    assert (checkpoint.raw.stage, checkpoint.raw.world_size) == (int(name[4]), int(name[7]))
     assert checkpoint.meta["epoch"] == 1
     assert checkpoint.meta["step"] == 2
     trained = [t for n, t in checkpoint.state_dict.items() if not n.startswith("decoder.norm.")]
@@ -85,7 +84,7 @@ def test_copied_model_file_is_read_with_a_note(tmp_path: Path) -> None:
     alone = tmp_path / source.name
     alone.write_bytes(source.read_bytes())
     checkpoint = read_checkpoint(alone)
-    assert any("the low-precision weights are read" in note for note in checkpoint.notes)
+    assert any("the low-precision weights are read" in note for note in checkpoint.raw.notes)
     renamed = tmp_path / "rgb.pt"
     renamed.write_bytes(source.read_bytes())
     assert sorted(read_checkpoint(renamed).state_dict) == sorted(checkpoint.state_dict)
@@ -94,3 +93,26 @@ def test_copied_model_file_is_read_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "b" / sharded.name).write_bytes(sharded.read_bytes())
     with pytest.raises(CheckpointError, match="stage 3 stores the weights in"):
         read_checkpoint(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["plain/state_dict.pt", "zero1-w1-fp32", "zero1-w2-bf16"])
+def test_each_file_is_unpickled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = FIXTURES / name if "/" in name else FIXTURES / name / NAME
+    loaded: list[Path] = []
+    real = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: loaded.append(file) or real(file, **options))
+    checkpoint = open_checkpoint(path)
+    encoder = checkpoint.encoder(num_frames=2, height=8, width=8, heads=2)
+    assert checkpoint.components == ["encoder"]
+    assert checkpoint.meta["kind"] == "pretrain"
+    assert torch.equal(encoder.norm.weight, checkpoint.state_dict["encoder.norm.weight"])
+    assert len(loaded) == len(set(loaded)) == {"plain/state_dict.pt": 1, "zero1-w1-fp32": 1, "zero1-w2-bf16": 3}[name]
+
+
+def test_content_of_a_pickled_file_decides_before_its_name(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}, "pytorch-lightning_version": "2"}, tmp_path / "x.pt")
+    checkpoint = open_checkpoint(tmp_path / "x.pt")
+    assert checkpoint.format is CheckpointFormat.LIGHTNING
+    assert torch.equal(checkpoint.state_dict["a"], torch.ones(2))
+    assert "tensor" not in repr(checkpoint)
+    assert checkpoint.stored_meta == {}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import write
+from mmdistill.checkpoint import save_safetensors, write
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.write import (
     DirectFile,
@@ -12,7 +12,6 @@ from mmdistill.checkpoint.write import (
     publish_directory,
     recover_interrupted_saves,
     remove_quietly,
-    save_safetensors,
     save_torch,
     write_bytes,
     write_directory,
@@ -25,7 +24,8 @@ def test_direct_file_writes_in_pieces_and_overwrites(tmp_path: Path, monkeypatch
     monkeypatch.setattr(write.os, "posix_fadvise", lambda _, offset, length, advice: started.append((offset, length)))
     file = DirectFile(tmp_path / "x")
     assert file.write(bytes(range(20))) == 20
-    file.overwrite(3, b"abc")
+    file.seek(3)
+    file.write(b"abc")
     file.finish()
     file.close()
     assert (tmp_path / "x").read_bytes() == bytes(range(3)) + b"abc" + bytes(range(6, 20))
@@ -55,7 +55,7 @@ def test_complex_tensors_are_not_written_as_safetensors(tmp_path: Path) -> None:
 def test_write_directory_replaces_the_previous_one(tmp_path: Path) -> None:
     target = tmp_path / "d"
     for name in ("first", "second"):
-        write_directory(target, lambda folder, name=name: write_bytes(folder / name, b"x") and None)
+        write_directory(target, lambda folder, name=name: write_bytes(folder / name, b"x"))
         assert [path.name for path in target.iterdir()] == [name]
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 

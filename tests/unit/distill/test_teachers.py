@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import (
-    Checkpoint,
     CheckpointError,
-    CheckpointFormat,
     load_encoder,
+    open_checkpoint,
     read_checkpoint,
     save_torch,
 )
-from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.checkpoint.references import load_referenced_teacher
+from mmdistill.checkpoint.references import load_referenced_teacher, weights_digest
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import check_teacher_digests, load_teachers, read_teacher
@@ -151,9 +149,9 @@ def test_teachers_without_metadata_take_the_input_size_of_the_data(tmp_path: Pat
         assert (g.num_frames, g.height, g.width, g.patch) == (4, 32, 48, 16)
 
     encoders = {f"teacher_{m}": to_plain(e.config) for m, e in teachers.items()}
-    student_only = Checkpoint(
-        tmp_path / "student_only.ckpt", CheckpointFormat.LIGHTNING, {}, {"encoders": encoders, "teachers": sources}
-    )
+    meta = {"kind": "distill", "encoders": encoders, "teachers": sources}
+    save_torch({"state_dict": {}, "mmdistill": meta}, tmp_path / "student_only.ckpt")
+    student_only = open_checkpoint(tmp_path / "student_only.ckpt")
     assert load_referenced_teacher(student_only, "teacher_flow").state_dict
 
     config = configure(*given, "data_module.modalities.skeleton.input_stride=4")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdistill.checkpoint.digest import weights_digest
+from mmdistill.checkpoint.references import weights_digest
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks, encode_cached, encode_clips
 from mmdistill.fewshot.errors import FeatureError, FewshotError

@@ -11,8 +11,8 @@ those of directories that DeepSpeed 0.19 wrote. Per stage:
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.formats.names import MODEL_STATES, OPTIM_STATES, rank_files
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
-from mmdistill.checkpoint.locate import Location
 from mmdistill.errors import format_count
 
 GROUP_NAMES = "mmdistill_master_names"  # names of stage-0 masters, which `save_deepspeed` adds
@@ -29,35 +29,31 @@ GROUP_NAMES = "mmdistill_master_names"  # names of stage-0 masters, which `save_
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-@dataclass
-class ZeroContent:
-    """Content of a DeepSpeed directory.
+@dataclass(frozen=True)
+class RawTensors:
+    """Tensors of a checkpoint.
 
     Attributes:
         weights: every parameter and persistent buffer, under the names in the file.
-        stage: ZeRO stage.
-        world_size: number of data-parallel ranks that wrote it.
-        client: entries of the first model file that are not weights, such as ``global_steps`` and those of the training
-            loop.
+        stage, world_size: ZeRO stage and number of data-parallel ranks of a DeepSpeed directory, else None.
         notes: remarks about the weights, one sentence each.
     """
 
     weights: dict[str, Tensor]
-    stage: int
-    world_size: int
-    client: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    stage: int | None = None
+    world_size: int | None = None
+    notes: tuple[str, ...] = ()
 
 
-def _stage(model: Mapping[str, Any], optim: Mapping[str, Any] | None) -> int:
-    if optim is not None:
-        return int(optim["optimizer_state_dict"].get("zero_stage", 0))
-    zero = model.get("ds_config") or {}
-    zero = zero.get("zero_optimization", {}) if isinstance(zero, Mapping) else {}
+def stage_in_config(config: Any) -> int:
+    """ZeRO stage in the ``ds_config`` of a model file; 0 if it has none."""
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
     return int(zero.get("stage", 0)) if isinstance(zero, Mapping) else 0
 
 
-def _require_shard(content: Any, path: Path) -> Mapping[str, Any]:
+def read_shard(path: Path, *, verify: bool = True) -> Mapping[str, Any]:
+    """Read an ``*_optim_states.pt``. Raises `CorruptCheckpointError` if it has no ``optimizer_state_dict``."""
+    content = read_torch_file(path, verify=verify)
     if not isinstance(content, Mapping) or not isinstance(content.get("optimizer_state_dict"), Mapping):
         raise CorruptCheckpointError(
             f"{path}: contains no 'optimizer_state_dict'; it is not a DeepSpeed optimizer shard"
@@ -65,26 +61,39 @@ def _require_shard(content: Any, path: Path) -> Mapping[str, Any]:
     return content
 
 
-def read_model_file(path: Path, *, verify: bool = True) -> Mapping[str, Any]:
-    """Read a ``*_model_states.pt``. Raises `CheckpointError` if it has no ``module`` entry."""
+def _read_model_file(path: Path, verify: bool) -> Mapping[str, Any]:
     content = read_torch_file(path, verify=verify)
     if not isinstance(content, Mapping) or not isinstance(content.get("module"), Mapping):
         raise CheckpointError(f"{path}: contains no 'module' dictionary; it is not a DeepSpeed model file")
     return content
 
 
+def read_model_states(tag: Path, *, verify: bool = True) -> Mapping[str, Any]:
+    """Read the first ``*_model_states.pt`` of a tag directory, memory-mapped; `verify`: compare its CRCs.
+
+    Raises:
+        CheckpointError: there is none, it has no ``module`` entry, or it is one of several model-parallel files.
+    """
+    files = rank_files(tag, MODEL_STATES)
+    if not files:
+        raise CorruptCheckpointError(f"{tag}: has no *{MODEL_STATES}; copy the checkpoint again")
+    model_parallel = [f.name for f in files if "mp_rank_00" not in f.name]
+    if model_parallel:
+        raise CheckpointError(
+            f"{tag}: written with model parallelism ({model_parallel[0]}); merge it with DeepSpeed's tools first"
+        )
+    return _read_model_file(files[0], verify)
+
+
 def adam_step(optim: Mapping[str, Any]) -> int | None:
     """Step count in the Adam state of a shard; None if the optimizer does not count steps."""
     state = optim["optimizer_state_dict"]
     inner = state.get("base_optimizer_state", state.get("optimizer_state_dict"))
-    entries = inner.get("state", {}) if isinstance(inner, Mapping) else {}
-    for entry in entries.values() if isinstance(entries, Mapping) else []:
-        if isinstance(entry, Mapping) and "step" in entry:
-            return int(entry["step"])
-    for group in inner.get("param_groups", []) if isinstance(inner, Mapping) else []:
-        if isinstance(group, Mapping) and "step" in group:
-            return int(group["step"])
-    return None
+    if not isinstance(inner, Mapping):
+        return None
+    states = inner.get("state", {})
+    entries = [*(states.values() if isinstance(states, Mapping) else ()), *inner.get("param_groups", ())]
+    return next((int(entry["step"]) for entry in entries if isinstance(entry, Mapping) and "step" in entry), None)
 
 
 def check_shards(tag: Path, shards: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> int:
@@ -95,8 +104,7 @@ def check_shards(tag: Path, shards: Sequence[Mapping[str, Any]], files: Sequence
         names = ", ".join(f.name for f in files)
         raise CorruptCheckpointError(
             f"{tag}: written by {format_count(world_size, 'rank')} but "
-            f"{format_count(len(shards), 'optimizer shard')} found ({names}); "
-            "copy the missing ones"
+            f"{format_count(len(shards), 'optimizer shard')} found ({names}); copy the missing ones"
         )
     steps = [adam_step(shard) for shard in shards]
     if len(set(steps)) > 1:
@@ -136,8 +144,7 @@ def _merge_flat(
         if flat.numel() - offset >= max(2 * len(shards), 1) + len(names) * 2 * len(shards):
             raise CorruptCheckpointError(
                 f"{tag}: the shards contain {format_count(flat.numel(), 'value')} of parameter group {group}, "
-                f"expected {offset}; "
-                "use another checkpoint"
+                f"expected {offset}; use another checkpoint"
             )
     return merged
 
@@ -176,24 +183,18 @@ def _merge_sliced(
 def _match_by_value(names: Sequence[str], module: Mapping[str, Tensor], masters: Sequence[Tensor]) -> list[str] | None:
     """Find the names of unnamed masters, which follow the module's order; None unless the match is unique."""
 
-    def matches(name: str, master: Tensor) -> bool:
+    def is_copy(name: str, master: Tensor) -> bool:
         copy = module[name]
-        return copy.shape == master.shape and bool(torch.equal(master.to(copy.dtype), copy))
+        return copy.shape == master.shape and torch.equal(master.to(copy.dtype), copy)
 
-    def match_greedily(order: Sequence[str], tensors: Sequence[Tensor]) -> list[str] | None:
-        found, index = [], 0
-        for master in tensors:
-            while index < len(order) and not matches(order[index], master):
-                index += 1
-            if index == len(order):
-                return None
-            found.append(order[index])
-            index += 1
-        return found
+    def match_greedily(order: Iterable[str], tensors: Iterable[Tensor]) -> list[str | None]:
+        remaining = iter(order)
+        return [next((name for name in remaining if is_copy(name, master)), None) for master in tensors]
 
     first = match_greedily(names, masters)
-    last = match_greedily(names[::-1], masters[::-1])
-    return first if first is not None and last is not None and first == last[::-1] else None
+    last = match_greedily(reversed(names), reversed(masters))[::-1]  # another result if there are several
+    found = [name for name in first if name is not None]
+    return found if len(found) == len(masters) and first == last else None
 
 
 def _unsharded_masters(model: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
@@ -232,60 +233,58 @@ def _check_copies(tag: Path, masters: Mapping[str, Tensor], module: Mapping[str,
             )
 
 
-def read_zero_checkpoint(location: Location, *, verify: bool = True) -> ZeroContent:
+def read_zero_checkpoint(tag: Path, model: Mapping[str, Any], *, verify: bool = True) -> RawTensors:
     """Read all weights of a DeepSpeed directory, fp32 if fp32 masters exist, frozen parameters included.
 
+    Args:
+        tag: the directory of the ``*_states.pt`` files.
+        model: result of `read_model_states`.
+        verify: compare the CRCs of the other files that are read.
+
     Raises:
-        CheckpointError: model parallelism, or a stage-3 file without its shards.
+        CheckpointError: a stage-3 file without its shards.
         CorruptCheckpointError: shards missing, of different steps, or damaged.
     """
-    assert location.tag is not None
     try:
-        return _read_weights(location.tag, location.model_files, location.optim_files, verify)
+        return _read_weights(tag, model, verify)
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise CorruptCheckpointError(
-            f"{location.tag}: its files do not have the layout of DeepSpeed ({reason}); use another checkpoint"
+            f"{tag}: its files do not have the layout of DeepSpeed ({reason}); use another checkpoint"
         ) from error
 
 
-def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], verify: bool) -> ZeroContent:
-    if not model_files:
-        raise CorruptCheckpointError(f"{tag}: has no *_model_states.pt; copy the checkpoint again")
-    model_parallel = [f.name for f in model_files if "mp_rank_00" not in f.name]
-    if model_parallel:
-        raise CheckpointError(
-            f"{tag}: written with model parallelism ({model_parallel[0]}); merge it with DeepSpeed's tools first"
-        )
-    model = read_model_file(model_files[0], verify=verify)
+def _read_weights(tag: Path, model: Mapping[str, Any], verify: bool) -> RawTensors:
+    model_files, optim_files = rank_files(tag, MODEL_STATES), rank_files(tag, OPTIM_STATES)
     module = {k: v for k, v in model["module"].items() if isinstance(v, Tensor)}
     sharded_weights = model_files[0].name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_"))
     has_low_precision = any(v.dtype in _LOW_PRECISION for v in module.values())
     notes: list[str] = []
     shards: list[Mapping[str, Any]] = []
     if optim_files and (has_low_precision or sharded_weights):  # at stages 0-2 in fp32 the model file has the weights
-        shards = [_require_shard(read_torch_file(f, verify=verify), f) for f in optim_files]
-    stage = _stage(model, shards[0] if shards else None)
-    world_size = check_shards(tag, shards, optim_files) if shards else int(model.get("dp_world_size") or 1)
+        shards = [read_shard(f, verify=verify) for f in optim_files]
+        stage = int(shards[0]["optimizer_state_dict"].get("zero_stage", 0))
+        world_size = check_shards(tag, shards, optim_files)
+    else:
+        stage, world_size = stage_in_config(model.get("ds_config")), int(model.get("dp_world_size") or 1)
     masters: dict[str, Tensor] = {}
     if sharded_weights:
         if not shards:
             raise CheckpointError(
-                f"{model_files[0]}: ZeRO stage 3 stores the weights in *{'_optim_states.pt'}, and {tag} has none; "
+                f"{model_files[0]}: ZeRO stage 3 stores the weights in *{OPTIM_STATES}, and {tag} has none; "
                 "copy these files"
             )
-        masters = _merge_sliced(tag, [model, *(read_model_file(f, verify=verify) for f in model_files[1:])], shards)
+        masters = _merge_sliced(tag, [model, *(_read_model_file(f, verify) for f in model_files[1:])], shards)
         module = {k: v for k, v in module.items() if k in set(model.get("buffer_names") or ())}
     elif shards:
         masters = _merge_flat(tag, model["param_shapes"], shards)
         _check_copies(tag, masters, module)
+    elif stage in (1, 2) and has_low_precision:
+        notes.append(
+            "the optimizer shards are missing, so the low-precision weights are read, not the fp32 master weights"
+        )
     else:
-        if stage in (1, 2) and has_low_precision:
-            notes.append(
-                "the optimizer shards are missing, so the low-precision weights are read, not the fp32 master weights"
-            )
-        else:
-            masters = _unsharded_masters(model, notes)
+        masters = _unsharded_masters(model, notes)
     weights = {**module, **masters}
     for alias, name in (model.get("shared_params") or {}).items():
         if name in weights:
@@ -294,7 +293,4 @@ def _read_weights(tag: Path, model_files: list[Path], optim_files: list[Path], v
         num_frozen = sum(1 for k in module if k not in masters and module[k].dtype in _LOW_PRECISION)
         frozen = f"; {format_count(num_frozen, 'frozen tensor')} without fp32 master weights" if num_frozen else ""
         notes.append(f"{len(masters)} fp32 master weights read{frozen}")
-    client = {
-        k: v for k, v in model.items() if k not in ("module", "optimizer", "param_shapes", "frozen_param_fragments")
-    }
-    return ZeroContent(weights, stage, world_size, client, notes)
+    return RawTensors(weights, stage, world_size, tuple(notes))

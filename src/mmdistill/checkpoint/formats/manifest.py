@@ -2,33 +2,31 @@
 
 import hashlib
 import json
-import zipfile
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.errors import CorruptCheckpointError
-from mmdistill.checkpoint.formats.names import MANIFEST, MODEL_STATES, OPTIM_STATES
+from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, MODEL_STATES, OPTIM_STATES, TAG
 from mmdistill.checkpoint.formats.torch_zip import directory_digest, is_zip, sha256_file, verify_zip
 from mmdistill.checkpoint.locate import read_json
+from mmdistill.checkpoint.write import fsync_path, write_bytes
 from mmdistill.errors import format_count
 
 VERSION = 1
 _DIGEST_KEY = "manifest_sha256"
 
 
-def manifest_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
     """Return the manifest entry of a file: its size, and its sha256 or, for a zip archive, that of its directory.
 
     The zip directory holds the CRC-32 of every record, which torch computes in any case. Comparing the digest and the
     CRCs detects every flipped bit, several times faster than a sha256 of all bytes, and also detects a valid file of
     another save. (Manifests of older versions also hold the sha256 of all bytes of an archive.)
     """
-    entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    if is_zip(path):
-        entry["zip_directory_sha256"] = directory_digest(path)
-    else:
-        entry["sha256"] = sha256 or sha256_file(path)
-    return entry
+    digest = {"zip_directory_sha256": directory_digest(path)} if is_zip(path) else {"sha256": sha256_file(path)}
+    return {"bytes": path.stat().st_size, **digest}
 
 
 def _digest_of(content: dict[str, Any]) -> str:
@@ -41,6 +39,26 @@ def manifest_bytes(files: dict[str, dict[str, Any]], **summary: Any) -> bytes:
     content = {"version": VERSION, **summary, "files": files}
     content[_DIGEST_KEY] = _digest_of(content)
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def complete_directory(staged: Path, files: Iterable[Path], meta: Mapping[str, Any], **counts: int) -> None:
+    """Write ``latest``, ``meta.json`` and then the manifest to a staged directory, and sync it.
+
+    Args:
+        staged: the directory, whose tag directory contains `files`.
+        files: the synced files of all ranks.
+        meta: JSON metadata. The manifest repeats epoch, kind, modality and a finite loss.
+        counts: world_size, stage and step, for the manifest.
+    """
+    write_bytes(staged / LATEST, TAG.encode())
+    write_bytes(staged / META, (json.dumps(dict(meta), indent=1, sort_keys=True) + "\n").encode())
+    fsync_path(staged / TAG)
+    entries = {str(file.relative_to(staged)): manifest_entry(file) for file in (*files, staged / LATEST, staged / META)}
+    summary = {key: meta.get(key) for key in ("epoch", "kind", "modality", "loss")}
+    if summary["loss"] is not None and not math.isfinite(summary["loss"]):
+        summary["loss"] = None
+    write_bytes(staged / MANIFEST, manifest_bytes(entries, **counts, **summary))
+    fsync_path(staged)
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
@@ -73,12 +91,7 @@ def _verify_file(path: Path, entry: dict[str, Any], payload: bool, full: bool) -
         )
     digest = entry.get("zip_directory_sha256")
     if digest and not (full and "sha256" in entry):
-        try:
-            matches = directory_digest(path) == digest
-        except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError) as error:
-            raise CorruptCheckpointError(
-                f"{path}: corrupt: checksum of its zip directory ({error}); use another checkpoint or copy it again"
-            ) from error
+        matches = directory_digest(path) == digest
         if matches and (payload or full):
             verify_zip(path)
     else:
@@ -107,9 +120,9 @@ def verify_manifest(
         return None
     for index, (name, entry) in enumerate(sorted(content["files"].items())):
         _verify_file(root / name, entry, payload and index % world_size == rank, full)
-    known = {str(Path(name)) for name in content["files"]}
-    for tag in {Path(name).parent for name in known if "/" in name}:
-        for file in (root / tag).iterdir():
-            if file.name.endswith((MODEL_STATES, OPTIM_STATES)) and str(tag / file.name) not in known:
+    known = {root / name for name in content["files"]}
+    for tag in {file.parent for file in known} - {root}:
+        for file in tag.iterdir():
+            if file.name.endswith((MODEL_STATES, OPTIM_STATES)) and file not in known:
                 raise CorruptCheckpointError(f"{file}: not in the manifest: a mix of two saves; use another checkpoint")
     return content

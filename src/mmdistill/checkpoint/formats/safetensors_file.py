@@ -1,36 +1,38 @@
-"""Reading ``.safetensors`` files: header, checksums, memory-mapped tensors."""
+"""``.safetensors`` files with checksums in their metadata."""
 
 import hashlib
 import json
-import math
-import mmap
 import struct
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from mmdistill.checkpoint.formats.names import METADATA_KEY
 from mmdistill.checkpoint.formats.torch_zip import THREADS
+from mmdistill.checkpoint.write import DirectFile, stage_file
 from mmdistill.errors import format_count
 
 TENSOR_CRCS = "mmdistill_crc32"  # metadata: 8 hex digits of CRC-32 per tensor, in the order of the data
 DATA_SHA256 = "mmdistill_data_sha256"  # metadata of older versions, in place of TENSOR_CRCS
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -43,99 +45,93 @@ def is_safetensors(path: Path) -> bool:
     )
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Read the tensor entries, the metadata and the offset of the data.
-
-    Raises:
-        CorruptCheckpointError: the file is truncated or its header is invalid.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if len(head) < 8 or 8 + length > size:
-            expected = 8 + length if len(head) == 8 else "more"
-            raise CorruptCheckpointError(
-                f"{path}: truncated: {format_count(size, 'byte')} on disk, {expected} expected; copy it again"
-            )
-        try:
-            header = dict(json.loads(file.read(length)))
-            meta = dict(header.pop("__metadata__", None) or {})
-            end = _end_of_data(header)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptCheckpointError(
-                f"{path}: corrupt: its safetensors header is invalid ({error}); copy it again"
-            ) from error
-    if 8 + length + end != size:
-        word = "truncated" if size < 8 + length + end else "corrupt"
-        raise CorruptCheckpointError(
-            f"{path}: {word}: {format_count(size, 'byte')} on disk, {8 + length + end} expected; copy it again"
-        )
-    return header, meta, 8 + length
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Bytes of a tensor, without a copy if it is contiguous and on the CPU."""
+    flat = tensor.detach().cpu().resolve_neg().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _end_of_data(header: Mapping[str, Any]) -> int:
-    """Offset of the end of the last tensor. Raises `ValueError` unless the tensors are contiguous and of their size."""
-    offset = 0
-    for begin, end, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
-        dtype, shape = str(header[name]["dtype"]), header[name]["shape"]
-        width = DTYPES[dtype].itemsize if dtype in DTYPES else None  # other dtypes are rejected when tensors are read
-        valid = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
-        if not valid or begin != offset or (width is not None and end - begin != math.prod(shape) * width):
-            raise ValueError(f"'{name}': {dtype} {shape} at {begin} to {end}, after a tensor that ends at {offset}")
-        offset = end
-    return offset
-
-
-def read_safetensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors, memory-mapped, and the metadata.
+def read_safetensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors, memory-mapped (changes do not reach the file), and mmdistill's metadata.
 
     Args:
         path: the file.
         verify: compare the checksums that mmdistill writes, if there are any.
 
     Raises:
-        CorruptCheckpointError: truncated, or a checksum differs.
-        CheckpointError: a dtype that is not supported.
+        CorruptCheckpointError: truncated, the header is invalid, or a checksum differs.
     """
-    header, meta, start = read_safetensors_header(path)
-    if not header:
-        return {}, meta
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # private: changes never reach the file
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.offset_keys()}
+        meta = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError) as error:
+        size = format_count(path.stat().st_size, "byte")
+        is_truncated = any(text in str(error) for text in ("too small", "header length", "not fully covered"))
+        problem = f"truncated: {size} on disk, another size expected" if is_truncated else "corrupt"
+        raise CorruptCheckpointError(f"{path}: {problem} ({error}); copy it again") from error
     if verify:
-        with memoryview(mapped) as view, view[start:] as data:
-            _verify_tensors(path, header, meta, data)
-    tensors = {}
-    for name, entry in header.items():
-        dtype = DTYPES.get(str(entry["dtype"]))
-        if dtype is None:
-            raise CheckpointError(
-                f"{path}: '{name}' has dtype {entry['dtype']}, which is not supported; save it in another dtype"
-            )
-        begin, end = entry["data_offsets"]
-        count = (end - begin) // dtype.itemsize
-        flat = (
-            torch.frombuffer(mapped, dtype=dtype, count=count, offset=start + begin)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-        tensors[name] = flat.view(entry["shape"])
-    return tensors, meta
+        _verify_tensors(path, tensors, metadata)
+    return tensors, meta if isinstance(meta, dict) else {}
 
 
-def _verify_tensors(path: Path, header: Mapping[str, Any], meta: Mapping[str, str], data: memoryview) -> None:
-    """Compare the checksums in the metadata. Raises `CorruptCheckpointError` that names the tensor."""
-    if DATA_SHA256 in meta and hashlib.sha256(data).hexdigest() != meta[DATA_SHA256]:
-        raise CorruptCheckpointError(f"{path}: corrupt: checksum of its tensors does not match; copy it again")
+def _verify_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
+    """Compare tensors, in the order of the data, with the checksums in the metadata."""
+    if DATA_SHA256 in meta:
+        digest = hashlib.sha256()
+        for tensor in tensors.values():
+            digest.update(tensor_bytes(tensor))
+        if digest.hexdigest() != meta[DATA_SHA256]:
+            raise CorruptCheckpointError(f"{path}: corrupt: checksum of its tensors does not match; copy it again")
     if TENSOR_CRCS not in meta:
         return
-    tensors = sorted((entry["data_offsets"], name) for name, entry in header.items())
-    stored = [meta[TENSOR_CRCS][8 * i : 8 * i + 8] for i in range(len(tensors))]
-    if len(meta[TENSOR_CRCS]) != 8 * len(tensors):
+    stored = [meta[TENSOR_CRCS][i : i + 8] for i in range(0, len(meta[TENSOR_CRCS]), 8)]
+    if len(stored) != len(tensors):
         raise CorruptCheckpointError(f"{path}: corrupt: some tensors have no checksum; copy it again")
     with ThreadPoolExecutor(THREADS) as pool:  # zlib releases the GIL
-        found = list(pool.map(lambda tensor: f"{zlib.crc32(data[slice(*tensor[0])]):08x}", tensors))
-    bad = [name for (_, name), crc, expected in zip(tensors, found, stored, strict=True) if crc != expected]
+        found = list(pool.map(lambda tensor: f"{zlib.crc32(tensor_bytes(tensor)):08x}", tensors.values()))
+    bad = [name for name, crc, expected in zip(tensors, found, stored, strict=True) if crc != expected]
     if bad:
         raise CorruptCheckpointError(f"{path}: corrupt: checksum of '{bad[0]}' does not match; copy it again")
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: str | PathLike[str], meta: Mapping[str, Any]) -> None:
+    """Write tensors as ``.safetensors``, atomically, with `meta` as JSON and the CRC-32 of each tensor in the header.
+
+    The library's writer needs the checksums before it writes, and its data reach the disk only in the final fsync.
+    Here both overlap with the write.
+
+    Raises:
+        CheckpointError: not writable, or a dtype that the format does not have.
+    """
+    target = Path(path).expanduser()
+    # sorted by decreasing element size, so that every tensor is aligned to its element size
+    order = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in order:
+        tensor, start = state[name], end
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"{target}: '{name}' has dtype {tensor.dtype}, which safetensors does not support")
+        end += tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    placeholder = "0" * 8 * len(order)
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(meta), sort_keys=True), TENSOR_CRCS: placeholder}
+    head = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with stage_file(target) as staged, DirectFile(staged) as file, ThreadPoolExecutor(1) as executor:
+        file.write(struct.pack("<Q", len(head)) + head)
+        crcs = []
+        for name in order:
+            data = tensor_bytes(state[name])
+            crc = executor.submit(zlib.crc32, data)  # zlib releases the GIL
+            file.write(data)
+            crcs.append(f"{crc.result():08x}")
+        file.seek(8 + head.rindex(placeholder.encode()))
+        file.write("".join(crcs).encode())
+        file.finish()
