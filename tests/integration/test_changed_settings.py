@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmdistill.checkpoint import CheckpointError, WeightMismatchError, load_torch, save_torch
+from mmdistill.checkpoint import CheckpointError, WeightMismatchError, load_torch, open_checkpoint, save_torch
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
 from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
@@ -218,15 +218,15 @@ def test_resume_rejects_other_teachers_than_the_checkpoints(folder: Path, tmp_pa
     statistics = {m: specs[m].statistics for m in teachers}
     meta = {"kind": "distill", "encoders": encoders, "teachers": sources, "statistics": statistics}
     save_torch({"state_dict": state, "mmdistill": meta}, full)
-    assert load_teachers(config, specs, full)[1] == sources
+    assert load_teachers(config, specs, open_checkpoint(full))[1] == sources
 
     content = load_torch(here / "flow.ckpt")
     content["state_dict"]["encoder.norm.weight"] += 1
     save_torch(content, here / "flow.ckpt")
     with pytest.raises(CheckpointError, match=r"flow\.ckpt: the sha256 of its weights is"):
-        load_teachers(config, specs, full)
+        load_teachers(config, specs, open_checkpoint(full))
     (here / "flow.ckpt").unlink()
-    assert load_teachers(config, specs, full)[1] == sources
+    assert load_teachers(config, specs, open_checkpoint(full))[1] == sources
 
 
 def test_cached_features_depend_on_files_and_clips(folder: Path, tmp_path: Path) -> None:

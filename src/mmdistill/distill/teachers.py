@@ -48,7 +48,7 @@ def _check_statistics(checkpoint: Checkpoint, spec: ModalitySpec, path: object) 
 
 
 def load_teachers(
-    config: DistillConfig, specs: dict[str, ModalitySpec], resume: Path | None
+    config: DistillConfig, specs: dict[str, ModalitySpec], resumed: Checkpoint | None
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
     """The teachers by modality, and for each component its path and its encoder's sha256.
 
@@ -60,11 +60,11 @@ def load_teachers(
         CheckpointError: a teacher of a student-only checkpoint is missing, or a teacher's sha256 differs.
     """
     modalities = [m for m in modality_names() if m in config.trainer.teachers]
-    resumed = open_checkpoint(resume, verify=False) if resume else None  # verified when the Trainer loads it
+    source = resumed.path if resumed else None
     stored: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
     if stored and set(stored) != {f"teacher_{m}" for m in modalities}:
         raise ConfigError(
-            f"trainer.teachers={config.trainer.teachers}: {resume} was distilled from {', '.join(stored)}; "
+            f"trainer.teachers={config.trainer.teachers}: {source} was distilled from {', '.join(stored)}; "
             "set the same teachers, or start from scratch with resume=null"
         )
     paths = teacher_paths(config.trainer) if config.trainer.ckpt_path is not None or not stored else {}
@@ -74,21 +74,21 @@ def load_teachers(
         component, spec = f"teacher_{modality}", specs[modality]
         if resumed and component in stored and component in resumed.components:
             teachers[modality] = resumed.encoder(component)
-            check_token_grid(teachers[modality], spec, config.data_module, resume)
-            _check_statistics(resumed, spec, resume)
+            check_token_grid(teachers[modality], spec, config.data_module, source)
+            _check_statistics(resumed, spec, source)
             # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher
             if modality in paths and Path(paths[modality]).expanduser().exists():
                 teacher = read_teacher(paths[modality], modality, spec, config.data_module)
-                require_same_digest(paths[modality], weights_digest(teacher), component, stored[component], resume)
+                require_same_digest(paths[modality], weights_digest(teacher), component, stored[component], source)
             sources[component] = stored[component]
             continue
         path = paths.get(modality) or str(stored[component]["path"])
         if component in stored:
-            require_exists(path, component, stored[component], resume)
+            require_exists(path, component, stored[component], source)
         teachers[modality] = read_teacher(path, modality, spec, config.data_module)
         digest = weights_digest(teachers[modality])
         if component in stored:
-            require_same_digest(path, digest, component, stored[component], resume)
+            require_same_digest(path, digest, component, stored[component], source)
         sources[component] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
     return teachers, sources
 

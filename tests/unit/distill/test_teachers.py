@@ -48,7 +48,7 @@ def student_only(tmp_path: Path) -> Path:
 
 def test_resume_reads_the_named_teachers(student_only: Path) -> None:
     config = configure("resume=auto")
-    teachers, sources = load_teachers(config, modality_specs(config.data_module), student_only)
+    teachers, sources = load_teachers(config, modality_specs(config.data_module), open_checkpoint(student_only))
     assert list(teachers) == list(MODALITIES)
     assert sources == read_checkpoint(student_only).meta["teachers"]
     assert teachers["flow"].config.channels == 2
@@ -73,12 +73,11 @@ def test_moved_teachers_need_a_path(student_only: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"flow: does not exist; the student-only checkpoint .* teacher_flow \(sha256 \w{64}"
     ):
-        load_teachers(config, modality_specs(config.data_module), student_only)
+        load_teachers(config, modality_specs(config.data_module), open_checkpoint(student_only))
     paths = ",".join(str(tmp_path / m) for m in ("rgb", "elsewhere", "skeleton"))
     config = configure("resume=auto", f"trainer.ckpt_path=[{paths}]")
-    assert load_teachers(config, modality_specs(config.data_module), student_only)[1]["teacher_flow"]["path"].endswith(
-        "where"
-    )
+    sources = load_teachers(config, modality_specs(config.data_module), open_checkpoint(student_only))[1]
+    assert sources["teacher_flow"]["path"].endswith("where")
 
 
 def test_changed_teachers_raise_with_both_digests(student_only: Path, tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_changed_teachers_raise_with_both_digests(student_only: Path, tmp_path: 
     found = weights_digest(load_encoder(write_teacher(tmp_path / "flow", "flow", 7)))
     config = configure("resume=auto")
     with pytest.raises(CheckpointError, match="the sha256 of its weights is") as raised:
-        load_teachers(config, modality_specs(config.data_module), student_only)
+        load_teachers(config, modality_specs(config.data_module), open_checkpoint(student_only))
     assert all(part in str(raised.value) for part in (str(tmp_path / "flow"), expected, found, "student_only.ckpt"))
     with pytest.raises(CheckpointError, match=f"{expected}.*{found}"):
         check_teacher_digests(
@@ -98,7 +97,7 @@ def test_changed_teachers_raise_with_both_digests(student_only: Path, tmp_path: 
 def test_other_teachers_than_the_checkpoints_raise(student_only: Path) -> None:
     config = configure("resume=auto", "trainer.teachers=[rgb]")
     with pytest.raises(ConfigError, match="was distilled from teacher_rgb, teacher_flow, teacher_skeleton"):
-        load_teachers(config, modality_specs(config.data_module), student_only)
+        load_teachers(config, modality_specs(config.data_module), open_checkpoint(student_only))
 
 
 def test_new_run_needs_paths() -> None:
