@@ -17,7 +17,12 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.deepspeed_zero import RawTensors, read_model_states, read_zero_checkpoint
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import FILE_SUFFIXES, META, METADATA_KEY, CheckpointFormat, state_files
-from mmdistill.checkpoint.formats.safetensors_file import is_safetensors, read_safetensors
+from mmdistill.checkpoint.formats.safetensors_file import (
+    SafetensorsContent,
+    is_safetensors,
+    read_safetensors,
+    verify_safetensors,
+)
 from mmdistill.checkpoint.formats.torch_zip import is_zip, read_torch_file, verify_zip
 from mmdistill.checkpoint.keys import COMPONENT_PREFIXES, canonical_state, component_of, encoder_roots, top_level
 from mmdistill.checkpoint.load import LoadReport, adapt_positions, check_hidden_hparams, copy_state, select_encoder
@@ -49,6 +54,13 @@ class Checkpoint:
     content: Any = field(default=None, repr=False, compare=False)
     verify_on_read: bool = True
 
+    @property
+    def _entries(self) -> Any:
+        """Content of a single file as ``torch.save`` stores it."""
+        if isinstance(self.content, SafetensorsContent):
+            return {"model": self.content.tensors, METADATA_KEY: self.content.meta}
+        return self.content
+
     @cached_property
     def _model_states(self) -> Mapping[str, Any]:
         assert self.tag is not None
@@ -64,7 +76,7 @@ class Checkpoint:
         if self.tag is None:
             if self.verify_on_read:
                 self.verify()
-            return RawTensors(_find_state_dict(self.content, self.path))
+            return RawTensors(_find_state_dict(self._entries, self.path))
         verify_manifest(self.root, payload=False)  # the CRCs, which its digests cover, are compared during the read
         return read_zero_checkpoint(self.tag, self._model_states, verify=self.verify_on_read)
 
@@ -82,7 +94,7 @@ class Checkpoint:
     def stored_meta(self) -> dict[str, Any]:
         """Metadata in the file, read without the tensors; of other programs ``epoch`` and ``step``, if present."""
         if self.tag is None:
-            return _find_meta(self.content)
+            return _find_meta(self._entries)
         if (self.root / META).exists():
             return read_json(self.root / META)
         return _find_meta(self._model_states)
@@ -130,8 +142,8 @@ class Checkpoint:
                 for file in state_files(self.tag):
                     read_torch_file(file)
                 self.raw  # noqa: B018 - raises an error if a file is missing
-        elif is_safetensors(self.root):
-            read_safetensors(self.root)
+        elif isinstance(self.content, SafetensorsContent):
+            verify_safetensors(self.root, self.content)
         elif is_zip(self.root):
             verify_zip(self.root)
 
@@ -244,8 +256,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
         return Checkpoint(Path(path), CheckpointFormat.DEEPSPEED, root, tag, verify_on_read=verify)
     content: Any
     if is_safetensors(root):
-        tensors, meta = read_safetensors(root, verify=False)
-        content = {"model": tensors, METADATA_KEY: meta}
+        content = read_safetensors(root)
     elif root.suffix in FILE_SUFFIXES:
         content = read_torch_file(root, verify=False)
     else:

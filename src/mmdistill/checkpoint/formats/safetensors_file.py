@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,15 +51,19 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def read_safetensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors, memory-mapped (changes do not reach the file), and mmdistill's metadata.
+class SafetensorsContent(NamedTuple):
+    """Tensors in the order of the data, mmdistill's metadata, and all metadata of the format."""
 
-    Args:
-        path: the file.
-        verify: compare the checksums that mmdistill writes, if there are any.
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def read_safetensors(path: Path) -> SafetensorsContent:
+    """Read tensors, memory-mapped (changes do not reach the file), and metadata; `verify_safetensors` reads the data.
 
     Raises:
-        CorruptCheckpointError: truncated, the header is invalid, or a checksum differs.
+        CorruptCheckpointError: truncated, or the header is invalid.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -71,13 +75,16 @@ def read_safetensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tens
         is_truncated = any(text in str(error) for text in ("too small", "header length", "not fully covered"))
         problem = f"truncated: {size} on disk, another size expected" if is_truncated else "corrupt"
         raise CorruptCheckpointError(f"{path}: {problem} ({error}); copy it again") from error
-    if verify:
-        _verify_tensors(path, tensors, metadata)
-    return tensors, meta if isinstance(meta, dict) else {}
+    return SafetensorsContent(tensors, meta if isinstance(meta, dict) else {}, metadata)
 
 
-def _verify_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, str]) -> None:
-    """Compare tensors, in the order of the data, with the checksums in the metadata."""
+def verify_safetensors(path: Path, content: SafetensorsContent) -> None:
+    """Compare tensors with the checksums that mmdistill writes, if there are any.
+
+    Raises:
+        CorruptCheckpointError: a checksum differs.
+    """
+    tensors, _, meta = content
     if DATA_SHA256 in meta:
         digest = hashlib.sha256()
         for tensor in tensors.values():

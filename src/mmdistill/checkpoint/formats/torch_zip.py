@@ -22,7 +22,7 @@ from mmdistill.errors import format_count
 
 # Exceptions of `zipfile` for damaged archives: RuntimeError for flags such as "encrypted", ValueError for texts.
 _BAD_ZIP = (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, LookupError, OSError, struct.error)
-_CHUNK_BYTES = 1 << 20  # read at a time: large enough that zlib releases the GIL
+_CHUNK_BYTES = 4 << 20  # read at a time: large enough that zlib releases the GIL
 THREADS = min(4, os.cpu_count() or 1)
 
 

@@ -11,7 +11,12 @@ from torch import Tensor
 from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.names import CheckpointFormat
-from mmdistill.checkpoint.formats.safetensors_file import is_safetensors, read_safetensors, save_safetensors
+from mmdistill.checkpoint.formats.safetensors_file import (
+    is_safetensors,
+    read_safetensors,
+    save_safetensors,
+    verify_safetensors,
+)
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.write import write_directory
 from tests.contracts.checkpoint_contract import CheckpointFormatContract
@@ -48,7 +53,7 @@ def test_every_dtype_is_read_as_the_safetensors_library_reads_it(tmp_path: Path)
     save_file(state, tmp_path / "library.safetensors")
     save_safetensors(state, tmp_path / "own.safetensors", {})
     for path in tmp_path.iterdir():
-        for tensors in (read_safetensors(path)[0], load_file(path)):
+        for tensors in (read_safetensors(path).tensors, load_file(path)):
             assert sorted(tensors) == sorted(state)
             assert all(tensors[name].dtype == tensor.dtype for name, tensor in state.items())
             assert all(torch.equal(tensors[name], tensor) for name, tensor in state.items())
@@ -57,7 +62,7 @@ def test_every_dtype_is_read_as_the_safetensors_library_reads_it(tmp_path: Path)
 def test_changing_a_tensor_does_not_change_the_file(tmp_path: Path) -> None:
     save_safetensors({"a": torch.ones(3)}, tmp_path / "x.safetensors", {})
     before = (tmp_path / "x.safetensors").read_bytes()
-    read_safetensors(tmp_path / "x.safetensors")[0]["a"].zero_()
+    read_safetensors(tmp_path / "x.safetensors").tensors["a"].zero_()
     assert (tmp_path / "x.safetensors").read_bytes() == before
 
 
@@ -94,9 +99,11 @@ def test_sha256_of_older_versions_is_compared(tmp_path: Path) -> None:
     digest = {"format": "pt", "mmdistill_data_sha256": hashlib.sha256(data.numpy().tobytes()).hexdigest()}
     path = tmp_path / "old.safetensors"
     save_file({"encoder.norm.weight": data}, path, digest)
-    assert torch.equal(read_safetensors(path)[0]["encoder.norm.weight"], data)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
+    content = read_safetensors(path)
+    verify_safetensors(path, content)
+    assert torch.equal(content.tensors["encoder.norm.weight"], data)
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(bytes(changed))
     with pytest.raises(CorruptCheckpointError, match="corrupt: checksum"):
-        read_safetensors(path)
+        verify_safetensors(path, read_safetensors(path))
