@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from mmdistill.checkpoint.read import Checkpoint, CheckpointFormat
 from mmdistill.config import DistillConfig
 from mmdistill.config.compose import load_config
 from mmdistill.distributed.process import Process
@@ -26,6 +27,7 @@ def make_training(
 ) -> Training:
     """A training that has received `signal` and resumes from `source` with the metadata `meta`."""
     config, process = distill_config(data, *more), Process(torch.device("cpu"), 0, 1)
-    run = Run(run_dir, process, "32", source, meta)
+    resumed = Checkpoint(source, CheckpointFormat.LIGHTNING, source, content={"mmdistill": meta}) if source else None
+    run = Run(run_dir, process, "32", resumed)
     log = RunLog(run_dir, title="t", total_steps=1)
     return Training(config, run, make_train_data(config, ("rgb",), process), log, lambda: signal, {})

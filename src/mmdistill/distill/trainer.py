@@ -50,12 +50,12 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
     with open_run(config, run_dir) as run:
-        if run.source and _is_complete(run.source_meta, config.trainer.epochs):
+        if run.resumed and _is_complete(run.resumed.stored_meta, config.trainer.epochs):
             with RunLog(run.directory, title="distill", total_steps=0, enabled=run.process.is_main) as log:
-                log.info(f"{complete_message(config)}\nlast checkpoint: {run.source}")
-            return run.source
+                log.info(f"{complete_message(config)}\nlast checkpoint: {run.resumed.path}")
+            return run.resumed.path
         specs = modality_specs(config.data_module)
-        teachers, sources = load_teachers(config, specs, run.source)
+        teachers, sources = load_teachers(config, specs, run.resumed)
         data = make_train_data(
             config,
             tuple(teachers),

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from mmdistill.builders import check_token_grid, token_grid
-from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, read_checkpoint
-from mmdistill.checkpoint.digest import weights_digest
-from mmdistill.checkpoint.references import load_referenced_teacher
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
+from mmdistill.checkpoint.references import load_referenced_teacher, weights_digest
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
@@ -80,7 +79,7 @@ def load_network(
     """Load an encoder from a checkpoint of any format.
 
     Args:
-        source: anything that `read_checkpoint` reads, or its result.
+        source: anything that `open_checkpoint` reads, or its result.
         data: the dataset of the clips. It gives the input size of a checkpoint without metadata.
         component: None: the student of a distilled checkpoint, the encoder of a pretraining checkpoint.
         modality: needed only if neither the metadata nor the number of channels determines it.
@@ -91,7 +90,7 @@ def load_network(
         FewshotError: the modality is unknown, or not the given one.
         ConfigError: the encoder does not fit the clips of `data`.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     path = checkpoint.path
     components = checkpoint.components
     if component and component not in components:

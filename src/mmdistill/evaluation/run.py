@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from mmdistill import builders
-from mmdistill.checkpoint import read_checkpoint
+from mmdistill.checkpoint import open_checkpoint
 from mmdistill.config import (
     COMPONENT_PREFIXES,
     ConfigError,
@@ -69,7 +69,7 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     builders.make_demo_data(config.data_module)
-    source = read_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint)
     networks, lines = load_networks(config, source)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)

@@ -10,9 +10,8 @@ from mmdistill import __version__
 from mmdistill.builders import make_demo_data
 from mmdistill.checkpoint import prune
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.locate import locate
 from mmdistill.checkpoint.lock import run_lock
-from mmdistill.checkpoint.read import read_meta
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.retention import find_resume
 from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
 from mmdistill.distributed.collectives import all_reduce_any, barrier, broadcast_run_dir, run_on_all_ranks
@@ -40,14 +39,18 @@ class Run:
         directory: the run's folder, absolute; the same on all ranks.
         process: rank and device.
         precision: ``32``, ``bf16`` or ``16``.
-        source, source_meta: the checkpoint that the run resumes from, and its metadata.
+        resumed: the checkpoint that the run resumes from.
     """
 
     directory: Path
     process: Process
     precision: str
-    source: Path | None
-    source_meta: Mapping[str, Any]
+    resumed: Checkpoint | None
+
+    @property
+    def source(self) -> Path | None:
+        """Path of the checkpoint that the run resumes from."""
+        return self.resumed.path if self.resumed else None
 
     @property
     def checkpoints(self) -> Path:
@@ -71,7 +74,8 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
     barrier()
     with run_lock(run_dir / "checkpoints"):
         source = find_resume(config.resume, run_dir / "checkpoints")
-        yield Run(run_dir, process, precision, source, read_meta(locate(source)) if source else {})
+        resumed = open_checkpoint(source, verify=False) if source else None  # verified when its tensors are loaded
+        yield Run(run_dir, process, precision, resumed)
 
 
 def complete_message(config: Config) -> str:
@@ -130,7 +134,7 @@ class Training:
         config, run, info = self.config, self.run, self.log.info
         info(summary)
         info(self._report.start_summary())
-        info("\n".join(schedule_warnings(config.trainer, run.source_meta)))
+        info("\n".join(schedule_warnings(config.trainer, run.resumed.stored_meta if run.resumed else {})))
         if run.source:
             info(f"resumed from {run.source} at epoch {self.state.epoch}, step {self.state.step}")
             info(complete_message(config) if self.state.epoch >= config.trainer.epochs else "")
