@@ -230,8 +230,9 @@ def make_demo_data(data: DataModuleConfig) -> None:
     """Render the demo dataset if the config uses it and it does not exist yet."""
     if data.name == "demo":
         from mmdistill.demo.dataset import make_demo
+        from mmdistill.demo.scene import DemoParameters
 
-        make_demo(Path(data.target_data_dir), frame_size=(data.frame_size[0], data.frame_size[1]))
+        make_demo(Path(data.target_data_dir), DemoParameters(frame_size=(data.frame_size[0], data.frame_size[1])))
 
 
 def token_grid(data: DataModuleConfig) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from mmdistill.data.annotations.base import Rally
 from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.demo.dataset import make_demo
+from mmdistill.demo.scene import DemoParameters
 from mmdistill.prepare.coverage import check_all
 from mmdistill.prepare.pipeline import Settings, prepare_video
 from tests.commands import ROOT
@@ -66,6 +67,7 @@ def test_coverage_is_the_same_in_one_and_two_processes(tmp_path: Path) -> None:
 def test_demo_has_the_same_bytes_from_one_and_two_processes(tmp_path: Path) -> None:
     earlier = set(multiprocessing.active_children())  # a pool that an earlier test has not ended yet
     for name, workers in (("one", 1), ("two", 2)):
-        make_demo(tmp_path / name, strokes_per_class=(1, 1), frame_size=(32, 40), workers=workers, progress=False)
+        parameters = DemoParameters(strokes_per_class=(1, 1), frame_size=(32, 40))
+        make_demo(tmp_path / name, parameters, workers=workers, progress=False)
     assert file_contents(tmp_path / "one") == file_contents(tmp_path / "two")
     assert set(multiprocessing.active_children()) <= earlier

@@ -1,6 +1,6 @@
 """The demo dataset: rendered tennis rallies in the layout of the real data, created on first use.
 
-``python -m mmdistill.demo.dataset ROOT`` writes to ROOT:
+`make_demo` writes to its folder:
 
 - ``vid_frames_224/{video}/{frame:06d}.jpg``: 64 x 68 px by default; the folder name is that of the real data
 - ``tennis_flows/{video}/pair_{frame:05d}.npy``: DIS flow from frame to frame + 1, int8 with a scale (`write_flow`),
@@ -13,8 +13,6 @@ The class of a stroke is (type, side, technique, direction) of its F3Set label; 
 number depends only on `seed` and the rally, so rallies can be rendered in any order and in any process.
 """
 
-import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -33,12 +31,10 @@ from mmdistill.console import progress as show_progress
 from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.demo import render
 from mmdistill.demo.scene import (
-    DEFAULT_NUISANCE,
     SPLITS,
     DemoError,
     DemoParameters,
     RallyPlan,
-    RallyScene,
     build_scene,
     plan_rallies,
     render_rally,
@@ -63,30 +59,19 @@ def rally_record(plan: RallyPlan, parameters: DemoParameters) -> dict[str, Any]:
         outcome = "in" if k + 1 < len(plan.strokes) else str(rng.choice(["in", "winner", "forced-err", "unforced-err"]))
         label = f"near_{court}_{kind}_{side}_{technique}_{direction}_{approach}_{outcome}"
         events.append({"frame": frame, "label": label, "outcome": outcome})
-    people: dict[str, Any] = {}
+    record: dict[str, Any] = {"fps": FPS, "height": height, "width": width}
+    record |= {"num_frames": plan.num_frames, "video": plan.video}
     for side, player in (("far", plan.opponent), ("near", plan.player)):
-        people |= {
-            f"{side}_name": f"Demo Player {player:02d}",
-            f"{side}_hand": "RH",
-            f"{side}_set": 0,
-            f"{side}_game": 0,
-            f"{side}_point": 0,
-        }
-    head = {"fps": FPS, "height": height, "width": width, "num_frames": plan.num_frames, "video": plan.video}
-    return {**head, **people, "events": events}
-
-
-def _replace_folder(temporary: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+        record |= {f"{side}_name": f"Demo Player {player:02d}", f"{side}_hand": "RH"}
+        record |= {f"{side}_{score}": 0 for score in ("set", "game", "point")}
+    return {**record, "events": events}
 
 
 def write_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
     """Render one rally and write its frames, flow and skeletons. The skeleton file is written last.
 
-    Returns:
-        The name of the video.
+    The joint scores are 1 for the near player, and the ratio of far to near height for the far player: a detector has
+    higher scores on larger people, and the labeled strokes are those of the near player. Returns the name of the video.
     """
     cv2.setNumThreads(1)
     scene = build_scene(plan, parameters)
@@ -105,37 +90,19 @@ def write_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
             write_flow(folders[1] / f"pair_{t - 1:05d}.npy", render.compute_flow(previous, image), dtype="int8")
         previous = image
     for folder, kind in zip(folders, (FRAME_DIR, FLOW_DIR), strict=True):
-        _replace_folder(folder, root / kind / plan.video)
-    (root / SKELETON_DIR).mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(root / SKELETON_DIR / f"{plan.video}.pkl", skeleton_bytes(scene, plan, parameters))
-    return plan.video
-
-
-def joint_scores(keypoints: np.ndarray) -> np.ndarray:
-    """Joint scores, float32 (2, T, 17): 1 for the near player, the ratio of far to near height for the far player.
-
-    A detector has higher scores on larger people. The labeled strokes are those of the near player.
-    """
-    heights = np.ptp(keypoints[..., 1], axis=2).mean(axis=1)  # (2,) px
-    scores = np.ones(keypoints.shape[:3], np.float32)
+        shutil.rmtree(root / kind / plan.video, ignore_errors=True)
+        os.replace(folder, root / kind / plan.video)
+    heights = np.ptp(scene.keypoints[..., 1], axis=2).mean(axis=1)  # (2,) px
+    scores = np.ones(scene.keypoints.shape[:3], np.float32)
     scores[1] = min(1.0, heights[1] / heights[0])
-    return scores
-
-
-def skeleton_bytes(scene: RallyScene, plan: RallyPlan, parameters: DemoParameters) -> bytes:
-    """Content of the skeleton file: a pickle of plain containers and NumPy arrays."""
-    buffer = io.BytesIO()
-    pickle.dump(
-        {
-            "keypoint": scene.keypoints,
-            "keypoint_score": joint_scores(scene.keypoints),
-            "total_frames": plan.num_frames,
-            "img_shape": tuple(parameters.frame_size),
-        },
-        buffer,
-        protocol=4,
-    )
-    return buffer.getvalue()
+    content = {
+        "keypoint": scene.keypoints,
+        "keypoint_score": scores,
+        "total_frames": plan.num_frames,
+        "img_shape": tuple(parameters.frame_size),
+    }
+    atomic_write_bytes(root / SKELETON_DIR / f"{plan.video}.pkl", pickle.dumps(content, protocol=4))
+    return plan.video
 
 
 def is_complete(root: Path, plan: RallyPlan) -> bool:
@@ -150,10 +117,7 @@ def is_complete(root: Path, plan: RallyPlan) -> bool:
 
 
 def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
-    for name in ("demo.json", "demo.partial.json"):
-        path = root / name
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (root / "demo.json", root / "demo.partial.json")):
         found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
         keys = sorted(key for key in {*found, *requested} if found.get(key) != requested.get(key))
         if keys:
@@ -177,36 +141,18 @@ def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, 
                 advance(1)
 
 
-def make_demo(
-    root: Path,
-    *,
-    seed: int = 0,
-    nuisance: float = DEFAULT_NUISANCE,
-    frame_size: tuple[int, int] = (64, 68),
-    strokes_per_class: tuple[int, int] = (24, 24),
-    strokes_per_rally: int = 6,
-    workers: int | None = None,
-    progress: bool = True,
-) -> None:
+def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = None, progress: bool = True) -> None:
     """Create the demo dataset in `root`. Only missing rallies are rendered; a complete dataset is not changed.
 
     Args:
         root: output folder.
-        seed: seed of all random numbers.
-        nuisance: strength of the variation of the images, 0 none, 1 strong.
-        frame_size: (H, W) px.
-        strokes_per_class: (train, val) strokes of each class.
-        strokes_per_rally: maximum number of strokes in a rally.
+        parameters: parameters of the dataset.
         workers: number of processes; None: one per core; 1: no other process.
         progress: show a progress bar, or plain lines without a terminal.
 
     Raises:
-        DemoError: if `root` contains a demo dataset with other parameters, or a parameter is invalid.
+        DemoError: if `root` contains a demo dataset with other parameters.
     """
-    height, width = frame_size
-    train, val = strokes_per_class
-    parameters = DemoParameters(seed, nuisance, (height, width), (train, val), strokes_per_rally)
-    root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     # A round trip through JSON turns tuples into lists, as in the file.
     requested = json.loads(json.dumps({"format": FORMAT, **asdict(parameters)}))
@@ -225,26 +171,3 @@ def make_demo(
             atomic_write_bytes(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
         atomic_write_bytes(root / "demo.json", json.dumps({"parameters": requested}, indent=2).encode())
         (root / "demo.partial.json").unlink()
-
-
-def main() -> None:
-    """Create the demo dataset from the command line."""
-    parser = argparse.ArgumentParser(description="Create the demo dataset (rendered tennis rallies).")
-    parser.add_argument("root", type=Path, help="output folder")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
-    parser.add_argument(
-        "--nuisance",
-        type=float,
-        default=DEFAULT_NUISANCE,
-        help="variation of the images, 0 none, 1 strong (default 0.3)",
-    )
-    parser.add_argument("--workers", type=int, default=None, help="number of processes (default: one per core)")
-    options = parser.parse_args()
-    try:
-        make_demo(options.root, seed=options.seed, nuisance=options.nuisance, workers=options.workers)
-    except DemoError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

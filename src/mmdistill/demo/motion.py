@@ -9,27 +9,11 @@ Shapes: S strokes of a rally, T frames of a rally, K key poses.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.interpolate import CubicHermiteSpline
 
 from mmdistill.demo.strokes import FIELDS, POSE_SIZE, READY, SLICES, STROKES
 
-
-@dataclass(frozen=True)
-class Body:
-    """Proportions and style of one player. `height` is in meters, all other lengths are in body heights."""
-
-    height: float
-    shoulder: float
-    hip: float
-    upper_arm: float
-    forearm: float
-    thigh: float
-    shin: float
-    spine: float
-    thickness: float  # scales the thickness of all body parts
-    amplitude: float  # scales the difference between stroke and ready pose
-    tempo: float  # scales the times of the key poses
-    pose_offsets: np.ndarray  # (number of stroke classes, POSE_SIZE), constant per player
-
+UP = np.array([0.0, 0.0, 1.0])
 
 _SPREAD = {
     "rh": 0.022, "lh": 0.03, "rd": 0.12, "two": 0.0, "sy": 7.0, "hy": 6.0, "lean": 3.5, "side": 3.0, "crouch": 0.012,
@@ -38,6 +22,31 @@ _SPREAD = {
 SPREAD = np.concatenate([np.full(width, _SPREAD[name]) for name, width in FIELDS.items()])
 for _name in ("rf", "lf"):  # the height of the feet does not vary
     SPREAD[SLICES[_name]][2] = 0.0
+_LENGTHS = {  # mean in body heights, largest relative deviation
+    "shoulder": (0.118, 0.10), "hip": (0.072, 0.10), "upper_arm": (0.176, 0.05), "forearm": (0.158, 0.05),
+    "thigh": (0.242, 0.03), "shin": (0.243, 0.03), "spine": (0.285, 0.04),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Body:
+    """Proportions and style of one player.
+
+    Attributes:
+        height: meters.
+        lengths: half widths of shoulders and hips, and bone lengths, in body heights.
+        thickness: scales the thickness of all body parts.
+        amplitude: scales the difference between stroke and ready pose.
+        tempo: scales the times of the key poses.
+        pose_offsets: (number of stroke classes, POSE_SIZE), constant per player.
+    """
+
+    height: float
+    lengths: dict[str, float]
+    thickness: float
+    amplitude: float
+    tempo: float
+    pose_offsets: np.ndarray
 
 
 def random_body(rng: np.random.Generator) -> Body:
@@ -48,13 +57,7 @@ def random_body(rng: np.random.Generator) -> Body:
 
     return Body(
         height=float(rng.uniform(1.66, 1.92)),
-        shoulder=vary(0.118, 0.10),
-        hip=vary(0.072, 0.10),
-        upper_arm=vary(0.176, 0.05),
-        forearm=vary(0.158, 0.05),
-        thigh=vary(0.242, 0.03),
-        shin=vary(0.243, 0.03),
-        spine=vary(0.285, 0.04),
+        lengths={name: vary(*length) for name, length in _LENGTHS.items()},
         thickness=vary(1.0, 0.16),
         amplitude=vary(1.0, 0.10),
         tempo=vary(1.0, 0.08),
@@ -64,7 +67,7 @@ def random_body(rng: np.random.Generator) -> Body:
 
 def _draw_stroke_keys(stroke: int, body: Body, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Draw one execution of a stroke: key times (K,) relative to the contact, and key poses (K, POSE_SIZE)."""
-    times, poses = STROKES[stroke].times(), STROKES[stroke].poses()
+    times, poses = STROKES[stroke].times, STROKES[stroke].poses
     amplitude = body.amplitude * rng.uniform(0.92, 1.08)
     poses = READY + (poses - READY) * np.where(SPREAD > 0, amplitude, 1.0)
     # One offset per execution and a smaller one per key: executions differ but remain smooth.
@@ -74,28 +77,15 @@ def _draw_stroke_keys(stroke: int, body: Body, rng: np.random.Generator) -> tupl
     return times + rng.uniform(-0.25, 0.25), poses
 
 
-def _interpolate(times: np.ndarray, values: np.ndarray, query_times: np.ndarray) -> np.ndarray:
-    """Cubic Hermite interpolation with finite-difference tangents (Catmull-Rom for non-uniform times).
+def _interpolate(times: list[float], values: np.ndarray, num_frames: int) -> np.ndarray:
+    """Values (K, D) at `times`, ascending, interpolated at the frames: (T, D). Constant before the first and last time.
 
-    Args:
-        times: (K,), ascending.
-        values: (K, D).
-        query_times: (T,), clamped to the range of `times`.
-
-    Returns:
-        (T, D).
+    The tangents are finite differences (Catmull-Rom for non-uniform times), and 0 at the ends.
     """
     slopes = np.diff(values, axis=0) / np.diff(times)[:, None]
-    tangents = np.concatenate([np.zeros_like(slopes[:1]), 0.5 * (slopes[1:] + slopes[:-1]), np.zeros_like(slopes[:1])])
-    query_times = np.clip(query_times, times[0], times[-1])
-    i = np.clip(np.searchsorted(times, query_times, side="right") - 1, 0, len(times) - 2)
-    width = (times[i + 1] - times[i])[:, None]
-    u = (query_times - times[i])[:, None] / width
-    interpolated: np.ndarray = (
-        (1 + 2 * u) * (1 - u) ** 2 * values[i]
-        + u * (1 - u) ** 2 * width * tangents[i]
-        + u**2 * (3 - 2 * u) * values[i + 1]
-        + u**2 * (u - 1) * width * tangents[i + 1]
+    tangents = np.pad(0.5 * (slopes[1:] + slopes[:-1]), ((1, 1), (0, 0)))
+    interpolated: np.ndarray = CubicHermiteSpline(times, values, tangents)(
+        np.clip(np.arange(num_frames), times[0], times[-1])
     )
     return interpolated
 
@@ -103,7 +93,7 @@ def _interpolate(times: np.ndarray, values: np.ndarray, query_times: np.ndarray)
 def interpolate_poses(
     strokes: list[int], contacts: list[float], num_frames: int, body: Body, rng: np.random.Generator
 ) -> np.ndarray:
-    """Poses of one player in each frame of a rally.
+    """Poses of one player in each frame of a rally, (T, POSE_SIZE).
 
     Args:
         strokes: S indices into `STROKES`.
@@ -111,9 +101,6 @@ def interpolate_poses(
         num_frames: T.
         body: the player.
         rng: source of the timing jitter and of the variation of each execution.
-
-    Returns:
-        (T, POSE_SIZE).
     """
     times, poses = [-3.0], [READY]
     for stroke, contact in zip(strokes, contacts, strict=True):
@@ -124,21 +111,20 @@ def interpolate_poses(
             times.pop()
             poses.pop()
         # Between the strokes the player returns to the ready pose if there is time.
-        middle = 0.5 * (times[-1] + keys[0])
         if keys[0] - times[-1] > 2.4:
-            times.append(middle)
+            times.append(0.5 * (times[-1] + keys[0]))
             poses.append(READY + 0.3 * SPREAD * rng.standard_normal(POSE_SIZE))
         times.extend(keys)
         poses.extend(rows)
     times.append(times[-1] + 2.2)
     poses.append(READY)
-    return _interpolate(np.array(times), np.stack(poses), np.arange(num_frames, dtype=np.float64))
+    return _interpolate(times, np.stack(poses), num_frames)
 
 
 def interpolate_positions(
     contacts: list[float], num_frames: int, max_offset: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sideways motion of a player who moves to a new position for each stroke.
+    """Sideways motion of a player who moves to a new random position for each stroke.
 
     Args:
         contacts: S times of the contacts in frames, ascending.
@@ -156,7 +142,7 @@ def interpolate_positions(
             positions.append(rng.uniform(-max_offset, max_offset))
         times.append(contact + 1.8)
         positions.append(positions[-1])
-    x = _interpolate(np.array(times), np.array(positions)[:, None], np.arange(num_frames, dtype=np.float64))[:, 0]
+    x = _interpolate(times, np.array(positions)[:, None], num_frames)[:, 0]
     return x, np.gradient(x)
 
 
@@ -206,63 +192,53 @@ class Figure:
 
 
 def _yaw_directions(degrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Right and forward directions (T, 3) of a body part that is rotated to its right by `degrees` (T,)."""
+    """Right and forward directions (T, 3) of a body part that is rotated to its right by `degrees` (T, 1)."""
     a = np.radians(degrees)
     zero = np.zeros_like(a)
-    return np.stack([np.cos(a), -np.sin(a), zero], -1), np.stack([np.sin(a), np.cos(a), zero], -1)
+    return np.concatenate([np.cos(a), -np.sin(a), zero], 1), np.concatenate([np.sin(a), np.cos(a), zero], 1)
 
 
-def _compute_head_joints(
-    neck: np.ndarray, turn: np.ndarray, lean: np.ndarray, size: float
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    right, forward = _yaw_directions(turn)
-    center = neck + size * (np.array([0, 0, 1.75]) + 0.35 * forward * np.sin(np.radians(lean))[:, None] * 2)
-    up = np.array([0.0, 0.0, 1.0])
-    nose = center + size * (0.95 * forward - 0.1 * up)
-    eyes = [center + size * (0.8 * forward + s * 0.38 * right + 0.2 * up) for s in (-1, 1)]
+def _solve_head(fields: dict[str, np.ndarray], neck: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Center of the head, and nose, eyes and ears; each (T, 3)."""
+    size = 0.068
+    right, forward = _yaw_directions(0.35 * fields["sy"])
+    center = neck + size * (1.75 * UP + 0.35 * forward * np.sin(np.radians(fields["lean"])) * 2)
+    nose = center + size * (0.95 * forward - 0.1 * UP)
+    eyes = [center + size * (0.8 * forward + s * 0.38 * right + 0.2 * UP) for s in (-1, 1)]
     ears = [center + size * (0.9 * s * right) for s in (-1, 1)]
     return center, [nose, *eyes, *ears]
 
 
 def _solve_arms(
-    fields: dict[str, np.ndarray],
-    chest: np.ndarray,
-    shoulders: list[np.ndarray],
-    right: np.ndarray,
-    forward: np.ndarray,
-    body: Body,
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.ndarray]:
-    """Elbows and wrists (left, right), grip and direction of the racket in the right hand; each (T, 3)."""
+    fields: dict[str, np.ndarray], chest: np.ndarray, right: np.ndarray, forward: np.ndarray, body: Body
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Shoulders, elbows and wrists (left, right), grip and direction of the racket in the right hand; each (T, 3)."""
+    bones = body.lengths["upper_arm"], body.lengths["forearm"]
+    shoulders = [chest + s * body.lengths["shoulder"] * right for s in (-1, 1)]
     racket = _normalize(fields["rd"])
     down = -0.35 * forward + np.array([0, 0, -0.75])
-    elbow_r, wrist_r = _solve_two_bones(
-        shoulders[1], chest + fields["rh"], body.upper_arm, body.forearm, right * 0.6 + down
-    )
+    elbow_r, wrist_r = _solve_two_bones(shoulders[1], chest + fields["rh"], *bones, right * 0.6 + down)
     grip = wrist_r + 0.045 * _normalize(_normalize(wrist_r - elbow_r) + racket)
     two = np.clip(fields["two"], 0, 1)
     goal_l = (1 - two) * (chest + fields["lh"]) + two * (grip + 0.06 * racket)
-    elbow_l, wrist_l = _solve_two_bones(shoulders[0], goal_l, body.upper_arm, body.forearm, -right * 0.6 + down)
-    return [elbow_l, elbow_r], [wrist_l, wrist_r], grip, racket
+    elbow_l, wrist_l = _solve_two_bones(shoulders[0], goal_l, *bones, -right * 0.6 + down)
+    return [*shoulders, elbow_l, elbow_r, wrist_l, wrist_r], grip, racket
 
 
-def _solve_legs(
-    fields: dict[str, np.ndarray],
-    hips: list[np.ndarray],
-    right: np.ndarray,
-    forward: np.ndarray,
-    speed: np.ndarray,
-    body: Body,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(knee, ankle) of the left and the right leg; each (T, 3). A moving player lifts the feet alternately."""
+def _solve_legs(fields: dict[str, np.ndarray], pelvis: np.ndarray, speed: np.ndarray, body: Body) -> list[np.ndarray]:
+    """Hips, knees and ankles (left, right); each (T, 3). A moving player lifts the feet alternately."""
+    right, forward = _yaw_directions(fields["hy"])
+    hips = [pelvis + s * body.lengths["hip"] * right for s in (-1, 1)]
     phase = np.cumsum(np.abs(speed)) / body.height * 9.0
     step = np.minimum(np.abs(speed) / body.height * 1.2, 0.07)
     legs = []
-    for k, (name, hip) in enumerate((("lf", hips[0]), ("rf", hips[1]))):
+    for k, (name, hip) in enumerate(zip(("lf", "rf"), hips, strict=True)):
         shuffle = np.maximum(np.sin(phase * np.pi + k * np.pi), 0) * step
         ankle = fields[name] * np.array([1, 1, 0])
         ankle[:, 2] = 0.04 + np.maximum(fields[name][:, 2], 0) + shuffle + np.maximum(fields["hop"], 0)[:, 0]
-        legs.append(_solve_two_bones(hip, ankle, body.thigh, body.shin, forward + 0.25 * (2 * k - 1) * right))
-    return legs
+        bones = body.lengths["thigh"], body.lengths["shin"]
+        legs.append(_solve_two_bones(hip, ankle, *bones, forward + 0.25 * (2 * k - 1) * right))
+    return [*hips, legs[0][0], legs[1][0], legs[0][1], legs[1][1]]
 
 
 def solve_joints(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, body: Body, *, facing: int) -> Figure:
@@ -276,42 +252,27 @@ def solve_joints(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, b
         body: the player.
         facing: 1 faces +y (near player), -1 faces -y (far player, whose left and right are swapped in the image).
     """
-    h = body.height
     fields = {name: pose[:, columns] for name, columns in SLICES.items()}
-    hop = np.maximum(fields["hop"], 0)
-    lift = np.concatenate([np.zeros((len(x), 2)), hop], -1)
-    pelvis_z = 0.525 - np.maximum(fields["crouch"], -0.03)
-    pelvis = np.concatenate([fields["p"], pelvis_z], -1) + lift
+    pelvis = np.concatenate([fields["p"], 0.525 - np.maximum(fields["crouch"], -0.03)], -1)
+    pelvis[:, 2:] += np.maximum(fields["hop"], 0)
     lean, side = np.radians(fields["lean"]), np.radians(fields["side"])
     spine = _normalize(np.concatenate([np.tan(side), np.tan(lean), np.ones_like(lean)], -1))
-    chest = pelvis + body.spine * spine
-    right_s, forward_s = _yaw_directions(fields["sy"][:, 0])
-    right_h, forward_h = _yaw_directions(fields["hy"][:, 0])
-    shoulders = [chest + s * body.shoulder * right_s for s in (-1, 1)]
-    hips = [pelvis + s * body.hip * right_h for s in (-1, 1)]
-
-    elbows, wrists, grip, racket = _solve_arms(fields, chest, shoulders, right_s, forward_s, body)
-    legs = _solve_legs(fields, hips, right_h, forward_h, speed, body)
-    head, face = _compute_head_joints(chest, 0.35 * fields["sy"][:, 0], fields["lean"][:, 0], 0.068)
-
-    joints = [*face, *shoulders, *elbows, *wrists, *hips]
-    joints += [legs[0][0], legs[1][0], legs[0][1], legs[1][1]]
-    normal = forward_s + np.array([0, 0, 0.15])
+    chest = pelvis + body.lengths["spine"] * spine
+    right, forward = _yaw_directions(fields["sy"])
+    arms, grip, racket = _solve_arms(fields, chest, right, forward, body)
+    head, face = _solve_head(fields, chest)
+    joints = [*face, *arms, *_solve_legs(fields, pelvis, speed, body)]
+    normal = forward + np.array([0, 0, 0.15])
     normal = _normalize(normal - racket * np.sum(normal * racket, -1, keepdims=True))
 
     turn = np.array([facing, facing, 1.0])
     ground = np.stack([x, np.full_like(x, y), np.zeros_like(x)], -1)
-
-    def to_world(v: np.ndarray) -> np.ndarray:
-        world: np.ndarray = v * h * turn + ground
-        return world
-
     return Figure(
-        joints=np.stack([to_world(joint) for joint in joints], 1),
-        grip=to_world(grip),
+        joints=np.stack(joints, 1) * body.height * turn + ground[:, None],
+        grip=grip * body.height * turn + ground,
         racket=racket * turn,
         normal=normal * turn,
-        head=to_world(head),
-        chest=forward_s * turn,
-        ground=ground + np.concatenate([fields["p"] * h * facing, np.zeros((len(x), 1))], -1),
+        head=head * body.height * turn + ground,
+        chest=forward * turn,
+        ground=ground + np.pad(fields["p"] * body.height * facing, ((0, 0), (0, 1))),
     )

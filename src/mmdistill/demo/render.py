@@ -11,15 +11,18 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from mmdistill.demo.motion import Figure
+from mmdistill.demo.motion import UP, Figure
 
 SUPERSAMPLE = 4
 _SHIFT = 4  # fractional bits of OpenCV's fixed-point coordinates: polygons are drawn at 1/16 px
 COURT_LENGTH, COURT_HALF_WIDTH, SINGLES_HALF_WIDTH = 23.77, 5.485, 4.115
 SERVICE_FROM_NET, NET_Y, NET_HEIGHT = 6.40, 11.885, 0.914
 WALL_Y = 30.0  # these lengths and positions are in meters
+_ANGLES = np.linspace(0, 2 * np.pi, 14, endpoint=False)
+_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
 
-Color = tuple[float, float, float]
+Color = tuple[float, float, float]  # RGB, 0 to 255
+_SKINS: tuple[Color, ...] = ((232, 190, 160), (208, 158, 124), (170, 118, 86), (124, 82, 58), (92, 62, 46))
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class Camera:
         origin = np.array(position, dtype=np.float64)
         forward = np.array(target) - origin
         forward /= np.linalg.norm(forward)
-        right = np.cross(forward, [0.0, 0.0, 1.0])
+        right = np.cross(forward, UP)
         right /= np.linalg.norm(right)
-        down = np.cross(forward, right)
-        return cls(origin, np.stack([right, down, forward]), focal, ((size[1] - 1) / 2, (size[0] - 1) / 2))
+        axes = np.stack([right, np.cross(forward, right), forward])
+        return cls(origin, axes, focal, ((size[1] - 1) / 2, (size[0] - 1) / 2))
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixel coordinates (..., 2) and depths in meters (...) of world points (..., 3)."""
@@ -64,17 +67,36 @@ class Camera:
 
 @dataclass(frozen=True)
 class Outfit:
-    """Colors of one player, RGB 0 to 255."""
+    """Clothes and racket of one player.
 
-    shirt: Color
-    shorts: Color
-    skin: Color
-    hair: Color
-    shoes: Color
-    accent: Color
-    racket: Color
-    strings: Color
-    sleeve: float  # fraction of the upper arm that the shirt covers
+    Attributes:
+        colors: shirt, shorts, skin, hair, shoes, accent, racket, strings.
+        sleeve: fraction of the upper arm that the shirt covers.
+    """
+
+    colors: dict[str, Color]
+    sleeve: float
+
+
+@dataclass(frozen=True)
+class CourtStyle:
+    """Properties that all rallies on one court share.
+
+    Attributes:
+        colors: court, surround, wall, crowd.
+        angle: direction of the light in radians.
+        gradient: mean change of the light level over the image.
+        distance: distance of the camera behind the near player in meters.
+        height: height of the camera in meters.
+        offset: sideways position of the camera in meters.
+    """
+
+    colors: dict[str, Color]
+    angle: float
+    gradient: float
+    distance: float
+    height: float
+    offset: float
 
 
 @dataclass(frozen=True)
@@ -82,32 +104,22 @@ class Appearance:
     """Appearance of one rally: colors, light and image quality.
 
     Attributes:
-        court, surround, wall, crowd, net: colors.
-        gain: light level.
-        gradient: change of the light level over the image, in the direction `angle`.
-        angle: direction of the light in radians.
-        tint: light level per color channel.
+        colors: court, surround, wall, crowd.
+        light: light level (H, W, 3).
+        shadow: start of the stadium's shadow in meters from the near baseline, and its opacity (0 none).
         blur: standard deviation in px.
         noise: standard deviation in gray levels.
         jpeg: JPEG quality.
         jitter: standard deviation of the camera shake in px.
-        shadow: start of the stadium's shadow in meters from the near baseline, and its opacity (0 none).
     """
 
-    court: Color
-    surround: Color
-    wall: Color
-    crowd: Color
-    net: Color
-    gain: float
-    gradient: float
-    angle: float
-    tint: Color
+    colors: dict[str, Color]
+    light: np.ndarray
+    shadow: tuple[float, float]
     blur: float
     noise: float
     jpeg: int
     jitter: float
-    shadow: tuple[float, float]
 
 
 def _random_color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Color:
@@ -123,9 +135,8 @@ def _blend(default: Color, other: Color, weight: float) -> Color:
 
 def _color_distance(a: Color, b: Color) -> float:
     """Distance between two colors, with a larger weight on brightness, as in human vision."""
-    x, y = np.array(a), np.array(b)
-    luma = np.array([0.3, 0.59, 0.11])
-    return float(np.hypot(np.linalg.norm(x - y), 1.5 * (luma @ (x - y))))
+    difference = np.array(a) - np.array(b)
+    return float(np.hypot(np.linalg.norm(difference), 1.5 * (np.array([0.3, 0.59, 0.11]) @ difference)))
 
 
 def _draw_contrasting_color(draw: Callable[[], Color], others: list[Color], min_distance: float) -> Color:
@@ -141,43 +152,20 @@ def _draw_contrasting_color(draw: Callable[[], Color], others: list[Color], min_
     return best
 
 
-@dataclass(frozen=True)
-class CourtStyle:
-    """Properties that all rallies on one court share.
-
-    Attributes:
-        court, surround, wall, crowd: colors.
-        angle: direction of the light in radians.
-        gradient: mean change of the light level over the image.
-        distance: distance of the camera behind the near player in meters.
-        height: height of the camera in meters.
-        offset: sideways position of the camera in meters.
-    """
-
-    court: Color
-    surround: Color
-    wall: Color
-    crowd: Color
-    angle: float
-    gradient: float
-    distance: float
-    height: float
-    offset: float
-
-
 def random_court(rng: np.random.Generator, nuisance: float) -> CourtStyle:
     """Draw the properties of a court."""
-    n = nuisance
-    court = _blend((62.0, 104.0, 158.0), _random_color(rng, (0.25, 0.65), (0.35, 0.75)), n)
-    surround = _blend((78.0, 128.0, 96.0), _random_color(rng, (0.2, 0.6), (0.3, 0.7)), n)
-    wall = _blend((38.0, 66.0, 92.0), _random_color(rng, (0.2, 0.6), (0.15, 0.45)), n)
-    crowd = _blend((110.0, 100.0, 100.0), _random_color(rng, (0.0, 0.3), (0.25, 0.6)), n)
-    spread = min(n, 1.5)
+    n, spread = nuisance, min(nuisance, 1.5)
+    colors = {
+        name: _blend(default, _random_color(rng, saturation, value), n)
+        for name, default, saturation, value in (
+            ("court", (62.0, 104.0, 158.0), (0.25, 0.65), (0.35, 0.75)),
+            ("surround", (78.0, 128.0, 96.0), (0.2, 0.6), (0.3, 0.7)),
+            ("wall", (38.0, 66.0, 92.0), (0.2, 0.6), (0.15, 0.45)),
+            ("crowd", (110.0, 100.0, 100.0), (0.0, 0.3), (0.25, 0.6)),
+        )
+    }
     return CourtStyle(
-        court=court,
-        surround=surround,
-        wall=wall,
-        crowd=crowd,
+        colors,
         angle=float(rng.uniform(0, 2 * np.pi)),
         gradient=float(0.08 + 0.22 * n * rng.uniform()),
         distance=float(8.6 + 1.6 * spread * rng.uniform(-1, 1)),
@@ -186,26 +174,23 @@ def random_court(rng: np.random.Generator, nuisance: float) -> CourtStyle:
     )
 
 
-def random_appearance(style: CourtStyle, rng: np.random.Generator, nuisance: float) -> Appearance:
-    """Draw the appearance of one rally: the court's colors with small changes, light, shake, image quality."""
+def random_appearance(
+    style: CourtStyle, rng: np.random.Generator, nuisance: float, size: tuple[int, int]
+) -> Appearance:
+    """Draw the appearance of one rally of frame `size` (H, W): changed colors, light, shake, image quality."""
     n = nuisance
-
-    def vary(color: Color) -> Color:
-        r, g, b = color
-        change = 1 + 0.10 * n * rng.uniform(-1, 1, 3)
-        return float(r * change[0]), float(g * change[1]), float(b * change[2])
-
     warm = 1 + 0.06 * n * rng.uniform(-1, 1)
+    colors = {}
+    for name, color in style.colors.items():
+        r, g, b = np.array(color) * (1 + 0.10 * n * rng.uniform(-1, 1, 3))
+        colors[name] = (float(r), float(g), float(b))
+    gain = float(1 + 0.22 * min(n, 2) * rng.uniform(-1, 1))
+    gradient = style.gradient * float(rng.uniform(0.7, 1.3))
+    y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
+    ramp = 1 + gradient * 0.7 * (np.cos(style.angle) * x + np.sin(style.angle) * y)
     return Appearance(
-        court=vary(style.court),
-        surround=vary(style.surround),
-        wall=vary(style.wall),
-        crowd=vary(style.crowd),
-        net=(30.0, 34.0, 36.0),
-        gain=float(1 + 0.22 * min(n, 2) * rng.uniform(-1, 1)),
-        gradient=style.gradient * float(rng.uniform(0.7, 1.3)),
-        angle=style.angle,
-        tint=(warm, 1.0, 2 - warm),
+        colors,
+        light=(gain * ramp[..., None] * np.array((warm, 1.0, 2 - warm))).astype(np.float32),
         blur=float(0.25 + 0.4 * n * rng.uniform()),
         noise=float(1.2 * n * rng.uniform(0.5, 1)),
         jpeg=round(88 - min(12 * n * float(rng.uniform()), 40)),
@@ -214,41 +199,33 @@ def random_appearance(style: CourtStyle, rng: np.random.Generator, nuisance: flo
     )
 
 
-_SKINS: tuple[Color, ...] = ((232, 190, 160), (208, 158, 124), (170, 118, 86), (124, 82, 58), (92, 62, 46))
-
-
 def random_outfit(appearance: Appearance, rng: np.random.Generator, nuisance: float) -> Outfit:
     """Draw clothes with a contrast to the court."""
-    n, ground = nuisance, [appearance.court, appearance.surround]
-    shirt = _blend(
-        (236, 222, 96), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.85), (0.15, 1.0)), ground, 120), n
-    )
-    shorts = _blend(
-        (30, 32, 44), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.6), (0.1, 1.0)), ground, 100), n
-    )
+    n, ground = nuisance, [appearance.colors["court"], appearance.colors["surround"]]
+
+    def contrasting(
+        default: Color, max_saturation: float, min_value: float, max_value: float, distance: float
+    ) -> Color:
+        def draw() -> Color:
+            return _random_color(rng, (0.0, max_saturation), (min_value, max_value))
+
+        return _blend(default, _draw_contrasting_color(draw, ground, distance), n)
+
+    shirt = contrasting((236, 222, 96), 0.85, 0.15, 1.0, 120)
+    shorts = contrasting((30, 32, 44), 0.6, 0.1, 1.0, 100)
     skin = _blend(_SKINS[0], _draw_contrasting_color(lambda: _SKINS[int(rng.integers(len(_SKINS)))], ground, 90), n)
-    hair = _blend(
-        (52, 36, 28), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.6), (0.05, 0.9)), ground, 70), n
-    )
-    racket = _blend(
-        (235, 60, 50), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.9), (0.1, 1.0)), ground, 110), n
-    )
-    strings = _blend(
-        (228, 228, 214), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.3), (0.1, 1.0)), ground, 110), n
-    )
-    return Outfit(
-        shirt=shirt,
-        shorts=shorts,
-        skin=skin,
-        hair=hair,
-        shoes=_blend((240, 240, 240), _random_color(rng, (0.0, 0.7), (0.3, 1.0)), n),
-        accent=_blend(
-            (40, 40, 60), _draw_contrasting_color(lambda: _random_color(rng, (0.0, 0.8), (0.1, 1.0)), [shirt], 90), n
-        ),
-        racket=racket,
-        strings=strings,
-        sleeve=float(0.55 + 0.45 * min(n, 1) * rng.uniform(-1, 1)),
-    )
+    colors = {
+        "shirt": shirt,
+        "shorts": shorts,
+        "skin": skin,
+        "hair": contrasting((52, 36, 28), 0.6, 0.05, 0.9, 70),
+        "racket": contrasting((235, 60, 50), 0.9, 0.1, 1.0, 110),
+        "strings": contrasting((228, 228, 214), 0.3, 0.1, 1.0, 110),
+        "shoes": _blend((240, 240, 240), _random_color(rng, (0.0, 0.7), (0.3, 1.0)), n),
+    }
+    ground = [shirt]  # the accent is on the shirt
+    colors["accent"] = contrasting((40, 40, 60), 0.8, 0.1, 1.0, 90)
+    return Outfit(colors, sleeve=float(0.55 + 0.45 * min(n, 1) * rng.uniform(-1, 1)))
 
 
 class Canvas:
@@ -258,9 +235,9 @@ class Canvas:
         self.image = image
 
     @classmethod
-    def blank(cls, size: tuple[int, int], channels: int = 3) -> "Canvas":
+    def blank(cls, size: tuple[int, int]) -> "Canvas":
         """A black canvas for a stored frame of `size` (H, W)."""
-        return cls(np.zeros((size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE, channels), np.uint8))
+        return cls(np.zeros((size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE, 3), np.uint8))
 
     @staticmethod
     def _fixed(points: np.ndarray) -> np.ndarray:
@@ -269,20 +246,10 @@ class Canvas:
 
     def fill_polygon(self, points: np.ndarray, color: Color, *, alpha: float = 1.0) -> None:
         """Fill a convex polygon (K, 2)."""
-        fixed = self._fixed(points)
-        if alpha >= 1:
-            cv2.fillConvexPoly(self.image, fixed, color, cv2.LINE_8, _SHIFT)
-            return
-        low, high = fixed.min(0) >> _SHIFT, (fixed.max(0) >> _SHIFT) + 2
-        height, width = self.image.shape[:2]
-        x0, x1 = np.clip([low[0], high[0]], 0, width)
-        y0, y1 = np.clip([low[1], high[1]], 0, height)
-        if x0 >= x1 or y0 >= y1:
-            return
-        region = self.image[y0:y1, x0:x1]
-        opaque = region.copy()
-        cv2.fillConvexPoly(opaque, fixed - (np.array([x0, y0]) << _SHIFT).astype(np.int32), color, cv2.LINE_8, _SHIFT)
-        cv2.addWeighted(opaque, alpha, region, 1 - alpha, 0, dst=region)
+        opaque = self.image if alpha >= 1 else self.image.copy()
+        cv2.fillConvexPoly(opaque, self._fixed(points), color, cv2.LINE_8, _SHIFT)
+        if alpha < 1:
+            cv2.addWeighted(opaque, alpha, self.image, 1 - alpha, 0, dst=self.image)
 
     def fill_hull(self, centers: np.ndarray, radii: np.ndarray, color: Color) -> None:
         """Fill the convex hull of circles with centers (K, 2) and radii (K,) in px."""
@@ -300,36 +267,31 @@ class Canvas:
         return cv2.resize(self.image, (width // SUPERSAMPLE, height // SUPERSAMPLE), interpolation=cv2.INTER_AREA)
 
 
-_ANGLES = np.linspace(0, 2 * np.pi, 14, endpoint=False)
-_CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
-
-
 def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Draw the empty court at `SUPERSAMPLE` times `size` (H, W): crowd, wall, surround, lines, net. uint8 RGB."""
-    canvas = Canvas.blank(size)
+    canvas, colors = Canvas.blank(size), appearance.colors
     height, width = canvas.image.shape[:2]
     # The crowd: coarse and smooth, so that a masked autoencoder can predict it.
-    blobs = np.clip(np.array(appearance.crowd) * (1 + 0.22 * rng.standard_normal((10, 22, 3))), 0, 255).astype(
-        np.float32
-    )
+    blobs = np.clip(np.array(colors["crowd"]) * (1 + 0.22 * rng.standard_normal((10, 22, 3))), 0, 255)
+    blobs = blobs.astype(np.float32)
     canvas.image[:] = cv2.resize(blobs, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
 
-    def project(*points: tuple[float, float, float]) -> np.ndarray:
-        return camera.project(np.array(points))[0]
+    def fill(corners: list[tuple[float, float, float]], color: Color, alpha: float) -> None:
+        canvas.fill_polygon(camera.project(np.array(corners))[0], color, alpha=alpha)
 
     def fill_ground(x0: float, x1: float, y0: float, y1: float, color: Color, alpha: float = 1.0) -> None:
-        canvas.fill_polygon(project((x0, y0, 0), (x1, y0, 0), (x1, y1, 0), (x0, y1, 0)), color, alpha=alpha)
+        fill([(x0, y0, 0), (x1, y0, 0), (x1, y1, 0), (x0, y1, 0)], color, alpha)
 
     def fill_vertical(x0: float, x1: float, y: float, z0: float, z1: float, color: Color, alpha: float = 1.0) -> None:
-        canvas.fill_polygon(project((x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)), color, alpha=alpha)
+        fill([(x0, y, z0), (x1, y, z0), (x1, y, z1), (x0, y, z1)], color, alpha)
 
-    fill_vertical(-40, 40, WALL_Y, 0, float(rng.uniform(2.2, 3.0)), appearance.wall)
+    fill_vertical(-40, 40, WALL_Y, 0, float(rng.uniform(2.2, 3.0)), colors["wall"])
     for x in np.arange(-9, 9, 4.5) + rng.uniform(0, 3):
-        fill_vertical(x, x + 1.8, WALL_Y, 0.5, 1.2, _blend(appearance.wall, (235.0, 235.0, 235.0), 0.5))
+        fill_vertical(x, x + 1.8, WALL_Y, 0.5, 1.2, _blend(colors["wall"], (235.0, 235.0, 235.0), 0.5))
 
     near_edge = float(camera.position[1]) + 0.5
-    fill_ground(-40, 40, near_edge, WALL_Y, appearance.surround)
-    fill_ground(-COURT_HALF_WIDTH, COURT_HALF_WIDTH, 0, COURT_LENGTH, appearance.court)
+    fill_ground(-40, 40, near_edge, WALL_Y, colors["surround"])
+    fill_ground(-COURT_HALF_WIDTH, COURT_HALF_WIDTH, 0, COURT_LENGTH, colors["court"])
     white, line = (238.0, 238.0, 232.0), 0.045
     for x in (-COURT_HALF_WIDTH, -SINGLES_HALF_WIDTH, SINGLES_HALF_WIDTH, COURT_HALF_WIDTH):
         fill_ground(x - line, x + line, 0, COURT_LENGTH, white)
@@ -343,7 +305,7 @@ def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator,
         fill_ground(-40, 40, max(start, near_edge), max(start + 9, near_edge), (0.0, 0.0, 0.0), opacity)
 
     half_width, tape = 6.4, NET_HEIGHT - 0.09
-    fill_vertical(-half_width, half_width, NET_Y, 0, tape, appearance.net, 0.5)
+    fill_vertical(-half_width, half_width, NET_Y, 0, tape, (30.0, 34.0, 36.0), 0.5)
     fill_vertical(-half_width, half_width, NET_Y, tape, NET_HEIGHT, white)
     fill_vertical(-0.04, 0.04, NET_Y, 0, NET_HEIGHT, white)
     return canvas.image
@@ -376,19 +338,29 @@ class _DepthSortedPainter:
         uv, depth = self.camera.project(points)
         return uv @ self.affine[:, :2].T + self.affine[:, 2], depth
 
-    def add_limb(
-        self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, color: Color, depth_bias: float = 0.0
-    ) -> None:
-        """Add a limb from a to b, with radii in meters. `depth_bias` moves it toward the camera by so many meters."""
-        uv, depth = self.project(np.stack([a, b]))
-        radii = np.array([ra, rb]) * self.pixels_per_meter
-        self.parts.append((float(depth.mean()) - depth_bias, lambda: self.canvas.fill_hull(uv, radii, color)))
+    def add(self, points: list[np.ndarray], radii: list[float], color: Color, depth_bias: float = 0.0) -> None:
+        """Add the convex hull of circles at `points` (3,), with radii in meters, for example a limb from a to b.
 
-    def add_hull(self, points: np.ndarray, radii: list[float], color: Color, depth_bias: float = 0.0) -> None:
-        """Add the convex hull of circles at `points` (K, 3), with radii in meters."""
-        uv, depth = self.project(points)
+        `depth_bias` moves it toward the camera by so many meters.
+        """
+        uv, depth = self.project(np.stack(points))
         scaled = np.array(radii) * self.pixels_per_meter
         self.parts.append((float(depth.mean()) - depth_bias, lambda: self.canvas.fill_hull(uv, scaled, color)))
+
+    def add_racket(self, figure: Figure, t: int, frame: Color, strings: Color) -> None:
+        """Add the racket in frame t."""
+        grip, along = figure.grip[t], figure.racket[t]
+        across = np.cross(along, figure.normal[t])
+        uv, depth = self.project(
+            grip + along * 0.50 + 0.175 * np.cos(_ANGLES)[:, None] * along + 0.135 * np.sin(_ANGLES)[:, None] * across
+        )
+        self.add([grip - 0.06 * along, grip + 0.34 * along], [0.028, 0.022], frame)
+
+        def draw_head() -> None:
+            self.canvas.fill_polygon(cv2.convexHull(uv.astype(np.float32))[:, 0], strings)
+            self.canvas.draw_outline(uv, frame, 0.04 * self.pixels_per_meter)
+
+        self.parts.append((float(depth.mean()), draw_head))
 
     def paint(self) -> None:
         """Draw the collected parts."""
@@ -396,74 +368,51 @@ class _DepthSortedPainter:
             draw()
 
 
-def _add_racket(painter: _DepthSortedPainter, figure: Figure, t: int, outfit: Outfit) -> None:
-    grip, along = figure.grip[t], figure.racket[t]
-    across = np.cross(along, figure.normal[t])
-    ring = grip + along * 0.50 + 0.175 * np.cos(_ANGLES)[:, None] * along + 0.135 * np.sin(_ANGLES)[:, None] * across
-    uv, depth = painter.project(ring)
-    painter.add_limb(grip - 0.06 * along, grip + 0.34 * along, 0.028, 0.022, outfit.racket)
-
-    def head() -> None:
-        painter.canvas.fill_polygon(cv2.convexHull(uv.astype(np.float32))[:, 0], outfit.strings)
-        painter.canvas.draw_outline(uv, outfit.racket, 0.04 * painter.pixels_per_meter)
-
-    painter.parts.append((float(depth.mean()), head))
-
-
 def _add_limbs(painter: _DepthSortedPainter, player: DrawablePlayer, t: int) -> None:
-    j, o, s = player.figure.joints[t], player.outfit, player.height * player.thickness
-    for shoulder, elbow, wrist in ((5, 7, 9), (6, 8, 10)):
-        sleeve = j[shoulder] + o.sleeve * (j[elbow] - j[shoulder])
-        painter.add_limb(j[shoulder], j[elbow], 0.036 * s, 0.032 * s, o.skin)
-        painter.add_limb(j[shoulder], sleeve, 0.040 * s, 0.038 * s, o.shirt, depth_bias=0.01)
-        hand = j[wrist] + 0.2 * (j[wrist] - j[elbow])
-        painter.add_limb(j[elbow], hand, 0.032 * s, 0.027 * s, _scale_brightness(o.skin, 0.94))
-    for hip, knee, ankle in ((11, 13, 15), (12, 14, 16)):
-        hem = j[hip] + 0.55 * (j[knee] - j[hip])
-        painter.add_limb(j[hip], j[knee], 0.055 * s, 0.040 * s, _scale_brightness(o.skin, 0.9))
-        painter.add_limb(j[hip], hem, 0.064 * s, 0.058 * s, o.shorts, depth_bias=0.01)
-        painter.add_limb(j[knee], j[ankle], 0.040 * s, 0.026 * s, _scale_brightness(o.skin, 0.86))
-        toe = j[ankle] + 0.07 * player.height * (player.figure.chest[t] * 0.6) - np.array([0, 0, 0.018 * s])
-        painter.add_limb(j[ankle] - np.array([0, 0, 0.018 * s]), toe, 0.026 * s, 0.024 * s, o.shoes, depth_bias=0.02)
+    j, colors, s = player.figure.joints[t], player.outfit.colors, player.height * player.thickness
+    skin, shirt = colors["skin"], colors["shirt"]
+    for shoulder, elbow, wrist in (j[[5, 7, 9]], j[[6, 8, 10]]):
+        sleeve = shoulder + player.outfit.sleeve * (elbow - shoulder)
+        painter.add([shoulder, elbow], [0.036 * s, 0.032 * s], skin)
+        painter.add([shoulder, sleeve], [0.040 * s, 0.038 * s], shirt, depth_bias=0.01)
+        hand = wrist + 0.2 * (wrist - elbow)
+        painter.add([elbow, hand], [0.032 * s, 0.027 * s], _scale_brightness(skin, 0.94))
+    for hip, knee, ankle in (j[[11, 13, 15]], j[[12, 14, 16]]):
+        hem = hip + 0.55 * (knee - hip)
+        painter.add([hip, knee], [0.055 * s, 0.040 * s], _scale_brightness(skin, 0.9))
+        painter.add([hip, hem], [0.064 * s, 0.058 * s], colors["shorts"], depth_bias=0.01)
+        painter.add([knee, ankle], [0.040 * s, 0.026 * s], _scale_brightness(skin, 0.86))
+        sole = np.array([0, 0, 0.018 * s])
+        toe = ankle + 0.07 * player.height * (player.figure.chest[t] * 0.6) - sole
+        painter.add([ankle - sole, toe], [0.026 * s, 0.024 * s], colors["shoes"], depth_bias=0.02)
 
 
 def draw_player(canvas: Canvas, camera: Camera, affine: np.ndarray, player: DrawablePlayer, t: int) -> None:
-    """Draw a player with racket in frame t.
-
-    Args:
-        canvas: the image to draw on.
-        camera: projects world points to pixels.
-        affine: (2, 3) camera shake, applied to projected pixels.
-        player: the player.
-        t: number of the frame.
-    """
-    figure, o, s = player.figure, player.outfit, player.height * player.thickness
+    """Draw a player with racket in frame t. `affine` (2, 3) is the camera shake, applied to projected pixels."""
+    figure, colors, s = player.figure, player.outfit.colors, player.height * player.thickness
     j = figure.joints[t]
     depth = camera.project(j[[5, 6, 11, 12]].mean(0))[1]
     painter = _DepthSortedPainter(canvas, camera, affine, camera.focal / float(depth))
 
-    ring = figure.ground[t] + 0.2 * player.height * np.concatenate([_CIRCLE, np.zeros((len(_CIRCLE), 1))], -1)
+    ring = figure.ground[t] + 0.2 * player.height * np.pad(_CIRCLE, ((0, 0), (0, 1)))
     canvas.fill_polygon(painter.project(ring)[0], (0.0, 0.0, 0.0), alpha=0.3)
 
     # The side of the torso is darker than back and chest, so that a rotation is visible.
-    shade = 0.74 + 0.26 * abs(float(figure.chest[t, 1]))
-    painter.add_hull(j[[5, 6, 12, 11]], [0.046 * s, 0.046 * s, 0.055 * s, 0.055 * s], _scale_brightness(o.shirt, shade))
-    painter.add_hull(j[[11, 12]] + np.array([0, 0, 0.01]), [0.066 * s, 0.066 * s], o.shorts, depth_bias=-0.01)
-    toward_camera = float(figure.chest[t] @ camera.axes[2])
-    if abs(toward_camera) > 0.35:
+    shirt = _scale_brightness(colors["shirt"], 0.74 + 0.26 * abs(float(figure.chest[t, 1])))
+    painter.add(list(j[[5, 6, 12, 11]]), [0.046 * s, 0.046 * s, 0.055 * s, 0.055 * s], shirt)
+    painter.add(list(j[[11, 12]] + 0.01 * UP), [0.066 * s, 0.066 * s], colors["shorts"], depth_bias=-0.01)
+    if abs(float(figure.chest[t] @ camera.axes[2])) > 0.35:
         middle = 0.62 * j[[5, 6]].mean(0) + 0.38 * j[[11, 12]].mean(0)
         across = 0.5 * (j[6] - j[5])
-        stripe = np.stack([middle - 0.55 * across, middle + 0.55 * across])
-        painter.add_hull(stripe, [0.03 * s, 0.03 * s], o.accent, depth_bias=0.08)
+        stripe = [middle - 0.55 * across, middle + 0.55 * across]
+        painter.add(stripe, [0.03 * s, 0.03 * s], colors["accent"], depth_bias=0.08)
     _add_limbs(painter, player, t)
-    _add_racket(painter, figure, t, o)
-    neck = j[[5, 6]].mean(0)
-    painter.add_limb(neck, figure.head[t], 0.03 * s, 0.03 * s, _scale_brightness(o.skin, 0.85))
-    painter.add_limb(
-        figure.head[t], figure.head[t], 0.064 * player.height, 0.064 * player.height, o.hair, depth_bias=0.02
-    )
-    face = figure.head[t] + 0.42 * (j[0] - figure.head[t])
-    painter.add_limb(face, face, 0.054 * player.height, 0.054 * player.height, o.skin, depth_bias=0.02)
+    painter.add_racket(figure, t, colors["racket"], colors["strings"])
+    neck, head = j[[5, 6]].mean(0), figure.head[t]
+    painter.add([neck, head], [0.03 * s, 0.03 * s], _scale_brightness(colors["skin"], 0.85))
+    painter.add([head, head], [0.064 * player.height] * 2, colors["hair"], depth_bias=0.02)
+    face = head + 0.42 * (j[0] - head)
+    painter.add([face, face], [0.054 * player.height] * 2, colors["skin"], depth_bias=0.02)
     painter.paint()
 
 
@@ -480,10 +429,8 @@ def random_camera_shake(num_frames: int, jitter: float, size: tuple[int, int], r
 
 
 def apply_affine(affine: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Apply camera shake (T, 2, 3) to pixel coordinates (T, ..., 2)."""
-    broadcast = (slice(None),) + (None,) * (pixels.ndim - 2)
-    affine = affine[broadcast]
-    moved: np.ndarray = np.einsum("t...ij,t...j->t...i", affine[..., :2], pixels) + affine[..., 2]
+    """Apply camera shake (T, 2, 3) to pixel coordinates (T, N, 2)."""
+    moved: np.ndarray = np.einsum("tij,tnj->tni", affine[..., :2], pixels) + affine[:, None, :, 2]
     return moved
 
 
@@ -497,18 +444,10 @@ def warp_court(court: np.ndarray, affine: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(court, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def make_light_map(appearance: Appearance, size: tuple[int, int]) -> np.ndarray:
-    """Light level of every pixel and color channel, float32 (H, W, 3)."""
-    y, x = np.mgrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
-    ramp = 1 + appearance.gradient * 0.7 * (np.cos(appearance.angle) * x + np.sin(appearance.angle) * y)
-    light: np.ndarray = (appearance.gain * ramp[..., None] * np.array(appearance.tint)).astype(np.float32)
-    return light
-
-
-def postprocess(canvas: Canvas, appearance: Appearance, light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def postprocess(canvas: Canvas, appearance: Appearance, rng: np.random.Generator) -> np.ndarray:
     """Downsample the canvas, then apply blur, light and sensor noise. uint8 (H, W, 3) RGB."""
     image = canvas.downsample().astype(np.float32)
-    image = cv2.GaussianBlur(image, (0, 0), appearance.blur) * light
+    image = cv2.GaussianBlur(image, (0, 0), appearance.blur) * appearance.light
     if appearance.noise > 0:
         image += appearance.noise * rng.standard_normal(image.shape, dtype=np.float32)
     pixels: np.ndarray = np.rint(np.clip(image, 0, 255)).astype(np.uint8)

@@ -5,7 +5,7 @@ therefore be rendered in any order and in any process. Shapes: T frames of a ral
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,21 +16,10 @@ from mmdistill.errors import InputError
 from mmdistill.randomness import integer_rng
 
 SPLITS = ("train", "val")
-DEFAULT_NUISANCE = 0.3
 # Frames before the first and after the last contact. The 8-frame window of a stroke needs 4 frames before the contact,
 # 3 after it and 1 more for the last flow pair.
 LEAD_IN, LEAD_OUT = 5, 6
-_STREAMS = {
-    "plan": 1,
-    "player": 2,
-    "court": 3,
-    "appearance": 4,
-    "near": 5,
-    "far": 6,
-    "camera": 7,
-    "sensor": 8,
-    "labels": 9,
-}
+_STREAMS = ("plan", "player", "court", "appearance", "near", "far", "camera", "sensor", "labels")
 
 
 class DemoError(InputError):
@@ -51,7 +40,7 @@ class DemoParameters:
     """
 
     seed: int = 0
-    nuisance: float = DEFAULT_NUISANCE
+    nuisance: float = 0.3
     frame_size: tuple[int, int] = (64, 68)
     strokes_per_class: tuple[int, int] = (24, 24)
     strokes_per_rally: int = 6
@@ -72,7 +61,7 @@ class DemoParameters:
 
     def rng(self, stream: str, *ids: int) -> np.random.Generator:
         """The random generator of one purpose, independent of all others."""
-        return integer_rng(self.seed, _STREAMS[stream], *ids)
+        return integer_rng(self.seed, 1 + _STREAMS.index(stream), *ids)
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,11 @@ class RallyPlan:
     court: int
     strokes: tuple[int, ...]  # indices into `demo.strokes.STROKES`
     frames: tuple[int, ...]  # of the contacts
-    num_frames: int
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the rally."""
+        return self.frames[-1] + LEAD_OUT
 
 
 def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
@@ -121,7 +114,6 @@ def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
                     court=first + int(courts[(k + 3 * turn) % parameters.people]),
                     strokes=tuple(chosen),
                     frames=tuple(int(f) for f in frames),
-                    num_frames=int(frames[-1]) + LEAD_OUT,
                 )
             )
             k += 1
@@ -133,7 +125,7 @@ class RallyScene:
     """Everything that is needed to draw a rally.
 
     Attributes:
-        camera: the camera.
+        camera: projects world points to pixels.
         affine: (T, 2, 3) camera shake.
         players: near and far player.
         keypoints: (2, T, 17, 2) exact joint positions in px.
@@ -161,18 +153,20 @@ def _far_strokes(plan: RallyPlan, rng: np.random.Generator) -> tuple[list[int], 
 
 def _ball_track(near: motion.Figure, far: motion.Figure, plan: RallyPlan, far_contacts: list[float]) -> np.ndarray:
     """Ball positions (T, 3) in meters, on arcs from racket to racket."""
-    last = plan.num_frames - 1
-    stops: list[tuple[float, np.ndarray]] = []
-    for frame, far_contact in zip(plan.frames, far_contacts, strict=True):
-        stops.append((frame, near.grip[frame] + 0.5 * near.racket[frame]))
-        k = min(round(far_contact), last)
-        stops.append((far_contact, far.grip[k] + 0.5 * far.racket[k]))
-    stops.insert(0, (plan.frames[0] - 4.5, stops[1][1]))
-    times, positions = np.array([s[0] for s in stops]), np.stack([s[1] for s in stops])
+
+    def racket_head(figure: motion.Figure, time: float) -> np.ndarray:
+        k = min(round(time), plan.num_frames - 1)
+        head: np.ndarray = figure.grip[k] + 0.5 * figure.racket[k]
+        return head
+
+    times, positions = [plan.frames[0] - 4.5], [racket_head(far, far_contacts[0])]
+    for contact, far_contact in zip(plan.frames, far_contacts, strict=True):
+        times += [contact, far_contact]
+        positions += [racket_head(near, contact), racket_head(far, far_contact)]
     t = np.clip(np.arange(plan.num_frames), times[0], times[-1])
-    ball = np.stack([np.interp(t, times, positions[:, d]) for d in range(3)], -1)
+    ball = np.stack([np.interp(t, times, axis) for axis in np.stack(positions, 1)], -1)
     i = np.clip(np.searchsorted(times, t, side="right") - 1, 0, len(times) - 2)
-    u = (t - times[i]) / (times[i + 1] - times[i])
+    u = (t - np.take(times, i)) / np.take(np.diff(times), i)
     ball[:, 2] += 4 * 1.1 * u * (1 - u)
     return ball
 
@@ -184,12 +178,13 @@ def build_scene(plan: RallyPlan, parameters: DemoParameters) -> RallyScene:
     other = motion.random_body(parameters.rng("player", plan.opponent))
     style = render.random_court(parameters.rng("court", plan.court), n)
     rng = parameters.rng("appearance", number)
-    appearance = render.random_appearance(style, rng, n)
+    appearance = render.random_appearance(style, rng, n, size)
     outfits = [render.random_outfit(appearance, rng, n) for _ in range(2)]
 
     rng = parameters.rng("near", number)
-    poses = motion.interpolate_poses(list(plan.strokes), [float(f) for f in plan.frames], plan.num_frames, body, rng)
-    walk = motion.interpolate_positions([float(f) for f in plan.frames], plan.num_frames, 0.10, rng)
+    hits = [float(frame) for frame in plan.frames]
+    poses = motion.interpolate_poses(list(plan.strokes), hits, plan.num_frames, body, rng)
+    walk = motion.interpolate_positions(hits, plan.num_frames, 0.10, rng)
     near = motion.solve_joints(poses, *walk, float(rng.uniform(-0.9, 0.1)), body, facing=1)
     rng = parameters.rng("far", number)
     strokes, contacts = _far_strokes(plan, rng)
@@ -232,36 +227,14 @@ def _draw_ball(canvas: render.Canvas, scene: RallyScene, t: int) -> None:
 def render_rally(scene: RallyScene, plan: RallyPlan, parameters: DemoParameters) -> Iterator[np.ndarray]:
     """Render the images of a rally, uint8 (H, W, 3) RGB, before JPEG compression."""
     rng = parameters.rng("sensor", plan.number)
-    light = render.make_light_map(scene.appearance, parameters.frame_size)
+    near, far = scene.players
     for t in range(plan.num_frames):
         canvas = render.Canvas(render.warp_court(scene.court, scene.affine[t]))
-        near, far = scene.players
         render.draw_player(canvas, scene.camera, scene.affine[t], far, t)
-        if scene.ball[t, 1] > near.figure.ground[t, 1] + 0.8:
+        is_behind = scene.ball[t, 1] > near.figure.ground[t, 1] + 0.8  # the ball, seen from the camera
+        if is_behind:
             _draw_ball(canvas, scene, t)
-            render.draw_player(canvas, scene.camera, scene.affine[t], near, t)
-        else:
-            render.draw_player(canvas, scene.camera, scene.affine[t], near, t)
+        render.draw_player(canvas, scene.camera, scene.affine[t], near, t)
+        if not is_behind:
             _draw_ball(canvas, scene, t)
-        yield render.postprocess(canvas, scene.appearance, light, rng)
-
-
-def player_mask(scene: RallyScene, t: int, parameters: DemoParameters, *, person: int = 0) -> np.ndarray:
-    """Pixels of a player and the racket in frame t: bool (H, W)."""
-    white: render.Color = (255.0, 255.0, 255.0)
-    player = scene.players[person]
-    outfit = render.Outfit(
-        shirt=white,
-        shorts=white,
-        skin=white,
-        hair=white,
-        shoes=white,
-        accent=white,
-        racket=white,
-        strings=white,
-        sleeve=0.5,
-    )
-    canvas = render.Canvas.blank(parameters.frame_size)
-    render.draw_player(canvas, scene.camera, scene.affine[t], replace(player, outfit=outfit), t)
-    mask: np.ndarray = canvas.downsample()[..., 0] > 60
-    return mask
+        yield render.postprocess(canvas, scene.appearance, rng)

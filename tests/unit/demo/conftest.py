@@ -5,14 +5,14 @@ import pytest
 from mmdistill.demo.dataset import make_demo
 from mmdistill.demo.scene import DemoParameters, RallyPlan, RallyScene, build_scene, plan_rallies
 
-ONE_STROKE_PER_CLASS = {"strokes_per_class": (1, 1), "strokes_per_rally": 6, "workers": 1, "progress": False}
+ONE_STROKE_PER_CLASS = DemoParameters(strokes_per_class=(1, 1))
 
 
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with one stroke per class and split: 2 x 2 rallies. Tests must not change it."""
     folder = tmp_path_factory.mktemp("demo")
-    make_demo(folder, **ONE_STROKE_PER_CLASS)  # type: ignore[arg-type]
+    make_demo(folder, ONE_STROKE_PER_CLASS, workers=1, progress=False)
     return folder
 
 

@@ -19,7 +19,7 @@ def test_camera_equals_a_pinhole_computed_by_hand() -> None:
 def test_courts_differ_only_with_nuisance(nuisance: float, colors: int) -> None:
     parameters = DemoParameters(nuisance=nuisance)
     courts = [render.random_court(parameters.rng("court", k), nuisance) for k in range(6)]
-    assert len({court.court for court in courts}) == colors
+    assert len({court.colors["court"] for court in courts}) == colors
 
 
 def test_polygon_covers_its_pixels() -> None:

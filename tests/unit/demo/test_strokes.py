@@ -1,10 +1,16 @@
 """Stroke classes: distinct labels, ascending key times, complete poses."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.demo import strokes
 from mmdistill.demo.strokes import FIELDS, POSE_SIZE, READY, SLICES, STROKES, Stroke
+
+TABLE = yaml.safe_load(Path(strokes.__file__).with_suffix(".yaml").read_text())["strokes"]
 
 
 def test_classes_have_distinct_fields_and_names() -> None:
@@ -15,10 +21,11 @@ def test_classes_have_distinct_fields_and_names() -> None:
 
 @pytest.mark.parametrize("stroke", STROKES, ids=lambda stroke: stroke.name)
 def test_key_poses_are_ascending_and_include_the_contact(stroke: Stroke) -> None:
-    times, poses = stroke.times(), stroke.poses()
+    times, poses = stroke.times, stroke.poses
+    (keys,) = [entry["keys"] for entry in TABLE if entry["name"] == stroke.name]
     assert (np.diff(times) > 0).all()
     assert 0.0 in times
     assert poses.shape == (len(times), POSE_SIZE)
-    unset = set(FIELDS) - set(stroke.keys[0][1])
-    for name in unset:
+    for name in set(FIELDS) - set(keys[0]):
         np.testing.assert_array_equal(poses[0, SLICES[name]], READY[SLICES[name]])
+    assert set().union(*keys) <= {"time", *FIELDS}
