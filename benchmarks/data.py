@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, default_collate
 from mmdistill.checkpoint import save_torch
 from mmdistill.config import to_plain
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.clips import build_index
-from mmdistill.data.dataset import ClipDataset, init_worker
+from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
@@ -90,11 +91,9 @@ def _readers(root: Path) -> dict[str, Reader]:
 
 
 def _dataset(root: Path) -> ClipDataset:
-    index = build_index([Rally("r", FRAMES, 25.0, ())], clips="windows", num_frames=16, stride=1)
-    grid = (8, 14, 24)
-    return ClipDataset(
-        index, _readers(root), grid=grid, crop_size=CROP, frame_size=SIZE, mask_ratio=0.9, augment=True, seed=0
-    )
+    index = build_index([Rally("r", FRAMES, 25.0, ())], ClipSpec("windows", 16, stride=1))
+    mask = MaskSpec((8, 14, 24), mask_ratio=0.9)
+    return ClipDataset(index, _readers(root), CropSpec(SIZE, CROP, augment=True), mask)
 
 
 def _time(call: Callable[[], object], repeats: int) -> tuple[float, float]:

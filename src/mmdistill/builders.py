@@ -17,9 +17,10 @@ from mmdistill.config import (
     modality_specs,
 )
 from mmdistill.data.annotations.base import Rally, load_annotations
-from mmdistill.data.clips import ClipIndex, build_index
+from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
 from mmdistill.data.dataloader import ClipLoader
-from mmdistill.data.dataset import ClipDataset, init_worker
+from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import Reader
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
@@ -102,16 +103,16 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
     path = resolve_annotation_path(data, training=training)
     with raise_as_config_error():
         rallies = load_rallies(data, path)
-        index = build_index(
-            rallies,
-            clips=data.train_clips if training else data.eval_clips,
-            num_frames=data.num_frames,
+        spec = ClipSpec(
+            data.train_clips if training else data.eval_clips,
+            data.num_frames,
             sampling_rate=data.sampling_rate,
             stride=data.window_stride,
             anchor=data.clip_anchor,
             label_fields=data.label_fields,
             label=data.label,
         )
+        index = build_index(rallies, spec)
     if not index.clips:
         too_short, without_events = (len(index.report[key]) for key in ("too_short", "without_events"))
         raise ConfigError(
@@ -154,11 +155,25 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
 
 
 def make_clip_dataset(
-    data: DataModuleConfig, modalities: tuple[str, ...], *, training: bool, seed: int, cached_epochs: int = 0
+    data: DataModuleConfig,
+    modalities: tuple[str, ...],
+    *,
+    training: bool,
+    seed: int,
+    augment: bool | None = None,
+    masked: bool | None = None,
+    cached_epochs: int = 0,
 ) -> ClipDataset:
     """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
 
-    `cached_epochs` see `ClipDataset`.
+    Args:
+        data: the settings.
+        modalities: the modalities of a sample.
+        training: whether the clips are those of the training or those of the evaluation.
+        seed: see `ClipDataset`.
+        augment: whether crops are random, with flips, and unreadable clips are replaced; None: as `training`.
+        masked: whether ``data.mask_ratio`` applies; None: as `training`.
+        cached_epochs: see `ClipDataset`.
 
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
@@ -170,20 +185,23 @@ def make_clip_dataset(
                 f"data_module.modalities has no entry {modality}, only {', '.join(specs)}; add it, or use one of these"
             )
     index = make_clip_index(data, training=training)
-    height, width = data.crop_size
     with raise_as_config_error():
         dataset = ClipDataset(
             index,
             open_readers(data, modalities),
-            grid=(data.num_frames // data.tubelet, height // data.patch_size, width // data.patch_size),
-            crop_size=(height, width),
-            frame_size=(data.frame_size[0], data.frame_size[1]),
-            mask_type=data.mask_type,
-            mask_ratio=data.mask_ratio if training else 0.0,
+            CropSpec(
+                (data.frame_size[0], data.frame_size[1]),
+                (data.crop_size[0], data.crop_size[1]),
+                augment=training if augment is None else augment,
+                random_crop_min_scale=data.random_crop_min_scale,
+                hflip_prob=data.hflip_prob,
+            ),
+            MaskSpec(
+                (data.num_frames // data.tubelet, *token_grid(data)),
+                data.mask_type,
+                data.mask_ratio if (training if masked is None else masked) else 0.0,
+            ),
             seed=seed,
-            augment=training,
-            random_crop_min_scale=data.random_crop_min_scale,
-            hflip_prob=data.hflip_prob,
             on_missing=data.on_missing,
             cached_epochs=cached_epochs,
             always_decoded=(STUDENT_MODALITY,),

@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = make_clip_dataset(data, names, training=True, seed=config.seed)
     count = min(options.clips or len(dataset), len(dataset))
     with ProgressDisplay("clips", count) as display:
-        moments = dataset_statistics(
+        statistics = dataset_statistics(
             dataset, specs, num_workers=config.num_workers, clips=options.clips, progress=display.update
         )
-    plain = dataset_keys(data, moments, options.overrides, options.config_dir)
-    for name, moment in moments.items():
-        mean, std, constant = to_mean_std(moment)
+    plain = dataset_keys(data, statistics, options.overrides, options.config_dir)
+    for name, scaler in statistics.items():
+        mean, std, constant = to_mean_std(scaler)
         plain["modalities"][name] |= {"mean": list(mean), "std": list(std)}
         print(f"{name}: mean {mean}, std {std}", file=sys.stderr)
         if constant:

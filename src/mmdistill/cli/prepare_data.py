@@ -21,7 +21,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.console import ProgressDisplay
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
-from mmdistill.data.clips import build_index
+from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import format_count
 from mmdistill.modalities import BUILTIN_MODALITIES
@@ -130,7 +130,7 @@ def next_commands(
     """
     config = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb"])
     data = config.data_module
-    index = build_index(rallies, clips="windows", num_frames=data.num_frames, label="video")
+    index = build_index(rallies, ClipSpec("windows", data.num_frames, label="video"))
     if not index.clips:
         return [f"no video has the {data.num_frames + 1} frames of a clip: set data_module.num_frames to a lower value"]
     height, width = frame_size

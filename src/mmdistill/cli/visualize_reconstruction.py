@@ -43,10 +43,13 @@ def write_reconstructions(args: argparse.Namespace) -> None:
     model = VideoMAE(encoder_config, DecoderConfig(**checkpoint.meta["decoder"]))
     checkpoint.load_into(model)
     dataset = make_clip_dataset(
-        config.data_module, (config.modality,), training=args.split == "train", seed=config.seed
+        config.data_module,
+        (config.modality,),
+        training=args.split == "train",
+        seed=config.seed,
+        augment=False,
+        masked=True,
     )
-    dataset.mask_ratio = config.data_module.mask_ratio
-    dataset.augment = False
     out_dir = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
     for index in torch.linspace(0, len(dataset) - 1, min(args.clips, len(dataset))).long().tolist():
         clip = dataset.index.clips[index]

@@ -1,12 +1,14 @@
 """Clips: the frames and the label of each sample, from rallies."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.annotations.f3set import select_fields
+from mmdistill.data.annotations.f3set import check_label_fields, select_fields
+
+_CHOICES = {"clips": ("events", "windows", "first"), "anchor": ("center", "start"), "label": ("event", "video")}
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,19 @@ class ClipIndex:
     classes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
 
+    def frames_by_video(self) -> dict[str, list[int]]:
+        """The frames that the clips need: each once per video, sorted."""
+        frames: dict[str, set[int]] = {}
+        for clip in self.clips:
+            frames.setdefault(clip.video, set()).update(clip.frames)
+        return {video: sorted(numbers) for video, numbers in frames.items()}
+
 
 @dataclass(frozen=True)
-class _ClipSpec:
-    """A clip before classes are numbered. `start` may lie outside the video."""
+class ClipSpec:
+    """Which parts of a video become clips.
 
-    id: str
-    start: int
-    label: str | None
-
-
-def build_index(
-    rallies: Sequence[Rally],
-    *,
-    clips: str,
-    num_frames: int,
-    sampling_rate: int = 1,
-    stride: int | None = None,
-    anchor: str = "center",
-    label_fields: Sequence[str] | None = None,
-    label: str = "event",
-) -> ClipIndex:
-    """All clips of `rallies`.
-
-    A clip has `num_frames` frames, `sampling_rate` apart, within frames 0 to ``rally.num_frames - 2``. The last frame
-    is excluded because flow k is the displacement from frame k to k + 1. A clip that would start before or end after
-    the video is moved inside it, never padded. A video shorter than a clip has none and is listed in
-    ``report["too_short"]``.
-
-    Args:
-        rallies: the videos and their events.
+    Attributes:
         clips: ``events`` (one clip per event), ``first`` (one clip per rally, for its first event), ``windows`` (one
             clip every `stride` frames, label -1 unless ``label="video"``).
         num_frames: frames per clip.
@@ -76,32 +61,83 @@ def build_index(
         label: ``event``: the event's label is the class. ``video``: the video's name is the class.
 
     Raises:
-        ValueError: an argument is invalid; names it.
+        ValueError: a value is invalid; names it.
     """
-    _check_choices(clips=clips, anchor=anchor, label=label)
-    _check_counts(num_frames=num_frames, sampling_rate=sampling_rate, stride=1 if stride is None else stride)
-    span = (num_frames - 1) * sampling_rate + 1
-    before = num_frames // 2 * sampling_rate if anchor == "center" else 0
-    specs: list[tuple[Rally, _ClipSpec]] = []
+
+    clips: str
+    num_frames: int
+    sampling_rate: int = 1
+    stride: int | None = None
+    anchor: str = "center"
+    label_fields: Sequence[str] | None = None
+    label: str = "event"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("num_frames", "sampling_rate", "stride"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1")
+        if self.label_fields is not None:
+            check_label_fields(self.label_fields)
+
+    @property
+    def span(self) -> int:
+        """Frames from the first to the last frame of a clip."""
+        return (self.num_frames - 1) * self.sampling_rate + 1
+
+
+def build_index(rallies: Sequence[Rally], spec: ClipSpec) -> ClipIndex:
+    """All clips of `rallies`.
+
+    A clip lies within frames 0 to ``rally.num_frames - 2``. The last frame is excluded because flow k is the
+    displacement from frame k to k + 1. A clip that would start before or end after the video is moved inside it, never
+    padded. A video shorter than a clip has none and is listed in ``report["too_short"]``.
+
+    Raises:
+        ValueError: two clips have the same id, because a video occurs twice.
+    """
+    found: list[tuple[str, Rally, int, str | None]] = []  # id, rally, first frame, label
     too_short, without_events, shifted = [], [], 0
     for rally in rallies:
-        last_start = rally.num_frames - 1 - span
+        last_start = rally.num_frames - 1 - spec.span
         if last_start < 0:
             too_short.append(rally.video)
             continue
-        if clips == "windows":
-            found = [_ClipSpec(f"{rally.video}:{s:06d}", s, None) for s in range(0, last_start + 1, stride or span)]
-        else:
-            found = _make_event_specs(rally, first_only=clips == "first", before=before)
-            if not found:
-                without_events.append(rally.video)
-        for spec in found:
-            start = min(max(spec.start, 0), last_start)
-            shifted += start != spec.start
-            event_label = select_fields(spec.label, label_fields) if spec.label else None
-            specs.append((rally, _ClipSpec(spec.id, start, rally.video if label == "video" else event_label)))
-    report = {"rallies": len(rallies), "shifted_into_video": shifted, "too_short": too_short}
-    return _make_index(specs, range(0, span, sampling_rate), {**report, "without_events": without_events})
+        starts = list(_clip_starts(rally, spec, last_start))
+        if not starts:
+            without_events.append(rally.video)
+        for clip_id, wanted, label in starts:
+            start = min(max(wanted, 0), last_start)
+            shifted += start != wanted
+            found.append((clip_id, rally, start, label))
+    if len({clip_id for clip_id, *_ in found}) != len(found):
+        raise ValueError("two clips have the same id; list each video once in the annotations")
+    classes = sorted({label for *_, label in found if label is not None})
+    numbers: dict[str | None, int] = {None: -1, **{name: i for i, name in enumerate(classes)}}
+    clips = tuple(
+        Clip(clip_id, r.video, tuple(range(start, start + spec.span, spec.sampling_rate)), numbers[label], r.video)
+        for clip_id, r, start, label in found
+    )
+    report = {
+        "clips": len(clips), "classes": len(classes), "rallies": len(rallies), "shifted_into_video": shifted,
+        "too_short": too_short, "without_events": without_events,
+    }  # fmt: skip
+    return ClipIndex(clips, tuple(classes), report)
+
+
+def _clip_starts(rally: Rally, spec: ClipSpec, last_start: int) -> Iterator[tuple[str, int, str | None]]:
+    """(id, first frame, label) of the clips of a rally. The first frame may lie outside the video."""
+    own_label = rally.video if spec.label == "video" else None
+    if spec.clips == "windows":
+        for start in range(0, last_start + 1, spec.stride or spec.span):
+            yield f"{rally.video}:{start:06d}", start, own_label
+        return
+    before = spec.num_frames // 2 * spec.sampling_rate if spec.anchor == "center" else 0
+    for number, event in enumerate(rally.events[:1] if spec.clips == "first" else rally.events):
+        label = select_fields(event.label, spec.label_fields) if event.label else None
+        yield f"{rally.video}#{number}@{event.frame}", event.frame - before, own_label or label
 
 
 def count_overlapping_clips(clips: Sequence[Clip]) -> int:
@@ -117,40 +153,3 @@ def count_overlapping_clips(clips: Sequence[Clip]) -> int:
             if start <= end:
                 found |= {number, next_number}
     return len(found)
-
-
-def _check_choices(**choices: str) -> None:
-    allowed = {"clips": ("events", "windows", "first"), "anchor": ("center", "start"), "label": ("event", "video")}
-    for name, value in choices.items():
-        if value not in allowed[name]:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed[name])}")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count} must be at least 1")
-
-
-def _make_index(specs: Sequence[tuple[Rally, _ClipSpec]], offsets: range, report: dict[str, Any]) -> ClipIndex:
-    """Number the classes and make the clips. `offsets` are a clip's frames relative to its first one."""
-    classes = sorted({spec.label for _, spec in specs if spec.label is not None})
-    class_numbers = {name: i for i, name in enumerate(classes)}
-    clips = tuple(
-        Clip(
-            spec.id,
-            rally.video,
-            tuple(spec.start + offset for offset in offsets),
-            -1 if spec.label is None else class_numbers[spec.label],
-            rally.video,
-        )
-        for rally, spec in specs
-    )
-    if len({c.id for c in clips}) != len(clips):
-        raise ValueError("two clips have the same id; list each video once in the annotations")
-    return ClipIndex(clips, tuple(classes), {"clips": len(clips), "classes": len(classes), **report})
-
-
-def _make_event_specs(rally: Rally, *, first_only: bool, before: int) -> list[_ClipSpec]:
-    events = rally.events[:1] if first_only else rally.events
-    return [_ClipSpec(f"{rally.video}#{n}@{e.frame}", e.frame - before, e.label) for n, e in enumerate(events)]

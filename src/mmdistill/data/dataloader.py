@@ -1,10 +1,9 @@
-"""A DataLoader that reports why a worker died."""
+"""A DataLoader whose workers survive stop signals, and which reports why a worker died."""
 
 import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -14,17 +13,15 @@ from torch.utils.data import DataLoader
 
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
 # its step and saves, for which it needs its workers, so the workers ignore these signals.
-PROTECTED_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)
+PROTECTED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
 class ClipLoader(DataLoader[Any]):
-    """A DataLoader whose workers survive stop signals, and which reports why a worker ended.
+    """A DataLoader whose workers ignore stop signals, and which reports why a worker ended.
 
-    torch's own workers end on SIGTERM, and the main process then fails before it can save. Here the workers ignore
-    stop signals. They end when the main process closes the loader, exits or is killed.
+    torch's own workers end on SIGTERM, and the main process then fails before it can save. These end when the main
+    process closes the loader, exits or is killed.
 
     A worker that is killed closes its connections first. A batch that is being read then fails with ``Connection reset
     by peer``, so this class waits for the worker's exit status and reports that.
@@ -39,8 +36,12 @@ class ClipLoader(DataLoader[Any]):
         Raises:
             RuntimeError: a worker has exited; names its process and the signal or exit status.
         """
-        with _blocked_signals():  # workers inherit the mask: a signal during their start-up stays pending
+        # workers inherit the mask: a signal during their start-up stays pending
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PROTECTED_SIGNALS)
+        try:
             batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
 
@@ -54,23 +55,9 @@ class _WorkerInit:
     def __call__(self, worker_id: int) -> None:
         for number in PROTECTED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
-
-
-@contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Block the protected signals in this thread; those that arrive meanwhile are delivered at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PROTECTED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _WORKERS: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -11,13 +12,54 @@ import torch
 from torch.utils.data import Dataset
 
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.data.masking import sample_visible_tokens
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.errors import format_count
 from mmdistill.randomness import seeded_rng
 
 ON_MISSING = ("error", "repeat", "skip")
+MAX_REPLACED_FRACTION = 0.05  # of the clips; more that cannot be read are an error
 MAX_REPLACEMENT_TRIES = 8  # clips tried in place of one that cannot be read
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """The crop of a clip. Sizes are (height, width) in px of the stored frame.
+
+    Attributes:
+        frame_size: size of the stored frames.
+        crop_size: size of the crop.
+        augment: True (training): random crop and flip. False: center crop.
+        random_crop_min_scale: smallest random crop, as a fraction of `crop_size`.
+        hflip_prob: probability of a horizontal flip.
+
+    Raises:
+        ValueError: a value is invalid; names it.
+    """
+
+    frame_size: tuple[int, int]
+    crop_size: tuple[int, int]
+    augment: bool = False
+    random_crop_min_scale: float = 1.0
+    hflip_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]:
+            raise ValueError(f"crop_size={self.crop_size} is larger than the stored frame {self.frame_size}")
+        if not 0 < self.random_crop_min_scale <= 1:
+            raise ValueError(f"random_crop_min_scale={self.random_crop_min_scale} must lie in (0, 1]")
+        if not 0 <= self.hflip_prob <= 1:
+            raise ValueError(f"hflip_prob={self.hflip_prob} must lie in [0, 1]")
+
+    def draw_box(self, rng: np.random.Generator) -> np.ndarray:
+        """float32 [5]: top, left, height, width of the crop, and 1 for a horizontal flip."""
+        (frame_height, frame_width), (height, width) = self.frame_size, self.crop_size
+        if not self.augment:
+            return np.array([(frame_height - height) // 2, (frame_width - width) // 2, height, width, 0], np.float32)
+        scale = rng.uniform(self.random_crop_min_scale, 1.0)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        top, left = rng.integers(frame_height - height + 1), rng.integers(frame_width - width + 1)
+        return np.array([top, left, height, width, rng.random() < self.hflip_prob], np.float32)
 
 
 class ClipDataset(Dataset[dict[str, Any]]):
@@ -25,7 +67,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     A sample is a pure function of the seed, the epoch, the clip id and the files. Its keys are the modalities (raw
     arrays, see their readers), ``visible`` (int64 [L_vis], sorted indices of visible tokens), ``crop_box`` (see
-    `crop_box`), ``label`` and ``index`` (int64).
+    `CropSpec.draw_box`), ``label`` and ``index`` (int64).
 
     Policies for missing or unreadable files:
 
@@ -34,23 +76,16 @@ class ClipDataset(Dataset[dict[str, Any]]):
     - ``skip``: remove clips with a missing file from `index` at the start.
 
     With ``repeat`` and ``skip``, a file may turn out to be unreadable only when it is read, for example a truncated
-    JPEG. In training the clip is then replaced by another, seeded one. In evaluation it raises, because each clip
-    counts. `missing_report` counts all of these.
+    JPEG. In training the clip is then replaced by another, seeded one, up to `MAX_REPLACED_FRACTION` of all clips. In
+    evaluation it raises, because each clip counts. `missing_report` counts all of these.
 
     Args:
         index: the clips. ``self.index`` does not contain the skipped ones.
         readers: readers by modality.
-        grid: tokens along (t, h, w).
-        crop_size: (height, width) of the crop in px of the stored frame.
-        frame_size: (height, width) of the stored frames in px.
-        mask_type: see `sample_visible_tokens`.
-        mask_ratio: see `sample_visible_tokens`.
+        crop: the crop; ``crop.augment`` distinguishes training from evaluation.
+        mask: the token mask.
         seed: seed of crops, flips, masks and replacements.
-        augment: True (training): random crop and flip. False: center crop.
-        random_crop_min_scale: smallest random crop, as a fraction of `crop_size`.
-        hflip_prob: probability of a horizontal flip.
         on_missing: ``error``, ``repeat`` or ``skip``.
-        max_replaced_fraction: fraction of clips that may be replaced. More replaced clips are an error.
         cached_epochs: N > 0: epoch e has the samples of epoch ``e % N``. From epoch N on only `always_decoded`
             modalities are read, because `mmdistill.distill.teacher_cache` has the features of the others.
         always_decoded: see `cached_epochs`.
@@ -64,34 +99,18 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self,
         index: ClipIndex,
         readers: Mapping[str, Reader],
+        crop: CropSpec,
+        mask: MaskSpec,
         *,
-        grid: tuple[int, int, int],
-        crop_size: tuple[int, int],
-        frame_size: tuple[int, int],
-        mask_type: str = "tube",
-        mask_ratio: float = 0.0,
         seed: int = 0,
-        augment: bool = False,
-        random_crop_min_scale: float = 1.0,
-        hflip_prob: float = 0.0,
         on_missing: str = "error",
-        max_replaced_fraction: float = 0.05,
         cached_epochs: int = 0,
         always_decoded: tuple[str, ...] = (),
     ) -> None:
         if on_missing not in ON_MISSING:
             raise ValueError(f"on_missing={on_missing!r} is not one of {', '.join(ON_MISSING)}")
-        if crop_size[0] > frame_size[0] or crop_size[1] > frame_size[1]:
-            raise ValueError(f"crop_size={crop_size} is larger than the stored frame {frame_size}")
-        if not 0 < random_crop_min_scale <= 1:
-            raise ValueError(f"random_crop_min_scale={random_crop_min_scale} must lie in (0, 1]")
-        sample_visible_tokens(grid, ratio=mask_ratio, mask_type=mask_type, rng=seeded_rng(seed))  # checks its arguments
-        self.readers = dict(readers)
-        self.grid, self.crop_size, self.frame_size = grid, crop_size, frame_size
-        self.mask_type, self.mask_ratio = mask_type, mask_ratio
-        self.seed, self.augment = seed, augment
-        self.random_crop_min_scale, self.hflip_prob = random_crop_min_scale, hflip_prob
-        self.on_missing, self.max_replaced_fraction = on_missing, max_replaced_fraction
+        self.readers, self.crop, self.mask = dict(readers), crop, mask
+        self.seed, self.on_missing = seed, on_missing
         self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
         self._skipped: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if on_missing == "error" else self._drop_missing(index)
@@ -115,26 +134,19 @@ class ClipDataset(Dataset[dict[str, Any]]):
         try:
             return self._sample(epoch, i, cached)
         except FrameError as error:
-            if self.on_missing == "error" or not self.augment:
-                raise FrameError(f"clip {self.index.clips[i].id}: {error}") from error
+            if self.on_missing == "error" or not self.crop.augment:
+                fix = "replace this file; `mmdistill check-data` lists all invalid files"
+                raise FrameError(f"clip {self.index.clips[i].id}: {error}; {fix}") from error
             return self._replacement(epoch, i, error, cached)
 
     def crop_box(self, epoch: int, clip: Clip) -> np.ndarray:
-        """float32 [5]: top, left, height, width of the crop in px of the stored frame, and 1 for a horizontal flip."""
-        (frame_height, frame_width), (height, width) = self.frame_size, self.crop_size
-        if not self.augment:
-            return np.array([(frame_height - height) // 2, (frame_width - width) // 2, height, width, 0], np.float32)
-        rng = seeded_rng(self.seed, epoch, clip.id, "view")
-        scale = rng.uniform(self.random_crop_min_scale, 1.0)
-        height, width = max(1, round(height * scale)), max(1, round(width * scale))
-        top, left = rng.integers(frame_height - height + 1), rng.integers(frame_width - width + 1)
-        return np.array([top, left, height, width, rng.random() < self.hflip_prob], np.float32)
+        """The crop box of a clip in an epoch; see `CropSpec.draw_box`."""
+        return self.crop.draw_box(seeded_rng(self.seed, epoch, clip.id, "view"))
 
     @property
     def stats_tensor(self) -> torch.Tensor:
         """int16 [clips, modalities + 1], copied: frames repeated per clip and modality; last column: clip replaced."""
-        stats: torch.Tensor = self._seen.clone()
-        return stats
+        return self._seen.clone()
 
     def missing_report(self, stats: torch.Tensor | None = None) -> dict[str, Any]:
         """Counts of skipped clips, repeated frames and replaced clips.
@@ -146,26 +158,21 @@ class ClipDataset(Dataset[dict[str, Any]]):
             ``clips_skipped`` and ``frames_repeated``: {modality: {rally: count}}; ``clips_replaced``: {rally: count}. A
             clip is counted once, however often it is read.
         """
-        repeated: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
-        replaced: Counter[str] = Counter()
         stats = self._seen if stats is None else stats
-        for i in stats.any(dim=1).nonzero().flatten().tolist():
-            video = self.index.clips[i].video
-            *frames, is_replaced = stats[i].tolist()
-            for name, count in zip(self.readers, frames, strict=True):
-                if count:
-                    repeated[name][video] += count
-            if is_replaced:
-                replaced[video] += 1
+        counts: dict[str, Counter[str]] = {name: Counter() for name in (*self.readers, "")}  # "": replaced clips
+        for i, column in stats.nonzero().tolist():
+            name = (*self.readers, "")[column]
+            counts[name][self.index.clips[i].video] += int(stats[i, column]) if name else 1
+        replaced = counts.pop("")
         return {
             "policy": self.on_missing,
             "clips": len(self),
             "clips_skipped": {name: dict(c) for name, c in self._skipped.items() if c},
-            "frames_repeated": {name: dict(c) for name, c in repeated.items() if c},
+            "frames_repeated": {name: dict(c) for name, c in counts.items() if c},
             "clips_replaced": dict(replaced),
         }
 
-    def _sample(self, epoch: int, i: int, cached: bool = False) -> dict[str, Any]:
+    def _sample(self, epoch: int, i: int, cached: bool) -> dict[str, Any]:
         clip = self.index.clips[i]
         sample: dict[str, Any] = {}
         for column, (name, reader) in enumerate(self.readers.items()):
@@ -177,16 +184,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._seen[i, column] = len(repeated)
             else:
                 sample[name] = reader.read(clip.video, clip.frames)
-        rng = seeded_rng(self.seed, epoch, clip.id, "mask")
-        sample["visible"] = sample_visible_tokens(self.grid, ratio=self.mask_ratio, mask_type=self.mask_type, rng=rng)
+        sample["visible"] = self.mask.sample(seeded_rng(self.seed, epoch, clip.id, "mask"))
         sample["crop_box"] = self.crop_box(epoch, clip)
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
         return sample
 
-    def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool = False) -> dict[str, Any]:
+    def _replacement(self, epoch: int, i: int, error: FrameError, cached: bool) -> dict[str, Any]:
         """The sample of another clip, in place of one that cannot be read."""
         self._seen[i, -1] = 1
-        allowed = max(1, math.ceil(self.max_replaced_fraction * len(self)))
+        allowed = max(1, math.ceil(MAX_REPLACED_FRACTION * len(self)))
         if int(self._seen[:, -1].sum()) <= allowed:
             rng = seeded_rng(self.seed, epoch, self.index.clips[i].id, "replacement")
             for other in rng.integers(len(self), size=MAX_REPLACEMENT_TRIES).tolist():
@@ -203,13 +209,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:
         """The index without the clips that the policy skips."""
-        needed: dict[str, set[int]] = {}
-        for clip in index.clips:
-            needed.setdefault(clip.video, set()).update(clip.frames)
         missing = {
-            (name, video): set(reader.missing_frames(video, sorted(frames)))
+            (name, video): set(reader.missing_frames(video, frames))
+            for video, frames in index.frames_by_video().items()
             for name, reader in self.readers.items()
-            for video, frames in needed.items()
         }
         kept = []
         for clip in index.clips:

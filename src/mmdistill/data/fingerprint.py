@@ -14,22 +14,17 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     disk.
     """
     reader = dataset.readers[modality]
-    settings = (dataset.crop_size, dataset.frame_size, dataset.on_missing, reader.settings)
+    settings = (dataset.crop.crop_size, dataset.crop.frame_size, dataset.on_missing, reader.settings)
     digest = hashlib.sha256(repr(settings).encode())
-    needed: dict[str, set[int]] = {}
     for clip in dataset.index.clips:
         digest.update(repr(clip).encode())
-        needed.setdefault(clip.video, set()).update(clip.frames)
     digest.update(repr(dataset.index.classes).encode())
-    for video, frames in needed.items():
-        for path in reader.files(video, sorted(frames)):
-            digest.update(f"{os.path.abspath(path)}\0{_file_state(path)}\n".encode())
+    for video, frames in dataset.index.frames_by_video().items():
+        for path in reader.files(video, frames):
+            try:
+                status = os.stat(path)
+                state = f"{status.st_size} {status.st_mtime_ns}"
+            except OSError:
+                state = "absent"
+            digest.update(f"{os.path.abspath(path)}\0{state}\n".encode())
     return digest.hexdigest()
-
-
-def _file_state(path: str) -> str:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return "absent"
-    return f"{status.st_size} {status.st_mtime_ns}"

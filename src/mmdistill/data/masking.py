@@ -3,9 +3,28 @@
 Masks are passed on as indices of visible tokens. In a boolean mask, 0 means keep and 1 means remove.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from mmdistill.errors import format_count
+from mmdistill.randomness import seeded_rng
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """Token grid (t, h, w) and mask of a dataset; see `sample_visible_tokens`, which also gives the errors."""
+
+    grid: tuple[int, int, int]
+    mask_type: str = "tube"
+    mask_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.sample(seeded_rng(0))  # checks the values
+
+    def sample(self, rng: np.random.Generator) -> np.ndarray:
+        """The visible tokens of one clip, int64 [L_vis], sorted."""
+        return sample_visible_tokens(self.grid, ratio=self.mask_ratio, mask_type=self.mask_type, rng=rng)
 
 
 def sample_visible_tokens(
@@ -15,10 +34,9 @@ def sample_visible_tokens(
 
     Args:
         grid: tokens along (t, h, w).
-        ratio: fraction of tokens that are removed.
+        ratio: fraction of tokens that are removed. `round` rounds halves to even.
         mask_type: ``tube`` removes the same ``round(ratio * h * w)`` positions at all times (VideoMAE, arXiv
-            2203.12602, section 3.2). ``random`` removes ``round(ratio * t * h * w)`` tokens. `round` rounds halves to
-            even.
+            2203.12602, section 3.2). ``random`` removes ``round(ratio * t * h * w)`` tokens.
         rng: generator of the clip.
 
     Returns:
@@ -27,24 +45,17 @@ def sample_visible_tokens(
     Raises:
         ValueError: the mask type is unknown, the ratio is outside [0, 1), or it leaves no visible token.
     """
-    t, h, w = grid
+    if mask_type not in ("tube", "random"):
+        raise ValueError(f"mask_type={mask_type!r} is not one of tube, random")
     if not 0 <= ratio < 1:
         raise ValueError(f"mask ratio {ratio} must lie in [0, 1)")
-    if mask_type == "tube":
-        kept = _sample_kept(h * w, ratio, rng)
-        tube: np.ndarray = np.arange(t, dtype=np.int64)[:, None] * (h * w) + kept
-        return tube.reshape(-1)
-    if mask_type == "random":
-        return _sample_kept(t * h * w, ratio, rng)
-    raise ValueError(f"mask_type={mask_type!r} is not one of tube, random")
-
-
-def _sample_kept(count: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Sorted numbers below `count`, without ``round(ratio * count)`` of them."""
+    t, h, w = grid
+    count = h * w if mask_type == "tube" else t * h * w
     removed = round(ratio * count)
     if removed == count:
         raise ValueError(f"mask ratio {ratio} leaves none of {format_count(count, 'token')} visible")
-    return np.sort(rng.permutation(count)[removed:]).astype(np.int64)
+    kept: np.ndarray = np.sort(rng.permutation(count)[removed:]).astype(np.int64)
+    return kept if mask_type == "random" else (np.arange(t)[:, None] * count + kept).reshape(-1)
 
 
 def sample_decoder_tokens(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:

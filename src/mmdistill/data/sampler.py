@@ -16,14 +16,12 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         num_clips: clips in the dataset.
         batch_size: clips per rank and batch.
         seed: seed of the order.
-        epoch: epoch of the next iteration.
         rank: this process.
         world_size: number of processes.
         shuffle: False: clips in their own order.
         drop_last: drop the last `num_dropped` clips of the order, which do not fill a batch on every rank; these are
             different clips in each epoch. False: split them over the ranks, so that some ranks may have a smaller
             batch or one batch less.
-        start_batch: number of batches to skip, for a resume within an epoch.
 
     Raises:
         ValueError: an argument is invalid; names it.
@@ -35,12 +33,10 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         *,
         batch_size: int,
         seed: int,
-        epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
         drop_last: bool = True,
-        start_batch: int = 0,
     ) -> None:
         if num_clips < 0 or batch_size < 1 or world_size < 1:
             raise ValueError(
@@ -48,14 +44,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must lie in [0, world_size={world_size})")
-        self.num_clips, self.batch_size, self.seed = num_clips, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.num_dropped = num_clips % (batch_size * world_size) if drop_last else 0
-        self.set_state(epoch, start_batch)
+        self.num_clips, self.batch_size, self.seed, self.shuffle = num_clips, batch_size, seed, shuffle
+        self._step, self._first = batch_size * world_size, rank * batch_size
+        self._num_full, tail = divmod(num_clips, self._step)
+        self.num_dropped = tail if drop_last else 0
+        shares = [tail * r // world_size for r in (rank, rank + 1)]
+        self._tail = range(0) if drop_last else range(*(self._num_full * self._step + share for share in shares))
+        self.set_state(0, 0)
 
     def set_state(self, epoch: int, start_batch: int) -> None:
-        """Set where the next iteration starts.
+        """Set epoch and batch where the next iteration starts.
 
         Raises:
             ValueError: the position is after the end of the epoch.
@@ -68,23 +66,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         """Batches of a full epoch on this rank, independent of `start_batch`."""
-        num_full, tail = divmod(self.num_clips, self.batch_size * self.world_size)
-        return num_full + (not self.drop_last and self._tail_share(tail).stop > self._tail_share(tail).start)
+        return self._num_full + bool(self._tail)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.num_clips)
         if self.shuffle:
             order = seeded_rng(self.seed, self.epoch, "order").permutation(self.num_clips)
-        step = self.batch_size * self.world_size
-        num_full = self.num_clips // step
         for batch in range(self.start_batch, len(self)):
-            if batch < num_full:
-                first = batch * step + self.rank * self.batch_size
-                selected = range(first, first + self.batch_size)
-            else:
-                selected = range(num_full * step, self.num_clips)[self._tail_share(self.num_clips % step)]
+            first = batch * self._step + self._first
+            selected = range(first, first + self.batch_size) if batch < self._num_full else self._tail
             yield [(self.epoch, int(order[i])) for i in selected]
-
-    def _tail_share(self, count: int) -> slice:
-        """The slice of the last `count` clips that this rank gets."""
-        return slice(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)

@@ -133,16 +133,17 @@ def cache_key(
     modification times.
     """
     fingerprints = {m: data_fingerprint(dataset, m) for m in dataset.readers} if get_rank() == 0 else {}
+    crop, mask = dataset.crop, dataset.mask
     return {
         "teachers": {name: source["sha256"] for name, source in teachers.items()},
         "data": broadcast_object(fingerprints),
         "inputs": {m: repr(specs[m]) for m in dataset.readers},
-        "mask": [dataset.mask_type, dataset.mask_ratio, list(dataset.grid)],
+        "mask": [mask.mask_type, mask.mask_ratio, list(mask.grid)],
         "crop_box": [
-            list(dataset.crop_size),
-            list(dataset.frame_size),
-            dataset.random_crop_min_scale,
-            dataset.hflip_prob,
+            list(crop.crop_size),
+            list(crop.frame_size),
+            crop.random_crop_min_scale,
+            crop.hflip_prob,
         ],
         "seed": dataset.seed,
         "precision": precision,

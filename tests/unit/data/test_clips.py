@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.clips import build_index, count_overlapping_clips
+from mmdistill.data.clips import ClipSpec, build_index, count_overlapping_clips
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"
@@ -17,12 +17,12 @@ def rally(frames: int = 60, *events: tuple[int, str]) -> Rally:
 
 def test_event_is_at_the_center_or_start_of_its_clip() -> None:
     rallies = [rally(60, (20, A), (40, B))]
-    center = build_index(rallies, clips="events", num_frames=8)
+    center = build_index(rallies, ClipSpec("events", 8))
     assert [c.frames for c in center.clips] == [tuple(range(16, 24)), tuple(range(36, 44))]
     assert [center.classes[c.label] for c in center.clips] == [A, B]
-    start = build_index(rallies, clips="events", num_frames=8, anchor="start", sampling_rate=2)
+    start = build_index(rallies, ClipSpec("events", 8, anchor="start", sampling_rate=2))
     assert start.clips[0].frames == tuple(range(20, 36, 2))
-    assert len(build_index(rallies, clips="first", num_frames=8).clips) == 1
+    assert len(build_index(rallies, ClipSpec("first", 8)).clips) == 1
 
 
 @pytest.mark.parametrize("anchor", ["center", "start"])
@@ -30,7 +30,7 @@ def test_event_is_at_the_center_or_start_of_its_clip() -> None:
 @pytest.mark.parametrize("frames", [24, 25, 60])
 def test_clips_stay_in_the_video_without_its_last_frame(anchor: str, rate: int, frames: int) -> None:
     rallies = [rally(frames, *((f, A) for f in range(frames)))]
-    index = build_index(rallies, clips="events", num_frames=8, sampling_rate=rate, anchor=anchor)
+    index = build_index(rallies, ClipSpec("events", 8, sampling_rate=rate, anchor=anchor))
     assert len(index.clips) == frames
     for clip in index.clips:
         assert min(clip.frames) >= 0
@@ -41,26 +41,26 @@ def test_clips_stay_in_the_video_without_its_last_frame(anchor: str, rate: int, 
 
 
 def test_too_short_video_has_no_clip_and_is_listed() -> None:
-    shortest = build_index([rally(9, (0, A))], clips="events", num_frames=8)
+    shortest = build_index([rally(9, (0, A))], ClipSpec("events", 8))
     assert shortest.clips[0].frames == tuple(range(8))
-    short = build_index([rally(8, (0, A))], clips="events", num_frames=8)
+    short = build_index([rally(8, (0, A))], ClipSpec("events", 8))
     assert (short.clips, short.report["too_short"]) == ((), ["r"])
 
 
 def test_windows_have_no_label_unless_the_video_is_the_class() -> None:
     rallies = [rally(40), Rally("q", 40, 25.0, ())]
-    index = build_index(rallies, clips="windows", num_frames=8)
+    index = build_index(rallies, ClipSpec("windows", 8))
     assert [c.frames[0] for c in index.clips] == [0, 8, 16, 24] * 2  # 39 usable frames, the last window ends at 31
     assert {c.label for c in index.clips} == {-1}
     assert index.classes == ()
-    by_video = build_index(rallies, clips="windows", num_frames=8, stride=4, label="video")
+    by_video = build_index(rallies, ClipSpec("windows", 8, stride=4, label="video"))
     assert by_video.classes == ("q", "r")
     assert {by_video.classes[c.label] == c.video == c.group for c in by_video.clips} == {True}
     assert len({c.id for c in by_video.clips}) == len(by_video.clips) == 16
 
 
 def test_two_events_in_one_frame_are_two_clips() -> None:
-    index = build_index([rally(60, (20, A), (20, B))], clips="events", num_frames=8, label_fields=["type"])
+    index = build_index([rally(60, (20, A), (20, B))], ClipSpec("events", 8, label_fields=["type"]))
     assert index.classes == ("return", "serve")
     assert len({c.id for c in index.clips}) == 2
 
@@ -71,15 +71,13 @@ def test_two_events_in_one_frame_are_two_clips() -> None:
 )
 def test_error_names_the_invalid_argument(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
-        build_index([rally(60, (20, A))], **{"clips": "events", "num_frames": 8, **wrong})
+        ClipSpec(**{"clips": "events", "num_frames": 8, **wrong})  # type: ignore[arg-type]
 
 
 def test_overlapping_clips_of_one_class_are_counted() -> None:
     events = [(10, A), (15, B), (17, A), (30, A), (38, A)]
-    clips = build_index([rally(60, *events)], clips="events", num_frames=8).clips
+    clips = build_index([rally(60, *events)], ClipSpec("events", 8)).clips
     assert (
         count_overlapping_clips(clips) == 2
     )  # 10 and 17 share a frame; 15 is of another class; 30 and 38 are adjacent
-    assert (
-        count_overlapping_clips(build_index([rally(60)], clips="windows", num_frames=8, stride=1).clips) == 0
-    )  # no label
+    assert count_overlapping_clips(build_index([rally(60)], ClipSpec("windows", 8, stride=1)).clips) == 0  # no label

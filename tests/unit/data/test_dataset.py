@@ -3,8 +3,9 @@
 import multiprocessing
 import pickle
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.clips import build_index
-from mmdistill.data.dataset import ClipDataset, init_worker
+from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
@@ -25,17 +27,13 @@ CROP = (48, 80)
 
 def dataset(video: DotVideo, *, videos: tuple[str, ...] = ("dot",), stride: int = 4, **changes: object) -> ClipDataset:
     rallies = [Rally(v, 24, 25.0, ()) for v in videos]
-    index = build_index(rallies, clips="windows", num_frames=8, stride=stride, label="video")
-    options = {
-        "grid": (4, 6, 10),
-        "crop_size": CROP,
-        "frame_size": video.size,
-        "mask_ratio": 0.75,
-        "seed": 7,
-        "augment": True,
-        **changes,
-    }
-    return ClipDataset(index, video.readers(), **options)  # type: ignore[arg-type]
+    index = build_index(rallies, ClipSpec("windows", 8, stride=stride, label="video"))
+    options: dict[str, Any] = {"crop_size": CROP, "augment": True, "mask_ratio": 0.75, "seed": 7, **changes}
+    crop_keys = {field.name for field in fields(CropSpec)} & options.keys()
+    crop = CropSpec(video.size, **{key: options.pop(key) for key in crop_keys})
+    return ClipDataset(
+        index, video.readers(), crop, MaskSpec((4, 6, 10), mask_ratio=options.pop("mask_ratio")), **options
+    )
 
 
 def is_same(a: dict[str, object], b: dict[str, object]) -> bool:
@@ -194,12 +192,12 @@ def test_unreadable_clip_is_replaced_in_training_and_raises_in_evaluation(tmp_pa
     jpeg = tmp_path / "frames/gap/000022.jpg"
     jpeg.write_bytes(jpeg.read_bytes()[:500])
     options: dict[str, object] = {"videos": ("dot", "gap"), "on_missing": "skip", "stride": 1}
-    ds = dataset(video, max_replaced_fraction=0.1, **options)  # type: ignore[arg-type]
+    ds = dataset(video, **options)  # type: ignore[arg-type]
     damaged = next(i for i, c in enumerate(ds.index.clips) if 22 in c.frames and c.video == "gap")
     replaced = ds[(3, damaged)]
     assert int(replaced["index"]) != damaged
     assert is_same(replaced, ds[(3, int(replaced["index"]))])
-    assert is_same(replaced, dataset(video, max_replaced_fraction=0.1, **options)[(3, damaged)])  # type: ignore[arg-type]
+    assert is_same(replaced, dataset(video, **options)[(3, damaged)])  # type: ignore[arg-type]
     assert ds.missing_report()["clips_replaced"] == {"gap": 1}
     with pytest.raises(FrameError, match="truncated JPEG"):
         dataset(video, augment=False, **options)[damaged]  # type: ignore[arg-type]
@@ -223,8 +221,14 @@ def test_dataset_works_in_spawned_workers(dot: DotVideo) -> None:
 
 
 def test_error_names_the_invalid_argument(dot: DotVideo) -> None:
-    for wrong in ({"on_missing": "zero"}, {"crop_size": (80, 80)}, {"random_crop_min_scale": 0.0}, {"mask_ratio": 1.0}):
-        with pytest.raises(ValueError, match=r"on_missing=|crop_size=|random_crop_min_scale=|ratio"):
+    for wrong in (
+        {"on_missing": "zero"},
+        {"crop_size": (80, 80)},
+        {"random_crop_min_scale": 0.0},
+        {"hflip_prob": 1.5},
+        {"mask_ratio": 1.0},
+    ):
+        with pytest.raises(ValueError, match=r"on_missing=|crop_size=|random_crop_min_scale=|hflip_prob=|ratio"):
             dataset(dot, **wrong)
 
 

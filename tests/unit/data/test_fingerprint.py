@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.clips import ClipIndex, build_index
-from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
+from mmdistill.data.dataset import ClipDataset, CropSpec
 from mmdistill.data.fingerprint import data_fingerprint
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from tests.synthetic_dots import DotVideo
 
 
 def _dataset(dot: DotVideo, index: ClipIndex | None = None, **changes: object) -> ClipDataset:
-    index = index or build_index([Rally("dot", 24, 25.0, (Event(8, "a"),))], clips="events", num_frames=4)
-    return ClipDataset(
-        index, dot.readers(), **{"grid": (2, 4, 6), "crop_size": (64, 96), "frame_size": dot.size, **changes}
-    )
+    index = index or build_index([Rally("dot", 24, 25.0, (Event(8, "a"),))], ClipSpec("events", 4))
+    crop = CropSpec(dot.size, changes.pop("crop_size", (64, 96)))  # type: ignore[arg-type]
+    return ClipDataset(index, dot.readers(), crop, MaskSpec((2, 4, 6)), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_clips_and_settings_change_the_fingerprint(dot: DotVideo) -> None:
 def test_each_file_needs_one_stat_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 frames of 2,000 overlapping clips of 200 videos. The files do not exist."""
     rallies = [Rally(f"r{i}", 200, 25.0, tuple(Event(8 + 10 * k, "a") for k in range(10))) for i in range(200)]
-    index = build_index(rallies, clips="events", num_frames=16)
+    index = build_index(rallies, ClipSpec("events", 16))
     reader = RgbReader(tmp_path, frame_size=(32, 48))
-    ds = ClipDataset(index, {"rgb": reader}, grid=(8, 2, 3), crop_size=(32, 48), frame_size=(32, 48))
+    ds = ClipDataset(index, {"rgb": reader}, CropSpec((32, 48), (32, 48)), MaskSpec((8, 2, 3)))
     calls: list[object] = []
 
     def watch(name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmdistill.data.annotations.f3set import load_f3set
-from mmdistill.data.clips import build_index
+from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import read_flow
 from mmdistill.data.readers.rgb import RgbReader
@@ -65,7 +65,7 @@ def test_annotations_and_provenance_list_the_complete_videos(tmp_path: Path) -> 
     assert "d.mp4: OpenCV cannot open it" in str(by_name["d"].error)
     rallies = load_f3set(tmp_path / "out/unlabel.json")
     assert [(r.video, r.num_frames) for r in rallies] == [("a", 20), ("b", 20)]
-    index = build_index(rallies, clips="windows", num_frames=8, label="video")
+    index = build_index(rallies, ClipSpec("windows", 8, label="video"))
     assert (len(index.clips), index.classes) == (4, ("a", "b"))
     provenance = json.loads((tmp_path / "out/provenance.json").read_text())
     assert provenance["videos"]["a"]["parts"]["flow"]["method"] == "dis"

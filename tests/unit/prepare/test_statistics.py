@@ -7,17 +7,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import default_collate
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.clips import build_index
-from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.dataset import ClipDataset, CropSpec
+from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.modalities import get_modality, preprocess_clips
-from mmdistill.prepare.statistics import Moments, dataset_statistics, to_mean_std
+from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
 
 SIZE, CROP, FRAMES = (32, 48), (16, 32), 18
 
@@ -44,35 +46,26 @@ def root(tmp_path: Path) -> Path:
 
 
 def make_dataset(root: Path) -> ClipDataset:
-    index = build_index([Rally("a", FRAMES, 25.0, ())], clips="windows", num_frames=4, stride=3)
+    index = build_index([Rally("a", FRAMES, 25.0, ())], ClipSpec("windows", 4, stride=3))
     readers = {
         "rgb": RgbReader(root / "vid_frames_224", frame_size=SIZE),
         "flow": FlowReader(root / "tennis_flows", frame_size=SIZE),
         "skeleton": SkeletonReader(root / "skeletons", frame_size=SIZE),
     }
-    return ClipDataset(
-        index,
-        readers,
-        grid=(2, 2, 4),
-        crop_size=CROP,
-        frame_size=SIZE,
-        augment=True,
-        seed=5,
-        hflip_prob=0.5,
-        random_crop_min_scale=0.7,
-    )
+    crop = CropSpec(SIZE, CROP, augment=True, random_crop_min_scale=0.7, hflip_prob=0.5)
+    return ClipDataset(index, readers, crop, MaskSpec((2, 2, 4)), seed=5)
 
 
-def test_moments_equal_the_two_pass_formula_far_from_zero() -> None:
+def test_running_statistics_equal_the_two_pass_formula_far_from_zero() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 3, 7, dtype=torch.float64, generator=generator) * 1e-3 + torch.tensor([1e6, 0.0, -5.0])[:, None]
-    moments = Moments.empty(3)
+    scaler = StandardScaler()
     for batch in x.split([1, 20, 29]):
-        moments.update(batch)
+        scaler.partial_fit(batch.transpose(0, 1).flatten(1).T.numpy())
     values = x.transpose(0, 1).flatten(1).numpy()
-    np.testing.assert_allclose(moments.mean, values.mean(axis=1), rtol=1e-14, atol=1e-18)
-    np.testing.assert_allclose(moments.std, values.std(axis=1), rtol=1e-6)
-    assert moments.count == 350
+    np.testing.assert_allclose(scaler.mean_, values.mean(axis=1), rtol=1e-14, atol=1e-18)
+    np.testing.assert_allclose(np.sqrt(scaler.var_), values.std(axis=1), rtol=1e-6)
+    assert scaler.n_samples_seen_ == 350
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -81,15 +74,15 @@ def test_statistics_match_the_model_input(root: Path, batch_size: int) -> None:
     specs = {name: get_modality(name).spec() for name in ds.readers}
     statistics = dataset_statistics(ds, specs, batch_size=batch_size)
     batch = default_collate([ds[(0, i)] for i in range(len(ds))])
-    for name, moments in statistics.items():
+    for name, scaler in statistics.items():
         spec = get_modality(name).spec().with_statistics((0.0,), (1.0,))
         x = preprocess_clips(
             batch[name], batch["crop_box"], spec, (CROP[0] // spec.input_stride, CROP[1] // spec.input_stride)
         )
         values = x.double().transpose(0, 1).flatten(1).numpy()
-        np.testing.assert_allclose(moments.mean, values.mean(axis=1), rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(moments.std, values.std(axis=1), rtol=1e-9, atol=1e-12)
-        mean, std, constant = to_mean_std(moments)
+        np.testing.assert_allclose(scaler.mean_, values.mean(axis=1), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(np.sqrt(scaler.var_), values.std(axis=1), rtol=1e-9, atol=1e-12)
+        mean, std, constant = to_mean_std(scaler)
         assert constant == ([0] if name == "skeleton" else [])
         if not constant:
             spec = get_modality(name).spec().with_statistics(mean, std)
@@ -107,10 +100,9 @@ def test_statistics_of_some_clips_use_evenly_spaced_clips(root: Path) -> None:
     batch = default_collate([ds[(0, i)] for i in (0, len(ds) - 1)])
     raw = specs["rgb"].with_statistics((0.0,), (1.0,))
     x = preprocess_clips(batch["rgb"], batch["crop_box"], raw, CROP).double()
-    np.testing.assert_allclose(statistics["rgb"].mean, x.mean(dim=(0, 2, 3, 4)), rtol=1e-9)
+    np.testing.assert_allclose(statistics["rgb"].mean_, x.mean(dim=(0, 2, 3, 4)), rtol=1e-9)
 
 
 def test_constant_channels_get_std_1_and_are_listed() -> None:
-    moments = Moments.empty(2)
-    moments.update(torch.tensor([[3.0, 1.23456789], [3.0, 3.0]]))
-    assert to_mean_std(moments) == ((3.0, 2.11728), (1.0, 0.882716), [0])
+    scaler = StandardScaler().fit([[3.0, 1.23456789], [3.0, 3.0]])
+    assert to_mean_std(scaler) == ((3.0, 2.11728), (1.0, 0.882716), [0])

@@ -11,12 +11,6 @@ from mmdistill.data.annotations.base import (
 )
 
 __all__ = [
-    "ANNOTATION_FORMATS",
-    "AnnotationError",
-    "Event",
-    "Rally",
-    "f3set",
-    "load_annotations",
-    "mmcdfsl",
+    "ANNOTATION_FORMATS", "AnnotationError", "Event", "Rally", "f3set", "load_annotations", "mmcdfsl",
     "register_annotation_format",
-]
+]  # fmt: skip

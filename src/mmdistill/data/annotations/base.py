@@ -66,10 +66,15 @@ def read_json(path: Path | str) -> Any:
         raise AnnotationError(f"{path}: not JSON ({error})") from error
 
 
-def is_safe_name(video: str) -> bool:
-    """Whether a path built from a video's name stays inside the data folder. Subfolders are allowed."""
-    parts = video.replace("\\", "/").split("/")
-    return all(parts) and ".." not in parts and "\0" not in video
+def is_safe_name(video: object) -> bool:
+    """Whether this is text, and a path built from it stays inside the data folder. Subfolders are allowed."""
+    parts = video.replace("\\", "/").split("/") if isinstance(video, str) else [""]
+    return all(parts) and ".." not in parts and "\0" not in str(video)
+
+
+def is_integer(value: object) -> bool:
+    """Whether a JSON value is a whole number. Python's booleans are integers too."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # (annotation file, folder with one folder of frames per video or None, number of frame 0 in file names) -> rallies
@@ -79,19 +84,14 @@ ANNOTATION_FORMATS: Registry[AnnotationReader] = Registry("annotation format", "
 
 
 def register_annotation_format(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
-    """Decorator that registers an annotation reader under `name`, a value of ``data_module.annotations``.
+    """Decorator that registers an `AnnotationReader` under `name`, a value of ``data_module.annotations``.
 
-    The reader gets the annotation file, the folder with one folder of frames per video (None if not set), and the
-    number that frame 0 has in file names. It raises `AnnotationError` for an invalid file.
+    The reader raises `AnnotationError` for an invalid file.
 
     Raises:
         ValueError: the name is taken.
     """
-
-    def register(reader: AnnotationReader) -> AnnotationReader:
-        return ANNOTATION_FORMATS.register(name, reader)
-
-    return register
+    return lambda reader: ANNOTATION_FORMATS.register(name, reader)
 
 
 def load_annotations(

@@ -5,7 +5,7 @@ joined by ``_``. Frames are counted from 0.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmdistill.data.annotations.base import (
     Event,
     Problem,
     Rally,
+    is_integer,
     is_safe_name,
     read_json,
     register_annotation_format,
@@ -44,6 +45,11 @@ def load_f3set(path: Path | str) -> list[Rally]:
     return rallies
 
 
+@register_annotation_format("f3set")
+def _load(path: Path, _frames_dir: Path | None, _frame_number_offset: int) -> list[Rally]:
+    return load_f3set(path)
+
+
 def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
     """The valid rallies of an F3Set JSON file with their valid events in order, and all problems of the others.
 
@@ -53,66 +59,61 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
     entries = read_json(path)
     if not isinstance(entries, list):
         raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}")
-    rallies: list[Rally] = []
+    rallies: dict[str, Rally] = {}
     problems: list[Problem] = []
-    seen: set[str] = set()
     for number, entry in enumerate(entries):
         name = entry.get("video") if isinstance(entry, dict) else None
         name = name if isinstance(name, str) and name else f"rally {number}"
-        found = _find_rally_problems(name, entry, seen)
+        found = [Problem(name, None, message) for message in _rally_problems(entry)]
+        if name in rallies:
+            found.append(Problem(name, None, "this video occurs twice"))
+        if not found:
+            events, found = _parse_events(name, entry["events"], entry["num_frames"])
+            rallies[name] = Rally(name, entry["num_frames"], float(entry["fps"]), events)
         problems += found
-        if found:
-            continue
-        seen.add(name)
-        events, event_problems = _parse_events(name, entry["events"], entry["num_frames"])
-        problems += event_problems
-        rallies.append(Rally(name, entry["num_frames"], float(entry["fps"]), events))
-    return rallies, problems
+    return list(rallies.values()), problems
 
 
-def _find_rally_problems(name: str, entry: Any, seen: set[str]) -> list[Problem]:
+def _rally_problems(entry: Any) -> Iterator[str]:
     if not isinstance(entry, dict):
-        return [Problem(name, None, f"expected a JSON object, got {type(entry).__name__}")]
+        yield f"expected a JSON object, got {type(entry).__name__}"
+        return
     missing = [key for key in ("video", "num_frames", "fps", "events") if key not in entry]
+    yield from (f"the key {key!r} is missing" for key in missing)
     if missing:
-        return [Problem(name, None, f"the key {key!r} is missing") for key in missing]
-    found = []
-    if not isinstance(entry["video"], str) or not is_safe_name(entry["video"]):
-        found.append(Problem(name, None, f"video={entry['video']!r} is not a file name"))
-    if not _is_integer(entry["num_frames"]) or entry["num_frames"] < 1:
-        found.append(Problem(name, None, f"num_frames={entry['num_frames']!r} is not a count of frames"))
+        return
+    if not is_safe_name(entry["video"]):
+        yield f"video={entry['video']!r} is not a file name"
+    if not is_integer(entry["num_frames"]) or entry["num_frames"] < 1:
+        yield f"num_frames={entry['num_frames']!r} is not a count of frames"
     fps = entry["fps"]
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
-        found.append(Problem(name, None, f"fps={fps!r} is not a frame rate"))
+        yield f"fps={fps!r} is not a frame rate"
     if not isinstance(entry["events"], list):
-        found.append(Problem(name, None, "events is not a list"))
-    if name in seen:
-        found.append(Problem(name, None, "this video occurs twice"))
-    return found
+        yield "events is not a list"
 
 
 def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[Problem]]:
     """The valid events sorted by frame, and the problems of the others."""
     events: list[Event] = []
     problems: list[Problem] = []
-    last = -1
     for number, entry in enumerate(entries):
-        message = _check_event(entry, num_frames)
+        message = _event_problem(entry, num_frames)
         if not message:
-            frame, label = entry["frame"], entry["label"]
-            if Event(frame, label) in events:
-                message = f"a duplicate of frame {frame}, {label}"
+            event = Event(entry["frame"], entry["label"])
+            last = max((e.frame for e in events), default=-1)
+            if event in events:
+                message = f"a duplicate of frame {event.frame}, {event.label}"
             else:
-                if frame < last:  # the event is valid, the order of the file is not
-                    problems.append(Problem(rally, number, f"frame {frame} comes after frame {last}: out of order"))
-                events.append(Event(frame, label))
-                last = max(last, frame)
+                events.append(event)
+                if event.frame < last:  # the event is valid, the order of the file is not
+                    message = f"frame {event.frame} comes after frame {last}: out of order"
         if message:
             problems.append(Problem(rally, number, message))
     return tuple(sorted(events, key=lambda e: e.frame)), problems
 
 
-def _check_event(entry: Any, num_frames: int) -> str:
+def _event_problem(entry: Any, num_frames: int) -> str:
     """The problem of one event; "" if there is none."""
     if not isinstance(entry, dict):
         return f"expected a JSON object, got {type(entry).__name__}"
@@ -120,7 +121,7 @@ def _check_event(entry: Any, num_frames: int) -> str:
         if key not in entry:
             return f"the key {key!r} is missing"
     frame, label = entry["frame"], entry["label"]
-    if not _is_integer(frame):
+    if not is_integer(frame):
         return f"frame={frame!r} is not an integer"
     if not 0 <= frame < num_frames:
         return f"frame={frame} is out of range, the rally has frames 0 to {num_frames - 1}"
@@ -128,10 +129,15 @@ def _check_event(entry: Any, num_frames: int) -> str:
         return f"label={label!r} is not text"
     count = len(label.split("_"))
     if count != len(F3SET_FIELDS):
-        return (
-            f"label={label!r} has {format_count(count, 'field')}, not {len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
-        )
+        fields = f"{len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
+        return f"label={label!r} has {format_count(count, 'field')}, not {fields}"
     return ""
+
+
+def check_label_fields(fields: Sequence[str]) -> None:
+    """Raise `ValueError` if there is no field, or one that F3Set does not have."""
+    if not fields or not set(fields) <= set(F3SET_FIELDS):
+        raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(F3SET_FIELDS)}")
 
 
 def select_fields(label: str, fields: Sequence[str] | None) -> str:
@@ -142,9 +148,7 @@ def select_fields(label: str, fields: Sequence[str] | None) -> str:
     """
     if fields is None:
         return label
-    unknown = [f for f in fields if f not in F3SET_FIELDS]
-    if unknown or not fields:
-        raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(F3SET_FIELDS)}")
+    check_label_fields(fields)
     parts = label.split("_")
     if len(parts) != len(F3SET_FIELDS):
         raise ValueError(
@@ -170,12 +174,3 @@ def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
         }
         for r in rallies
     ]
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@register_annotation_format("f3set")
-def _load(path: Path, _frames_dir: Path | None, _frame_number_offset: int) -> list[Rally]:
-    return load_f3set(path)

@@ -1,6 +1,7 @@
 """The annotation format ``clips`` of MM-CDFSL: EPIC-Kitchens, MECCANO, WEAR (targets) and Ego4D (source)."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from mmdistill.data.annotations.base import (
     AnnotationError,
     Event,
     Rally,
+    is_integer,
     is_safe_name,
     read_json,
     register_annotation_format,
@@ -20,6 +22,14 @@ UNKNOWN_FPS = 30.0  # the format stores no frame rate, and nothing depends on it
 _START = ("start_frame", "clip_frame")
 _ACTION = ("action_idx", "label_id")
 _NAME = ("action_name", "action", "label")
+
+
+@dataclass
+class _Video:
+    """What the clips of one video say about it."""
+
+    events: list[Event] = field(default_factory=list)
+    length: int = 0  # 0: unknown
 
 
 @register_annotation_format("clips")
@@ -44,59 +54,64 @@ def load_clips(path: Path, frames_dir: Path | None, frame_number_offset: int) ->
     clips = content.get("clips") if isinstance(content, dict) else None
     if not isinstance(clips, list) or not clips:
         raise AnnotationError(f"{path}: expected an object with a list 'clips' of at least one clip")
-    events: dict[str, list[Event]] = {}
-    lengths: dict[str, int] = {}
-    names: dict[str, set[str]] = {}
+    videos: dict[str, _Video] = {}
+    names: dict[str, set[str]] = {}  # of the action of each label
     for number, clip in enumerate(clips):
-        video, event = _parse_clip(f"{path}: clip {number}", clip, frame_number_offset)
-        video_events = events.setdefault(video, [])
-        if event in video_events:
+        where = f"{path}: clip {number}"
+        name = _video_name(where, clip)
+        where = f"{where} ({name})"
+        video, event = videos.setdefault(name, _Video()), _parse_event(where, clip, frame_number_offset)
+        if event in video.events:
             what = f"{event.label} at {event.frame}" if event.label else f"frame {event.frame}"
-            raise AnnotationError(f"{path}: clip {number} ({video}) is a duplicate: {what}")
-        video_events.append(event)
-        name = _first_value(clip, _NAME)
-        names.setdefault(event.label, set()).add(name if isinstance(name, str) else "")
+            raise AnnotationError(f"{where} is a duplicate: {what}")
+        video.events.append(event)
+        action = _first_value(clip, _NAME)
+        names.setdefault(event.label, set()).add(action if isinstance(action, str) else "")
         if "num_frames" in clip:
-            length = _parse_number(f"{path}: clip {number} ({video})", "num_frames", clip["num_frames"])
-            if lengths.setdefault(video, length) != length:
+            length = _parse_number(where, "num_frames", clip["num_frames"])
+            if video.length not in (0, length):
                 raise AnnotationError(
-                    f"{path}: clip {number} ({video}): num_frames={length}, an earlier clip of this video has "
-                    f"{lengths[video]}; num_frames is the length of the video, in frames"
+                    f"{where}: num_frames={length}, an earlier clip of this video has {video.length}; num_frames is "
+                    "the length of the video, in frames"
                 )
-    class_names = {label: _class_name(label, found) for label, found in names.items()}
-    return [
-        Rally(
-            video,
-            _video_length(path, video, found, lengths.get(video), frames_dir),
-            UNKNOWN_FPS,
-            _sort_events(found, class_names),
-        )
-        for video, found in events.items()
-    ]
+            video.length = length
+    classes = {label: _class_name(label, found) for label, found in names.items()}
+    rallies = []
+    for name, video in videos.items():
+        length = video.length or _count_frames(path, name, frames_dir)
+        events = sorted((Event(e.frame, classes[e.label]) for e in video.events), key=lambda e: (e.frame, e.label))
+        if events[-1].frame >= length:
+            raise AnnotationError(
+                f"{path}: {name}: frame {events[-1].frame} is out of range, the video has "
+                f"{format_count(length, 'frame')}"
+            )
+        rallies.append(Rally(name, length, UNKNOWN_FPS, tuple(events)))
+    return rallies
 
 
-def _parse_clip(where: str, clip: Any, frame_number_offset: int) -> tuple[str, Event]:
-    """(video, event). The event's label is the action's number."""
+def _video_name(where: str, clip: Any) -> str:
     if not isinstance(clip, dict):
         raise AnnotationError(f"{where}: expected an object, got {type(clip).__name__}")
     video = clip.get("clip_uid") or clip.get("video_id")
     if "clip_uid" not in clip and "participant_id" in clip:
         video = f"{clip['participant_id']}/{video}"
-    if not isinstance(video, str) or not is_safe_name(video):
+    if not is_safe_name(video):
         raise AnnotationError(f"{where}: clip_uid or video_id is not a file name (got {video!r})")
-    where = f"{where} ({video})"
+    return str(video)
+
+
+def _parse_event(where: str, clip: dict[str, Any], frame_number_offset: int) -> Event:
+    """The event's label is the action's number."""
     start = _first_value(clip, _START)
     if start is None:
         raise AnnotationError(f"{where}: the key 'start_frame' is missing")
     frame = max(0, _parse_number(where, "start_frame", start) - frame_number_offset)
     action = _first_value(clip, _ACTION)
     if action is not None:
-        label = str(_parse_number(where, "action_idx", action))
-    elif "verb_label" in clip and "noun_label" in clip:
-        label = "-".join(str(_parse_number(where, key, clip[key])) for key in ("verb_label", "noun_label"))
-    else:
-        return video, Event(frame, "")
-    return video, Event(frame, label)
+        return Event(frame, str(_parse_number(where, "action_idx", action)))
+    if "verb_label" in clip and "noun_label" in clip:
+        return Event(frame, "-".join(str(_parse_number(where, k, clip[k])) for k in ("verb_label", "noun_label")))
+    return Event(frame, "")
 
 
 def _class_name(label: str, names: set[str]) -> str:
@@ -113,26 +128,18 @@ def _parse_number(where: str, key: str, value: Any) -> int:
     """A count or class number from 0. Some files store them as text."""
     if isinstance(value, str) and value.isdecimal():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if not is_integer(value) or value < 0:
         raise AnnotationError(f"{where}: {key}={value!r} is not a number from 0")
-    return value
+    return int(value)
 
 
-def _sort_events(events: list[Event], class_names: dict[str, str]) -> tuple[Event, ...]:
-    return tuple(sorted((Event(e.frame, class_names[e.label]) for e in events), key=lambda e: (e.frame, e.label)))
-
-
-def _video_length(path: Path, video: str, events: list[Event], length: int | None, frames_dir: Path | None) -> int:
-    if length is None and frames_dir is not None and (frames_dir / video).is_dir():
-        length = sum(entry.name.lower().endswith((".jpg", ".jpeg")) for entry in os.scandir(frames_dir / video))
-    if not length:
+def _count_frames(path: Path, video: str, frames_dir: Path | None) -> int:
+    folder = None if frames_dir is None else frames_dir / video
+    files = os.listdir(folder) if folder is not None and folder.is_dir() else []
+    count = sum(name.lower().endswith((".jpg", ".jpeg")) for name in files)
+    if not count:
         raise AnnotationError(
             f"{path}: cannot determine the length of {video}: its clips have no num_frames, and there are no frames "
             f"under {frames_dir or 'data_module.frames_dir'}"
         )
-    for event in events:
-        if event.frame >= length:
-            raise AnnotationError(
-                f"{path}: {video}: frame {event.frame} is out of range, the video has {format_count(length, 'frame')}"
-            )
-    return length
+    return count

@@ -20,28 +20,23 @@ def split_by_match(
     """Assign whole matches to splits, so that no court, player pair or day is in two splits.
 
     Matches are assigned in a seeded random order, each to the split that is furthest below its fraction of the events.
-
-    Args:
-        rallies: all rallies.
-        fractions: fraction of the events per split; they sum to 1.
-        seed: seed of the order.
-        match: gives the match of a video's name.
+    `match` gives the match of a video's name.
 
     Raises:
         ValueError: the fractions do not sum to 1, or there are fewer matches than splits.
     """
-    targets = _check_fractions(fractions)
+    _check_fractions(fractions)
     matches: dict[str, list[Rally]] = {}
     for rally in rallies:
         matches.setdefault(match(rally.video), []).append(rally)
-    if len(matches) < len(targets):
+    if len(matches) < len(fractions):
         raise ValueError(
-            f"{format_count(len(matches), 'match')} cannot be divided into {len(targets)} splits; give fewer "
+            f"{format_count(len(matches), 'match')} cannot be divided into {len(fractions)} splits; give fewer "
             "splits or more matches"
         )
     sizes = {name: sum(len(r.events) for r in part) or len(part) for name, part in matches.items()}
-    chosen = _assign(sizes, targets, seed=seed)
-    return {name: [r for r in rallies if chosen[match(r.video)] == name] for name in targets}
+    chosen = _assign(sizes, fractions, seed=seed)
+    return {name: [r for r in rallies if chosen[match(r.video)] == name] for name in fractions}
 
 
 def split_by_class(
@@ -54,52 +49,47 @@ def split_by_class(
 ) -> dict[str, list[Rally]]:
     """Assign whole classes to splits. An event goes to the split of its class, so a rally may be in several splits.
 
-    Args:
-        rallies: all rallies.
-        fractions: fraction of the classes per split; they sum to 1.
-        seed: seed of the order.
-        label_fields: fields that define the class, see `select_fields`.
-        min_events: classes with fewer events are skipped.
+    `fractions` are fractions of the classes. `label_fields` define the class, see `select_fields`. Classes with fewer
+    than `min_events` events are skipped.
 
     Raises:
         ValueError: the fractions do not sum to 1, or there are fewer classes than splits.
     """
-    targets = _check_fractions(fractions)
+    _check_fractions(fractions)
     counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events)
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
-    if len(classes) < len(targets):
+    if len(classes) < len(fractions):
         raise ValueError(
             f"{format_count(len(classes), 'class')} with at least {format_count(min_events, 'event')} cannot be "
-            f"divided into {len(targets)} splits; give fewer splits or lower --min-events"
+            f"divided into {len(fractions)} splits; give fewer splits or lower --min-events"
         )
-    chosen = _assign(classes, targets, seed=seed)
-    out: dict[str, list[Rally]] = {name: [] for name in targets}
+    chosen = _assign(classes, fractions, seed=seed)
+    out: dict[str, list[Rally]] = {name: [] for name in fractions}
     for rally in rallies:
-        for name in targets:
+        for name, part in out.items():
             events = tuple(e for e in rally.events if chosen.get(select_fields(e.label, label_fields)) == name)
             if events:
-                out[name].append(replace(rally, events=events))
+                part.append(replace(rally, events=events))
     return out
 
 
-def _check_fractions(fractions: Mapping[str, float]) -> dict[str, float]:
+def _check_fractions(fractions: Mapping[str, float]) -> None:
     if len(fractions) < 2 or min(fractions.values()) <= 0 or abs(sum(fractions.values()) - 1) > 1e-6:
         raise ValueError(f"fractions {dict(fractions)} must be two or more positive numbers that sum to 1")
-    return dict(fractions)
 
 
-def _assign(sizes: Mapping[str, int], targets: Mapping[str, float], *, seed: int) -> dict[str, str]:
-    """Assign each item to the split that is furthest below its target. Every split gets at least one item."""
+def _assign(sizes: Mapping[str, int], fractions: Mapping[str, float], *, seed: int) -> dict[str, str]:
+    """Assign each item to the split that is furthest below its fraction. Every split gets at least one item."""
     names = sorted(sizes)
     order = [names[i] for i in seeded_rng(seed, "split").permutation(len(names))]
     total = sum(sizes.values())
-    assigned = dict.fromkeys(targets, 0)
+    assigned = dict.fromkeys(fractions, 0)
     chosen: dict[str, str] = {}
     for number, item in enumerate(order):
-        empty = [name for name in targets if name not in chosen.values()]
+        empty = [name for name in fractions if name not in chosen.values()]
         remaining = len(order) - number
-        candidates = empty if remaining <= len(empty) else list(targets)
-        best = max(candidates, key=lambda name: targets[name] - assigned[name] / total)
+        candidates = empty if remaining <= len(empty) else list(fractions)
+        best = max(candidates, key=lambda name: fractions[name] - assigned[name] / total)
         chosen[item] = best
         assigned[best] += sizes[item]
     return chosen

@@ -8,7 +8,8 @@ Shapes: T requested frames, H x W stored frame, M persons, J joints.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,17 @@ class FrameError(InputError):
 
     It takes the message as its only argument, because loader workers rebuild the exception from it.
     """
+
+
+@contextmanager
+def file_errors(path: str, kind: str) -> Iterator[None]:
+    """Convert an error of the operating system to a `FrameError` about the file of `kind`, for example ``rgb``."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FrameError(f"{path}: no such {kind} file") from None
+    except OSError as error:
+        raise FrameError(f"{path}: {error.strerror}") from error
 
 
 class Reader(ABC):
@@ -68,10 +80,8 @@ class Reader(ABC):
             first_error = error
         readable: dict[int, np.ndarray] = {}
         for position, frame in enumerate(frames):
-            try:
+            with suppress(FrameError):
                 readable[position] = self.read(video, [frame])[0]
-            except FrameError:
-                continue
         if not readable:
             raise first_error
         nearest = [min((abs(r - p), r) for r in readable)[1] for p in range(len(frames))]
@@ -97,8 +107,14 @@ class KeypointReader(Reader):
 class FrameFileReader(Reader):
     """Reader of a modality with one file per frame.
 
-    Attributes:
-        pattern: file name below the root, with ``{video}`` and ``{frame:06d}``.
+    Args:
+        root: folder of the modality.
+        frame_size: (height, width) of the stored frames in px. A file of another size is an error.
+        pattern: file name below `root`, with ``{video}`` and ``{frame:06d}``; None: the default of the class.
+        frame_number_offset: number of frame 0 in file names.
+
+    Raises:
+        ValueError: the pattern gives the same file to two frames or two videos.
     """
 
     pattern: str
@@ -106,17 +122,6 @@ class FrameFileReader(Reader):
     def __init__(
         self, root: Path | str, *, frame_size: tuple[int, int], pattern: str | None = None, frame_number_offset: int = 0
     ) -> None:
-        """Set the location of the files.
-
-        Args:
-            root: folder of the modality.
-            frame_size: (height, width) of the stored frames in px. A file of another size is an error.
-            pattern: file name below `root`; None: the default of the class.
-            frame_number_offset: number of frame 0 in file names.
-
-        Raises:
-            ValueError: the pattern gives the same file to two frames or two videos.
-        """
         self.root, self.frame_size = str(root), frame_size
         self.pattern = pattern or self.pattern
         self.frame_number_offset = frame_number_offset
@@ -136,15 +141,6 @@ class FrameFileReader(Reader):
         paths = [self.path(video, k).rpartition("/") for k in frames]
         listings = {folder: _list_files(folder) for folder in {p[0] for p in paths}}  # much faster than a stat per file
         return [k for k, (folder, _, file) in zip(frames, paths, strict=True) if file not in listings[folder]]
-
-    def _read_bytes(self, path: str) -> bytes:
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            raise FrameError(f"{path}: no such {self.name} file") from None
-        except OSError as error:
-            raise FrameError(f"{path}: {error.strerror}") from error
 
 
 def _list_files(folder: str) -> frozenset[str]:

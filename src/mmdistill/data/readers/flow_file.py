@@ -8,48 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-from mmdistill.errors import InputError
+from mmdistill.data.readers.base import FrameError, file_errors
 from mmdistill.files import atomic_open
 
 FLOW_DTYPES = ("float32", "float16", "int16", "int8")
-
-
-class FlowFileError(InputError):
-    """A flow file that cannot be read. The message names it."""
 
 
 def read_flow(path: Path | str) -> np.ndarray:
     """Flow in px as stored, float32 or float16 (2, H, W).
 
     Raises:
-        FlowFileError: the file is truncated or not a flow file.
-        OSError: the file cannot be opened.
+        FrameError: the file is missing, truncated or not a flow file.
     """
-    try:
-        stored = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:  # the text of NumPy advises to unpickle the file, which runs its code
-        raise FlowFileError(f"{path}: truncated, or not a .npy file of numbers; write this flow file again") from error
+    with file_errors(str(path), "flow"):
+        try:
+            stored = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:  # the text of NumPy advises to unpickle the file, which runs its code
+            raise FrameError(f"{path}: truncated, or not a .npy file of numbers; write this flow file again") from error
     if not isinstance(stored, np.ndarray):
-        raise FlowFileError(f"{path}: an .npz archive, expected .npy")
+        raise FrameError(f"{path}: an .npz archive, expected .npy")
     if stored.dtype.names is not None:
         if set(stored.dtype.names) != {"scale", "flow"} or stored.shape != ():
-            raise FlowFileError(f"{path}: fields {stored.dtype.names}, expected one record of scale and flow")
+            raise FrameError(f"{path}: fields {stored.dtype.names}, expected one record of scale and flow")
         flow: np.ndarray = np.multiply(stored["flow"], stored["scale"], dtype=np.float32)
         return flow
     if stored.dtype.kind != "f":
-        raise FlowFileError(f"{path}: type {stored.dtype}; flow must be float, or integers with a scale")
+        raise FrameError(f"{path}: type {stored.dtype}; flow must be float, or integers with a scale")
     if stored.dtype.itemsize > 4 or not stored.dtype.isnative or not stored.flags.c_contiguous:
         return np.ascontiguousarray(stored, dtype=np.float32)
     return stored
 
 
 def write_flow(path: Path | str, flow: np.ndarray, *, dtype: str = "float16") -> None:
-    """Write flow, (2, H, W) in px, atomically.
-
-    Args:
-        path: the file.
-        flow: the displacements.
-        dtype: one of `FLOW_DTYPES`.
+    """Write flow, (2, H, W) in px, atomically, as one of `FLOW_DTYPES`.
 
     Raises:
         ValueError: the dtype is unknown, the shape is wrong, or a value is not finite in `dtype`.

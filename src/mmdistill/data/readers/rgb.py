@@ -1,11 +1,12 @@
 """RGB frames: one JPEG file per frame."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, FrameFileReader
+from mmdistill.data.readers.base import FrameError, FrameFileReader, file_errors
 from mmdistill.errors import format_count
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -22,9 +23,8 @@ class RgbReader(FrameFileReader):
         """See `Reader.read`."""
         height, width = self.frame_size
         out = np.empty((len(frames), height, width, 3), np.uint8)
-        for position, frame in enumerate(frames):
-            path = self.path(video, frame)
-            image = decode_jpeg(self._read_bytes(path), path)
+        for position, path in enumerate(self.path(video, frame) for frame in frames):
+            image = read_jpeg(path)
             if image.shape != (height, width, 3):
                 found = f"{image.shape[0]} x {image.shape[1]}"
                 raise FrameError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")
@@ -32,18 +32,16 @@ class RgbReader(FrameFileReader):
         return out
 
 
-def decode_jpeg(data: bytes, path: str) -> np.ndarray:
-    """Decode a JPEG. uint8 (H, W, 3), BGR.
+def read_jpeg(path: str) -> np.ndarray:
+    """Read a JPEG file. uint8 (H, W, 3), BGR.
 
     OpenCV decodes a truncated file to an image of full size with gray rows, so the end marker is checked first.
 
-    Args:
-        data: content of the file.
-        path: path of the file, for messages.
-
     Raises:
-        FrameError: the data are empty, truncated, damaged or not a JPEG.
+        FrameError: the file is missing, empty, truncated, damaged or not a JPEG.
     """
+    with file_errors(path, "rgb"):
+        data = Path(path).read_bytes()
     if not data:
         raise FrameError(f"{path}: empty file")
     if not data.startswith(JPEG_START):

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mmdistill.errors import InputError
+from mmdistill.data.readers.base import FrameError
 
 
-class UnsafePickleError(InputError):
+class UnsafePickleError(FrameError):
     """A pickle that is damaged, or that needs more than arrays and containers. The message names the file."""
 
 
@@ -57,11 +57,6 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    """``bytes()``, which old protocols use for empty bytes."""
-    return b""
-
-
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): _dtype,
@@ -74,7 +69,7 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 for _module in ("builtins", "__builtin__"):
-    _ALLOWED[_module, "bytes"] = _no_bytes
+    _ALLOWED[_module, "bytes"] = lambda: b""  # old protocols use ``bytes()`` for empty bytes
     for _type in (list, dict, tuple, set, frozenset):
         _ALLOWED[_module, _type.__name__] = _type
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, KeypointReader
-from mmdistill.data.readers.safe_pickle import UnsafePickleError, load_pickle
+from mmdistill.data.readers.base import FrameError, KeypointReader, file_errors
+from mmdistill.data.readers.safe_pickle import load_pickle
 from mmdistill.errors import format_count
 
 NUM_JOINTS = 17  # COCO
@@ -25,7 +25,6 @@ class SkeletonReader(KeypointReader):
     """
 
     name = "skeleton"
-    pattern = "{video}.pkl"
 
     def __init__(
         self,
@@ -37,7 +36,7 @@ class SkeletonReader(KeypointReader):
         cache_bytes: int = SKELETON_CACHE_BYTES,
     ) -> None:
         self.root, self.frame_size = str(root), frame_size
-        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or self.pattern, cache_bytes
+        self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self.files_read = 0
@@ -75,11 +74,7 @@ class SkeletonReader(KeypointReader):
         return selected
 
     def load_video(self, video: str) -> np.ndarray:
-        """All rows of a video, float32 (T, M, 17, 3). A keypoint with a score that is not finite is NaN.
-
-        Raises:
-            FrameError: the file is missing or invalid.
-        """
+        """See `KeypointReader.load_video`."""
         path = self.path(video)
         if path in self._cache:
             self._cache.move_to_end(path)
@@ -93,23 +88,18 @@ class SkeletonReader(KeypointReader):
         return rows
 
     def _load(self, path: str) -> np.ndarray:
-        try:
+        with file_errors(path, "skeleton"):
             entry = load_pickle(Path(path))
-        except FileNotFoundError:
-            raise FrameError(f"{path}: no such skeleton file") from None
-        except (UnsafePickleError, OSError) as error:
-            raise FrameError(str(error)) from error
-        joints, scores, (height, width) = parse_skeleton(entry, path)
+        try:
+            joints, scores, (height, width) = parse_skeleton(entry)
+        except ValueError as error:
+            raise FrameError(f"{path}: {error}") from error
         scale = np.array([self.frame_size[1] / width, self.frame_size[0] / height])
         rows = np.empty((*scores.shape, 3), np.float32)
         rows[..., :2] = (joints + 0.5) * scale - 0.5
         rows[..., 2] = scores
         rows[scores == 0] = 0  # the position of a joint that was not found is undefined
         rows[~np.isfinite(rows).all(axis=-1)] = np.nan
-        return self._fit_persons(rows)
-
-    def _fit_persons(self, rows: np.ndarray) -> np.ndarray:
-        """Keep or add persons. (T, persons of the file, 17, 3) -> (T, M, 17, 3)."""
         found = rows.shape[1]
         if found > self.max_persons:
             best = np.argsort(-np.nan_to_num(rows[..., 2]).sum(axis=(0, 2)), kind="stable")[: self.max_persons]
@@ -117,7 +107,7 @@ class SkeletonReader(KeypointReader):
         return np.pad(rows, ((0, 0), (0, self.max_persons - found), (0, 0), (0, 0)))
 
 
-def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+def parse_skeleton(entry: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Check the content of a skeleton file.
 
     Returns:
@@ -125,31 +115,30 @@ def parse_skeleton(entry: Any, path: str) -> tuple[np.ndarray, np.ndarray, tuple
         source image.
 
     Raises:
-        FrameError: a key is missing or invalid; names the file and the key.
+        ValueError: a key is missing or invalid; names it.
     """
     if not isinstance(entry, dict):
-        raise FrameError(f"{path}: expected a dict, got {type(entry).__name__}")
+        raise ValueError(f"expected a dict, got {type(entry).__name__}")
     for key in ("keypoint", "keypoint_score", "img_shape"):
         if key not in entry:
-            keys = ", ".join(sorted(map(str, entry)))
-            raise FrameError(f"{path}: the key {key!r} is missing; the file has {keys}")
+            raise ValueError(f"the key {key!r} is missing; the file has {', '.join(sorted(map(str, entry)))}")
     try:
         joints = np.asarray(entry["keypoint"], dtype=np.float64)
         scores = np.asarray(entry["keypoint_score"], dtype=np.float64)
         height, width = (int(v) for v in entry["img_shape"])
     except (TypeError, ValueError) as error:
-        raise FrameError(f"{path}: keypoint, keypoint_score or img_shape are not numbers ({error})") from error
+        raise ValueError(f"keypoint, keypoint_score or img_shape are not numbers ({error})") from error
     if joints.ndim == 3:
         joints, scores = joints[None], scores[None]
     if joints.ndim != 4 or joints.shape[2:] != (NUM_JOINTS, 2):
-        raise FrameError(f"{path}: keypoint has shape {joints.shape}, expected (M, T, 17, 2) or (T, 17, 2)")
+        raise ValueError(f"keypoint has shape {joints.shape}, expected (M, T, 17, 2) or (T, 17, 2)")
     if scores.shape != joints.shape[:3]:
-        raise FrameError(f"{path}: keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
+        raise ValueError(f"keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])
     if total != joints.shape[1]:
-        raise FrameError(f"{path}: total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}")
+        raise ValueError(f"total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}")
     if height < 1 or width < 1:
-        raise FrameError(f"{path}: img_shape={entry['img_shape']}, expected (height, width)")
+        raise ValueError(f"img_shape={entry['img_shape']}, expected (height, width)")
     if (scores < 0).any():
-        raise FrameError(f"{path}: keypoint_score has negative values")
+        raise ValueError("keypoint_score has negative values")
     return joints.transpose(1, 0, 2, 3), scores.transpose(1, 0, 2), (height, width)

@@ -24,7 +24,7 @@ from mmdistill.data.annotations.base import (
     Event,
     load_annotations,
 )
-from mmdistill.data.clips import build_index
+from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script
 from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
@@ -187,11 +187,11 @@ def test_unlabeled_clips_become_events_or_windows(tmp_path: Path) -> None:
         ("a", 40, (Event(3, ""),)),
         ("b", 9, (Event(0, ""),)),
     ]
-    assert len(build_index(rallies, clips="windows", num_frames=8).clips) == 4 + 1
-    listed = build_index(rallies, clips="events", num_frames=8, anchor="start")
+    assert len(build_index(rallies, ClipSpec("windows", 8)).clips) == 4 + 1
+    listed = build_index(rallies, ClipSpec("events", 8, anchor="start"))
     assert [(c.frames[0], c.label) for c in listed.clips] == [(3, -1), (0, -1)]
     assert listed.classes == ()
-    named = build_index(rallies, clips="events", num_frames=8, label="video")
+    named = build_index(rallies, ClipSpec("events", 8, label="video"))
     assert (named.classes, [c.label for c in named.clips]) == (("a", "b"), [0, 1])
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmdistill.data.readers.base import FrameError
 from mmdistill.data.readers.flow import FlowReader
-from mmdistill.data.readers.flow_file import FLOW_DTYPES, FlowFileError, read_flow, write_flow
+from mmdistill.data.readers.flow_file import FLOW_DTYPES, read_flow, write_flow
 
 
 @pytest.mark.parametrize("dtype", FLOW_DTYPES)
@@ -49,16 +50,16 @@ def test_wrong_arguments_and_files_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 6, 2\), expected"):
         write_flow(path, np.zeros((4, 6, 2), np.float32))
     np.savez(tmp_path / "a.npz", np.zeros(3))
-    with pytest.raises(FlowFileError, match=r"an \.npz archive"):
+    with pytest.raises(FrameError, match=r"an \.npz archive"):
         read_flow(tmp_path / "a.npz")
     np.save(path, np.zeros((), dtype=[("a", "<f4")]))
-    with pytest.raises(FlowFileError, match="expected one record of scale and flow"):
+    with pytest.raises(FrameError, match="expected one record of scale and flow"):
         read_flow(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x93NUMPY\x01\x00"])
 def test_file_of_another_kind_is_reported_without_numpys_advice_to_unpickle_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(FlowFileError) as caught:
+    with pytest.raises(FrameError) as caught:
         read_flow(tmp_path / "a.npy")
     assert str(caught.value).endswith("a.npy: truncated, or not a .npy file of numbers; write this flow file again")
