@@ -16,6 +16,7 @@ from mmdistill.builders import make_clip_dataset
 from mmdistill.checkpoint import latest_valid_checkpoint, open_checkpoint
 from mmdistill.checkpoint.architecture import encoder_config_from_meta
 from mmdistill.config import PretrainConfig, modality_specs, stored_config
+from mmdistill.modalities.images import draw_image_grid
 from mmdistill.models.videomae import DecoderConfig, VideoMAE
 from mmdistill.pretrain.visualization import reconstruct, render_rows
 
@@ -44,16 +45,11 @@ def main(output: Path) -> None:
     figure = Figure(figsize=(9.6, 4.6), layout="constrained", dpi=110)
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 2))
-    axes = left.subplots(3, 3)
-    for row, (modality, row_axes) in enumerate(zip(MODALITIES, axes, strict=True)):
+    rows = {}
+    for modality in MODALITIES:
         images = middle_frames(output / f"pretrain_{modality}")
-        titles = ["input", "masked", list(images)[-1]]
-        for ax, title in zip(row_axes, titles, strict=True):
-            ax.imshow(images[title], interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
-            ax.set_xlabel(title if row == 0 or title not in ("input", "masked") else "", fontsize=8)
-        row_axes[0].set_ylabel(modality)
+        rows[modality] = [images["input"], images["masked"], list(images.values())[-1]]
+    draw_image_grid(left, rows, ("input", "masked", "reconstruction"))
     left.suptitle("1. Pretrain one masked autoencoder per modality", fontsize=10)
     ax = right.subplots()
     results = json.loads((output / "test" / "fewshot.json").read_text())

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from mmdistill.modalities import ModalitySpec, get_modality, preprocess_clips
+from mmdistill.modalities import ModalitySpec, preprocess_clips
+from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, gather_patches
 from mmdistill.training.run_logger import baseline_ratio
 
-_GRAY = 0.5  # of removed patches
 _MAX_COLUMNS = 6  # frames shown
 _STD_FLOOR = 1e-6  # as in `patch_targets`
 _ENERGY_TARGET, _ENERGY_PREDICTION = "target: motion energy", "prediction: motion energy"  # row titles
@@ -108,19 +108,14 @@ def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], b
 
 def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
     """The image, uint8 (height, width, 3): one row each for input, mask and reconstructions, one column per frame."""
-    x, rows = reconstruction.rows["input"], render_rows(reconstruction)
-    frames = np.unique(np.linspace(0, x.shape[1] - 1, min(_MAX_COLUMNS, x.shape[1])).round().astype(int))
-    width, height = 1.9 + 1.5 * len(frames), 0.7 + 1.5 * x.shape[2] / x.shape[3] * len(rows)
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
+    rows = render_rows(reconstruction)
+    num_frames, height, width = rows["input"].shape[:3]
+    frames = np.unique(np.linspace(0, num_frames - 1, min(_MAX_COLUMNS, num_frames)).round().astype(int))
+    size = 1.9 + 1.5 * len(frames), 0.7 + 1.5 * height / width * len(rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=100)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(rows), len(frames), squeeze=False)
-    for (name, images), row_axes in zip(rows.items(), axes, strict=True):
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-        for ax, frame in zip(row_axes, frames, strict=True):
-            ax.imshow(images[frame], interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-    for ax, frame in zip(axes[0], frames, strict=True):
-        ax.set_title(f"frame {frame}", fontsize=8)
+    shown = {name: [images[frame] for frame in frames] for name, images in rows.items()}
+    draw_image_grid(figure, shown, [f"frame {frame}" for frame in frames])
     ratio = baseline_ratio(reconstruction.loss, reconstruction.constant_baseline)
     loss = f"loss {reconstruction.loss:.4f} (ratio to constant baseline {ratio:.2f})"
     figure.suptitle(f"{title}; target {reconstruction.spec.target}, {loss}", fontsize=9)
@@ -128,38 +123,20 @@ def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
+    """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
+    spec, rows = reconstruction.spec, reconstruction.rows
+    scales = {False: display_scale(rows["input"], spec)}
+    if _ENERGY_TARGET in rows:
+        scales[True] = display_scale(rows[_ENERGY_TARGET], spec, is_energy=True)
+    images = {}
+    for title, clip in rows.items():
+        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
+        images[title] = render_clip(clip, spec, is_energy=is_energy, scale=scales[is_energy])
+    return images
+
+
 def write_png(image: np.ndarray, path: Path) -> None:
     """Write `image`; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     imsave(path, image)
-
-
-def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
-    """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
-    spec, rows = reconstruction.spec, reconstruction.rows
-    max_input = get_modality(spec.name).display_max(_in_own_units(rows["input"], spec))
-    max_energy = float(_in_own_units(rows[_ENERGY_TARGET], spec, is_energy=True).max()) if _ENERGY_TARGET in rows else 0
-    images = {}
-    for title, clip in rows.items():
-        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
-        scale = max(max_energy if is_energy else max_input, 1e-6)
-        images[title] = to_display_image(clip, spec, is_energy=is_energy, scale=scale)
-    return images
-
-
-def _in_own_units(x: Tensor, spec: ModalitySpec, *, is_energy: bool = False) -> Tensor:
-    """Undo the normalization of a clip or of motion energies, which have no mean."""
-    std, mean = (torch.tensor(values).view(-1, 1, 1, 1) for values in (spec.std, spec.mean))
-    return x * std if is_energy else x * std + mean
-
-
-def to_display_image(clip: Tensor, spec: ModalitySpec, *, is_energy: bool, scale: float) -> np.ndarray:
-    """Display images of a clip. (C, T, H, W) -> float32 (T, H, W, 3) in [0, 1]; NaN becomes gray.
-
-    The modality's `to_image` or, for motion energies, `energy_to_image` renders `clip` in its own units over `scale`.
-    """
-    hidden = clip.isnan().any(dim=0)[..., None].numpy()
-    modality = get_modality(spec.name)
-    values = torch.nan_to_num(_in_own_units(clip, spec, is_energy=is_energy)) / scale
-    image = modality.energy_to_image(values) if is_energy else modality.to_image(values)
-    return np.where(hidden, _GRAY, np.clip(image, 0, 1)).astype(np.float32)

@@ -16,7 +16,6 @@ from mmdistill.pretrain.visualization import (
     draw,
     reconstruct,
     scatter_patches,
-    to_display_image,
     write_png,
 )
 
@@ -96,24 +95,6 @@ def test_image_of_each_modality(name: str, target: str, tmp_path: Path) -> None:
     assert len(np.unique(image)) > 20
     write_png(image, tmp_path / "new" / "p.png")
     assert (cv2.imread(str(tmp_path / "new" / "p.png"))[..., ::-1] == image).all()
-
-
-def test_colors_of_known_values() -> None:
-    spec = ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "pixel")
-    right = torch.zeros(2, 1, 1, 2)
-    right[0, 0, 0, 0] = 3.0
-    colors = to_display_image(right, spec, is_energy=False, scale=3.0)
-    assert colors[0, 0].tolist() == [[1, 0, 0], [1, 1, 1]]  # motion to the right is red, no motion is white
-    rgb = ModalitySpec("rgb", 3, 1, (0.5,), (0.5,), "pixel")
-    assert to_display_image(torch.full((3, 1, 1, 1), -1.0), rgb, is_energy=False, scale=1.0)[0, 0, 0].tolist() == [
-        0,
-        0,
-        0,
-    ]
-    assert (
-        to_display_image(torch.full((3, 1, 1, 1), float("nan")), rgb, is_energy=False, scale=1.0)[0, 0, 0].tolist()
-        == [0.5] * 3
-    )
 
 
 def test_title_of_a_constant_clip_has_no_ratio() -> None:

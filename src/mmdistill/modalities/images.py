@@ -1,0 +1,56 @@
+"""Clips of any modality as images, and the layout of such images in a figure.
+
+Shapes: C channels, T frames, H x W pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdistill.modalities.base import ModalitySpec, get_modality
+
+_GRAY = 0.5  # of hidden pixels
+
+
+def display_scale(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False) -> float:
+    """The value, in the modality's units, that `render_clip` shows at full brightness. `clip` is (C, T, H, W)."""
+    values = torch.nan_to_num(_to_units(clip, spec, is_energy=is_energy))
+    return max(float(values.max()) if is_energy else get_modality(spec.name).display_max(values), 1e-6)
+
+
+def render_clip(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False, scale: float | None = None) -> np.ndarray:
+    """Images of a clip of any modality. (C, T, H, W) -> float32 (T, H, W, 3) in [0, 1].
+
+    Args:
+        clip: normalized values, or motion energies of normalized values. NaN is a hidden value and becomes gray.
+        spec: the modality. Its `to_image` or `energy_to_image` chooses the colors.
+        is_energy: whether the values are motion energies.
+        scale: see `display_scale`; None: that of the clip.
+    """
+    hidden = clip.isnan().any(dim=0)[..., None].numpy()
+    shown = torch.nan_to_num(_to_units(clip, spec, is_energy=is_energy))
+    shown = shown / (display_scale(clip, spec, is_energy=is_energy) if scale is None else scale)
+    modality = get_modality(spec.name)
+    image = modality.energy_to_image(shown) if is_energy else modality.to_image(shown)
+    return np.where(hidden, _GRAY, np.clip(image, 0, 1)).astype(np.float32)
+
+
+def _to_units(clip: Tensor, spec: ModalitySpec, *, is_energy: bool) -> Tensor:
+    """Normalized values in the modality's units. An energy has no mean."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (spec.mean, spec.std))
+    return clip * std if is_energy else clip * std + mean
+
+
+def draw_image_grid(figure: Any, rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> None:
+    """Fill a matplotlib figure or subfigure with images (H, W, 3): a row per entry, a column per title."""
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for (name, images), row_axes in zip(rows.items(), axes, strict=True):
+        for ax, image in zip(row_axes, images, strict=True):
+            ax.imshow(image, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8)

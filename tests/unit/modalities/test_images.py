@@ -1,0 +1,41 @@
+"""Images of clips: known colors, hidden values, one brightness scale, and their layout in a figure."""
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from mmdistill.modalities import ModalitySpec
+from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip
+
+FLOW = ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "pixel")
+RGB = ModalitySpec("rgb", 3, 1, (0.5,), (0.5,), "pixel")
+
+
+def test_colors_of_known_values() -> None:
+    right = torch.zeros(2, 1, 1, 2)
+    right[0, 0, 0, 0] = 3.0
+    colors = render_clip(right, FLOW, scale=3.0)
+    assert colors[0, 0].tolist() == [[1, 0, 0], [1, 1, 1]]  # motion to the right is red, no motion is white
+    assert render_clip(torch.full((3, 1, 1, 1), -1.0), RGB)[0, 0, 0].tolist() == [0, 0, 0]
+    assert render_clip(torch.full((3, 1, 1, 1), float("nan")), RGB)[0, 0, 0].tolist() == [0.5] * 3
+
+
+def test_scale_is_the_value_at_full_brightness() -> None:
+    spec = ModalitySpec("skeleton", 17, 1, (0.5,), (2.0,), "pixel", sigma=1.0)
+    clip = torch.zeros(17, 1, 1, 2)
+    clip[3, 0, 0, 1] = 1.0
+    assert display_scale(clip, spec) == 2.5  # 1 * 2 + 0.5
+    assert display_scale(clip, spec, is_energy=True) == 2.0  # an energy has no mean
+    assert display_scale(torch.zeros(2, 1, 1, 1), FLOW) == pytest.approx(1e-6)  # never 0
+    np.testing.assert_allclose(render_clip(clip, spec)[0, 0, :, 0], [0.2, 1.0])
+    np.testing.assert_allclose(render_clip(clip, spec, scale=5.0)[0, 0, :, 0], [0.1, 0.5])
+
+
+def test_grid_has_a_row_per_entry_and_a_column_per_title() -> None:
+    figure = Figure()
+    image = np.zeros((4, 6, 3), np.float32)
+    draw_image_grid(figure, {"a": [image, image + 1], "b": [image + 0.5, image]}, ["frame 0", "frame 4"])
+    assert [ax.get_title() for ax in figure.axes] == ["frame 0", "frame 4", "", ""]
+    assert [ax.get_ylabel() for ax in figure.axes] == ["a", "", "b", ""]
+    assert [float(ax.images[0].get_array().max()) for ax in figure.axes] == [0.0, 1.0, 0.5, 0.0]
