@@ -1,12 +1,52 @@
-"""Generated videos: a moving square, and a clip like a tennis broadcast."""
+"""Generated videos: any images, a moving square, and a clip like a tennis broadcast."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
+from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 
 SQUARE_SIZE = (96, 160)  # height, width of a moving-square video, px
+
+
+def write_video(
+    path: Path,
+    images: Sequence[np.ndarray],
+    *,
+    times_ms: Sequence[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    matrix: Colorspace = Colorspace.ITU601,
+    setup: Callable[[VideoStream], None] = lambda stream: None,
+) -> Path:
+    """Encode BGR images with H.264. `setup` changes the stream before it is opened.
+
+    Args:
+        path: the file.
+        images: uint8 (H, W, 3).
+        times_ms: timestamps of presentation; None: 25 fps.
+        pix_fmt: pixel format of the encoder.
+        matrix: matrix of the conversion from BGR.
+        setup: gets the stream.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt, stream.codec_context.time_base = pix_fmt, Fraction(1, 1000)
+        setup(stream)
+        for k, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="bgr24").reformat(
+                format=pix_fmt, dst_colorspace=matrix, dst_color_range=stream.codec_context.color_range or None
+            )
+            frame.pts, frame.time_base = 40 * k if times_ms is None else times_ms[k], Fraction(1, 1000)
+            frame.colorspace = stream.codec_context.colorspace
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
 
 
 def write_moving_square(path: Path, *, frames: int = 20, fps: float = 25.0, seed: int = 0) -> Path:

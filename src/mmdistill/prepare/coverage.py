@@ -1,5 +1,6 @@
 """Check of prepared data before training: read every file of every rally in the way the training reads it."""
 
+import itertools
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,15 @@ class ModalityCoverage:
     extra_frames: int = 0
     messages: list[str] = field(default_factory=list)
 
+    def try_to_read(self, reader: Reader, video: str, frame: int) -> None:
+        """Count the frame if it cannot be read."""
+        try:
+            reader.read(video, [frame])
+        except FrameError as error:
+            self.unreadable_frames += 1
+            if len(self.messages) < MAX_MESSAGES:
+                self.messages.append(str(error))
+
 
 @dataclass
 class RallyCoverage:
@@ -62,43 +72,27 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
     for name, reader in readers.items():
         count = rally.num_frames - get_modality(name).is_frame_pair
         coverage = result.modalities[name] = ModalityCoverage(count)
-        if isinstance(reader, KeypointReader):
-            result.players, result.person_frames = _check_keypoints(rally, reader, coverage), count
-            continue
-        missing = set(reader.missing_frames(rally.video, range(count)))
+        missing = reader.missing_frames(rally.video, range(count))
         coverage.missing_frames = len(missing)
         if missing:
-            coverage.messages.append(_missing_message(reader, rally.video, sorted(missing)))
+            files = dict.fromkeys(reader.files(rally.video, missing))
+            coverage.messages.append(f"missing {reader.name} files: {format_first(list(files), MAX_FILES_SHOWN)}")
+        if isinstance(reader, KeypointReader):
+            result.person_frames = count
+            if not missing:
+                result.players = _check_keypoints(rally, reader, coverage)
+            continue
         last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
-        coverage.extra_frames = 0 if reader.missing_frames(rally.video, [last + 1]) else 1
-        if coverage.extra_frames:
+        if not reader.missing_frames(rally.video, [last + 1]):
+            coverage.extra_frames = 1
             coverage.messages.append(f"{rally.video}: {name} has a file after frame {last}, the last annotated frame")
-        for frame in range(0, count, every):
-            if frame not in missing:
-                _count_if_unreadable(reader, rally.video, frame, coverage)
+        for frame in sorted(set(range(0, count, every)).difference(missing)):
+            coverage.try_to_read(reader, rally.video, frame)
     return result
-
-
-def _missing_message(reader: Reader, video: str, frames: Sequence[int]) -> str:
-    """Names the first missing files."""
-    return f"missing {reader.name} files: {format_first(reader.files(video, frames), MAX_FILES_SHOWN)}"
-
-
-def _count_if_unreadable(reader: Reader, video: str, frame: int, coverage: ModalityCoverage) -> None:
-    try:
-        reader.read(video, [frame])
-    except FrameError as error:
-        coverage.unreadable_frames += 1
-        if len(coverage.messages) < MAX_MESSAGES:
-            coverage.messages.append(str(error))
 
 
 def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> tuple[int, int]:
     """Frames in which the near and the far player were found."""
-    if reader.missing_frames(rally.video, [0]):
-        coverage.missing_frames = coverage.expected_frames
-        coverage.messages.append(_missing_message(reader, rally.video, [0]))
-        return 0, 0
     try:
         rows = reader.load_video(rally.video)
     except FrameError as error:
@@ -106,14 +100,14 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
         coverage.messages.append(str(error))
         return 0, 0
     coverage.missing_frames = max(0, coverage.expected_frames - len(rows))
+    coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
     if len(rows) != coverage.expected_frames:
-        coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
         coverage.messages.append(
             f"{reader.path(rally.video)}: {format_count(len(rows), 'row')}, but the annotation has "
             f"{format_count(coverage.expected_frames, 'frame')}"
         )
     for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
-        _count_if_unreadable(reader, rally.video, int(frame), coverage)
+        coverage.try_to_read(reader, rally.video, int(frame))
     found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
     return int(found[0]), int(found[1]) if len(found) > 1 else 0
 
@@ -133,10 +127,8 @@ def check_all(
             results.append(check_rally(rally, readers, every=every))
             progress(results[-1])
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-            jobs = [pool.submit(check_rally, rally, readers, every=every) for rally in rallies]
-            for job in as_completed(jobs):
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for job in as_completed([pool.submit(check_rally, rally, readers, every=every) for rally in rallies]):
                 results.append(job.result())
                 progress(results[-1])
     return summarize(sorted(results, key=lambda r: r.video))
@@ -149,35 +141,29 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
     """
     totals: dict[str, Counter[str]] = {}
     gaps: dict[str, Any] = {}
-    messages: list[str] = []
-    players: Counter[str] = Counter()
     for result in results:
         for name, coverage in result.modalities.items():
-            missing, unreadable = coverage.missing_frames, coverage.unreadable_frames
-            counts = totals.setdefault(name, Counter())
-            counts.update(expected_frames=coverage.expected_frames)
-            counts.update(missing_frames=missing, unreadable_frames=unreadable, rallies=1)
-            counts.update(rallies_without_files=int(missing == coverage.expected_frames))
-            counts.update(rallies_longer_than_annotated=int(coverage.extra_frames > 0))
-            messages += coverage.messages
-            if missing or unreadable or coverage.extra_frames:
-                gaps.setdefault(result.video, {})[name] = {
-                    "missing_frames": missing,
-                    "unreadable_frames": unreadable,
-                    "longer_than_annotated": bool(coverage.extra_frames),
-                }
-        players.update(near=result.players[0], far=result.players[1])
+            gap = {"missing_frames": coverage.missing_frames, "unreadable_frames": coverage.unreadable_frames}
+            totals.setdefault(name, Counter()).update(
+                expected_frames=coverage.expected_frames,
+                **gap,
+                rallies=1,
+                rallies_without_files=coverage.missing_frames == coverage.expected_frames,
+                rallies_longer_than_annotated=coverage.extra_frames > 0,
+            )
+            if any(gap.values()) or coverage.extra_frames:
+                gaps.setdefault(result.video, {})[name] = {**gap, "longer_than_annotated": coverage.extra_frames > 0}
     frames = sum(result.person_frames for result in results)
-    found = {
-        player: {"found_frames": players[player], "expected_frames": frames, "share": players[player] / frames}
-        for player in ("near", "far")
-        if frames
-    }
+    messages = [coverage.messages for result in results for coverage in result.modalities.values()]
+    players = {name: sum(result.players[i] for result in results) for i, name in enumerate(("near", "far")) if frames}
     return {
         "complete": not gaps,
         "rallies": len(results),
-        "modalities": {name: dict(counts) for name, counts in totals.items()},
-        "players": found,
+        "modalities": {name: {key: int(count) for key, count in counts.items()} for name, counts in totals.items()},
+        "players": {
+            name: {"found_frames": found, "expected_frames": frames, "share": found / frames}
+            for name, found in players.items()
+        },
         "rallies_with_gaps": gaps,
-        "messages": messages,
+        "messages": list(itertools.chain.from_iterable(messages)),
     }

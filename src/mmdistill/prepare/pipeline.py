@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import cv2
 import numpy as np
 
@@ -24,13 +25,7 @@ from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
-from mmdistill.prepare.video import (
-    VideoError,
-    container_frame_count,
-    decode_frames,
-    find_repeated_frames,
-    mean_frame_rate,
-)
+from mmdistill.prepare.video import container_frame_count, decode_frames, find_repeated_frames, mean_frame_rate
 
 FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
 FINGERPRINT_BYTES = 1 << 20  # read from the start and from the end of a video
@@ -86,6 +81,30 @@ class PrepareResult:
     error: str | None
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """Paths of the files of one video."""
+
+    record: Path
+    frames: Path
+    flow: Path
+    skeleton: Path
+
+    @classmethod
+    def of(cls, name: str, output: Path) -> "_Outputs":
+        record, skeleton = output / RECORD_DIR / f"{name}.json", output / SKELETON_DIR / f"{name}.pkl"
+        return cls(record, output / FRAME_DIR / name, output / FLOW_DIR / name, skeleton)
+
+    def are_complete(self, record: dict[str, Any]) -> bool:
+        """Whether the files of a completed video still exist; they are counted, not opened."""
+        count, parts = record["num_frames"], record["parts"]
+        return (
+            len(list(self.frames.glob("*.jpg"))) == count
+            and (parts["flow"]["method"] == "none" or len(list(self.flow.glob("pair_*.npy"))) == count - 1)
+            and (parts["skeleton"]["method"] == "none" or self.skeleton.exists())
+        )
+
+
 def prepare_all(
     videos: dict[str, Path],
     output: Path,
@@ -117,63 +136,47 @@ def prepare_all(
 def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> PrepareResult:
     """Prepare one video. Existing files from the same source and settings are kept."""
     cv2.setNumThreads(1)  # the parallelism is over videos
+    files = _Outputs.of(name, output)
     try:
-        old, record = _start_record(name, path, output, settings)
-        if old.get("complete") and old["parts"] == record["parts"] and _has_all_files(name, output, old):
+        record: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
+        old = _remove_outdated(path, files, record)
+        if old.get("complete") and old["parts"] == record["parts"] and files.are_complete(old):
             return PrepareResult(name, old, None)
-        record |= _write_frames_and_flow(name, path, output, settings)
+        record |= _write_frames_and_flow(path, files, settings)
         if settings.skeleton == "mediapipe":
-            record["skeleton_frames"] = _write_skeletons(name, path, output, settings)
+            from mmdistill.prepare.pose import load_mediapipe_pose, write_skeletons
+
+            counts = write_skeletons(path, files.skeleton, split=settings.split, pose=load_mediapipe_pose())
+            record["skeleton_frames"] = asdict(counts)
         record["complete"] = True
-        atomic_write_bytes(_record_path(name, output), json.dumps(record).encode())
+        atomic_write_bytes(files.record, json.dumps(record).encode())
     except (ValueError, OSError, cv2.error) as error:
         return PrepareResult(name, None, str(error))
     return PrepareResult(name, record, None)
 
 
-def _record_path(name: str, output: Path) -> Path:
-    return output / RECORD_DIR / f"{name}.json"
-
-
-def _start_record(name: str, path: Path, output: Path, settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Remove the files that another source or other settings produced.
+def _remove_outdated(path: Path, files: _Outputs, new: dict[str, Any]) -> dict[str, Any]:
+    """Remove the files that another source or other settings produced, and mark the record as incomplete.
 
     Returns:
-        The record of the earlier run, empty if there is none, and the beginning of the new record.
+        The record of the earlier run, empty if there is none.
     """
-    new: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
-    record_path = _record_path(name, output)
-    old: dict[str, Any] = json.loads(record_path.read_text()) if record_path.exists() else {}
-    folders = {"frames": output / FRAME_DIR / name, "flow": output / FLOW_DIR / name}
-    skeleton = output / SKELETON_DIR / f"{name}.pkl"
-    existing = [str(p) for p in (*folders.values(), skeleton) if p.exists()]
+    old: dict[str, Any] = json.loads(files.record.read_text()) if files.record.exists() else {}
+    targets = {"frames": files.frames, "flow": files.flow, "skeleton": files.skeleton}
+    existing = [str(target) for target in targets.values() if target.exists()]
     if existing and not old:
         raise ValueError(f"{path}: {existing[0]} exists and was not written by mmdistill; choose another --output")
-    for kind, kind_settings in new["parts"].items():
-        unchanged = old.get("fingerprint") == new["fingerprint"] and old["parts"].get(kind) == kind_settings
-        if old and not unchanged:
+    for kind, target in targets.items():
+        if old and (old["fingerprint"] != new["fingerprint"] or old["parts"].get(kind) != new["parts"][kind]):
             old["complete"] = False
-            if kind in folders:
-                shutil.rmtree(folders[kind], ignore_errors=True)
-            else:
-                skeleton.unlink(missing_ok=True)
-    for folder in folders.values():
-        for temporary in folder.glob(".tmp-*"):  # left by a run that was killed during a write
+            remove = shutil.rmtree if target.is_dir() else Path.unlink
+            if target.exists():
+                remove(target)
+        for temporary in target.glob(".tmp-*"):  # left by a run that was killed during a write
             temporary.unlink()
     if not old.get("complete"):
-        atomic_write_bytes(record_path, json.dumps({**new, "complete": False}).encode())
-    return old, new
-
-
-def _has_all_files(name: str, output: Path, record: dict[str, Any]) -> bool:
-    """Whether the files of a completed video still exist; they are counted, not opened."""
-    count = record["num_frames"]
-    frames = len(list((output / FRAME_DIR / name).glob("*.jpg"))) == count
-    flow = record["parts"]["flow"]["method"] == "none" or (
-        len(list((output / FLOW_DIR / name).glob("pair_*.npy"))) == count - 1
-    )
-    skeleton = record["parts"]["skeleton"]["method"] == "none" or (output / SKELETON_DIR / f"{name}.pkl").exists()
-    return frames and flow and skeleton
+        atomic_write_bytes(files.record, json.dumps({**new, "complete": False}).encode())
+    return old
 
 
 def _fingerprint(path: Path) -> str:
@@ -190,36 +193,29 @@ def stored_size(height: int, width: int, stored_height: int) -> tuple[int, int]:
     return stored_height, max(1, round(width * stored_height / height))
 
 
-def _write_frames_and_flow(name: str, path: Path, output: Path, settings: Settings) -> dict[str, Any]:
+def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> dict[str, Any]:
     """Write the missing frames and flow files of a video and return what was measured on it."""
-    frame_dir, flow_dir = output / FRAME_DIR / name, output / FLOW_DIR / name
-    frame_dir.mkdir(parents=True, exist_ok=True)
-    compute_flow = None
-    if settings.flow != "none":
-        flow_dir.mkdir(parents=True, exist_ok=True)
-        compute_flow = make_flow_function(settings.flow)
+    files.frames.mkdir(parents=True, exist_ok=True)
+    compute_flow = None if settings.flow == "none" else make_flow_function(settings.flow)
     seconds: list[float] = []
     differences: list[float] = []
     source, stored = (0, 0), (0, 0)
     previous: np.ndarray | None = None
     for frame in decode_frames(path):
-        if frame.number == 0:
-            source = frame.pixels.shape[:2]
-            stored = stored_size(*source, settings.height)
-        elif frame.pixels.shape[:2] != source:
-            raise VideoError(f"{path}: the frame size changes at frame {frame.number}; cut the video there")
+        source = frame.pixels.shape[:2]
+        stored = stored_size(*source, settings.height)
         image = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
-        _write_jpeg(frame_dir / f"{frame.number:06d}.jpg", image, settings.quality)
+        _write_jpeg(files.frames / f"{frame.number:06d}.jpg", image, settings.quality)
         gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
         if previous is not None:
             differences.append(float(cv2.absdiff(previous, gray).mean()))
-            flow_path = flow_dir / f"pair_{frame.number - 1:05d}.npy"
+            flow_path = files.flow / f"pair_{frame.number - 1:05d}.npy"
             if compute_flow is not None and not flow_path.exists():
                 write_flow(flow_path, compute_flow(previous, gray), dtype=settings.flow_dtype)
         previous = gray
         seconds.append(frame.seconds)
     fps = mean_frame_rate(seconds)
-    deviation = max((abs(s - seconds[0] - k / fps) for k, s in enumerate(seconds)), default=0.0) if fps else 0.0
+    deviation = max((abs(s - k / fps) for k, s in enumerate(seconds)), default=0.0) if fps else 0.0
     is_irregular = deviation * fps > 0.5  # frames
     return {
         "num_frames": len(seconds),
@@ -242,28 +238,18 @@ def _write_jpeg(path: Path, image: np.ndarray, quality: int) -> None:
     atomic_write_bytes(path, data.tobytes())
 
 
-def _write_skeletons(name: str, path: Path, output: Path, settings: Settings) -> dict[str, int]:
-    from mmdistill.prepare.pose import load_mediapipe_pose, write_skeletons
-
-    target = output / SKELETON_DIR / f"{name}.pkl"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return asdict(write_skeletons(path, target, split=settings.split, pose=load_mediapipe_pose()))
-
-
 def write_annotations(output: Path) -> list[Rally]:
     """Write `unlabel.json`, with each complete video in `output` as a rally without events, and `provenance.json`."""
-    records = {}
-    for path in sorted((output / RECORD_DIR).glob("*.json")):
-        record = json.loads(path.read_text())
-        if record["complete"]:
-            records[path.stem] = record
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((output / RECORD_DIR).glob("*.json"))}
+    records = {name: record for name, record in found.items() if record["complete"]}
     rallies = [Rally(name, r["num_frames"], r["fps"], ()) for name, r in records.items()]
     atomic_write_bytes(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())
     methods = sorted({r["parts"]["flow"]["method"] for r in records.values()})
     provenance = {
         "made_by": f"mmdistill {__version__}",
         "opencv": cv2.__version__,
-        "frames": "numbered from 0 in the order of the decoder, resized with INTER_AREA",
+        "ffmpeg": av.ffmpeg_version_info,
+        "frames": "numbered from 0 in the order of presentation; upright, progressive, square pixels; INTER_AREA",
         "flow": {
             "methods": {m: FLOW_METHODS.get(m, "no flow") for m in methods},
             "pair": "pair k is the flow from frame k to frame k + 1",

@@ -107,7 +107,9 @@ def _estimate_joints(pixels: np.ndarray, crop: np.ndarray, pose: PoseFunction) -
     """(17, 3): x and y in source px (pixel centers at integers), and score; zeros if no person is found."""
     left, top, side = (round(float(v)) for v in crop)
     side = max(side, 1)
-    image = np.ascontiguousarray(_cut_square(pixels, left, top, side)[..., ::-1])
+    height, width = pixels.shape[:2]
+    ys, xs = (np.arange(side) + top).clip(0, height - 1), (np.arange(side) + left).clip(0, width - 1)
+    image = np.ascontiguousarray(pixels[np.ix_(ys, xs)][..., ::-1])  # outside the image, border pixels are repeated
     if side < ENLARGE_BELOW:
         image = cv2.resize(image, (ENLARGED_SIDE, ENLARGED_SIDE), interpolation=cv2.INTER_CUBIC)
     joints = pose(image)
@@ -119,14 +121,3 @@ def _estimate_joints(pixels: np.ndarray, crop: np.ndarray, pose: PoseFunction) -
     joints[:, :2] = joints[:, :2] * side + (left, top) - 0.5
     joints[:, 2] = joints[:, 2].clip(0, 1)
     return joints
-
-
-def _cut_square(pixels: np.ndarray, left: int, top: int, side: int) -> np.ndarray:
-    """A square part of an image. Outside the image, the border pixels are repeated."""
-    height, width = pixels.shape[:2]
-    pad_top, pad_left = max(0, -top), max(0, -left)
-    pad_bottom, pad_right = max(0, top + side - height), max(0, left + side - width)
-    visible = pixels[max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
-    if visible.size == 0:
-        return np.zeros((side, side, 3), np.uint8)
-    return cv2.copyMakeBorder(visible, pad_top, pad_bottom, pad_left, pad_right, cv2.BORDER_REPLICATE)

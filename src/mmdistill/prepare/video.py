@@ -1,16 +1,23 @@
-"""Decoding of video files, frame by frame, with the decoder's timestamps."""
+"""Decoding of video files with PyAV (FFmpeg): upright, progressive frames with square pixels and their timestamps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
+import av
 import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 
 from mmdistill.errors import InputError, format_count
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
+UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+HD_HEIGHT = 720  # px; players assume BT.709 for unspecified videos from this height on, else BT.601
 
 
 class VideoError(InputError):
@@ -19,7 +26,7 @@ class VideoError(InputError):
 
 @dataclass(frozen=True)
 class Frame:
-    """Frame `number`, counted from 0, with its timestamp `seconds`; `pixels` is uint8 (H, W, 3) BGR."""
+    """Frame `number`, counted from 0, shown `seconds` after the first; `pixels` is uint8 (H, W, 3) BGR."""
 
     number: int
     seconds: float
@@ -27,48 +34,97 @@ class Frame:
 
 
 def decode_frames(path: Path) -> Iterator[Frame]:
-    """Yield every frame of a video in order, at any frame rate, without repeating or skipping a frame.
+    """Yield every frame of a video in the order of presentation, at any frame rate, without repeating or skipping one.
 
-    OpenCV opens the first half of an ``.avi`` like a complete file. The number of decoded frames is therefore compared
-    with the number that the container declares, with `COUNT_TOLERANCE`.
+    Frames that an edit list cuts off are not presented. Frames are rotated as the file requests, widened to square
+    pixels, deinterlaced (one frame per coded frame) and converted to full-range BGR with the matrix and range of the
+    file.
 
     Raises:
-        VideoError: if the file cannot be opened or has fewer frames than the container declares.
+        VideoError: the file cannot be opened or decoded to its end, the frame size changes, or it has fewer frames than
+            the container declares, with `COUNT_TOLERANCE`.
     """
-    capture = cv2.VideoCapture(str(path))
+    number, start, seconds, size = 0, 0.0, 0.0, (0, 0)
+    declared, duration, failure = 0, 0.0, None
     try:
-        if not capture.isOpened():
-            raise VideoError(f"{path}: OpenCV cannot open it as a video; convert it, for example to .mp4")
-        declared = _container_frame_count(capture)
-        number = 0
-        while True:
-            success, pixels = capture.read()
-            if not success:
-                break
-            yield Frame(number, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000, pixels)
-            number += 1
-    finally:
-        capture.release()
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path}: contains no video stream; give a video file")
+            stream = container.streams.video[0]
+            declared, duration = _declared_length(container)
+            for frame in _deinterlace(container.decode(stream)):
+                if number == 0:
+                    start, size = frame.time or 0.0, (frame.width, frame.height)
+                elif (frame.width, frame.height) != size:
+                    raise VideoError(f"{path}: the frame size changes at frame {number}; cut the video there")
+                seconds = seconds if frame.time is None else frame.time - start
+                yield Frame(number, seconds, _to_pixels(frame, stream))
+                number += 1
+    except (av.FFmpegError, OSError) as error:
+        failure = error
     if number == 0:
-        raise VideoError(f"{path}: OpenCV cannot decode any frame; convert the video, for example to .mp4")
-    if declared > 0 and number < declared * (1 - COUNT_TOLERANCE) - 1:
+        reason = failure or "no frame can be decoded"
+        raise VideoError(f"{path}: not a video ({reason}); convert it, for example to .mp4") from failure
+    end = seconds * number / max(1, number - 1)  # an edit list shortens the duration, but not the declared count
+    is_short = number < declared * (1 - COUNT_TOLERANCE) - 1 and end < duration * (1 - COUNT_TOLERANCE)
+    if is_short or (failure and not 0 < declared <= number):
         raise VideoError(
             f"{path}: truncated or broken, it ends after frame {number - 1}, "
             f"but the container declares {format_count(declared, 'frame')}; copy or convert it again"
-        )
+        ) from failure
+
+
+def _declared_length(container: InputContainer) -> tuple[int, float]:
+    """Frames and seconds that the container declares, exact or an estimate; 0 if it declares none."""
+    stream = container.streams.video[0]
+    if stream.duration and stream.time_base:
+        duration = float(stream.duration * stream.time_base)
+    else:
+        duration = (container.duration or 0) / av.time_base
+    return stream.frames or round(duration * float(stream.average_rate or 0)), duration
+
+
+def _deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """The frames, with interlaced ones converted to progressive ones by FFmpeg's filter bwdif."""
+    graph = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = av.filter.Graph()
+            source = graph.add_buffer(
+                width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+            )
+            bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+            graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
+        yield from [frame] if graph is None else _filter(graph, frame)
+    if graph is not None:
+        yield from _filter(graph, None)
+
+
+def _filter(graph: av.filter.Graph, frame: VideoFrame | None) -> Iterator[VideoFrame]:
+    """Push a frame, or None at the end, and yield all frames that the filter can return."""
+    graph.vpush(frame)
+    while True:
+        try:
+            yield graph.vpull()
+        except (BlockingIOError, EOFError):
+            return
+
+
+def _to_pixels(frame: VideoFrame, stream: VideoStream) -> np.ndarray:
+    """uint8 (H, W, 3) BGR, upright, with square pixels."""
+    aspect = stream.sample_aspect_ratio or 1
+    is_hd = frame.colorspace == UNSPECIFIED and frame.height >= HD_HEIGHT
+    image = frame.reformat(
+        format="bgr24", width=max(1, round(frame.width * aspect)), src_colorspace=Colorspace.ITU709 if is_hd else None
+    )
+    return np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90))
 
 
 def container_frame_count(path: Path) -> int:
     """The number of frames that the container declares, exact or an estimate; 0 if it declares none."""
-    capture = cv2.VideoCapture(str(path))
-    try:
-        return _container_frame_count(capture)
-    finally:
-        capture.release()
-
-
-def _container_frame_count(capture: cv2.VideoCapture) -> int:
-    return max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    with suppress(av.FFmpegError, IndexError), av.open(str(path)) as container:
+        return _declared_length(container)[0]
+    return 0
 
 
 def mean_frame_rate(seconds: list[float]) -> float:
@@ -87,13 +143,8 @@ def find_repeated_frames(differences: list[float]) -> list[int]:
     Returns:
         Frames whose difference is less than 0.4 times the median difference within three frames.
     """
-    values = np.array(differences)
-    found = []
-    for k, difference in enumerate(values):
-        median = float(np.median(values[max(0, k - 3) : k + 4]))
-        if median > 0 and difference < 0.4 * median:
-            found.append(k + 1)
-    return found
+    medians = [float(np.median(differences[max(0, k - 3) : k + 4])) for k in range(len(differences))]
+    return [k + 1 for k, median in enumerate(medians) if differences[k] < 0.4 * median]
 
 
 def find_videos(source: Path) -> dict[str, Path]:

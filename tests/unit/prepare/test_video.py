@@ -1,8 +1,13 @@
 """Decoding of videos: every frame once, truncated files detected, frame rates from timestamps."""
 
+import itertools
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
+from av.video.stream import VideoStream
 
 from mmdistill.prepare.video import (
     VideoError,
@@ -12,7 +17,7 @@ from mmdistill.prepare.video import (
     find_videos,
     mean_frame_rate,
 )
-from tests.generated_video import BroadcastClip, write_moving_square
+from tests.generated_video import BroadcastClip, write_moving_square, write_video
 
 
 def test_every_frame_is_decoded_once_with_its_timestamp(broadcast: BroadcastClip) -> None:
@@ -33,9 +38,123 @@ def test_truncated_video_is_rejected_after_its_last_frame(tmp_path: Path) -> Non
 
 def test_file_that_is_no_video_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "d.mp4").write_bytes(b"no video")
-    with pytest.raises(VideoError, match=r"d\.mp4: OpenCV cannot open it as a video"):
+    with pytest.raises(VideoError, match=r"d\.mp4: not a video .*convert it"):
         list(decode_frames(tmp_path / "d.mp4"))
     assert container_frame_count(tmp_path / "d.mp4") == 0
+
+
+def gray_images(count: int) -> list[np.ndarray]:
+    """Flat images; image k has the level 20 k."""
+    return [np.full((64, 96, 3), 20 * k, np.uint8) for k in range(count)]
+
+
+def gray_levels(path: Path) -> list[int]:
+    """The number of the image of `gray_images` that each decoded frame shows."""
+    return [round(float(frame.pixels.mean()) / 20) for frame in decode_frames(path)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_variable_frame_rate_has_the_timestamps_of_presentation(tmp_path: Path, suffix: str) -> None:
+    times_ms = [0, 40, 80, 200, 240, 600, 640, 680, 720, 1000, 1040, 2000]
+    path = write_video(tmp_path / f"vfr{suffix}", gray_images(12), times_ms=times_ms)
+    assert [f.seconds for f in decode_frames(path)] == pytest.approx([ms / 1000 for ms in times_ms], abs=1e-4)
+    assert gray_levels(path) == list(range(12))
+
+
+def test_edit_list_cuts_the_frames_before_time_zero(tmp_path: Path) -> None:
+    """A start at -120 ms is stored as an edit list. The container still declares the three frames that it cuts off."""
+    path = write_video(tmp_path / "cut.mp4", gray_images(12), times_ms=[40 * k - 120 for k in range(12)])
+    assert container_frame_count(path) == 12
+    assert gray_levels(path) == list(range(3, 12))
+    assert [f.seconds for f in decode_frames(path)] == pytest.approx([0.04 * k for k in range(9)])
+
+
+def test_seconds_count_from_the_first_frame(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "late.mp4", gray_images(12), times_ms=[40 * k + 400 for k in range(12)])
+    assert [f.seconds for f in decode_frames(path)] == pytest.approx([0.04 * k for k in range(12)])
+
+
+def quadrant_image() -> np.ndarray:
+    """A gray image with a white rectangle in its top left quarter."""
+    image = np.full((64, 96, 3), 40, np.uint8)
+    image[8:24, 8:40] = 250
+    return image
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+def test_rotation_of_the_file_is_applied(tmp_path: Path, degrees: int) -> None:
+    path = write_video(tmp_path / "r.mp4", [quadrant_image()] * 3, setup=lambda s: s.set_display_rotation(degrees))
+    for frame in decode_frames(path):
+        expected = np.rot90(quadrant_image(), degrees // 90)  # counterclockwise
+        assert frame.pixels.shape == expected.shape
+        assert np.abs(frame.pixels.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 128), (Fraction(1, 2), 48)])
+def test_pixels_become_square(tmp_path: Path, aspect: Fraction, width: int) -> None:
+    def set_aspect(stream: VideoStream) -> None:
+        stream.codec_context.sample_aspect_ratio = aspect
+
+    path = write_video(tmp_path / "s.mp4", [quadrant_image()] * 3, setup=set_aspect)
+    for frame in decode_frames(path):
+        assert frame.pixels.shape == (64, width, 3)
+        columns = np.flatnonzero(frame.pixels[16, :, 0] > 145)  # 8 to 39 before
+        assert columns[[0, -1]] == pytest.approx([8 * float(aspect), 40 * float(aspect) - 1], abs=1)
+
+
+def test_interlaced_frames_become_progressive(tmp_path: Path) -> None:
+    """A bar moves between the two fields of a frame. Deinterlacing removes the comb, and keeps number and times."""
+
+    def draw(x: int) -> np.ndarray:
+        image = np.full((64, 192, 3), 30, np.uint8)
+        image[:, x : x + 16] = 220
+        return image
+
+    images = []
+    for k in range(10):
+        image = draw(8 + 12 * k)
+        image[::2] = draw(14 + 12 * k)[::2]  # the second field, half a frame later: this encoder stores the lower first
+        images.append(image)
+    options = {"flags": "+ildct+ilme", "x264-params": "interlaced=1:qp=4"}
+    path = write_video(tmp_path / "i.mp4", images, setup=lambda s: s.codec_context.options.update(options))
+    frames = list(decode_frames(path))
+    assert [f.seconds for f in frames] == pytest.approx([0.04 * k for k in range(10)])
+
+    def comb(image: np.ndarray) -> float:
+        return float(np.abs(np.diff(image[8:-8].astype(int), axis=0)).mean())
+
+    assert np.mean([comb(f.pixels) for f in frames]) < 0.3 * np.mean([comb(image) for image in images])
+    for frame, k in zip(frames, range(10), strict=True):
+        assert np.flatnonzero(frame.pixels[::2, :, 0].mean(axis=0) > 125).mean() == pytest.approx(15.5 + 12 * k, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "full_range"), list(itertools.product([Colorspace.ITU709, Colorspace.ITU601], [False, True]))
+)
+def test_colors_follow_matrix_and_range_of_the_file(tmp_path: Path, matrix: Colorspace, full_range: bool) -> None:
+    def tag(stream: VideoStream) -> None:
+        stream.codec_context.color_range, stream.codec_context.colorspace = 2 if full_range else 1, matrix
+
+    image = np.full((64, 96, 3), (30, 90, 200), np.uint8)
+    path = write_video(tmp_path / "c.mp4", [image] * 3, matrix=matrix, pix_fmt="yuv444p", setup=tag)
+    for frame in decode_frames(path):
+        np.testing.assert_allclose(frame.pixels.mean(axis=(0, 1)), (30, 90, 200), atol=3)
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(64, Colorspace.ITU601), (720, Colorspace.ITU709)])
+def test_matrix_of_an_untagged_video_depends_on_its_height(tmp_path: Path, height: int, matrix: Colorspace) -> None:
+    image = np.full((height, 96, 3), (30, 90, 200), np.uint8)
+    path = write_video(tmp_path / "c.mp4", [image] * 2, matrix=matrix, pix_fmt="yuv444p")
+    for frame in decode_frames(path):
+        np.testing.assert_allclose(frame.pixels.mean(axis=(0, 1)), (30, 90, 200), atol=3)
+
+
+def test_change_of_the_frame_size_is_rejected(tmp_path: Path) -> None:
+    first = write_video(tmp_path / "a.ts", gray_images(5))
+    second = write_video(tmp_path / "b.ts", [image[:32] for image in gray_images(5)])
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(VideoError, match=r"a\.ts: the frame size changes at frame 5; cut the video there"):
+        list(decode_frames(first))
 
 
 def test_frame_rate_is_the_mean_over_all_timestamps() -> None:
