@@ -13,21 +13,13 @@ _CHOICES = {"clips": ("events", "windows", "first"), "anchor": ("center", "start
 
 @dataclass(frozen=True)
 class Clip:
-    """One sample.
+    """One sample."""
 
-    Attributes:
-        id: unique in its index. Everything random about the clip is seeded with it.
-        video: name of the video in the files of every modality.
-        frames: frame numbers, counted from 0.
-        label: position in `ClipIndex.classes`; -1: no label.
-        group: the recording. Few-shot episodes can keep support and query clips of one recording apart.
-    """
-
-    id: str
-    video: str
-    frames: tuple[int, ...]
-    label: int
-    group: str
+    id: str  # unique in its index. Everything random about the clip is seeded with it
+    video: str  # name of the video in the files of every modality
+    frames: tuple[int, ...]  # frame numbers, counted from 0
+    label: int  # position in `ClipIndex.classes`; -1: no label
+    group: str  # the recording. Few-shot episodes can keep support and query clips of one recording apart
 
 
 @dataclass(frozen=True)
@@ -50,27 +42,21 @@ class ClipIndex:
 class ClipSpec:
     """Which parts of a video become clips.
 
-    Attributes:
-        clips: ``events`` (one clip per event), ``first`` (one clip per rally, for its first event), ``windows`` (one
-            clip every `stride` frames, label -1 unless ``label="video"``).
-        num_frames: frames per clip.
-        sampling_rate: distance between frames of a clip.
-        stride: frames between the starts of windows; None: the clip's span, so that windows do not overlap.
-        anchor: position of the event in its clip: ``center`` (frame ``num_frames // 2`` of the clip) or ``start``.
-        label_fields: F3Set fields that define the class; None: all.
-        label: ``event``: the event's label is the class. ``video``: the video's name is the class.
-
     Raises:
         ValueError: a value is invalid; names it.
     """
 
+    # ``events`` (one clip per event), ``first`` (one clip per rally, for its first event), ``windows`` (one
+    # clip every `stride` frames, label -1 unless ``label="video"``)
     clips: str
-    num_frames: int
-    sampling_rate: int = 1
+    num_frames: int  # frames per clip
+    sampling_rate: int = 1  # distance between frames of a clip
+    # frames between the starts of windows; None: the clip's span, so that windows do not overlap
     stride: int | None = None
+    # position of the event in its clip: ``center`` (frame ``num_frames // 2`` of the clip) or ``start``
     anchor: str = "center"
-    label_fields: Sequence[str] | None = None
-    label: str = "event"
+    label_fields: Sequence[str] | None = None  # F3Set fields that define the class; None: all
+    label: str = "event"  # ``event``: the event's label is the class. ``video``: the video's name is the class
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -142,14 +128,10 @@ def _clip_starts(rally: Rally, spec: ClipSpec, last_start: int) -> Iterator[tupl
 
 def count_overlapping_clips(clips: Sequence[Clip]) -> int:
     """Number of labeled clips that overlap in time with another clip of their class."""
-    spans: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
-    for number, clip in enumerate(clips):
-        if clip.label >= 0:
-            spans.setdefault((clip.video, clip.label), []).append((clip.frames[0], clip.frames[-1], number))
-    found: set[int] = set()
-    for class_spans in spans.values():
-        class_spans.sort()
-        for (_, end, number), (start, _, next_number) in itertools.pairwise(class_spans):
-            if start <= end:
-                found |= {number, next_number}
+    ordered = sorted((c for c in clips if c.label >= 0), key=lambda c: (c.video, c.label, c.frames[0], c.frames[-1]))
+    found: set[str] = set()
+    for clip, following in itertools.pairwise(ordered):
+        is_same_class = (clip.video, clip.label) == (following.video, following.label)
+        if is_same_class and following.frames[0] <= clip.frames[-1]:
+            found |= {clip.id, following.id}
     return len(found)

@@ -26,22 +26,15 @@ MAX_REPLACEMENT_TRIES = 8  # clips tried in place of one that cannot be read
 class CropSpec:
     """The crop of a clip. Sizes are (height, width) in px of the stored frame.
 
-    Attributes:
-        frame_size: size of the stored frames.
-        crop_size: size of the crop.
-        augment: True (training): random crop and flip. False: center crop.
-        random_crop_min_scale: smallest random crop, as a fraction of `crop_size`.
-        hflip_prob: probability of a horizontal flip.
-
     Raises:
         ValueError: a value is invalid; names it.
     """
 
-    frame_size: tuple[int, int]
-    crop_size: tuple[int, int]
-    augment: bool = False
-    random_crop_min_scale: float = 1.0
-    hflip_prob: float = 0.0
+    frame_size: tuple[int, int]  # size of the stored frames
+    crop_size: tuple[int, int]  # size of the crop
+    augment: bool = False  # True (training): random crop and flip. False: center crop
+    random_crop_min_scale: float = 1.0  # smallest random crop, as a fraction of `crop_size`
+    hflip_prob: float = 0.0  # probability of a horizontal flip
 
     def __post_init__(self) -> None:
         if self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]:
@@ -85,9 +78,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         crop: the crop; ``crop.augment`` distinguishes training from evaluation.
         mask: the token mask.
         seed: seed of crops, flips, masks and replacements.
-        on_missing: ``error``, ``repeat`` or ``skip``.
-        cached_epochs: N > 0: epoch e has the samples of epoch ``e % N``. From epoch N on only `always_decoded`
-            modalities are read, because `mmdistill.distill.teacher_cache` has the features of the others.
+        on_missing: the policy.
+        cached_epochs: N > 0: epoch e has the samples of epoch ``e % N``. From epoch N on only the modalities in
+            `always_decoded` are read, because `mmdistill.distill.teacher_cache` has the features of the others.
         always_decoded: see `cached_epochs`.
 
     Raises:

@@ -61,12 +61,8 @@ def sample_visible_tokens(
 def sample_decoder_tokens(removed: int, *, ratio: float, rng: np.random.Generator) -> np.ndarray:
     """Draw the removed tokens that the decoder reconstructs (dual masking, VideoMAE V2, arXiv 2303.16727, section 3.2).
 
-    Args:
-        removed: N, number of removed tokens of the clip.
-        ratio: fraction of them that is not reconstructed.
-        rng: generator of the clip, so that the draw depends neither on the batch nor on the number of processes.
-
-    Returns:
-        int64 [max(1, round(N * (1 - ratio)))], sorted numbers between 0 and N - 1.
+    `ratio` is the fraction of the `removed` tokens that is not reconstructed. `rng` is the generator of the clip, so
+    that the draw depends neither on the batch nor on the number of processes. The result is int64
+    [max(1, round(removed * (1 - ratio)))], sorted numbers between 0 and removed - 1.
     """
     return np.sort(rng.permutation(removed)[: max(1, round(removed * (1 - ratio)))])

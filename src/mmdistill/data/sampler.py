@@ -12,16 +12,9 @@ from mmdistill.randomness import seeded_rng
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (epoch, clip number) for one rank. Over all ranks each clip occurs once per epoch.
 
-    Args:
-        num_clips: clips in the dataset.
-        batch_size: clips per rank and batch.
-        seed: seed of the order.
-        rank: this process.
-        world_size: number of processes.
-        shuffle: False: clips in their own order.
-        drop_last: drop the last `num_dropped` clips of the order, which do not fill a batch on every rank; these are
-            different clips in each epoch. False: split them over the ranks, so that some ranks may have a smaller
-            batch or one batch less.
+    `batch_size` is per rank. With ``shuffle=False`` the clips are in their own order. With `drop_last` the last
+    `num_dropped` clips of the order, which do not fill a batch on every rank, are dropped; these are different clips in
+    each epoch. Otherwise they are split over the ranks, so that some ranks may have a smaller batch or one batch less.
 
     Raises:
         ValueError: an argument is invalid; names it.

@@ -107,13 +107,9 @@ def write_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
 
 def is_complete(root: Path, plan: RallyPlan) -> bool:
     """Whether all files of a rally exist. They are counted, not opened."""
-    if not (root / SKELETON_DIR / f"{plan.video}.pkl").is_file():
-        return False
-    for kind, suffix, expected in ((FRAME_DIR, ".jpg", plan.num_frames), (FLOW_DIR, ".npy", plan.num_frames - 1)):
-        folder = root / kind / plan.video
-        if not folder.is_dir() or sum(e.name.endswith(suffix) for e in os.scandir(folder)) != expected:
-            return False
-    return True
+    frames, flows = (root / FRAME_DIR / plan.video).glob("*.jpg"), (root / FLOW_DIR / plan.video).glob("*.npy")
+    expected = plan.num_frames, plan.num_frames - 1
+    return (root / SKELETON_DIR / f"{plan.video}.pkl").is_file() and (len(list(frames)), len(list(flows))) == expected
 
 
 def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
@@ -144,14 +140,11 @@ def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, 
 def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = None, progress: bool = True) -> None:
     """Create the demo dataset in `root`. Only missing rallies are rendered; a complete dataset is not changed.
 
-    Args:
-        root: output folder.
-        parameters: parameters of the dataset.
-        workers: number of processes; None: one per core; 1: no other process.
-        progress: show a progress bar, or plain lines without a terminal.
+    `workers` is the number of processes; None: one per core; 1: no other process. `progress` shows a progress bar, or
+    plain lines without a terminal.
 
     Raises:
-        DemoError: if `root` contains a demo dataset with other parameters.
+        DemoError: `root` contains a demo dataset with other parameters.
     """
     root.mkdir(parents=True, exist_ok=True)
     # A round trip through JSON turns tuples into lists, as in the file.

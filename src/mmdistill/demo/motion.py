@@ -30,23 +30,14 @@ _LENGTHS = {  # mean in body heights, largest relative deviation
 
 @dataclass(frozen=True)
 class Body:
-    """Proportions and style of one player.
+    """Proportions and style of one player."""
 
-    Attributes:
-        height: meters.
-        lengths: half widths of shoulders and hips, and bone lengths, in body heights.
-        thickness: scales the thickness of all body parts.
-        amplitude: scales the difference between stroke and ready pose.
-        tempo: scales the times of the key poses.
-        pose_offsets: (number of stroke classes, POSE_SIZE), constant per player.
-    """
-
-    height: float
-    lengths: dict[str, float]
-    thickness: float
-    amplitude: float
-    tempo: float
-    pose_offsets: np.ndarray
+    height: float  # meters
+    lengths: dict[str, float]  # half widths of shoulders and hips, and bone lengths, in body heights
+    thickness: float  # scales the thickness of all body parts
+    amplitude: float  # scales the difference between stroke and ready pose
+    tempo: float  # scales the times of the key poses
+    pose_offsets: np.ndarray  # (number of stroke classes, POSE_SIZE), constant per player
 
 
 def random_body(rng: np.random.Generator) -> Body:
@@ -95,12 +86,8 @@ def interpolate_poses(
 ) -> np.ndarray:
     """Poses of one player in each frame of a rally, (T, POSE_SIZE).
 
-    Args:
-        strokes: S indices into `STROKES`.
-        contacts: S times of the contacts in frames, ascending.
-        num_frames: T.
-        body: the player.
-        rng: source of the timing jitter and of the variation of each execution.
+    `strokes` are S indices into `STROKES`, `contacts` the S times of the contacts in frames, ascending. `rng` is the
+    source of the timing jitter and of the variation of each execution.
     """
     times, poses = [-3.0], [READY]
     for stroke, contact in zip(strokes, contacts, strict=True):
@@ -124,16 +111,10 @@ def interpolate_poses(
 def interpolate_positions(
     contacts: list[float], num_frames: int, max_offset: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sideways motion of a player who moves to a new random position for each stroke.
-
-    Args:
-        contacts: S times of the contacts in frames, ascending.
-        num_frames: T.
-        max_offset: largest distance from the center line in meters.
-        rng: source of the positions.
+    """Sideways motion of a player who moves to a new random position before each of the S contacts (frames, ascending).
 
     Returns:
-        x (T,) in meters and speed (T,) in meters per frame.
+        x (T,), at most `max_offset` meters from the center line, and speed (T,) in meters per frame.
     """
     times, positions = [-3.0], [rng.uniform(-max_offset, max_offset)]
     for contact in contacts:
@@ -170,25 +151,16 @@ def _solve_two_bones(
 
 @dataclass(frozen=True)
 class Figure:
-    """A moving player in world coordinates, meters.
+    """A moving player in world coordinates, meters."""
 
-    Attributes:
-        joints: (T, 17, 3) COCO-17.
-        grip: (T, 3) position of the racket grip.
-        racket: (T, 3) direction of the racket.
-        normal: (T, 3) normal of the racket face.
-        head: (T, 3) center of the head.
-        chest: (T, 3) horizontal direction of the chest.
-        ground: (T, 3) point on the ground below the player.
-    """
-
-    joints: np.ndarray
-    grip: np.ndarray
-    racket: np.ndarray
-    normal: np.ndarray
-    head: np.ndarray
-    chest: np.ndarray
-    ground: np.ndarray
+    joints: np.ndarray  # (T, 17, 3) COCO-17
+    grip: np.ndarray  # (T, 3) position of the racket grip
+    racket: np.ndarray  # (T, 3) direction of the racket
+    normal: np.ndarray  # (T, 3) normal of the racket face
+    head: np.ndarray  # (T, 3) center of the head
+    chest: np.ndarray  # (T, 3) horizontal direction of the chest
+    ground: np.ndarray  # (T, 3) point on the ground below the player
+    body: Body  # the player
 
 
 def _yaw_directions(degrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,13 +216,8 @@ def _solve_legs(fields: dict[str, np.ndarray], pelvis: np.ndarray, speed: np.nda
 def solve_joints(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, body: Body, *, facing: int) -> Figure:
     """World coordinates of the joints and of the racket.
 
-    Args:
-        pose: (T, POSE_SIZE) from `interpolate_poses`.
-        x: (T,) from `interpolate_positions`.
-        speed: (T,) from `interpolate_positions`.
-        y: meters from the near baseline.
-        body: the player.
-        facing: 1 faces +y (near player), -1 faces -y (far player, whose left and right are swapped in the image).
+    `pose` comes from `interpolate_poses`, `x` and `speed` from `interpolate_positions`. `y` is in meters from the near
+    baseline. `facing` 1 faces +y (near player), -1 faces -y (far player: left and right are swapped in the image).
     """
     fields = {name: pose[:, columns] for name, columns in SLICES.items()}
     pelvis = np.concatenate([fields["p"], 0.525 - np.maximum(fields["crouch"], -0.03)], -1)
@@ -275,4 +242,5 @@ def solve_joints(pose: np.ndarray, x: np.ndarray, speed: np.ndarray, y: float, b
         head=head * body.height * turn + ground,
         chest=forward * turn,
         ground=ground + np.pad(fields["p"] * body.height * facing, ((0, 0), (0, 1))),
+        body=body,
     )

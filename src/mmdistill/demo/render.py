@@ -7,6 +7,7 @@ Images are drawn with OpenCV at `SUPERSAMPLE` times the stored size and averaged
 import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -22,34 +23,35 @@ _ANGLES = np.linspace(0, 2 * np.pi, 14, endpoint=False)
 _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], -1)
 
 Color = tuple[float, float, float]  # RGB, 0 to 255
+Point = tuple[float, float, float]  # meters
+Range = tuple[float, float]
+Size = tuple[int, int]  # (H, W) of the stored frame in px
 _SKINS: tuple[Color, ...] = ((232, 190, 160), (208, 158, 124), (170, 118, 86), (124, 82, 58), (92, 62, 46))
+_CLOTHES: tuple[tuple[str, Color, Range, Range, float], ...] = (
+    # color without nuisance, saturation, value, distance from the colors of the court (accent: from the shirt)
+    ("shirt", (236, 222, 96), (0.0, 0.85), (0.15, 1.0), 120),
+    ("shorts", (30, 32, 44), (0.0, 0.6), (0.1, 1.0), 100),
+    ("skin", _SKINS[0], (0.0, 0.0), (0.0, 0.0), 90),  # drawn from `_SKINS`
+    ("hair", (52, 36, 28), (0.0, 0.6), (0.05, 0.9), 70),
+    ("racket", (235, 60, 50), (0.0, 0.9), (0.1, 1.0), 110),
+    ("strings", (228, 228, 214), (0.0, 0.3), (0.1, 1.0), 110),
+    ("shoes", (240, 240, 240), (0.0, 0.7), (0.3, 1.0), 0),
+    ("accent", (40, 40, 60), (0.0, 0.8), (0.1, 1.0), 90),
+)
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera.
+    """A pinhole camera."""
 
-    Attributes:
-        position: (3,) meters.
-        axes: (3, 3), rows right, down, forward.
-        focal: focal length in px.
-        center: principal point (x, y) in px.
-    """
-
-    position: np.ndarray
-    axes: np.ndarray
-    focal: float
-    center: tuple[float, float]
+    position: np.ndarray  # (3,) meters
+    axes: np.ndarray  # (3, 3), rows right, down, forward
+    focal: float  # focal length in px
+    center: tuple[float, float]  # principal point (x, y) in px
 
     @classmethod
-    def look_at(
-        cls,
-        position: tuple[float, float, float],
-        target: tuple[float, float, float],
-        focal: float,
-        size: tuple[int, int],
-    ) -> "Camera":
-        """A camera without roll at `position`, with `target` at the center of an image of `size` (H, W)."""
+    def look_at(cls, position: Point, target: Point, focal: float, size: Size) -> "Camera":
+        """A camera without roll at `position`, with `target` at the center of the image."""
         origin = np.array(position, dtype=np.float64)
         forward = np.array(target) - origin
         forward /= np.linalg.norm(forward)
@@ -67,62 +69,39 @@ class Camera:
 
 @dataclass(frozen=True)
 class Outfit:
-    """Clothes and racket of one player.
+    """Clothes and racket of one player."""
 
-    Attributes:
-        colors: shirt, shorts, skin, hair, shoes, accent, racket, strings.
-        sleeve: fraction of the upper arm that the shirt covers.
-    """
-
-    colors: dict[str, Color]
-    sleeve: float
+    colors: dict[str, Color]  # shirt, shorts, skin, hair, shoes, accent, racket, strings
+    sleeve: float  # fraction of the upper arm that the shirt covers
 
 
 @dataclass(frozen=True)
 class CourtStyle:
-    """Properties that all rallies on one court share.
+    """Properties that all rallies on one court share."""
 
-    Attributes:
-        colors: court, surround, wall, crowd.
-        angle: direction of the light in radians.
-        gradient: mean change of the light level over the image.
-        distance: distance of the camera behind the near player in meters.
-        height: height of the camera in meters.
-        offset: sideways position of the camera in meters.
-    """
-
-    colors: dict[str, Color]
-    angle: float
-    gradient: float
-    distance: float
-    height: float
-    offset: float
+    colors: dict[str, Color]  # court, surround, wall, crowd
+    angle: float  # direction of the light in radians
+    gradient: float  # mean change of the light level over the image
+    distance: float  # distance of the camera behind the near player in meters
+    height: float  # height of the camera in meters
+    offset: float  # sideways position of the camera in meters
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """Appearance of one rally: colors, light and image quality.
+    """Appearance of one rally: colors, light and image quality."""
 
-    Attributes:
-        colors: court, surround, wall, crowd.
-        light: light level (H, W, 3).
-        shadow: start of the stadium's shadow in meters from the near baseline, and its opacity (0 none).
-        blur: standard deviation in px.
-        noise: standard deviation in gray levels.
-        jpeg: JPEG quality.
-        jitter: standard deviation of the camera shake in px.
-    """
-
-    colors: dict[str, Color]
-    light: np.ndarray
+    colors: dict[str, Color]  # court, surround, wall, crowd
+    light: np.ndarray  # light level (H, W, 3)
+    # start of the stadium's shadow in meters from the near baseline, and its opacity (0 none)
     shadow: tuple[float, float]
-    blur: float
-    noise: float
-    jpeg: int
-    jitter: float
+    blur: float  # standard deviation in px
+    noise: float  # standard deviation in gray levels
+    jpeg: int  # JPEG quality
+    jitter: float  # standard deviation of the camera shake in px
 
 
-def _random_color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> Color:
+def _random_color(rng: np.random.Generator, saturation: Range, value: Range) -> Color:
     r, g, b = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value))
     return r * 255, g * 255, b * 255
 
@@ -139,22 +118,18 @@ def _color_distance(a: Color, b: Color) -> float:
     return float(np.hypot(np.linalg.norm(difference), 1.5 * (np.array([0.3, 0.59, 0.11]) @ difference)))
 
 
-def _draw_contrasting_color(draw: Callable[[], Color], others: list[Color], min_distance: float) -> Color:
+def _contrasting_color(draw: Callable[[], Color], others: list[Color], min_distance: float) -> Color:
     """The first of 40 draws with a distance of at least `min_distance` from all `others`, or the most distant one."""
-    best, best_distance = (0.0, 0.0, 0.0), -1.0
-    for _ in range(40):
+    drawn: list[tuple[float, Color]] = []
+    while len(drawn) < 40 and (not drawn or drawn[-1][0] < min_distance):
         color = draw()
-        distance = min(_color_distance(color, other) for other in others)
-        if distance > best_distance:
-            best, best_distance = color, distance
-        if distance >= min_distance:
-            break
-    return best
+        drawn.append((min(_color_distance(color, other) for other in others), color))
+    return max(drawn, key=lambda d: d[0])[1]
 
 
-def random_court(rng: np.random.Generator, nuisance: float) -> CourtStyle:
-    """Draw the properties of a court."""
-    n, spread = nuisance, min(nuisance, 1.5)
+def random_court(rng: np.random.Generator, n: float) -> CourtStyle:
+    """Draw the properties of a court with the nuisance `n`."""
+    spread = min(n, 1.5)
     colors = {
         name: _blend(default, _random_color(rng, saturation, value), n)
         for name, default, saturation, value in (
@@ -174,11 +149,8 @@ def random_court(rng: np.random.Generator, nuisance: float) -> CourtStyle:
     )
 
 
-def random_appearance(
-    style: CourtStyle, rng: np.random.Generator, nuisance: float, size: tuple[int, int]
-) -> Appearance:
-    """Draw the appearance of one rally of frame `size` (H, W): changed colors, light, shake, image quality."""
-    n = nuisance
+def random_appearance(style: CourtStyle, rng: np.random.Generator, n: float, size: Size) -> Appearance:
+    """Draw the appearance of one rally with the nuisance `n`: changed colors, light, shake, image quality."""
     warm = 1 + 0.06 * n * rng.uniform(-1, 1)
     colors = {}
     for name, color in style.colors.items():
@@ -199,32 +171,15 @@ def random_appearance(
     )
 
 
-def random_outfit(appearance: Appearance, rng: np.random.Generator, nuisance: float) -> Outfit:
-    """Draw clothes with a contrast to the court."""
-    n, ground = nuisance, [appearance.colors["court"], appearance.colors["surround"]]
-
-    def contrasting(
-        default: Color, max_saturation: float, min_value: float, max_value: float, distance: float
-    ) -> Color:
-        def draw() -> Color:
-            return _random_color(rng, (0.0, max_saturation), (min_value, max_value))
-
-        return _blend(default, _draw_contrasting_color(draw, ground, distance), n)
-
-    shirt = contrasting((236, 222, 96), 0.85, 0.15, 1.0, 120)
-    shorts = contrasting((30, 32, 44), 0.6, 0.1, 1.0, 100)
-    skin = _blend(_SKINS[0], _draw_contrasting_color(lambda: _SKINS[int(rng.integers(len(_SKINS)))], ground, 90), n)
-    colors = {
-        "shirt": shirt,
-        "shorts": shorts,
-        "skin": skin,
-        "hair": contrasting((52, 36, 28), 0.6, 0.05, 0.9, 70),
-        "racket": contrasting((235, 60, 50), 0.9, 0.1, 1.0, 110),
-        "strings": contrasting((228, 228, 214), 0.3, 0.1, 1.0, 110),
-        "shoes": _blend((240, 240, 240), _random_color(rng, (0.0, 0.7), (0.3, 1.0)), n),
-    }
-    ground = [shirt]  # the accent is on the shirt
-    colors["accent"] = contrasting((40, 40, 60), 0.8, 0.1, 1.0, 90)
+def random_outfit(appearance: Appearance, rng: np.random.Generator, n: float) -> Outfit:
+    """Draw clothes with a contrast to the court, with the nuisance `n`."""
+    ground, colors = [appearance.colors["court"], appearance.colors["surround"]], {}
+    for name, default, saturation, value, distance in _CLOTHES:
+        draw = partial(_random_color, rng, saturation, value)
+        if name == "skin":
+            draw = partial(lambda: _SKINS[int(rng.integers(len(_SKINS)))])
+        others = [colors["shirt"]] if name == "accent" else ground
+        colors[name] = _blend(default, draw() if name == "shoes" else _contrasting_color(draw, others, distance), n)
     return Outfit(colors, sleeve=float(0.55 + 0.45 * min(n, 1) * rng.uniform(-1, 1)))
 
 
@@ -235,7 +190,7 @@ class Canvas:
         self.image = image
 
     @classmethod
-    def blank(cls, size: tuple[int, int]) -> "Canvas":
+    def blank(cls, size: Size) -> "Canvas":
         """A black canvas for a stored frame of `size` (H, W)."""
         return cls(np.zeros((size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE, 3), np.uint8))
 
@@ -267,8 +222,8 @@ class Canvas:
         return cv2.resize(self.image, (width // SUPERSAMPLE, height // SUPERSAMPLE), interpolation=cv2.INTER_AREA)
 
 
-def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Draw the empty court at `SUPERSAMPLE` times `size` (H, W): crowd, wall, surround, lines, net. uint8 RGB."""
+def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """Draw the empty court at `SUPERSAMPLE` times `size`: crowd, wall, surround, lines, net. uint8 RGB."""
     canvas, colors = Canvas.blank(size), appearance.colors
     height, width = canvas.image.shape[:2]
     # The crowd: coarse and smooth, so that a masked autoencoder can predict it.
@@ -309,16 +264,6 @@ def draw_court(camera: Camera, appearance: Appearance, rng: np.random.Generator,
     fill_vertical(-half_width, half_width, NET_Y, tape, NET_HEIGHT, white)
     fill_vertical(-0.04, 0.04, NET_Y, 0, NET_HEIGHT, white)
     return canvas.image
-
-
-@dataclass(frozen=True)
-class DrawablePlayer:
-    """What is needed to draw a player: motion, clothes and size."""
-
-    figure: Figure
-    outfit: Outfit
-    height: float  # meters
-    thickness: float  # scales the thickness of all body parts
 
 
 def _scale_brightness(color: Color, factor: float) -> Color:
@@ -368,13 +313,13 @@ class _DepthSortedPainter:
             draw()
 
 
-def _add_limbs(painter: _DepthSortedPainter, player: DrawablePlayer, t: int) -> None:
-    j, colors, s = player.figure.joints[t], player.outfit.colors, player.height * player.thickness
-    skin, shirt = colors["skin"], colors["shirt"]
+def _add_limbs(painter: _DepthSortedPainter, figure: Figure, outfit: Outfit, t: int) -> None:
+    j, colors, s = figure.joints[t], outfit.colors, figure.body.height * figure.body.thickness
+    skin, sole = colors["skin"], 0.018 * s * UP
     for shoulder, elbow, wrist in (j[[5, 7, 9]], j[[6, 8, 10]]):
-        sleeve = shoulder + player.outfit.sleeve * (elbow - shoulder)
+        sleeve = shoulder + outfit.sleeve * (elbow - shoulder)
         painter.add([shoulder, elbow], [0.036 * s, 0.032 * s], skin)
-        painter.add([shoulder, sleeve], [0.040 * s, 0.038 * s], shirt, depth_bias=0.01)
+        painter.add([shoulder, sleeve], [0.040 * s, 0.038 * s], colors["shirt"], depth_bias=0.01)
         hand = wrist + 0.2 * (wrist - elbow)
         painter.add([elbow, hand], [0.032 * s, 0.027 * s], _scale_brightness(skin, 0.94))
     for hip, knee, ankle in (j[[11, 13, 15]], j[[12, 14, 16]]):
@@ -382,19 +327,18 @@ def _add_limbs(painter: _DepthSortedPainter, player: DrawablePlayer, t: int) -> 
         painter.add([hip, knee], [0.055 * s, 0.040 * s], _scale_brightness(skin, 0.9))
         painter.add([hip, hem], [0.064 * s, 0.058 * s], colors["shorts"], depth_bias=0.01)
         painter.add([knee, ankle], [0.040 * s, 0.026 * s], _scale_brightness(skin, 0.86))
-        sole = np.array([0, 0, 0.018 * s])
-        toe = ankle + 0.07 * player.height * (player.figure.chest[t] * 0.6) - sole
+        toe = ankle + 0.07 * figure.body.height * (figure.chest[t] * 0.6) - sole
         painter.add([ankle - sole, toe], [0.026 * s, 0.024 * s], colors["shoes"], depth_bias=0.02)
 
 
-def draw_player(canvas: Canvas, camera: Camera, affine: np.ndarray, player: DrawablePlayer, t: int) -> None:
+def draw_player(canvas: Canvas, camera: Camera, affine: np.ndarray, figure: Figure, outfit: Outfit, t: int) -> None:
     """Draw a player with racket in frame t. `affine` (2, 3) is the camera shake, applied to projected pixels."""
-    figure, colors, s = player.figure, player.outfit.colors, player.height * player.thickness
-    j = figure.joints[t]
+    height, colors, j = figure.body.height, outfit.colors, figure.joints[t]
+    s = height * figure.body.thickness
     depth = camera.project(j[[5, 6, 11, 12]].mean(0))[1]
     painter = _DepthSortedPainter(canvas, camera, affine, camera.focal / float(depth))
 
-    ring = figure.ground[t] + 0.2 * player.height * np.pad(_CIRCLE, ((0, 0), (0, 1)))
+    ring = figure.ground[t] + 0.2 * height * np.pad(_CIRCLE, ((0, 0), (0, 1)))
     canvas.fill_polygon(painter.project(ring)[0], (0.0, 0.0, 0.0), alpha=0.3)
 
     # The side of the torso is darker than back and chest, so that a rotation is visible.
@@ -406,17 +350,17 @@ def draw_player(canvas: Canvas, camera: Camera, affine: np.ndarray, player: Draw
         across = 0.5 * (j[6] - j[5])
         stripe = [middle - 0.55 * across, middle + 0.55 * across]
         painter.add(stripe, [0.03 * s, 0.03 * s], colors["accent"], depth_bias=0.08)
-    _add_limbs(painter, player, t)
+    _add_limbs(painter, figure, outfit, t)
     painter.add_racket(figure, t, colors["racket"], colors["strings"])
     neck, head = j[[5, 6]].mean(0), figure.head[t]
     painter.add([neck, head], [0.03 * s, 0.03 * s], _scale_brightness(colors["skin"], 0.85))
-    painter.add([head, head], [0.064 * player.height] * 2, colors["hair"], depth_bias=0.02)
+    painter.add([head, head], [0.064 * height] * 2, colors["hair"], depth_bias=0.02)
     face = head + 0.42 * (j[0] - head)
-    painter.add([face, face], [0.054 * player.height] * 2, colors["skin"], depth_bias=0.02)
+    painter.add([face, face], [0.054 * height] * 2, colors["skin"], depth_bias=0.02)
     painter.paint()
 
 
-def random_camera_shake(num_frames: int, jitter: float, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def random_camera_shake(num_frames: int, jitter: float, size: Size, rng: np.random.Generator) -> np.ndarray:
     """Camera shake: slow shift and zoom about the image center, as affine maps (T, 2, 3)."""
     state, track = np.zeros(3), []
     for _ in range(num_frames):

@@ -28,31 +28,21 @@ class DemoError(InputError):
 
 @dataclass(frozen=True)
 class DemoParameters:
-    """Parameters that define every byte of a demo dataset.
+    """Parameters that define every byte of a demo dataset."""
 
-    Attributes:
-        seed: seed of all random numbers.
-        nuisance: strength of the variation of colors, light, shake, blur, noise and JPEG quality; 0 none, 1 strong.
-        frame_size: (H, W) px.
-        strokes_per_class: (train, val) strokes of each class.
-        strokes_per_rally: maximum number of strokes in a rally. All strokes of a rally have different classes.
-        people: number of players, and of courts, in each split.
-    """
-
-    seed: int = 0
+    seed: int = 0  # seed of all random numbers
+    # strength of the variation of colors, light, shake, blur, noise and JPEG quality; 0 none, 1 strong
     nuisance: float = 0.3
-    frame_size: tuple[int, int] = (64, 68)
-    strokes_per_class: tuple[int, int] = (24, 24)
-    strokes_per_rally: int = 6
-    people: int = 16
+    frame_size: tuple[int, int] = (64, 68)  # (H, W) px
+    strokes_per_class: tuple[int, int] = (24, 24)  # (train, val) strokes of each class
+    strokes_per_rally: int = 6  # maximum number of strokes in a rally. All strokes of a rally have different classes
+    people: int = 16  # number of players, and of courts, in each split
 
     def __post_init__(self) -> None:
         if self.nuisance < 0:
             raise DemoError(f"nuisance is {self.nuisance}; it must be at least 0 (none)")
         if min(self.frame_size) < 32:
-            raise DemoError(
-                f"frame_size is {self.frame_size}; height and width must be at least 32 px to show a player"
-            )
+            raise DemoError(f"frame_size is {self.frame_size}; both must be at least 32 px to show a player")
         if min(self.strokes_per_class) < 1 or not 1 <= self.strokes_per_rally <= len(STROKES):
             raise DemoError(
                 f"strokes_per_class is {self.strokes_per_class} and must be positive; strokes_per_rally is "
@@ -122,25 +112,16 @@ def plan_rallies(parameters: DemoParameters) -> list[RallyPlan]:
 
 @dataclass(frozen=True)
 class RallyScene:
-    """Everything that is needed to draw a rally.
+    """Everything that is needed to draw a rally."""
 
-    Attributes:
-        camera: projects world points to pixels.
-        affine: (T, 2, 3) camera shake.
-        players: near and far player.
-        keypoints: (2, T, 17, 2) exact joint positions in px.
-        ball: (T, 3) meters.
-        appearance: colors, light and image quality.
-        court: image of the empty court, supersampled.
-    """
-
-    camera: render.Camera
-    affine: np.ndarray
-    players: tuple[render.DrawablePlayer, render.DrawablePlayer]
-    keypoints: np.ndarray
-    ball: np.ndarray
-    appearance: render.Appearance
-    court: np.ndarray
+    camera: render.Camera  # projects world points to pixels
+    affine: np.ndarray  # (T, 2, 3) camera shake
+    # near and far player: motion and clothes
+    players: tuple[tuple[motion.Figure, render.Outfit], tuple[motion.Figure, render.Outfit]]
+    keypoints: np.ndarray  # (2, T, 17, 2) exact joint positions in px
+    ball: np.ndarray  # (T, 3) meters
+    appearance: render.Appearance  # colors, light and image quality
+    court: np.ndarray  # image of the empty court, supersampled
 
 
 def _far_strokes(plan: RallyPlan, rng: np.random.Generator) -> tuple[list[int], list[float]]:
@@ -206,10 +187,7 @@ def build_scene(plan: RallyPlan, parameters: DemoParameters) -> RallyScene:
     return RallyScene(
         camera=camera,
         affine=affine,
-        players=(
-            render.DrawablePlayer(near, outfits[0], body.height, body.thickness),
-            render.DrawablePlayer(far, outfits[1], other.height, other.thickness),
-        ),
+        players=((near, outfits[0]), (far, outfits[1])),
         keypoints=keypoints.astype(np.float32),
         ball=_ball_track(near, far, plan, contacts),
         appearance=appearance,
@@ -230,11 +208,11 @@ def render_rally(scene: RallyScene, plan: RallyPlan, parameters: DemoParameters)
     near, far = scene.players
     for t in range(plan.num_frames):
         canvas = render.Canvas(render.warp_court(scene.court, scene.affine[t]))
-        render.draw_player(canvas, scene.camera, scene.affine[t], far, t)
-        is_behind = scene.ball[t, 1] > near.figure.ground[t, 1] + 0.8  # the ball, seen from the camera
+        render.draw_player(canvas, scene.camera, scene.affine[t], *far, t)
+        is_behind = scene.ball[t, 1] > near[0].ground[t, 1] + 0.8  # the ball, seen from the camera
         if is_behind:
             _draw_ball(canvas, scene, t)
-        render.draw_player(canvas, scene.camera, scene.affine[t], near, t)
+        render.draw_player(canvas, scene.camera, scene.affine[t], *near, t)
         if not is_behind:
             _draw_ball(canvas, scene, t)
         yield render.postprocess(canvas, scene.appearance, rng)

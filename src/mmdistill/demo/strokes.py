@@ -35,19 +35,13 @@ POSE_SIZE = sum(FIELDS.values())
 
 @dataclass(frozen=True)
 class Stroke:
-    """One class of stroke.
+    """One class of stroke."""
 
-    Attributes:
-        name: short name of the class.
-        fields: (type, side, technique, direction), four of the eight fields of an F3Set label; they identify the class.
-        times: (K,) times of the key poses in frames relative to the contact, ascending.
-        poses: (K, POSE_SIZE) key poses. Before and after, the player is in the ready pose.
-    """
-
-    name: str
+    name: str  # short name of the class
+    # (type, side, technique, direction), four of the eight fields of an F3Set label; they identify the class
     fields: tuple[str, ...]
-    times: np.ndarray
-    poses: np.ndarray
+    times: np.ndarray  # (K,) times of the key poses in frames relative to the contact, ascending
+    poses: np.ndarray  # (K, POSE_SIZE) key poses. Before and after, the player is in the ready pose
 
 
 def _pose_row(base: np.ndarray, values: Mapping[str, Any]) -> np.ndarray:

@@ -23,28 +23,22 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the command line needs n
     from mmdistill.data.readers.base import Reader
 
 
+Statistics = tuple[float, ...]  # one value per channel, or one for all
+
+
 @dataclass(frozen=True)
 class ModalitySpec:
-    """The values that determine how clips of one modality become model input.
-
-    Attributes:
-        name: name of the modality.
-        channels: channels of the model input.
-        input_stride: stored-frame pixels per input pixel and axis; 1 for images. MM-CDFSL renders heat-maps at 56 x 96
-            for a 224 x 384 frame (stride 4) with a patch of 4, so that all modalities share one token grid.
-        mean, std: per channel, in the units of the modality; the input is ``(value - mean) / std``. A single value is
-            used for all channels.
-        target: what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`.
-        sigma: standard deviation of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints.
-    """
+    """The values that determine how clips of one modality become model input: ``(value - mean) / std``."""
 
     name: str
-    channels: int
+    channels: int  # of the model input
+    # Stored-frame pixels per input pixel and axis; 1 for images. MM-CDFSL renders heat-maps at 56 x 96 for a 224 x 384
+    # frame (stride 4) with a patch of 4, so that all modalities share one token grid.
     input_stride: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    target: str
-    sigma: float | None = None
+    mean: Statistics  # per channel, in the units of the modality; a single value is used for all channels
+    std: Statistics
+    target: str  # what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`
+    sigma: float | None = None  # std of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints
 
     def __post_init__(self) -> None:
         for field in ("mean", "std"):
@@ -60,9 +54,7 @@ class ModalitySpec:
         if self.target not in TARGETS:
             raise ValueError(f"{self.name}: target={self.target!r} is not one of {', '.join(TARGETS)}")
 
-    def with_statistics(
-        self, mean: tuple[float, ...], std: tuple[float, ...], sigma: float | None = None
-    ) -> "ModalitySpec":
+    def with_statistics(self, mean: Statistics, std: Statistics, sigma: float | None = None) -> "ModalitySpec":
         """The same spec with the statistics of another dataset. ``sigma=None`` keeps the current value."""
         return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
 
@@ -81,41 +73,32 @@ def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...]
 
 @dataclass(frozen=True)
 class ReaderOptions:
-    """Options of a reader.
+    """Options of a reader."""
 
-    Attributes:
-        frame_size: (height, width) of the stored frames in px.
-        pattern: file name below the directory; None: the modality's default.
-        frame_number_offset: number of frame 0 in file names.
-        max_persons: persons per frame of a keypoint reader.
-    """
+    frame_size: tuple[int, int]  # (height, width) of the stored frames in px
+    pattern: str | None = None  # file name below the directory; None: the modality's default
+    frame_number_offset: int = 0  # number of frame 0 in file names
+    max_persons: int = 2  # persons per frame of a keypoint reader
 
-    frame_size: tuple[int, int]
-    pattern: str | None = None
-    frame_number_offset: int = 0
-    max_persons: int = 2
+    @property
+    def frame_files(self) -> dict[str, Any]:
+        """The arguments of a `FrameFileReader`, besides its folder."""
+        keys = ("frame_size", "pattern", "frame_number_offset")
+        return {key: getattr(self, key) for key in keys}
 
 
 class Modality(ABC):
-    """One kind of input. Subclass it and call `register_modality` to add another one.
+    """One kind of input. Subclass it and call `register_modality` to add another one."""
 
-    Attributes:
-        name: name in config keys, checkpoints and reports.
-        channels: channels of the model input.
-        mean, std, target, input_stride, sigma: defaults of `ModalitySpec`.
-        is_frame_pair: frame k of the modality is computed from images k and k + 1, so a video of n images has n - 1.
-        pattern_fields: fields that the file name pattern of a dataset must contain, such as ``video`` and ``frame``.
-    """
-
-    name: str
-    channels: int
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    name: str  # in config keys, checkpoints and reports
+    channels: int  # of the model input
+    mean: Statistics = (0.0,)  # this and the next four are defaults of `ModalitySpec`
+    std: Statistics = (1.0,)
     target: str = "norm_pix"
     input_stride: int = 1
     sigma: float | None = None
-    is_frame_pair: bool = False
-    pattern_fields: tuple[str, ...] = ()
+    is_frame_pair: bool = False  # frame k is computed from images k and k + 1, so a video of n images has n - 1
+    pattern_fields: tuple[str, ...] = ()  # fields that file name patterns must contain, such as ``video``, ``frame``
 
     def spec(self, **changes: Any) -> ModalitySpec:
         """The modality's default spec with `changes`."""
@@ -172,13 +155,7 @@ def modality_names() -> tuple[str, ...]:
 def preprocess_clips(clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
     """Crop, resize, flip and normalize a batch of raw clips on the device that holds them.
 
-    Args:
-        clips: batch of arrays of the modality's reader.
-        crop_boxes: (B, 5) float: top, left, height, width of the crop in stored-frame px, and 1 for a horizontal flip.
-        spec: the modality's spec.
-        size: (h, w) of the model input.
-
-    Returns:
-        (B, C, T, h, w) float32
+    `clips` are arrays of the modality's reader. `crop_boxes` are float (B, 5): top, left, height, width of the crop in
+    stored-frame px, and 1 for a horizontal flip. The result is float32 (B, C, T, h, w) with `size` (h, w).
     """
     return get_modality(spec.name).preprocess(clips, crop_boxes, spec, size)

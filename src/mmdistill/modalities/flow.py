@@ -24,12 +24,7 @@ class FlowModality(Modality):
         """A `FlowReader`."""
         from mmdistill.data.readers.flow import FlowReader
 
-        return FlowReader(
-            root,
-            frame_size=options.frame_size,
-            pattern=options.pattern,
-            frame_number_offset=options.frame_number_offset,
-        )
+        return FlowReader(root, **options.frame_files)
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """Flow (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.

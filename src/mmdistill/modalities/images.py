@@ -24,11 +24,8 @@ def display_scale(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False) 
 def render_clip(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False, scale: float | None = None) -> np.ndarray:
     """Images of a clip of any modality. (C, T, H, W) -> float32 (T, H, W, 3) in [0, 1].
 
-    Args:
-        clip: normalized values, or motion energies of normalized values. NaN is a hidden value and becomes gray.
-        spec: the modality. Its `to_image` or `energy_to_image` chooses the colors.
-        is_energy: whether the values are motion energies.
-        scale: see `display_scale`; None: that of the clip.
+    `clip` has normalized values, or motion energies of them. NaN is a hidden value and becomes gray. The modality's
+    `to_image` or `energy_to_image` chooses the colors. `scale` is a `display_scale`; None: that of the clip.
     """
     hidden = clip.isnan().any(dim=0)[..., None].numpy()
     shown = torch.nan_to_num(_to_units(clip, spec, is_energy=is_energy))

@@ -25,12 +25,7 @@ class RgbModality(Modality):
         """A `RgbReader`."""
         from mmdistill.data.readers.rgb import RgbReader
 
-        return RgbReader(
-            root,
-            frame_size=options.frame_size,
-            pattern=options.pattern,
-            frame_number_offset=options.frame_number_offset,
-        )
+        return RgbReader(root, **options.frame_files)
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """uint8 (B, T, H, W, 3) -> float32 (B, 3, T, h, w)."""

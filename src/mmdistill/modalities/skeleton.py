@@ -28,12 +28,8 @@ class SkeletonModality(Modality):
         """A `SkeletonReader`."""
         from mmdistill.data.readers.skeleton import SkeletonReader
 
-        return SkeletonReader(
-            root,
-            frame_size=options.frame_size,
-            max_persons=options.max_persons,
-            pattern=options.pattern,
-        )
+        o = options
+        return SkeletonReader(root, frame_size=o.frame_size, max_persons=o.max_persons, pattern=o.pattern)
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """Keypoints (B, T, M, J, 3), rows (x, y, score) in stored-frame px -> float32 (B, J, T, h, w)."""

@@ -22,22 +22,15 @@ MAX_FILES_SHOWN = 3  # missing files, per rally and modality
 
 @dataclass
 class ModalityCoverage:
-    """Files of one modality of one rally.
+    """Files of one modality of one rally."""
 
-    Attributes:
-        expected_frames: frames that the annotation requires.
-        missing_frames: frames without a file or row.
-        unreadable_frames: frames whose file or row exists and cannot be used.
-        extra_frames: frames after the last annotated one. Of modalities with one file per frame, only the first such
-            frame is looked up, so the value is 0 or 1.
-        messages: text of each problem.
-    """
-
-    expected_frames: int
-    missing_frames: int = 0
-    unreadable_frames: int = 0
+    expected_frames: int  # frames that the annotation requires
+    missing_frames: int = 0  # frames without a file or row
+    unreadable_frames: int = 0  # frames whose file or row exists and cannot be used
+    # frames after the last annotated one. Of modalities with one file per frame, only the first such frame is
+    # looked up, so the value is 0 or 1
     extra_frames: int = 0
-    messages: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)  # text of each problem
 
     def try_to_read(self, reader: Reader, video: str, frame: int) -> None:
         """Count the frame if it cannot be read."""
@@ -51,18 +44,12 @@ class ModalityCoverage:
 
 @dataclass
 class RallyCoverage:
-    """Files of one rally.
-
-    Attributes:
-        modalities: by name.
-        players: frames in which person 0 (near) and person 1 (far) have a joint with a score.
-        person_frames: frames in which persons are expected; 0 without a keypoint modality.
-    """
+    """Files of one rally."""
 
     video: str
-    modalities: dict[str, ModalityCoverage]
-    players: tuple[int, int] = (0, 0)
-    person_frames: int = 0
+    modalities: dict[str, ModalityCoverage]  # by name
+    players: tuple[int, int] = (0, 0)  # frames in which person 0 (near) and person 1 (far) have a joint with a score
+    person_frames: int = 0  # frames in which persons are expected; 0 without a keypoint modality
 
 
 def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) -> RallyCoverage:

@@ -20,7 +20,7 @@ def make_flow_function(method: str) -> FlowFunction:
     (x, y) in px.
 
     Raises:
-        ValueError: for an unknown method.
+        ValueError: the method is unknown.
     """
     if method == "dis":
         dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)

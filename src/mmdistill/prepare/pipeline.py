@@ -34,23 +34,15 @@ DEFAULT_FPS = 25.0  # of a video with a single frame: the annotation requires a 
 
 @dataclass(frozen=True)
 class Settings:
-    """How videos are prepared.
+    """How videos are prepared."""
 
-    Attributes:
-        height: height of the stored frames in px. The width keeps the aspect ratio (1920 x 1080 becomes 398 x 224).
-        quality: JPEG quality, 1 to 100.
-        flow: ``dis``, ``farneback`` or ``none``.
-        flow_dtype: number format of the flow files, see `write_flow`.
-        skeleton: ``mediapipe`` or ``none``.
-        split: image height that separates the near from the far player, as a fraction from the top.
-    """
-
+    # height of the stored frames in px. The width keeps the aspect ratio (1920 x 1080 becomes 398 x 224)
     height: int = 224
-    quality: int = 95
-    flow: str = "dis"
-    flow_dtype: str = "float16"
-    skeleton: str = "none"
-    split: float = 0.4
+    quality: int = 95  # JPEG quality, 1 to 100
+    flow: str = "dis"  # ``dis``, ``farneback`` or ``none``
+    flow_dtype: str = "float16"  # number format of the flow files, see `write_flow`
+    skeleton: str = "none"  # ``mediapipe`` or ``none``
+    split: float = 0.4  # image height that separates the near from the far player, as a fraction from the top
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -25,22 +25,18 @@ SMOOTHING_RADIUS = 7  # frames, of the running median of the box size
 
 
 def find_players(path: Path, *, split: float) -> np.ndarray:
-    """Boxes of the near and the far player.
+    """Boxes of the near and the far player of a video.
 
-    Args:
-        path: the video.
-        split: height that divides the image, as a fraction from the top. A player with feet below it is near.
-
-    Returns:
-        float64 (2, T, 4): person 0 near, 1 far; left, top, width, height in px of the source; NaN where not found.
+    `split` is the height that divides the image, as a fraction from the top. A player with feet below it is near. The
+    result is float64 (2, T, 4): near (0) and far (1); left, top, width, height in px of the source; NaN: not found.
 
     Raises:
-        VideoError: if the video cannot be decoded.
+        VideoError: the video cannot be decoded.
     """
     background, scale = _median_background(path)
-    blobs = [_find_moving_blobs(_reduce(frame.pixels), background) for frame in decode_frames(path)]
     near, far = [], []
-    for boxes in blobs:
+    for frame in decode_frames(path):
+        boxes = _find_moving_blobs(_reduce(frame.pixels), background)
         is_near = boxes[:, 1] + boxes[:, 3] > split * WORK_HEIGHT
         near.append(boxes[is_near][:MAX_BLOBS])
         far.append(boxes[~is_near][:MAX_BLOBS])
@@ -74,17 +70,17 @@ def _find_moving_blobs(image: np.ndarray, background: np.ndarray) -> np.ndarray:
     differs = (cv2.absdiff(image, background).max(axis=2) > MIN_DIFFERENCE).astype(np.uint8)
     closed = cv2.morphologyEx(differs, cv2.MORPH_CLOSE, np.ones((9, 5), np.uint8))
     _, _, stats, _ = cv2.connectedComponentsWithStats(closed, connectivity=8)
-    stats = stats[1:]  # the first component is the background
-    is_person = (stats[:, 4] >= MIN_BLOB_AREA) & (stats[:, 2] < 3 * stats[:, 3]) & (stats[:, 3] < 0.9 * WORK_HEIGHT)
-    stats = stats[is_person]
-    return stats[np.argsort(-stats[:, 4], kind="stable"), :4].astype(np.float64)
+    _, _, width, height, area = stats.T
+    is_person = (area >= MIN_BLOB_AREA) & (width < 3 * height) & (height < 0.9 * WORK_HEIGHT)
+    is_person[0] = False  # the background
+    people = stats[is_person]
+    return people[np.argsort(-people[:, 4], kind="stable"), :4].astype(np.float64)
 
 
 def _track_player(candidates: list[np.ndarray]) -> np.ndarray:
     """Boxes (T, 4) of the best track through the candidates, and of the best tracks before and after it."""
     out = np.full((len(candidates), 4), np.nan)
-    areas = [float(c[0, 2] * c[0, 3]) for c in candidates if len(c)]
-    area_unit = float(np.median(areas)) if areas else 1.0
+    area_unit = float(np.median([c[0, 2] * c[0, 3] for c in candidates if len(c)] or [1.0]))
     intervals = [(0, len(candidates))]
     while intervals:
         first, last = intervals.pop()
@@ -106,12 +102,9 @@ def _find_best_track(candidates: list[np.ndarray], area_unit: float) -> list[tup
     at most `MAX_GAP`, and costs (distance / (STEP_SCALE * WORK_HEIGHT * sqrt(g)))². Steps with a cost above 4 are not
     allowed.
     """
-    scores: list[np.ndarray] = []
-    predecessors: list[list[tuple[int, int] | None]] = []
-    best_end: tuple[float, tuple[int, int] | None] = (0.0, None)
+    scores: list[np.ndarray] = []  # per frame and candidate, of the best track that ends there
+    predecessors: dict[tuple[int, int], tuple[int, int]] = {}
     for k, boxes in enumerate(candidates):
-        area = boxes[:, 2] * boxes[:, 3] / area_unit
-        predecessor: list[tuple[int, int] | None] = [None] * len(boxes)
         gain = np.zeros(len(boxes))
         for g in range(1, min(MAX_GAP, k) + 1):
             if not len(boxes) or not len(candidates[k - g]):
@@ -119,17 +112,16 @@ def _find_best_track(candidates: list[np.ndarray], area_unit: float) -> list[tup
             offset = _box_centers(boxes)[:, None] - _box_centers(candidates[k - g])[None]
             distance = np.hypot(offset[..., 0], offset[..., 1]) / (STEP_SCALE * WORK_HEIGHT * g**0.5)
             value = np.where(distance <= 2, scores[k - g][None] - distance**2, -np.inf)
-            for j in np.flatnonzero(value.max(axis=1) > gain):
-                predecessor[j], gain[j] = (k - g, int(value[j].argmax())), value[j].max()
-        scores.append(area + gain)
-        predecessors.append(predecessor)
-        if len(boxes) and scores[k].max() > best_end[0]:
-            best_end = (float(scores[k].max()), (k, int(scores[k].argmax())))
-    track = []
-    node = best_end[1]
-    while node is not None:
-        track.append(node)
-        node = predecessors[node[0]][node[1]]
+            for j in np.flatnonzero(value.max(axis=1) > gain).tolist():
+                predecessors[k, j], gain[j] = (k - g, int(value[j].argmax())), value[j].max()
+        scores.append(boxes[:, 2] * boxes[:, 3] / area_unit + gain)
+    ends = [(float(score), k, i) for k, row in enumerate(scores) for i, score in enumerate(row)]
+    if not ends:
+        return []
+    _, *end = max(ends, key=lambda e: e[0])
+    track = [(end[0], end[1])]
+    while track[-1] in predecessors:
+        track.append(predecessors[track[-1]])
     return track[::-1]
 
 

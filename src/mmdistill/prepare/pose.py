@@ -48,7 +48,7 @@ def load_mediapipe_pose() -> PoseFunction:
     It returns float32 (17, 3): x and y as fractions of the crop, and the score; or None if no person is found.
 
     Raises:
-        PoseError: if MediaPipe is not installed.
+        PoseError: MediaPipe is not installed.
     """
     try:
         from mediapipe.python.solutions.pose import Pose
@@ -72,14 +72,10 @@ def load_mediapipe_pose() -> PoseFunction:
 def write_skeletons(video: Path, target: Path, *, split: float, pose: PoseFunction) -> SkeletonCounts:
     """Write the skeleton file of one video: person 0 near, person 1 far; score 0 where a person is absent, never NaN.
 
-    Args:
-        video: the video file.
-        target: the pickle file to write.
-        split: see `find_players`.
-        pose: estimates the pose in a crop, see `load_mediapipe_pose`.
+    `split` is that of `find_players`. `pose` estimates the pose in a crop, see `load_mediapipe_pose`.
 
     Raises:
-        VideoError: if the video cannot be decoded.
+        VideoError: the video cannot be decoded.
     """
     crops = np.stack([square_crops(boxes) for boxes in find_players(video, split=split)])  # (2, T, 3)
     total = crops.shape[1]
@@ -87,8 +83,7 @@ def write_skeletons(video: Path, target: Path, *, split: float, pose: PoseFuncti
     shape = (0, 0)
     for frame in decode_frames(video):
         shape = frame.pixels.shape[:2]
-        for person in range(2):
-            crop = crops[person, frame.number]
+        for person, crop in enumerate(crops[:, frame.number]):
             if not np.isnan(crop[0]):
                 rows[person, frame.number] = _estimate_joints(frame.pixels, crop, pose)
     entry = {

@@ -23,15 +23,9 @@ def dataset_statistics(
 ) -> dict[str, StandardScaler]:
     """Statistics of each modality of `dataset` as model input: after cropping, resizing, flow scaling and heat-maps.
 
-    The float64 results have one feature per channel: ``mean_``, ``var_`` (division by the count), ``n_samples_seen_``.
-
-    Args:
-        dataset: the training dataset. Its crops are those of epoch 0.
-        specs: by modality. Their mean and std are ignored.
-        batch_size: clips that are processed together.
-        num_workers: processes of the data loader.
-        clips: number of clips, evenly spaced over the dataset; None: all.
-        progress: called with the number of processed clips.
+    The crops are those of epoch 0. Mean and std of `specs` are ignored. `clips` is the number of clips, evenly spaced
+    over the dataset; None: all. `progress` is called with the number of processed clips. The float64 results have one
+    feature per channel: ``mean_``, ``var_`` (division by the count), ``n_samples_seen_``.
 
     Raises:
         ValueError: the dataset is empty.

@@ -137,11 +137,8 @@ def mean_frame_rate(seconds: list[float]) -> float:
 def find_repeated_frames(differences: list[float]) -> list[int]:
     """Numbers of frames that repeat the previous frame, as in 25 fps footage stored at 30 fps. Their flow is zero.
 
-    Args:
-        differences: mean absolute difference between frames k and k + 1, for each k.
-
-    Returns:
-        Frames whose difference is less than 0.4 times the median difference within three frames.
+    `differences` are the mean absolute differences between frames k and k + 1. A frame repeats the previous one if its
+    difference is less than 0.4 times the median difference within three frames.
     """
     medians = [float(np.median(differences[max(0, k - 3) : k + 4])) for k in range(len(differences))]
     return [k + 1 for k, median in enumerate(medians) if differences[k] < 0.4 * median]
@@ -151,7 +148,7 @@ def find_videos(source: Path) -> dict[str, Path]:
     """Video files below a folder, or the single file `source`, by file name without suffix, sorted.
 
     Raises:
-        VideoError: if there is no video, or two videos have the same name.
+        VideoError: there is no video, or two videos have the same name.
     """
     if source.is_file():
         return {source.stem: source}

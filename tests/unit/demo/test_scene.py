@@ -1,7 +1,6 @@
 """Plans and scenes of demo rallies: balanced, split by player and court, and images that match the joints."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,10 +23,10 @@ Scene = tuple[RallyPlan, DemoParameters, RallyScene]
 
 def player_mask(scene: RallyScene, t: int, *, person: int = 0) -> np.ndarray:
     """Pixels of a player and the racket in frame t: bool (H, W)."""
-    player = scene.players[person]
-    white = render.Outfit(dict.fromkeys(player.outfit.colors, (255.0, 255.0, 255.0)), sleeve=0.5)
+    figure, outfit = scene.players[person]
+    white = render.Outfit(dict.fromkeys(outfit.colors, (255.0, 255.0, 255.0)), sleeve=0.5)
     canvas = render.Canvas.blank(scene.appearance.light.shape[:2])
-    render.draw_player(canvas, scene.camera, scene.affine[t], replace(player, outfit=white), t)
+    render.draw_player(canvas, scene.camera, scene.affine[t], figure, white, t)
     mask: np.ndarray = canvas.downsample()[..., 0] > 60
     return mask
 

@@ -97,13 +97,10 @@ def register_annotation_format(name: str) -> Callable[[AnnotationReader], Annota
 def load_annotations(
     path: Path | str, *, annotations: str = "f3set", frames_dir: Path | str | None = None, frame_number_offset: int = 0
 ) -> list[Rally]:
-    """The rallies of an annotation file.
+    """The rallies of a file in the format `annotations`.
 
-    Args:
-        path: the file.
-        annotations: name of its format.
-        frames_dir: folder with one folder of frames per video, for formats that do not store the length of a video.
-        frame_number_offset: number of frame 0 in file names, for formats that number frames like the file names.
+    Formats that do not store the length of a video need `frames_dir`, a folder with one folder of frames per video.
+    Formats that number frames like the file names need `frame_number_offset`, the number of frame 0 in file names.
 
     Raises:
         InputError: the format is unknown.

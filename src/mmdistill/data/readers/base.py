@@ -36,13 +36,9 @@ def file_errors(path: str, kind: str) -> Iterator[None]:
 
 
 class Reader(ABC):
-    """Reads one modality of any video.
+    """Reads one modality of any video."""
 
-    Attributes:
-        name: name of the modality.
-    """
-
-    name: str
+    name: str  # name of the modality
 
     @abstractmethod
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
