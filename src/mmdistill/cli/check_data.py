@@ -27,7 +27,7 @@ from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, moda
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
 from mmdistill.console import progress
-from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Problem, Rally, format_rally_counts
+from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Rally, format_rally_counts
 from mmdistill.data.annotations.f3set import read_f3set, to_json
 from mmdistill.data.readers.base import Reader
 from mmdistill.errors import format_count
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
         kept = f"{options.write_clean}: {format_count(len(rallies), 'valid rally')}"
         print(f"{kept}; the training also needs their files in {folders}")
-    report: dict[str, Any] = {"annotation_problems": [str(p) for p in problems]}
+    report: dict[str, Any] = {"annotation_problems": problems}
     if readers:
         with progress("rallies", len(rallies)) as advance:
             report |= check_all(
@@ -164,7 +164,7 @@ def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: S
         )
 
 
-def _print_annotations(path: Path, rallies: list[Rally], problems: list[Problem]) -> None:
+def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) -> None:
     print(f"{path}: {format_rally_counts(rallies)}")
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
         print(f"  {problem}")

@@ -173,7 +173,7 @@ def random_appearance(style: CourtStyle, rng: np.random.Generator, n: float, siz
 
 def random_outfit(appearance: Appearance, rng: np.random.Generator, n: float) -> Outfit:
     """Draw clothes with a contrast to the court, with the nuisance `n`."""
-    ground, colors = [appearance.colors["court"], appearance.colors["surround"]], {}
+    ground, colors = [appearance.colors["court"], appearance.colors["surround"]], dict[str, Color]()
     for name, default, saturation, value, distance in _CLOTHES:
         draw = partial(_random_color, rng, saturation, value)
         if name == "skin":

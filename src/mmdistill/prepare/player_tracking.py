@@ -74,7 +74,8 @@ def _find_moving_blobs(image: np.ndarray, background: np.ndarray) -> np.ndarray:
     is_person = (area >= MIN_BLOB_AREA) & (width < 3 * height) & (height < 0.9 * WORK_HEIGHT)
     is_person[0] = False  # the background
     people = stats[is_person]
-    return people[np.argsort(-people[:, 4], kind="stable"), :4].astype(np.float64)
+    boxes: np.ndarray = people[np.argsort(-people[:, 4], kind="stable"), :4].astype(np.float64)
+    return boxes
 
 
 def _track_player(candidates: list[np.ndarray]) -> np.ndarray:

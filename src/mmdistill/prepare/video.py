@@ -68,10 +68,9 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     end = seconds * number / max(1, number - 1)  # an edit list shortens the duration, but not the declared count
     is_short = number < declared * (1 - COUNT_TOLERANCE) - 1 and end < duration * (1 - COUNT_TOLERANCE)
     if is_short or (failure and not 0 < declared <= number):
-        raise VideoError(
-            f"{path}: truncated or broken, it ends after frame {number - 1}, "
-            f"but the container declares {format_count(declared, 'frame')}; copy or convert it again"
-        ) from failure
+        expected = f"but the container declares {format_count(declared, 'frame')}" if declared else str(failure)
+        message = f"{path}: truncated or broken, it ends after frame {number - 1}, {expected}; copy or convert it again"
+        raise VideoError(message) from failure
 
 
 def _declared_length(container: InputContainer) -> tuple[int, float]:

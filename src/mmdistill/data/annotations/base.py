@@ -34,19 +34,6 @@ class Rally:
     events: tuple[Event, ...]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One defect of an annotation file. `event` is the event's position in the rally; None: the rally itself."""
-
-    rally: str
-    event: int | None
-    message: str
-
-    def __str__(self) -> str:
-        where = self.rally if self.event is None else f"{self.rally}, event {self.event}"
-        return f"{where}: {self.message}"
-
-
 def format_rally_counts(rallies: Sequence[Rally]) -> str:
     """``2 rallies, 5 events, 1 label``."""
     labels = [event.label for rally in rallies for event in rally.events]

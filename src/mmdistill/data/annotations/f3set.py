@@ -13,7 +13,6 @@ from mmdistill.data.annotations.base import (
     MAX_PROBLEMS_SHOWN,
     AnnotationError,
     Event,
-    Problem,
     Rally,
     is_integer,
     is_safe_name,
@@ -34,7 +33,7 @@ def load_f3set(path: Path | str) -> list[Rally]:
     """
     rallies, problems = read_f3set(path)
     if problems:
-        shown = "\n  ".join(str(p) for p in problems[:MAX_PROBLEMS_SHOWN])
+        shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
         more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
         raise AnnotationError(
             f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}\n"
@@ -50,8 +49,10 @@ def _load(path: Path, _frames_dir: Path | None, _frame_number_offset: int) -> li
     return load_f3set(path)
 
 
-def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
+def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     """The valid rallies of an F3Set JSON file with their valid events in order, and all problems of the others.
+
+    The text of a problem names the rally and, by its position in the rally, the event.
 
     Raises:
         AnnotationError: the file is not a JSON list.
@@ -60,13 +61,13 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[Problem]]:
     if not isinstance(entries, list):
         raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}")
     rallies: dict[str, Rally] = {}
-    problems: list[Problem] = []
+    problems: list[str] = []
     for number, entry in enumerate(entries):
         name = entry.get("video") if isinstance(entry, dict) else None
         name = name if isinstance(name, str) and name else f"rally {number}"
-        found = [Problem(name, None, message) for message in _rally_problems(entry)]
+        found = [f"{name}: {problem}" for problem in _rally_problems(entry)]
         if name in rallies:
-            found.append(Problem(name, None, "this video occurs twice"))
+            found.append(f"{name}: this video occurs twice")
         if not found:
             events, found = _parse_events(name, entry["events"], entry["num_frames"])
             rallies[name] = Rally(name, entry["num_frames"], float(entry["fps"]), events)
@@ -93,10 +94,10 @@ def _rally_problems(entry: Any) -> Iterator[str]:
         yield "events is not a list"
 
 
-def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[Problem]]:
+def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[str]]:
     """The valid events sorted by frame, and the problems of the others."""
     events: list[Event] = []
-    problems: list[Problem] = []
+    problems: list[str] = []
     for number, entry in enumerate(entries):
         message = _event_problem(entry, num_frames)
         if not message:
@@ -109,7 +110,7 @@ def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tupl
                 if event.frame < last:  # the event is valid, the order of the file is not
                     message = f"frame {event.frame} comes after frame {last}: out of order"
         if message:
-            problems.append(Problem(rally, number, message))
+            problems.append(f"{rally}, event {number}: {message}")
     return tuple(sorted(events, key=lambda e: e.frame)), problems
 
 

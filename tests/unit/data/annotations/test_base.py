@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations import ANNOTATION_FORMATS, Rally, load_annotations, register_annotation_format
-from mmdistill.data.annotations.base import Problem, is_safe_name
+from mmdistill.data.annotations.base import is_safe_name
 from mmdistill.errors import InputError
 
 DOCS = Path(__file__).resolve().parents[4] / "docs" / "extending.md"
@@ -57,8 +57,3 @@ def test_example_of_the_docs(tmp_path: Path, registered: Callable[[str], None]) 
 def test_unsafe_names(video: str) -> None:
     assert not is_safe_name(video)
     assert is_safe_name("a/b.c d")
-
-
-def test_problem_names_rally_and_event() -> None:
-    assert str(Problem("a", None, "no frames")) == "a: no frames"
-    assert str(Problem("a", 2, "no frame")) == "a, event 2: no frame"
