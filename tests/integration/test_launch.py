@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -140,6 +141,27 @@ def _is_training(process: psutil.Process) -> bool:
 _LONG = ("trainer.epochs=1000", "trainer.save_ckpt_freq=1000")
 
 
+def _suspend_rank(data: list[str], folder: Path) -> tuple[int, str]:
+    """Exit status and output of a run whose rank 1 is suspended after the first epoch.
+
+    A busy machine may start the ranks further apart than the timeout; then the run is repeated with a longer one.
+    """
+    for seconds in (20, 60, 120):
+        root = folder / str(seconds)
+        command = _command("devices=2", data, str(root / "run"), *_LONG, f"distributed_timeout_s={seconds}")
+        with contextlib.suppress(_RunEndedError), contextlib.closing(_Running(command, root)) as running:
+            running.ranks()[1].suspend()
+            return running.wait(), running.text()
+    raise AssertionError("no run had a first epoch")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def suspended_rank(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Future[tuple[int, str]]]":
+    """The result of `_suspend_rank`, which waits for timeouts while the other tests run."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor.submit(_suspend_rank, data, tmp_path_factory.mktemp("suspended"))
+
+
 @pytest.fixture
 def running(request: pytest.FixtureRequest, data: list[str], tmp_path: Path) -> Iterator[_Running]:
     launcher, *arguments = request.param
@@ -173,19 +195,6 @@ def test_a_dead_loader_worker_ends_all_ranks(running: _Running) -> None:
     assert "rank 1 failed first" in shown
     assert shown.count("Traceback (most recent call last)") <= 2  # torch's own chain of two, on one rank
     assert "DataLoader worker" in shown
-
-
-def test_a_hung_rank_ends_all_ranks(data: list[str], tmp_path: Path) -> None:
-    """Detected after the timeout. A busy machine may start the ranks further apart than that; then try a longer one."""
-    for seconds in (8, 40, 120):
-        root = tmp_path / str(seconds)
-        command = _command("devices=2", data, str(root / "run"), *_LONG, f"distributed_timeout_s={seconds}")
-        with contextlib.suppress(_RunEndedError), contextlib.closing(_Running(command, root)) as running:
-            running.ranks()[1].suspend()
-            assert running.wait() not in (0, INTERRUPTED_EXIT_CODE)
-            assert "rank 0 failed first" in running.text()
-            return
-    pytest.fail("no run had a first epoch")
 
 
 @pytest.mark.parametrize("running", [("devices=2",)], indirect=True)
@@ -245,3 +254,9 @@ def test_devices_with_a_sweep_raises(data: list[str], tmp_path: Path) -> None:
     done = run_python(script, "-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}", expect=1)
     assert "use torchrun --nproc_per_node=2 pretrain_main.py -m" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_hung_rank_ends_all_ranks(suspended_rank: "Future[tuple[int, str]]") -> None:
+    status, text = suspended_rank.result()
+    assert status not in (0, INTERRUPTED_EXIT_CODE)
+    assert "rank 0 failed first" in text

@@ -14,7 +14,8 @@ from mmdistill.config.compose import CONFIGS
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGE = ROOT / "src" / "mmdistill"
 SCHEMA = {c.__name__: c for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)}
-TYPE_VARIABLES = {"T": {"PretrainConfig", "DistillConfig"}}  # of mmdistill.config
+BOTH_PHASES = {"PretrainConfig", "DistillConfig"}
+TYPE_NAMES = {"T": BOTH_PHASES, "Config": BOTH_PHASES}  # of config/compose.py and training/run.py
 
 
 def schema_keys() -> set[str]:
@@ -60,7 +61,7 @@ class KeyReads:
     def named(self, annotation: ast.expr | None) -> set[str]:
         """Classes that an annotation names."""
         words = set(re.findall(r"\w+", ast.unparse(annotation))) if annotation is not None else set()
-        return (words & set(self.attributes)).union(*(TYPE_VARIABLES.get(word, ()) for word in words))
+        return (words & set(self.attributes)).union(*(TYPE_NAMES.get(word, ()) for word in words))
 
     def attribute(self, cls: str, name: str) -> set[str]:
         """Types of an attribute or property of a class or its bases."""
