@@ -51,8 +51,6 @@ def validate(config: PretrainConfig | DistillConfig) -> None:
     trainer = config.trainer
     if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
         raise ConfigError(f"trainer.betas={trainer.betas} must be two numbers in [0, 1)")
-    if trainer.clip_grad is not None and trainer.clip_grad <= 0:
-        raise ConfigError(f"trainer.clip_grad={trainer.clip_grad} must be positive; use null for no clipping")
     _validate_data(config.data_module)
     if isinstance(config, PretrainConfig):
         _validate_pretrain(config)
