@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,17 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in gpus)
 
 
+@contextlib.contextmanager
+def signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install `handler` for these signals; restore the previous handlers at the end."""
+    previous = {number: signal.signal(number, handler) for number in (signal.Signals[name] for name in names)}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
 def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     """Run `program` with the arguments of the current command as `count` ranks, and wait for them.
 
@@ -157,30 +168,29 @@ def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     other_children = set(psutil.Process().children())
     escaped = run_dir.replace("\\", "\\\\").replace("'", "\\'")
     arguments = [*program, *add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])]
-    forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    previous = {number: signal.signal(number, forward_signal) for number in forwarded}
-    logging.disable(logging.ERROR)  # the agent logs each step of a shutdown
-    try:
-        with tempfile.TemporaryDirectory(prefix="mmdistill-ranks-") as error_dir:
-            config = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=count,
-                run_id=RUN_ID,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                local_addr="127.0.0.1",
-                max_restarts=0,
-                logs_specs=DefaultLogsSpecs(log_dir=error_dir),
-                signals_to_handle="",  # the agent's handler would discard the exit status of the ranks
-            )
+    with (
+        signal_handler(("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"), forward_signal),
+        tempfile.TemporaryDirectory(prefix="mmdistill-ranks-") as error_dir,
+    ):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=RUN_ID,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=error_dir),
+            signals_to_handle="",  # the agent's handler would discard the exit status of the ranks
+        )
+        logging.disable(logging.ERROR)  # the agent logs each step of a shutdown
+        try:
             elastic_launch(config, sys.executable)(*(a.replace("$", "$$") for a in arguments))  # it expands templates
-    except ChildFailedError as error:
-        return report_first_failure(error.failures)
-    finally:
-        logging.disable(logging.NOTSET)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        except ChildFailedError as error:
+            return report_first_failure(error.failures)
+        finally:
+            logging.disable(logging.NOTSET)
     return 0
 
 

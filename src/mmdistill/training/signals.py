@@ -17,17 +17,6 @@ StopSignal = Callable[[], int | None]  # the number of the received signal, or N
 
 
 @contextmanager
-def _signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install `handler` for these signals; restore the previous handlers at the end."""
-    previous = {number: signal.signal(number, handler) for number in (signal.Signals[name] for name in names)}
-    try:
-        yield
-    finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)
-
-
-@contextmanager
 def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Iterator[StopSignal]:
     """While open, these signals are only recorded. A second SIGINT raises `KeyboardInterrupt` at once.
 
@@ -47,7 +36,7 @@ def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Ite
             return received[0]
         return int(signal.SIGTERM) if launch.launcher_exited() else None
 
-    with _signal_handler(names, record_signal):
+    with launch.signal_handler(names, record_signal):
         yield first_received
 
 
@@ -78,7 +67,7 @@ def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
 
     previous_hook, sys.unraisablehook = sys.unraisablehook, send_again
     try:
-        with _signal_handler(names, leave):
+        with launch.signal_handler(names, leave):
             yield
     except SystemExit as error:
         if error.code == INTERRUPTED_EXIT_CODE:
