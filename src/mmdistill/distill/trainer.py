@@ -81,28 +81,7 @@ def _fit(
 ) -> Path:
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
-    cache = None
-    if trainer_config.cache_teacher_epochs:
-        cache = TeacherCache(
-            run.directory,
-            num_draws=trainer_config.cache_teacher_epochs,
-            num_clips=len(data.dataset),
-            widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
-            key=cache_key(data.dataset, sources, specs, run.precision),
-        )
-    module = MMDistill(
-        teachers,
-        specs,
-        training.optimization,
-        guard=training.guard,
-        cache=cache,
-        sources=sources,
-        save_teachers=trainer_config.save_teachers,
-        ema=trainer_config.ema,
-    )
-    module.student.set_activation_checkpointing(trainer_config.activation_checkpointing)
-    if config.compile:
-        module.compile_encoders()
+    module = _make_module(config, training, teachers, specs, sources)
     summary = (
         f"distill {', '.join(teachers)} into student_rgb: {data.summary}, base_lr {trainer_config.lr:g} -> lr "
         f"{training.optimization.lr:g}"
@@ -114,7 +93,7 @@ def _fit(
     encoders = dict.fromkeys(students, teachers[STUDENT_MODALITY].config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.items()}
     callbacks = [
-        *([TeacherCacheCallback(cache, training)] if cache else []),
+        *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
         TrainingCallback(training, summary),
         EpochCheckpoints(
@@ -139,6 +118,38 @@ def _fit(
         training.stop(last_checkpoint)
     training.log_end(last_checkpoint)
     return last_checkpoint
+
+
+def _make_module(
+    config: DistillConfig,
+    training: Training,
+    teachers: Mapping[str, Encoder],
+    specs: Mapping[str, ModalitySpec],
+    sources: Mapping[str, Any],
+) -> MMDistill:
+    dataset, trainer_config, cache = training.data.dataset, config.trainer, None
+    if trainer_config.cache_teacher_epochs:
+        cache = TeacherCache(
+            training.run.directory,
+            num_draws=trainer_config.cache_teacher_epochs,
+            num_clips=len(dataset),
+            widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
+            key=cache_key(dataset, sources, specs, training.run.precision),
+        )
+    module = MMDistill(
+        teachers,
+        specs,
+        training.optimization,
+        guard=training.guard,
+        cache=cache,
+        sources=sources,
+        save_teachers=trainer_config.save_teachers,
+        ema=trainer_config.ema,
+    )
+    module.student.set_activation_checkpointing(trainer_config.activation_checkpointing)
+    if config.compile:
+        module.compile_encoders()
+    return module
 
 
 def _make_trainer(config: DistillConfig, training: Training, callbacks: list[pl.Callback]) -> pl.Trainer:
