@@ -166,10 +166,15 @@ def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: S
 
 def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) -> None:
     print(f"{path}: {format_rally_counts(rallies)}")
+    _print_problems(problems)
+
+
+def _print_problems(problems: Sequence[str], hint: str = "") -> None:
+    """Print the first problems, and the number of the others with a hint where to find them."""
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
         print(f"  {problem}")
     if len(problems) > MAX_PROBLEMS_SHOWN:
-        print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}")
+        print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}{hint}")
 
 
 def _print_coverage(report: dict[str, Any]) -> None:
@@ -183,10 +188,6 @@ def _print_coverage(report: dict[str, Any]) -> None:
             f"({100 * counts['share']:.1f} %)"
         )
         print(f"{player} player found in {found}")
-    for message in report["messages"][:MAX_PROBLEMS_SHOWN]:
-        print(f"  {message}")
-    if len(report["messages"]) > MAX_PROBLEMS_SHOWN:
-        more = format_count(len(report["messages"]) - MAX_PROBLEMS_SHOWN, "more problem")
-        print(f"  and {more}; --json FILE writes all")
+    _print_problems(report["messages"], "; --json FILE writes all")
     gaps = len(report["rallies_with_gaps"])
     print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")

@@ -76,7 +76,8 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     protocol = _make_protocol(config)
     lines += _check_clips(protocol, dataset.index)
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
-    caveats = [*filter(None, (overlap_warning(protocol, dataset.index, config.data_module), line))]
+    num_overlapping = count_overlapping_clips(dataset.index.clips)
+    caveats = [*filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))]
     caveats += builders.sampling_rate_warnings(source.meta, config.data_module, checkpoint)
     lines += caveats
     if config.compile:
@@ -109,7 +110,7 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
         "precision": precision,
         "index": dataset.index.report,
         "missing": {**dataset.missing_report(), "frames_repeated": _repeated_frames(features)},
-        "overlapping_clips": count_overlapping_clips(dataset.index.clips),
+        "overlapping_clips": num_overlapping,
         "rallies_in_training": rallies_in_training,
     }
     if process.is_main:
@@ -185,9 +186,8 @@ def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
     return [f"{summary}; skipping {', '.join(unused)}" if unused else summary, *lines]
 
 
-def overlap_warning(protocol: Protocol, index: ClipIndex, data: DataModuleConfig) -> str:
+def overlap_warning(num_overlapping: int, protocol: Protocol, data: DataModuleConfig) -> str:
     """A line about clips that overlap in time with another clip of their class; empty if the episodes exclude these."""
-    num_overlapping = count_overlapping_clips(index.clips)
     if not num_overlapping or protocol.disjoint is not None:
         return ""
     fix = "; set data_module.disjoint=video to take them from different videos"

@@ -66,7 +66,7 @@ def accuracy_by_shots(results: Results) -> str:
     with rc_context(_STYLE):
         figure = Figure(figsize=(max(5.5, 3.6 * columns), 3.4 * count), layout="constrained")
         axes = figure.subplots(count, columns, squeeze=False, sharey=True).ravel()
-        for axis, panel in zip(axes, panels, strict=False):
+        for axis, panel in zip(axes[: len(panels)], panels, strict=True):
             _draw_shots_panel(axis, [s for s in results.settings if (s.n_way, s.classifier) == panel])
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
