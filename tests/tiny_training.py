@@ -1,5 +1,6 @@
 """A `Training` of a distillation on tiny data, without a network."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from mmdistill.training.run import Run, Training
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.train_data import make_train_data
 from tests.tiny_data import overrides
+
+MakeTraining = Callable[..., Training]  # the fixture `make` of the unit tests
 
 
 def distill_config(data: Path, *more: str) -> DistillConfig:

@@ -1,6 +1,5 @@
 """Skipped steps, position and log, checkpoint files and stop signals as Lightning callbacks."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +10,7 @@ import torch
 from mmdistill.distill.callbacks import EpochCheckpoints, StepCallback, TrainingCallback, format_losses
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.training.run import Training
-from tests.tiny_data import make_tiny
-from tests.tiny_training import make_training
-
-Make = Callable[..., Training]
+from tests.tiny_training import MakeTraining
 
 
 class _Trainer(SimpleNamespace):
@@ -61,22 +57,12 @@ class _Module(SimpleNamespace):
         self.num_updates += 1
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1)  # 12 clips, 4 batches
-
-
-@pytest.fixture
-def make(data: Path, tmp_path: Path) -> Make:
-    return lambda *more, **options: make_training(data, tmp_path / "run", *more, **options)
-
-
 def _end_batch(callback: TrainingCallback, trainer: _Trainer, values: dict[str, float]) -> None:
     outputs = {"loss": torch.tensor(0.0), "values": values}
     callback.on_train_batch_end(trainer, _Module(), outputs, {"index": torch.arange(3)}, 0)  # type: ignore[arg-type]
 
 
-def test_batches_are_counted_and_their_means_logged(make: Make) -> None:
+def test_batches_are_counted_and_their_means_logged(make: MakeTraining) -> None:
     training = make("trainer.accumulate_grad_batches=2")
     callback, trainer, module = TrainingCallback(training, "summary"), _Trainer(), _Module()
     schedule = trainer.lr_scheduler_configs[0].scheduler
@@ -96,14 +82,14 @@ def test_batches_are_counted_and_their_means_logged(make: Make) -> None:
     assert (training.state.epoch, training.state.batch, training.data.sampler.epoch) == (1, 0, 1)
 
 
-def test_resumed_training_starts_at_the_stored_position(make: Make) -> None:
+def test_resumed_training_starts_at_the_stored_position(make: MakeTraining) -> None:
     training, trainer = make(), _Trainer()
     training.load_state_dict({**training.state_dict(), "epoch": 1, "batch": 3})
     TrainingCallback(training, "").on_train_start(trainer, _Module())  # type: ignore[arg-type]
     assert trainer.lr_scheduler_configs[0].scheduler.position == 7
 
 
-def test_steps_are_seeded_by_their_position(make: Make) -> None:
+def test_steps_are_seeded_by_their_position(make: MakeTraining) -> None:
     callback = TrainingCallback(make("seed=1"), "")
 
     def draw(epoch: int, batch: int) -> float:
@@ -115,7 +101,9 @@ def test_steps_are_seeded_by_their_position(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("gradient", "num_updates"), [(3.0, 1), (float("inf"), 0)])
-def test_average_is_updated_after_a_step_that_is_not_skipped(make: Make, gradient: float, num_updates: int) -> None:
+def test_average_is_updated_after_a_step_that_is_not_skipped(
+    make: MakeTraining, gradient: float, num_updates: int
+) -> None:
     training, trainer, module = make("trainer.on_nonfinite=skip"), _Trainer(), _Module()
     callback = StepCallback(training)
     (parameter,) = module.parameters()
@@ -133,7 +121,7 @@ def _checkpoints(training: Training) -> EpochCheckpoints:
     return EpochCheckpoints(training, encoders={}, statistics={}, sources={"teacher_rgb": {}}, monitor="train_loss")
 
 
-def test_checkpoints_every_n_epochs_and_at_the_end(make: Make) -> None:
+def test_checkpoints_every_n_epochs_and_at_the_end(make: MakeTraining) -> None:
     training, saved = make("trainer.save_ckpt_freq=2"), []
     callback = _checkpoints(training)
     for epoch in range(5):
@@ -151,7 +139,7 @@ def test_checkpoints_every_n_epochs_and_at_the_end(make: Make) -> None:
     assert restored.state.losses == training.state.losses
 
 
-def test_signal_in_the_last_step_of_an_epoch_stops_the_run(make: Make) -> None:
+def test_signal_in_the_last_step_of_an_epoch_stops_the_run(make: MakeTraining) -> None:
     trainer = _Trainer()
     _checkpoints(make("trainer.save_ckpt_freq=2", signal=15)).on_train_epoch_end(trainer, _Module())  # type: ignore[arg-type]
     assert (trainer.saved, trainer.should_stop) == (["last.ckpt"], True)
@@ -161,7 +149,7 @@ def test_signal_in_the_last_step_of_an_epoch_stops_the_run(make: Make) -> None:
     ("batches_done", "signal", "stops"), [(2, 15, True), (1, 15, False), (2, None, False), (4, 15, False)]
 )
 def test_signal_stops_after_a_complete_optimizer_step(
-    make: Make, batches_done: int, signal: int | None, stops: bool, capsys: pytest.CaptureFixture[str]
+    make: MakeTraining, batches_done: int, signal: int | None, stops: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With 2 batches per step; after the 4th and last batch `on_train_epoch_end` handles it."""
     training, trainer = make("trainer.accumulate_grad_batches=2", signal=signal), _Trainer()
@@ -177,7 +165,7 @@ def test_signal_stops_after_a_complete_optimizer_step(
 
 
 @pytest.mark.parametrize(("batch", "stored"), [(2, (2, None)), (4, (None, 0.5))])
-def test_metadata_have_a_loss_at_the_end_of_an_epoch(make: Make, batch: int, stored: tuple[Any, Any]) -> None:
+def test_metadata_have_a_loss_at_the_end_of_an_epoch(make: MakeTraining, batch: int, stored: tuple[Any, Any]) -> None:
     training, content = make(), dict[str, Any]()
     training.state.add_batch({"train_loss": 0.5}, 3)
     training.state.batch = batch

@@ -1,7 +1,6 @@
 """The parts of a training around its steps: resume, log, end."""
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +8,11 @@ import pytest
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
-from mmdistill.training.run import Training
 from mmdistill.training.state import TrainingState
-from tests.tiny_data import make_tiny
-from tests.tiny_training import make_training
-
-Make = Callable[..., Training]
+from tests.tiny_training import MakeTraining
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1)  # 12 clips, 4 batches
-
-
-@pytest.fixture
-def make(data: Path, tmp_path: Path) -> Make:
-    return lambda *more, **options: make_training(data, tmp_path / "run", *more, **options)
-
-
-def test_training_continues_at_the_stored_position(make: Make) -> None:
+def test_training_continues_at_the_stored_position(make: MakeTraining) -> None:
     first, rest = make(), make()
     first.state.start_epoch(1)
     first.state.add_batch({"train_loss": 0.5}, 3)
@@ -37,27 +22,27 @@ def test_training_continues_at_the_stored_position(make: Make) -> None:
     assert (rest.data.sampler.epoch, rest.data.sampler.start_batch) == (1, 1)
 
 
-def test_checkpoint_of_an_epochs_end_continues_with_the_next_epoch(make: Make) -> None:
+def test_checkpoint_of_an_epochs_end_continues_with_the_next_epoch(make: MakeTraining) -> None:
     stored = {**make().state_dict(), "epoch": 1, "batch": 4, "losses": {"a": 0.5}}
     rest = make("batch_size=2")  # of 6 batches
     rest.load_state_dict(stored)
     assert rest.state == TrainingState(epoch=2, losses={"a": 0.5})
 
 
-def test_another_order_inside_an_epoch_is_rejected(make: Make) -> None:
+def test_another_order_inside_an_epoch_is_rejected(make: MakeTraining) -> None:
     stored = {**make().state_dict(), "epoch": 1, "batch": 2}
     with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*global_batch 3 / 2"):
         make("batch_size=2").load_state_dict(stored)
 
 
-def test_state_without_steps_is_at_the_position_of_the_schedule(make: Make) -> None:
+def test_state_without_steps_is_at_the_position_of_the_schedule(make: MakeTraining) -> None:
     training = make()
     stored = {name: value for name, value in training.state_dict().items() if name != "step"}
     training.load_state_dict({**stored, "epoch": 1, "batch": 2})
     assert training.state.step == 6
 
 
-def test_metadata_name_the_batch_inside_an_epoch_only(make: Make) -> None:
+def test_metadata_name_the_batch_inside_an_epoch_only(make: MakeTraining) -> None:
     training = make()
     training.state.load_state_dict({"epoch": 1, "batch": 3, "step": 7, "skipped_steps": 2})
     meta = training.meta("distill", {}, {"rgb": {"mean": [0.5]}})
@@ -76,7 +61,7 @@ def test_metadata_name_the_batch_inside_an_epoch_only(make: Make) -> None:
         ({}, "resume=auto: no checkpoint in {run}/checkpoints; training starts from scratch"),
     ],
 )
-def test_start_is_logged(make: Make, options: dict[str, Any], line: str) -> None:
+def test_start_is_logged(make: MakeTraining, options: dict[str, Any], line: str) -> None:
     training = make("resume=auto", **options)
     training.log_start("summary")
     folder = training.run.directory
@@ -86,7 +71,7 @@ def test_start_is_logged(make: Make, options: dict[str, Any], line: str) -> None
     assert (folder / "data_report.json").is_file()
 
 
-def test_epoch_is_logged(make: Make) -> None:
+def test_epoch_is_logged(make: MakeTraining) -> None:
     training = make()
     training.log_start("summary")
     training.state.load_state_dict({"epoch": 2, "step": 12, "skipped_steps": 1, "overflow_steps": 3})
@@ -99,7 +84,7 @@ def test_epoch_is_logged(make: Make) -> None:
     assert "epoch 2: loss 0.5000, 0.0 clips/s, data wait" in (training.run.directory / "run.log").read_text()
 
 
-def test_stopped_training_names_its_checkpoint(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_training_names_its_checkpoint(make: MakeTraining, capsys: pytest.CaptureFixture[str]) -> None:
     assert not make().should_stop()
     training = make(signal=15)
     assert training.should_stop()
@@ -108,7 +93,7 @@ def test_stopped_training_names_its_checkpoint(make: Make, capsys: pytest.Captur
     assert "complete checkpoint written: a/last.ckpt" in capsys.readouterr().err
 
 
-def test_complete_training_is_logged(make: Make) -> None:
+def test_complete_training_is_logged(make: MakeTraining) -> None:
     training = make("trainer.epochs=1", source=Path("a.ckpt"))
     training.load_state_dict({**training.state_dict(), "batch": 4})
     training.log_start("summary")

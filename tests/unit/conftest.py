@@ -1,0 +1,20 @@
+"""Fixtures of the unit tests of several packages."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_data import make_tiny
+from tests.tiny_training import MakeTraining, make_training
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data of 12 clips, which is 4 batches of `make_training`; read-only."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "data", per_class=1)
+
+
+@pytest.fixture
+def make(tiny_clips: Path, tmp_path: Path) -> MakeTraining:
+    """`make_training` on `tiny_clips`; each call has the same run folder."""
+    return lambda *more, **options: make_training(tiny_clips, tmp_path / "run", *more, **options)
