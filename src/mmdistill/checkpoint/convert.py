@@ -1,6 +1,7 @@
 """Convert checkpoints between formats. Names are canonical in all formats and values are bit-identical."""
 
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmdistill.checkpoint.formats.names import METADATA_KEY, TAG
 from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.checkpoint.write import save_torch, write_directory, write_torch
+
+WEIGHTS_SUFFIXES = (".pt", ".pth")
 
 
 def write_deepspeed(state: Mapping[str, Tensor], target: Path, meta: Mapping[str, Any]) -> None:
@@ -61,16 +64,21 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
     Args:
         source: see `open_checkpoint`.
         target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name without
-            these suffixes for a DeepSpeed directory. Optimizer states are not converted.
+            suffix for a DeepSpeed directory (``epoch=49-loss=0.6095`` has none). Optimizer states are not converted.
         force: replace an existing `target`.
 
     Returns:
         `target` with ``~`` expanded.
 
     Raises:
-        CheckpointError: `target` exists, or cannot be written.
+        CheckpointError: the suffix of `target` is unknown, or `target` exists, or it cannot be written.
     """
     path = resolve_target(target, force=force)
+    if re.match(r"\.[A-Za-z]", path.suffix) and path.suffix not in (*WEIGHTS_SUFFIXES, ".safetensors", ".ckpt"):
+        raise CheckpointError(
+            f"{target}: unknown suffix {path.suffix}; use .safetensors, .ckpt (Lightning), "
+            f"{' or '.join(WEIGHTS_SUFFIXES)} (plain weights), or no suffix for a DeepSpeed directory"
+        )
     checkpoint = read_checkpoint(source)
     meta = {"mmdistill_version": __version__, **checkpoint.meta}
     state = {  # clones views of a larger storage, which ``torch.save`` would write completely
@@ -90,7 +98,7 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
             METADATA_KEY: meta,
         }
         save_torch(content, path)
-    elif path.suffix in (".pt", ".pth"):
+    elif path.suffix in WEIGHTS_SUFFIXES:
         save_torch({"model": state, METADATA_KEY: meta}, path)
     else:
         write_deepspeed(state, path, meta)

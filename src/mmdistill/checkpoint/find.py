@@ -44,7 +44,7 @@ class CheckpointInfo:
 
     Attributes:
         path: absolute.
-        format: ``deepspeed``, ``lightning`` or ``weights``.
+        format: value of a `CheckpointFormat`.
         modality: ``rgb``, ``flow``, ``skeleton``, ``distilled`` or ``unknown``.
         epoch, loss: from the manifest or the name; None if neither contains it.
         size: bytes.
@@ -135,6 +135,7 @@ def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
     format_ = CheckpointFormat.LIGHTNING if entry.name.endswith(".ckpt") else CheckpointFormat.WEIGHTS
     problem = ""
     if entry.name.endswith(".safetensors"):
+        format_ = CheckpointFormat.SAFETENSORS
         try:
             with safe_open(entry.path, framework="numpy") as file:  # reads the header and compares it with the size
                 if set(file.keys()) == {"features", "labels"}:

@@ -254,16 +254,19 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
     root, tag = locate(path)
     if tag is not None:
         return Checkpoint(Path(path), CheckpointFormat.DEEPSPEED, root, tag, verify_on_read=verify)
-    content: Any
     if is_safetensors(root):
-        content = read_safetensors(root)
+        content: Any = read_safetensors(root)
     elif root.suffix in FILE_SUFFIXES:
         content = read_torch_file(root, verify=False)
     else:
         expected = ", ".join(FILE_SUFFIXES)
         raise CheckpointError(f"{root}: not a known checkpoint format; expected a directory or {expected}")
-    is_lightning = isinstance(content, Mapping) and {"state_dict", "pytorch-lightning_version"} <= content.keys()
-    format_ = CheckpointFormat.LIGHTNING if is_lightning else CheckpointFormat.WEIGHTS
+    if isinstance(content, SafetensorsContent):
+        format_ = CheckpointFormat.SAFETENSORS
+    elif isinstance(content, Mapping) and {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        format_ = CheckpointFormat.LIGHTNING
+    else:
+        format_ = CheckpointFormat.WEIGHTS
     return Checkpoint(Path(path), format_, root, content=content, verify_on_read=verify)
 
 

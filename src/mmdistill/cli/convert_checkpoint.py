@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("convert", __doc__)
     parser.add_argument("source", help="checkpoint of any format")
     parser.add_argument(
-        "target", help="X.safetensors, X.ckpt, X.pt, or a name without these suffixes for a DeepSpeed directory"
+        "target", help="X.safetensors, X.ckpt, X.pt, X.pth, or a name without suffix for a DeepSpeed directory"
     )
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.find import find_checkpoints
+from mmdistill.checkpoint.locate import locate
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.errors import format_count
 
@@ -20,7 +21,7 @@ def format_report(report: dict[str, Any]) -> list[str]:
     out = [f"{report['path']}  ({report['size'] / 1e6:.1f} MB)"]
     for key in ("format", "kind", "modality", "epoch", "step", "loss", "stage", "world_size"):
         if report.get(key) is not None:
-            out.append(f"  {key:<14}{report[key]}")
+            out.append(f"  {key:<14}{report[key]:.4f}" if key == "loss" else f"  {key:<14}{report[key]}")
     for name, count in report.get("components", {}).items():
         out.append(
             f"  component     {name}: {format_count(count['tensors'], 'tensor')}, {count['parameters']:,} parameters"
@@ -35,18 +36,31 @@ def format_report(report: dict[str, Any]) -> list[str]:
     return out
 
 
-def describe_run_folder(path: str) -> str | None:
-    """What to inspect instead, if `path` is the folder of a run; None if it is not."""
+def describe_folder(path: str) -> str | None:
+    """What to inspect instead, if `path` is a folder of runs or checkpoints; None if it is not."""
     folder = Path(path).expanduser()
-    if not folder.is_dir() or not any((folder / name).exists() for name in ("checkpoints", "run.json")):
+    if not folder.is_dir() or is_checkpoint(folder):
         return None
-    found = [info for info in find_checkpoints(folder) if info.complete]
-    if not found:
-        return f"{path}: a run folder without a complete checkpoint; `mmdistill find-checkpoints` lists checkpoints"
-    return (
-        f"{path}: a run folder, not a checkpoint; its newest checkpoint: "
-        f"mmdistill inspect {shlex.quote(str(found[0].path))}"
-    )
+    found = find_checkpoints(folder)
+    complete = [info for info in found if info.complete]
+    to_list = f"to list checkpoints: mmdistill find-checkpoints {shlex.quote(path)}"
+    if any((folder / name).exists() for name in ("checkpoints", "run.json")):
+        if not complete:
+            return f"{path}: a run folder without a complete checkpoint; {to_list}"
+        newest = shlex.quote(str(complete[0].path))
+        return f"{path}: a run folder, not a checkpoint; its newest checkpoint: mmdistill inspect {newest}"
+    runs = {info.path.parents[1] for info in found if info.path.parent.name == "checkpoints"}
+    of_runs = f" of {format_count(len(runs), 'run')}" if runs else ""
+    return f"{path}: a folder with {format_count(len(found), 'checkpoint')}{of_runs}, not a checkpoint; {to_list}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint, possibly a damaged one."""
+    try:
+        locate(folder)
+    except CheckpointError as error:
+        return isinstance(error, CorruptCheckpointError)
+    return True
 
 
 @report_errors("inspect")
@@ -61,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="also compare the sha256 of archives in manifests of older versions",
     )
     args = parser.parse_args(argv)
-    if message := describe_run_folder(args.path):
+    if message := describe_folder(args.path):
         raise CheckpointError(message)
     from mmdistill.checkpoint.inspect import inspect_checkpoint  # imports torch, which --help must not
 

@@ -56,6 +56,13 @@ def test_existing_targets_are_replaced_only_with_force(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(TARGETS)
 
 
+def test_unknown_suffix_lists_the_formats(tmp_path: Path) -> None:
+    for name in ("x.foo", "x.bin", "x.SAFETENSORS"):
+        with pytest.raises(CheckpointError, match=r"unknown suffix \.\w+; use \.safetensors, \.ckpt \(Lightning\)"):
+            convert_checkpoint(FIXTURES / "plain" / "bare.pt", tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_paths_with_special_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a=b, [1] *? ~x é 检查点"
     folder.mkdir()

@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from mmdistill.checkpoint import save_safetensors
 from mmdistill.cli.inspect_checkpoint import main
 from tests.checkpoint_files import write_output
 from tests.unit.checkpoint.make_fixtures import FIXTURES
@@ -37,3 +39,20 @@ def test_run_folder_is_reported_with_its_newest_checkpoint(tmp_path: Path, capsy
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert main([str(tmp_path / "empty")]) == 2
     assert "a run folder without a complete checkpoint" in capsys.readouterr().err
+
+
+def test_folder_of_runs_names_the_command_that_lists_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = write_output(tmp_path / "my output")
+    assert main([str(output)]) == 2
+    assert capsys.readouterr().err == (
+        f"mmdistill inspect: error: {output}: a folder with 8 checkpoints of 4 runs, not a checkpoint; "
+        f"to list checkpoints: mmdistill find-checkpoints '{output}'\n"
+    )
+
+
+def test_text_names_safetensors_and_rounds_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_safetensors({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {"loss": 0.12345678})
+    assert main([str(tmp_path / "w.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "  format        safetensors\n" in text
+    assert "  loss          0.1235\n" in text

@@ -18,6 +18,7 @@ class CheckpointFormat(str, Enum):  # noqa: UP042 - prints as its value on every
     DEEPSPEED = "deepspeed"
     LIGHTNING = "lightning"
     WEIGHTS = "weights"
+    SAFETENSORS = "safetensors"
 
     def __str__(self) -> str:
         """Return the value, as in messages."""

@@ -24,7 +24,7 @@ from tests.unit.checkpoint.make_fixtures import FIXTURES
 
 
 class TestSafetensorsFile(CheckpointFormatContract):
-    format = CheckpointFormat.WEIGHTS
+    format = CheckpointFormat.SAFETENSORS
     name = "model.safetensors"
 
     def write(self, state: dict[str, Tensor], path: Path, meta: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ class TestSafetensorsFile(CheckpointFormatContract):
 
 
 class TestHuggingFaceFolder(CheckpointFormatContract):
-    format = CheckpointFormat.WEIGHTS
+    format = CheckpointFormat.SAFETENSORS
     name = "hf"
     files = ("model.safetensors",)
 
