@@ -1,6 +1,6 @@
 """Check that the data of an annotation file is complete: read every frame, flow and skeleton file.
 
-    mmdistill check-data ANNOTATIONS --root data/tennis [--json report.json] [--write-clean clean.json]
+    mmdistill check-data data/tennis/val.json --root data/tennis --json report.json --write-clean clean.json
     mmdistill check-data dataset=epic data_module.target_data_dir=data/EPIC-KITCHENS-55 --split eval
 
 The first form is for the tennis layout. Without --root it checks only the annotations. The second form reads annotation

@@ -1,8 +1,8 @@
 """Write the weights of a checkpoint in another format, selected by the name of the target.
 
-mmdistill convert SRC weights.safetensors
-mmdistill convert SRC model.ckpt            # a Lightning file
-mmdistill convert SRC "epoch=49-loss=0.6095"  # a DeepSpeed directory
+mmdistill convert last.ckpt weights.safetensors
+mmdistill convert weights.safetensors model.ckpt     # a Lightning file
+mmdistill convert weights.safetensors epoch=49-loss=0.6095     # a DeepSpeed directory
 """
 
 from collections.abc import Sequence

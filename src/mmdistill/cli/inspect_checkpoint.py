@@ -1,6 +1,6 @@
 """Show the format, content and architecture of a checkpoint, and whether it is complete.
 
-mmdistill inspect PATH [--json] [--full]
+mmdistill inspect output/DATE/TIME/NAME/checkpoints/last.ckpt
 """
 
 import json

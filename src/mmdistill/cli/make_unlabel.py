@@ -1,6 +1,6 @@
 """Write an unlabeled training file: the rallies of annotation files without their events.
 
-    mmdistill make-unlabel train.json [more.json ...] --output unlabel.json [--exclude val.json test.json]
+    mmdistill make-unlabel train.json --exclude val.json test.json --output unlabel.json
 
 `--exclude` removes the rallies of the evaluation files, with `--by match` all rallies of their matches, so that the
 training does not see them. The output contains no labels.

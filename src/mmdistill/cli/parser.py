@@ -5,6 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -25,9 +26,33 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports missing arguments with their help text and the first example of the description."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        _, _, names = message.partition("the following arguments are required: ")
+        missing = [
+            f"{name} ({action.help})"
+            for action in self._actions
+            if (name := "/".join(action.option_strings) or action.metavar or action.dest) in names.split(", ")
+            and action.nargs != "*"  # argparse lists these too, although they may be omitted
+        ]
+        if not missing:
+            super().error(message)
+        lines = [line.strip().partition("  #")[0] for line in (self.description or "").splitlines()]
+        examples = [f"for example: {line.rstrip()}\n" for line in lines if line.startswith(f"{self.prog} ")]
+        noun = "argument" if len(missing) == 1 else "arguments"
+        self.exit(
+            InputError.exit_status,
+            f"{self.prog}: error: missing {noun}: {', '.join(missing)}\n{''.join(examples[:1])}"
+            f"`{self.prog} --help` lists all arguments\n",
+        )
+
+
 def make_parser(verb: str, description: str | None) -> argparse.ArgumentParser:
     """A parser whose usage and errors name ``mmdistill VERB``, also if a script calls the verb."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"mmdistill {verb}", description=description, formatter_class=_HelpFormatter, allow_abbrev=False
     )
 

@@ -1,6 +1,7 @@
 """Convert video files to training data: frames, flow, skeletons and an annotation file in the tennis layout.
 
-    mmdistill prepare VIDEO_OR_DIR --output data/mine [--skeleton mediapipe] [--flow farneback]
+    mmdistill prepare my_videos --output data/mine
+    mmdistill prepare match.mp4 --output data/mine --skeleton mediapipe --flow farneback
 
 An interrupted run can be repeated; it computes only what is missing. The exit status is 1 if any video failed.
 """

@@ -29,6 +29,25 @@ def test_help_states_the_default_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert "mmdistill verb: error: unrecognized arguments" in capsys.readouterr().err
 
 
+def test_missing_arguments_are_explained_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    made = make_parser("verb", "First line.\n\n    mmdistill verb a.ckpt --to hf    # a folder\n    mmdistill verb X")
+    made.add_argument("checkpoint", help="checkpoint file")
+    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
+    made.add_argument("--to", required=True, help="format")
+    for parse in (made.parse_args, made.parse_intermixed_args):
+        with pytest.raises(SystemExit) as stopped:
+            parse(["--to", "hf"])
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err == (
+            "mmdistill verb: error: missing argument: checkpoint (checkpoint file)\n"
+            "for example: mmdistill verb a.ckpt --to hf\n"
+            "`mmdistill verb --help` lists all arguments\n"
+        )
+    with pytest.raises(SystemExit):
+        made.parse_args([])
+    assert "error: missing arguments: checkpoint (checkpoint file), --to (format)\n" in capsys.readouterr().err
+
+
 class _ParserMadeError(Exception):
     pass
 
