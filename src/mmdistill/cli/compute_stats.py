@@ -8,6 +8,7 @@ and heat-maps of a training with the same overrides. Each checkpoint stores them
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config, load_dataset_settings
+from mmdistill.config.compose import dataset_arguments, load_config, load_dataset_settings
 from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
@@ -59,7 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if constant:
             print(_constant_channels_message(specs[name], constant), file=sys.stderr)
     _write(options.output, plain, count)
+    if options.output:
+        print("\n".join(next_steps(options, list(plain["modalities"]))), file=sys.stderr)
     return 0
+
+
+def next_steps(options: argparse.Namespace, modalities: Sequence[str]) -> list[str]:
+    """The path of the written config, and the pretraining that uses it, with the overrides that it does not contain."""
+    path: Path = options.output
+    dataset = dataset_arguments(path)
+    if dataset is None:
+        return [f"wrote {path}; to use it, move it to DIR/dataset/ and add --config-dir=DIR dataset={path.stem}"]
+    training = [o for o in options.overrides if o.partition("=")[0].removeprefix("data_module.") in TRAINING_KEYS]
+    sweep = ["-m"] if len(modalities) > 1 else []
+    words = ["mmdistill", "pretrain", *sweep, f"--config-name={options.config_name}", *dataset]
+    return [f"wrote {path}", "to pretrain: " + shlex.join([*words, f"modality={','.join(modalities)}", *training])]
 
 
 def _constant_channels_message(spec: ModalitySpec, constant: list[int]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import itertools
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -17,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.cli.parser import make_parser, report_errors
-from mmdistill.config import PretrainConfig, as_ints
-from mmdistill.config.compose import load_config
+from mmdistill.config import ConfigError, PretrainConfig, as_ints
+from mmdistill.config.compose import configs_dir, load_config
 from mmdistill.console import ProgressDisplay
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
@@ -100,15 +101,19 @@ def format_result(result: PrepareResult) -> str:
             f"near player found in {found['near']} of {format_count(frames, 'frame')}, far player in "
             f"{found['far']} of {frames}"
         )
-    return f"{result.video}: {', '.join(details)}"
+    reused = "prepared by an earlier run: " if result.reused else ""
+    return f"{result.video}: {reused}{', '.join(details)}"
 
 
 def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     complete = [r.record for r in results if r.record]
+    done = f"prepared {len(complete)} of {format_count(len(results), 'video')} in {output}"
     if not complete:
+        print(done, file=sys.stderr)
         return
-    done = f"{len(complete)} of {format_count(len(results), 'video')}"
-    lines = [f"prepared {done} in {output}; see {output}/provenance.json"]
+    num_reused = sum(result.reused for result in results)
+    reused = f" ({num_reused} by an earlier run)" if num_reused else ""
+    lines = [f"{done}{reused}; see {output}/provenance.json"]
     sizes = sorted({tuple(record["stored_size"]) for record in complete})
     if len(sizes) > 1:
         lines.append(f"the stored sizes differ ({sizes}): prepare videos of one aspect ratio per output folder")
@@ -121,7 +126,7 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
 def next_commands(
     output: Path, rallies: Sequence[Rally], frame_size: tuple[int, int], modalities: Sequence[str]
 ) -> list[str]:
-    """The commands that check, pretrain, distill and evaluate, with values that fit these videos.
+    """The commands that check, compute statistics, pretrain, distill and evaluate, with values that fit these videos.
 
     Args:
         output: absolute path of the data folder.
@@ -131,34 +136,53 @@ def next_commands(
     """
     config = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb"])
     data = config.data_module
-    index = build_index(rallies, ClipSpec("windows", data.num_frames, label="video"))
-    if not index.clips:
-        return [f"no video has the {data.num_frames + 1} frames of a clip: set data_module.num_frames to a lower value"]
+    check = ["check-data", f"{output}/unlabel.json", "--root", str(output), "--modalities", *modalities]
+    lines = [_command_line("check", [*check, "--frame-size", *map(str, frame_size)])]
+    longest = max(rally.num_frames for rally in rallies)
+    num_frames = min(data.num_frames, (longest - 1) // data.tubelet * data.tubelet)
+    if num_frames == 0:
+        needed = f"a training needs a video of at least {data.tubelet + 1} frames"
+        return [*lines, f"{needed}; the longest has {format_count(longest, 'frame')}"]
     height, width = frame_size
     crop_height, crop_width = (side // data.patch_size * data.patch_size for side in frame_size)
-    folder = shlex.quote(str(output))
-    data_keys = f"data_module.target_data_dir={folder} data_module.frame_size=[{height},{width}]"
-    data_keys += f" data_module.crop_size=[{crop_height},{crop_width}]"
-    batch_size = f" batch_size={len(index.clips)}" if len(index.clips) < config.batch_size else ""
-    placeholders = ",".join(name.upper() for name in modalities)
-    teachers = ",".join(modalities)
-    lines = [
-        f"to check: mmdistill check-data {folder}/unlabel.json --root {folder} --modalities {' '.join(modalities)} "
-        f"--frame-size {height} {width}",
-        f"to pretrain: mmdistill pretrain -m --config-name=config_pretrain_tennis modality={teachers} {data_keys}"
-        f"{batch_size}",
-        f"to distill: mmdistill distill --config-name=config_mmdistill_tennis test=False trainer.teachers=[{teachers}] "
-        f"trainer.ckpt_path=[{placeholders}] {data_keys}{batch_size}",
+    keys = [f"target_data_dir={output}", f"frame_size=[{height},{width}]", f"crop_size=[{crop_height},{crop_width}]"]
+    if num_frames != data.num_frames:
+        keys.append(f"num_frames={num_frames}")
+    keys = [f"data_module.{key}" for key in keys]
+    try:
+        load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb", *keys])
+    except ConfigError as error:
+        return [*lines, f"frames of {height} x {width} px are too small for a training ({error}); increase --height"]
+    index = build_index(rallies, ClipSpec("windows", num_frames, label="video"))
+    batch_size = [f"batch_size={len(index.clips)}"] if len(index.clips) < config.batch_size else []
+    config_path = output / "dataset" / f"{_dataset_name(output)}.yaml"
+    pretrain, distill = "--config-name=config_pretrain_tennis", "--config-name=config_mmdistill_tennis"
+    dataset = [f"--config-dir={output}", f"dataset={config_path.stem}"]
+    statistics = ["compute-stats", pretrain, "--modalities", *modalities, "--output", str(config_path), *keys]
+    sweep = ["-m"] if len(modalities) > 1 else []
+    names = ",".join(modalities)
+    teachers = [f"trainer.teachers=[{names}]", f"trainer.ckpt_path=[{names.upper()}]"]
+    lines += [
+        _command_line("compute the statistics", statistics),
+        _command_line("pretrain", ["pretrain", *sweep, pretrain, *dataset, f"modality={names}", *batch_size]),
+        _command_line("distill", ["distill", distill, *dataset, "test=False", *teachers, *batch_size]),
     ]
     clips_per_video = sorted(Counter(clip.label for clip in index.clips).values(), reverse=True)
     usable = [count for count in clips_per_video if count >= 2][: as_ints("n_way", data.n_way)[0]]
     if len(usable) < 2:
-        needed = f"two videos of at least {2 * data.num_frames + 1} frames"
+        needed = f"two videos of at least {2 * num_frames + 1} frames"
         return [*lines, f"an evaluation with the video as class needs {needed}; give labels, or prepare more videos"]
-    return [
-        *lines,
-        "to evaluate with the video as class: mmdistill evaluate --config-name=config_mmdistill_tennis ckpt_path=PATH "
-        f"{data_keys} data_module.eval_clips=windows data_module.label=video "
-        f"data_module.fewshot_eval_json_path=unlabel.json data_module.n_way={len(usable)} "
-        f"data_module.q_sample={min(data.q_sample, usable[-1] - 1)}",
-    ]
+    episodes = [f"n_way={len(usable)}", f"q_sample={min(data.q_sample, usable[-1] - 1)}"]
+    classes = ["eval_clips=windows", "label=video", "fewshot_eval_json_path=unlabel.json"]
+    evaluate = ["evaluate", distill, *dataset, "ckpt_path=PATH", *(f"data_module.{k}" for k in (*classes, *episodes))]
+    return [*lines, _command_line("evaluate with the video as class", evaluate)]
+
+
+def _command_line(purpose: str, words: Sequence[str]) -> str:
+    return f"to {purpose}: {shlex.join(['mmdistill', *words])}"
+
+
+def _dataset_name(output: Path) -> str:
+    """Name of the dataset config in the data folder. Hydra would prefer a config of the same name in ``configs/``."""
+    name = re.sub(r"\W", "_", output.name)
+    return f"my_{name}" if (configs_dir() / "dataset" / f"{name}.yaml").exists() else name

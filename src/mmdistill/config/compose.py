@@ -28,6 +28,15 @@ def configs_dir() -> Path:
     return local if (local / "config_pretrain.yaml").is_file() else CONFIGS
 
 
+def dataset_arguments(path: Path) -> list[str] | None:
+    """Arguments that select the dataset config `path`; None if its folder is not named ``dataset``."""
+    folder = path.absolute().parent
+    if folder.name != "dataset":
+        return None
+    in_configs = folder.parent.resolve() == configs_dir().resolve()
+    return [*([] if in_configs else [f"--config-dir={folder.parent}"]), f"dataset={path.stem}"]
+
+
 def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> dict[str, Any]:
     """Read ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package. Raises `ConfigError` if invalid."""
     folders = [Path(config_dir)] if config_dir is not None else []

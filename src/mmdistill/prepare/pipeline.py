@@ -25,6 +25,7 @@ from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
+from mmdistill.prepare.pose import import_mediapipe, load_mediapipe_pose, write_skeletons
 from mmdistill.prepare.video import container_frame_count, decode_frames, find_repeated_frames, mean_frame_rate
 
 FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
@@ -71,6 +72,7 @@ class PrepareResult:
     video: str
     record: dict[str, Any] | None
     error: str | None
+    reused: bool = False  # whether an earlier run completed the video
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,12 @@ def prepare_all(
     """Prepare every video, then write `unlabel.json` and `provenance.json` for all complete videos in `output`.
 
     A video that cannot be prepared gets an error in its `PrepareResult`; the other videos are still prepared.
+
+    Raises:
+        PoseError: skeletons are requested and MediaPipe is not installed.
     """
+    if settings.skeleton == "mediapipe":
+        import_mediapipe()  # raises here once, instead of in the worker of each video
     output.mkdir(parents=True, exist_ok=True)
     results = []
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
@@ -133,11 +140,9 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Pr
         record: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
         old = _remove_outdated(path, files, record)
         if old.get("complete") and old["parts"] == record["parts"] and files.are_complete(old):
-            return PrepareResult(name, old, None)
+            return PrepareResult(name, old, None, reused=True)
         record |= _write_frames_and_flow(path, files, settings)
         if settings.skeleton == "mediapipe":
-            from mmdistill.prepare.pose import load_mediapipe_pose, write_skeletons
-
             counts = write_skeletons(path, files.skeleton, split=settings.split, pose=load_mediapipe_pose())
             record["skeleton_frames"] = asdict(counts)
         record["complete"] = True

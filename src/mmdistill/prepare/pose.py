@@ -42,10 +42,8 @@ class SkeletonCounts:
     far: int
 
 
-def load_mediapipe_pose() -> PoseFunction:
-    """A function that estimates the pose in an RGB crop, uint8 (S, S, 3).
-
-    It returns float32 (17, 3): x and y as fractions of the crop, and the score; or None if no person is found.
+def import_mediapipe() -> Any:
+    """MediaPipe's class ``Pose``.
 
     Raises:
         PoseError: MediaPipe is not installed.
@@ -54,10 +52,21 @@ def load_mediapipe_pose() -> PoseFunction:
         from mediapipe.python.solutions.pose import Pose
     except ImportError as error:
         raise PoseError(
-            f"skeleton=mediapipe needs the pose extra ({error}): pip install --no-deps mediapipe==0.10.21, then "
+            f"--skeleton mediapipe needs the pose extra ({error}): pip install --no-deps mediapipe==0.10.21, then "
             "pip install 'protobuf>=6.31,<7' absl-py attrs flatbuffers; or use --skeleton none"
         ) from error
-    model: Any = Pose(static_image_mode=True, model_complexity=1)  # "full", the only weights in the package
+    return Pose
+
+
+def load_mediapipe_pose() -> PoseFunction:
+    """A function that estimates the pose in an RGB crop, uint8 (S, S, 3).
+
+    It returns float32 (17, 3): x and y as fractions of the crop, and the score; or None if no person is found.
+
+    Raises:
+        PoseError: MediaPipe is not installed.
+    """
+    model = import_mediapipe()(static_image_mode=True, model_complexity=1)  # "full", the only weights in the package
 
     def estimate_pose(crop: np.ndarray) -> np.ndarray | None:
         landmarks = model.process(crop).pose_landmarks

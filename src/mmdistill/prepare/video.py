@@ -63,13 +63,15 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     except (av.FFmpegError, OSError) as error:
         failure = error
     if number == 0:
-        reason = failure or "no frame can be decoded"
-        raise VideoError(f"{path}: not a video ({reason}); convert it, for example to .mp4") from failure
+        reason = (failure.strerror or failure) if failure else "no frame can be decoded"
+        raise VideoError(
+            f"{path}: not a video that FFmpeg can decode ({reason}); copy it again, or encode it as H.264"
+        ) from failure
     end = seconds * number / max(1, number - 1)  # an edit list shortens the duration, but not the declared count
     is_short = number < declared * (1 - COUNT_TOLERANCE) - 1 and end < duration * (1 - COUNT_TOLERANCE)
     if is_short or (failure and not 0 < declared <= number):
         expected = f"but the container declares {format_count(declared, 'frame')}" if declared else str(failure)
-        message = f"{path}: truncated or broken, it ends after frame {number - 1}, {expected}; copy or convert it again"
+        message = f"{path}: truncated or broken, it ends after frame {number - 1}, {expected}; copy or encode it again"
         raise VideoError(message) from failure
 
 

@@ -1,5 +1,6 @@
 """The command ``compute-stats``: a dataset config with the statistics of the model input."""
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mmdistill.cli.compute_stats import dataset_keys, main
+from mmdistill.cli.compute_stats import dataset_keys, main, next_steps
 from mmdistill.config import PretrainConfig
-from mmdistill.config.compose import load_config
+from mmdistill.config.compose import CONFIGS, load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import write_flow
@@ -68,7 +69,9 @@ def test_config_contains_the_statistics(root: Path, capsys: pytest.CaptureFixtur
     assert config["modalities"]["flow"]["std"] == pytest.approx([3, 3], abs=0.2)
     assert len(config["modalities"]["skeleton"]["std"]) == 17
     message = "skeleton: joints [0] were not found in the training set; their std is set to 1"
-    assert message in capsys.readouterr().err.replace("\n", " ")
+    shown = capsys.readouterr().err
+    assert message in shown.replace("\n", " ")
+    assert f"wrote {out}; to use it, move it to DIR/dataset/ and add --config-dir=DIR dataset=mine\n" in shown
 
 
 def test_training_set_without_skeletons_is_reported(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,6 +94,25 @@ def test_constant_image_channels_are_listed(root: Path, capsys: pytest.CaptureFi
 def test_missing_data_exits_with_2(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compute(root) == 2
     assert "skeleton" in capsys.readouterr().err
+
+
+def test_next_command_selects_the_written_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a source tree the config is in its ``configs/``; elsewhere `--config-dir` is needed."""
+    overrides = ["data_module.target_data_dir=d", "data_module.window_stride=8", "num_workers=0"]
+    options = argparse.Namespace(
+        output=tmp_path / "dataset/mine.yaml", config_name="config_pretrain_tennis", overrides=overrides
+    )
+    command = "to pretrain: mmdistill pretrain -m --config-name=config_pretrain_tennis"
+    keys = "dataset=mine modality=rgb,flow data_module.window_stride=8"
+    assert next_steps(options, ["rgb", "flow"]) == [
+        f"wrote {options.output}",
+        f"{command} --config-dir={tmp_path} {keys}",
+    ]
+    monkeypatch.chdir(CONFIGS.parent)
+    options.output = Path("configs/dataset/mine.yaml")
+    assert next_steps(options, ["rgb", "flow"]) == [f"wrote {options.output}", f"{command} {keys}"]
 
 
 def test_training_keys_are_those_of_the_datasets_own_config() -> None:

@@ -1,10 +1,14 @@
 """The command ``prepare``: exit status, the line of each video, and the next commands."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from mmdistill.cli.compute_stats import dataset_keys
 from mmdistill.cli.prepare_data import format_result, main, next_commands
 from mmdistill.config import DistillConfig, PretrainConfig
 from mmdistill.config.compose import load_config
@@ -58,13 +62,34 @@ def test_exit_status_and_next_commands(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().err
     assert "in: 20 frames at 25.00 fps, 48 x 80" in text
     assert f"prepared 1 of 1 video in {out}; see {out}/provenance.json" in text
-    data_keys = f"data_module.target_data_dir={out} data_module.frame_size=[48,80] data_module.crop_size=[48,80]"
-    assert f"modality=rgb,flow {data_keys} batch_size=1\n" in text
-    assert "trainer.teachers=[rgb,flow] trainer.ckpt_path=[RGB,FLOW] data_module" in text
+    data_keys = f"data_module.target_data_dir={out} 'data_module.frame_size=[48,80]' 'data_module.crop_size=[48,80]'"
+    assert f"--modalities rgb flow --output {out}/dataset/out.yaml {data_keys}\n" in text
+    assert f"--config-dir={out} dataset=out modality=rgb,flow batch_size=1\n" in text
+    assert "'trainer.teachers=[rgb,flow]' 'trainer.ckpt_path=[RGB,FLOW]' batch_size=1\n" in text
     assert "needs two videos of at least 33 frames" in text
+    assert main([str(tmp_path / "in.avi"), "--output", str(out), "--height", "48", "--workers", "1"]) == 0
+    text = capsys.readouterr().err
+    assert "in: prepared by an earlier run: 20 frames" in text
+    assert f"prepared 1 of 1 video in {out} (1 by an earlier run); see" in text
     (tmp_path / "bad.avi").write_bytes(b"x")
     assert main([str(tmp_path / "bad.avi"), "--output", str(out), "--workers", "1"]) == 1
-    assert "FAILED bad: " in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "FAILED bad: " in text
+    assert text.endswith(f"prepared 0 of 1 video in {out}\n")
+
+
+def test_missing_mediapipe_is_reported_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mediapipe", None)
+    for name in ("a.avi", "b.avi"):
+        (tmp_path / name).write_bytes(b"x")
+    out = tmp_path / "out"
+    assert main([str(tmp_path), "--output", str(out), "--skeleton", "mediapipe"]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("pip install --no-deps mediapipe") == 1
+    assert "FAILED" not in shown
+    assert not out.exists()
 
 
 def test_missing_source_and_wrong_setting_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,22 +109,45 @@ def test_evaluation_command_fits_the_videos(lengths: list[int], n_way: int, q_sa
     assert f"data_module.n_way={n_way} data_module.q_sample={q_sample}" in line
 
 
-def test_printed_commands_have_a_valid_config() -> None:
+def test_printed_commands_have_a_valid_config(tmp_path: Path) -> None:
     rallies = [Rally(f"v{k}", 400, 25.0, ()) for k in range(3)]
     lines = next_commands(Path("/d"), rallies, (100, 178), ["rgb", "flow"])
     assert [line.split(":")[0] for line in lines] == [
         "to check",
+        "to compute the statistics",
         "to pretrain",
         "to distill",
         "to evaluate with the video as class",
     ]
-    overrides = [[word for word in line.split() if "=" in word and not word.startswith("--")] for line in lines]
-    pretrain = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb", *overrides[1][1:]])
+    overrides = [[word for word in shlex.split(line) if "=" in word and not word.startswith("--")] for line in lines]
+    data = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb", *overrides[1]]).data_module
+    assert list(data.crop_size) == [96, 176]
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/d.yaml").write_text(
+        "# @package data_module\n" + yaml.safe_dump(dataset_keys(data, ["flow"], [], None))
+    )
+    assert "--output /d/dataset/d.yaml" in lines[1]
+    words = ["modality=rgb", *(word for word in overrides[2] if not word.startswith("modality="))]
+    pretrain = load_config(PretrainConfig, "config_pretrain_tennis", words, config_dir=tmp_path)
     assert list(pretrain.data_module.crop_size) == [96, 176]
-    load_config(DistillConfig, "config_mmdistill_tennis", overrides[2])
-    load_config(DistillConfig, "config_mmdistill_tennis", ["train=False", *overrides[3]])
+    load_config(DistillConfig, "config_mmdistill_tennis", overrides[3], config_dir=tmp_path)
+    load_config(DistillConfig, "config_mmdistill_tennis", ["train=False", *overrides[4]], config_dir=tmp_path)
 
 
-def test_videos_without_a_clip_have_no_command() -> None:
-    (line,) = next_commands(Path("/d"), [Rally("a", 16, 25.0, ())], (48, 80), ["rgb"])
-    assert "no video has the 17 frames of a clip" in line
+def test_commands_fit_short_videos_and_small_frames() -> None:
+    (check, *_, last) = next_commands(Path("/d"), [Rally("a", 2, 25.0, ())], (48, 80), ["rgb"])
+    assert check.startswith("to check: ")
+    assert last == "a training needs a video of at least 3 frames; the longest has 2 frames"
+    short = next_commands(Path("/d"), [Rally("a", 16, 25.0, ())], (48, 80), ["rgb"])
+    assert short[1].endswith(" data_module.num_frames=14")
+    assert short[-1].startswith("an evaluation with the video as class needs two videos of at least 29 frames")
+    for size in ((30, 50), (16, 9)):
+        _, small = next_commands(Path("/d"), [Rally("a", 40, 25.0, ())], size, ["rgb"])
+        assert small.startswith(f"frames of {size[0]} x {size[1]} px are too small for a training (data_module.")
+        assert small.endswith("; increase --height")
+
+
+def test_dataset_config_has_another_name_than_those_in_configs() -> None:
+    for folder, name in (("/d/my data", "my_data"), ("/d/tennis", "my_tennis"), ("/d/mine", "mine")):
+        lines = next_commands(Path(folder), [Rally("a", 40, 25.0, ())], (48, 80), ["rgb"])
+        assert f"dataset={name} " in lines[2]
