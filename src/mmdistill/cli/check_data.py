@@ -40,6 +40,7 @@ COVERAGE_ROWS = (  # key of the report, title of the row
     ("expected_frames", "expected frames"),
     ("missing_frames", "missing frames"),
     ("unreadable_frames", "unreadable frames"),
+    ("wrong_size_frames", "frames of a wrong size"),
     ("rallies", "rallies"),
     ("rallies_without_files", "rallies without any file"),
     ("rallies_longer_than_annotated", "rallies longer than annotated"),
@@ -80,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rallies, readers, workers=options.workers, every=options.every, progress=lambda _: advance(1)
             )
         _print_coverage(report)
+        if any(counts["wrong_size_frames"] for counts in report["modalities"].values()):
+            expected = " x ".join(map(str, data.frame_size))
+            demo = "" if options.overrides else ", or add dataset=demo for the demo data"
+            print(f"the expected size is {expected} px: set --frame-size to the size of the stored frames{demo}")
+    else:
+        print("only the annotations were checked; add --root DIR to check the frame, flow and skeleton files in DIR")
     if options.json:
         atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if report.get("complete", True) and not problems else 1
@@ -169,12 +176,12 @@ def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) ->
     _print_problems(problems)
 
 
-def _print_problems(problems: Sequence[str], hint: str = "") -> None:
+def _print_problems(problems: Sequence[str], noun: str = "problem", hint: str = "") -> None:
     """Print the first problems, and the number of the others with a hint where to find them."""
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
         print(f"  {problem}")
     if len(problems) > MAX_PROBLEMS_SHOWN:
-        print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, 'more problem')}{hint}")
+        print(f"  and {format_count(len(problems) - MAX_PROBLEMS_SHOWN, f'more {noun}')}{hint}")
 
 
 def _print_coverage(report: dict[str, Any]) -> None:
@@ -188,6 +195,6 @@ def _print_coverage(report: dict[str, Any]) -> None:
             f"({100 * counts['share']:.1f} %)"
         )
         print(f"{player} player found in {found}")
-    _print_problems(report["messages"], "; --json FILE writes all")
+    _print_problems(report["messages"], "message", " about the first files of each rally; --json FILE writes them")
     gaps = len(report["rallies_with_gaps"])
     print("complete" if report["complete"] else f"gaps in {gaps} of {format_count(report['rallies'], 'rally')}")

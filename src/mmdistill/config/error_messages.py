@@ -41,6 +41,8 @@ def explain(error: Exception, schema: type[Any]) -> str:
     if isinstance(error, MMDistillError) and not isinstance(error.__cause__, OmegaConfBaseException):
         worker = _FROM_WORKER.fullmatch(str(error))
         return worker[2] if worker else str(error)  # in full: later lines list the details
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"  # Python's text starts with "[Errno 2]"
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

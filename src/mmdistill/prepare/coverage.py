@@ -12,11 +12,11 @@ import cv2
 import numpy as np
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.readers.base import FrameError, KeypointReader, Reader
+from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
 from mmdistill.errors import format_count, format_first
 from mmdistill.modalities import get_modality
 
-MAX_MESSAGES = 5  # about unreadable files, per rally and modality
+MAX_MESSAGES = 5  # about files that cannot be used, per rally and modality
 MAX_FILES_SHOWN = 3  # missing files, per rally and modality
 
 
@@ -26,7 +26,8 @@ class ModalityCoverage:
 
     expected_frames: int  # frames that the annotation requires
     missing_frames: int = 0  # frames without a file or row
-    unreadable_frames: int = 0  # frames whose file or row exists and cannot be used
+    unreadable_frames: int = 0  # frames whose file or row is damaged or not finite
+    wrong_size_frames: int = 0  # frames of another size than the reader expects
     # frames after the last annotated one. Of modalities with one file per frame, only the first such frame is
     # looked up, so the value is 0 or 1
     extra_frames: int = 0
@@ -37,7 +38,10 @@ class ModalityCoverage:
         try:
             reader.read(video, [frame])
         except FrameError as error:
-            self.unreadable_frames += 1
+            if isinstance(error, FrameSizeError):
+                self.wrong_size_frames += 1
+            else:
+                self.unreadable_frames += 1
             if len(self.messages) < MAX_MESSAGES:
                 self.messages.append(str(error))
 
@@ -124,13 +128,14 @@ def check_all(
 def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
     """Totals per modality and player, and each rally with a gap, in containers that JSON can store.
 
-    ``complete`` is true if no frame is missing or unreadable and no rally is longer than annotated.
+    ``complete`` is true if no frame is missing, unreadable or of a wrong size, and no rally is longer than annotated.
     """
     totals: dict[str, Counter[str]] = {}
     gaps: dict[str, Any] = {}
     for result in results:
         for name, coverage in result.modalities.items():
-            gap = {"missing_frames": coverage.missing_frames, "unreadable_frames": coverage.unreadable_frames}
+            counted = ("missing_frames", "unreadable_frames", "wrong_size_frames")
+            gap = {key: getattr(coverage, key) for key in counted}
             totals.setdefault(name, Counter()).update(
                 expected_frames=coverage.expected_frames,
                 **gap,

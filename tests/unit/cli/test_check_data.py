@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdistill.cli import check_data
 from mmdistill.cli.check_data import main
 from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
@@ -48,7 +49,8 @@ def test_complete_data_exits_with_0(root: Path, capsys: pytest.CaptureFixture[st
     assert check(root) == 0
     text = capsys.readouterr().out
     assert f"{root / 'a.json'}: 2 rallies, 2 events, 1 label" in text
-    for title in ("expected frames", "missing frames", "unreadable frames", "rallies without any file"):
+    titles = ("expected frames", "missing frames", "unreadable frames", "frames of a wrong size")
+    for title in (*titles, "rallies without any file"):
         assert title in text
     assert "rallies longer than annotated" in text
     assert "near player found in 12 of 12 frames (100.0 %)" in text
@@ -70,6 +72,29 @@ def test_gaps_exit_with_1_and_are_counted_in_the_json_report(root: Path, capsys:
     assert report["annotation_problems"] == []
 
 
+def test_frames_of_a_wrong_size_are_counted_separately(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check_data, "MAX_PROBLEMS_SHOWN", 5)
+    image = cv2.imread(str(root / "vid_frames_224/m_1_10/000002.jpg"))
+    for k in range(FRAMES):
+        cv2.imwrite(str(root / f"vid_frames_224/m_1_10/{k:06d}.jpg"), image[:-2])
+    write_flow(root / "tennis_flows/m_20_30/pair_00000.npy", np.zeros((2, 8, 8), np.float32))
+    assert check(root, "--json", root / "r.json") == 1
+    text = capsys.readouterr().out
+    assert "and 1 more message about the first files of each rally; --json FILE writes them" in text
+    hint = "set --frame-size to the size of the stored frames, or add dataset=demo for the demo data"
+    assert f"the expected size is 16 x 24 px: {hint}" in text
+    modalities = json.loads((root / "r.json").read_text())["modalities"]
+    assert [modalities[name]["wrong_size_frames"] for name in ("rgb", "flow", "skeleton")] == [FRAMES, 1, 0]
+    assert [modalities[name]["unreadable_frames"] for name in ("rgb", "flow", "skeleton")] == [0, 0, 0]
+
+
+def test_check_without_a_root_states_that_no_file_was_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root / "a.json")]) == 0
+    assert "only the annotations were checked; add --root DIR to check the frame" in capsys.readouterr().out
+
+
 def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = to_json(RALLIES)[0]
     entry["events"] = [{"frame": f, "label": LABEL} for f in (5, 3, 3, 99)]
@@ -86,7 +111,8 @@ def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys:
 
 def test_checks_that_cannot_run_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown == f"mmdistill check-data: error: {tmp_path / 'none.json'}: No such file or directory\n"
     with pytest.raises(SystemExit) as stopped:
         main(["a.json", "b.json"])
     assert stopped.value.code == 2

@@ -76,3 +76,8 @@ def test_model_of_an_evaluation_comes_from_the_checkpoint(override: str) -> None
         load_config(DistillConfig, "config_mmdistill", [override])
     shown = explain(caught.value, DistillConfig)
     assert shown == "model: distillation and evaluation use the model of the checkpoint; remove model from the command"
+
+
+def test_error_of_the_operating_system_starts_with_its_file() -> None:
+    error = FileNotFoundError(2, "No such file or directory", "a.json")
+    assert explain(error, PretrainConfig) == "a.json: No such file or directory"

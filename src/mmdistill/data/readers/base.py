@@ -24,6 +24,10 @@ class FrameError(InputError):
     """
 
 
+class FrameSizeError(FrameError):
+    """A frame of another size than that of the reader."""
+
+
 @contextmanager
 def file_errors(path: str, kind: str) -> Iterator[None]:
     """Convert an error of the operating system to a `FrameError` about the file of `kind`, for example ``rgb``."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mmdistill.data.readers.base import FrameError, FrameFileReader
+from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError
 from mmdistill.data.readers.flow_file import read_flow
 
 
@@ -23,7 +23,7 @@ class FlowReader(FrameFileReader):
         for position, path in enumerate(self.path(video, frame) for frame in frames):
             flow = read_flow(path)
             if flow.shape != shape:
-                raise FrameError(f"{path}: shape {flow.shape}, expected {shape} from data_module.frame_size")
+                raise FrameSizeError(f"{path}: shape {flow.shape}, expected {shape} from data_module.frame_size")
             out_tensor[position].copy_(torch.from_numpy(flow))  # 20 times faster than NumPy's conversion to float16
             if ((out[position].view(np.uint16) & 0x7C00) == 0x7C00).any():  # all exponent bits set: infinite or NaN
                 raise FrameError(f"{path}: NaN, infinite or too large for float16; write this flow file again")

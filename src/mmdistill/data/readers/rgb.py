@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, FrameFileReader, file_errors
+from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, file_errors
 from mmdistill.errors import format_count
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -27,7 +27,7 @@ class RgbReader(FrameFileReader):
             image = read_jpeg(path)
             if image.shape != (height, width, 3):
                 found = f"{image.shape[0]} x {image.shape[1]}"
-                raise FrameError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")
+                raise FrameSizeError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")
             cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[position])
         return out
 
