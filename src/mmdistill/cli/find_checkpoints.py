@@ -1,4 +1,4 @@
-"""List the checkpoints below a folder; print the ckpt_path list and the evaluation command that use them.
+"""List the checkpoints below a folder; print the commands that distill and evaluate them.
 
 mmdistill find-checkpoints output
 mmdistill find-checkpoints output --best --json
@@ -19,7 +19,20 @@ import yaml
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config.compose import configs_dir
-from mmdistill.modalities import STUDENT_MODALITY, modality_names
+from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_names
+
+# verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`
+OTHER_KEYS: dict[str, tuple[str, ...]] = {
+    "pretrain": ("model",),
+    "distill": (),
+    "evaluate": ("seed", "precision", "eval_component", "baselines", "classifier", "probe"),
+}
+# verb -> keys of `data_module` that do not change it. Pretraining and distillation have their own `mask_ratio`
+UNUSED_DATA_KEYS: dict[str, tuple[str, ...]] = {
+    "pretrain": (),
+    "distill": ("mask_ratio",),
+    "evaluate": ("train_clips", "val_json_path", "hflip_prob", "random_crop_min_scale"),
+}
 
 
 def format_size(num_bytes: int) -> str:
@@ -43,51 +56,101 @@ def format_row(info: CheckpointInfo) -> str:
 
 def format_ckpt_path(selected: dict[str, CheckpointInfo]) -> str:
     """Format the YAML list for trainer.ckpt_path, in the order rgb, flow, skeleton."""
+    found = [name for name in modality_names() if name in selected]
     lines = []
     for name in modality_names():
         if name in selected:
             text = json.dumps(str(selected[name].path), ensure_ascii=False)
             lines.append(f"  {text},  # {name}, {selected[name].format}")
         else:
-            lines.append(f"  ???,  # {name}: no complete checkpoint found; pretrain it with modality={name}")
-    found = [name for name in modality_names() if name in selected]
+            command = shlex.join(
+                [
+                    "mmdistill",
+                    "pretrain",
+                    *config_arguments(_run_dir(selected[found[0]]), "pretrain"),
+                    f"modality={name}",
+                ]
+            )
+            lines.append(f"  ???,  # {name}: no complete checkpoint found; to pretrain it: {command}")
     if STUDENT_MODALITY in found and len(found) < len(modality_names()):
-        hint = f"# to distill from these only: remove the lines with ???, set trainer.teachers=[{','.join(found)}]"
-        return "\n".join(["ckpt_path: [", *lines, "]", hint])
-    return "\n".join(["ckpt_path: [", *lines, "]"])
+        lines.append(
+            f"]\n# to distill from these only: remove the lines with ???, set trainer.teachers=[{','.join(found)}]"
+        )
+    else:
+        lines.append("]")
+    return "\n".join(["ckpt_path: [", *lines])
 
 
-def config_arguments(run_dir: Path) -> list[str]:
-    """Arguments that select the config and the dataset of a run, from the ``.hydra`` folder that the run wrote.
+def _run_dir(info: CheckpointInfo) -> Path:
+    return info.path.parent.parent
 
-    Without that folder: the main config that has the run's name, if there is one.
+
+def config_arguments(run_dir: Path, verb: str) -> list[str]:
+    """Arguments of ``mmdistill VERB`` that select the config, the dataset and the overrides of a run that VERB uses.
+
+    They come from the ``.hydra`` folder of the run. Without it: the main config that has the run's name, if there is
+    one, else the placeholder NAME. The distillation uses the config of the pretraining with ``mmdistill`` in its name.
     """
     try:
         hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
+        data = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["data_module"]
         names = {"main": "--config-path", "command-line": "--config-dir"}
         sources = [
             (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
         ]
         folders = [f"{name}={path}" for name, path in sources if Path(path).is_dir() and path != str(configs_dir())]
-        overrides = [o for o in hydra["overrides"]["task"] if o.startswith(("dataset=", "data_module."))]
+        overrides = [o for o in hydra["overrides"]["task"] if _is_used(o.lstrip("+").partition("=")[0], verb, data)]
         if not any(override.startswith("dataset=") for override in overrides):
             overrides.insert(0, f"dataset={hydra['runtime']['choices']['dataset']}")
-        return [f"--config-name={hydra['job']['config_name']}", *folders, *overrides]
+        config_name = hydra["job"]["config_name"]
+        if verb == "distill":
+            config_name = config_name.replace("pretrain", "mmdistill")
+            if not any((Path(folder) / f"{config_name}.yaml").is_file() for _, folder in sources):
+                config_name = "NAME"
+        return [f"--config-name={config_name}", *folders, *overrides]
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         name = f"config_{run_dir.name}"
-        is_config = run_dir.name != "mmdistill" and (configs_dir() / f"{name}.yaml").is_file()
-        return [f"--config-name={name}"] if is_config else []
+        if verb == "evaluate" and (configs_dir() / f"{name}.yaml").is_file():
+            return [f"--config-name={name}"]
+        return ["--config-name=NAME", "dataset=NAME"]
+
+
+def _is_used(key: str, verb: str, data: dict[str, Any]) -> bool:
+    """Whether an override of `key` in a training changes the result of `verb`. `data` is the training's data_module."""
+    group, _, name = key.partition(".")
+    if group != "data_module":
+        return key == "dataset" or key in OTHER_KEYS[verb]
+    if name == "window_stride":
+        return data["eval_clips" if verb == "evaluate" else "train_clips"] == "windows"
+    return name not in UNUSED_DATA_KEYS[verb]
+
+
+def _hydra_value(text: str) -> str:
+    """`text`, in quotes if Hydra needs them; the entrypoints accept "=" without."""
+    if re.fullmatch(r"[\w./=+-]+", text, re.ASCII):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def distillation_command(selected: dict[str, CheckpointInfo]) -> str | None:
+    """Build the command that distills the selected teachers; None without an RGB teacher.
+
+    Config, dataset and overrides are those of the RGB teacher.
+    """
+    teachers = [name for name in modality_names() if name in selected]
+    if STUDENT_MODALITY not in teachers:
+        return None
+    subset = [f"trainer.teachers=[{','.join(teachers)}]"] if teachers != list(BUILTIN_MODALITIES) else []
+    paths = ",".join(_hydra_value(str(selected[name].path)) for name in teachers)
+    arguments = config_arguments(_run_dir(selected[STUDENT_MODALITY]), "distill")
+    return shlex.join(["mmdistill", "distill", *arguments, *subset, f"trainer.ckpt_path=[{paths}]"])
 
 
 def evaluation_command(info: CheckpointInfo) -> str:
     """Build the command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
-    words = ["mmdistill", "evaluate", *config_arguments(info.path.parent.parent)]
-    value = str(info.path)
-    if not re.fullmatch(r"[\w./=+-]+", value, re.ASCII):  # Hydra needs quotes; the entrypoints accept "=" without
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        value = f'"{escaped}"'
-    words.append(f"ckpt_path={value}")
-    return " ".join(shlex.quote(word) for word in words)
+    arguments = config_arguments(_run_dir(info), "evaluate")
+    return shlex.join(["mmdistill", "evaluate", *arguments, f"ckpt_path={_hydra_value(str(info.path))}"])
 
 
 def to_data(found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], unreadable: list[str]) -> dict[str, Any]:
@@ -96,6 +159,7 @@ def to_data(found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], un
         "checkpoints": [{**dataclasses.asdict(info), "path": str(info.path)} for info in found],
         "chosen": {name: str(info.path) for name, info in selected.items()},
         "ckpt_path": [str(selected[name].path) if name in selected else None for name in modality_names()],
+        "distill": distillation_command(selected),
         "evaluate": evaluation_command(selected[DISTILLED]) if DISTILLED in selected else None,
         "unreadable": unreadable,
     }
@@ -104,7 +168,7 @@ def to_data(found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], un
 def print_report(
     found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], unreadable: list[str], best: bool
 ) -> None:
-    """Print the tables, the ckpt_path list and the evaluation command."""
+    """Print the tables, the ckpt_path list, and the commands that distill and evaluate."""
     which = "best" if best else "newest complete"
     for group in (*modality_names(), DISTILLED, UNKNOWN):
         members = [info for info in found if info.modality == group]
@@ -117,6 +181,8 @@ def print_report(
     if any(name in selected for name in modality_names()):
         print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the config:\n")
         print(format_ckpt_path(selected) + "\n")
+    if command := distillation_command(selected):
+        print(f"Distill these teachers:\n\n{command}\n")
     if DISTILLED in selected:
         print(f"Evaluate the student ({which}):\n\n{evaluation_command(selected[DISTILLED])}\n")
     for line in unreadable:

@@ -7,7 +7,14 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmdistill.checkpoint.find import find_checkpoints, select_checkpoints
-from mmdistill.cli.find_checkpoints import config_arguments, evaluation_command, format_ckpt_path, format_size, main
+from mmdistill.cli.find_checkpoints import (
+    config_arguments,
+    distillation_command,
+    evaluation_command,
+    format_ckpt_path,
+    format_size,
+    main,
+)
 from mmdistill.config.compose import CONFIGS
 from mmdistill.config.overrides import quote_overrides
 from tests.checkpoint_files import write_output
@@ -34,6 +41,8 @@ def test_printed_list_and_command_can_be_pasted(output: Path, capsys: pytest.Cap
     paths = yaml.safe_load(block)["ckpt_path"]
     assert [Path(p).parent.parent.name for p in paths] == ["pretrain_rgb", "pretrain_flow", "pretrain_skeleton"]
     assert all(Path(p).is_dir() for p in paths)
+    distill = next(line for line in text.splitlines() if line.startswith("mmdistill distill "))
+    assert all(path in distill for path in paths)
     command = next(line for line in text.splitlines() if line.startswith("mmdistill evaluate "))
     assert parsed_path(command).is_file()
     assert '"' not in command  # as the README shows it
@@ -68,8 +77,10 @@ def test_command_selects_the_config_and_the_dataset_of_the_run(tmp_path: Path) -
     """``.hydra/hydra.yaml`` as Hydra writes it."""
     folder = tmp_path / "run" / ".hydra"
     folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"eval_clips": "events"}}))
     sources = [("hydra", "hydra.conf"), ("main", str(CONFIGS)), ("command-line", str(tmp_path)), ("schema", "")]
-    overrides = ["trainer.epochs=1", "data_module.target_data_dir=/d", "test=False"]
+    used = ["data_module.target_data_dir=/d", "++data_module.k_shot=[1,5]", "seed=3"]
+    overrides = ["trainer.epochs=1", *used, "test=False", "data_module.window_stride=8", "data_module.hflip_prob=0.5"]
     hydra = {
         "job": {"config_name": "config_mmdistill_tennis"},
         "runtime": {
@@ -80,18 +91,49 @@ def test_command_selects_the_config_and_the_dataset_of_the_run(tmp_path: Path) -
     }
     (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     name = "--config-name=config_mmdistill_tennis"
-    expected = [name, f"--config-dir={tmp_path}", "dataset=mine", "data_module.target_data_dir=/d"]
-    assert config_arguments(tmp_path / "run") == expected
+    expected = [name, f"--config-dir={tmp_path}", "dataset=mine", *used]
+    assert config_arguments(tmp_path / "run", "evaluate") == expected
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"eval_clips": "windows"}}))
+    assert config_arguments(tmp_path / "run", "evaluate") == [*expected, "data_module.window_stride=8"]
     overrides.append("dataset=other")
     (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
-    assert config_arguments(tmp_path / "run")[2:] == ["data_module.target_data_dir=/d", "dataset=other"]
+    assert config_arguments(tmp_path / "run", "evaluate")[-1] == "dataset=other"
+    assert "dataset=mine" not in config_arguments(tmp_path / "run", "evaluate")
     (folder / "hydra.yaml").write_text("{}")
-    assert config_arguments(tmp_path / "run") == []
+    assert config_arguments(tmp_path / "run", "evaluate") == ["--config-name=NAME", "dataset=NAME"]
+
+
+def test_distillation_command_has_the_config_and_data_of_the_pretraining(output: Path) -> None:
+    selected = select_checkpoints(find_checkpoints(output))
+    paths = [str(selected[name].path) for name in ("rgb", "flow", "skeleton")]
+    words = shlex.split(distillation_command(selected) or "")
+    ckpt_path = f"trainer.ckpt_path=[{','.join(paths)}]"
+    assert words == ["mmdistill", "distill", "--config-name=NAME", "dataset=NAME", ckpt_path]
+    folder = selected["rgb"].path.parents[1] / ".hydra"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"train_clips": "windows"}}))
+    used = ["dataset=mine", "data_module.target_data_dir=/d", "data_module.window_stride=8"]
+    hydra = {
+        "job": {"config_name": "config_pretrain_tennis"},
+        "runtime": {"config_sources": [{"provider": "main", "path": str(CONFIGS)}], "choices": {"dataset": "mine"}},
+        "overrides": {"task": ["modality=rgb", "seed=1", *used, "data_module.mask_ratio=0.5"]},
+    }
+    (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    words = shlex.split(distillation_command(selected) or "")
+    assert words == ["mmdistill", "distill", "--config-name=config_mmdistill_tennis", *used, ckpt_path]
+    (quoted,) = quote_overrides(words[-1:])
+    assert OverridesParser.create().parse_override(quoted).value() == paths
+    del selected["skeleton"]
+    assert "trainer.teachers=[rgb,flow]" in shlex.split(distillation_command(selected) or "")
+    pretrain = "mmdistill pretrain --config-name=config_pretrain_tennis dataset=mine data_module.target_data_dir=/d "
+    assert f"no complete checkpoint found; to pretrain it: {pretrain}" in format_ckpt_path(selected)
+    del selected["rgb"]
+    assert distillation_command(selected) is None
 
 
 def test_missing_teacher_names_the_key_for_fewer_teachers(output: Path) -> None:
     selected = select_checkpoints(find_checkpoints(output))
     assert "trainer.teachers" not in format_ckpt_path(selected)
     text = format_ckpt_path({name: info for name, info in selected.items() if name != "skeleton"})
-    assert "pretrain it with modality=skeleton" in text
+    assert "to pretrain it: mmdistill pretrain --config-name=NAME dataset=NAME modality=skeleton\n" in text
     assert text.endswith("remove the lines with ???, set trainer.teachers=[rgb,flow]")
