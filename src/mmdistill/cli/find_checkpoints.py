@@ -4,6 +4,7 @@ mmdistill find-checkpoints output
 mmdistill find-checkpoints output --best --json
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,6 +22,7 @@ from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config.compose import configs_dir
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_names
 
+RESULTS_FILE = "fewshot.json"
 # verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`
 OTHER_KEYS: dict[str, tuple[str, ...]] = {
     "pretrain": ("model",),
@@ -89,7 +91,7 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
     """Arguments of ``mmdistill VERB`` that select the config, the dataset and the overrides of a run that VERB uses.
 
     They come from the ``.hydra`` folder of the run. Without it: the main config that has the run's name, if there is
-    one, else the placeholder NAME. The distillation uses the config of the pretraining with ``mmdistill`` in its name.
+    one, else the placeholder NAME. A distillation uses the config of the pretraining with ``mmdistill`` in its name.
     """
     try:
         hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
@@ -147,9 +149,19 @@ def distillation_command(selected: dict[str, CheckpointInfo]) -> str | None:
     return shlex.join(["mmdistill", "distill", *arguments, *subset, f"trainer.ckpt_path=[{paths}]"])
 
 
+def _evaluation_dir(run_dir: Path) -> Path:
+    """The newest run beside a distillation that evaluated one of its checkpoints, else the distillation."""
+    reports = [path for path in run_dir.parent.glob(f"*/{RESULTS_FILE}") if (path.parent / ".hydra").is_dir()]
+    for path in sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if run_dir in Path(json.loads(path.read_text())["checkpoint"]).absolute().parents:
+                return path.parent
+    return run_dir
+
+
 def evaluation_command(info: CheckpointInfo) -> str:
     """Build the command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
-    arguments = config_arguments(_run_dir(info), "evaluate")
+    arguments = config_arguments(_evaluation_dir(_run_dir(info)), "evaluate")
     return shlex.join(["mmdistill", "evaluate", *arguments, f"ckpt_path={_hydra_value(str(info.path))}"])
 
 

@@ -17,7 +17,7 @@ from mmdistill.cli.find_checkpoints import (
 )
 from mmdistill.config.compose import CONFIGS
 from mmdistill.config.overrides import quote_overrides
-from tests.checkpoint_files import write_output
+from tests.checkpoint_files import write_lightning, write_output
 
 
 @pytest.fixture
@@ -101,6 +101,28 @@ def test_command_selects_the_config_and_the_dataset_of_the_run(tmp_path: Path) -
     assert "dataset=mine" not in config_arguments(tmp_path / "run", "evaluate")
     (folder / "hydra.yaml").write_text("{}")
     assert config_arguments(tmp_path / "run", "evaluate") == ["--config-name=NAME", "dataset=NAME"]
+
+
+def test_evaluation_command_has_the_keys_of_the_last_evaluation(tmp_path: Path) -> None:
+    """``mmdistill demo`` evaluates in a run of its own."""
+    checkpoint = write_lightning(tmp_path / "mmdistill/checkpoints/last.ckpt", 1)
+    folder = tmp_path / "test/.hydra"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"eval_clips": "events"}}))
+    hydra = {
+        "job": {"config_name": "config_mmdistill"},
+        "runtime": {"config_sources": [], "choices": {"dataset": "demo"}},
+        "overrides": {"task": ["train=False", f"ckpt_path={checkpoint}", "data_module.k_shot=[1,5]"]},
+    }
+    (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    info = select_checkpoints(find_checkpoints(tmp_path))["distilled"]
+    assert "k_shot" not in evaluation_command(info)
+    (tmp_path / "test/fewshot.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
+    (tmp_path / "features").mkdir()  # `evaluate-features` writes no .hydra folder
+    (tmp_path / "features/fewshot.json").write_text(json.dumps({"checkpoint": str(checkpoint)}))
+    keys = "dataset=demo 'data_module.k_shot=[1,5]'"
+    expected = f"mmdistill evaluate --config-name=config_mmdistill {keys} ckpt_path={checkpoint}"
+    assert evaluation_command(info) == expected
 
 
 def test_distillation_command_has_the_config_and_data_of_the_pretraining(output: Path) -> None:
