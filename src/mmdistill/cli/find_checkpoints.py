@@ -121,9 +121,10 @@ def _is_used(key: str, verb: str, data: dict[str, Any]) -> bool:
     """Whether an override of `key` in a training changes the result of `verb`. `data` is the training's data_module."""
     group, _, name = key.partition(".")
     if group != "data_module":
-        return key == "dataset" or key in OTHER_KEYS[verb]
+        return group == "dataset" or group in OTHER_KEYS[verb]
     if name == "window_stride":
-        return data["eval_clips" if verb == "evaluate" else "train_clips"] == "windows"
+        clips: str = data["eval_clips" if verb == "evaluate" else "train_clips"]
+        return clips == "windows"
     return name not in UNUSED_DATA_KEYS[verb]
 
 
