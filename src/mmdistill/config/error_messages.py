@@ -9,8 +9,10 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config.renames import describe_old_key, renamed_key
-from mmdistill.config.schema import CommonConfig
+from mmdistill.config.schema import CommonConfig, PretrainConfig
 from mmdistill.errors import MMDistillError, suggest_nearest
+
+_CONFIG_GROUPS = ("dataset", "experiment")  # keys of a command that select a file of configs/; not in the schema
 
 
 def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
@@ -48,6 +50,8 @@ def explain(error: Exception, schema: type[Any]) -> str:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
     if missing := re.search(r"missing mandatory value: (\S+)", text, re.IGNORECASE):
+        if missing[1] not in known_keys(schema):
+            return other_phase_message(schema)
         return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
     if old := _describe_old_keys(chain, text, schema):
         return old
@@ -55,6 +59,9 @@ def explain(error: Exception, schema: type[Any]) -> str:
         folders = [Path(folder.strip()) for folder in re.findall(r"path=file://(.+)", text)]
         names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
         return f"--config-name={name[1]}: not one of {', '.join(names)}{suggest_nearest(name[1], names)}"
+    found = re.search(r"not in '(Pretrain|Distill)(?:Trainer)?Config'", text)
+    if found and not schema.__name__.startswith(found[1]):
+        return other_phase_message(schema)
     if "model" not in known_keys(schema) and re.search(r"(?:Could not override|Key) 'model['.]", text):
         return "model: distillation and evaluation use the model of the checkpoint; remove model from the command"
     first_lines = [
@@ -70,15 +77,32 @@ def explain(error: Exception, schema: type[Any]) -> str:
         missing_name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")[2]
         message = f"{message.rstrip('.')}. Available: {', '.join(options)}{suggest_nearest(missing_name, options)}"
     if match := re.search(r"Key '([^']+)'", text):
-        message = message.rstrip(".") + near_matches(match[1], schema)
+        given = re.search(r"Could not override '([^']+)'", text)
+        is_last_part = given is not None and given[1].endswith(f".{match[1]}")
+        message = message.rstrip(".") + near_matches(given[1] if given and is_last_part else match[1], schema)
     return message
 
 
+def other_phase_message(schema: type[Any]) -> str:
+    """The error about a config of the pretraining in a distillation, or the reverse."""
+    phase, name = ("pretrain", "config_pretrain") if schema is PretrainConfig else ("distill", "config_mmdistill")
+    return (
+        f"--config-name selects a config of another verb; use {name} or {name}_tennis, or a config of your own whose "
+        f"defaults list starts with {phase}_schema"
+    )
+
+
 def near_matches(name: str, schema: type[Any]) -> str:
-    """``. Near matches: ...`` with at most three keys of `schema` whose last part is similar to `name`, or nothing."""
-    keys = known_keys(schema)
-    close = difflib.get_close_matches(name, {key.rsplit(".", 1)[-1] for key in keys}, n=3)
-    near = [key for key in keys if key.rsplit(".", 1)[-1] in close]
+    """``. Near matches: ...`` with at most three keys, or nothing.
+
+    The last part of these keys is similar to that of `name`. If some of them have the same parent as `name`, the others
+    are omitted.
+    """
+    keys = [*_CONFIG_GROUPS, *known_keys(schema)]
+    parent, _, last = name.rpartition(".")
+    close = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=3)
+    near = [key for key in keys if key.rpartition(".")[2] in close]
+    near = [key for key in near if parent and key.rpartition(".")[0] == parent] or near
     return f". Near matches: {', '.join(near[:3])}" if near else ""
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mmdistill.config.error_messages import near_matches
+from mmdistill.config.error_messages import near_matches, other_phase_message
 from mmdistill.config.renames import describe_old_key, translate_stored
 from mmdistill.config.rules import ConfigError
 from mmdistill.config.schema import DistillConfig, PretrainConfig, Sealable
@@ -19,14 +19,13 @@ T = TypeVar("T", PretrainConfig, DistillConfig)
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Convert a composed config to a validated, read-only instance of `schema`. Raises `ConfigError` naming the key."""
     if OmegaConf.get_type(cfg) not in (dict, schema):
-        name = "pretrain_schema" if issubclass(schema, PretrainConfig) else "distill_schema"
-        raise ConfigError(f"the config's defaults list must start with {name}, see configs/")
+        raise ConfigError(other_phase_message(schema))
     try:  # the merge rejects keys that Hydra has added for ``+key=value``
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(cfg))
         config = cast(T, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
         key = error.full_key or ""
-        near = near_matches(key.rpartition(".")[2], schema)
+        near = near_matches(key, schema)
         raise ConfigError(describe_old_key(key) or f"unknown key {key}{near}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error

@@ -3,7 +3,7 @@
 A rule applies to the value, or to each element of a list and each name of a mapping. A null value is not checked.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -34,15 +34,19 @@ def each(rule: Rule) -> Rule:
     return check
 
 
-def one_of(*allowed: str, more: Callable[[], Sequence[str]] = tuple) -> Rule:
-    """Allow these values, and those that `more` returns when a config is validated."""
+def one_of(*allowed: str, more: Callable[[], Sequence[str]] = tuple, synonyms: Mapping[str, str] | None = None) -> Rule:
+    """Allow these values, and those that `more` returns when a config is validated.
+
+    `synonyms` maps names that other programs use to the allowed value, which the error suggests.
+    """
 
     def check(name: str, value: Any) -> None:
         choices = (*allowed, *more())
         if value not in choices:
             if old := describe_old_value(name, value):
                 raise ConfigError(old)
-            hint = suggest_nearest(str(value), choices)
+            synonym = (synonyms or {}).get(str(value))
+            hint = f"; did you mean {synonym}?" if synonym else suggest_nearest(str(value), choices)
             raise ConfigError(f"{name}={value} is not one of {', '.join(choices)}{hint}")
 
     return each(check)

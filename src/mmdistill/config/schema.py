@@ -36,6 +36,11 @@ PRETRAIN_STAGES = {
     "deepspeed_stage_3": 3,
     "deepspeed_stage_3_offload": 3,
 }
+PRECISION_SYNONYMS = {  # in torch, Lightning and other programs -> value of `precision`
+    **dict.fromkeys(("fp32", "float32", "32-true", "full"), "32"),
+    **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true"), "bf16"),
+    **dict.fromkeys(("fp16", "float16", "16-mixed", "16-true", "half", "amp"), "16"),
+}
 _SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")]
 
 
@@ -290,7 +295,7 @@ class CommonConfig(Sealable):
     # minutes. The evaluation is not compiled
     compile: bool = False
     # auto (bf16 on a GPU that supports it, otherwise 32) | 32 | bf16 | 16
-    precision: str = key("auto", one_of("auto", "32", "bf16", "16"))
+    precision: str = key("auto", one_of("auto", "32", "bf16", "16", synonyms=PRECISION_SYNONYMS))
     # null: start from scratch | auto: continue from the newest valid checkpoint of the run folder, if there is one |
     # path of a checkpoint
     resume: str | None = None

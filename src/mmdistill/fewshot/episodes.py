@@ -177,10 +177,17 @@ def eligible_classes(
         raise EpisodeError(
             f"{spec.n_way}-way {spec.k_shot}-shot episodes with {format_count(spec.q_sample, 'query')} need "
             f"{spec.n_way} classes with at least {needed} clips{where}; classes that have them: "
-            f"{len(eligible)} of {len(by_class)}{listed}; lower n_way, k_shot or q_sample, or merge labels "
-            "(label_fields)"
+            f"{len(eligible)} of {len(by_class)}{listed}; {_fix(spec, len(eligible), len(by_class))}"
         )
     return result
+
+
+def _fix(spec: EpisodeSpec, num_eligible: int, num_classes: int) -> str:
+    """How to get episodes from `num_eligible` classes, fewer than N."""
+    smaller = f"use data_module.n_way={num_eligible}" if num_eligible > 1 else ""
+    if num_eligible > 1 and spec.n_way > num_classes:
+        return smaller
+    return " or ".join(filter(None, (smaller, "lower k_shot or q_sample, or merge labels (label_fields)")))
 
 
 def sample_episodes(

@@ -41,7 +41,9 @@ def test_config_dir_adds_files_of_a_user(tmp_path: Path) -> None:
 
 
 def test_defaults_list_must_start_with_the_schema() -> None:
-    with pytest.raises(ConfigError, match="the config's defaults list must start with distill_schema"):
+    with pytest.raises(
+        ConfigError, match=r"selects a config of another verb; use config_mmdistill or .* starts with distill_schema"
+    ):
         load_config(DistillConfig, "config_pretrain", ["modality=rgb"])
 
 

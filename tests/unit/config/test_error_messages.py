@@ -1,7 +1,10 @@
 """Errors of Hydra and OmegaConf become one sentence with the nearest keys; own errors stay as they are."""
 
+from typing import Any
+
 import pytest
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, explain
 from mmdistill.config.compose import load_config
@@ -36,6 +39,33 @@ def test_unknown_key_is_reported_with_near_matches() -> None:
         "unknown key trainer.epcohs. Near matches: trainer.epochs"
     )
     assert explain_overrides("modality=rgb", "+zzz=3") == "unknown key zzz"
+
+
+@pytest.mark.parametrize(
+    ("override", "near"),
+    [
+        ("trainer.epoch=3", "trainer.epochs"),  # not model.depth, which has another parent
+        ("+trainer.epoch=3", "trainer.epochs"),
+        ("datset=demo", "dataset"),  # a group of files
+    ],
+)
+def test_near_matches_have_the_same_parent_if_there_are_any(override: str, near: str) -> None:
+    assert explain_overrides("modality=rgb", override).endswith(f". Near matches: {near}")
+
+
+@pytest.mark.parametrize("overrides", [[], ["modality=rgb"], ["train=False"], ["trainer.teachers=[rgb]"]])
+@pytest.mark.parametrize(
+    ("schema", "name", "other"),
+    [
+        (PretrainConfig, "config_mmdistill", "config_pretrain"),
+        (DistillConfig, "config_pretrain", "config_mmdistill"),
+    ],
+)
+def test_config_of_the_other_phase_is_named(schema: Any, name: str, other: str, overrides: list[str]) -> None:
+    with pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as caught:
+        load_config(schema, name, overrides)
+    shown = explain(caught.value, schema)
+    assert shown.startswith(f"--config-name selects a config of another verb; use {other} or {other}_tennis")
 
 
 def test_comma_outside_quotes_is_explained() -> None:

@@ -31,6 +31,14 @@ def test_rule_rejects_values_outside_of_it(rule: Rule, allowed: list[Any], rejec
             rule("trainer.x", value)
 
 
+def test_name_of_another_program_suggests_the_allowed_value() -> None:
+    rule = one_of("bf16", "16", synonyms={"fp16": "16"})
+    with pytest.raises(ConfigError, match=r"^precision=fp16 is not one of bf16, 16; did you mean 16\?$"):
+        rule("precision", "fp16")
+    with pytest.raises(ConfigError, match=r"did you mean bf16\?$"):
+        rule("precision", "bf6")
+
+
 def test_default_list_belongs_to_one_config() -> None:
     made = dataclasses.make_dataclass("Made", [("names", list, key(["a"], one_of("a")))])
     made().names.append("b")

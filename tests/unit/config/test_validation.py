@@ -33,7 +33,7 @@ FIELDS = "player, court, type, side, technique, direction, approach, outcome"
 # overrides -> message, or the start of a message that ends with "..."
 COMMON = [
     ("accelerator=tpu", "accelerator=tpu is not one of auto, cpu, gpu; did you mean gpu?"),
-    ("precision=fp16", "precision=fp16 is not one of auto, 32, bf16, 16; did you mean bf16?"),
+    ("precision=fp16", "precision=fp16 is not one of auto, 32, bf16, 16; did you mean 16?"),
     (
         "precision='16' accelerator=cpu",
         "precision=16 needs a GPU, and accelerator=cpu; use precision=32 or precision=bf16",

@@ -67,8 +67,19 @@ def test_small_classes_are_excluded_by_name_and_count():
     assert found.classes == (0, 1, 2, 3, 4)
     assert found.excluded == {5: 7}
     assert "serve (7)" in found.describe(names)
-    with pytest.raises(EpisodeError, match=r"classes that have them: 5 of 6.*serve \(7\)"):
+    with pytest.raises(EpisodeError, match=r"classes that have them: 5 of 6.*serve \(7\)") as caught:
         eligible_classes(LABELS, EpisodeSpec(6, 2, 6), names=names)
+    assert str(caught.value).endswith(
+        "use data_module.n_way=5 or lower k_shot or q_sample, or merge labels (label_fields)"
+    )
+
+
+def test_more_ways_than_classes_names_a_value_that_works():
+    with pytest.raises(EpisodeError, match=r"classes that have them: 5 of 6.*\); use data_module\.n_way=5$"):
+        eligible_classes(LABELS, EpisodeSpec(20, 2, 6))
+    assert eligible_classes(LABELS, EpisodeSpec(5, 2, 6)).classes == (0, 1, 2, 3, 4)
+    with pytest.raises(EpisodeError, match=r"of 6.*; lower k_shot or q_sample, or merge labels \(label_fields\)$"):
+        eligible_classes(LABELS, EpisodeSpec(2, 900, 6))
 
 
 def test_clips_without_label_are_never_drawn():
