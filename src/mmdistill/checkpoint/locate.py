@@ -41,6 +41,11 @@ def _find_below(directory: Path, depth: int = 3) -> list[Path]:
     return found
 
 
+def _modified(path: Path) -> tuple[int, bool]:
+    """Sort key: ``last.ckpt`` is a link to the newest checkpoint of its folder."""
+    return path.stat().st_mtime_ns, path.stem == "last"
+
+
 def _latest_tag(root: Path) -> Path:
     """Return the tag directory that the file ``latest`` names."""
     latest, tags = root / LATEST, _tags(root)
@@ -70,10 +75,11 @@ def _locate_in_directory(given: Path, path: Path) -> tuple[Path, Path | None]:
         return path, tags[0]
     candidates = tags or _find_below(path)
     if candidates:
+        candidates = sorted(candidates, key=_modified, reverse=True)
         listed = "".join(f"\n  {candidate}" for candidate in candidates[:_MAX_LISTED])
         more = f"\n  ... and {len(candidates) - _MAX_LISTED} more" if len(candidates) > _MAX_LISTED else ""
         count = format_count(len(candidates), "checkpoint")
-        raise CheckpointError(f"{given}: contains {count}; give one of{listed}{more}")
+        raise CheckpointError(f"{given}: contains {count}; give one of these, newest first:{listed}{more}")
     raise CheckpointError(
         f"{given}: no checkpoint in this directory (no 'latest', no *{MODEL_STATES}, no weights file); "
         "`mmdistill find-checkpoints` lists the paths of checkpoints"

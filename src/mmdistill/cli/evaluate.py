@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmdistill.cli.distill import run_distillation
-from mmdistill.cli.entrypoint import run_entrypoint
-from mmdistill.config import DistillConfig
+from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
+from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.overrides import is_override
 
 _USAGE = """usage: mmdistill evaluate ckpt_path=PATH [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
@@ -17,6 +18,8 @@ docs/config.md describes the keys."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint few-shot. The overrides in `argv` follow the presets, so they take precedence."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if (path := _path_without_key(given)) is not None:
+        exit_with_error(ConfigError(f"{path}: a checkpoint needs its key: ckpt_path={path}"), DistillConfig, "evaluate")
     first = next((i for i, argument in enumerate(given) if is_override(argument)), len(given))
     presets = ["train=False", "test=True"]
     if "--help" in given or "-h" in given:
@@ -24,3 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*given[:first], *presets, *given[first:]]
     run_entrypoint(run_distillation, DistillConfig, config_name="config_mmdistill", verb="evaluate", argv=arguments)
     return 0
+
+
+def _path_without_key(argv: Sequence[str]) -> str | None:
+    """The first argument that is a path or a single word, and neither an option nor the value of an option."""
+    for previous, argument in zip(["", *argv], argv, strict=False):
+        is_option_value = previous.startswith("-") and previous not in ("-m", "--multirun") and "=" not in previous
+        is_setting = is_override(argument) or argument.startswith(("-", "+", "~"))
+        if not is_option_value and (Path(argument).exists() or not is_setting):
+            return argument
+    return None

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_manifest_without_tag_is_an_error(tmp_path: Path) -> None:
 
 def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"contains 2 checkpoints; give one of\n"):
+    with pytest.raises(CheckpointError, match=r"contains 2 checkpoints; give one of these, newest first:\n"):
         locate(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint in this directory"):
@@ -60,6 +61,20 @@ def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello world")
     with pytest.raises(CheckpointError, match=r"notes\.txt: not a known checkpoint format"):
         detect_format(tmp_path / "notes.txt")
+
+
+def test_checkpoints_of_a_run_folder_are_listed_newest_first(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    names = ["epoch=02-train_loss=0.2.ckpt", "epoch=10-train_loss=0.1.ckpt", "epoch=09-train_loss=0.1.ckpt"]
+    for seconds, name in enumerate(names):
+        (folder / name).touch()
+        os.utime(folder / name, (seconds, seconds))
+    os.link(folder / names[-1], folder / "last.ckpt")
+    with pytest.raises(CheckpointError) as caught:
+        locate(tmp_path)
+    listed = str(caught.value).splitlines()[1:]
+    assert listed == [f"  {folder / name}" for name in ("last.ckpt", *reversed(names))]
 
 
 def test_missing_path_lists_the_closest_folder(tmp_path: Path) -> None:
