@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -59,8 +60,20 @@ def run_entrypoint(
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise, so that `explain` can add near matches
     register_schemas()
 
+    def report(error: Exception) -> NoReturn:
+        with contextlib.suppress(RuntimeError):  # another loader worker died in the meantime
+            launch.reset_sigchld_handler()
+        launch.reset_sigchld_handler()
+        exit_with_error(error, schema, verb)
+
     @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
     def run_composed(cfg: DictConfig) -> float | None:
+        try:
+            return run_config(cfg)
+        except Exception as error:
+            report(error)  # here, because Hydra prints a line of its own about an exception that it receives
+
+    def run_config(cfg: DictConfig) -> float | None:
         os.chdir(HydraConfig.get().runtime.cwd)  # paths are relative to the caller's folder, also with hydra.job.chdir
         launch.set_env_from_slurm()  # a job that submitit starts has no command line
         if HydraConfig.get().mode is not RunMode.MULTIRUN:
@@ -85,10 +98,7 @@ def run_entrypoint(
             launch.record_failure("stopped by a signal", launch.INTERRUPTED_EXIT_CODE)
         raise
     except Exception as error:
-        with contextlib.suppress(RuntimeError):  # another loader worker died in the meantime
-            launch.reset_sigchld_handler()
-        launch.reset_sigchld_handler()
-        exit_with_error(error, schema, verb)
+        report(error)
 
 
 def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | None = None) -> None:
@@ -116,7 +126,7 @@ def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | Non
         raise SystemExit(status)
 
 
-def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) -> None:
+def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) -> NoReturn:
     """Print the error and exit: status 2 for invalid input, the error's own status, else 1.
 
     If every rank raises the same error, rank 0 prints it. The ranks of ``devices=N`` print nothing: their launcher

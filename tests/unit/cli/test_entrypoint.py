@@ -98,3 +98,45 @@ def test_error_of_all_ranks_is_printed_by_rank_zero(
     shown = capsys.readouterr().err
     assert expected in shown
     assert bool(shown) is bool(expected)
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *overrides: str, error: Exception | None = None) -> None:
+    """Run a job that raises `error`."""
+
+    def job(config: PretrainConfig, run_dir: str) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(sys, "argv", ["mmdistill"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(entrypoint, "run_or_spawn_ranks", lambda job, config, verb=None: job(config, str(run_dir)))
+    settings = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+    argv = ["modality=rgb", *overrides, f"hydra.run.dir={run_dir}", *settings]
+    entrypoint.run_entrypoint(job, PretrainConfig, config_name="config_pretrain", verb="pretrain", argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["precision=fp16"], None, "precision=fp16 is not one of auto, 32, bf16, 16; did you mean 16?"),
+        ([], ConfigError("a.jpg: no such file"), "a.jpg: no such file"),
+    ],
+)
+def test_expected_error_of_a_job_is_the_only_line(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    overrides: list[str],
+    error: Exception | None,
+    message: str,
+) -> None:
+    """Hydra prints "Error executing job with overrides" about an exception that it receives."""
+    with pytest.raises(SystemExit) as ended:
+        _run(monkeypatch, tmp_path, *overrides, error=error)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mmdistill pretrain: error: {message}\n"
+
+
+def test_defect_of_a_job_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="defect"):
+        _run(monkeypatch, tmp_path, error=KeyError("defect"))
