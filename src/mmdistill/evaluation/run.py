@@ -52,16 +52,19 @@ SHOWN_DATA_KEYS = (
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
 
 
-def evaluate_checkpoint(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
+def evaluate_checkpoint(
+    config: DistillConfig, checkpoint: str, run_dir: Path, *, stop_hint: str = "run the same command again"
+) -> dict[str, Any]:
     """Evaluate `config.eval_component` of a checkpoint, and the networks of `config.baselines` on the same episodes.
 
     `checkpoint` is a distilled ``.ckpt``, or a pretraining checkpoint, whose encoder is scored. Only rank 0 prints, and
     writes ``fewshot.json`` and ``report.html`` into `run_dir`. Returns the content of ``fewshot.json``.
+    `stop_hint` ends the message after a stop signal.
 
     Raises:
         InputError: the message names the key or the file.
     """
-    with exit_on_stop_signal(config.stop_signals):
+    with exit_on_stop_signal(config.stop_signals, hint=stop_hint):
         return _evaluate(config, checkpoint, run_dir)
 
 

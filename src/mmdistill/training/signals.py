@@ -49,8 +49,10 @@ def stop_message(checkpoint: Path) -> str:
 
 
 @contextmanager
-def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
+def exit_on_stop_signal(names: Sequence[str], *, hint: str = "run the same command again") -> Iterator[None]:
     """While open, a stop signal ends the process with status 85 and one line, for work that has nothing to save.
+
+    The line ends with `hint`, which tells how to repeat the work.
 
     Python ignores an exception that a handler raises during a callback, such as a finalizer or a fork hook. The signal
     is then sent again.
@@ -71,7 +73,7 @@ def exit_on_stop_signal(names: Sequence[str]) -> Iterator[None]:
             yield
     except SystemExit as error:
         if error.code == INTERRUPTED_EXIT_CODE:
-            print("mmdistill: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
+            print(f"mmdistill: stopped by a signal; {hint}", file=sys.stderr, flush=True)
         raise
     finally:
         sys.unraisablehook = previous_hook

@@ -1,6 +1,7 @@
 """``mmdistill distill`` and ``lit_main_mmdistill.py``."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,8 +43,12 @@ def test_train_and_test_select_the_steps(
         steps.append("distill")
         return Path("new.ckpt")
 
-    def fake_evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> None:
+    def fake_evaluate(config: DistillConfig, checkpoint: str, run_dir: Path, *, stop_hint: str = "") -> None:
         steps.append(f"evaluate {checkpoint}")
+        # a second training would be rejected, because the run folder contains a complete one
+        assert stop_hint == (
+            f"to evaluate: mmdistill evaluate ckpt_path=new.ckpt hydra.run.dir={tmp_path}" if train else ""
+        )
 
     monkeypatch.setattr(mmdistill.distill, "distill", fake_distill)
     monkeypatch.setattr(mmdistill.evaluation.run, "check_evaluation", lambda config: steps.append("check"))
@@ -56,3 +61,29 @@ def test_train_and_test_select_the_steps(
     ]
     distill.run_distillation(load_config(DistillConfig, "config_mmdistill", overrides), str(tmp_path))
     assert steps == expected
+
+
+def test_evaluation_command_has_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = [
+        "train=True",
+        "dataset=tennis",
+        "trainer.epochs=3",
+        "trainer=mine",
+        "resume=auto",
+        "data_module.k_shot=[1,5]",
+    ]
+    sources = [
+        SimpleNamespace(provider="main", path="/configs"),
+        SimpleNamespace(provider="command-line", path="/mine"),
+    ]
+    hydra_config = SimpleNamespace(
+        runtime=SimpleNamespace(config_sources=sources),
+        job=SimpleNamespace(config_name="config_mmdistill_tennis"),
+        overrides=SimpleNamespace(task=task),
+    )
+    holder = SimpleNamespace(initialized=lambda: True, get=lambda: hydra_config)
+    monkeypatch.setattr(distill, "HydraConfig", holder)
+    assert distill.evaluation_command("runs/a/checkpoints/last.ckpt", "runs/a") == (
+        "mmdistill evaluate --config-dir=/mine --config-name=config_mmdistill_tennis dataset=tennis "
+        "'data_module.k_shot=[1,5]' ckpt_path=runs/a/checkpoints/last.ckpt hydra.run.dir=runs/a"
+    )

@@ -52,10 +52,10 @@ def test_signal_during_a_callback_also_ends_the_process(capsys: pytest.CaptureFi
             time.sleep(0.01)
 
     hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGUSR1)
-    with pytest.raises(SystemExit) as ended, exit_on_stop_signal(["SIGUSR1"]):
+    with pytest.raises(SystemExit) as ended, exit_on_stop_signal(["SIGUSR1"], hint="to evaluate: x"):
         signal_and_wait()
     assert ended.value.code == INTERRUPTED_EXIT_CODE
-    assert "stopped by a signal" in capsys.readouterr().err
+    assert "stopped by a signal; to evaluate: x" in capsys.readouterr().err
     assert (sys.unraisablehook, signal.getsignal(signal.SIGUSR1)) == (hook, handler)
 
 
