@@ -1,4 +1,4 @@
-"""Encode clips: each clip is read once, and encoded once per network and masked view.
+"""Encode clips: each clip is read once, and encoded once per network and masked view (the first one: warm-up, twice).
 
 Shapes: B batch, N clips, V views, L tokens, Lv visible tokens, D width.
 """
@@ -190,6 +190,8 @@ def encode_clips(
     with torch.inference_mode(), progress(f"encoding {names}", len(index.clips), enabled=show_progress) as advance:
         for batch in loader:
             rows = batch["index"].tolist()
+            if not order:
+                _warm_up(jobs, batch, index.clips[rows[0]])
             for number, job in enumerate(jobs):
                 start = time.perf_counter()
                 blocks[number].append(_encode_batch(job, batch, [index.clips[i] for i in rows]))
@@ -212,6 +214,13 @@ def encode_clips(
             log.warning("%s: all %d clips have the same features (representation collapse)", job.network, len(x))
         found.append(Features(x, labels, ids, groups, index.classes, {**job.features_info(), "seconds": duration}))
     return found
+
+
+def _warm_up(jobs: Sequence[EncodingJob], batch: Mapping[str, Tensor], clip: Clip) -> None:
+    """Encode the first clip of a batch with each job: the first call also initializes threads and kernels."""
+    first = {name: values[:1] for name, values in batch.items()}
+    for job in jobs:
+        job.encode(first, job.masks.visible_tokens([clip], 0, job.grid))
 
 
 def _encode_batch(job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence[Clip]) -> FloatArray:

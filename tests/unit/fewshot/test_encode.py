@@ -1,3 +1,4 @@
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,9 +96,28 @@ def test_each_clip_is_read_once_and_encoded_once_per_view_and_network():
     made = encode_clips(
         [EncodingJob("a", encode, GRID, EvalMasks(3, 0.5)), EncodingJob("b", encode, GRID)], loader(), INDEX
     )
-    assert sorted(read_clips) == sorted(list(range(N)) * 4)
+    warm_up = [0, 0]  # the first clip, once per network
+    assert sorted(read_clips) == sorted([*range(N)] * 4 + warm_up)
     assert [m.features.shape for m in made] == [(N, 3, 5), (N, 1, 5)]
     assert made[0].features[:, 0, 0].tolist() == list(range(N))
+
+
+def test_encoding_time_excludes_the_first_call(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def make_encode(first_call_s: float):
+        calls = iter([first_call_s])
+
+        def encode(batch: dict[str, Tensor], visible: Tensor | None) -> Tensor:
+            nonlocal now
+            now += next(calls, 1.0)
+            return batch["index"][:, None].float()
+
+        return encode
+
+    jobs = [EncodingJob(name, make_encode(seconds), GRID) for name, seconds in (("a", 100.0), ("b", 20.0))]
+    assert [found.info["seconds"] for found in encode_clips(jobs, loader(), INDEX)] == [3.0, 3.0]  # of 3 batches
 
 
 def test_nan_weights_raise_an_error_that_names_network_and_clips():
