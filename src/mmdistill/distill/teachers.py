@@ -52,8 +52,9 @@ def load_teachers(
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
     """The teachers by modality, and for each component its path and its encoder's sha256.
 
-    A new run reads `trainer.ckpt_path`. A resumed run takes the teachers from the checkpoint. If that is a student-only
-    checkpoint, the run reads `trainer.ckpt_path` or, if that is null, the paths in the checkpoint. Digests must match.
+    A new run reads `trainer.ckpt_path`. A resumed run reads `trainer.ckpt_path`, and takes a teacher that is not there
+    from the checkpoint. If that is a student-only checkpoint, the run reads the paths in the checkpoint. Digests must
+    match.
 
     Raises:
         ConfigError: see `read_teacher`; `trainer.teachers` differs from the checkpoint.
@@ -73,13 +74,15 @@ def load_teachers(
     for modality in modalities:
         component, spec = f"teacher_{modality}", specs[modality]
         if resumed and component in stored and component in resumed.components:
-            teachers[modality] = resumed.encoder(component)
-            check_token_grid(teachers[modality], spec, config.data_module, source)
             _check_statistics(resumed, spec, source)
             # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher
             if modality in paths and Path(paths[modality]).expanduser().exists():
-                teacher = read_teacher(paths[modality], modality, spec, config.data_module)
-                require_same_digest(paths[modality], weights_digest(teacher), component, stored[component], source)
+                teachers[modality] = read_teacher(paths[modality], modality, spec, config.data_module)
+                digest = weights_digest(teachers[modality])
+                require_same_digest(paths[modality], digest, component, stored[component], source)
+            else:
+                teachers[modality] = resumed.encoder(component)
+                check_token_grid(teachers[modality], spec, config.data_module, source)
             sources[component] = stored[component]
             continue
         path = paths.get(modality) or str(stored[component]["path"])

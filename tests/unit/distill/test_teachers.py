@@ -54,6 +54,35 @@ def test_resume_reads_the_named_teachers(student_only: Path) -> None:
     assert teachers["flow"].config.channels == 2
 
 
+@pytest.mark.parametrize("has_paths", [True, False])
+def test_resume_loads_each_teacher_once(
+    student_only: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, has_paths: bool
+) -> None:
+    """The checkpoint contains the teachers, and trainer.ckpt_path of the same command names them again."""
+    checkpoint = read_checkpoint(student_only)
+    state = dict(checkpoint.state_dict)
+    for modality in MODALITIES:
+        teacher = read_checkpoint(tmp_path / modality).state_dict
+        state |= {f"teacher_{modality}.{name}": tensor for name, tensor in teacher.items()}
+    save_torch({"state_dict": state, "mmdistill": checkpoint.meta}, tmp_path / "last.ckpt")
+    paths = [str(tmp_path / (modality if has_paths else f"absent_{modality}")) for modality in MODALITIES]
+    config = configure("resume=auto", f"trainer.ckpt_path=[{','.join(paths)}]")
+    caplog.set_level("INFO")
+    teachers, sources = load_teachers(
+        config, modality_specs(config.data_module), open_checkpoint(tmp_path / "last.ckpt")
+    )
+    loaded = [record.message for record in caplog.records if record.message.startswith("loaded ")]
+    assert len(loaded) == 3
+    assert sources == checkpoint.meta["teachers"]
+    assert {f"teacher_{m}": weights_digest(encoder) for m, encoder in teachers.items()} == {
+        component: source["sha256"] for component, source in sources.items()
+    }
+    write_teacher(tmp_path / "other", "flow", 7)
+    config = configure("resume=auto", f"trainer.ckpt_path=[{paths[0]},{tmp_path / 'other'},{paths[2]}]")
+    with pytest.raises(CheckpointError, match="the sha256 of its weights is"):
+        load_teachers(config, modality_specs(config.data_module), open_checkpoint(tmp_path / "last.ckpt"))
+
+
 def test_another_sampling_rate_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     config = configure("resume=auto", "data_module.sampling_rate=2")
