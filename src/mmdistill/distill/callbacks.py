@@ -92,19 +92,19 @@ def _is_zero(strategy: Any) -> bool:
 
 
 class TrainingCallback(Callback):
-    """Position, seeds, learning rates and log of a training; `summary` is the first line of the log.
+    """Position, seeds, learning rates and log of a training; `title` and `more` are in the first lines of the log.
 
     All randomness in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
     """
 
-    def __init__(self, training: Training, summary: str) -> None:
+    def __init__(self, training: Training, title: str, more: str = "") -> None:
         self.training, self.state, self.data = training, training.state, training.data
-        self.summary = summary
+        self.title, self.more = title, more
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the learning rates; `on_train_epoch_start` is not called if a run resumes inside an epoch."""
         self._schedule(trainer).restore(self.data.schedule_step(self.state))
-        self.training.log_start(self.summary)
+        self.training.log_start(self.title, pl_module, self.more)
         self.training.throughput.restart()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -82,20 +82,15 @@ def _fit(
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
     module = _make_module(config, training, teachers, specs, sources)
-    summary = (
-        f"distill {', '.join(teachers)} into student_rgb: {data.summary}, base_lr {trainer_config.lr:g} -> lr "
-        f"{training.optimization.lr:g}"
-    )
     validation = make_validation(config, run.process, training.log.info)
-    if validation:
-        summary += "\n" + validation_summary(validation, config)
+    validation_line = f"\n{validation_summary(validation, config)}" if validation else ""
     students = ["student_rgb"] if trainer_config.ema is None else ["student_rgb", "student_ema_rgb"]
     encoders = dict.fromkeys(students, teachers[STUDENT_MODALITY].config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.items()}
     callbacks = [
         *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
-        TrainingCallback(training, summary),
+        TrainingCallback(training, f"distill {', '.join(teachers)} into student_rgb", validation_line),
         EpochCheckpoints(
             training,
             encoders=encoders,

@@ -178,15 +178,9 @@ class PretrainTrainer:
 
     def log_start(self) -> None:
         """Log what the run trains."""
-        config = self.config
         if self.load_report:
             self.training.log.info(f"initialized from {self.load_report}")
-        num_parameters = sum(p.numel() for p in self.engine.module.parameters())
-        self.training.log_start(
-            f"pretrain {config.modality}: {self.data.summary}, {num_parameters:,} parameters, base_lr "
-            f"{config.trainer.lr:g} -> lr {self.optimization.lr:g}, device {self.run.process.device}, precision "
-            f"{self.run.precision}, target {self.spec.target}"
-        )
+        self.training.log_start(f"pretrain {self.config.modality}", self.engine.module, f", target {self.spec.target}")
 
     @property
     def means(self) -> dict[str, float]:

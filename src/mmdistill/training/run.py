@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
+
 from mmdistill import __version__
 from mmdistill.builders import make_demo_data
 from mmdistill.checkpoint import prune
@@ -124,29 +126,36 @@ class Training:
         self.guard = NonFiniteGuard(
             trainer.on_nonfinite, trainer.max_skipped_steps, state=self.state, clip_ids=clip_ids, log=log.info
         )
-        global_batch = data.global_batch * data.accumulate_grad_batches
+        self._clips_per_step = data.global_batch * data.accumulate_grad_batches
         self.optimization = Optimization.from_config(
-            trainer, global_batch=global_batch, steps_per_epoch=data.steps_per_epoch
+            trainer, global_batch=self._clips_per_step, steps_per_epoch=data.steps_per_epoch
         )
 
-    def log_start(self, summary: str) -> None:
-        """Log `summary`, the data, doubtful settings and the checkpoint to resume from; open the trackers."""
+    def log_start(self, title: str, module: nn.Module, more: str = "") -> None:
+        """Log `title`, the settings and `more`, the data and the checkpoint to resume from; open the trackers."""
         config, run, info = self.config, self.run, self.log.info
-        info(summary)
+        num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        factors = f"trainer.lr {config.trainer.lr:g} x {self._clips_per_step} clips per step / 256"
+        info(
+            f"{title}: {self.data.summary}, {num_parameters:,} trainable parameters, learning rate "
+            f"{self.optimization.lr:g} ({factors}), device {run.process.device}, precision {run.precision}{more}"
+        )
         info(self._report.start_summary())
         info("\n".join(schedule_warnings(config.trainer, run.resumed.stored_meta if run.resumed else {})))
         if run.source:
             info(f"resumed from {run.source} at epoch {self.state.epoch}, step {self.state.step}")
             info(complete_message(config) if self.state.epoch >= config.trainer.epochs else "")
         elif config.resume:
-            info(f"resume=auto: no checkpoint in {run.checkpoints}; training starts from scratch")
+            info(f"resume=auto: {run.checkpoints} has no checkpoint; the training starts at epoch 0")
         resume = ResumePoint(run.source, self.state.step) if run.source else None
         self.log.open_trackers(as_names("logger", config.logger), to_plain(config), resume)
 
     def log_step(self, note: str = "") -> None:
-        """Show the position in the training, `note` and the throughput."""
-        speed = self.throughput.metrics
-        rates = f"{speed['clips_per_s']:.0f} clips/s data wait {speed['data_wait_percent']:.0f} %"
+        """Show the position in the training, `note` and, from the second step on, the throughput."""
+        rates = ""
+        if self.throughput.num_steps > 1:  # the first step includes the start of the data loader
+            speed = self.throughput.metrics
+            rates = f"{speed['clips_per_s']:.1f} clips/s data wait {speed['data_wait_percent']:.0f} %"
         text = " ".join(filter(None, (f"epoch {self.state.epoch}", note, rates)))
         self.log.step(self.data.schedule_step(self.state), text)
 

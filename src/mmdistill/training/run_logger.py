@@ -77,7 +77,10 @@ class RunLog:
 
 
 class ThroughputMeter:
-    """Clips per second of all ranks, and the percentage of the time that this rank waits for data, since `restart`."""
+    """Clips per second of all ranks, and the percentage of the time that this rank waits for data, since `restart`.
+
+    `num_steps` is the number of `add_clips` since then.
+    """
 
     def __init__(self) -> None:
         self.restart()
@@ -85,7 +88,7 @@ class ThroughputMeter:
     def restart(self) -> None:
         """Start to measure, and to wait for the first batch."""
         self._start = self._wait_start = time.monotonic()
-        self._num_clips, self._wait_s = 0, 0.0
+        self.num_steps, self._num_clips, self._wait_s = 0, 0, 0.0
 
     def end_wait(self) -> None:
         """The loader has returned a batch."""
@@ -93,6 +96,7 @@ class ThroughputMeter:
 
     def add_clips(self, num_clips: int) -> None:
         """A step with `num_clips` over all ranks is done; the wait for the next batch starts."""
+        self.num_steps += 1
         self._num_clips += num_clips
         self._wait_start = time.monotonic()
 

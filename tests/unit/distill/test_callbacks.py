@@ -64,7 +64,7 @@ def _end_batch(callback: TrainingCallback, trainer: _Trainer, values: dict[str, 
 
 def test_batches_are_counted_and_their_means_logged(make: MakeTraining) -> None:
     training = make("trainer.accumulate_grad_batches=2")
-    callback, trainer, module = TrainingCallback(training, "summary"), _Trainer(), _Module()
+    callback, trainer, module = TrainingCallback(training, "distill"), _Trainer(), _Module()
     schedule = trainer.lr_scheduler_configs[0].scheduler
     callback.on_train_start(trainer, module)  # type: ignore[arg-type]
     assert schedule.position == 0

@@ -1,15 +1,19 @@
 """The parts of a training around its steps: resume, log, end."""
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.training.state import TrainingState
 from tests.tiny_training import MakeTraining
+
+MODULE = nn.Linear(2, 2)  # 6 parameters
 
 
 def test_training_continues_at_the_stored_position(make: MakeTraining) -> None:
@@ -58,22 +62,46 @@ def test_metadata_name_the_batch_inside_an_epoch_only(make: MakeTraining) -> Non
     ("options", "line"),
     [
         ({"source": Path("old/checkpoints/a.ckpt")}, "resumed from old/checkpoints/a.ckpt at epoch 0, step 0"),
-        ({}, "resume=auto: no checkpoint in {run}/checkpoints; training starts from scratch"),
+        ({}, "resume=auto: {run}/checkpoints has no checkpoint; the training starts at epoch 0"),
     ],
 )
 def test_start_is_logged(make: MakeTraining, options: dict[str, Any], line: str) -> None:
     training = make("resume=auto", **options)
-    training.log_start("summary")
+    training.log_start("distill", MODULE)
     folder = training.run.directory
     text = (folder / "run.log").read_text()
     assert line.format(run=folder) in text
-    assert text.index("summary") < text.index("data: 12 clips")
+    assert text.index("distill: ") < text.index("data: 12 clips")
     assert (folder / "data_report.json").is_file()
+
+
+def test_header_names_size_learning_rate_and_device(make: MakeTraining) -> None:
+    training = make("trainer.lr=0.256", "trainer.accumulate_grad_batches=2")
+    training.log_start("distill rgb", MODULE, ", target pixel\nval_top1_action: x")
+    lines = [line.split(" ", 2)[-1] for line in (training.run.directory / "run.log").read_text().splitlines()]
+    assert lines[0] == (
+        "distill rgb: 12 clips, 4 batches of 3 per process and epoch (0 clips skipped each epoch), 6 trainable "
+        "parameters, learning rate 0.006 (trainer.lr 0.256 x 6 clips per step / 256), device cpu, precision 32, target "
+        "pixel"
+    )
+
+
+def test_first_step_of_an_epoch_shows_no_rate(make: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = make()
+    shown: list[str] = []
+    monkeypatch.setattr(training.log, "step", lambda done, text: shown.append(text))
+    training.throughput.restart()
+    for _ in range(2):
+        training.throughput.end_wait()
+        training.throughput.add_clips(3)
+        training.log_step("loss 0.5")
+    assert shown[0] == "epoch 0 loss 0.5"
+    assert re.fullmatch(r"epoch 0 loss 0\.5 \d+\.\d clips/s data wait \d+ %", shown[1])
 
 
 def test_epoch_is_logged(make: MakeTraining) -> None:
     training = make()
-    training.log_start("summary")
+    training.log_start("distill", MODULE)
     training.state.load_state_dict({"epoch": 2, "step": 12, "skipped_steps": 1, "overflow_steps": 3})
     training.log_epoch({"train_loss": 0.5}, "loss 0.5000", lr=0.25, loss_scale=8.0)
     with (training.run.directory / "metrics.csv").open(newline="") as file:
@@ -96,5 +124,5 @@ def test_stopped_training_names_its_checkpoint(make: MakeTraining, capsys: pytes
 def test_complete_training_is_logged(make: MakeTraining) -> None:
     training = make("trainer.epochs=1", source=Path("a.ckpt"))
     training.load_state_dict({**training.state_dict(), "batch": 4})
-    training.log_start("summary")
+    training.log_start("distill", MODULE)
     assert "training is already complete: trainer.epochs=1" in (training.run.directory / "run.log").read_text()

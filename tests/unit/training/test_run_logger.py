@@ -82,7 +82,9 @@ def test_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
         now += 3
         meter.add_clips(4)
     assert meter.metrics == {"clips_per_s": 1.0, "data_wait_percent": 25.0}
+    assert meter.num_steps == 2
     meter.restart()
+    assert meter.num_steps == 0
     assert meter.metrics == {"clips_per_s": 0.0, "data_wait_percent": 0.0}
 
 
