@@ -1,4 +1,4 @@
-"""Draw docs/images/method.png from the runs of `make demo`: input, mask, reconstruction, few-shot accuracy.
+"""Draw docs/images/method.png from the runs of `make demo`: input, masked input, prediction, few-shot accuracy.
 
 python docs/images/draw_method.py [output/demo]
 """
@@ -18,7 +18,7 @@ from mmdistill.checkpoint.architecture import encoder_config_from_meta
 from mmdistill.config import PretrainConfig, modality_specs, stored_config
 from mmdistill.modalities.images import draw_image_grid
 from mmdistill.models.videomae import DecoderConfig, VideoMAE
-from mmdistill.pretrain.visualization import reconstruct, render_rows
+from mmdistill.pretrain.visualization import INPUT, MASKED_INPUT, reconstruct, render_rows
 
 MODALITIES = ("rgb", "flow", "skeleton")
 NETWORKS = {"student_rgb": "distilled\nstudent", "teacher_rgb": "RGB\npretrained", "random": "random\ninit"}
@@ -48,8 +48,8 @@ def main(output: Path) -> None:
     rows = {}
     for modality in MODALITIES:
         images = middle_frames(output / f"pretrain_{modality}")
-        rows[modality] = [images["input"], images["masked"], list(images.values())[-1]]
-    draw_image_grid(left, rows, ("input", "masked", "reconstruction"))
+        rows[modality] = [images[INPUT], images[MASKED_INPUT], list(images.values())[-1]]
+    draw_image_grid(left, rows, (INPUT, MASKED_INPUT, "prediction"))
     left.suptitle("1. Pretrain one masked autoencoder per modality", fontsize=10)
     ax = right.subplots()
     results = json.loads((output / "test" / "fewshot.json").read_text())

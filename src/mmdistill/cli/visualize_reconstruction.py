@@ -1,4 +1,4 @@
-"""Draw input, masked input and reconstruction of a pretraining checkpoint; one PNG per clip.
+"""Draw input, masked input and prediction of a pretraining checkpoint; one PNG per clip.
 
 mmdistill visualize output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
 mmdistill visualize CKPT --clips 8 --split val data_module.mask_ratio=0.5

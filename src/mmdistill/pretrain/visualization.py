@@ -1,8 +1,9 @@
-"""Render input, masked input and reconstruction of a masked autoencoder: one image, a column per frame.
+"""Render input, masked input and prediction of a masked autoencoder: one image, a column per frame.
 
-With the target ``norm_pix`` the model predicts patches without their mean and standard deviation. Two rows show the
-reconstruction with two choices for these: those of the true patch, which the model does not know and which make any
-prediction look good, and those of the visible patches, which the model could know. The row titles name the choice.
+A prediction replaces the removed patches only. With the target ``norm_pix`` the model predicts patches without their
+mean and standard deviation. Two rows show the prediction with two choices for these: those of the true patch, which the
+model does not know and which make any prediction look good, and those of the visible patches, which the model could
+know. The row titles name the choice.
 
 Shapes: B batch, C channels, T frames, H x W pixels, N tokens, P = C * pt * ph * pw values of one token.
 """
@@ -27,7 +28,13 @@ from mmdistill.training.run_logger import baseline_ratio
 
 _MAX_COLUMNS = 6  # frames shown
 _STD_FLOOR = 1e-6  # as in `patch_targets`
-_ENERGY_TARGET, _ENERGY_PREDICTION = "target: motion energy", "prediction: motion energy"  # row titles
+# Titles of the rows; docs/runs.md has the same ones.
+INPUT, MASKED_INPUT = "input", "masked input"
+PREDICTION = "prediction\n(visible patches: input)"
+PREDICTION_TRUE_STATISTICS = "prediction with the true mean\nand std of each patch\n(visible patches: input)"
+PREDICTION_VISIBLE_STATISTICS = "prediction with the mean and std\nof the visible patches\n(visible patches: input)"
+ENERGY_TARGET = "target: motion energy"
+ENERGY_PREDICTION = "prediction: motion energy\n(visible patches: target)"
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,18 @@ def _rows(
         """Unbiased std and mean of each token and channel, (1, N, C, 1) each."""
         return torch.std_mean(gather_patches(x, index, grid).flatten(3), dim=3, keepdim=True)
 
-    rows = {"input": x[0], "masked": replace_removed(torch.full_like(prediction, float("nan")), x)}
+    rows = {INPUT: x[0], MASKED_INPUT: replace_removed(torch.full_like(prediction, float("nan")), x)}
     if kind == "motion_energy":
         all_tokens = torch.arange(math.prod(grid), device=x.device)[None]
         energy = scatter_patches(patch_targets(x, all_tokens, grid, target=kind), all_tokens, grid, torch.empty_like(x))
-        return {**rows, _ENERGY_TARGET: energy[0], _ENERGY_PREDICTION: replace_removed(prediction, energy)}
+        return {**rows, ENERGY_TARGET: energy[0], ENERGY_PREDICTION: replace_removed(prediction, energy)}
     if kind == "pixel":
-        return {**rows, "reconstruction": replace_removed(prediction, x)}
+        return {**rows, PREDICTION: replace_removed(prediction, x)}
     values = prediction.unflatten(2, (x.shape[1], -1))  # (1, N, C, pt*ph*pw)
     visible_statistics = (s.mean(dim=1, keepdim=True) for s in patch_statistics(visible))
     for title, (std, mean) in (
-        ("reconstruction + true\nmean and std of each patch", patch_statistics(removed)),
-        ("reconstruction + mean and std\nof the visible patches", visible_statistics),
+        (PREDICTION_TRUE_STATISTICS, patch_statistics(removed)),
+        (PREDICTION_VISIBLE_STATISTICS, visible_statistics),
     ):
         rows[title] = replace_removed((values * (std + _STD_FLOOR) + mean).flatten(2), x)
     return rows
@@ -107,9 +114,9 @@ def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], b
 
 
 def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
-    """The image, uint8 (height, width, 3): one row each for input, mask and reconstructions, one column per frame."""
+    """The image, uint8 (height, width, 3): rows are input, masked input and predictions, columns are frames."""
     rows = render_rows(reconstruction)
-    num_frames, height, width = rows["input"].shape[:3]
+    num_frames, height, width = rows[INPUT].shape[:3]
     frames = np.unique(np.linspace(0, num_frames - 1, min(_MAX_COLUMNS, num_frames)).round().astype(int))
     size = 1.9 + 1.5 * len(frames), 0.7 + 1.5 * height / width * len(rows)
     figure = Figure(figsize=size, layout="constrained", dpi=100)
@@ -126,12 +133,12 @@ def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
 def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
     """Display images of all rows: title -> float32 (T, H, W, 3) in [0, 1]. All rows have the same brightness scale."""
     spec, rows = reconstruction.spec, reconstruction.rows
-    scales = {False: display_scale(rows["input"], spec)}
-    if _ENERGY_TARGET in rows:
-        scales[True] = display_scale(rows[_ENERGY_TARGET], spec, is_energy=True)
+    scales = {False: display_scale(rows[INPUT], spec)}
+    if ENERGY_TARGET in rows:
+        scales[True] = display_scale(rows[ENERGY_TARGET], spec, is_energy=True)
     images = {}
     for title, clip in rows.items():
-        is_energy = title in (_ENERGY_TARGET, _ENERGY_PREDICTION)
+        is_energy = title in (ENERGY_TARGET, ENERGY_PREDICTION)
         images[title] = render_clip(clip, spec, is_energy=is_energy, scale=scales[is_energy])
     return images
 

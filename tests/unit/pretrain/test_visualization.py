@@ -11,6 +11,13 @@ from mmdistill.modalities import ModalitySpec, get_modality
 from mmdistill.models.targets import patch_targets
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE, masked_indices
 from mmdistill.pretrain.visualization import (
+    ENERGY_PREDICTION,
+    ENERGY_TARGET,
+    INPUT,
+    MASKED_INPUT,
+    PREDICTION,
+    PREDICTION_TRUE_STATISTICS,
+    PREDICTION_VISIBLE_STATISTICS,
     Reconstruction,
     _rows,
     draw,
@@ -48,24 +55,33 @@ def test_scatter_patches_inverts_patch_targets() -> None:
 def test_perfect_prediction_reconstructs_the_input(kind: str) -> None:
     x = _clip(2)
     rows = _rows(x, VISIBLE, REMOVED, patch_targets(x, REMOVED, GRID, target=kind), kind, GRID)
-    assert rows["masked"].isnan().float().mean() == pytest.approx(9 / 12)
+    assert rows[MASKED_INPUT].isnan().float().mean() == pytest.approx(9 / 12)
     if kind == "motion_energy":
-        assert torch.allclose(rows["target: motion energy"], rows["prediction: motion energy"])
+        assert torch.allclose(rows[ENERGY_TARGET], rows[ENERGY_PREDICTION])
         return
-    with_true_statistics = next(v for k, v in rows.items() if k.startswith("reconstruction"))
-    assert torch.allclose(with_true_statistics, x[0], atol=1e-5)
-    if kind == "norm_pix":
-        assert any("+ true" in k for k in rows)
-        with_visible_statistics = next(v for k, v in rows.items() if "visible patches" in k)
-        assert not torch.allclose(
-            with_visible_statistics, x[0], atol=1e-2
-        )  # the means of the removed patches are unknown
+    assert torch.allclose(rows[PREDICTION_TRUE_STATISTICS if kind == "norm_pix" else PREDICTION], x[0], atol=1e-5)
+    if kind == "norm_pix":  # the means of the removed patches are unknown
+        assert not torch.allclose(rows[PREDICTION_VISIBLE_STATISTICS], x[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["norm_pix", "pixel", "motion_energy"])
+def test_visible_patches_of_a_prediction_are_those_that_its_title_names(kind: str) -> None:
+    x = _clip(2)
+    prediction = patch_targets(x, REMOVED, GRID, target=kind) + 7
+    rows = _rows(x, VISIBLE, REMOVED, prediction, kind, GRID)
+    for title, row in rows.items():
+        if title.startswith("prediction"):
+            shown = rows[ENERGY_TARGET if title.endswith("(visible patches: target)") else INPUT]
+            assert title.endswith(("(visible patches: target)", "(visible patches: input)"))
+            is_shown = ~rows[MASKED_INPUT].isnan()
+            assert torch.equal(row[is_shown], shown[is_shown])
+            assert not torch.allclose(row[~is_shown], shown[~is_shown])
 
 
 def test_visible_statistics_do_not_depend_on_removed_patches() -> None:
     x, prediction = _clip(3), torch.randn(1, 9, 3 * 2 * 64)
     other = scatter_patches(torch.randn(1, 9, 3 * 2 * 64) * 5 + 3, REMOVED, GRID, x)
-    title = "reconstruction + mean and std\nof the visible patches"
+    title = PREDICTION_VISIBLE_STATISTICS
     a, b = (_rows(c, VISIBLE, REMOVED, prediction, "norm_pix", GRID)[title] for c in (x, other))
     assert torch.allclose(a, b, atol=1e-5)
 
