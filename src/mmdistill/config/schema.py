@@ -344,8 +344,8 @@ class DistillConfig(CommonConfig):
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated
     eval_component: str = "student_rgb"
-    # other networks that are evaluated on the same episodes: random (an untrained encoder), components of the
-    # checkpoint, paths of other checkpoints
+    # other networks that are evaluated on the same episodes: random (an untrained encoder with the
+    # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each

@@ -124,7 +124,15 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
             caveats.append(missing_summary)
         read_frame = _middle_frame_reader(dataset) if STUDENT_MODALITY in modalities else None
         settings = report_settings(config, extra, networks, source.meta)
-        page = write_report(results, run_dir, read_frame=read_frame, extra=extra, caveats=caveats, settings=settings)
+        page = write_report(
+            results,
+            run_dir,
+            read_frame=read_frame,
+            extra=extra,
+            caveats=caveats,
+            settings=settings,
+            facts=[f"Evaluation dataset: {config.data_module.name}.", *training_facts(source.stored_meta)],
+        )
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
 
@@ -154,6 +162,16 @@ def report_settings(
         "Statistics of the model input": {n.name: n.spec(specs[n.modality]).statistics for n in networks},
         "Training config in the checkpoint": meta.get("config") or "not stored",
     }
+
+
+def training_facts(meta: Mapping[str, Any]) -> list[str]:
+    """Sentences about the dataset and the epochs of the training, from the metadata of mmdistill in a checkpoint."""
+    stored = meta.get("config") or {}
+    dataset, epochs = stored.get("data_module", {}).get("name"), stored.get("trainer", {}).get("epochs")
+    if dataset is None or epochs is None or meta.get("epoch") is None:
+        return []
+    done = int(meta["epoch"]) + (not meta.get("batch"))
+    return [f"Training: dataset {dataset}, {done} of {format_count(epochs, 'epoch')}."]
 
 
 def check_evaluation(config: DistillConfig) -> None:

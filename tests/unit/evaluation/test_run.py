@@ -16,7 +16,13 @@ from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import read_teacher
 from mmdistill.distributed.process import Process
 from mmdistill.evaluation.networks import Network, load_networks
-from mmdistill.evaluation.run import SHOWN_DATA_KEYS, check_evaluation, evaluate_checkpoint, report_settings
+from mmdistill.evaluation.run import (
+    SHOWN_DATA_KEYS,
+    check_evaluation,
+    evaluate_checkpoint,
+    report_settings,
+    training_facts,
+)
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -51,6 +57,20 @@ def _config(root: Path, *more: str) -> DistillConfig:
 def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:
     cache = f"feature_cache={out / 'cache'}"  # unless `more` gives another
     return evaluate_checkpoint(_config(root, cache, *more), str(checkpoint), out)
+
+
+@pytest.mark.parametrize(
+    ("meta", "facts"),
+    [
+        ({"epoch": 11, "batch": None}, ["Training: dataset tennis, 12 of 12 epochs."]),
+        ({"epoch": 3, "batch": 5}, ["Training: dataset tennis, 3 of 12 epochs."]),  # stopped inside an epoch
+        ({}, []),
+    ],
+)
+def test_headline_states_dataset_and_epochs_of_the_training(meta: dict[str, Any], facts: list[str]) -> None:
+    config = {"data_module": {"name": "tennis"}, "trainer": {"epochs": 12}}
+    assert training_facts({**meta, "config": config}) == facts
+    assert training_facts(meta) == []  # of another program
 
 
 SHARED, PER_CLIP = "2 tube masks, 75% removed, shared", "2 tube masks, 75% removed, per clip"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mmdistill.errors import format_count
 from mmdistill.evaluation.report import figures
-from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_tables, table_title
+from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, probe_tables, result_tables, table_title
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import per_class_accuracy
 
@@ -33,6 +33,7 @@ def render_page(
     read_frame: ReadFrame | None,
     caveats: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    facts: Sequence[str] = (),
 ) -> str:
     """The page as text; arguments as in `write_report`. The texts are in ``report.html.jinja``."""
     row, scored = results.headline, results.features[0]
@@ -58,6 +59,8 @@ def render_page(
         title=table_title(row),
         excluded=row.scores.episodes.eligibility.describe(scored.classes),
         caveats=caveats,
+        facts=facts,
+        below_chance=below_chance_note(results),
         tables=result_tables(results),
         footnotes=FOOTNOTES,
         probes=probe_tables(results),

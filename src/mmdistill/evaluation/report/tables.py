@@ -6,14 +6,21 @@ from dataclasses import dataclass
 from mmdistill.errors import format_count
 from mmdistill.fewshot.protocol import Results, Row, Setting
 
-COLUMNS = ("network", "input", "accuracy, %\n± 95 %", "std, %", "Δ vs. row\n(paired), %", "encoding\ntime (s)")
+COLUMNS = (
+    "network",
+    "input",
+    "accuracy, %\n± 95 %",
+    "std, points",
+    "Δ vs. row\n(paired), points",
+    "encoding\ntime (s)",
+)
 FOOTNOTES = (
-    "± is half of the 95 % interval of the mean over episodes.",
+    "± is half of the 95 % confidence interval of the mean over episodes.",
     "std is the standard deviation of the accuracy over episodes.",
-    "Δ vs. row (paired) is the accuracy of the scored network minus that of the row, episode by episode. The scored "
-    "network is the reference.",
-    "Encoding time covers preprocessing and forward passes of all clips, without reading files. For cached features it "
-    "is the time of their encoding. – means that it is unknown.",
+    "Δ vs. row (paired) is the accuracy of the scored network minus that of the row on the same episodes, in "
+    "percentage points. The row of the scored network shows reference.",
+    "Encoding time covers preprocessing and forward passes of all clips. It excludes the warm-up and the reading of "
+    "files. For cached features it is the time of their encoding. – means that it is unknown.",
 )
 REFERENCE = "reference"  # in the column of the differences, in the row of the scored network
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
@@ -46,6 +53,22 @@ def row_cells(setting: Setting, row: Row) -> tuple[str, ...]:
         f"{100 * s['top1_action_ensemble_std']:.1f}",
         REFERENCE if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
         f"{s['seconds']:.1f}" if "seconds" in s else "–",
+    )
+
+
+def below_chance_note(results: Results) -> str:
+    """A note about the networks whose 95 % interval is below chance in a table; empty if there are none."""
+    names: dict[str, None] = {}
+    for row in (row for setting in results.settings for row in setting.rows):
+        if row.summary["top1_action_ensemble"] + row.summary["ci95"] < 1 / row.summary["n_way"]:
+            names[row.network] = None
+    if not names:
+        return ""
+    fix = " data_module.disjoint=video draws support and query clips from different videos."
+    return (
+        f"Below chance: {', '.join(names)}. A possible cause: clips of one video look alike and belong to different "
+        "classes. The support clip that is most similar to a query clip then often has a wrong class."
+        f"{'' if results.protocol.disjoint else fix}"
     )
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mmdistill.evaluation.report.figures import network_label
 from mmdistill.evaluation.report.html_page import ReadFrame, render_page
-from mmdistill.evaluation.report.tables import FOOTNOTES, Table, probe_tables, result_tables
+from mmdistill.evaluation.report.tables import FOOTNOTES, Table, below_chance_note, probe_tables, result_tables
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import paired_difference, per_class_accuracy
@@ -72,7 +72,7 @@ def print_tables(results: Results, *, console: Console | None = None) -> None:
         console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
     for table in (*result_tables(results), *probe_tables(results)):
         console.print(_rich_table(table))
-    for footnote in FOOTNOTES:
+    for footnote in filter(None, (*FOOTNOTES, below_chance_note(results))):
         console.print(footnote, highlight=False, markup=False, soft_wrap=True)
     scored = results.features[0]
     source = f", checkpoint {scored.info['checkpoint']}" if scored.info.get("checkpoint") else ""
@@ -99,6 +99,7 @@ def write_report(
     extra: Mapping[str, Any] | None = None,
     caveats: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    facts: Sequence[str] = (),
 ) -> Path:
     """Write `fewshot.json` and `report.html` into `folder`, each atomically. Returns the path of the page.
 
@@ -109,11 +110,12 @@ def write_report(
         extra: further top-level keys of the JSON.
         caveats: sentences below the headline of the page, such as the number of clips that overlap.
         settings: values in the section Settings of the page, by the title of their block; None: those of `extra`.
+        facts: sentences in the headline of the page about the data and the training.
     """
     folder = Path(folder)
     text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
     atomic_write_bytes(folder / "fewshot.json", text.encode() + b"\n", fsync=True)
     settings = (extra or {}) if settings is None else settings
-    text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings)
+    text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings, facts=facts)
     atomic_write_bytes(folder / "report.html", text.encode(), fsync=True)
     return folder / "report.html"

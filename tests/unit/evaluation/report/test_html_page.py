@@ -78,6 +78,11 @@ def test_caveats_are_below_the_headline(results: Results):
     assert "<li>3 clips overlap</li><li>2 of 4 &lt;rallies&gt;</li>" in caveats
 
 
+def test_facts_are_in_the_headline(results: Results):
+    text = render_page(results, read_frame=None, facts=["Evaluation dataset: demo.", "Training: 1 of 12 epochs."])
+    assert "</code>. Evaluation dataset: demo. Training: 1 of 12 epochs. Input: 2 tube masks" in text
+
+
 def test_without_caveats_there_is_no_such_section(page: Path):
     assert "Caveats" not in page.read_text()
 

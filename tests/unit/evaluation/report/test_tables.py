@@ -7,6 +7,7 @@ from mmdistill.evaluation.report.tables import (
     FOOTNOTES,
     PROBE_COLUMNS,
     REFERENCE,
+    below_chance_note,
     probe_tables,
     result_tables,
     row_cells,
@@ -70,6 +71,28 @@ def test_a_footnote_explains_each_column_of_numbers():
     text = " ".join(FOOTNOTES)
     for name in ("±", "std is the standard deviation", "Δ vs. row (paired)", "Encoding time"):
         assert name in text
+
+
+def test_differences_are_in_points():
+    assert [name for name in COLUMNS if name.endswith("points")] == ["std, points", "Δ vs. row\n(paired), points"]
+    assert "percentage points" in " ".join(FOOTNOTES)
+
+
+@pytest.mark.parametrize("disjoint", ["video", None])
+def test_networks_below_chance_are_named(results: Results, disjoint: str | None):
+    assert below_chance_note(results) == ""
+    setting = results.settings[0]
+    rows = [
+        replace(
+            row, summary={**row.summary, "top1_action_ensemble": 0.19 - 0.1 * (row.network == "random"), "ci95": 0.02}
+        )
+        for row in setting.rows
+    ]
+    found = replace(results, settings=(replace(setting, rows=tuple(rows)),))
+    found = replace(found, protocol=replace(results.protocol, disjoint=disjoint))
+    note = below_chance_note(found)
+    assert note.startswith("Below chance: random. A possible cause:")  # 0.19 ± 0.02 contains 1 / 5
+    assert ("data_module.disjoint=video" in note) is (disjoint is None)
 
 
 def test_probe_rows_are_percent(results: Results):
