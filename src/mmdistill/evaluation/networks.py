@@ -10,6 +10,7 @@ import torch
 
 from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
+from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.references import load_referenced_teacher, weights_digest
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
@@ -81,7 +82,7 @@ def load_network(
     Args:
         source: anything that `open_checkpoint` reads, or its result.
         data: the dataset of the clips. It gives the input size of a checkpoint without metadata.
-        component: None: the student of a distilled checkpoint, the encoder of a pretraining checkpoint.
+        component: None: the default of `select_encoder`.
         modality: needed only if neither the metadata nor the number of channels determines it.
         name: name in the outputs; None: the component, or ``pretrained_MODALITY``.
 
@@ -98,8 +99,7 @@ def load_network(
             f"{path}: no component {component!r}; set eval_component and baselines (mmdistill features: --component) "
             f"to {', '.join(components)}"
         )
-    preferred = [c for c in ("student_rgb", "encoder") if c in components]
-    component = component or next(iter(preferred + components), "encoder")
+    component = component or select_encoder(checkpoint.state_dict, None, path).component
     modality = _find_modality(checkpoint, component, modality)
     specs = modality_specs(data)
     if modality not in specs:
@@ -169,12 +169,13 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         CheckpointError: a component is missing, or a path of `baselines` cannot be read.
     """
     data, path = config.data_module, source.path
-    is_distilled = "student_rgb" in source.components
+    is_distilled = "student_rgb" in source.components or len(source.components) > 1
     references = source.meta.get("teachers") or {}  # of a student-only checkpoint
     if is_distilled:
         scored = _load_component(source, config.eval_component, data)
     else:
-        own_name = f"pretrained_{_find_modality(source, (source.components or ['encoder'])[0], None)}"
+        own_component = select_encoder(source.state_dict, None, path).component
+        own_name = f"pretrained_{_find_modality(source, own_component, None)}"
         if config.eval_component not in (DistillConfig.eval_component, own_name, "encoder"):
             raise ConfigError(
                 f"eval_component={config.eval_component}: {path} is not a distilled checkpoint, it contains only "

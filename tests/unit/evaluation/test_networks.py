@@ -73,6 +73,27 @@ def test_wrong_components_modalities_and_specs_raise_an_error(distilled: Path, d
         load_network(distilled, data=data).spec(get_modality("flow").spec())
 
 
+def test_one_of_several_encoders_without_a_student_must_be_named(tmp_path: Path, data: DataModuleConfig):
+    encoders = {"teacher_rgb": encoder(3, 1), "teacher_flow": encoder(2, 2)}
+    state = {f"{name}.encoder.{k}": v for name, e in encoders.items() for k, v in e.state_dict().items()}
+    path = tmp_path / "teachers.pt"
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(CheckpointError, match=r"several encoders and no student; select one of teacher_rgb, teacher_f"):
+        load_network(path, data=data)
+    with pytest.raises(CheckpointError, match=r"no component 'student_rgb'; set eval_component .* to teacher_rgb, tea"):
+        load_networks(make_config("baselines=[]"), read_checkpoint(path))
+    (scored,), _ = load_networks(make_config("baselines=[]", "eval_component=teacher_flow"), read_checkpoint(path))
+    assert (scored.name, scored.modality) == ("teacher_flow", "flow")
+
+
+def test_flow_teacher_is_compared_with_an_untrained_flow_encoder(tmp_path: Path):
+    """docs/runs.md gives this command, because the tables of a student contain no untrained flow encoder."""
+    torch.save({"model": {f"encoder.{k}": v for k, v in encoder(2, 0).state_dict().items()}}, tmp_path / "f.pth")
+    networks, messages = load_networks(make_config("baselines=[random]"), read_checkpoint(tmp_path / "f.pth"))
+    assert [(n.name, n.modality) for n in networks] == [("pretrained_flow", "flow"), ("random", "flow")]
+    assert messages == []
+
+
 def test_the_random_network_is_seeded_and_does_not_advance_the_global_generator(
     distilled: Path, data: DataModuleConfig
 ):
