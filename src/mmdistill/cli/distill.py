@@ -9,7 +9,8 @@ from mmdistill.cli.entrypoint import run_entrypoint
 from mmdistill.config import DistillConfig
 
 _DEFAULT_CONFIG = "config_mmdistill"
-_NOT_OF_AN_EVALUATION = ("train", "test", "resume", "ckpt_path")  # keys, besides trainer.*
+# Keys of a command that the evaluation of its checkpoint does not have. A file of `experiment` starts a sweep.
+_TRAINING_KEYS = ("train", "test", "resume", "ckpt_path", "trainer", "experiment")
 
 
 def run_distillation(config: DistillConfig, run_dir: str) -> None:
@@ -24,7 +25,7 @@ def run_distillation(config: DistillConfig, run_dir: str) -> None:
         if config.test:
             check_evaluation(config)
         checkpoint = str(distill(config, Path(run_dir)))
-        options["stop_hint"] = f"to evaluate: {evaluation_command(checkpoint, run_dir)}"
+        options["stop_hint"] = f"the training is complete; evaluate it with\n{evaluation_command(checkpoint, run_dir)}"
     if config.test and checkpoint:
         from mmdistill.evaluation.run import evaluate_checkpoint
 
@@ -42,7 +43,7 @@ def evaluation_command(checkpoint: str, run_dir: str) -> str:
             settings.append(f"--config-name={hydra_config.job.config_name}")
         for override in hydra_config.overrides.task:
             key = override.lstrip("+~").partition("=")[0]
-            if key not in _NOT_OF_AN_EVALUATION and key.partition(".")[0] != "trainer":
+            if key.partition(".")[0] not in _TRAINING_KEYS:
                 settings.append(override)
     arguments = [*settings, f"ckpt_path={checkpoint}", f"hydra.run.dir={run_dir}"]
     return shlex.join(["mmdistill", "evaluate", *arguments])

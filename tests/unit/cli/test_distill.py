@@ -47,7 +47,10 @@ def test_train_and_test_select_the_steps(
         steps.append(f"evaluate {checkpoint}")
         # a second training would be rejected, because the run folder contains a complete one
         assert stop_hint == (
-            f"to evaluate: mmdistill evaluate ckpt_path=new.ckpt hydra.run.dir={tmp_path}" if train else ""
+            "the training is complete; evaluate it with\n"
+            f"mmdistill evaluate ckpt_path=new.ckpt hydra.run.dir={tmp_path}"
+            if train
+            else ""
         )
 
     monkeypatch.setattr(mmdistill.distill, "distill", fake_distill)
@@ -65,6 +68,7 @@ def test_train_and_test_select_the_steps(
 
 def test_evaluation_command_has_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     task = [
+        "experiment=teachers",
         "train=True",
         "dataset=tennis",
         "trainer.epochs=3",

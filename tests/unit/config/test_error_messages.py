@@ -46,7 +46,7 @@ def test_unknown_key_is_reported_with_near_matches() -> None:
     [
         ("trainer.epoch=3", "trainer.epochs"),  # not model.depth, which has another parent
         ("+trainer.epoch=3", "trainer.epochs"),
-        ("datset=demo", "dataset"),  # a group of files
+        ("datase=demo", "dataset"),  # a group of files
     ],
 )
 def test_near_matches_have_the_same_parent_if_there_are_any(override: str, near: str) -> None:
