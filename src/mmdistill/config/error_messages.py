@@ -57,7 +57,9 @@ def explain(error: Exception, schema: type[Any]) -> str:
         return old
     if name := re.search(r"Cannot find primary config '([^']+)'", text):
         folders = [Path(folder.strip()) for folder in re.findall(r"path=file://(.+)", text)]
+        other = "config_mmdistill" if schema is PretrainConfig else "config_pretrain"
         names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+        names = [config for config in names if not config.startswith(other)]
         return f"--config-name={name[1]}: not one of {', '.join(names)}{suggest_nearest(name[1], names)}"
     found = re.search(r"not in '(Pretrain|Distill)(?:Trainer)?Config'", text)
     if found and not schema.__name__.startswith(found[1]):
