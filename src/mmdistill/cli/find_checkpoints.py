@@ -160,10 +160,18 @@ def _evaluation_dir(run_dir: Path) -> Path:
     return run_dir
 
 
+def evaluation_command_of_run(checkpoint: Path, run_dir: Path) -> str:
+    """Build the command that evaluates a distilled checkpoint with the settings of the run in `run_dir`.
+
+    It is quoted for the shell and for Hydra.
+    """
+    arguments = config_arguments(run_dir, "evaluate")
+    return shlex.join(["mmdistill", "evaluate", *arguments, f"ckpt_path={_hydra_value(str(checkpoint))}"])
+
+
 def evaluation_command(info: CheckpointInfo) -> str:
-    """Build the command that evaluates a distilled checkpoint, quoted for the shell and for Hydra."""
-    arguments = config_arguments(_evaluation_dir(_run_dir(info)), "evaluate")
-    return shlex.join(["mmdistill", "evaluate", *arguments, f"ckpt_path={_hydra_value(str(info.path))}"])
+    """Build the command that evaluates a distilled checkpoint, with the settings of its last evaluation."""
+    return evaluation_command_of_run(info.path, _evaluation_dir(_run_dir(info)))
 
 
 def to_data(found: list[CheckpointInfo], selected: dict[str, CheckpointInfo], unreadable: list[str]) -> dict[str, Any]:

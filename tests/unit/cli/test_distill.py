@@ -1,10 +1,10 @@
 """``mmdistill distill`` and ``lit_main_mmdistill.py``."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 import mmdistill.distill
 import mmdistill.evaluation.run
@@ -38,6 +38,15 @@ def test_train_and_test_select_the_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, train: bool, test: bool, path: str | None, expected: list[str]
 ) -> None:
     steps: list[str] = []
+    (tmp_path / ".hydra").mkdir()
+    task = ["trainer.epochs=3", "resume=auto", "experiment=teachers", "data_module.k_shot=[1,5]"]
+    hydra = {
+        "runtime": {"config_sources": [], "choices": {"dataset": "tennis"}},
+        "job": {"config_name": "config_mmdistill_tennis"},
+        "overrides": {"task": task},
+    }
+    (tmp_path / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    (tmp_path / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"data_module": {}}))
 
     def fake_distill(config: DistillConfig, run_dir: Path) -> Path:
         steps.append("distill")
@@ -46,12 +55,11 @@ def test_train_and_test_select_the_steps(
     def fake_evaluate(config: DistillConfig, checkpoint: str, run_dir: Path, *, stop_hint: str = "") -> None:
         steps.append(f"evaluate {checkpoint}")
         # a second training would be rejected, because the run folder contains a complete one
-        assert stop_hint == (
-            "the training is complete; evaluate it with\n"
-            f"mmdistill evaluate ckpt_path=new.ckpt hydra.run.dir={tmp_path}"
-            if train
-            else ""
+        command = (
+            "mmdistill evaluate --config-name=config_mmdistill_tennis dataset=tennis 'data_module.k_shot=[1,5]' "
+            "ckpt_path=new.ckpt"
         )
+        assert stop_hint == (f"the training is complete; evaluate it with\n{command}" if train else "")
 
     monkeypatch.setattr(mmdistill.distill, "distill", fake_distill)
     monkeypatch.setattr(mmdistill.evaluation.run, "check_evaluation", lambda config: steps.append("check"))
@@ -64,30 +72,3 @@ def test_train_and_test_select_the_steps(
     ]
     distill.run_distillation(load_config(DistillConfig, "config_mmdistill", overrides), str(tmp_path))
     assert steps == expected
-
-
-def test_evaluation_command_has_the_settings_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = [
-        "experiment=teachers",
-        "train=True",
-        "dataset=tennis",
-        "trainer.epochs=3",
-        "trainer=mine",
-        "resume=auto",
-        "data_module.k_shot=[1,5]",
-    ]
-    sources = [
-        SimpleNamespace(provider="main", path="/configs"),
-        SimpleNamespace(provider="command-line", path="/mine"),
-    ]
-    hydra_config = SimpleNamespace(
-        runtime=SimpleNamespace(config_sources=sources),
-        job=SimpleNamespace(config_name="config_mmdistill_tennis"),
-        overrides=SimpleNamespace(task=task),
-    )
-    holder = SimpleNamespace(initialized=lambda: True, get=lambda: hydra_config)
-    monkeypatch.setattr(distill, "HydraConfig", holder)
-    assert distill.evaluation_command("runs/a/checkpoints/last.ckpt", "runs/a") == (
-        "mmdistill evaluate --config-dir=/mine --config-name=config_mmdistill_tennis dataset=tennis "
-        "'data_module.k_shot=[1,5]' ckpt_path=runs/a/checkpoints/last.ckpt hydra.run.dir=runs/a"
-    )
