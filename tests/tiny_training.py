@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+import tests.configs
 from mmdistill.checkpoint.read import Checkpoint, CheckpointFormat
 from mmdistill.config import DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.distributed.process import Process
 from mmdistill.training.run import Run, Training
 from mmdistill.training.run_logger import RunLog
@@ -20,9 +20,7 @@ MakeTraining = Callable[..., Training]  # the fixture `make` of the unit tests
 
 def distill_config(data: Path, *more: str) -> DistillConfig:
     """Batches of 3 clips; the teachers do not exist."""
-    given = [*overrides(data), "trainer.ckpt_path=[a,b,c]", "batch_size=3", "accelerator=cpu", "logger=csv", *more]
-    config: DistillConfig = load_config(DistillConfig, "config_mmdistill", given)
-    return config
+    return tests.configs.distill_config(*overrides(data), "batch_size=3", "accelerator=cpu", *more)
 
 
 def make_training(

@@ -18,13 +18,13 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
 from mmdistill.config import DistillConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.distill import callbacks
 from mmdistill.distill import strategy as strategies
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
+from tests.configs import distill_config
 from tests.ranks import fork_ranks, import_zero, wait_for
 from tests.tiny_data import make_tiny, overrides
 
@@ -46,9 +46,9 @@ def start(world: int, job: Callable[..., int | None], *args: object) -> list[int
 
 
 def config_of(folder: Path, *more: str) -> DistillConfig:
-    teachers = ",".join(f"{m}:{folder / m}" for m in ("rgb", "flow", "skeleton"))
-    given = [f"trainer.ckpt_path={{{teachers}}}", *overrides(folder / "data"), *COMMON, *more]
-    return load_config(DistillConfig, "config_mmdistill", given)
+    teachers = ",".join(str(folder / m) for m in ("rgb", "flow", "skeleton"))
+    given = [f"trainer.ckpt_path=[{teachers}]", *overrides(folder / "data"), *COMMON, *more]
+    return distill_config(*given)
 
 
 def small_parameter() -> None:

@@ -13,13 +13,13 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError, WeightMismatchError, load_torch, open_checkpoint, save_torch
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teachers import load_teachers
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.pretrain import trainer as loop
+from tests.configs import distill_config, pretrain_config
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -40,14 +40,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _distill(folder: Path, *more: str) -> DistillConfig:
-    teachers = ",".join(f"{m}:{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
-    fixed = [f"trainer.ckpt_path={{{teachers}}}", "accelerator=cpu", "trainer.save_ckpt_freq=1"]
-    return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *fixed, *more])
+    teachers = ",".join(f"{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
+    fixed = [f"trainer.ckpt_path=[{teachers}]", "accelerator=cpu", "trainer.save_ckpt_freq=1"]
+    return distill_config(*overrides(folder / "data"), *fixed, *more)
 
 
 def _pretrain(folder: Path, *more: str) -> PretrainConfig:
     fixed = ["modality=rgb", "accelerator=cpu", "trainer.save_ckpt_freq=1"]
-    return load_config(PretrainConfig, "config_pretrain", [*overrides(folder / "data"), *MODEL, *fixed, *more])
+    return pretrain_config(*overrides(folder / "data"), *MODEL, *fixed, *more)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 
 from mmdistill.checkpoint import load_torch, save_torch
 from mmdistill.config import DistillConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.evaluation.networks import load_network
 from mmdistill.evaluation.run import evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.configs import distill_config
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 SIGMA = "data_module.modalities.skeleton.sigma=0.4"
@@ -42,7 +42,7 @@ def _config(folder: Path, *more: str) -> DistillConfig:
         "classifier=centroid",
         "feature_cache=null",
     ]
-    return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *EVAL, *fixed, *more])
+    return distill_config(*overrides(folder / "data"), *EVAL, *fixed, *more)
 
 
 def test_heatmaps_use_the_stored_sigma(folder: Path) -> None:

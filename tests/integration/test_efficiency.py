@@ -13,22 +13,21 @@ from mmdistill.checkpoint import CheckpointError, load_encoder, load_torch, save
 from mmdistill.config import (
     ConfigError,
     DistillConfig,
-    PretrainConfig,
     modality_specs,
     to_plain,
 )
-from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.configs import distill_config, pretrain_config
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
 def _config(folder: Path, *more: str) -> DistillConfig:
-    teachers = ",".join(f"{m}:{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
-    fixed = [f"trainer.ckpt_path={{{teachers}}}", "accelerator=cpu", "test=False", "trainer.lr=0.3"]
-    return load_config(DistillConfig, "config_mmdistill", [*overrides(folder / "data"), *fixed, *more])
+    teachers = ",".join(f"{folder / m}.ckpt" for m in ("rgb", "flow", "skeleton"))
+    fixed = [f"trainer.ckpt_path=[{teachers}]", "accelerator=cpu", "test=False", "trainer.lr=0.3"]
+    return distill_config(*overrides(folder / "data"), *fixed, *more)
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +197,13 @@ def test_pretraining_compiles_encoder_and_decoder(folder: Path, compiled: list, 
     names = []
     for is_enabled in (False, True):
         arguments = ["modality=rgb", *overrides(folder / "data"), *MODEL, "trainer.epochs=1", f"compile={is_enabled}"]
-        names.append(
-            pretrain(load_config(PretrainConfig, "config_pretrain", arguments), tmp_path / str(is_enabled)).name
-        )
+        names.append(pretrain(pretrain_config(*arguments), tmp_path / str(is_enabled)).name)
     encoder, decoder = compiled
     assert isinstance(encoder, Encoder)
     assert not isinstance(decoder, Encoder)
     assert names[0] == names[1]  # the loss to four digits
     with pytest.raises(ConfigError, match="stage 3"):
-        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "compile=true", "strategy=deepspeed_stage_3"])
+        pretrain_config("modality=rgb", "compile=true", "strategy=deepspeed_stage_3")
 
 
 def test_inductor_agrees_with_eager() -> None:

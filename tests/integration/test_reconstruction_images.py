@@ -10,8 +10,8 @@ from tests.tiny_data import MODEL, make_tiny, overrides
 
 def test_images_of_a_pretraining_and_of_its_checkpoint(tmp_path: Path, script: Script) -> None:
     data, run = make_tiny(tmp_path / "data", per_class=2), tmp_path / "run"
-    arguments = [*overrides(data), *MODEL, "trainer.image_every_n_epochs=2", f"hydra.run.dir={run}"]
-    run_python("pretrain_main.py", "modality=rgb", *arguments)
+    arguments = [*overrides(data), *MODEL, "trainer.image_every_n_epochs=2", "logger=[tensorboard,csv]"]
+    run_python("pretrain_main.py", "modality=rgb", *arguments, f"hydra.run.dir={run}")
     assert [p.name for p in (run / "images").iterdir()] == ["epoch=01.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice

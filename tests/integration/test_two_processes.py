@@ -115,7 +115,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     plan = [
         *(_pretrain(m, root, good, f"modality={m}") for m in _MODALITIES),
         _pretrain("one", root, good, "trainer.epochs=2", half),
-        _pretrain("two", root, good, "trainer.epochs=2", half, world=2),
+        _pretrain("two", root, good, "trainer.epochs=2", half, "logger=[tensorboard,csv]", world=2),
         _pretrain("two_zero2", root, good, "trainer.epochs=2", half, "strategy=deepspeed_stage_2", world=2),
         _pretrain("short", root, good, world=2),
         _swept(_pretrain("sweep", root, good, "seed=0,1", f"hydra.sweep.dir={root / 'sweep'}", world=2)),

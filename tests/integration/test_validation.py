@@ -12,7 +12,6 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
 from mmdistill.config import DistillConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.distill import trainer as run
 from mmdistill.distill.validation import METRIC, Validation
 from mmdistill.evaluation.networks import Network
@@ -20,6 +19,7 @@ from mmdistill.fewshot.encode import EvalMasks, encode_clips
 from mmdistill.fewshot.episodes import EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.configs import distill_config
 from tests.ranks import fork_ranks, wait_for
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, *more: str) -> DistillConfig:
     fixed = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{folder / 'rgb.ckpt'}]", "accelerator=cpu", "test=False"]
     given = [*overrides(folder / "data"), *EVAL, *fixed, "trainer.lr=1.0", *more]
-    return load_config(DistillConfig, "config_mmdistill", given)
+    return distill_config(*given)
 
 
 class _MetricsRecorder(pl.Callback):

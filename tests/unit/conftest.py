@@ -1,11 +1,14 @@
 """Fixtures of the unit tests of several packages."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.tiny_data import make_tiny
-from tests.tiny_training import MakeTraining, make_training
+
+if TYPE_CHECKING:
+    from tests.tiny_training import MakeTraining
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +18,8 @@ def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(tiny_clips: Path, tmp_path: Path) -> MakeTraining:
+def make(tiny_clips: Path, tmp_path: Path) -> "MakeTraining":
     """`make_training` on `tiny_clips`; each call has the same run folder."""
+    from tests.tiny_training import make_training  # imports torch, which the controller of pytest-xdist does not need
+
     return lambda *more, **options: make_training(tiny_clips, tmp_path / "run", *more, **options)

@@ -9,12 +9,12 @@ import pytest
 
 from mmdistill.builders import make_clip_dataset, open_readers
 from mmdistill.config import ConfigError, PretrainConfig
-from mmdistill.config.compose import load_config
+from tests.configs import pretrain_config
 from tests.tiny_data import make_tiny, overrides
 
 
 def _config(*arguments: str) -> PretrainConfig:
-    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *arguments])
+    return pretrain_config("modality=rgb", *arguments)
 
 
 def test_other_layout_and_annotations_give_the_same_frames(tmp_path: Path) -> None:

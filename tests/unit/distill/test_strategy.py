@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import CheckpointError
-from mmdistill.config import ConfigError, DistillConfig
-from mmdistill.config.compose import load_config
+from mmdistill.config import ConfigError
 from mmdistill.distill.strategy import (
     SingleFileDDPStrategy,
     SingleFileDeepSpeedStrategy,
     VerifiedCheckpointIO,
     strategy_kwargs,
 )
+from tests.configs import distill_config
 from tests.tiny_data import overrides
 
 
 def _kwargs(strategy: str, precision: str = "32") -> dict[str, Any]:
     given = [*overrides(Path("nowhere")), "trainer.ckpt_path=[a,b,c]", f"strategy={strategy}"]
-    return strategy_kwargs(load_config(DistillConfig, "config_mmdistill", given), precision)
+    return strategy_kwargs(distill_config(*given), precision)
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmdistill.config import ConfigError, DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.distill.validation import make_validation, validation_summary
 from mmdistill.distributed.process import Process
+from tests.configs import distill_config
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _config(folder: Path, *more: str) -> DistillConfig:
     fixed = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{folder / 'rgb.ckpt'}]", "accelerator=cpu", "test=False"]
     given = [*overrides(folder / "data"), *EVAL, *fixed, "trainer.lr=1.0", *more]
-    return load_config(DistillConfig, "config_mmdistill", given)
+    return distill_config(*given)
 
 
 def test_monitor_must_be_validated_at_each_checkpoint(folder: Path) -> None:

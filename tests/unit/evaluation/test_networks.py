@@ -5,18 +5,18 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_torch
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.evaluation.networks import load_network, load_networks, make_random_network
 from mmdistill.fewshot.encode import EvalMasks
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import get_modality
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.configs import distill_config
 
 TINY = ("data_module.num_frames=4", "data_module.crop_size=[32,32]", "data_module.patch_size=8")
 
 
 def make_config(*overrides: str) -> DistillConfig:
-    return load_config(DistillConfig, "config_mmdistill", ["train=False", "ckpt_path=x", *TINY, *overrides])
+    return distill_config("train=False", "ckpt_path=x", *TINY, *overrides)
 
 
 @pytest.fixture(scope="module")

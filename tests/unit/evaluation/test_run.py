@@ -1,6 +1,7 @@
 """The evaluation of a checkpoint in this process: input modes, log lines, and the feature cache."""
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.distill.teachers import read_teacher
 from mmdistill.distributed.process import Process
 from mmdistill.evaluation.networks import Network, load_networks
+from mmdistill.evaluation.report import write
 from mmdistill.evaluation.run import (
     SHOWN_DATA_KEYS,
     check_evaluation,
@@ -24,6 +25,7 @@ from mmdistill.evaluation.run import (
     training_facts,
 )
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from tests.configs import distill_config
 from tests.tiny_data import EVAL, make_tiny, overrides
 
 ENCODER = EncoderConfig(
@@ -31,14 +33,22 @@ ENCODER = EncoderConfig(
 )
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return make_tiny(tmp_path / "data")
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data; read-only."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "data")
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A distilled file: a student and a teacher with random weights."""
+def own_data(data: Path, tmp_path: Path) -> Path:
+    """A copy of `data` that a test can change."""
+    return Path(shutil.copytree(data, tmp_path / "data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distilled file: a student and a teacher with random weights; read-only."""
+    tmp_path = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(7)
     encoders = {name: Encoder(ENCODER) for name in ("student_rgb", "teacher_rgb")}
     state = {
@@ -49,9 +59,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "student.ckpt"
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no report: that takes half of a short evaluation."""
+    monkeypatch.setattr(write, "render_page", lambda *_, **__: "")
+
+
 def _config(root: Path, *more: str) -> DistillConfig:
     test = ["train=False", "ckpt_path=x", "accelerator=cpu", "classifier=[centroid,knn]"]
-    return load_config(DistillConfig, "config_mmdistill", [*overrides(root), *EVAL, *test, *more])
+    return distill_config(*overrides(root), *EVAL, *test, *more)
 
 
 def _evaluate(root: Path, checkpoint: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -95,6 +111,7 @@ def test_all_three_input_modes_are_evaluated_by_default(data: Path, checkpoint: 
     assert all(text in page for text in ("whole clips", SHARED, PER_CLIP))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_an_input_mode_has_the_same_result_alone(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     together = _evaluate(data, checkpoint, tmp_path / "all")["settings"][0]["rows"]
     modes = {
@@ -112,6 +129,7 @@ def test_an_input_mode_has_the_same_result_alone(data: Path, checkpoint: Path, t
     assert "student_rgb (whole clips)" in headline["settings"][0]["rows"]
 
 
+@pytest.mark.usefixtures("no_page")
 def test_input_modes_without_visible_tokens_are_skipped_unless_configured(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +144,7 @@ def test_input_modes_without_visible_tokens_are_skipped_unless_configured(
         _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]", "data_module.n_masks=2")
 
 
+@pytest.mark.usefixtures("no_page")
 def test_compile_is_ignored(
     data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,15 +162,16 @@ def test_compile_is_ignored(
     assert {**compiled, "seconds": 0} == {**plain, "seconds": 0}
 
 
-def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_page")
+def test_features_are_reused_until_a_frame_changes(own_data: Path, checkpoint: Path, tmp_path: Path) -> None:
     def cached() -> tuple[bool, float]:
-        out = _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.input_modes=configured")
+        out = _evaluate(own_data, checkpoint, tmp_path, "baselines=[]", "data_module.input_modes=configured")
         return out["cached"], out["top1_action_ensemble"]
 
     assert not cached()[0]
     used, before = cached()
     assert used
-    for frame in (data / "frames").glob("*/*.jpg"):  # replace all frames by one image under the same names
+    for frame in (own_data / "frames").glob("*/*.jpg"):  # replace all frames by one image under the same names
         cv2.imwrite(str(frame), np.full((32, 36, 3), 90, np.uint8))
     used, after = cached()
     assert not used
@@ -159,12 +179,13 @@ def test_features_are_reused_until_a_frame_changes(data: Path, checkpoint: Path,
     assert cached() == (True, after)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_repeated_frames_are_reported_also_for_cached_features(
-    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (data / "frames" / "rally_T_0" / "000005.jpg").unlink()
+    (own_data / "frames" / "rally_T_0" / "000005.jpg").unlink()
     for cached in (False, True):
-        out = _evaluate(data, checkpoint, tmp_path, "baselines=[]", "data_module.on_missing=repeat")
+        out = _evaluate(own_data, checkpoint, tmp_path, "baselines=[]", "data_module.on_missing=repeat")
         assert out["cached"] is cached
         assert out["missing"]["frames_repeated"] == {"rgb": {"rally_T_0": 1}}
         assert "missing data (on_missing=repeat): rgb: 1 frame repeated" in capsys.readouterr().out
@@ -251,6 +272,7 @@ def test_settings_of_the_page_are_those_that_the_numbers_depend_on(data: Path) -
     assert config.trainer.lr == 0.25
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("suffix", ["ckpt", "pth"])
 def test_evaluation_unpickles_a_checkpoint_once(
     data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
@@ -263,7 +285,7 @@ def test_evaluation_unpickles_a_checkpoint_once(
         return real(path, *args, **keywords)
 
     monkeypatch.setattr(torch, "load", load)
-    path = checkpoint.rename(checkpoint.with_suffix(f".{suffix}"))
+    path = Path(shutil.copy(checkpoint, tmp_path / f"copy.{suffix}"))
     _evaluate(data, path, tmp_path, "baselines=[random,teacher_rgb]", "data_module.input_modes=configured")
     assert read == [path]
 
@@ -283,6 +305,7 @@ def test_input_size_without_metadata_is_the_token_grid_in_each_phase(tmp_path: P
         load_networks(config, read_checkpoint(tmp_path / "s.pth"))
 
 
+@pytest.mark.usefixtures("no_page")
 def test_only_rank_zero_prints(
     data: Path, checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

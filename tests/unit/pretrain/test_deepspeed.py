@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from mmdistill.config import PretrainConfig
-from mmdistill.config.compose import load_config
 from mmdistill.pretrain.deepspeed import deepspeed_config
+from tests.configs import pretrain_config
 
 
 def _config(*overrides: str) -> PretrainConfig:
-    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "accelerator=cpu", *overrides])
+    return pretrain_config("modality=rgb", "accelerator=cpu", *overrides)
 
 
 @pytest.mark.parametrize(

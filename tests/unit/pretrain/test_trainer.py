@@ -8,8 +8,8 @@ import torch
 
 from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.config import PretrainConfig
-from mmdistill.config.compose import load_config
 from mmdistill.pretrain.trainer import PretrainTrainer, _weight_compat, pretrain
+from tests.configs import pretrain_config
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -19,8 +19,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _config(data: list[str], *more: str) -> PretrainConfig:
-    fixed = ["modality=flow", "accelerator=cpu", "batch_size=2", "logger=csv", "trainer.epochs=1"]
-    return load_config(PretrainConfig, "config_pretrain", [*data, *MODEL, *fixed, *more])
+    fixed = ["modality=flow", "accelerator=cpu", "batch_size=2", "trainer.epochs=1"]
+    return pretrain_config(*data, *MODEL, *fixed, *more)
 
 
 def test_settings_of_the_weights_contain_those_that_no_shape_shows(data: list[str]) -> None:

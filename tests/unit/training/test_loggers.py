@@ -13,13 +13,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmdistill.config import ConfigError, PretrainConfig, to_plain
-from mmdistill.config.compose import load_config
 from mmdistill.training.loggers import TRACKERS, Csv, ResumePoint, open_csv, open_tensorboard, open_wandb
 from mmdistill.training.run_logger import RunLog
+from tests.configs import pretrain_config
 
 
 def _parsed(*overrides: str) -> PretrainConfig:
-    return load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *overrides])
+    return pretrain_config("modality=rgb", *overrides)
 
 
 def test_csv_appends_to_the_rows_of_a_resumed_run(tmp_path: Path) -> None:

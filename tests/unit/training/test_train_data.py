@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mmdistill.config import ConfigError, DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.distributed.process import Process
 from mmdistill.training.state import TrainingState
 from mmdistill.training.train_data import TrainData, make_train_data
+from tests.configs import distill_config
 from tests.tiny_data import make_tiny, overrides
 
 
@@ -20,7 +20,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _data(root: Path, *more: str, world_size: int = 1, whole_steps: bool = False) -> TrainData:
     given = [*overrides(root), "trainer.ckpt_path=[a,b,c]", "batch_size=2", "accelerator=cpu", *more]
-    config: DistillConfig = load_config(DistillConfig, "config_mmdistill", given)
+    config: DistillConfig = distill_config(*given)
     process = Process(torch.device("cpu"), 0, world_size)
     return make_train_data(config, ("rgb",), process, whole_steps=whole_steps)
 
