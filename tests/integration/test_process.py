@@ -24,6 +24,11 @@ def test_process_group_is_destroyed_before_the_interpreter_shuts_down() -> None:
     assert done.stderr.split() == ["destroyed"]
 
 
+def test_objects_are_frozen_before_the_last_garbage_collections() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import mmdistill.cli"
+    assert run_python("-c", code).stdout.split() == ["True"]
+
+
 # Number of denormal products: in the main thread, in all intra-op threads, in a backward pass, in a loader worker.
 _DENORMALS = """
 import sys, torch
