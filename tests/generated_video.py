@@ -100,6 +100,7 @@ def write_broadcast_clip(
     for y in (0.2, 0.45, 0.85):
         cv2.line(court, (width // 8, int(y * height)), (width * 7 // 8, int(y * height)), (225, 225, 225), 3)
     crowd = cv2.resize(rng.integers(0, 255, (90, 160, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    court[: height // 9], court[-height // 9 :] = crowd[: height // 9], crowd[-height // 9 :] // 2  # above and below
     textures = [cv2.resize(rng.integers(150, 255, (8, 4, 3), np.uint8), (w, h)) for w, h in ((60, 150), (26, 64))]
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 30.0, (width, height))
     assert writer.isOpened()
@@ -123,3 +124,12 @@ def write_broadcast_clip(
         writer.write(image)
     writer.release()
     return BroadcastClip(path, num_frames, repeated, centers[0], centers[1], cut)
+
+
+def write_pan(path: Path, video: Path, offsets: np.ndarray, size: tuple[int, int]) -> Path:
+    """Crops of a video, as a moving camera sees it: offsets (T, 2) x, y of the crop in px; size (height, width)."""
+    images = []
+    with av.open(str(video)) as container:
+        for frame, (x, y) in zip(container.decode(video=0), offsets.tolist(), strict=False):
+            images.append(np.ascontiguousarray(frame.to_ndarray(format="bgr24")[y : y + size[0], x : x + size[1]]))
+    return write_video(path, images)

@@ -3,7 +3,8 @@
     mmdistill prepare my_videos --output data/mine
     mmdistill prepare match.mp4 --output data/mine --skeleton mediapipe --flow farneback
 
-An interrupted run can be repeated; it computes only what is missing. The exit status is 1 if any video failed.
+An interrupted run can be repeated; it computes only what is missing. The exit status is 1 if a video failed, or if a
+player is found in less than half of its frames.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import format_count
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
-from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_all
+from mmdistill.prepare.pipeline import SHEET_DIR, PrepareResult, Settings, prepare_all
 from mmdistill.prepare.video import find_videos
 
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         results = prepare_all(videos, options.output, settings, workers=options.workers, progress=progress)
     _print_next_commands(options.output, results)
-    return 1 if any(r.error for r in results) else 0
+    return 1 if any(r.error or r.lacks_a_player for r in results) else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,6 +102,11 @@ def format_result(result: PrepareResult) -> str:
             f"near player found in {found['near']} of {format_count(frames, 'frame')}, far player in "
             f"{found['far']} of {frames}"
         )
+        if found["camera_moves"]:
+            details.append(f"camera motion in {format_count(found['camera_moves'], 'frame')}")
+    if result.lacks_a_player:
+        sheet = f"{SHEET_DIR}/{result.video}.jpg"
+        details.append(f"a player is not found in most frames: look at {sheet}, cut other shots, or change --split")
     reused = "prepared by an earlier run: " if result.reused else ""
     return f"{result.video}: {reused}{', '.join(details)}"
 

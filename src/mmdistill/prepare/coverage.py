@@ -132,6 +132,7 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
     """
     totals: dict[str, Counter[str]] = {}
     gaps: dict[str, Any] = {}
+    without_players: list[str] = []  # rallies with a player in less than half of the frames
     for result in results:
         for name, coverage in result.modalities.items():
             counted = ("missing_frames", "unreadable_frames", "wrong_size_frames")
@@ -145,6 +146,11 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
             )
             if any(gap.values()) or coverage.extra_frames:
                 gaps.setdefault(result.video, {})[name] = {**gap, "longer_than_annotated": coverage.extra_frames > 0}
+        if 2 * min(result.players) < result.person_frames:
+            found = dict(zip(("near", "far"), result.players, strict=True))
+            gaps.setdefault(result.video, {})["players"] = found
+            shown = " and ".join(f"the {name} player in {count}" for name, count in found.items())
+            without_players.append(f"{result.video}: {shown} of {format_count(result.person_frames, 'frame')}")
     frames = sum(result.person_frames for result in results)
     messages = [coverage.messages for result in results for coverage in result.modalities.values()]
     players = {name: sum(result.players[i] for result in results) for i, name in enumerate(("near", "far")) if frames}
@@ -157,5 +163,5 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
             for name, found in players.items()
         },
         "rallies_with_gaps": gaps,
-        "messages": list(itertools.chain.from_iterable(messages)),
+        "messages": [*itertools.chain.from_iterable(messages), *without_players],
     }

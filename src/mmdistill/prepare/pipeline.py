@@ -1,7 +1,8 @@
 """Preparation of videos in the tennis layout: parallel, resumable, with atomic writes.
 
 OUTPUT/vid_frames_224/{video}/{frame:06d}.jpg        OUTPUT/skeletons/f3set-tennis/{video}.pkl
-OUTPUT/tennis_flows/{video}/pair_{frame:05d}.npy     OUTPUT/unlabel.json  OUTPUT/provenance.json
+OUTPUT/tennis_flows/{video}/pair_{frame:05d}.npy     OUTPUT/contact_sheets/{video}.jpg
+OUTPUT/unlabel.json                                  OUTPUT/provenance.json
 """
 
 import hashlib
@@ -29,7 +30,9 @@ from mmdistill.prepare.pose import import_mediapipe, load_mediapipe_pose, write_
 from mmdistill.prepare.video import container_frame_count, decode_frames, find_repeated_frames, mean_frame_rate
 
 FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
+SHEET_DIR = "contact_sheets"
 FINGERPRINT_BYTES = 1 << 20  # read from the start and from the end of a video
+TRACKING_VERSION = 2  # of `find_players`: 1 has no compensation of camera motion
 DEFAULT_FPS = 25.0  # of a video with a single frame: the annotation requires a frame rate
 
 
@@ -61,7 +64,7 @@ class Settings:
         return {
             "frames": {"height": self.height, "quality": self.quality},
             "flow": {"height": self.height, "method": self.flow, "dtype": self.flow_dtype},
-            "skeleton": {"method": self.skeleton, "split": self.split},
+            "skeleton": {"method": self.skeleton, "split": self.split, "tracking": TRACKING_VERSION},
         }
 
 
@@ -73,6 +76,12 @@ class PrepareResult:
     record: dict[str, Any] | None
     error: str | None
     reused: bool = False  # whether an earlier run completed the video
+
+    @property
+    def lacks_a_player(self) -> bool:
+        """Whether the near or the far player has a skeleton in less than half of the frames."""
+        found = self.record.get("skeleton_frames") if self.record else None
+        return found is not None and 2 * min(found["near"], found["far"]) < found["frames"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,8 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Pr
             return PrepareResult(name, old, None, reused=True)
         record |= _write_frames_and_flow(path, files, settings)
         if settings.skeleton == "mediapipe":
-            counts = write_skeletons(path, files.skeleton, split=settings.split, pose=load_mediapipe_pose())
+            sheet = output / SHEET_DIR / f"{name}.jpg"
+            counts = write_skeletons(path, files.skeleton, sheet, split=settings.split, pose=load_mediapipe_pose())
             record["skeleton_frames"] = asdict(counts)
         record["complete"] = True
         atomic_write_bytes(files.record, json.dumps(record).encode())

@@ -21,6 +21,9 @@ from mmdistill.prepare.video import decode_frames
 BLAZEPOSE_TO_COCO = (0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28)
 
 HIPS = (11, 12)
+LIMBS = ((5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 12), (11, 13), (13, 15), (12, 14), (14, 16))
+COLORS = ((60, 60, 255), (255, 160, 0))  # BGR of the near and the far player in a contact sheet: red, blue
+SHEET_COLUMNS, SHEET_ROWS, TILE_HEIGHT = 3, 4, 270  # of a contact sheet; height in px
 MAX_HIP_OFFSET = 0.3  # crop sides between the crop center and the hips; a larger offset means another person
 # A far player is 80 px high in a 1080-line broadcast. Measured on one video: found in 9 of 21 frames without
 # enlargement, in 19 with the crop enlarged to twice the player's size.
@@ -35,11 +38,12 @@ class PoseError(InputError):
 
 @dataclass(frozen=True)
 class SkeletonCounts:
-    """Number of frames, and of frames in which the near and the far player have a skeleton."""
+    """Number of frames, of frames in which the near and the far player have a skeleton, and of camera motion."""
 
     frames: int
     near: int
     far: int
+    camera_moves: int
 
 
 def import_mediapipe() -> Any:
@@ -78,23 +82,33 @@ def load_mediapipe_pose() -> PoseFunction:
     return estimate_pose
 
 
-def write_skeletons(video: Path, target: Path, *, split: float, pose: PoseFunction) -> SkeletonCounts:
-    """Write the skeleton file of one video: person 0 near, person 1 far; score 0 where a person is absent, never NaN.
+def write_skeletons(video: Path, target: Path, sheet: Path, *, split: float, pose: PoseFunction) -> SkeletonCounts:
+    """Write the skeletons of a video: person 0 near, person 1 far; score 0 where a person is absent, never NaN.
 
-    `split` is that of `find_players`. `pose` estimates the pose in a crop, see `load_mediapipe_pose`.
+    Args:
+        video: the video file.
+        target: the skeleton file.
+        sheet: a JPEG of evenly spaced frames with the drawn skeletons.
+        split: see `find_players`.
+        pose: estimates the pose in a crop, see `load_mediapipe_pose`.
 
     Raises:
         VideoError: the video cannot be decoded.
     """
-    crops = np.stack([square_crops(boxes) for boxes in find_players(video, split=split)])  # (2, T, 3)
+    players = find_players(video, split=split)
+    crops = np.stack([square_crops(boxes) for boxes in players.boxes])  # (2, T, 3)
     total = crops.shape[1]
     rows = np.zeros((2, total, 17, 3), np.float32)
     shape = (0, 0)
+    shown = set(np.linspace(0, total - 1, SHEET_COLUMNS * SHEET_ROWS).round().astype(int).tolist())
+    tiles = []
     for frame in decode_frames(video):
         shape = frame.pixels.shape[:2]
         for person, crop in enumerate(crops[:, frame.number]):
             if not np.isnan(crop[0]):
                 rows[person, frame.number] = _estimate_joints(frame.pixels, crop, pose)
+        if frame.number in shown:
+            tiles.append(_draw_skeletons(frame.pixels, rows[:, frame.number], f"frame {frame.number}"))
     entry = {
         "frame_dir": target.stem,
         "keypoint": rows[..., :2],
@@ -103,8 +117,24 @@ def write_skeletons(video: Path, target: Path, *, split: float, pose: PoseFuncti
         "img_shape": tuple(int(v) for v in shape),
     }
     atomic_write_bytes(target, pickle.dumps(entry, protocol=4))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % SHEET_COLUMNS)
+    lines = [np.hstack(tiles[k : k + SHEET_COLUMNS]) for k in range(0, len(tiles), SHEET_COLUMNS)]
+    atomic_write_bytes(sheet, cv2.imencode(".jpg", np.vstack(lines))[1].tobytes())
     found = (rows[..., 2] > 0).any(axis=2).sum(axis=1)
-    return SkeletonCounts(total, int(found[0]), int(found[1]))
+    return SkeletonCounts(total, int(found[0]), int(found[1]), int(players.camera_moves.sum()))
+
+
+def _draw_skeletons(pixels: np.ndarray, rows: np.ndarray, title: str) -> np.ndarray:
+    """A frame with its skeletons (2, 17, 3), reduced to `TILE_HEIGHT`."""
+    scale = TILE_HEIGHT / pixels.shape[0]
+    tile: np.ndarray = cv2.resize(pixels, (round(pixels.shape[1] * scale), TILE_HEIGHT), interpolation=cv2.INTER_AREA)
+    for joints, color in zip(rows, COLORS, strict=True):
+        points = ((joints[:, :2] + 0.5) * scale).round().astype(int).tolist()
+        for a, b in LIMBS:
+            if joints[a, 2] > 0 and joints[b, 2] > 0:
+                cv2.line(tile, points[a], points[b], color, 1, cv2.LINE_AA)
+    cv2.putText(tile, title, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
+    return tile
 
 
 def _estimate_joints(pixels: np.ndarray, crop: np.ndarray, pose: PoseFunction) -> np.ndarray:

@@ -21,10 +21,10 @@ RALLIES = [Rally(name, FRAMES, 25.0, (Event(3, LABEL),)) for name in ("m_1_10", 
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two rallies in the tennis layout; the far player has no skeleton."""
+    """Two rallies in the tennis layout; the far player has a skeleton in 4 of 6 frames."""
     monkeypatch.setenv("COLUMNS", "160")
     scores = np.ones((2, FRAMES, 17))
-    scores[1] = 0
+    scores[1, 4:] = 0
     entry = {"keypoint": np.ones((2, FRAMES, 17, 2)), "keypoint_score": scores, "img_shape": SIZE}
     (tmp_path / "skeletons/f3set-tennis").mkdir(parents=True)
     for rally in RALLIES:
@@ -54,8 +54,22 @@ def test_complete_data_exits_with_0(root: Path, capsys: pytest.CaptureFixture[st
         assert title in text
     assert "rallies longer than annotated" in text
     assert "near player found in 12 of 12 frames (100.0 %)" in text
-    assert "far player found in 0 of 12 frames (0.0 %)" in text
+    assert "far player found in 8 of 12 frames (66.7 %)" in text
     assert text.rstrip().endswith("complete")
+
+
+def test_a_player_in_less_than_half_of_the_frames_is_a_gap(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "skeletons/f3set-tennis/m_1_10.pkl"
+    entry = pickle.loads(path.read_bytes())
+    entry["keypoint_score"][1, 2:] = 0
+    path.write_bytes(pickle.dumps(entry))
+    assert check(root, "--json", root / "r.json") == 1
+    text = capsys.readouterr().out
+    assert "m_1_10: the near player in 6 and the far player in 2 of 6 frames" in text
+    assert text.rstrip().endswith("gaps in 1 of 2 rallies")
+    assert json.loads((root / "r.json").read_text())["rallies_with_gaps"] == {
+        "m_1_10": {"players": {"near": 6, "far": 2}}
+    }
 
 
 def test_gaps_exit_with_1_and_are_counted_in_the_json_report(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

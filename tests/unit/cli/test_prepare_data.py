@@ -38,8 +38,13 @@ RECORD: dict[str, Any] = {
             "variable frame rate (up to 0.460 s from the mean rate; see timestamps_s)",
         ),
         (
-            {"skeleton_frames": {"frames": 93, "near": 85, "far": 40}},
-            "near player found in 85 of 93 frames, far player in 40 of 93",
+            {"skeleton_frames": {"frames": 93, "near": 85, "far": 50, "camera_moves": 0}},
+            "near player found in 85 of 93 frames, far player in 50 of 93",
+        ),
+        (
+            {"skeleton_frames": {"frames": 93, "near": 85, "far": 40, "camera_moves": 12}},
+            "far player in 40 of 93, camera motion in 12 frames, a player is not found in most frames: look at "
+            "contact_sheets/clip.jpg, cut other shots, or change --split",
         ),
     ],
 )

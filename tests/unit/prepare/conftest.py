@@ -33,17 +33,12 @@ class TwoPlayers:
     far_start: int  # first frame of the far figure
 
 
-@pytest.fixture(scope="session")
-def two_players(tmp_path_factory: pytest.TempPathFactory) -> TwoPlayers:
-    """A tall figure moves right in the lower half, a small one moves left in the upper half from frame 10."""
-    path = tmp_path_factory.mktemp("pose") / "v.avi"
-    frames, far_start = 40, 10
-    near = np.array([(120 + 6 * k, 260) for k in range(frames)])
-    far = np.array([(500 - 4 * k, 60) for k in range(frames)])
+def write_two_players(path: Path, near: np.ndarray, far: np.ndarray, *, far_start: int = 0) -> TwoPlayers:
+    """A tall and, from frame `far_start` on, a small figure on a textured background."""
     rng = np.random.default_rng(0)
     background = cv2.GaussianBlur(rng.integers(40, 90, (360, 640, 3), np.uint8), (0, 0), 3)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (640, 360))
-    for k in range(frames):
+    for k in range(len(near)):
         image = background.copy()
         x, y = near[k].tolist()
         cv2.rectangle(image, (x - 20, y - 45), (x + 20, y + 45), (230, 230, 230), -1)
@@ -53,3 +48,11 @@ def two_players(tmp_path_factory: pytest.TempPathFactory) -> TwoPlayers:
         writer.write(image)
     writer.release()
     return TwoPlayers(path, near, far, far_start)
+
+
+@pytest.fixture(scope="session")
+def two_players(tmp_path_factory: pytest.TempPathFactory) -> TwoPlayers:
+    """A tall figure moves right in the lower half, a small one moves left in the upper half from frame 10."""
+    near = np.array([(120 + 6 * k, 260) for k in range(40)])
+    far = np.array([(500 - 4 * k, 60) for k in range(40)])
+    return write_two_players(tmp_path_factory.mktemp("pose") / "v.avi", near, far, far_start=10)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -21,7 +22,9 @@ def bright_center_pose(crop: np.ndarray) -> np.ndarray | None:
 
 
 def test_skeletons_lie_on_the_players_in_source_pixels(two_players: TwoPlayers, tmp_path: Path) -> None:
-    counts = write_skeletons(two_players.path, tmp_path / "v.pkl", split=0.5, pose=bright_center_pose)
+    counts = write_skeletons(
+        two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=bright_center_pose
+    )
     frames, first = len(two_players.near), two_players.far_start
     assert (counts.frames, counts.near, counts.far) == (frames, frames, frames - first)
     rows = SkeletonReader(tmp_path, frame_size=(360, 640)).read("v", range(frames))
@@ -30,13 +33,31 @@ def test_skeletons_lie_on_the_players_in_source_pixels(two_players: TwoPlayers, 
         np.testing.assert_allclose(rows[first:, 1, joint, :2], two_players.far[first:], atol=2)
     assert not rows[:first, 1].any()
     assert np.isfinite(rows).all()
+    assert counts.camera_moves == 0
+
+
+def test_contact_sheet_shows_the_skeletons_in_two_colors(two_players: TwoPlayers, tmp_path: Path) -> None:
+    def cross(crop: np.ndarray) -> np.ndarray:
+        joints = np.full((17, 3), 0.9, np.float32)
+        joints[:, 0], joints[:, 1] = np.linspace(0.2, 0.8, 17), np.linspace(0.8, 0.2, 17)
+        return joints
+
+    write_skeletons(two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=cross)
+    sheet = cv2.imread(str(tmp_path / "v.jpg")).astype(int)
+    assert sheet.shape == (4 * 270, 3 * 480, 3)
+    blue, _, red = np.moveaxis(sheet, 2, 0)
+    for tile in range(12):
+        part = (slice(270 * (tile // 3), 270 * (tile // 3 + 1)), slice(480 * (tile % 3), 480 * (tile % 3 + 1)))
+        assert (red - blue)[part].max() > 100, tile  # the near player
+        if tile >= 4:  # from frame 10 on
+            assert (blue - red)[part].max() > 100, tile
 
 
 @pytest.mark.parametrize("wrong", ["off center", "not finite"])
 def test_pose_of_another_person_is_discarded(two_players: TwoPlayers, tmp_path: Path, wrong: str) -> None:
     """Hips far from the crop center belong to another person; NaN never reaches the file."""
     joints = np.full((17, 3), 0.95 if wrong == "off center" else np.nan, np.float32)
-    counts = write_skeletons(two_players.path, tmp_path / "v.pkl", split=0.5, pose=lambda _: joints)
+    counts = write_skeletons(two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=lambda _: joints)
     assert (counts.near, counts.far) == (0, 0)
     assert not SkeletonReader(tmp_path, frame_size=(360, 640)).read("v", range(counts.frames)).any()
 
