@@ -13,6 +13,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -26,10 +27,11 @@ from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
-from mmdistill.errors import format_count
+from mmdistill.errors import InputError, format_count
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
-from mmdistill.prepare.pipeline import SHEET_DIR, PrepareResult, Settings, prepare_all
+from mmdistill.prepare.pipeline import SHEET_DIR, PrepareResult, Settings, estimate_output, prepare_all
+from mmdistill.prepare.placement import FITS
 from mmdistill.prepare.video import find_videos
 
 
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     settings = Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)})
     videos = find_videos(options.source)
+    _check_disk_space(videos, options.output, settings)
     done = itertools.count(1)
     with ProgressDisplay("videos", len(videos)) as display:
 
@@ -55,7 +58,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("prepare", __doc__)
     parser.add_argument("source", type=Path, help="a video file, or a folder with video files")
     parser.add_argument("--output", type=Path, required=True, help="output folder")
-    parser.add_argument("--height", type=int, default=224, help="height of the stored frames in px")
+    parser.add_argument(
+        "--height", type=int, default=224, help="height of the stored frames in px; the width keeps the aspect ratio"
+    )
+    parser.add_argument(
+        "--size",
+        type=_parse_size,
+        metavar="HEIGHTxWIDTH",
+        help="size of all stored frames in px, for videos of different aspect ratios, instead of --height",
+    )
+    parser.add_argument("--fit", choices=FITS, default="pad", help="with --size: add black borders, or cut borders off")
+    parser.add_argument("--fps", type=float, help="frame rate of the stored frames (default: every frame of the video)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100")
     parser.add_argument("--flow", choices=[*FLOW_METHODS, "none"], default="dis", help="optical flow method")
     parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format of the flow files")
@@ -80,6 +93,24 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 224x384")
+    return int(height), int(width)
+
+
+def _check_disk_space(videos: dict[str, Path], output: Path, settings: Settings) -> None:
+    """Print the number of files and bytes that the videos need. Raises `InputError` if the disk has less space."""
+    files, needed = estimate_output(videos, settings)
+    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    space = f"about {format_count(files, 'file')} and {needed / 1e9:.1f} GB in {output}, {free / 1e9:.1f} GB are free"
+    print(f"{format_count(len(videos), 'video')}: {space}", file=sys.stderr)
+    if needed > free and not output.exists():
+        raise InputError(f"{space}; choose another --output, a smaller --height, or --flow-dtype int8")
+
+
 def format_result(result: PrepareResult) -> str:
     """The log line of one video."""
     if result.record is None:
@@ -89,11 +120,17 @@ def format_result(result: PrepareResult) -> str:
     height, width = record["stored_size"]
     details = [f"{format_count(frames, 'frame')} at {record['fps']:.2f} fps", f"{height} x {width}"]
     declared = record.get("container_frame_count", 0)
-    if declared not in (0, frames):
+    if (fps := record.get("parts", {}).get("frames", {}).get("fps")) is not None:
+        details.append(f"the nearest of the video's frames at {fps:g} fps")
+    elif declared not in (0, frames):
         details.append(f"the container declares {format_count(declared, 'frame')}")
+    if record.get("interlaced"):
+        details.append("interlaced, stored as progressive frames")
+    if record.get("hdr"):
+        details.append("HDR: brightness is not converted to SDR; convert the video for natural colors")
     if "timestamps_s" in record:
         deviation = record["largest_timestamp_deviation_s"]
-        details.append(f"variable frame rate (up to {deviation:.3f} s from the mean rate; see timestamps_s)")
+        details.append(f"unevenly spaced (up to {deviation:.3f} s from the mean frame rate; see timestamps_s)")
     if record["repeated_frames"]:
         details.append(f"{format_count(len(record['repeated_frames']), 'repeated frame')} (zero flow)")
     if "skeleton_frames" in record:
@@ -122,7 +159,12 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     lines = [f"{done}{reused}; see {output}/provenance.json"]
     sizes = sorted({tuple(record["stored_size"]) for record in complete})
     if len(sizes) > 1:
-        lines.append(f"the stored sizes differ ({sizes}): prepare videos of one aspect ratio per output folder")
+        shown = ", ".join(f"{height} x {width}" for height, width in sizes)
+        lines.append(f"the stored sizes differ ({shown}): use --size 224x384 with --fit pad or --fit crop")
+    rates = sorted({round(record["fps"], 2) for record in complete})
+    if len(rates) > 1 and rates[-1] > 1.01 * rates[0]:
+        shown = ", ".join(f"{rate:.2f}" for rate in rates)
+        lines.append(f"the frame rates differ ({shown} fps): clips show different times; use --fps {rates[0]:g}")
     absent = {kind for record in complete for kind, part in record["parts"].items() if part.get("method") == "none"}
     modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
     for line in [*lines, *next_commands(output.resolve(), load_f3set(output / "unlabel.json"), sizes[0], modalities)]:

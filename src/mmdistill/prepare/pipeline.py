@@ -26,13 +26,15 @@ from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
+from mmdistill.prepare.placement import FITS, Placement, fit_into, scale_to_height
 from mmdistill.prepare.pose import import_mediapipe, load_mediapipe_pose, write_skeletons
-from mmdistill.prepare.video import container_frame_count, decode_frames, find_repeated_frames, mean_frame_rate
+from mmdistill.prepare.video import find_repeated_frames, mean_frame_rate, read_frames, read_header
 
 FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
 SHEET_DIR = "contact_sheets"
 FINGERPRINT_BYTES = 1 << 20  # read from the start and from the end of a video
 TRACKING_VERSION = 2  # of `find_players`: 1 has no compensation of camera motion
+JPEG_BYTES_PER_PX = 0.5  # a rough upper estimate for quality 95
 DEFAULT_FPS = 25.0  # of a video with a single frame: the annotation requires a frame rate
 
 
@@ -42,6 +44,9 @@ class Settings:
 
     # height of the stored frames in px. The width keeps the aspect ratio (1920 x 1080 becomes 398 x 224)
     height: int = 224
+    size: tuple[int, int] | None = None  # (height, width) of all stored frames in px; None: by `height`
+    fit: str = "pad"  # with `size`: ``pad`` adds black borders, ``crop`` cuts the borders off
+    fps: float | None = None  # frame rate of the stored frames; None: every frame of the video
     quality: int = 95  # JPEG quality, 1 to 100
     flow: str = "dis"  # ``dis``, ``farneback`` or ``none``
     flow_dtype: str = "float16"  # number format of the flow files, see `write_flow`
@@ -53,19 +58,46 @@ class Settings:
             ("flow", self.flow, (*FLOW_METHODS, "none")),
             ("flow_dtype", self.flow_dtype, FLOW_DTYPES),
             ("skeleton", self.skeleton, ("mediapipe", "none")),
+            ("fit", self.fit, FITS),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
         if self.height < 16 or not 1 <= self.quality <= 100 or not 0 <= self.split <= 1:
             raise ValueError(f"height, quality or split is out of range: {self}")
+        if (self.size is not None and min(self.size) < 16) or (self.fps is not None and self.fps <= 0):
+            raise ValueError(f"size={self.size} must be at least 16 x 16 px, and fps={self.fps} must be positive")
+
+    def placement(self, source: tuple[int, int]) -> Placement:
+        """Placement of a video of (height, width) px in the stored frames."""
+        return fit_into(source, self.size, self.fit) if self.size else scale_to_height(source, self.height)
 
     def by_output(self) -> dict[str, dict[str, Any]]:
         """The settings that each kind of output file depends on."""
+        shape: dict[str, Any] = {"size": list(self.size), "fit": self.fit} if self.size else {"height": self.height}
+        rate = {} if self.fps is None else {"fps": self.fps}
+        found = {"method": self.skeleton, "split": self.split, "tracking": TRACKING_VERSION}
         return {
-            "frames": {"height": self.height, "quality": self.quality},
-            "flow": {"height": self.height, "method": self.flow, "dtype": self.flow_dtype},
-            "skeleton": {"method": self.skeleton, "split": self.split, "tracking": TRACKING_VERSION},
+            "frames": {**shape, **rate, "quality": self.quality},
+            "flow": {**shape, **rate, "method": self.flow, "dtype": self.flow_dtype},
+            "skeleton": {**found, **rate, **(shape if self.size else {})},
         }
+
+
+def estimate_output(videos: dict[str, Path], settings: Settings) -> tuple[int, int]:
+    """Number of files and of bytes that all videos need, from what their containers declare."""
+    files = num_bytes = 0
+    for path in videos.values():
+        header = read_header(path)
+        if not header.frames:
+            continue
+        count = header.frames if settings.fps is None else round(header.seconds * settings.fps)
+        height, width = settings.placement(header.frame_size).stored
+        files += count
+        num_bytes += round(count * height * width * JPEG_BYTES_PER_PX)
+        if settings.flow != "none":
+            files += count
+            num_bytes += count * 2 * height * width * np.dtype(settings.flow_dtype).itemsize
+    return files, num_bytes
 
 
 @dataclass(frozen=True)
@@ -153,7 +185,15 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Pr
         record |= _write_frames_and_flow(path, files, settings)
         if settings.skeleton == "mediapipe":
             sheet = output / SHEET_DIR / f"{name}.jpg"
-            counts = write_skeletons(path, files.skeleton, sheet, split=settings.split, pose=load_mediapipe_pose())
+            place = settings.placement(tuple(record["source_size"])) if settings.size else None
+            counts = write_skeletons(
+                lambda: read_frames(path, settings.fps),
+                files.skeleton,
+                sheet,
+                split=settings.split,
+                pose=load_mediapipe_pose(),
+                place=place,
+            )
             record["skeleton_frames"] = asdict(counts)
         record["complete"] = True
         atomic_write_bytes(files.record, json.dumps(record).encode())
@@ -195,23 +235,17 @@ def _fingerprint(path: Path) -> str:
     return f"{size}:{digest.hexdigest()}"
 
 
-def stored_size(height: int, width: int, stored_height: int) -> tuple[int, int]:
-    """(height, width) in px of the stored frames of a video of `height` x `width` px."""
-    return stored_height, max(1, round(width * stored_height / height))
-
-
 def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> dict[str, Any]:
     """Write the missing frames and flow files of a video and return what was measured on it."""
     files.frames.mkdir(parents=True, exist_ok=True)
     compute_flow = None if settings.flow == "none" else make_flow_function(settings.flow)
     seconds: list[float] = []
     differences: list[float] = []
-    source, stored = (0, 0), (0, 0)
+    source, is_interlaced = (0, 0), False
     previous: np.ndarray | None = None
-    for frame in decode_frames(path):
-        source = frame.pixels.shape[:2]
-        stored = stored_size(*source, settings.height)
-        image = cv2.resize(frame.pixels, stored[::-1], interpolation=cv2.INTER_AREA)
+    for frame in read_frames(path, settings.fps):
+        source, is_interlaced = frame.pixels.shape[:2], frame.is_interlaced
+        image = settings.placement(source).place(frame.pixels)
         _write_jpeg(files.frames / f"{frame.number:06d}.jpg", image, settings.quality)
         gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
         if previous is not None:
@@ -224,15 +258,18 @@ def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> d
     fps = mean_frame_rate(seconds)
     deviation = max((abs(s - k / fps) for k, s in enumerate(seconds)), default=0.0) if fps else 0.0
     is_irregular = deviation * fps > 0.5  # frames
+    header = read_header(path)
     return {
         "num_frames": len(seconds),
-        "container_frame_count": container_frame_count(path),
+        "container_frame_count": header.frames,
+        "interlaced": is_interlaced,
+        "hdr": header.is_hdr,
         "fps": fps or DEFAULT_FPS,
         "largest_timestamp_deviation_s": round(deviation, 6),
         **({"timestamps_s": [round(s, 6) for s in seconds]} if is_irregular else {}),
         "repeated_frames": find_repeated_frames(differences),
         "source_size": list(source),
-        "stored_size": list(stored),
+        "stored_size": list(settings.placement(source).stored),
     }
 
 
@@ -257,6 +294,7 @@ def write_annotations(output: Path) -> list[Rally]:
         "opencv": cv2.__version__,
         "ffmpeg": av.ffmpeg_version_info,
         "frames": "numbered from 0 in the order of presentation; upright, progressive, square pixels; INTER_AREA",
+        "fps": "if set: the frames nearest to the multiples of 1 / fps; else all frames",
         "flow": {
             "methods": {m: FLOW_METHODS.get(m, "no flow") for m in methods},
             "pair": "pair k is the flow from frame k to frame k + 1",
@@ -264,7 +302,8 @@ def write_annotations(output: Path) -> list[Rally]:
             "unit": "px of the stored frame",
             "computed_on": "gray stored frames before JPEG compression",
         },
-        "skeleton": "person 0 near, person 1 far; COCO-17 keypoints in px of the source video; score 0 if not found",
+        "skeleton": "person 0 near, person 1 far; COCO-17 keypoints, score 0 if not found; in px of the source, or "
+        "with size in px of the stored frame",
         "videos": records,
     }
     atomic_write_bytes(output / "provenance.json", (json.dumps(provenance, indent=1) + "\n").encode())

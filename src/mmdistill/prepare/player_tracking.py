@@ -8,14 +8,13 @@ A person who does not move is not found and is reported as absent, never guessed
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mmdistill.prepare.video import decode_frames
+from mmdistill.prepare.video import Frame
 
 WORK_HEIGHT = 360  # px; blobs are searched in an image of this height
 BACKGROUND_FRAMES = 25  # minimum, if the video has them; the maximum is twice as many
@@ -34,6 +33,8 @@ MIN_INLIERS = 20  # points that agree on a motion; fewer mean a cut
 REPROJECTION_ERROR = 1.5  # px, of a point that agrees
 CAMERA_STEP, CAMERA_DRIFT = 0.5, 3.0  # px; a larger motion of an image corner per frame, per shot is camera motion
 WINDOW = 40  # frames before and after a frame, whose median is its background under a moving camera
+
+ReadFrames = Callable[[], Iterable[Frame]]  # starts at the first frame in each call
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,17 @@ class PlayerBoxes:
     camera_moves: np.ndarray
 
 
-def find_players(path: Path, *, split: float) -> PlayerBoxes:
-    """Find the near and the far player of a video.
+def find_players(read: ReadFrames, *, split: float) -> PlayerBoxes:
+    """Find the near and the far player of a video, of which `read` yields the frames.
 
     `split` is the height that divides the image, as a fraction from the top. A player with feet below it is near.
 
     Raises:
         VideoError: the video cannot be decoded.
     """
-    background, motion, scale = _analyze(path)
+    background, motion, scale = _analyze(read)
     near, far = [], []
-    for image, local in _with_backgrounds(path, background, motion):
+    for image, local in _with_backgrounds(read, background, motion):
         boxes = _find_moving_blobs(image, local, tolerance=0 if motion.is_static else 1)
         feet = boxes[:, 1] + boxes[:, 3]
         near.append(boxes[feet > (split - NET_MARGIN) * WORK_HEIGHT])
@@ -87,7 +88,7 @@ def find_players(path: Path, *, split: float) -> PlayerBoxes:
     return PlayerBoxes(np.stack([near_boxes, far_boxes]) * scale, motion.moves)
 
 
-def _analyze(path: Path) -> tuple[np.ndarray, CameraMotion, float]:
+def _analyze(read: ReadFrames) -> tuple[np.ndarray, CameraMotion, float]:
     """Median of evenly spaced frames at `WORK_HEIGHT`, the camera's motion, and source px per reduced px.
 
     The length of the video is not known in advance. Every `step`-th frame is kept; when there are too many, every
@@ -96,7 +97,7 @@ def _analyze(path: Path) -> tuple[np.ndarray, CameraMotion, float]:
     kept: list[np.ndarray] = []
     matrices, shots, moves = [np.eye(3)], [0], [False]
     step, scale, previous = 1, 1.0, None
-    for frame in decode_frames(path):
+    for frame in read():
         image = _reduce(frame.pixels)
         gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
         if previous is not None:
@@ -138,16 +139,16 @@ def _corner_shift(matrix: np.ndarray) -> float:
 
 
 def _with_backgrounds(
-    path: Path, background: np.ndarray, motion: CameraMotion
+    read: ReadFrames, background: np.ndarray, motion: CameraMotion
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each frame at `WORK_HEIGHT` with its background."""
     if motion.is_static:
-        for frame in decode_frames(path):
+        for frame in read():
             yield _reduce(frame.pixels), background
         return
     window: deque[np.ndarray] = deque(maxlen=2 * WINDOW + 1)  # the newest frames
     total, done = len(motion.shot), 0
-    for frame in decode_frames(path):
+    for frame in read():
         window.append(_reduce(frame.pixels))
         while done < total and (frame.number >= done + WINDOW or frame.number == total - 1):
             first = frame.number + 1 - len(window)

@@ -14,8 +14,8 @@ import numpy as np
 
 from mmdistill.errors import InputError
 from mmdistill.files import atomic_write_bytes
-from mmdistill.prepare.player_tracking import find_players, square_crops
-from mmdistill.prepare.video import decode_frames
+from mmdistill.prepare.placement import Placement
+from mmdistill.prepare.player_tracking import ReadFrames, find_players, square_crops
 
 # BlazePose landmark of each COCO joint: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles.
 BLAZEPOSE_TO_COCO = (0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28)
@@ -82,33 +82,44 @@ def load_mediapipe_pose() -> PoseFunction:
     return estimate_pose
 
 
-def write_skeletons(video: Path, target: Path, sheet: Path, *, split: float, pose: PoseFunction) -> SkeletonCounts:
+def write_skeletons(
+    read: ReadFrames,
+    target: Path,
+    sheet: Path,
+    *,
+    split: float,
+    pose: PoseFunction,
+    place: Placement | None = None,
+) -> SkeletonCounts:
     """Write the skeletons of a video: person 0 near, person 1 far; score 0 where a person is absent, never NaN.
 
     Args:
-        video: the video file.
+        read: yields the frames of the video.
         target: the skeleton file.
         sheet: a JPEG of evenly spaced frames with the drawn skeletons.
         split: see `find_players`.
         pose: estimates the pose in a crop, see `load_mediapipe_pose`.
+        place: the keypoints are written in px of the stored frame; None: in px of the source.
 
     Raises:
         VideoError: the video cannot be decoded.
     """
-    players = find_players(video, split=split)
+    players = find_players(read, split=split)
     crops = np.stack([square_crops(boxes) for boxes in players.boxes])  # (2, T, 3)
     total = crops.shape[1]
     rows = np.zeros((2, total, 17, 3), np.float32)
     shape = (0, 0)
     shown = set(np.linspace(0, total - 1, SHEET_COLUMNS * SHEET_ROWS).round().astype(int).tolist())
     tiles = []
-    for frame in decode_frames(video):
+    for frame in read():
         shape = frame.pixels.shape[:2]
         for person, crop in enumerate(crops[:, frame.number]):
             if not np.isnan(crop[0]):
                 rows[person, frame.number] = _estimate_joints(frame.pixels, crop, pose)
         if frame.number in shown:
             tiles.append(_draw_skeletons(frame.pixels, rows[:, frame.number], f"frame {frame.number}"))
+    if place is not None:
+        rows, shape = place.place_joints(rows, shape), place.stored
     entry = {
         "frame_dir": target.stem,
         "keypoint": rows[..., :2],

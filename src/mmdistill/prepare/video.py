@@ -1,8 +1,9 @@
 """Decoding of video files with PyAV (FFmpeg): upright, progressive frames with square pixels and their timestamps."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -14,7 +15,11 @@ from av.video.stream import VideoStream
 
 from mmdistill.errors import InputError, format_count
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
+VIDEO_SUFFIXES = (
+    ".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".3gp",
+)  # fmt: skip
+MACOS_PREFIX = "._"  # of files with the attributes of another file, which macOS writes on foreign disks
+HDR_TRANSFERS = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 HD_HEIGHT = 720  # px; players assume BT.709 for unspecified videos from this height on, else BT.601
@@ -31,6 +36,17 @@ class Frame:
     number: int
     seconds: float
     pixels: np.ndarray
+    is_interlaced: bool = False  # in the file; `pixels` are progressive
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a container declares about its video stream."""
+
+    frames: int = 0  # exact or an estimate; 0 if not declared
+    seconds: float = 0.0  # 0 if not declared
+    frame_size: tuple[int, int] = (0, 0)  # (height, width) in px, upright, with square pixels
+    is_hdr: bool = False  # high dynamic range
 
 
 def decode_frames(path: Path) -> Iterator[Frame]:
@@ -52,13 +68,13 @@ def decode_frames(path: Path) -> Iterator[Frame]:
                 raise VideoError(f"{path}: contains no video stream; give a video file")
             stream = container.streams.video[0]
             declared, duration = _declared_length(container)
-            for frame in _deinterlace(container.decode(stream)):
+            for frame, is_interlaced in _deinterlace(container.decode(stream)):
                 if number == 0:
                     start, size = frame.time or 0.0, (frame.width, frame.height)
                 elif (frame.width, frame.height) != size:
                     raise VideoError(f"{path}: the frame size changes at frame {number}; cut the video there")
                 seconds = seconds if frame.time is None else frame.time - start
-                yield Frame(number, seconds, _to_pixels(frame, stream))
+                yield Frame(number, seconds, _to_pixels(frame, stream), is_interlaced)
                 number += 1
     except (av.FFmpegError, OSError) as error:
         failure = error
@@ -85,8 +101,11 @@ def _declared_length(container: InputContainer) -> tuple[int, float]:
     return stream.frames or round(duration * float(stream.average_rate or 0)), duration
 
 
-def _deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """The frames, with interlaced ones converted to progressive ones by FFmpeg's filter bwdif."""
+def _deinterlace(frames: Iterable[VideoFrame]) -> Iterator[tuple[VideoFrame, bool]]:
+    """The frames, with interlaced ones converted to progressive ones by FFmpeg's filter bwdif.
+
+    The second value is whether an interlaced frame has occurred.
+    """
     graph = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
@@ -96,9 +115,9 @@ def _deinterlace(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
             )
             bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
             graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
-        yield from [frame] if graph is None else _filter(graph, frame)
+        yield from ((out, graph is not None) for out in ([frame] if graph is None else _filter(graph, frame)))
     if graph is not None:
-        yield from _filter(graph, None)
+        yield from ((out, True) for out in _filter(graph, None))
 
 
 def _filter(graph: av.filter.Graph, frame: VideoFrame | None) -> Iterator[VideoFrame]:
@@ -121,11 +140,33 @@ def _to_pixels(frame: VideoFrame, stream: VideoStream) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image.to_ndarray(), frame.rotation // 90))
 
 
-def container_frame_count(path: Path) -> int:
-    """The number of frames that the container declares, exact or an estimate; 0 if it declares none."""
-    with suppress(av.FFmpegError, IndexError), av.open(str(path)) as container:
-        return _declared_length(container)[0]
-    return 0
+def read_header(path: Path) -> Header:
+    """Read what the container declares; an empty header for a file that is no video."""
+    with suppress(av.FFmpegError, OSError, IndexError), av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames, seconds = _declared_length(container)
+        size = (stream.height, max(1, round(stream.width * (stream.sample_aspect_ratio or 1))))
+        return Header(frames, seconds, size, stream.codec_context.color_trc in HDR_TRANSFERS)
+    return Header()
+
+
+def read_frames(path: Path, fps: float | None = None) -> Iterator[Frame]:
+    """Yield the frames of `decode_frames`, or with `fps` the nearest frame to each multiple of 1 / fps seconds.
+
+    Raises the errors of `decode_frames`.
+    """
+    if fps is None:
+        yield from decode_frames(path)
+        return
+    number, previous = 0, None
+    for frame in decode_frames(path):
+        while previous is not None and number / fps < (previous.seconds + frame.seconds) / 2:
+            yield replace(previous, number=number, seconds=number / fps)
+            number += 1
+        previous = frame
+    while previous is not None and number / fps <= previous.seconds + 1e-6:
+        yield replace(previous, number=number, seconds=number / fps)
+        number += 1
 
 
 def mean_frame_rate(seconds: list[float]) -> float:
@@ -148,6 +189,8 @@ def find_repeated_frames(differences: list[float]) -> list[int]:
 def find_videos(source: Path) -> dict[str, Path]:
     """Video files below a folder, or the single file `source`, by file name without suffix, sorted.
 
+    Linked folders are followed. Files of macOS with the attributes of another file (``._NAME``) are ignored.
+
     Raises:
         VideoError: there is no video, or two videos have the same name.
     """
@@ -156,7 +199,7 @@ def find_videos(source: Path) -> dict[str, Path]:
     if not source.is_dir():
         raise VideoError(f"{source}: no such file or folder")
     found: dict[str, Path] = {}
-    for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()):
+    for path in sorted(p for p in _walk(source) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()):
         if path.stem in found:
             raise VideoError(
                 f"{path} and {found[path.stem]} have the same name; rename one, because output files are named after it"
@@ -165,3 +208,15 @@ def find_videos(source: Path) -> dict[str, Path]:
     if not found:
         raise VideoError(f"{source}: no video file ({', '.join(VIDEO_SUFFIXES)})")
     return found
+
+
+def _walk(source: Path) -> Iterator[Path]:
+    """All files below a folder, also in linked folders; each folder once."""
+    visited = set()
+    for folder, names, files in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:
+            names.clear()
+            continue
+        visited.add(real)
+        yield from (Path(folder, name) for name in files if not name.startswith(MACOS_PREFIX))

@@ -1,10 +1,13 @@
 """The command ``prepare``: exit status, the line of each video, and the next commands."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -14,7 +17,7 @@ from mmdistill.config import DistillConfig, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.prepare.pipeline import PrepareResult
-from tests.generated_video import write_moving_square
+from tests.generated_video import write_moving_square, write_video
 
 RECORD: dict[str, Any] = {
     "num_frames": 93,
@@ -30,12 +33,14 @@ RECORD: dict[str, Any] = {
     ("changes", "expected"),
     [
         ({}, "clip: 93 frames at 30.00 fps, 224 x 398"),
+        ({"interlaced": True}, "interlaced, stored as progressive frames"),
+        ({"hdr": True}, "HDR: brightness is not converted to SDR; convert the video for natural colors"),
         ({"repeated_frames": [3, 9]}, "2 repeated frames (zero flow)"),
         ({"container_frame_count": 95}, "the container declares 95 frames"),
         ({"container_frame_count": 0}, "clip: 93 frames at 30.00 fps, 224 x 398"),
         (
             {"timestamps_s": [], "largest_timestamp_deviation_s": 0.46},
-            "variable frame rate (up to 0.460 s from the mean rate; see timestamps_s)",
+            "unevenly spaced (up to 0.460 s from the mean frame rate; see timestamps_s)",
         ),
         (
             {"skeleton_frames": {"frames": 93, "near": 85, "far": 50, "camera_moves": 0}},
@@ -81,6 +86,36 @@ def test_exit_status_and_next_commands(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().err
     assert "FAILED bad: " in text
     assert text.endswith(f"prepared 0 of 1 video in {out}\n")
+
+
+def test_different_shapes_and_rates_are_reported_with_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shape, step in (("a", (64, 96), 40), ("b", (64, 64), 20)):
+        images = [np.full((*shape, 3), 9 * k, np.uint8) for k in range(6)]
+        write_video(tmp_path / f"{name}.mp4", images, times_ms=[step * k for k in range(6)])
+    common = [str(tmp_path), "--workers", "1", "--flow", "none"]
+    assert main([*common, "--output", str(tmp_path / "o"), "--height", "32"]) == 0
+    shown = capsys.readouterr().err
+    assert "2 videos: about 12 files and 0.0 GB in" in shown
+    assert "the stored sizes differ (32 x 32, 32 x 48): use --size 224x384 with --fit pad or --fit crop" in shown
+    assert "the frame rates differ (25.00, 50.00 fps): clips show different times; use --fps 25" in shown
+    (tmp_path / "o").rename(tmp_path / "prepared")
+    assert main([*common, "--output", str(tmp_path / "p"), "--size", "32x48", "--fps", "25"]) == 0
+    shown = capsys.readouterr().err
+    assert "sizes differ" not in shown
+    assert "rates differ" not in shown
+    assert "b: 3 frames at 25.00 fps, 32 x 48, the nearest of the video's frames at 25 fps" in shown
+
+
+def test_a_full_disk_is_reported_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    write_moving_square(tmp_path / "a.avi")
+    assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
+    assert "choose another --output, a smaller --height, or --flow-dtype int8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_mediapipe_is_reported_once(

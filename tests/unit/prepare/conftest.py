@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdistill.prepare.video import Frame, decode_frames
 from tests.generated_video import BroadcastClip, write_broadcast_clip
 
 
@@ -31,6 +33,10 @@ class TwoPlayers:
     near: np.ndarray
     far: np.ndarray
     far_start: int  # first frame of the far figure
+
+    def read(self) -> Iterator[Frame]:
+        """The frames of the video."""
+        return decode_frames(self.path)
 
 
 def write_two_players(path: Path, near: np.ndarray, far: np.ndarray, *, far_start: int = 0) -> TwoPlayers:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,7 @@ from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import read_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.prepare import pipeline
-from mmdistill.prepare.pipeline import Settings, prepare_all, prepare_video, stored_size
+from mmdistill.prepare.pipeline import Settings, estimate_output, prepare_all, prepare_video
 from mmdistill.prepare.video import decode_frames, find_videos
 from tests.generated_video import BroadcastClip, write_moving_square, write_video
 
@@ -28,8 +29,8 @@ def file_contents(root: Path) -> dict[str, bytes]:
 
 
 def test_full_hd_frame_is_stored_as_224_x_398() -> None:
-    assert stored_size(1080, 1920, 224) == (224, 398)
-    assert stored_size(720, 1280, 224) == (224, 398)
+    assert Settings().placement((1080, 1920)).stored == (224, 398)
+    assert Settings().placement((720, 1280)).stored == (224, 398)
 
 
 def test_frames_and_flow_match_the_video(tmp_path: Path) -> None:
@@ -50,6 +51,40 @@ def test_frames_and_flow_match_the_video(tmp_path: Path) -> None:
     for k in (2, 10):  # the center of the square moves by half of (4, 2) px in the stored frame
         x, y = (8 + 4 * k + 20) // 2, (6 + 2 * k + 20) // 2
         np.testing.assert_allclose(np.median(flow[k, :, y - 3 : y + 4, x - 3 : x + 4], axis=(1, 2)), [2, 1], atol=0.3)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop"])
+def test_mixed_shapes_become_one_dataset(tmp_path: Path, fit: str) -> None:
+    shapes = {"wide": (72, 128), "portrait": (128, 72), "square": (96, 96)}
+    for name, shape in shapes.items():
+        write_video(tmp_path / f"{name}.mp4", [np.full((*shape, 3), 40 * k, np.uint8) for k in range(4)])
+    settings = Settings(size=(48, 80), fit=fit, flow_dtype="float32")
+    results = prepare_all(find_videos(tmp_path), tmp_path / "out", settings, workers=1, progress=lambda _: None)
+    assert [r.error for r in results] == [None] * 3
+    reader = RgbReader(tmp_path / "out/vid_frames_224", frame_size=(48, 80))
+    for name in shapes:
+        assert reader.read(name, range(4)).shape == (4, 48, 80, 3)
+    again = prepare_all(find_videos(tmp_path), tmp_path / "out", settings, workers=1, progress=lambda _: None)
+    assert all(result.reused for result in again)
+
+
+def test_another_frame_rate_is_recorded(tmp_path: Path) -> None:
+    video = write_moving_square(tmp_path / "a.avi", fps=50.0)
+    record = prepare_video("a", video, tmp_path / "out", replace(SMALL, fps=25.0)).record
+    assert record is not None
+    assert (record["num_frames"], record["fps"]) == (10, pytest.approx(25.0))
+    assert record["parts"]["frames"]["fps"] == 25.0
+    assert len(list((tmp_path / "out/tennis_flows/a").iterdir())) == 9
+
+
+def test_estimated_files_and_bytes_bound_the_written_ones(tmp_path: Path) -> None:
+    videos = {"a": write_moving_square(tmp_path / "a.avi")}
+    files, num_bytes = estimate_output(videos, SMALL)
+    prepare_all(videos, tmp_path / "out", SMALL, workers=1, progress=lambda _: None)
+    written = [p for p in (tmp_path / "out").glob("*/a/*") if p.is_file()]
+    assert files - 1 == len(written)  # one pair less than frames
+    assert 0.6 * num_bytes < sum(p.stat().st_size for p in written) < 1.1 * num_bytes
+    assert estimate_output({"d": tmp_path / "nothing.mp4"}, SMALL) == (0, 0)
 
 
 def test_annotations_and_provenance_list_the_complete_videos(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Player tracking: near and far player are found where they move, and crops follow them."""
 
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmdistill.prepare.player_tracking import find_players, square_crops
+from mmdistill.prepare.video import decode_frames
 from tests.generated_video import BroadcastClip, write_pan
 from tests.unit.prepare.conftest import TwoPlayers, write_two_players
 
@@ -22,7 +24,7 @@ def pan_offsets(count: int, amplitude: tuple[int, int], period: tuple[int, int])
 
 
 def test_near_and_far_player_are_kept_apart(two_players: TwoPlayers) -> None:
-    near, far = find_players(two_players.path, split=0.5).boxes
+    near, far = find_players(two_players.read, split=0.5).boxes
     np.testing.assert_allclose(box_centers(near), two_players.near, atol=5)
     first = two_players.far_start
     np.testing.assert_allclose(box_centers(far[first:]), two_players.far[first:], atol=5)
@@ -34,7 +36,7 @@ def test_no_motion_gives_no_player(tmp_path: Path) -> None:
     for _ in range(12):
         writer.write(np.full((48, 64, 3), 90, np.uint8))
     writer.release()
-    boxes = find_players(tmp_path / "s.avi", split=0.5).boxes
+    boxes = find_players(partial(decode_frames, tmp_path / "s.avi"), split=0.5).boxes
     assert boxes.shape == (2, 12, 4)
     assert np.isnan(boxes).all()
     assert np.isnan(square_crops(boxes[0])).all()
@@ -51,7 +53,7 @@ def test_crops_are_square_and_keep_their_size() -> None:
 
 def test_players_of_a_generated_broadcast_are_found_until_the_cut(broadcast: BroadcastClip) -> None:
     court = slice(0, broadcast.cut)
-    found = find_players(broadcast.path, split=0.4)
+    found = find_players(partial(decode_frames, broadcast.path), split=0.4)
     assert not found.camera_moves[court].any()
     for boxes, centers in zip(found.boxes, (broadcast.near, broadcast.far), strict=True):
         distance = np.hypot(*(box_centers(boxes[court]) - centers[court]).T)
@@ -59,7 +61,7 @@ def test_players_of_a_generated_broadcast_are_found_until_the_cut(broadcast: Bro
 
 
 def test_server_of_a_real_broadcast_is_found(real_broadcasts: Path) -> None:
-    near, far = find_players(real_broadcasts / "clip3.mp4", split=0.4).boxes
+    near, far = find_players(partial(decode_frames, real_broadcasts / "clip3.mp4"), split=0.4).boxes
     assert (~np.isnan(near[:, 0])).mean() > 0.9
     x, y = box_centers(near)[45].tolist()
     assert 950 < x < 1170  # position of the server in frame 45, read off the image
@@ -71,7 +73,9 @@ def test_server_of_a_real_broadcast_is_found(real_broadcasts: Path) -> None:
 
 def test_a_moving_camera_is_compensated_and_reported(broadcast: BroadcastClip, tmp_path: Path) -> None:
     pan = pan_offsets(32, (150, 20), (12, 9))
-    found = find_players(write_pan(tmp_path / "pan.mp4", broadcast.path, pan, (660, 960)), split=0.4)
+    found = find_players(
+        partial(decode_frames, write_pan(tmp_path / "pan.mp4", broadcast.path, pan, (660, 960))), split=0.4
+    )
     assert found.camera_moves.mean() > 0.75  # a repeated frame does not move
     for boxes, centers in zip(found.boxes, (broadcast.near, broadcast.far), strict=True):
         distance = np.hypot(*(box_centers(boxes) + pan - centers[:32]).T)
@@ -80,8 +84,11 @@ def test_a_moving_camera_is_compensated_and_reported(broadcast: BroadcastClip, t
 
 def test_a_real_broadcast_under_a_moving_camera(real_broadcasts: Path, tmp_path: Path) -> None:
     pan = pan_offsets(93, (240, 30), (19, 32))
-    static = find_players(real_broadcasts / "clip3.mp4", split=0.4).boxes
-    moving = find_players(write_pan(tmp_path / "p.mp4", real_broadcasts / "clip3.mp4", pan, (864, 1440)), split=0.47)
+    static = find_players(partial(decode_frames, real_broadcasts / "clip3.mp4"), split=0.4).boxes
+    moving = find_players(
+        partial(decode_frames, write_pan(tmp_path / "p.mp4", real_broadcasts / "clip3.mp4", pan, (864, 1440))),
+        split=0.47,
+    )
     for boxes, expected in zip(moving.boxes, static, strict=True):
         distance = np.hypot(*(box_centers(boxes) + pan - box_centers(expected[:93])).T)
         assert (distance < 40).mean() > 0.75
@@ -92,7 +99,7 @@ def test_players_at_the_net_keep_their_identity(tmp_path: Path) -> None:
     times = np.arange(60)
     near = np.stack([120 + 5 * times, 250 - (130 * np.sin(np.pi * times / 59)).astype(int)], axis=1)
     far = np.stack([560 - 3 * times, np.full(60, 60)], axis=1)
-    found = find_players(write_two_players(tmp_path / "net.avi", near, far).path, split=0.5).boxes
+    found = find_players(write_two_players(tmp_path / "net.avi", near, far).read, split=0.5).boxes
     assert (near[:, 1] + 45 < 0.5 * 360).sum() > 10
     for boxes, centers in zip(found, (near, far), strict=True):
         np.testing.assert_allclose(box_centers(boxes), centers, atol=6)
@@ -108,13 +115,13 @@ def test_a_blob_as_wide_as_the_stadium_is_no_player(tmp_path: Path) -> None:
         image[40:110, 100:400] = (230, 230, 230) if k % 10 < 4 else (60, 60, 60)
         writer.write(image)
     writer.release()
-    assert np.isnan(find_players(tmp_path / "s.avi", split=0.5).boxes).all()
+    assert np.isnan(find_players(partial(decode_frames, tmp_path / "s.avi"), split=0.5).boxes).all()
 
 
 @pytest.mark.parametrize("split", [0.0, 1.0])
 def test_split_assigns_players_to_near_and_far(two_players: TwoPlayers, split: float) -> None:
     """With the division at the top of the image everybody is near, at the bottom everybody is far."""
-    near, far = find_players(two_players.path, split=split).boxes
+    near, far = find_players(two_players.read, split=split).boxes
     empty, filled = (far, near) if split == 0 else (near, far)
     assert np.isnan(empty).all()
     assert not np.isnan(filled).all()

@@ -23,7 +23,7 @@ def bright_center_pose(crop: np.ndarray) -> np.ndarray | None:
 
 def test_skeletons_lie_on_the_players_in_source_pixels(two_players: TwoPlayers, tmp_path: Path) -> None:
     counts = write_skeletons(
-        two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=bright_center_pose
+        two_players.read, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=bright_center_pose
     )
     frames, first = len(two_players.near), two_players.far_start
     assert (counts.frames, counts.near, counts.far) == (frames, frames, frames - first)
@@ -42,7 +42,7 @@ def test_contact_sheet_shows_the_skeletons_in_two_colors(two_players: TwoPlayers
         joints[:, 0], joints[:, 1] = np.linspace(0.2, 0.8, 17), np.linspace(0.8, 0.2, 17)
         return joints
 
-    write_skeletons(two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=cross)
+    write_skeletons(two_players.read, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=cross)
     sheet = cv2.imread(str(tmp_path / "v.jpg")).astype(int)
     assert sheet.shape == (4 * 270, 3 * 480, 3)
     blue, _, red = np.moveaxis(sheet, 2, 0)
@@ -57,7 +57,7 @@ def test_contact_sheet_shows_the_skeletons_in_two_colors(two_players: TwoPlayers
 def test_pose_of_another_person_is_discarded(two_players: TwoPlayers, tmp_path: Path, wrong: str) -> None:
     """Hips far from the crop center belong to another person; NaN never reaches the file."""
     joints = np.full((17, 3), 0.95 if wrong == "off center" else np.nan, np.float32)
-    counts = write_skeletons(two_players.path, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=lambda _: joints)
+    counts = write_skeletons(two_players.read, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=lambda _: joints)
     assert (counts.near, counts.far) == (0, 0)
     assert not SkeletonReader(tmp_path, frame_size=(360, 640)).read("v", range(counts.frames)).any()
 

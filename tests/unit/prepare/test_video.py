@@ -11,12 +11,14 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from mmdistill.prepare.video import (
+    Header,
     VideoError,
-    container_frame_count,
     decode_frames,
     find_repeated_frames,
     find_videos,
     mean_frame_rate,
+    read_frames,
+    read_header,
 )
 from tests.generated_video import BroadcastClip, write_moving_square, write_video
 
@@ -24,7 +26,7 @@ from tests.generated_video import BroadcastClip, write_moving_square, write_vide
 def test_every_frame_is_decoded_once_with_its_timestamp(broadcast: BroadcastClip) -> None:
     frames = list(decode_frames(broadcast.path))
     assert [f.number for f in frames] == list(range(broadcast.num_frames))
-    assert container_frame_count(broadcast.path) == broadcast.num_frames
+    assert read_header(broadcast.path).frames == broadcast.num_frames
     assert [f.seconds for f in frames] == pytest.approx([k / 30 for k in range(broadcast.num_frames)], abs=1e-3)
     assert all(f.pixels.shape == (720, 1280, 3) for f in frames)
 
@@ -41,7 +43,7 @@ def test_file_that_is_no_video_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "d.mp4").write_bytes(b"no video")
     with pytest.raises(VideoError, match=r"d\.mp4: not a video that FFmpeg can decode \([^/]*\); copy it again, or"):
         list(decode_frames(tmp_path / "d.mp4"))
-    assert container_frame_count(tmp_path / "d.mp4") == 0
+    assert read_header(tmp_path / "d.mp4") == Header()
 
 
 def gray_images(count: int) -> list[np.ndarray]:
@@ -65,7 +67,7 @@ def test_variable_frame_rate_has_the_timestamps_of_presentation(tmp_path: Path, 
 def test_edit_list_cuts_the_frames_before_time_zero(tmp_path: Path) -> None:
     """A start at -120 ms is stored as an edit list. The container still declares the three frames that it cuts off."""
     path = write_video(tmp_path / "cut.mp4", gray_images(12), times_ms=[40 * k - 120 for k in range(12)])
-    assert container_frame_count(path) == 12
+    assert read_header(path).frames == 12
     assert gray_levels(path) == list(range(3, 12))
     assert [f.seconds for f in decode_frames(path)] == pytest.approx([0.04 * k for k in range(9)])
 
@@ -164,6 +166,46 @@ def test_frame_rate_is_the_mean_over_all_timestamps() -> None:
     assert mean_frame_rate([0.0, 0.04, 0.08]) == pytest.approx(25)
     assert mean_frame_rate([0.0, 0.04, 0.16]) == pytest.approx(12.5)
     assert mean_frame_rate([0.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "fps", "count"),
+    [
+        ([40 * k for k in range(10)], 25, 10),
+        ([40 * k for k in range(10)], 12.5, 5),
+        ([40 * k for k in range(4)], 50, 7),
+        ([0, 40, 80, 400, 440], 25, 12),
+    ],
+)
+def test_frames_at_another_rate_are_the_nearest_ones(
+    tmp_path: Path, times_ms: list[int], fps: float, count: int
+) -> None:
+    path = write_video(tmp_path / "v.mp4", gray_images(len(times_ms)), times_ms=times_ms)
+    frames = list(read_frames(path, fps))
+    assert [f.number for f in frames] == list(range(count))
+    assert [f.seconds for f in frames] == pytest.approx([k / fps for k in range(count)])
+    for frame in frames:
+        distances = [abs(frame.seconds - ms / 1000) for ms in times_ms]
+        assert distances[round(float(frame.pixels.mean()) / 20)] == pytest.approx(min(distances), abs=1e-3)
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_high_dynamic_range_is_declared_by_the_header(tmp_path: Path, transfer: int) -> None:
+    def setup(stream: VideoStream) -> None:
+        stream.codec_context.color_trc = transfer
+
+    assert read_header(write_video(tmp_path / "hdr.mp4", gray_images(4), setup=setup)).is_hdr
+    assert not read_header(write_video(tmp_path / "sdr.mp4", gray_images(4))).is_hdr
+
+
+def test_linked_folders_are_followed_once_and_files_of_macos_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("rally.mp4", "._rally.mp4", "camcorder.MTS", "phone.3gp", "old.wmv", "disc.m2ts"):
+        (tmp_path / "disk" / name).touch()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "linked").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "videos")
+    assert sorted(find_videos(tmp_path / "videos")) == ["camcorder", "disc", "old", "phone", "rally"]
 
 
 def test_videos_are_found_by_name(tmp_path: Path) -> None:
