@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmdistill.checkpoint.architecture import decoder_config_from_tensors, encoder_config_from_tensors
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
 from mmdistill.checkpoint.keys import top_level
-from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 
@@ -37,15 +35,14 @@ def _find_architectures(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
             if stored.get(component):
                 found[component] = stored[component]
             elif component == "decoder":
-                decoder = decoder_config_from_tensors(checkpoint.state_dict)
+                decoder = checkpoint.find_decoder_config()
                 found |= {"decoder": asdict(decoder)} if decoder else {}
             else:
-                tensors = select_encoder(checkpoint.state_dict, component, checkpoint.path).tensors
-                config, assumptions = encoder_config_from_tensors(tensors)
+                config, assumptions = checkpoint.find_encoder_config(component)
                 found[component] = asdict(config)
                 notes += [f"{component}: {line}" for line in assumptions]
         except CheckpointError as error:
-            notes.append(f"{component}: {error}")
+            notes.append(f"{component}: {str(error).removeprefix(f'{checkpoint.path}: ')}")
     return found, notes
 
 

@@ -175,6 +175,7 @@ def split_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split ``attn.qkv.bias`` (timm's ViT, LayerNorm-free conversions) into VideoMAE's ``q_bias`` and ``v_bias``.
 
     The key bias is dropped: it adds the same number to all logits of a query, which does not change the softmax.
+    If no attention layer of the file has biases (``qkv_bias=False``), they are zero.
     """
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
@@ -184,4 +185,9 @@ def split_qkv_bias(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             out[base + "q_bias"], out[base + "v_bias"] = q.clone(), v.clone()
         elif not key.endswith("attn.k_bias"):
             out[key] = tensor
+    if not any(key.endswith(("attn.q_bias", "attn.v_bias")) for key in out):
+        for key in [key for key in out if key.endswith("attn.qkv.weight")]:
+            zeros = torch.zeros(out[key].shape[0] // 3, dtype=out[key].dtype)
+            base = key.removesuffix("qkv.weight")
+            out[base + "q_bias"], out[base + "v_bias"] = zeros, zeros.clone()
     return out

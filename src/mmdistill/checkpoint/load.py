@@ -86,6 +86,12 @@ def select_encoder(state: Mapping[str, Tensor], component: str | None, source: P
         problem = f"no component '{component}'" if component else "several encoders and no student"
         raise CheckpointError(f"{source}: {problem}; select one of {', '.join(roots)} (part=, --component)")
     root = roots[selected]
+    shape = list(state[f"{root}patch_embed.proj.weight"].shape)
+    if len(shape) == 4:
+        raise CheckpointError(
+            f"{source}: weights of an image model (patch_embed.proj.weight {shape}); use those of a video model, "
+            "[D, C, t, p, p] as in VideoMAE"
+        )
     tensors: dict[str, Tensor] = {}
     ignored: Counter[str] = Counter()
     for key, tensor in state.items():

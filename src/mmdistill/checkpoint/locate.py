@@ -3,18 +3,21 @@
 import json
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
+    HUGGINGFACE_WEIGHTS,
     LATEST,
     MANIFEST,
     META,
     MODEL_STATES,
     OLD_PREFIX,
     OPTIM_STATES,
+    SHARD_INDEX_SUFFIX,
     TAG,
     is_tag,
 )
@@ -23,18 +26,24 @@ from mmdistill.errors import format_count
 log = logging.getLogger(__name__)
 
 _MAX_LISTED = 12  # paths listed in an error
+_SHARD_NAME = re.compile(r"(.+)-\d+-of-\d+(\.safetensors|\.bin)")
 
 
 def _tags(directory: Path) -> list[Path]:
     return sorted(d for d in directory.iterdir() if d.is_dir() and is_tag(d))
 
 
+def _huggingface_weights(directory: Path) -> Path | None:
+    """The weights file, or the index of the shards, in a folder of `save_pretrained`; None if it has neither."""
+    return next((directory / name for name in HUGGINGFACE_WEIGHTS if (directory / name).is_file()), None)
+
+
 def _find_below(directory: Path, depth: int = 3) -> list[Path]:
     found = []
     for child in sorted(p for p in directory.iterdir() if not p.name.startswith(".")):
         if not child.is_dir():
-            found += [child] if child.suffix in FILE_SUFFIXES else []
-        elif (child / LATEST).exists() or (child / MANIFEST).exists() or _tags(child):
+            found += [child] if child.name.endswith(FILE_SUFFIXES) else []
+        elif (child / LATEST).exists() or (child / MANIFEST).exists() or _tags(child) or _huggingface_weights(child):
             found.append(child)
         elif depth:
             found += _find_below(child, depth - 1)
@@ -65,8 +74,8 @@ def _locate_in_directory(given: Path, path: Path) -> tuple[Path, Path | None]:
         return _root_of(path), path
     if (path / LATEST).exists():
         return path, _latest_tag(path)
-    if (path / "model.safetensors").is_file():
-        return path / "model.safetensors", None
+    if weights := _huggingface_weights(path):
+        return weights, None
     if (path / MANIFEST).exists():
         raise CorruptCheckpointError(f"{path}: has a manifest but no tag directory; use another checkpoint")
     tags = _tags(path)
@@ -138,6 +147,11 @@ def locate(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
         return _root_of(file.parent), file.parent
     if file.name in (LATEST, META, MANIFEST):
         return _locate_in_directory(Path(path), file.parent)
+    if shard := _SHARD_NAME.fullmatch(file.name):
+        index = file.with_name(f"{shard[1]}{shard[2]}{SHARD_INDEX_SUFFIX}")
+        if not index.exists():
+            raise CheckpointError(f"{path}: one of several shards; {index.name}, which lists them, is missing: copy it")
+        return index, None
     return file, None
 
 

@@ -12,26 +12,47 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdistill.checkpoint.architecture import encoder_config_from_meta, encoder_config_from_tensors
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.architecture import (
+    decoder_config_from_tensors,
+    encoder_config_from_meta,
+    encoder_config_from_tensors,
+)
+from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
 from mmdistill.checkpoint.formats.deepspeed_zero import RawTensors, read_model_states, read_zero_checkpoint
+from mmdistill.checkpoint.formats.huggingface import ModelSettings, read_model_settings, read_shard_index
 from mmdistill.checkpoint.formats.manifest import verify_manifest
-from mmdistill.checkpoint.formats.names import FILE_SUFFIXES, META, METADATA_KEY, CheckpointFormat, state_files
+from mmdistill.checkpoint.formats.names import (
+    FILE_SUFFIXES,
+    HUGGINGFACE_WEIGHTS,
+    META,
+    METADATA_KEY,
+    SHARD_INDEX_SUFFIX,
+    CheckpointFormat,
+    state_files,
+)
 from mmdistill.checkpoint.formats.safetensors_file import (
     SafetensorsContent,
     is_safetensors,
     read_safetensors,
     verify_safetensors,
 )
-from mmdistill.checkpoint.formats.torch_zip import is_zip, read_torch_file, verify_zip
+from mmdistill.checkpoint.formats.torch_zip import is_pickle, is_zip, read_torch_file, verify_zip
 from mmdistill.checkpoint.keys import COMPONENT_PREFIXES, canonical_state, component_of, encoder_roots, top_level
 from mmdistill.checkpoint.load import LoadReport, adapt_positions, check_hidden_hparams, copy_state, select_encoder
 from mmdistill.checkpoint.locate import locate, read_json
-from mmdistill.models.videomae import Encoder, EncoderConfig
+from mmdistill.errors import format_count
+from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 log = logging.getLogger(__name__)
 
 _STATE_DICT_KEYS = ("state_dict", "module", "model")
+
+
+@dataclass(frozen=True)
+class _Shards:
+    """Content of each file of a checkpoint in several files."""
+
+    files: dict[Path, Any]
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,7 @@ class Checkpoint:
     Attributes:
         path: the path as given.
         format: layout on disk.
-        root: the file, or the directory that holds ``latest``, ``meta.json`` and the tag.
+        root: the file, the index of several files, or the directory that holds ``latest``, ``meta.json`` and the tag.
         tag: the directory with the ``*_states.pt`` files; None for a single file.
         content: content of a single file: tensors (memory-mapped) and metadata.
         verify_on_read: compare every byte that is read with the checksums of the format.
@@ -59,7 +80,16 @@ class Checkpoint:
         """Content of a single file as ``torch.save`` stores it."""
         if isinstance(self.content, SafetensorsContent):
             return {"model": self.content.tensors, METADATA_KEY: self.content.meta}
+        if isinstance(self.content, _Shards):
+            found = [_shard_tensors(content, path) for path, content in self.content.files.items()]
+            return {"model": {name: tensor for tensors in found for name, tensor in tensors.items()}}
         return self.content
+
+    @cached_property
+    def _settings(self) -> ModelSettings:
+        """Settings in the ``config.json`` of a Hugging Face folder; all None if there is none."""
+        is_folder = self.tag is None and self.root.name in HUGGINGFACE_WEIGHTS
+        return (read_model_settings(self.root.parent) if is_folder else None) or ModelSettings()
 
     @cached_property
     def _model_states(self) -> Mapping[str, Any]:
@@ -128,6 +158,33 @@ class Checkpoint:
         fields = (self.meta.get("encoders") or {}).get(component)
         return encoder_config_from_meta(fields) if fields else None
 
+    def find_encoder_config(self, component: str | None, **size: int | None) -> tuple[EncoderConfig, list[str]]:
+        """Config of an encoder, from the metadata or else from ``config.json`` and the tensors; a note per assumption.
+
+        Raises:
+            CheckpointError: see `encoder_config_from_tensors`.
+        """
+        selected = select_encoder(self.state_dict, component, self.path)
+        try:
+            if config := self.encoder_config(selected.component):
+                given: dict[str, Any] = {name: value for name, value in size.items() if value and name != "heads"}
+                return replace(config, **given), []
+            has_fc_norm = "fc_norm" in selected.ignored
+            return encoder_config_from_tensors(
+                selected.tensors, settings=self._settings, has_fc_norm=has_fc_norm, **size
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def find_decoder_config(self) -> DecoderConfig | None:
+        """Config of the decoder, from the same sources; None if there is none. Raises `CheckpointError` as above."""
+        if stored := self.meta.get("decoder"):
+            return DecoderConfig(**stored)
+        try:
+            return decoder_config_from_tensors(self.state_dict, self._settings.decoder_heads)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
     def verify(self, *, full: bool = False) -> None:
         """Compare all files with their checksums; a directory of another program, which has no digests, is read.
 
@@ -142,10 +199,13 @@ class Checkpoint:
                 for file in state_files(self.tag):
                     read_torch_file(file)
                 self.raw  # noqa: B018 - raises an error if a file is missing
-        elif isinstance(self.content, SafetensorsContent):
-            verify_safetensors(self.root, self.content)
-        elif is_zip(self.root):
-            verify_zip(self.root)
+        else:
+            files = self.content.files if isinstance(self.content, _Shards) else {self.root: self.content}
+            for file, content in files.items():
+                if isinstance(content, SafetensorsContent):
+                    verify_safetensors(file, content)
+                elif is_zip(file):
+                    verify_zip(file)
 
     def load_into(
         self,
@@ -170,6 +230,11 @@ class Checkpoint:
             own = config if isinstance(config, EncoderConfig) else None
             if stored and own:
                 check_hidden_hparams(self.path, stored, own)
+            elif own and self._settings.heads not in (None, own.heads):
+                raise WeightMismatchError(
+                    f"{self.path}: does not fit the module, which was left unchanged (config.json / module): heads "
+                    f"{self._settings.heads} / {own.heads}"
+                )
             note = adapt_positions(state, target.get("pos_embed"), own, stored)
         elif component is not None:
             prefix = component + "."
@@ -187,18 +252,12 @@ class Checkpoint:
 
     def encoder(self, component: str | None = None, **size: int | None) -> Encoder:
         """Build an encoder and load its weights; `size`, other arguments and errors as in `load_encoder`."""
-        selected = select_encoder(self.state_dict, component, self.path)
-        notes: list[str] = []
+        config, notes = self.find_encoder_config(component, **size)
         try:
-            if config := self.encoder_config(selected.component):
-                given: dict[str, Any] = {name: value for name, value in size.items() if value and name != "heads"}
-                config = replace(config, **given)
-            else:
-                config, notes = encoder_config_from_tensors(selected.tensors, **size)
             encoder = Encoder(config)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
-        self.load_into(encoder, component=selected.component, notes=notes)
+        self.load_into(encoder, component=component, notes=notes)
         return encoder
 
 
@@ -239,12 +298,49 @@ def _find_meta(content: Any) -> dict[str, Any]:
     return meta
 
 
+def _shard_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """Tensors of one file of a sharded checkpoint."""
+    return content.tensors if isinstance(content, SafetensorsContent) else _find_state_dict(content, path)
+
+
+def _read_shards(index: Path) -> _Shards:
+    """Read the shards of an index. Raises `CorruptCheckpointError` if a shard or a tensor is missing."""
+    files = {}
+    for path, names in read_shard_index(index).items():
+        files[path] = _read_file(path)
+        if missing := set(names) - _shard_tensors(files[path], path).keys():
+            raise CorruptCheckpointError(
+                f"{path}: lacks {format_count(len(missing), 'tensor')} that {index.name} lists, such as "
+                f"'{min(missing)}'; copy it again"
+            )
+    return _Shards(files)
+
+
+def _read_file(path: Path) -> Any:
+    """Read a single file. Its content determines the format; the name is used for damaged files."""
+    if is_safetensors(path):
+        return read_safetensors(path)
+    is_torch = is_zip(path) or is_pickle(path)
+    if path.suffix == ".safetensors" and not is_torch:
+        return read_safetensors(path)
+    try:
+        if is_torch or path.name.endswith(FILE_SUFFIXES):
+            return read_torch_file(path, verify=False)
+        problem = ""
+    except CorruptCheckpointError as error:
+        if path.name.endswith(FILE_SUFFIXES):
+            raise
+        problem = f", or damaged: {error}"
+    expected = ", ".join(FILE_SUFFIXES)
+    raise CheckpointError(f"{path}: not a known checkpoint format{problem}; expected a directory or {expected}")
+
+
 def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     """Locate a checkpoint and determine its format; its tensors are read on first use.
 
     Args:
-        path: a DeepSpeed directory (at any level, or a file inside it), ``.ckpt``, ``.pt``/``.pth``,
-            ``.safetensors``, or a Hugging Face folder.
+        path: a DeepSpeed directory (at any level, or a file inside it), a file of ``torch.save`` or safetensors with
+            any suffix, the index of several files, or a Hugging Face folder.
         verify: compare the tensors with their checksums (zip CRCs, manifest, safetensors CRCs) when they are read.
 
     Raises:
@@ -254,16 +350,11 @@ def open_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Che
     root, tag = locate(path)
     if tag is not None:
         return Checkpoint(Path(path), CheckpointFormat.DEEPSPEED, root, tag, verify_on_read=verify)
-    if is_safetensors(root):
-        content: Any = read_safetensors(root)
-    elif root.suffix in FILE_SUFFIXES:
-        content = read_torch_file(root, verify=False)
-    else:
-        expected = ", ".join(FILE_SUFFIXES)
-        raise CheckpointError(f"{root}: not a known checkpoint format; expected a directory or {expected}")
-    if isinstance(content, SafetensorsContent):
+    content = _read_shards(root) if root.name.endswith(SHARD_INDEX_SUFFIX) else _read_file(root)
+    first = next(iter(content.files.values())) if isinstance(content, _Shards) else content
+    if isinstance(first, SafetensorsContent):
         format_ = CheckpointFormat.SAFETENSORS
-    elif isinstance(content, Mapping) and {"state_dict", "pytorch-lightning_version"} <= content.keys():
+    elif isinstance(first, Mapping) and {"state_dict", "pytorch-lightning_version"} <= first.keys():
         format_ = CheckpointFormat.LIGHTNING
     else:
         format_ = CheckpointFormat.WEIGHTS

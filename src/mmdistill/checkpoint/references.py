@@ -12,6 +12,9 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.safetensors_file import tensor_bytes
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 
+# Fields added after the first student-only checkpoints: their defaults are not part of the digest.
+_LATER_FIELDS = {"final_norm": True, "layer_norm_eps": 1e-6}
+
 
 def weights_digest(module: nn.Module) -> str:
     """sha256 of a module's config (the values of its fields) and of the names, dtypes, shapes and values of its state.
@@ -21,7 +24,8 @@ def weights_digest(module: nn.Module) -> str:
     config = getattr(module, "config", None)
     digest = hashlib.sha256()
     if is_dataclass(config) and not isinstance(config, type):
-        digest.update(json.dumps(asdict(config), sort_keys=True).encode())
+        fields = {name: value for name, value in asdict(config).items() if _LATER_FIELDS.get(name) != value}
+        digest.update(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))

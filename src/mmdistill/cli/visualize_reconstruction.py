@@ -2,9 +2,11 @@
 
 mmdistill visualize output/DATE/TIME/pretrain_rgb/checkpoints/epoch=49-loss=0.6095
 mmdistill visualize CKPT --clips 8 --split val data_module.mask_ratio=0.5
+mmdistill visualize VIDEOMAE.pth dataset=tennis modality=rgb
 
 Dataset, mask and modality come from the config in the checkpoint. Further arguments override its data_module keys, for
-example the path of the data.
+example the path of the data. For a checkpoint of another program, the arguments override the config of `mmdistill
+pretrain`.
 """
 
 import argparse
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
-from mmdistill.config.compose import load_dataset_settings
+from mmdistill.config.compose import load_config, load_dataset_settings
 
 
 def write_reconstructions(args: argparse.Namespace) -> None:
@@ -23,25 +25,23 @@ def write_reconstructions(args: argparse.Namespace) -> None:
 
     from mmdistill.builders import make_clip_dataset
     from mmdistill.checkpoint import open_checkpoint
-    from mmdistill.checkpoint.architecture import encoder_config_from_meta
-    from mmdistill.models.videomae import DecoderConfig, VideoMAE
-    from mmdistill.pretrain.visualization import draw, reconstruct, write_png
+    from mmdistill.pretrain.visualization import draw, load_masked_autoencoder, reconstruct, write_png
 
     checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
         raise ConfigError(
             f"{args.checkpoint} is not a pretraining checkpoint: it has no decoder; give one of `mmdistill pretrain`"
         )
-    datasets = [override.removeprefix("dataset=") for override in args.overrides if override.startswith("dataset=")]
-    settings = load_dataset_settings(datasets[-1], args.config_dir) if datasets else {}
-    overrides = [override for override in args.overrides if not override.startswith("dataset=")]
-    stored = checkpoint.meta["config"]
-    stored = {**stored, "data_module": {**stored["data_module"], **settings}}
-    config = stored_config(stored, PretrainConfig, overrides)
+    if stored := checkpoint.meta.get("config"):
+        datasets = [override.removeprefix("dataset=") for override in args.overrides if override.startswith("dataset=")]
+        settings = load_dataset_settings(datasets[-1], args.config_dir) if datasets else {}
+        overrides = [override for override in args.overrides if not override.startswith("dataset=")]
+        stored = {**stored, "data_module": {**stored["data_module"], **settings}}
+        config = stored_config(stored, PretrainConfig, overrides)
+    else:
+        config = load_config(PretrainConfig, "config_pretrain", args.overrides, config_dir=args.config_dir)
     spec = modality_specs(config.data_module)[config.modality]
-    encoder_config = encoder_config_from_meta(checkpoint.meta["encoders"]["encoder"])
-    model = VideoMAE(encoder_config, DecoderConfig(**checkpoint.meta["decoder"]))
-    checkpoint.load_into(model)
+    model = load_masked_autoencoder(checkpoint, config)
     dataset = make_clip_dataset(
         config.data_module,
         (config.modality,),
@@ -63,12 +63,12 @@ def write_reconstructions(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the images. 0 if written, 2 if the checkpoint or the data cannot be used."""
     parser = make_parser("visualize", __doc__)
-    parser.add_argument("checkpoint", help="checkpoint directory of `mmdistill pretrain`")
+    parser.add_argument("checkpoint", help="checkpoint of `mmdistill pretrain` or of another VideoMAE")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="dataset=NAME | data_module.KEY=VALUE",
-        help="overrides of the config in the checkpoint",
+        help="overrides of the config in the checkpoint, or of config_pretrain if it has none",
     )
     parser.add_argument("--clips", type=int, default=4, help="number of clips, spread evenly over the split")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="training or evaluation clips")

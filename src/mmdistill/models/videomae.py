@@ -8,9 +8,12 @@ predicted tokens, D encoder width, Dd decoder width, P = tubelet * patch * patch
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm
 from timm.models.beit import Attention as TimmAttention
 from timm.models.beit import Block
 from torch import Tensor, nn
@@ -19,7 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything that determines an encoder's tensors. Sizes are of the model input (heat-maps: 56 x 96, patch 4)."""
+    """Everything that determines an encoder's tensors. Sizes are of the model input (heat-maps: 56 x 96, patch 4).
+
+    `final_norm` is False for VideoMAEs that were fine-tuned with mean pooling: they have no norm after the last block.
+    """
 
     channels: int
     num_frames: int
@@ -33,6 +39,8 @@ class EncoderConfig:
     head_dim: int
     mlp_dim: int
     pos_embed: str = "sincos"
+    final_norm: bool = True
+    layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         for name, size, unit in (
@@ -138,9 +146,17 @@ class Attention(TimmAttention):
         return projected
 
 
-def _make_block(dim: int, heads: int, head_dim: int, mlp_dim: int, drop_path: float = 0.0) -> Block:
-    block = Block(dim, heads, qkv_bias=True, mlp_ratio=mlp_dim / dim, attn_head_dim=head_dim, drop_path=drop_path)
-    block.attn = Attention(dim, heads, qkv_bias=True, attn_head_dim=head_dim)
+def _make_block(g: EncoderConfig | DecoderConfig, eps: float, drop_path: float = 0.0) -> Block:
+    block = Block(
+        g.dim,
+        g.heads,
+        qkv_bias=True,
+        mlp_ratio=g.mlp_dim / g.dim,
+        attn_head_dim=g.head_dim,
+        drop_path=drop_path,
+        norm_layer=cast(type[nn.Module], partial(LayerNorm, eps=eps)),
+    )
+    block.attn = Attention(g.dim, g.heads, qkv_bias=True, attn_head_dim=g.head_dim)
     return block
 
 
@@ -181,8 +197,8 @@ class Encoder(nn.Module):
         else:
             self.register_buffer("pos_embed", position_table(g, g.dim), persistent=False)
         rates = [drop_path * i / max(g.depth - 1, 1) for i in range(g.depth)]
-        self.blocks = nn.ModuleList(_make_block(g.dim, g.heads, g.head_dim, g.mlp_dim, rate) for rate in rates)
-        self.norm = nn.LayerNorm(g.dim, eps=1e-6)
+        self.blocks = nn.ModuleList(_make_block(g, g.layer_norm_eps, rate) for rate in rates)
+        self.norm = nn.LayerNorm(g.dim, eps=g.layer_norm_eps) if g.final_norm else nn.Identity()
         self.blocks.apply(_init_weights)
 
     def set_activation_checkpointing(self, is_enabled: bool) -> None:
@@ -227,7 +243,7 @@ class _Decoder(nn.Module):
 
     def __init__(self, g: DecoderConfig, encoder: EncoderConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_make_block(g.dim, g.heads, g.head_dim, g.mlp_dim) for _ in range(g.depth))
+        self.blocks = nn.ModuleList(_make_block(g, encoder.layer_norm_eps) for _ in range(g.depth))
         self.norm = nn.LayerNorm(g.dim, eps=1e-6)
         self.head = nn.Linear(g.dim, encoder.patch_dim)
         self.channels = encoder.channels

@@ -6,7 +6,9 @@ from mmdistill.models.videomae import Encoder
 
 
 def load_videomae(encoder: Encoder, path: str) -> LoadReport:
-    """Initialize an encoder from pretrained VideoMAE weights. The decoder keeps its random initialization.
+    """Initialize an encoder from VideoMAE weights. The decoder keeps its random initialization.
+
+    Models fine-tuned with mean pooling have no norm after the last block. The encoder then keeps its new norm.
 
     If the numbers of channels differ, the patch embedding becomes its mean over the source channels, repeated for each
     own channel and scaled by (source channels / own channels). A clip with equal channels then gives the same tokens.
@@ -27,7 +29,13 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
                 f"patch embedding adapted from {source} to {channels} channels: mean over channels, scaled by "
                 f"{source}/{channels}"
             )
-    return checkpoint.load_into(encoder, state_dict=state, notes=notes)
+    config, _ = checkpoint.find_encoder_config(None, heads=encoder.config.heads)
+    if not config.final_norm:
+        notes.append("no norm after the last block in the file; encoder.norm is new (weight 1, bias 0)")
+    if encoder.config.pos_embed == "sincos_separable" != config.pos_embed:
+        notes.append(f"pos_embed is {config.pos_embed} in the file and sincos_separable here")
+    allowed = () if config.final_norm else ("norm.weight", "norm.bias")
+    return checkpoint.load_into(encoder, state_dict=state, notes=notes, allow_missing=allowed)
 
 
 def _check_sizes(encoder: Encoder, checkpoint: Checkpoint) -> None:

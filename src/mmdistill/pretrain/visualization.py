@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
+from mmdistill.builders import check_token_grid, token_grid
+from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
+from mmdistill.config import PretrainConfig, modality_specs
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
@@ -35,6 +38,25 @@ PREDICTION_TRUE_STATISTICS = "prediction with the true mean\nand std of each pat
 PREDICTION_VISIBLE_STATISTICS = "prediction with the mean and std\nof the visible patches\n(visible patches: input)"
 ENERGY_TARGET = "target: motion energy"
 ENERGY_PREDICTION = "prediction: motion energy\n(visible patches: target)"
+
+
+def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> VideoMAE:
+    """The model of a pretraining checkpoint. One of another program stores no input size; that of `config` is used.
+
+    Raises:
+        CheckpointError: there is no decoder, or the number of heads is unknown.
+        ConfigError: the encoder does not fit the clips of `config`.
+        WeightMismatchError: see `load_weights`.
+    """
+    data, spec = config.data_module, modality_specs(config.data_module)[config.modality]
+    encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
+    check_token_grid(encoder, spec, data, checkpoint.path)
+    decoder = checkpoint.find_decoder_config()
+    if decoder is None:
+        raise CheckpointError(f"{checkpoint.path}: has no decoder; give a checkpoint of `mmdistill pretrain`")
+    model = VideoMAE(encoder.config, decoder)
+    checkpoint.load_into(model)
+    return model
 
 
 @dataclass(frozen=True)

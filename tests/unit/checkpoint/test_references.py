@@ -71,8 +71,11 @@ def test_checks_pass_silently(tmp_path: Path) -> None:
 
 
 def test_digest_is_the_sha256_of_config_values_and_tensors() -> None:
+    """The fields added later are not part of it at their defaults: earlier digests remain valid."""
     encoder = make_encoder(0)
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(CONFIG), sort_keys=True).encode())
+    fields = dataclasses.asdict(CONFIG)
+    assert (fields.pop("final_norm"), fields.pop("layer_norm_eps")) == (True, 1e-6)
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
     assert weights_digest(encoder) == digest.hexdigest()
@@ -89,13 +92,16 @@ def test_digest_does_not_depend_on_class_names() -> None:
 
 def test_digest_depends_on_values_dtypes_and_settings_without_a_tensor() -> None:
     digests = [weights_digest(make_encoder(0)), weights_digest(make_encoder(0).bfloat16())]
+    other_eps = Encoder(dataclasses.replace(CONFIG, layer_norm_eps=1e-12))
+    other_eps.load_state_dict(make_encoder(0).state_dict())
+    digests.append(weights_digest(other_eps))
     other_heads = Encoder(dataclasses.replace(CONFIG, heads=1, head_dim=16))
     other_heads.load_state_dict(make_encoder(0).state_dict())  # the same shapes
     digests.append(weights_digest(other_heads))
     changed = make_encoder(0)
     changed.norm.bias.data[3] += 1e-6
     digests.append(weights_digest(changed))
-    assert len(set(digests)) == 4
+    assert len(set(digests)) == 5
 
 
 def test_module_without_config_has_a_digest() -> None:

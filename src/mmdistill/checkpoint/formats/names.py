@@ -6,7 +6,15 @@ from pathlib import Path
 
 META, MANIFEST, LATEST, TAG = "meta.json", "manifest.json", "latest", "checkpoint"
 MODEL_STATES, OPTIM_STATES = "_model_states.pt", "_optim_states.pt"
-FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+FILE_SUFFIXES = (".ckpt", ".pt", ".pth", ".pth.tar", ".bin", ".safetensors")
+SHARD_INDEX_SUFFIX = ".index.json"
+# Weights in a folder of `save_pretrained`: one file, or the index of its shards. The first that exists is read.
+HUGGINGFACE_WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{SHARD_INDEX_SUFFIX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{SHARD_INDEX_SUFFIX}",
+)
 METADATA_KEY = "mmdistill"  # key of the metadata in a file
 EXPORT_SUFFIXES = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
 TMP_PREFIX, OLD_PREFIX, TRASH_PREFIX = ".tmp-", ".old-", ".trash-"

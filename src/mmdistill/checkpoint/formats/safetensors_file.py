@@ -37,12 +37,10 @@ _DTYPE_NAMES = {
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether the first bytes are a length and the start of a JSON object, or the name ends in ``.safetensors``."""
+    """Whether the first bytes are a length and the start of a JSON object."""
     with path.open("rb") as file:
         head = file.read(9)
-    return path.suffix == ".safetensors" or (
-        len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
-    )
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -27,19 +27,56 @@ THREADS = min(4, os.cpu_count() or 1)
 
 
 class _StandIn:
-    """Replaces a DeepSpeed class that optimizer shards reference. Holds the pickled attributes, has no methods."""
+    """Replaces a harmless class that checkpoints reference. Holds the pickled attributes, executes nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            vars(self).update(state)
+
+
+def _make_dict(*_: Any) -> dict[Any, Any]:
+    """Replaces ``collections.defaultdict``, because torch fills only plain dicts."""
+    return {}
 
 
 class _ZeroStage(int):
     """Replaces DeepSpeed's ``ZeroStageEnum``."""
 
 
-# The only names outside torch's own list that a checkpoint may reference. DeepSpeed's own classes are never used.
+# Names of harmless classes in the training state and the arguments that other programs save. Stand-ins replace them.
+_HARMLESS_NAMES = (
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    ),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"omegaconf.{name}"
+        for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata")
+    ),
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path", "Enum")
+    ),
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "set", "int", "float", "bool", "str", "bytes")),
+    "typing.Any",
+)
+# The only names outside torch's own list that a checkpoint may reference. Their own classes are never used.
 _STAND_INS: list[Any] = [
     (_ZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_make_dict, "collections.defaultdict"),
+    *((_StandIn, name) for name in _HARMLESS_NAMES),
 ]
 
 
@@ -47,6 +84,13 @@ def is_zip(path: Path) -> bool:
     """Whether the file starts like a zip archive (it may be truncated)."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether the file starts like a pickle of protocol 2 or higher, as those of torch before version 1.6."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    return len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -137,11 +181,12 @@ def _rejection_error(path: Path, error: Exception) -> CheckpointError:
     if found := re.search(r"GLOBAL ([\w.<>]+)", text):
         names = [found[1].rstrip(".")]
     else:
-        names = [name for name in _referenced_names(path) if not name.startswith(known)]
+        names = [name for name in _referenced_names(path) if not name.startswith(known) and name not in _HARMLESS_NAMES]
     if names:
         return UnsafeCheckpointError(
-            f"{path}: rejected: its pickle references '{names[0]}', but only tensors and plain containers are allowed; "
-            "no code was executed. If you trust the file, load it in its original environment and save plain tensors"
+            f"{path}: rejected: its pickle references '{names[0]}', but only tensors, plain containers and "
+            "values of argparse, pathlib, NumPy and OmegaConf are allowed; no code was executed. If you trust the "
+            "file, load it in its original environment and save plain tensors"
         )
     reason = text.splitlines()[0][:160] if text else repr(error)
     return CorruptCheckpointError(f"{path}: not a torch file, or damaged ({reason}); use another checkpoint")

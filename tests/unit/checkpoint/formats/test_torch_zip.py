@@ -1,9 +1,15 @@
+import argparse
+import os
 import zipfile
-from pathlib import Path
+from collections import defaultdict
+from fractions import Fraction
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
@@ -85,9 +91,73 @@ def test_compressed_archives_and_other_bytes_are_errors(tmp_path: Path) -> None:
 
 
 def test_other_classes_are_rejected_by_name(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": torch.zeros(1)}, "path": Path("x")}, tmp_path / "x.ckpt")
-    with pytest.raises(UnsafeCheckpointError, match=r"rejected: .*'pathlib\.PosixPath'.*no code was executed"):
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "part": Fraction(1, 2)}, tmp_path / "x.ckpt")
+    with pytest.raises(UnsafeCheckpointError, match=r"rejected: .*'fractions\.Fraction'.*no code was executed"):
         read_torch_file(tmp_path / "x.ckpt")
+
+
+class _Command:
+    """An object whose pickle runs a shell command when it is read."""
+
+    def __init__(self, target: Path) -> None:
+        self.command = f"touch {target}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def _omegaconf_with_interpolation() -> Any:
+    config = OmegaConf.create(
+        {"lr": 1e-3, "sizes": [2, 2.5, "x", True, None], "model": {"lr": "${lr}"}, "dir": Path("a")}
+    )
+    assert config.model.lr == config.lr
+    return config
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        argparse.Namespace(lr=1e-3, out=Path("a"), windows=PureWindowsPath("c:/a"), betas=[0.9, 0.95]),
+        {
+            "epoch": np.int64(3),
+            "best": np.float32(0.5),
+            "flag": np.bool_(True),
+            "rng": np.random.RandomState(0).get_state(),
+        },
+        _omegaconf_with_interpolation(),
+        defaultdict(list, {"a": [1]}),
+    ],
+    ids=["argparse", "numpy", "omegaconf", "defaultdict"],
+)
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_arguments_and_training_state_are_replaced_by_stand_ins(tmp_path: Path, value: Any, is_zip: bool) -> None:
+    torch.save({"model": {"a": torch.ones(2)}, "args": value}, tmp_path / "x", _use_new_zipfile_serialization=is_zip)
+    content = read_torch_file(tmp_path / "x")
+    assert torch.equal(content["model"]["a"], torch.ones(2))
+    types = {type(content["args"])} | {type(v) for v in getattr(content["args"], "__dict__", {}).values()}
+    assert {t.__module__ for t in types} <= {"builtins", "mmdistill.checkpoint.formats.torch_zip"}
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_a_command_in_a_checkpoint_is_rejected_and_not_executed(tmp_path: Path, is_nested: bool, is_zip: bool) -> None:
+    command = _Command(tmp_path / "executed")
+    args = argparse.Namespace(lr=command, out=Path("a")) if is_nested else command
+    torch.save({"model": {}, "args": args}, tmp_path / "x.pth", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UnsafeCheckpointError, match=rf"rejected: .*'{os.name}\.system'.*no code was executed"):
+        read_torch_file(tmp_path / "x.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__"])
+def test_builtin_functions_are_rejected(tmp_path: Path, name: str) -> None:
+    pickled = f"c__builtin__\n{name}\n(S'1'\ntR.".encode()
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as target:
+        for record in source.namelist():
+            target.writestr(record, pickled if record.endswith("data.pkl") else source.read(record))
+    with pytest.raises(UnsafeCheckpointError, match=name):
+        read_torch_file(tmp_path / "y.pt")
 
 
 def test_deepspeed_classes_are_replaced_by_stand_ins() -> None:
