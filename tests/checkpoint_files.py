@@ -65,10 +65,10 @@ def write_output(root: Path) -> Path:
     return root
 
 
-def write_distilled(path: Path) -> Encoder:
+def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG) -> Encoder:
     """Write a small distilled Lightning file with metadata; its student."""
     torch.manual_seed(0)
-    student, teacher = Encoder(STUDENT_CONFIG), Encoder(STUDENT_CONFIG)
+    student, teacher = Encoder(config), Encoder(config)
     for encoder in (student, teacher):
         for parameter in encoder.parameters():
             parameter.data.uniform_(-0.3, 0.3)
@@ -76,10 +76,9 @@ def write_distilled(path: Path) -> Encoder:
     for component, encoder in (("student_rgb", student), ("teacher_rgb", teacher)):
         state |= {f"{component}.encoder.{k}": v for k, v in encoder.state_dict().items()}
     state["cmt.mlp_to_rgb.0.weight"] = torch.randn(16, 16)
-    config = vars(STUDENT_CONFIG)
     meta = {
         "kind": "distill",
-        "encoders": {"student_rgb": config, "teacher_rgb": config},
+        "encoders": {"student_rgb": vars(config), "teacher_rgb": vars(config)},
         "statistics": {"rgb": {"mean": [0.5], "std": [0.2]}, "flow": {"mean": [0.0], "std": [1.0]}},
     }
     content = {"state_dict": state, "pytorch-lightning_version": "2.6.6", "epoch": 3, "global_step": 40}

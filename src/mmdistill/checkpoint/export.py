@@ -2,13 +2,13 @@
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from mmdistill import __version__
 from mmdistill.checkpoint.convert import resolve_target
@@ -16,21 +16,11 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
-from mmdistill.checkpoint.read import open_checkpoint
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.checkpoint.student import FeatureExtractor, find_modality, find_statistics
 from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
+from mmdistill.modalities import stored_statistics
 from mmdistill.models.videomae import Encoder
-
-
-class _FeatureExtractor(nn.Module):
-    """Computes the feature of a clip in one call: (B, C, T, H, W) normalized -> (B, D)."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, clip: Tensor) -> Tensor:
-        """Call `Encoder.embed`."""
-        return self.encoder.embed(clip)
 
 
 def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
@@ -64,53 +54,148 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": config.layer_norm_eps,
         "qkv_bias": True,
-        "use_mean_pooling": False,
+        "use_mean_pooling": not config.final_norm,
     }
 
 
-def _export_safetensors(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
-    save_safetensors({f"encoder.{k}": v for k, v in encoder.state_dict().items()}, target, meta)
+def make_preprocessor_config(encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Build the ``preprocessor_config.json`` of transformers' image and video processors.
+
+    They scale the shorter side of a frame to that of the input, and crop the center. Frames whose aspect ratio is
+    narrower than that of the input are padded with zeros.
+    """
+    config = encoder.config
+    return {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "video_processor_type": "VideoMAEVideoProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": min(config.height, config.width)},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": config.height, "width": config.width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
 
 
-def _export_hf(encoder: Encoder, target: Path, meta: dict[str, Any]) -> None:
-    text = json.dumps({**make_huggingface_config(encoder), "mmdistill": meta}, indent=1, sort_keys=True) + "\n"
+_CARD = """---
+library_name: transformers
+pipeline_tag: video-classification
+tags: [videomae, mmdistill]
+---
+
+# {component} of mmdistill
+
+An encoder of {num_frames} frames of {height} x {width} px, exported from `{source}` by mmdistill {version}.
+
+```python
+import torch
+from transformers import VideoMAEModel
+
+model = VideoMAEModel.from_pretrained("FOLDER").eval()
+{preprocessing}
+with torch.no_grad():
+    tokens = model(pixel_values).last_hidden_state  # (B, {num_tokens}, {dim})
+    feature = torch.nn.functional.layer_norm(tokens.mean(dim=1), ({dim},), eps=1e-6)  # (B, {dim})
+```
+
+The feature of mmdistill is the last line: the mean over the tokens, then a LayerNorm without weights. The mean alone is
+another feature. Few-shot accuracies of mmdistill hold for the normalized feature.
+
+Mean and standard deviation of the input: {statistics}.
+"""
+_RGB_PREPROCESSING = """from transformers import VideoMAEImageProcessor
+
+processor = VideoMAEImageProcessor.from_pretrained("FOLDER")  # scales, crops, normalizes
+pixel_values = processor(list(frames), return_tensors="pt").pixel_values  # uint8 (T, H, W, 3), RGB"""
+_OTHER_PREPROCESSING = "pixel_values = (clips - mean) / std  # float32 (B, T, C, H, W), mean and std per channel"
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What a writer needs: the encoder, its metadata, its name and modality, and its checkpoint."""
+
+    checkpoint: Checkpoint
+    component: str
+    modality: str | None
+    encoder: Encoder
+    meta: dict[str, Any]
+
+    def extractor(self) -> FeatureExtractor:
+        mean, std = find_statistics(self.checkpoint, self.modality)
+        assert self.modality is not None  # `find_statistics` raises
+        return FeatureExtractor(self.encoder, self.modality, mean, std).eval().requires_grad_(False)
+
+
+def _export_safetensors(export: _Export, target: Path) -> None:
+    save_safetensors({f"encoder.{k}": v for k, v in export.encoder.state_dict().items()}, target, export.meta)
+
+
+def _export_hf(export: _Export, target: Path) -> None:
+    encoder, config = export.encoder, export.encoder.config
+    files = {"config.json": {**make_huggingface_config(encoder), "mmdistill": export.meta}}
+    statistics = stored_statistics(export.meta, str(export.modality))
+    if is_rgb := export.modality == "rgb":
+        statistics = find_statistics(export.checkpoint, export.modality)
+        files["preprocessor_config.json"] = make_preprocessor_config(encoder, *statistics)
+    card = _CARD.format(
+        **asdict(config),
+        component=export.component,
+        num_tokens=config.num_tokens,
+        source=export.checkpoint.path.name,
+        version=__version__,
+        preprocessing=_RGB_PREPROCESSING if is_rgb else _OTHER_PREPROCESSING,
+        statistics=f"{list(statistics[0])} and {list(statistics[1])}" if statistics else "not stored",
+    )
 
     def fill(folder: Path) -> None:
-        save_safetensors(to_huggingface(encoder.state_dict()), folder / "model.safetensors", meta)
-        write_bytes(folder / "config.json", text.encode())
+        save_safetensors(to_huggingface(encoder.state_dict()), folder / "model.safetensors", export.meta)
+        for name, content in files.items():
+            write_bytes(folder / name, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        write_bytes(folder / "README.md", card.encode())
 
     write_directory(target, fill)
 
 
-def _example_arguments(encoder: Encoder) -> dict[str, Any]:
+def _example_arguments(extractor: FeatureExtractor) -> dict[str, Any]:
     """Arguments of torch's exporters: a batch of 2, which may have any size later."""
-    config = encoder.config
-    clips = torch.zeros(2, config.channels, config.num_frames, config.height, config.width)
+    config = extractor.encoder.config
+    if extractor.modality == "rgb":
+        clips = torch.zeros(2, config.num_frames, config.height, config.width, 3, dtype=torch.uint8)
+    else:
+        clips = torch.zeros(2, config.channels, config.num_frames, config.height, config.width)
     return {"args": (clips,), "dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}
 
 
-def _export_torch(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
-    program = torch.export.export(_FeatureExtractor(encoder).eval(), **_example_arguments(encoder))
+def _export_torch(export: _Export, target: Path) -> None:
+    extractor = export.extractor()
+    program = torch.export.export(extractor, **_example_arguments(extractor))
     with stage_file(target) as staged:
         torch.export.save(program, str(staged))
         fsync_path(staged)
 
 
-def _export_onnx(encoder: Encoder, target: Path, _: dict[str, Any]) -> None:
+def _export_onnx(export: _Export, target: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
         raise CheckpointError(
             f"{target}: not written: ONNX export needs the packages {' and '.join(missing)}; pip install them"
         )
+    extractor = export.extractor()
+    if sum(p.nbytes for p in extractor.parameters()) >= 2**31:
+        raise CheckpointError(f"{target}: not written: one ONNX file holds less than 2 GiB; use --to torch_export")
     program = torch.onnx.export(
-        _FeatureExtractor(encoder).eval(),
+        extractor,
         dynamo=True,
-        input_names=["clip"],
+        input_names=["frames" if extractor.modality == "rgb" else "clip"],
         output_names=["feature"],
         verbose=False,
-        **_example_arguments(encoder),
+        **_example_arguments(extractor),
     )
     if program is None:
         raise CheckpointError(f"{target}: not written: torch.onnx returned no program; use --to torch_export")
@@ -140,8 +225,9 @@ def export_student(
     Args:
         path: a distilled (or pretrained) checkpoint in any format.
         target: the file, or for ``hf`` the folder, to write.
-        to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``), ``onnx`` or
-            ``torch_export`` (clip in, feature out, any batch size).
+        to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``, its processor and a
+            README), ``onnx`` or ``torch_export`` (any batch size; input and output of `FeatureExtractor`, with mean
+            and std inside).
         component: name of the encoder; None is the student.
         force: replace an existing `target`.
 
@@ -149,7 +235,8 @@ def export_student(
         `target` with ``~`` expanded.
 
     Raises:
-        CheckpointError: `target` exists, the format does not support the architecture, or a package is missing.
+        CheckpointError: `target` exists, the format does not support the architecture, a package is missing, or mean
+            and std are unknown.
     """
     if to not in _WRITERS:
         raise CheckpointError(f"--to {to}: choose one of {', '.join(_WRITERS)}")
@@ -157,7 +244,7 @@ def export_student(
     checkpoint = open_checkpoint(path)
     name = select_encoder(checkpoint.state_dict, component, checkpoint.path).component
     encoder = checkpoint.encoder(name).eval()
-    modality = name.rpartition("_")[2] if "_" in name else checkpoint.meta.get("modality")
+    modality = find_modality(checkpoint, name)
     statistics = checkpoint.meta.get("statistics") or {}
     meta = {
         "mmdistill_version": __version__,
@@ -170,5 +257,5 @@ def export_student(
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }
-    _WRITERS[to](encoder, target_path, meta)
+    _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta), target_path)
     return target_path

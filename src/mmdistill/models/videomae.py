@@ -114,10 +114,19 @@ def position_table(config: EncoderConfig, dim: int) -> Tensor:
     return sincos_positions(config.num_tokens, dim)[None]
 
 
+def split_into_patches(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """View a clip as its patches. (B, C, T, H, W) -> (B, t, h, w, C, pt, ph, pw)."""
+    t, h, w = grid
+    patches: Tensor = (
+        x.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1)).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    )
+    return patches
+
+
 def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Copy the patches of the tokens `index`. (B, C, T, H, W), (B, N) -> (B, N, C, pt, ph, pw)."""
-    t, h, w = grid
-    patches = x.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1)).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    _, h, w = grid
+    patches = split_into_patches(x, grid)
     clip = torch.arange(x.shape[0], device=x.device)[:, None]
     found: Tensor = patches[clip, index // (h * w), index // w % h, index % w]
     return found
@@ -216,9 +225,11 @@ class Encoder(nn.Module):
         if x.shape[1:] != expected:
             raise ValueError(f"encoder expects clips (C, T, H, W) = {expected}, got {tuple(x.shape[1:])}")
         if visible is None:
-            visible = torch.arange(g.num_tokens, device=x.device).expand(x.shape[0], -1)
-        tokens = self.patch_embed(gather_patches(x, visible, g.grid))  # (B, Lv, D)
-        tokens = tokens + self.pos_embed[0][visible].to(tokens.dtype)
+            tokens = self.patch_embed(split_into_patches(x, g.grid).flatten(1, 3))  # (B, L, D)
+            tokens = tokens + self.pos_embed.to(tokens.dtype)
+        else:
+            tokens = self.patch_embed(gather_patches(x, visible, g.grid))  # (B, Lv, D)
+            tokens = tokens + self.pos_embed[0][visible].to(tokens.dtype)
         for block in self.blocks:
             if self.checkpoint_activations and self.training:
                 tokens = checkpoint(block, tokens, use_reentrant=False)

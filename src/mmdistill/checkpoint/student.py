@@ -1,0 +1,163 @@
+"""The student as one callable: frames in, feature out. The exports contain the same module."""
+
+import logging
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.load import select_encoder
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.modalities import get_modality, stored_statistics
+from mmdistill.models.preprocessing import normalize
+from mmdistill.models.videomae import Encoder
+
+log = logging.getLogger(__name__)
+
+
+class FeatureExtractor(nn.Module):
+    """Normalization and encoder of one modality.
+
+    Attributes:
+        modality: name of the modality.
+        mean, std: statistics of the encoder's training data, one value per channel, in the units of the modality.
+    """
+
+    def __init__(self, encoder: Encoder, modality: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.modality, self.mean, self.std = modality, mean, std
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """Features of clips of the encoder's size.
+
+        Args:
+            clips: rgb: uint8 (B, T, H, W, 3). Other modalities: float32 (B, C, T, H, W) in their units (flow: px;
+                skeleton: heat-maps in [0, 1]).
+
+        Returns:
+            float32 (B, D), see `Encoder.embed`.
+        """
+        x = clips.permute(0, 4, 1, 2, 3).float() / 255 if self.modality == "rgb" else clips.clone()
+        return self.encoder.embed(normalize(x, self.mean, self.std))
+
+
+class Student:
+    """A `FeatureExtractor` for rgb frames of any size.
+
+    Attributes:
+        extractor: its parameters do not require gradients.
+        frame_size: (height, width) in px of the frames of the training, of which the input is the center crop.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, frame_size: tuple[int, int]) -> None:
+        self.extractor, self.frame_size = extractor, frame_size
+
+    def __call__(self, frames: np.ndarray | Tensor) -> Tensor:
+        """Features of one clip or of a batch.
+
+        Frames of another size are scaled until they cover `frame_size`, with antialiasing. Then the center is cropped,
+        as in the evaluation.
+
+        Args:
+            frames: uint8 (T, H, W, 3) or (B, T, H, W, 3), RGB. T is the number of frames of the encoder.
+
+        Returns:
+            float32 (D,) or (B, D), on the device of the encoder.
+
+        Raises:
+            ValueError: another dtype, shape or number of frames.
+        """
+        clips = torch.as_tensor(frames)
+        num_frames = self.extractor.encoder.config.num_frames
+        if clips.dtype != torch.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3:
+            raise ValueError(
+                f"expected uint8 frames (T, H, W, 3) or (B, T, H, W, 3), got {clips.dtype} {tuple(clips.shape)}"
+            )
+        if clips.shape[-4] != num_frames:
+            raise ValueError(f"expected {num_frames} frames, got {clips.shape[-4]}; select {num_frames} of them")
+        batch = clips if clips.ndim == 5 else clips[None]
+        device = self.extractor.encoder.patch_embed.proj.weight.device
+        with torch.inference_mode():
+            features: Tensor = self.extractor(self._fit(batch.to(device)))
+        return features if clips.ndim == 5 else features[0]
+
+    def _fit(self, clips: Tensor) -> Tensor:
+        """Scale and crop. uint8 (B, T, H, W, 3) -> uint8 (B, T, h, w, 3)."""
+        h, w = self.extractor.encoder.config.height, self.extractor.encoder.config.width
+        height, width = clips.shape[2:4]
+        scale = max(self.frame_size[0] / height, self.frame_size[1] / width)
+        if scale != 1:
+            images = clips.flatten(0, 1).permute(0, 3, 1, 2).float()  # (B * T, 3, H, W)
+            size = (round(height * scale), round(width * scale))
+            images = F.interpolate(images, size, mode="bilinear", antialias=True).round().to(torch.uint8)
+            clips = images.permute(0, 2, 3, 1).unflatten(0, clips.shape[:2])
+        top, left = (clips.shape[2] - h) // 2, (clips.shape[3] - w) // 2
+        return clips[:, :, top : top + h, left : left + w]
+
+
+def find_modality(checkpoint: Checkpoint, component: str) -> str | None:
+    """The modality of an encoder, by its name or the metadata; without metadata rgb if it has 3 channels, else None."""
+    if "_" in component:
+        return component.rpartition("_")[2]
+    if stored := checkpoint.meta.get("modality"):
+        return str(stored)
+    weight = checkpoint.state_dict.get("encoder.patch_embed.proj.weight")
+    return "rgb" if weight is not None and weight.shape[1] == get_modality("rgb").channels else None
+
+
+def find_statistics(checkpoint: Checkpoint, modality: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of a modality in a checkpoint. For rgb without metadata those of ImageNet, which is logged.
+
+    Raises:
+        CheckpointError: the checkpoint has none for another modality, or the modality is unknown.
+    """
+    stored = stored_statistics(checkpoint.meta, modality) if modality else None
+    if modality and stored:
+        spec = get_modality(modality).spec().with_statistics(*stored)
+    elif modality == "rgb":
+        spec = get_modality(modality).spec()
+        log.warning(
+            "%s has no mean and std; those of ImageNet are used: %s, %s",
+            checkpoint.path,
+            list(spec.mean),
+            list(spec.std),
+        )
+    else:
+        raise CheckpointError(
+            f"{checkpoint.path}: has no mean and std of its {modality or 'unknown'} input; use --to safetensors, or "
+            "load_encoder (Python) and normalize the clips yourself"
+        )
+    return spec.mean, spec.std
+
+
+def load_student(
+    path: str | os.PathLike[str], *, component: str | None = None, device: torch.device | str = "cpu"
+) -> Student:
+    """Load the student of a distilled checkpoint, or the encoder of any other rgb checkpoint, for frames.
+
+    ``load_student("last.ckpt")(frames)`` returns the feature of a clip; see `Student`.
+
+    Args:
+        path: see `open_checkpoint`.
+        component: name of the encoder; None is the student.
+        device: device of the encoder.
+
+    Raises:
+        CheckpointError: the path cannot be read, or the encoder has another modality than rgb.
+    """
+    checkpoint = open_checkpoint(path)
+    component = select_encoder(checkpoint.state_dict, component, checkpoint.path).component
+    modality = find_modality(checkpoint, component)
+    if modality != "rgb":
+        raise CheckpointError(
+            f"{path}: {component} has the modality {modality}; load_student needs rgb, use load_encoder"
+        )
+    mean, std = find_statistics(checkpoint, modality)
+    encoder = checkpoint.encoder(component).to(device).eval().requires_grad_(False)
+    data = (checkpoint.meta.get("config") or {}).get("data_module") or {}
+    height, width = data.get("frame_size") or (encoder.config.height, encoder.config.width)
+    return Student(FeatureExtractor(encoder, modality, mean, std), (height, width))

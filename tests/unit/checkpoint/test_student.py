@@ -1,0 +1,96 @@
+"""`load_student`: from frames to the features of the evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mmdistill
+from mmdistill import load_student
+from mmdistill.checkpoint import CheckpointError, save_torch
+from mmdistill.checkpoint.export import export_student
+from mmdistill.fewshot.encode import ClipEncoder
+from mmdistill.modalities import get_modality
+from tests.checkpoint_files import write_distilled
+from tests.contracts.checkpoint_contract import META, make_encoder, state_of
+
+MEAN, STD = 0.5, 0.2  # in the metadata that `write_distilled` writes
+
+
+def random_frames(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_distilled(tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    """Stored frames of 10 x 17 px, of which the evaluation crops the center, 8 x 12."""
+    student = write_distilled(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["mmdistill"]["config"] = {"data_module": {"frame_size": [10, 17]}}
+    save_torch(content, tmp_path / "last.ckpt")
+    frames = random_frames(2, 4, 10, 17)
+    encode = ClipEncoder(student, get_modality("rgb").spec(mean=(MEAN,), std=(STD,)))
+    crop_box = torch.tensor([[1.0, 2.0, 8.0, 12.0, 0.0]] * 2)
+    with torch.inference_mode():
+        expected = encode({"rgb": torch.from_numpy(frames), "crop_box": crop_box}, None)
+    load = load_student(tmp_path / "last.ckpt")
+    torch.testing.assert_close(load(frames), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load(frames[1]), expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load(torch.from_numpy(frames)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_larger_frames_are_scaled_and_cropped(checkpoint: Path) -> None:
+    """Also portrait frames; a scaled ramp is closer to the small ramp than to its mirror image."""
+    load = load_student(checkpoint)
+    gray = np.full((4, 32, 96, 3), 90, np.uint8)
+    small = np.full((4, 8, 12, 3), 90, np.uint8)
+    torch.testing.assert_close(load(gray), load(small), rtol=1e-5, atol=1e-5)
+    sides = gray.copy()
+    sides[:, :, :20] = sides[:, :, -20:] = 255  # outside the center crop of 32 x 48
+    torch.testing.assert_close(load(sides), load(small), rtol=1e-5, atol=1e-5)
+    assert load(gray[:, :, :24]).shape == (16,)  # portrait
+    ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None] * 20, (4, 8, 12, 3))
+    wide = load(np.repeat(np.repeat(ramp, 4, axis=1), 4, axis=2).copy())
+    assert (wide - load(ramp.copy())).abs().max() < 0.3 * (wide - load(ramp[:, :, ::-1].copy())).abs().max()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf"])
+def test_exports_are_read_as_well(checkpoint: Path, tmp_path: Path, to: str) -> None:
+    target = export_student(checkpoint, tmp_path / "student.safetensors", to=to)
+    frames = random_frames(4, 8, 12)
+    torch.testing.assert_close(load_student(target)(frames), load_student(checkpoint)(frames))
+
+
+def test_frames_that_do_not_fit_are_errors(checkpoint: Path) -> None:
+    load = load_student(checkpoint)
+    for frames, message in (
+        (random_frames(5, 8, 12), "expected 4 frames, got 5; select 4 of them"),
+        (random_frames(4, 8, 12) / np.float32(255), "expected uint8 frames"),
+        (random_frames(4, 8, 12)[..., :2], "expected uint8 frames"),
+        (random_frames(8, 12), "expected uint8 frames"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(frames)
+
+
+def test_encoders_of_other_modalities_and_unknown_statistics(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = make_encoder(0)
+    save_torch({"model": state_of(encoder), "mmdistill": {**META, "modality": "flow"}}, tmp_path / "flow.pt")
+    with pytest.raises(
+        CheckpointError, match=r"flow\.pt: encoder has the modality flow; load_student needs rgb, use load_encoder"
+    ):
+        load_student(tmp_path / "flow.pt")
+    save_torch({"model": state_of(encoder), "mmdistill": {"encoders": META["encoders"]}}, tmp_path / "rgb.pt")
+    assert load_student(tmp_path / "rgb.pt").extractor.mean == get_modality("rgb").mean
+    assert "has no mean and std; those of ImageNet are used" in caplog.text
+
+
+def test_other_names_of_the_package_are_errors() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'load_teacher'"):
+        mmdistill.load_teacher  # noqa: B018
