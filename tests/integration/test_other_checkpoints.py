@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mmdistill.checkpoint import CheckpointError, load_encoder, load_weights, open_checkpoint, read_checkpoint
+from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.errors import CorruptCheckpointError, UnsafeCheckpointError, WeightMismatchError
 from mmdistill.cli.inspect_checkpoint import main as inspect
 from mmdistill.cli.visualize_reconstruction import main as visualize
@@ -177,6 +178,14 @@ def test_config_json_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**original, **change}))
         with pytest.raises(CheckpointError, match=message):
             load_encoder(folder)
+
+
+@pytest.mark.parametrize("name", ["model", "model_with_mean_pooling", "pretraining"])
+def test_converted_file_keeps_the_settings_of_config_json(tmp_path: Path, name: str) -> None:
+    folder = write_one_file(make_model(name), tmp_path / "hf")
+    converted = convert_checkpoint(folder, tmp_path / "w.safetensors")
+    assert_same_tokens(load_encoder(converted), folder)
+    assert open_checkpoint(converted).find_decoder_config() == open_checkpoint(folder).find_decoder_config()
 
 
 def test_module_with_another_number_of_heads_is_an_error(tmp_path: Path) -> None:

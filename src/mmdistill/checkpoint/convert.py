@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         )
     checkpoint = read_checkpoint(source)
     meta = {"mmdistill_version": __version__, **checkpoint.meta}
+    if checkpoint.settings.heads and not meta.get("encoders"):  # from a config.json, which is not copied
+        decoder = checkpoint.find_decoder_config()
+        meta["encoders"] = {name: asdict(checkpoint.find_encoder_config(name)[0]) for name in checkpoint.components}
+        meta["decoder"] = asdict(decoder) if decoder else None
     state = {  # clones views of a larger storage, which ``torch.save`` would write completely
         name: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
         for name, tensor in checkpoint.state_dict.items()

@@ -83,6 +83,7 @@ def make_preprocessor_config(encoder: Encoder, mean: Sequence[float], std: Seque
     }
 
 
+_MAX_ONNX_BYTES = 2**31  # of one protobuf file
 _CARD = """---
 library_name: transformers
 pipeline_tag: video-classification
@@ -187,7 +188,7 @@ def _export_onnx(export: _Export, target: Path) -> None:
             f"{target}: not written: ONNX export needs the packages {' and '.join(missing)}; pip install them"
         )
     extractor = export.extractor()
-    if sum(p.nbytes for p in extractor.parameters()) >= 2**31:
+    if sum(p.nbytes for p in extractor.parameters()) >= _MAX_ONNX_BYTES:
         raise CheckpointError(f"{target}: not written: one ONNX file holds less than 2 GiB; use --to torch_export")
     program = torch.onnx.export(
         extractor,

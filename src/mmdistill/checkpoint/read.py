@@ -86,7 +86,7 @@ class Checkpoint:
         return self.content
 
     @cached_property
-    def _settings(self) -> ModelSettings:
+    def settings(self) -> ModelSettings:
         """Settings in the ``config.json`` of a Hugging Face folder; all None if there is none."""
         is_folder = self.tag is None and self.root.name in HUGGINGFACE_WEIGHTS
         return (read_model_settings(self.root.parent) if is_folder else None) or ModelSettings()
@@ -171,7 +171,7 @@ class Checkpoint:
                 return replace(config, **given), []
             has_fc_norm = "fc_norm" in selected.ignored
             return encoder_config_from_tensors(
-                selected.tensors, settings=self._settings, has_fc_norm=has_fc_norm, **size
+                selected.tensors, settings=self.settings, has_fc_norm=has_fc_norm, **size
             )
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
@@ -181,7 +181,7 @@ class Checkpoint:
         if stored := self.meta.get("decoder"):
             return DecoderConfig(**stored)
         try:
-            return decoder_config_from_tensors(self.state_dict, self._settings.decoder_heads)
+            return decoder_config_from_tensors(self.state_dict, self.settings.decoder_heads)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
@@ -230,10 +230,10 @@ class Checkpoint:
             own = config if isinstance(config, EncoderConfig) else None
             if stored and own:
                 check_hidden_hparams(self.path, stored, own)
-            elif own and self._settings.heads not in (None, own.heads):
+            elif own and self.settings.heads not in (None, own.heads):
                 raise WeightMismatchError(
                     f"{self.path}: does not fit the module, which was left unchanged (config.json / module): heads "
-                    f"{self._settings.heads} / {own.heads}"
+                    f"{self.settings.heads} / {own.heads}"
                 )
             note = adapt_positions(state, target.get("pos_embed"), own, stored)
         elif component is not None:

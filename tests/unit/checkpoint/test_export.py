@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.checkpoint import CheckpointError, load_encoder, read_checkpoint
+from mmdistill.checkpoint import CheckpointError, export, load_encoder, read_checkpoint
 from mmdistill.checkpoint.export import export_student, make_huggingface_config
 from mmdistill.models.videomae import Encoder
 from tests.checkpoint_files import STUDENT_CONFIG, write_distilled
@@ -52,6 +52,14 @@ def test_huggingface_does_not_support_other_attention_widths(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="3 heads of 5 in a width of 16"):
         export_student(FIXTURES / "plain" / "free_width_sincos.pth", tmp_path / "hf", to="hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_onnx_file_of_two_gib_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    write_distilled(tmp_path / "last.ckpt")
+    monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1000)
+    with pytest.raises(CheckpointError, match=r"s\.onnx: not written: one ONNX file holds less than 2 GiB; use --to"):
+        export_student(tmp_path / "last.ckpt", tmp_path / "s.onnx", to="onnx")
 
 
 def test_existing_targets_and_unknown_formats_are_errors(tmp_path: Path) -> None:
