@@ -180,6 +180,18 @@ def test_config_json_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
             load_encoder(folder)
 
 
+def test_another_input_size_is_logged(tmp_path: Path, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Positions are sin-cos, so that the same weights with a config.json of this size give the same tokens."""
+    folder = write_one_file(make_model("not_square"), tmp_path / "hf")
+    data = configure(tiny).data_module
+    with caplog.at_level("INFO"):
+        encoder = read_teacher(str(folder), "rgb", modality_specs(data)["rgb"], data)
+    assert "input of 4 frames of 32 x 32 px instead of 4 frames of 16 x 32 px in config.json" in caplog.text
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "image_size": [32, 32]}))
+    assert_same_tokens(encoder, folder)
+
+
 @pytest.mark.parametrize("name", ["model", "model_with_mean_pooling", "pretraining"])
 def test_converted_file_keeps_the_settings_of_config_json(tmp_path: Path, name: str) -> None:
     folder = write_one_file(make_model(name), tmp_path / "hf")
