@@ -37,13 +37,16 @@ def test_export_huggingface(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("class_name", ["VideoMAEImageProcessor", "VideoMAEVideoProcessor"])
 def test_processor_of_the_huggingface_folder(tmp_path: Path, class_name: str) -> None:
-    """Stored frames of 8 x 17 px: the processor crops the center and normalizes, as the evaluation does."""
+    """Stored frames of 10 x 18 px: the processor crops the center and normalizes, as the evaluation does."""
     transformers = pytest.importorskip("transformers")
     write_distilled(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["mmdistill"]["config"] = {"data_module": {"frame_size": [10, 18]}}
+    save_torch(content, tmp_path / "last.ckpt")
     folder = export_student(tmp_path / "last.ckpt", tmp_path / "hf", to="hf")
     processor = getattr(transformers, class_name).from_pretrained(folder)
     model = transformers.VideoMAEModel.from_pretrained(folder).eval()
-    frames = np.random.default_rng(0).integers(0, 256, (4, 8, 18, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 10, 18, 3), dtype=np.uint8)
     with torch.no_grad():
         tokens = model(processor(list(frames), return_tensors="pt").pixel_values).last_hidden_state
     feature = torch.nn.functional.layer_norm(tokens.mean(dim=1), (16,), eps=1e-6)[0]

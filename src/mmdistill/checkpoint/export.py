@@ -17,7 +17,7 @@ from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
-from mmdistill.checkpoint.student import FeatureExtractor, find_modality, find_statistics
+from mmdistill.checkpoint.student import FeatureExtractor, find_frame_size, find_modality, find_statistics
 from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
 from mmdistill.modalities import stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -60,18 +60,20 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def make_preprocessor_config(encoder: Encoder, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+def make_preprocessor_config(
+    encoder: Encoder, frame_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
     """Build the ``preprocessor_config.json`` of transformers' image and video processors.
 
-    They scale the shorter side of a frame to that of the input, and crop the center. Frames whose aspect ratio is
-    narrower than that of the input are padded with zeros.
+    They scale the shorter side of a frame to that of `frame_size`, (height, width) of the frames of the training, and
+    crop the center. Frames that are then narrower than the input are padded with zeros.
     """
     config = encoder.config
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "video_processor_type": "VideoMAEVideoProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": min(config.height, config.width)},
+        "size": {"shortest_edge": min(frame_size)},
         "resample": 2,  # bilinear
         "do_center_crop": True,
         "crop_size": {"height": config.height, "width": config.width},
@@ -96,7 +98,7 @@ An encoder of {num_frames} frames of {height} x {width} px, exported from `{sour
 
 ```python
 import torch
-from transformers import VideoMAEModel
+from transformers import {classes}
 
 model = VideoMAEModel.from_pretrained("FOLDER").eval()
 {preprocessing}
@@ -110,9 +112,7 @@ another feature. Few-shot accuracies of mmdistill hold for the normalized featur
 
 Mean and standard deviation of the input: {statistics}.
 """
-_RGB_PREPROCESSING = """from transformers import VideoMAEImageProcessor
-
-processor = VideoMAEImageProcessor.from_pretrained("FOLDER")  # scales, crops, normalizes
+_RGB_PREPROCESSING = """processor = VideoMAEImageProcessor.from_pretrained("FOLDER")  # scales, crops, normalizes
 pixel_values = processor(list(frames), return_tensors="pt").pixel_values  # uint8 (T, H, W, 3), RGB"""
 _OTHER_PREPROCESSING = "pixel_values = (clips - mean) / std  # float32 (B, T, C, H, W), mean and std per channel"
 
@@ -143,13 +143,14 @@ def _export_hf(export: _Export, target: Path) -> None:
     statistics = stored_statistics(export.meta, str(export.modality))
     if is_rgb := export.modality == "rgb":
         statistics = find_statistics(export.checkpoint, export.modality)
-        files["preprocessor_config.json"] = make_preprocessor_config(encoder, *statistics)
+        files["preprocessor_config.json"] = make_preprocessor_config(encoder, export.meta["frame_size"], *statistics)
     card = _CARD.format(
         **asdict(config),
         component=export.component,
         num_tokens=config.num_tokens,
         source=export.checkpoint.path.name,
         version=__version__,
+        classes="VideoMAEImageProcessor, VideoMAEModel" if is_rgb else "VideoMAEModel",
         preprocessing=_RGB_PREPROCESSING if is_rgb else _OTHER_PREPROCESSING,
         statistics=f"{list(statistics[0])} and {list(statistics[1])}" if statistics else "not stored",
     )
@@ -255,6 +256,7 @@ def export_student(
         "encoders": {"encoder": asdict(encoder.config)},
         "decoder": None,
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
+        "frame_size": find_frame_size(checkpoint, encoder),
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }

@@ -59,8 +59,8 @@ class Student:
     def __call__(self, frames: np.ndarray | Tensor) -> Tensor:
         """Features of one clip or of a batch.
 
-        Frames of another size are scaled until they cover `frame_size`, with antialiasing. Then the center is cropped,
-        as in the evaluation.
+        Frames of the size of the input are not changed. Others are scaled until they cover `frame_size`, with
+        antialiasing. Then the center is cropped, as in the evaluation.
 
         Args:
             frames: uint8 (T, H, W, 3) or (B, T, H, W, 3), RGB. T is the number of frames of the encoder.
@@ -89,6 +89,8 @@ class Student:
         """Scale and crop. uint8 (B, T, H, W, 3) -> uint8 (B, T, h, w, 3)."""
         h, w = self.extractor.encoder.config.height, self.extractor.encoder.config.width
         height, width = clips.shape[2:4]
+        if (height, width) == (h, w):
+            return clips
         scale = max(self.frame_size[0] / height, self.frame_size[1] / width)
         if scale != 1:
             images = clips.flatten(0, 1).permute(0, 3, 1, 2).float()  # (B * T, 3, H, W)
@@ -134,6 +136,14 @@ def find_statistics(checkpoint: Checkpoint, modality: str | None) -> tuple[tuple
     return spec.mean, spec.std
 
 
+def find_frame_size(checkpoint: Checkpoint, encoder: Encoder) -> tuple[int, int]:
+    """(height, width) in px of the frames of the training, of which the input is a crop; if unknown, of the input."""
+    stored = checkpoint.meta.get("frame_size")  # of an export
+    stored = stored or ((checkpoint.meta.get("config") or {}).get("data_module") or {}).get("frame_size")
+    height, width = stored or (encoder.config.height, encoder.config.width)
+    return int(height), int(width)
+
+
 def load_student(
     path: str | os.PathLike[str], *, component: str | None = None, device: torch.device | str = "cpu"
 ) -> Student:
@@ -158,6 +168,4 @@ def load_student(
         )
     mean, std = find_statistics(checkpoint, modality)
     encoder = checkpoint.encoder(component).to(device).eval().requires_grad_(False)
-    data = (checkpoint.meta.get("config") or {}).get("data_module") or {}
-    height, width = data.get("frame_size") or (encoder.config.height, encoder.config.width)
-    return Student(FeatureExtractor(encoder, modality, mean, std), (height, width))
+    return Student(FeatureExtractor(encoder, modality, mean, std), find_frame_size(checkpoint, encoder))

@@ -22,6 +22,12 @@ def random_frames(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
 
 
+def set_frame_size(path: Path, size: list[int]) -> None:
+    content = torch.load(path, weights_only=True)
+    content["mmdistill"]["config"] = {"data_module": {"frame_size": size}}
+    save_torch(content, path)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     write_distilled(tmp_path / "last.ckpt")
@@ -31,9 +37,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
     """Stored frames of 10 x 17 px, of which the evaluation crops the center, 8 x 12."""
     student = write_distilled(tmp_path / "last.ckpt")
-    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    content["mmdistill"]["config"] = {"data_module": {"frame_size": [10, 17]}}
-    save_torch(content, tmp_path / "last.ckpt")
+    set_frame_size(tmp_path / "last.ckpt", [10, 17])
     frames = random_frames(2, 4, 10, 17)
     encode = ClipEncoder(student, get_modality("rgb").spec(mean=(MEAN,), std=(STD,)))
     crop_box = torch.tensor([[1.0, 2.0, 8.0, 12.0, 0.0]] * 2)
@@ -43,6 +47,7 @@ def test_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
     torch.testing.assert_close(load(frames), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load(frames[1]), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load(torch.from_numpy(frames)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load(frames[:, :, 1:9, 2:14]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_larger_frames_are_scaled_and_cropped(checkpoint: Path) -> None:
@@ -62,8 +67,10 @@ def test_larger_frames_are_scaled_and_cropped(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("to", ["safetensors", "hf"])
 def test_exports_are_read_as_well(checkpoint: Path, tmp_path: Path, to: str) -> None:
+    set_frame_size(checkpoint, [10, 17])
     target = export_student(checkpoint, tmp_path / "student.safetensors", to=to)
-    frames = random_frames(4, 8, 12)
+    assert load_student(target).frame_size == (10, 17)
+    frames = random_frames(4, 10, 17)
     torch.testing.assert_close(load_student(target)(frames), load_student(checkpoint)(frames))
 
 
