@@ -126,10 +126,15 @@ def write_broadcast_clip(
     return BroadcastClip(path, num_frames, repeated, centers[0], centers[1], cut)
 
 
-def write_pan(path: Path, video: Path, offsets: np.ndarray, size: tuple[int, int]) -> Path:
-    """Crops of a video, as a moving camera sees it: offsets (T, 2) x, y of the crop in px; size (height, width)."""
+def write_pan(path: Path, video: Path, offsets: np.ndarray, size: tuple[int, int], *, shrink: int = 1) -> Path:
+    """Crops of a video, as a moving camera sees it, reduced by the factor `shrink`.
+
+    `offsets` (T, 2) are x, y of the crops and `size` their (height, width), in px of the video.
+    """
     images = []
     with av.open(str(video)) as container:
-        for frame, (x, y) in zip(container.decode(video=0), offsets.tolist(), strict=False):
-            images.append(np.ascontiguousarray(frame.to_ndarray(format="bgr24")[y : y + size[0], x : x + size[1]]))
+        for (x, y), frame in zip(offsets.tolist(), container.decode(video=0), strict=False):
+            crop = frame.to_ndarray(format="bgr24")[y : y + size[0], x : x + size[1]]
+            small = (size[1] // shrink, size[0] // shrink)
+            images.append(cv2.resize(crop, small, interpolation=cv2.INTER_AREA))
     return write_video(path, images)

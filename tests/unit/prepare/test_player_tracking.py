@@ -82,16 +82,16 @@ def test_a_moving_camera_is_compensated_and_reported(broadcast: BroadcastClip, t
         assert (distance < 20).mean() > 0.85
 
 
-def test_a_real_broadcast_under_a_moving_camera(real_broadcasts: Path, tmp_path: Path) -> None:
+def test_players_of_a_real_broadcast_are_found_under_a_moving_camera(real_broadcasts: Path, tmp_path: Path) -> None:
     pan = pan_offsets(93, (240, 30), (19, 32))
-    static = find_players(partial(decode_frames, real_broadcasts / "clip3.mp4"), split=0.4).boxes
-    moving = find_players(
-        partial(decode_frames, write_pan(tmp_path / "p.mp4", real_broadcasts / "clip3.mp4", pan, (864, 1440))),
-        split=0.47,
-    )
-    for boxes, expected in zip(moving.boxes, static, strict=True):
-        distance = np.hypot(*(box_centers(boxes) + pan - box_centers(expected[:93])).T)
-        assert (distance < 40).mean() > 0.75
+    video = write_pan(tmp_path / "pan.mp4", real_broadcasts / "clip3.mp4", pan, (864, 1440), shrink=2)
+    found = find_players(partial(decode_frames, video), split=0.47).boxes
+    assert (~np.isnan(found[..., 0])).mean(axis=1).min() > 0.75
+    (near_x, near_y), (far_x, far_y) = (2 * box_centers(boxes)[45] + pan[45] for boxes in found)
+    assert 950 < near_x < 1170  # the positions of test_server_of_a_real_broadcast_is_found
+    assert 580 < near_y < 820
+    assert 660 < far_x < 760
+    assert 120 < far_y < 240
 
 
 def test_players_at_the_net_keep_their_identity(tmp_path: Path) -> None:
