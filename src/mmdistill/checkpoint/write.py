@@ -5,6 +5,7 @@ full disk), synced, and renamed.
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -23,6 +24,8 @@ from mmdistill.checkpoint.locate import existing_path
 
 log = logging.getLogger(__name__)
 
+# errno of os.open or os.fsync for a directory that the file system cannot sync
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM)
 _WRITEBACK_BYTES = 16 << 20  # after so many bytes the kernel is asked to start writing them to disk
 
 
@@ -59,13 +62,35 @@ class DirectFile(io.FileIO):
         os.fsync(self.fileno())
 
 
-def fsync_path(path: Path) -> None:
-    """Sync a file, or the entries of a directory, to disk."""
-    handle = os.open(path, os.O_RDONLY)
+def fsync_path(path: Path) -> bool:
+    """Sync a file, or the entries of a directory, to disk.
+
+    Some file systems (FUSE, SMB, mounted cloud drives) cannot sync a directory. A crash of the machine can then undo
+    the last rename.
+
+    Returns:
+        False for a directory that cannot be synced.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise
+        return False
+    return True
+
+
+def warn_if_unsynced(directory: Path) -> None:
+    """Log a warning if the entries of a directory cannot be synced; see `fsync_path`."""
+    if not fsync_path(directory):
+        log.warning(
+            "%s: this file system cannot sync folders; after a power failure the newest checkpoint may be missing",
+            directory,
+        )
 
 
 @contextlib.contextmanager

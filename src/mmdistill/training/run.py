@@ -15,6 +15,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.lock import run_lock
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.retention import find_resume
+from mmdistill.checkpoint.write import warn_if_unsynced
 from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
 from mmdistill.distributed.collectives import all_reduce_any, barrier, broadcast_run_dir, run_on_all_ranks
 from mmdistill.distributed.device import resolve_precision
@@ -75,6 +76,8 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
         make_demo_data(config.data_module)
     barrier()
     with run_lock(run_dir / "checkpoints"):
+        if process.is_main:
+            warn_if_unsynced(run_dir / "checkpoints")
         source = find_resume(config.resume, run_dir / "checkpoints")
         resumed = open_checkpoint(source, verify=False) if source else None  # verified when its tensors are loaded
         yield Run(run_dir, process, precision, resumed)

@@ -1,4 +1,7 @@
+import errno
 import logging
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from mmdistill.checkpoint.write import (
     recover_interrupted_saves,
     remove_quietly,
     save_torch,
+    warn_if_unsynced,
     write_bytes,
     write_directory,
 )
@@ -95,6 +99,38 @@ def test_interrupted_publication_is_recovered(tmp_path: Path, monkeypatch: pytes
     publish_directory(staged, target)
     assert (target / "a").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_cannot_sync_folders_is_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    sync = os.fsync
+
+    def fail_for_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    warn_if_unsynced(tmp_path)
+    assert not caplog.records
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    save_torch({"a": torch.ones(2)}, tmp_path / "a.ckpt")
+    write_directory(tmp_path / "d", lambda staged: write_bytes(staged / "f", b"x"))
+    assert torch.equal(load_torch(tmp_path / "a.ckpt")["a"], torch.ones(2))
+    assert (tmp_path / "d" / "f").read_bytes() == b"x"
+    warn_if_unsynced(tmp_path)
+    (record,) = caplog.records
+    assert "this file system cannot sync folders" in record.getMessage()
+
+
+def test_an_error_of_the_disk_during_a_sync_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(CheckpointError, match="not saved"):
+        save_torch({"a": torch.ones(2)}, tmp_path / "a.ckpt")
 
 
 def test_failure_to_remove_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
