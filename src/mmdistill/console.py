@@ -1,5 +1,7 @@
 """Progress of long tasks on standard error: a bar on a terminal, a line from time to time elsewhere."""
 
+import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_INTERVAL_S = 15.0
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def log_once(message: str) -> None:
+    """Log a warning, unless this process has logged the same text before."""
+    log.warning(message)
 
 
 class ProgressDisplay:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.data.annotations import ANNOTATION_FORMATS, AnnotationError, Rally, load_annotations
+from mmdistill.data.annotations.base import UNKNOWN_FPS
 
 NUM_FRAMES = 40
 VIDEOS = {"match_0_40": (3, 20), "folder/b": (0,)}  # video -> frames of its events
@@ -17,9 +18,11 @@ class AnnotationFormatContract(ABC):
 
     Attributes:
         format_name: name in the registry.
+        repeats_are_errors: whether a duplicate event is an error. If not, it is taken once.
     """
 
     format_name: str
+    repeats_are_errors = True
 
     @abstractmethod
     def write_annotations(self, path: Path, videos: Mapping[str, Sequence[int]]) -> None:
@@ -42,7 +45,7 @@ class AnnotationFormatContract(ABC):
         assert len(rallies) == len(VIDEOS)
         for rally in rallies:
             assert rally.num_frames == NUM_FRAMES
-            assert rally.fps > 0
+            assert rally.fps > 0 or rally.fps == UNKNOWN_FPS
             assert all(isinstance(event.label, str) for event in rally.events)
 
     def test_loading_twice_gives_equal_rallies(self, path: Path) -> None:
@@ -64,10 +67,21 @@ class AnnotationFormatContract(ABC):
             self.load(path)
         assert str(path) in str(caught.value)
 
-    def test_duplicate_event_raises_an_error(self, tmp_path: Path) -> None:
+    def test_duplicate_event_is_an_error_or_taken_once(self, tmp_path: Path) -> None:
         self.write_annotations(tmp_path / "annotations", {"a": (3, 3)})
-        with pytest.raises(AnnotationError, match="duplicate"):
-            self.load(tmp_path / "annotations")
+        if self.repeats_are_errors:
+            with pytest.raises(AnnotationError, match="duplicate"):
+                self.load(tmp_path / "annotations")
+        else:
+            (rally,) = self.load(tmp_path / "annotations")
+            assert [event.frame for event in rally.events] == [3]
+
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+    def test_files_of_other_editors_are_read(self, path: Path, encoding: str) -> None:
+        """A byte order mark, UTF-16, and lines that end with CR and LF."""
+        expected, text = self.load(path), path.read_text()
+        path.write_bytes(text.replace(", ", ",\r\n").encode(encoding))
+        assert self.load(path) == expected
 
     @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[{", b"null", b"[]", b"{}"])
     def test_invalid_file_raises_an_error_that_names_it(self, tmp_path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ def test_error_lists_all_problems_of_an_annotation_file(tmp_path: Path) -> None:
     rallies = [
         {"video": "a", "num_frames": 9, "fps": 25, "events": [event, event]},
         {"video": "b", "num_frames": 9, "events": [event]},
-        {"video": "c", "num_frames": 9, "fps": 25, "events": [{"frame": 3, "label": "a_b"}]},
+        {"video": "c", "num_frames": 9, "fps": 25, "events": [{"frame": 3, "label": ["a_b"]}]},
     ]
     (tmp_path / "bad.json").write_text(json.dumps(rallies))
     with pytest.raises(AnnotationError) as caught:

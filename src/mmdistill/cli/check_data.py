@@ -6,9 +6,10 @@
 The first form is for the tennis layout. Without --root it checks only the annotations. The second form reads annotation
 format, folders, file names and frame size from a dataset config and accepts the overrides of `mmdistill pretrain`.
 
-Exit status: 0 if the data is complete, 1 if there are gaps or errors, 2 if the check cannot run. `--write-clean` copies
-an F3Set annotation file without its invalid rallies and events. It checks the annotations only: the frame, flow and
-skeleton files of the remaining rallies must still exist.
+Exit status: 0 if the data is complete, 1 if there are gaps or errors, 2 if the check cannot run. `--write-clean` writes
+the valid rallies and events of an annotation file of any format as F3Set JSON. It checks the annotations only: the
+frame, flow and skeleton files of the remaining rallies must still exist. With `--present-only` it writes only rallies
+whose files all exist and can be read.
 """
 
 import argparse
@@ -27,8 +28,8 @@ from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, moda
 from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
 from mmdistill.console import progress
-from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, Rally, format_rally_counts
-from mmdistill.data.annotations.f3set import read_f3set, to_json
+from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, InvalidEntriesError, Rally, format_rally_counts
+from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.base import Reader
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
@@ -60,20 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     readers: dict[str, Reader] = {}
     data = _data_config(options)
     path = options.annotations or resolve_annotation_path(data, training=options.split == "unlabel")
-    # all errors of an F3Set file; other readers raise at the first error
-    rallies, problems = read_f3set(path) if data.annotations == "f3set" else (load_rallies(data, path), [])
-    if options.write_clean and data.annotations != "f3set":
-        raise ConfigError(f"--write-clean writes F3Set JSON; {path} is read as annotations={data.annotations}")
+    problems: list[str] = []
+    try:
+        rallies = load_rallies(data, path)
+    except InvalidEntriesError as error:
+        if not error.rallies:
+            raise
+        rallies, problems = error.rallies, error.problems
+    _print_annotations(path, rallies, problems)
+    if options.write_clean and not options.present_only:
+        folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
+        _write_clean(options.write_clean, rallies, f"the training also needs their files in {folders}", data)
     if options.root is not None or options.overrides:
         names = tuple(options.modalities or data.modalities)
         _check_folders(options, data, names)
         readers = open_readers(data, names)
-    _print_annotations(path, rallies, problems)
-    if options.write_clean:
-        atomic_write_bytes(options.write_clean, (json.dumps(to_json(rallies)) + "\n").encode())
-        folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
-        kept = f"{options.write_clean}: {format_count(len(rallies), 'valid rally')}"
-        print(f"{kept}; the training also needs their files in {folders}")
     report: dict[str, Any] = {"annotation_problems": problems}
     if readers:
         with progress("rallies", len(rallies)) as advance:
@@ -87,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"the expected size is {expected} px: set --frame-size to the size of the stored frames{demo}")
     else:
         print("only the annotations were checked; add --root DIR to check the frame, flow and skeleton files in DIR")
+    if options.present_only:
+        kept = [rally for rally in rallies if not _lacks_files(report["rallies_with_gaps"].get(rally.video, {}))]
+        _write_clean(options.write_clean, kept, f"{len(rallies) - len(kept)} without all files excluded", data)
     if options.json:
         atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0 if report.get("complete", True) and not problems else 1
@@ -134,12 +139,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="file for the full report (default: none)")
     parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events (default: none)")
+    parser.add_argument(
+        "--present-only", action="store_true", help="with --write-clean: only rallies whose files exist and can be read"
+    )
     options = parser.parse_intermixed_args(argv)
     options.overrides = [w for w in options.what if is_override(w) and not Path(w).exists()]
     paths = [Path(w) for w in options.what if w not in options.overrides]
     if len(paths) > 1:
         parser.error(f"give one annotation file at a time, got {', '.join(map(str, paths))}")
     options.annotations = paths[0] if paths else None
+    if options.present_only and not (options.write_clean and (options.root or options.overrides)):
+        parser.error("--present-only needs --write-clean FILE, and --root DIR or the overrides of a dataset config")
     return options
 
 
@@ -169,6 +179,20 @@ def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: S
             f"--root {options.root}: it contains no {listed}; give the folder that contains the data, or set "
             f"{' or '.join(_DIR_OPTIONS.get(name, f'data_module.modalities.{name}.dir') for name in absent)}{only}"
         )
+
+
+def _write_clean(path: Path, rallies: list[Rally], note: str, data: DataModuleConfig) -> None:
+    """Write rallies as F3Set JSON. Raises `ConfigError` if there is none."""
+    if not rallies:
+        raise ConfigError(f"--write-clean {path}: no rally is left; {note}")
+    atomic_write_bytes(path, (json.dumps(to_json(rallies)) + "\n").encode())
+    f3set = "" if data.annotations == "f3set" else "; read it with data_module.annotations=f3set"
+    print(f"{path}: {format_count(len(rallies), 'valid rally')}; {note}{f3set}")
+
+
+def _lacks_files(gaps: dict[str, dict[str, Any]]) -> bool:
+    """Whether a file of a rally is missing or cannot be used, in any modality."""
+    return any(count for gap in gaps.values() for key, count in gap.items() if key != "longer_than_annotated")
 
 
 def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.data.annotations.base import format_rally_counts
-from mmdistill.data.annotations.f3set import F3SET_FIELDS, load_f3set, to_json
+from mmdistill.data.annotations.f3set import F3SET_FIELDS, LABEL_FIELDS, load_f3set, to_json
 from mmdistill.errors import InputError
 from mmdistill.files import atomic_write_bytes
 
@@ -38,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--fractions", nargs="+", required=True, metavar="NAME=FRACTION", help="file names and sizes, like train=0.7"
     )
     parser.add_argument(
-        "--label-fields", nargs="+", choices=F3SET_FIELDS, help="label fields that define a class (default: all)"
+        "--label-fields",
+        nargs="+",
+        metavar="FIELD",
+        choices=LABEL_FIELDS,
+        help=f"label fields that define a class: {', '.join(F3SET_FIELDS)}, or positions from 0 (default: all)",
     )
     parser.add_argument("--min-events", type=int, default=1, help="exclude classes with fewer events (with --by class)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split")

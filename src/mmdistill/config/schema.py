@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, within
 from mmdistill.data.annotations import ANNOTATION_FORMATS
-from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.data.annotations.f3set import LABEL_FIELDS
 from mmdistill.modalities import modality_names
 from mmdistill.models import TARGETS
 from mmdistill.plugins import entry_point_names
@@ -160,9 +160,9 @@ class DataModuleConfig(Sealable):
     clip_anchor: str = key("center", one_of("start", "center"))
     # class of a clip: event (label of the event) | video (name of the video)
     label: str = key("event", one_of("event", "video"))
-    # F3Set fields that define the class, a subset of [player, court, type, side, technique, direction, approach,
-    # outcome]; null: all
-    label_fields: list[str] | None = key(None, one_of(*F3SET_FIELDS))
+    # fields of the labels that define the class: names of F3Set's eight fields (player, court, type, side, technique,
+    # direction, approach, outcome), or positions from 0 in labels with any number of fields; null: the whole label
+    label_fields: list[str] | None = key(None, one_of(*LABEL_FIELDS))
     # number of persons per frame in the skeleton input
     max_persons: int = key(2, at_least(1))
     # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip

@@ -55,7 +55,7 @@ class ClipSpec:
     stride: int | None = None
     # position of the event in its clip: ``center`` (frame ``num_frames // 2`` of the clip) or ``start``
     anchor: str = "center"
-    label_fields: Sequence[str] | None = None  # F3Set fields that define the class; None: all
+    label_fields: Sequence[str] | None = None  # fields that define the class, see `select_fields`; None: all
     label: str = "event"  # ``event``: the event's label is the class. ``video``: the video's name is the class
 
     def __post_init__(self) -> None:

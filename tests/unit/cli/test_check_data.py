@@ -123,6 +123,20 @@ def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys:
     assert [e.frame for e in load_f3set(clean)[0].events] == [3, 5]
 
 
+def test_only_rallies_with_all_files_are_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "tennis_flows/m_20_30/pair_00000.npy").unlink()
+    clean = root / "clean.json"
+    assert check(root, "--write-clean", clean, "--present-only") == 1
+    assert f"{clean}: 1 valid rally; 1 without all files excluded" in capsys.readouterr().out
+    assert [rally.video for rally in load_f3set(clean)] == ["m_1_10"]
+    (root / "tennis_flows/m_1_10/pair_00000.npy").unlink()
+    assert check(root, "--write-clean", clean, "--present-only") == 2
+    assert "no rally is left; 2 without all files excluded" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(root / "a.json"), "--write-clean", str(clean), "--present-only"])
+    assert "--present-only needs --write-clean FILE, and --root DIR" in capsys.readouterr().err
+
+
 def test_checks_that_cannot_run_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.json")]) == 2
     shown = capsys.readouterr().err

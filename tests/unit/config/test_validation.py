@@ -73,7 +73,7 @@ COMMON = [
     (D + "input_modes=some", D + "input_modes=some is not one of all, configured"),
     (D + "label=player", D + "label=player is not one of event, video"),
     (D + "annotations=clip", D + "annotations=clip is not one of f3set, clips; did you mean clips?"),
-    (D + "label_fields=[court,foo]", f"{D}label_fields=foo is not one of {FIELDS}"),
+    (D + "label_fields=[court,foo]", f"{D}label_fields=foo is not one of {FIELDS}, 0, 1, 2, ..."),
     (D + "label_fields=[]", f"{D}label_fields=[] selects no field; use null for all of {FIELDS}"),
     (D + "disjoint=vidoe", D + "disjoint=vidoe is not one of video; did you mean video?"),
     (D + "mask_ratio=1", D + "mask_ratio=1.0 must lie in [0, 1)"),

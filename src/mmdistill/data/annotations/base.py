@@ -10,10 +10,35 @@ from mmdistill.errors import InputError, format_count
 from mmdistill.plugins import Registry
 
 MAX_PROBLEMS_SHOWN = 8
+UNKNOWN_FPS = -1.0  # frame rate of a `Rally`, as F3Set stores it; nothing that is computed depends on the frame rate
+# Words of keys that tell where and when an action is. Any other key may contain its class.
+_PLACE_AND_TIME = {
+    "video", "clip", "participant", "subject", "uid", "frame", "frames", "start", "stop", "begin", "end", "timestamp",
+    "time", "sec", "seconds", "duration", "fps", "width", "height", "split", "subset", "date", "path", "file", "url",
+    "folder",
+}  # fmt: skip
 
 
 class AnnotationError(InputError):
     """An invalid annotation file. The message names the file, rally, event and field."""
+
+
+class InvalidEntriesError(AnnotationError):
+    """A file with invalid rallies or events.
+
+    Attributes:
+        rallies: the valid rallies with their valid events.
+        problems: a text for each invalid rally or event.
+    """
+
+    def __init__(self, path: Path | str, rallies: "list[Rally]", problems: list[str]) -> None:
+        self.rallies, self.problems = rallies, problems
+        shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
+        more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
+        super().__init__(
+            f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}\n"
+            "`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them"
+        )
 
 
 @dataclass(frozen=True)
@@ -26,7 +51,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Rally:
-    """One video of `num_frames` frames. `video` is its name in the files of every modality."""
+    """One video of `num_frames` frames. `video` is its name in the files of every modality. `fps` is in frames/s."""
 
     video: str
     num_frames: int
@@ -35,21 +60,25 @@ class Rally:
 
 
 def format_rally_counts(rallies: Sequence[Rally]) -> str:
-    """``2 rallies, 5 events, 1 label``."""
+    """``2 rallies, 5 events, 1 label``, or ``2 rallies, 5 events without a label``."""
     labels = [event.label for rally in rallies for event in rally.events]
-    counts = ((len(rallies), "rally"), (len(labels), "event"), (len(set(labels)), "label"))
-    return ", ".join(format_count(count, noun) for count, noun in counts)
+    named = set(labels) - {""}
+    shown = "" if labels and not named else format_count(len(named), "label")
+    text = f"{format_count(len(rallies), 'rally')}, {format_count(len(labels), 'event')}"
+    return f"{text}, {shown}" if shown else f"{text} without a label"
 
 
 def read_json(path: Path | str) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Raises:
         AnnotationError: the file is not JSON; names the file, line and column.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_bytes())
+    except UnicodeDecodeError as error:
+        raise AnnotationError(f"{path}: not JSON ({error}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
         raise AnnotationError(f"{path}: not JSON ({error})") from error
 
 
@@ -59,9 +88,30 @@ def is_safe_name(video: object) -> bool:
     return all(parts) and ".." not in parts and "\0" not in str(video)
 
 
-def is_integer(value: object) -> bool:
-    """Whether a JSON value is a whole number. Python's booleans are integers too."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def whole_number(value: object) -> int | None:
+    """A JSON value that is a whole number, such as 52 or 52.0; None if it is not."""
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if is_whole and not isinstance(value, bool) else None  # type: ignore[call-overload]
+
+
+def keys_that_may_be_classes(entries: Sequence[Any]) -> list[str]:
+    """The keys of JSON objects without the keys that tell where or when something is, such as ``start_frame``."""
+    keys = {key for entry in entries if isinstance(entry, dict) for key in entry}
+    return sorted(key for key in keys if key != "id" and not _PLACE_AND_TIME & set(key.lower().split("_")))
+
+
+def require_valid(path: Path | str, rallies: list[Rally], problems: list[str]) -> list[Rally]:
+    """The rallies of a file.
+
+    Raises:
+        InvalidEntriesError: there are problems.
+        AnnotationError: there is no rally.
+    """
+    if problems:
+        raise InvalidEntriesError(path, rallies, problems)
+    if not rallies:
+        raise AnnotationError(f"{path}: contains no rally; give a file with at least one")
+    return rallies
 
 
 # (annotation file, folder with one folder of frames per video or None, number of frame 0 in file names) -> rallies
@@ -73,7 +123,8 @@ ANNOTATION_FORMATS: Registry[AnnotationReader] = Registry("annotation format", "
 def register_annotation_format(name: str) -> Callable[[AnnotationReader], AnnotationReader]:
     """Decorator that registers an `AnnotationReader` under `name`, a value of ``data_module.annotations``.
 
-    The reader raises `AnnotationError` for an invalid file.
+    The reader raises `AnnotationError` for an invalid file. If parts of the file are valid, it raises
+    `InvalidEntriesError` with them, so that ``check-data --write-clean`` can write them.
 
     Raises:
         ValueError: the name is taken.

@@ -1,7 +1,7 @@
 """The annotation format of F3Set (ICLR 2025, arXiv 2504.08222).
 
-A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label has eight fields,
-joined by ``_``. Frames are counted from 0.
+A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label is any text; its
+fields are joined by ``_``. Labels of F3Set's tennis data have eight fields. Frames are counted from 0.
 """
 
 import math
@@ -10,38 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from mmdistill.data.annotations.base import (
-    MAX_PROBLEMS_SHOWN,
+    UNKNOWN_FPS,
     AnnotationError,
     Event,
     Rally,
-    is_integer,
     is_safe_name,
+    keys_that_may_be_classes,
     read_json,
     register_annotation_format,
+    require_valid,
+    whole_number,
 )
 from mmdistill.errors import format_count
 
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
+# Values of `label_fields`: names, for labels with these eight fields, and positions from 0, for any label.
+LABEL_FIELDS: tuple[str, ...] = (*F3SET_FIELDS, *map(str, range(12)))
 
 
 def load_f3set(path: Path | str) -> list[Rally]:
     """The rallies of an F3Set JSON file, in the order of the file.
 
     Raises:
-        AnnotationError: a key is missing, a label does not have eight fields, an event is a duplicate, out of order or
-            out of range, or a video occurs twice. The message counts all problems and shows the first ones.
+        InvalidEntriesError: a key is missing, an event is a duplicate, out of order or out of range, or a video occurs
+            twice. The message counts all problems and shows the first ones.
     """
-    rallies, problems = read_f3set(path)
-    if problems:
-        shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
-        more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-        raise AnnotationError(
-            f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}\n"
-            "`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them"
-        )
-    if not rallies:
-        raise AnnotationError(f"{path}: contains no rally; give a file with at least one")
-    return rallies
+    return require_valid(path, *read_f3set(path))
 
 
 @register_annotation_format("f3set")
@@ -52,14 +46,18 @@ def _load(path: Path, _frames_dir: Path | None, _frame_number_offset: int) -> li
 def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     """The valid rallies of an F3Set JSON file with their valid events in order, and all problems of the others.
 
-    The text of a problem names the rally and, by its position in the rally, the event.
+    If no event has a label, all events are read without a label. The text of a problem names the rally and, by its
+    position in the rally, the event.
 
     Raises:
-        AnnotationError: the file is not a JSON list.
+        AnnotationError: the file is not a JSON list, or its events have other keys instead of ``label``.
     """
     entries = read_json(path)
     if not isinstance(entries, list):
-        raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}")
+        clips = isinstance(entries, dict) and "clips" in entries
+        hint = "; set data_module.annotations=clips for a file with 'clips'" if clips else ""
+        raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}{hint}")
+    is_labeled = _has_labels(path, entries)
     rallies: dict[str, Rally] = {}
     problems: list[str] = []
     for number, entry in enumerate(entries):
@@ -69,10 +67,26 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
         if name in rallies:
             found.append(f"{name}: this video occurs twice")
         if not found:
-            events, found = _parse_events(name, entry["events"], entry["num_frames"])
-            rallies[name] = Rally(name, entry["num_frames"], float(entry["fps"]), events)
+            num_frames = whole_number(entry["num_frames"]) or 0
+            fps = entry["fps"]
+            events, found = _parse_events(name, entry["events"], num_frames, is_labeled=is_labeled)
+            rallies[name] = Rally(name, num_frames, UNKNOWN_FPS if fps is None else float(fps), events)
         problems += found
     return list(rallies.values()), problems
+
+
+def _has_labels(path: Path | str, entries: list[Any]) -> bool:
+    """Whether any event has a label. Raises `AnnotationError` if the labels seem to have another key."""
+    lists = [entry.get("events") for entry in entries if isinstance(entry, dict)]
+    events = [event for found in lists if isinstance(found, list) for event in found if isinstance(event, dict)]
+    if any(event.get("label") not in (None, "") for event in events):
+        return True
+    if keys := [key for key in keys_that_may_be_classes(events) if key != "label"]:
+        raise AnnotationError(
+            f"{path}: no event has the key 'label', but the events have {', '.join(keys)}; rename the key of the class "
+            "to 'label', or remove these keys from a file without labels"
+        )
+    return False
 
 
 def _rally_problems(entry: Any) -> Iterator[str]:
@@ -85,26 +99,29 @@ def _rally_problems(entry: Any) -> Iterator[str]:
         return
     if not is_safe_name(entry["video"]):
         yield f"video={entry['video']!r} is not a file name"
-    if not is_integer(entry["num_frames"]) or entry["num_frames"] < 1:
+    if (whole_number(entry["num_frames"]) or 0) < 1:
         yield f"num_frames={entry['num_frames']!r} is not a count of frames"
     fps = entry["fps"]
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
-        yield f"fps={fps!r} is not a frame rate"
+    is_number = isinstance(fps, int | float) and not isinstance(fps, bool) and math.isfinite(fps)
+    if fps is not None and not (is_number and (fps > 0 or fps == UNKNOWN_FPS)):
+        yield f"fps={fps!r} is not a frame rate; use -1 if it is unknown"
     if not isinstance(entry["events"], list):
         yield "events is not a list"
 
 
-def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tuple[Event, ...], list[str]]:
+def _parse_events(
+    rally: str, entries: list[Any], num_frames: int, *, is_labeled: bool
+) -> tuple[tuple[Event, ...], list[str]]:
     """The valid events sorted by frame, and the problems of the others."""
     events: list[Event] = []
     problems: list[str] = []
     for number, entry in enumerate(entries):
-        message = _event_problem(entry, num_frames)
+        message = _event_problem(entry, num_frames, is_labeled=is_labeled)
         if not message:
-            event = Event(entry["frame"], entry["label"])
+            event = Event(whole_number(entry["frame"]) or 0, str(entry["label"]) if is_labeled else "")
             last = max((e.frame for e in events), default=-1)
             if event in events:
-                message = f"a duplicate of frame {event.frame}, {event.label}"
+                message = f"a duplicate of frame {event.frame}{', ' * is_labeled}{event.label}"
             else:
                 events.append(event)
                 if event.frame < last:  # the event is valid, the order of the file is not
@@ -114,48 +131,49 @@ def _parse_events(rally: str, entries: list[Any], num_frames: int) -> tuple[tupl
     return tuple(sorted(events, key=lambda e: e.frame)), problems
 
 
-def _event_problem(entry: Any, num_frames: int) -> str:
+def _event_problem(entry: Any, num_frames: int, *, is_labeled: bool) -> str:
     """The problem of one event; "" if there is none."""
     if not isinstance(entry, dict):
         return f"expected a JSON object, got {type(entry).__name__}"
-    for key in ("frame", "label"):
-        if key not in entry:
-            return f"the key {key!r} is missing"
-    frame, label = entry["frame"], entry["label"]
-    if not is_integer(frame):
-        return f"frame={frame!r} is not an integer"
+    for key in ("frame", "label") if is_labeled else ("frame",):
+        if entry.get(key) in (None, ""):
+            return f"the key {key!r} is missing" if key not in entry else f"the key {key!r} has no value"
+    frame, label = whole_number(entry["frame"]), entry.get("label", "")
+    if frame is None:
+        return f"frame={entry['frame']!r} is not an integer"
     if not 0 <= frame < num_frames:
         return f"frame={frame} is out of range, the rally has frames 0 to {num_frames - 1}"
-    if not isinstance(label, str):
+    if is_labeled and not isinstance(label, str) and (not isinstance(label, int) or isinstance(label, bool)):
         return f"label={label!r} is not text"
-    count = len(label.split("_"))
-    if count != len(F3SET_FIELDS):
-        fields = f"{len(F3SET_FIELDS)} ({', '.join(F3SET_FIELDS)})"
-        return f"label={label!r} has {format_count(count, 'field')}, not {fields}"
     return ""
 
 
 def check_label_fields(fields: Sequence[str]) -> None:
-    """Raise `ValueError` if there is no field, or one that F3Set does not have."""
-    if not fields or not set(fields) <= set(F3SET_FIELDS):
-        raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(F3SET_FIELDS)}")
+    """Raise `ValueError` if there is no field, or one that is not in `LABEL_FIELDS`."""
+    if not fields or not set(fields) <= set(LABEL_FIELDS):
+        raise ValueError(f"label_fields={list(fields)}: choose among {', '.join(LABEL_FIELDS)}")
 
 
 def select_fields(label: str, fields: Sequence[str] | None) -> str:
-    """A label reduced to the named F3Set fields, in F3Set's order, joined by ``_``. None keeps all.
+    """A label reduced to these fields of `LABEL_FIELDS`, in the order of the label, joined by ``_``. None keeps all.
 
     Raises:
-        ValueError: a field is unknown, or the label does not have eight fields.
+        ValueError: a field is unknown, or the label does not have it. Names need a label with the eight fields.
     """
     if fields is None:
         return label
     check_label_fields(fields)
     parts = label.split("_")
-    if len(parts) != len(F3SET_FIELDS):
+    found = f"label {label!r} has {format_count(len(parts), 'field')}"
+    if len(parts) != len(F3SET_FIELDS) and set(fields) & set(F3SET_FIELDS):
         raise ValueError(
-            f"label {label!r} has {format_count(len(parts), 'field')}, label_fields needs {len(F3SET_FIELDS)}"
+            f"{found}, but label_fields={list(fields)} names fields of labels with {len(F3SET_FIELDS)}; give positions "
+            "such as label_fields=[0,1], or label_fields=null for whole labels"
         )
-    return "_".join(part for part, name in zip(parts, F3SET_FIELDS, strict=True) if name in fields)
+    positions = sorted({int(f) if f.isdecimal() else F3SET_FIELDS.index(f) for f in fields})
+    if positions[-1] >= len(parts):
+        raise ValueError(f"{found}, so label_fields={list(fields)} cannot select position {positions[-1]} (from 0)")
+    return "_".join(parts[position] for position in positions)
 
 
 def match_name(video: str) -> str:
@@ -165,13 +183,13 @@ def match_name(video: str) -> str:
 
 
 def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
-    """Rallies as F3Set JSON entries, with the keys that this package reads."""
+    """Rallies as F3Set JSON entries with the keys that this package reads; `label` only of events that have one."""
     return [
         {
             "video": r.video,
             "num_frames": r.num_frames,
             "fps": r.fps,
-            "events": [{"frame": e.frame, "label": e.label} for e in r.events],
+            "events": [{"frame": e.frame, **({"label": e.label} if e.label else {})} for e in r.events],
         }
         for r in rallies
     ]

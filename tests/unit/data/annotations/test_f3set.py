@@ -1,12 +1,20 @@
 """F3Set JSON: counts of the published files, and the error of every kind of invalid entry."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.annotations.base import (
+    UNKNOWN_FPS,
+    AnnotationError,
+    Event,
+    InvalidEntriesError,
+    format_rally_counts,
+    load_annotations,
+)
 from mmdistill.data.annotations.f3set import (
     F3SET_FIELDS,
     load_f3set,
@@ -15,10 +23,13 @@ from mmdistill.data.annotations.f3set import (
     select_fields,
     to_json,
 )
+from mmdistill.data.clips import ClipSpec, build_index
 from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
 from tests.generated_annotations import make_f3set_entries
 
-REAL = Path(__file__).resolve().parents[5] / "shared" / "data" / "f3set-tennis"
+ROOT = Path(__file__).resolve().parents[4]
+REAL = ROOT.parent / "shared" / "data" / "f3set-tennis"
+WORLD = REAL.parent / "world" / "annotations"
 LABEL = "near_deuce_serve_-_-_T_-_in"
 OTHER = "far_ad_return_bh_gs_CC_-_in"
 
@@ -87,11 +98,15 @@ def test_written_entries_equal_the_read_ones(tmp_path: Path) -> None:
             "event 1: frame 3 comes after",
         ),
         (rally(events=[{"frame": 9, "label": LABEL}, {"frame": 9, "label": LABEL}]), "event 1: a duplicate of frame 9"),
-        (rally(events=[{"frame": 9, "label": "near_serve"}]), "'near_serve' has 2 fields, not 8"),
+        (rally(events=[{"frame": 9, "label": LABEL}, {"frame": 12}]), "event 1: the key 'label' is missing"),
+        (rally(events=[{"frame": 9, "label": LABEL}, {"frame": 12, "label": ""}]), "event 1: the key 'label' has no"),
+        (rally(events=[{"frame": 9, "label": ["a"]}]), "event 0: label=['a'] is not text"),
+        (rally(events=[{"frame": 9, "class": "serve"}]), "no event has the key 'label', but the events have class;"),
         (rally(events=[{"label": LABEL}]), "m_1_40, event 0: the key 'frame' is missing"),
         (rally(events=["x"]), "m_1_40, event 0: expected a JSON object"),
         (rally(num_frames="40"), "m_1_40: num_frames='40'"),
         (rally(fps=0), "m_1_40: fps=0"),
+        (rally(fps=-25), "m_1_40: fps=-25"),
         (rally(video="../etc"), "is not a file name"),
         ({"video": "v", "num_frames": 3, "fps": 25.0}, "v: the key 'events' is missing"),
         ([1], "rally 0: expected a JSON object, got list"),
@@ -110,6 +125,8 @@ def test_duplicate_videos_empty_and_invalid_files_raise(tmp_path: Path) -> None:
         load_f3set(write(tmp_path / "a.json", []))
     with pytest.raises(AnnotationError, match="expected a JSON list"):
         load_f3set(write(tmp_path / "a.json", {}))
+    with pytest.raises(AnnotationError, match=r"set data_module\.annotations=clips"):
+        load_f3set(write(tmp_path / "a.json", {"clips": []}))
     (tmp_path / "a.json").write_text("[{")
     with pytest.raises(AnnotationError, match="not JSON"):
         load_f3set(tmp_path / "a.json")
@@ -125,11 +142,75 @@ def test_valid_events_of_an_invalid_file_are_sorted_and_unique(tmp_path: Path) -
 
 def test_labels_with_selected_fields() -> None:
     assert select_fields(OTHER, None) == OTHER
-    assert select_fields(OTHER, ["technique", "player"]) == "far_gs"
+    assert select_fields(OTHER, ["technique", "player"]) == select_fields(OTHER, ["4", "0"]) == "far_gs"
+    assert select_fields("near_left_smash", ["2", "0"]) == "near_smash"
+    with pytest.raises(ValueError, match=r"has 3 fields, so .* cannot select position 3"):
+        select_fields("near_left_smash", ["3"])
     with pytest.raises(ValueError, match="choose among player"):
         select_fields(OTHER, ["strength"])
     with pytest.raises(ValueError, match="has 2 fields"):
         select_fields("a_b", ["player"])
+
+
+def test_labels_are_any_text_and_the_frame_rate_may_be_unknown(tmp_path: Path) -> None:
+    labels = ["near_left_smash_dl_in", "TJ", "3.5 Soms.Tuck", "VT-0_start", "serve"]
+    events = [{"frame": float(k), "label": label} for k, label in enumerate(labels)]
+    for fps in (-1, None):
+        entry = {"video": "v", "num_frames": 40.0, "fps": fps, "events": events}
+        (read,) = load_f3set(write(tmp_path / "a.json", [entry]))
+        assert (read.num_frames, read.fps, [e.label for e in read.events]) == (40, UNKNOWN_FPS, labels)
+        assert to_json([read])[0]["fps"] == -1
+    (read,) = load_f3set(write(tmp_path / "a.json", [rally(events=[{"frame": 1, "label": 7}])]))
+    assert read.events == (Event(1, "7"),)
+
+
+def test_events_without_labels_become_training_clips(tmp_path: Path) -> None:
+    entries = [rally(video=video, events=[{"frame": k} for k in (5, 20)]) for video in "ab"]
+    rallies = load_f3set(write(tmp_path / "a.json", entries))
+    assert [r.events for r in rallies] == [(Event(5, ""), Event(20, ""))] * 2
+    assert format_rally_counts(rallies) == "2 rallies, 4 events without a label"
+    assert to_json(rallies) == entries
+    for clips, count in (("events", 4), ("windows", 8)):
+        index = build_index(rallies, ClipSpec(clips, 8))
+        assert ([clip.label for clip in index.clips], index.classes) == ([-1] * count, ())
+
+
+@pytest.mark.parametrize("page", ["own_data.md", "own_data.zh.md"])
+def test_annotations_of_the_documentation_are_valid(tmp_path: Path, page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "val.json").write_text(example)
+    assert len(example.splitlines()) == 10
+    assert format_rally_counts(load_f3set(tmp_path / "val.json")) == "2 rallies, 4 events, 3 labels"
+
+
+# file of shared/data/world/annotations -> format, rallies, events, labels, problems
+WORLD_FILES = {
+    "meccano_val": ("clips", 4, 57, 40, 0),
+    "meccano_unlabel": ("clips", 20, 37, 0, 0),
+    "epic-55_unlabel": ("clips", 31, 33, 0, 0),
+    "f3set-badminton": ("f3set", 6, 103, 48, 0),
+    "f3set-table-tennis": ("f3set", 8, 53, 34, 0),
+    "f3set-tennis-doubles": ("f3set", 10, 45, 31, 10),
+    "cctvpipe": ("f3set", 6, 52, 12, 0),
+    "finediving": ("f3set", 12, 38, 12, 0),
+    "finegym": ("f3set", 5, 54, 28, 0),
+    "events_without_label": ("f3set", 6, 36, 0, 0),
+    "byte_order_mark": ("f3set", 4, 24, 24, 0),
+}
+
+
+@pytest.mark.skipif(not WORLD.exists(), reason="the corpus of real files is not next to this repository")
+@pytest.mark.parametrize("name", WORLD_FILES)
+def test_real_files_of_other_sources_are_read(name: str) -> None:
+    annotations, *expected = WORLD_FILES[name]
+    problems = []
+    try:
+        rallies = load_annotations(WORLD / f"{name}.json", annotations=annotations, frame_number_offset=1)
+    except InvalidEntriesError as error:
+        rallies, problems = error.rallies, error.problems
+    labels = [event.label for r in rallies for event in r.events]
+    assert [len(rallies), len(labels), len(set(labels) - {""}), len(problems)] == expected
 
 
 def test_match_of_a_rally() -> None:

@@ -74,7 +74,7 @@ LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
         ("3-10", "3-9"),
     ),
 }
-ACTION_KEYS = ("action_idx", "label_id", "label", "verb_label", "noun_label")
+ACTION_KEYS = ("action_idx", "label_id", "label", "verb_label", "noun_label", "label_id_internal")
 
 
 def write_layout(root: Path, name: str, data: DataModuleConfig) -> None:
@@ -137,8 +137,6 @@ def test_check_data_reads_a_dataset_by_its_config(tmp_path: Path, name: str, scr
 def test_check_data_names_what_it_cannot_check(tmp_path: Path, script: Script) -> None:
     write_layout(tmp_path, "wear", _compose("wear", tmp_path))
     given = _overrides("wear", tmp_path)
-    done = script("check_data.py", *given, "--write-clean", tmp_path / "clean.json")
-    assert (done.returncode, "--write-clean writes F3Set JSON" in done.stderr) == (2, True)
     (tmp_path / "annotations" / "wear_unlabel.json").write_text('{"clips": [{"video_id": "sbj_0"}]}')
     done = script("check_data.py", *given)
     assert (done.returncode, "clip 0 (sbj_0): the key 'start_frame' is missing" in done.stderr) == (2, True)
@@ -218,13 +216,72 @@ def test_error_names_the_invalid_field_of_a_clip(tmp_path: Path, clip: object, n
         load_annotations(path, annotations="clips")
 
 
-def test_duplicates_and_other_json_raise(tmp_path: Path) -> None:
+def test_repeated_clips_are_taken_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The same start and class is a repeat, whatever the end; another class at the same start is another event."""
+    clip = {"video_id": "a", "start_frame": 1, "end_frame": 5, "num_frames": 9}
+    for keys, expected in (({"action_id": 1}, ["1", "2"]), ({}, [""])):
+        path = tmp_path / f"{len(keys)}.json"
+        second = {**clip, **dict.fromkeys(keys, 2)}
+        path.write_text(json.dumps({"clips": [{**clip, **keys}, {**clip, **keys, "end_frame": 7}, second]}))
+        for _ in range(2):
+            (rally,) = load_annotations(path, annotations="clips")
+        assert [event.label for event in rally.events] == expected
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "1 clip with the video, first frame and class of another clip, each taken once",
+        "2 clips with the video and first frame of another clip, each taken once",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "label"),
+    [
+        ({"action_idx": 3}, "3"),
+        ({"action_id": 3.0, "action_id_internal": 9, "action_name": "take_screw"}, "take_screw (3)"),
+        ({"label": "3"}, "3"),
+        ({"label": 3, "action_name": "take"}, "take (3)"),
+        ({"label": "open door"}, "open door"),
+        ({"verb_class": 2, "noun_class": 5, "verb": "open", "noun": "door"}, "2-5"),
+        ({"verb": "open", "noun": "door"}, "open-door"),
+        ({"action_name": "take_screw"}, "take_screw"),
+        ({"action": "take"}, "take"),
+    ],
+)
+def test_class_of_a_clip_has_one_of_several_keys(tmp_path: Path, keys: dict[str, object], label: str) -> None:
     path = tmp_path / "a.json"
-    clip = {"video_id": "a", "start_frame": 1, "num_frames": 9, "action_idx": 1}
-    for twice in (clip, {k: v for k, v in clip.items() if k != "action_idx"}):
-        path.write_text(json.dumps({"clips": [twice, twice]}))
-        with pytest.raises(AnnotationError, match=r"clip 1 \(a\) is a duplicate"):
-            load_annotations(path, annotations="clips")
+    path.write_text(json.dumps({"clips": [{"video_id": "a", "start_frame": 1, "num_frames": 9, **keys}]}))
+    assert load_annotations(path, annotations="clips")[0].events == (Event(1, label),)
+
+
+def test_clips_with_an_unknown_class_key_are_not_read_as_unlabeled(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    clip = {"video_id": "a", "start_frame": 1, "stop_timestamp": "0:01", "id": 7, "num_frames": 9, "category": 3}
+    path.write_text(json.dumps({"clips": [clip]}))
+    with pytest.raises(AnnotationError, match=r"no clip has a known key .*, but the clips have category; rename"):
+        load_annotations(path, annotations="clips")
+    path.write_text(json.dumps({"clips": [{**clip, "label": 1}, {**clip, "start_frame": 3}]}))
+    with pytest.raises(AnnotationError, match=r"clip 1 \(a\): the key 'label' of the class has no value"):
+        load_annotations(path, annotations="clips")
+
+
+def test_valid_clips_of_an_invalid_file_are_written_as_f3set_json(tmp_path: Path, script: Script) -> None:
+    data = _compose("meccano", tmp_path)
+    write_layout(tmp_path, "meccano", data)
+    clips = LAYOUTS["meccano"][2]
+    clips = [*clips, {**clips[0], "start_frame": FRAMES + 9}, {**clips[0], "video_id": "absent"}]
+    path, clean = tmp_path / data.fewshot_eval_json_path, tmp_path / "clean.json"
+    path.write_text(json.dumps({"clips": clips}))
+    done = script("check_data.py", *_overrides("meccano", tmp_path), "--split", "eval", "--write-clean", clean)
+    assert done.returncode == 1
+    assert f"0001: frame {FRAMES + 8} is out of range" in done.stdout
+    assert "cannot determine the length of absent" in done.stdout
+    assert "read it with data_module.annotations=f3set" in done.stdout
+    (rally,) = load_annotations(clean, annotations="f3set")
+    assert (rally.video, rally.num_frames) == ("0001", FRAMES)
+    assert [(e.frame, e.label) for e in rally.events] == [(0, "3"), (4, "8")]
+
+
+def test_other_json_raises(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
     path.write_text("[]")
     with pytest.raises(AnnotationError, match="a list 'clips'"):
         load_annotations(path, annotations="clips")
@@ -253,6 +310,7 @@ def test_clips_with_different_video_lengths_raise(tmp_path: Path) -> None:
 
 class TestClipsContract(AnnotationFormatContract):
     format_name = "clips"
+    repeats_are_errors = False
 
     def write_annotations(self, path: Path, videos: Mapping[str, Sequence[int]]) -> None:
         clips = [
