@@ -15,6 +15,7 @@ from mmdistill.config import (
     modality_setting,
     modality_setting_key,
     modality_specs,
+    skeleton_format,
 )
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
@@ -138,6 +139,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
             pattern=modality_setting(data, modality, "pattern"),
             frame_number_offset=data.frame_number_offset,
             max_persons=data.max_persons,
+            skeleton=skeleton_format(data),
         )
         try:
             root = resolve_data_path(data, modality_setting(data, modality, "dir"), dir_key)

@@ -14,6 +14,7 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "evaluate": ("evaluate", "Evaluate a checkpoint few-shot"),
     "demo": ("demo", "Run the whole method on generated data"),
     "prepare": ("prepare_data", "Convert videos to frames, optical flow and skeletons"),
+    "convert-skeletons": ("convert_skeletons", "Convert skeletons of other programs to one file per video"),
     "check-data": ("check_data", "Check that the files of a dataset exist and can be read"),
     "compute-stats": ("compute_stats", "Compute mean and standard deviation of the training data"),
     "split-data": ("split_data", "Split an annotation file by match or by class"),

@@ -25,6 +25,7 @@ from mmdistill.config.validation import (
     modality_setting,
     modality_setting_key,
     modality_specs,
+    skeleton_format,
     teacher_paths,
     zero_stage,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "modality_specs",
     "parse",
     "register_schemas",
+    "skeleton_format",
     "stored_config",
     "teacher_paths",
     "to_plain",

@@ -165,6 +165,14 @@ class DataModuleConfig(Sealable):
     label_fields: list[str] | None = key(None, one_of(*LABEL_FIELDS))
     # number of persons per frame in the skeleton input
     max_persons: int = key(2, at_least(1))
+    # joints of the skeleton files: coco17 | openpose18 | openpose25 (BODY_25) | wholebody133, or a list with the
+    # position of each of the 17 COCO joints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left
+    # before right) in the joints of a file
+    skeleton_joints: Any = "coco17"
+    # image size [height, width] in px of skeleton files without img_shape; null: frame_size
+    skeleton_img_shape: list[int] | None = key(None, at_least(1))
+    # largest possible keypoint_score of the skeleton files; scores are divided by it. A larger score is an error
+    skeleton_score_max: float = key(1.0, at_least(1))
     # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip
     # (ignore the clip)
     on_missing: str = key("error", one_of("error", "repeat", "skip"))

@@ -15,6 +15,7 @@ from mmdistill.config.schema import (
     Sealable,
 )
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 
@@ -157,6 +158,7 @@ def _validate_data(data: DataModuleConfig) -> None:
         _validate_multiple(f"{key}crop_size[{axis}]", crop, "patch_size", data.patch_size)
     _validate_multiple(key + "num_frames", data.num_frames, "tubelet", data.tubelet)
     modality_specs(data)
+    skeleton_format(data)
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
         _validate_pattern(data, name)
     _validate_visible_tokens(key + "mask_ratio", data.mask_ratio, data)
@@ -212,6 +214,19 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
         except ValueError as error:
             raise ConfigError(f"data_module.modalities.{error}") from error
     return specs
+
+
+def skeleton_format(data: DataModuleConfig) -> SkeletonFormat:
+    """How the skeleton files are stored. Raises `ConfigError` if a value is not allowed."""
+    size = data.skeleton_img_shape
+    if size is not None and len(size) != 2:
+        raise ConfigError(f"data_module.skeleton_img_shape={size} must be [height, width] in px")
+    try:
+        return SkeletonFormat(
+            data.skeleton_joints, None if size is None else (size[0], size[1]), data.skeleton_score_max
+        )
+    except ValueError as error:
+        raise ConfigError(f"data_module.{error}") from error
 
 
 def modality_setting(data: DataModuleConfig, modality: str, key: str) -> str | None:

@@ -8,10 +8,11 @@ Shapes: B batch, C channels, T frames, H x W stored frame, h x w model input.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count
 from mmdistill.models import TARGETS
 from mmdistill.plugins import Registry
@@ -41,13 +42,13 @@ class ModalitySpec:
     sigma: float | None = None  # std of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints
 
     def __post_init__(self) -> None:
-        for field in ("mean", "std"):
-            values = getattr(self, field)
+        for name in ("mean", "std"):
+            values = getattr(self, name)
             if len(values) == 1:
-                object.__setattr__(self, field, tuple(values) * self.channels)
+                object.__setattr__(self, name, tuple(values) * self.channels)
             elif len(values) != self.channels:
                 raise ValueError(
-                    f"{self.name}: {field} has {format_count(len(values), 'value')}, expected {self.channels} or 1"
+                    f"{self.name}: {name} has {format_count(len(values), 'value')}, expected {self.channels} or 1"
                 )
         if min(self.std) <= 0:
             raise ValueError(f"{self.name}: std must be positive, got {self.std}")
@@ -79,6 +80,7 @@ class ReaderOptions:
     pattern: str | None = None  # file name below the directory; None: the modality's default
     frame_number_offset: int = 0  # number of frame 0 in file names
     max_persons: int = 2  # persons per frame of a keypoint reader
+    skeleton: SkeletonFormat = field(default_factory=SkeletonFormat)
 
     @property
     def frame_files(self) -> dict[str, Any]:

@@ -29,7 +29,9 @@ class SkeletonModality(Modality):
         from mmdistill.data.readers.skeleton import SkeletonReader
 
         o = options
-        return SkeletonReader(root, frame_size=o.frame_size, max_persons=o.max_persons, pattern=o.pattern)
+        return SkeletonReader(
+            root, frame_size=o.frame_size, max_persons=o.max_persons, pattern=o.pattern, file_format=o.skeleton
+        )
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """Keypoints (B, T, M, J, 3), rows (x, y, score) in stored-frame px -> float32 (B, J, T, h, w)."""

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
+from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader, outside_share
 from mmdistill.errors import format_count, format_first
 from mmdistill.modalities import get_modality
 
@@ -99,6 +99,10 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
         )
     for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
         coverage.try_to_read(reader, rally.video, int(frame))
+    if share := outside_share(rows, reader.frame_size):
+        coverage.messages.append(
+            f"{reader.path(rally.video)}: {100 * share:.1f} % of the joints with a score lie outside the image"
+        )
     found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
     return int(found[0]), int(found[1]) if len(found) > 1 else 0
 

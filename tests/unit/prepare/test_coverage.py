@@ -51,6 +51,23 @@ def write_skeleton(root: Path, video: str, *, frames: int = FRAMES, has_nan: boo
     (root / f"skeletons/f3set-tennis/{video}.pkl").write_bytes(pickle.dumps(entry))
 
 
+def test_joints_outside_the_image_are_reported(root: Path) -> None:
+    path = root / "skeletons/f3set-tennis/m_1_10.pkl"
+    entry = pickle.loads(path.read_bytes())
+    entry["keypoint"][1] = 500
+    path.write_bytes(pickle.dumps(entry))
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert report["complete"]
+    assert report["messages"] == [f"{path}: 33.3 % of the joints with a score lie outside the image"]
+    entry["keypoint"][0] = 500
+    path.write_bytes(pickle.dumps(entry))
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert not report["complete"]
+    assert report["messages"][0].startswith(
+        f"{path}: 100.0 % of the joints with a score lie outside the image of 160 x"
+    )
+
+
 def open_readers(root: Path) -> dict[str, Reader]:
     return {
         "rgb": RgbReader(root / "vid_frames_224", frame_size=SIZE),

@@ -91,6 +91,8 @@ class Reader(ABC):
 class KeypointReader(Reader):
     """Reader of a modality with one keypoint file per video."""
 
+    frame_size: tuple[int, int]  # (height, width) of the stored frames in px
+
     @abstractmethod
     def path(self, video: str) -> str:
         """Path of the file of `video`."""
@@ -102,6 +104,17 @@ class KeypointReader(Reader):
         Raises:
             FrameError: the file cannot be read.
         """
+
+
+def outside_share(rows: np.ndarray, frame_size: tuple[int, int]) -> float:
+    """The fraction of the joints with a score that lie outside the frame of (height, width) px.
+
+    `rows` are (..., 3), (x, y, score) in px with pixel centers at integers.
+    """
+    x, y, score = np.moveaxis(rows, -1, 0)
+    found = score > 0
+    is_inside = (x >= -0.5) & (x <= frame_size[1] - 0.5) & (y >= -0.5) & (y <= frame_size[0] - 0.5)
+    return float((found & ~is_inside).sum() / max(found.sum(), 1))
 
 
 class FrameFileReader(Reader):

@@ -38,6 +38,8 @@ def _from_buffer(buffer: Any, dtype: np.dtype, shape: tuple[int, ...], order: st
 
 def _scalar(dtype: np.dtype, data: Any = None) -> Any:
     """``numpy.core.multiarray.scalar`` for numbers, booleans and text."""
+    if isinstance(data, str):  # a byte string of Python 2
+        data = data.encode("latin1")
     if dtype.hasobject or not isinstance(data, bytes):
         raise UnsafePickleError("a NumPy scalar of objects")
     return np.frombuffer(data, dtype=dtype, count=1)[0]
@@ -86,7 +88,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(path: Path) -> Any:
-    """Load a pickle file of arrays, numbers, text and builtin containers.
+    """Load a pickle file of arrays, numbers, text and builtin containers. Byte strings of Python 2 become text.
 
     Raises:
         UnsafePickleError: the file needs a name outside the list (which is not executed), or is damaged or truncated.
@@ -94,7 +96,7 @@ def load_pickle(path: Path) -> Any:
     """
     with path.open("rb") as file:
         try:
-            return _Unpickler(file).load()
+            return _Unpickler(file, encoding="latin1").load()
         except UnsafePickleError as error:
             raise UnsafePickleError(
                 f"{path}: rejected because it needs {error}; only NumPy arrays and builtin containers are allowed"

@@ -1,5 +1,6 @@
 """Skeletons: one pickle file per video."""
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, KeypointReader, file_errors
+from mmdistill.console import log_once
+from mmdistill.data.readers.base import FrameError, KeypointReader, file_errors, outside_share
 from mmdistill.data.readers.safe_pickle import load_pickle
+from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count
 
-NUM_JOINTS = 17  # COCO
 SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
+SCORE_TOLERANCE = 1e-3  # of float16 scores
+MAX_OUTSIDE_SHARE = 0.5  # of joints that may lie outside the image
+
+log = logging.getLogger(__name__)
 
 
 class SkeletonReader(KeypointReader):
@@ -21,7 +27,8 @@ class SkeletonReader(KeypointReader):
 
     Pixel centers are at integers. A file has keypoints in px of its ``img_shape``; they are scaled to the stored frame.
     M is always `max_persons`: absent persons have score 0. If a file has more persons, those with the largest sums of
-    scores are kept, in the order of the file.
+    scores are kept, in the order of the file. Optional keys, joint layouts and checks: see `parse_skeleton`. A file is
+    an error if most of its joints lie outside the image; the first file with some is logged.
     """
 
     name = "skeleton"
@@ -34,12 +41,14 @@ class SkeletonReader(KeypointReader):
         max_persons: int = 2,
         pattern: str | None = None,
         cache_bytes: int = SKELETON_CACHE_BYTES,
+        file_format: SkeletonFormat | None = None,
     ) -> None:
-        self.root, self.frame_size = str(root), frame_size
+        self.root, self.frame_size, self.file_format = str(root), frame_size, file_format or SkeletonFormat()
         self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self.files_read = 0
+        self._has_reported_outside = False
 
     def path(self, video: str) -> str:
         """Path of the file of `video`."""
@@ -52,7 +61,7 @@ class SkeletonReader(KeypointReader):
     @property
     def settings(self) -> tuple[object, ...]:
         """See `Reader.settings`."""
-        return (self.max_persons,)
+        return (self.max_persons, *([] if self.file_format == SkeletonFormat() else [self.file_format]))
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         """See `Reader.missing_frames`."""
@@ -91,7 +100,7 @@ class SkeletonReader(KeypointReader):
         with file_errors(path, "skeleton"):
             entry = load_pickle(Path(path))
         try:
-            joints, scores, (height, width) = parse_skeleton(entry)
+            joints, scores, (height, width) = parse_skeleton(entry, self.file_format, self.frame_size)
         except ValueError as error:
             raise FrameError(f"{path}: {error}") from error
         scale = np.array([self.frame_size[1] / width, self.frame_size[0] / height])
@@ -100,45 +109,107 @@ class SkeletonReader(KeypointReader):
         rows[..., 2] = scores
         rows[scores == 0] = 0  # the position of a joint that was not found is undefined
         rows[~np.isfinite(rows).all(axis=-1)] = np.nan
+        self._check_inside(path, rows, (height, width))
         found = rows.shape[1]
         if found > self.max_persons:
             best = np.argsort(-np.nan_to_num(rows[..., 2]).sum(axis=(0, 2)), kind="stable")[: self.max_persons]
             return rows[:, np.sort(best)]
         return np.pad(rows, ((0, 0), (0, self.max_persons - found), (0, 0), (0, 0)))
 
+    def _check_inside(self, path: str, rows: np.ndarray, img_shape: tuple[int, int]) -> None:
+        share = outside_share(rows, self.frame_size)
+        size = f"{img_shape[0]} x {img_shape[1]} px (height x width)"
+        message = f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image of {size}"
+        if share > MAX_OUTSIDE_SHARE:
+            raise FrameError(f"{message}; correct img_shape, or data_module.skeleton_img_shape if the file has none")
+        if share and not self._has_reported_outside:
+            self._has_reported_outside = True
+            log.warning("%s; further files are not reported, `mmdistill check-data` lists them", message)
 
-def parse_skeleton(entry: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Check the content of a skeleton file.
+
+def parse_skeleton(
+    entry: Any, file_format: SkeletonFormat, frame_size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Check the content of a skeleton file and select the COCO joints.
+
+    A file without scores has score 1 for finite joints. A file without an image size has that of `file_format`, else
+    `frame_size`. The log reports both once. J is the number of joints in the file.
 
     Returns:
-        keypoints float64 (T, M, 17, 2) in px of the source image, scores float64 (T, M, 17), and (height, width) of the
-        source image.
+        keypoints float64 (T, M, 17, 2) in px of the source image, scores float64 (T, M, 17) in [0, 1], and
+        (height, width) of the source image.
 
     Raises:
-        ValueError: a key is missing or invalid; names it.
+        ValueError: a key is missing or invalid, a score is not in [0, 1], or the joints do not lie in the image; names
+            the key.
     """
+    if isinstance(entry, list) and len(entry) == 1:
+        (entry,) = entry
+    if isinstance(entry, list) or (isinstance(entry, dict) and "annotations" in entry):
+        raise ValueError("skeletons of several videos; `mmdistill convert-skeletons` writes one file per video")
     if not isinstance(entry, dict):
         raise ValueError(f"expected a dict, got {type(entry).__name__}")
-    for key in ("keypoint", "keypoint_score", "img_shape"):
-        if key not in entry:
-            raise ValueError(f"the key {key!r} is missing; the file has {', '.join(sorted(map(str, entry)))}")
+    if "keypoint" not in entry:
+        raise ValueError(f"the key 'keypoint' is missing; the file has {', '.join(sorted(map(str, entry)))}")
     try:
         joints = np.asarray(entry["keypoint"], dtype=np.float64)
-        scores = np.asarray(entry["keypoint_score"], dtype=np.float64)
-        height, width = (int(v) for v in entry["img_shape"])
+        stored = entry.get("keypoint_score")
+        scores: Any = None if stored is None else np.asarray(stored, dtype=np.float64)
+        height, width = _image_size(entry, file_format, frame_size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"keypoint, keypoint_score or img_shape are not numbers ({error})") from error
     if joints.ndim == 3:
-        joints, scores = joints[None], scores[None]
-    if joints.ndim != 4 or joints.shape[2:] != (NUM_JOINTS, 2):
-        raise ValueError(f"keypoint has shape {joints.shape}, expected (M, T, 17, 2) or (T, 17, 2)")
+        joints, scores = joints[None], None if scores is None else scores[None]
+    if joints.ndim != 4 or joints.shape[3] not in (2, 3):
+        raise ValueError(
+            f"keypoint has shape {joints.shape}, expected (M, T, J, 2) or (T, J, 2), or triples (x, y, score)"
+        )
+    if joints.shape[3] == 3:
+        if scores is not None:
+            raise ValueError(f"keypoint has shape {joints.shape}: triples (x, y, score) besides keypoint_score")
+        joints, scores = joints[..., :2], joints[..., 2]
+    try:
+        positions = file_format.joint_positions(joints.shape[2])
+    except ValueError as error:
+        raise ValueError(f"keypoint has shape {joints.shape}: {error}") from error
+    if scores is None:
+        log_once("skeleton files without keypoint_score: every joint with finite coordinates has score 1")
+        scores = np.isfinite(joints).all(axis=-1).astype(np.float64)
     if scores.shape != joints.shape[:3]:
         raise ValueError(f"keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])
     if total != joints.shape[1]:
         raise ValueError(f"total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}")
     if height < 1 or width < 1:
-        raise ValueError(f"img_shape={entry['img_shape']}, expected (height, width)")
+        raise ValueError(f"img_shape={entry.get('img_shape')}, expected (height, width)")
+    joints, scores = joints[:, :, positions], scores[:, :, positions] / file_format.score_max
+    _check_scores(scores, file_format)
+    _check_coordinates(joints[(scores > 0) & np.isfinite(joints).all(axis=-1)], (height, width))
+    return joints.transpose(1, 0, 2, 3), np.minimum(scores, 1).transpose(1, 0, 2), (height, width)
+
+
+def _image_size(entry: dict[str, Any], file_format: SkeletonFormat, frame_size: tuple[int, int]) -> tuple[int, int]:
+    if entry.get("img_shape") is not None:
+        height, width = (int(v) for v in tuple(entry["img_shape"])[:2])  # a third value is the number of channels
+        return height, width
+    size = file_format.img_shape or frame_size
+    key = "frame_size" if file_format.img_shape is None else "skeleton_img_shape"
+    log_once(f"skeleton files without img_shape: their image is {size[0]} x {size[1]} px, from data_module.{key}")
+    return size
+
+
+def _check_scores(scores: np.ndarray, file_format: SkeletonFormat) -> None:
     if (scores < 0).any():
         raise ValueError("keypoint_score has negative values")
-    return joints.transpose(1, 0, 2, 3), scores.transpose(1, 0, 2), (height, width)
+    largest = float(np.fmax.reduce(scores, axis=None, initial=0.0)) * file_format.score_max
+    if largest > file_format.score_max * (1 + SCORE_TOLERANCE):
+        raise ValueError(
+            f"keypoint_score has values up to {largest:.4g}, expected 0 to {file_format.score_max:g}; set "
+            "data_module.skeleton_score_max to the largest possible score, for example 100 for percentages"
+        )
+
+
+def _check_coordinates(joints: np.ndarray, img_shape: tuple[int, int]) -> None:
+    """`joints` are those with a score, (N, 2) in px."""
+    if len(joints) and joints.min() >= 0 and joints.max() <= 1 < max(img_shape) and (joints % 1).any():
+        raise ValueError("keypoint has values from 0 to 1, but must be in px: multiply by the image's width and height")

@@ -1,6 +1,7 @@
 """Malicious pickles are rejected by name and never executed."""
 
 import pickle
+import struct
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -49,6 +50,36 @@ def test_files_of_numpy_1_are_loaded(tmp_path: Path) -> None:
     text = pickle.dumps(data, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     (tmp_path / "a.pkl").write_bytes(text)
     np.testing.assert_array_equal(load_pickle(tmp_path / "a.pkl"), data)
+
+
+class _Python2Pickler(pickle._Pickler):  # type: ignore[name-defined, misc]
+    """Writes text and bytes as Python 2 does, as byte strings."""
+
+    dispatch = pickle._Pickler.dispatch.copy()  # type: ignore[attr-defined]
+
+    def save_byte_string(self, value: str | bytes) -> None:
+        data = value if isinstance(value, bytes) else value.encode("latin1")
+        self.write(b"T" + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_byte_string
+
+
+def test_files_of_python_2_are_loaded(tmp_path: Path) -> None:
+    data = {"keypoint": np.random.default_rng(0).normal(size=(2, 5)), "scalar": np.float32(1.5), "name": "text"}
+    with (tmp_path / "a.pkl").open("wb") as file:
+        _Python2Pickler(file, protocol=2).dump(data)
+    loaded = load_pickle(tmp_path / "a.pkl")
+    np.testing.assert_array_equal(loaded.pop("keypoint"), data.pop("keypoint"))
+    assert loaded == data
+
+
+def test_code_in_a_file_of_python_2_is_not_executed(tmp_path: Path) -> None:
+    with (tmp_path / "a.pkl").open("wb") as file:
+        _Python2Pickler(file, protocol=2).dump({"keypoint": _CreatesFile(tmp_path / "created")})
+    with pytest.raises(UnsafePickleError, match="rejected because it needs the name"):
+        load_pickle(tmp_path / "a.pkl")
+    assert not (tmp_path / "created").exists()
 
 
 @pytest.mark.parametrize("position", ["top", "dict", "object array", "defaultdict"])

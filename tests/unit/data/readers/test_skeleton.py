@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmdistill.console import log_once
 from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.skeleton_format import JOINT_LAYOUTS, SkeletonFormat
 from tests.contracts.reader_contract import ReaderContract
 from tests.synthetic_dots import DotVideo, write_dot_video
 
 SIZE = (64, 96)
+WORLD = Path(__file__).resolve().parents[5] / "shared" / "data" / "world" / "skeletons"
 
 
 class TestSkeletonReaderContract(ReaderContract):
@@ -46,13 +49,25 @@ def test_missing_row_and_file_raise(dot: DotVideo) -> None:
     ("change", "message"),
     [
         ({"keypoint": None}, "the key 'keypoint' is missing; the file has img_shape"),
-        ({"img_shape": None}, "the key 'img_shape' is missing"),
+        ({"keypoint": np.full((2, 6, 17, 3), 5.0)}, r"triples \(x, y, score\) besides keypoint_score"),
+        ({"keypoint": np.full((2, 6, 17, 4), 5.0)}, r"shape \(2, 6, 17, 4\), expected"),
+        ({"annotations": []}, "skeletons of several videos; `mmdistill convert-skeletons`"),
         ({"total_frames": 9}, "total_frames=9, but keypoint has 6 rows"),
         ({"keypoint": np.zeros((2, 6, 18, 2))}, r"shape \(2, 6, 18, 2\)"),
         ({"keypoint_score": np.zeros((2, 5, 17))}, r"keypoint_score has shape \(2, 5, 17\)"),
         ({"keypoint": "text"}, "are not numbers"),
         ({"img_shape": (0, 5)}, "expected \\(height, width\\)"),
         ({"keypoint_score": -np.ones((2, 6, 17))}, "negative"),
+        (
+            {"keypoint_score": np.full((2, 6, 17), 7.5)},
+            "values up to 7.5, expected 0 to 1; set data_module.skeleton_sc",
+        ),
+        ({"keypoint_score": np.full((2, 6, 17), 93.0)}, "values up to 93, .* 100 for percentages"),
+        ({"keypoint": np.random.default_rng(0).uniform(size=(2, 6, 17, 2))}, "values from 0 to 1, but must be in px"),
+        (
+            {"keypoint": np.full((2, 6, 17, 2), 500.0)},
+            "100.0 % of the joints with a score lie outside the image of 128",
+        ),
     ],
 )
 def test_error_names_the_invalid_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -60,6 +75,116 @@ def test_error_names_the_invalid_key(tmp_path: Path, change: dict[str, object], 
     (tmp_path / "v.pkl").write_bytes(pickle.dumps(entry))
     with pytest.raises(FrameError, match=message):
         SkeletonReader(tmp_path, frame_size=(64, 96)).read("v", [0])
+
+
+def _write(path: Path, **changes: object) -> SkeletonReader:
+    """A reader of a file whose keys are changed, or left out if the value is None."""
+    entry = {key: value for key, value in {**_skeleton(), **changes}.items() if value is not None}
+    (path / "v.pkl").write_bytes(pickle.dumps(entry))
+    return SkeletonReader(path, frame_size=(128, 192))
+
+
+def _random_joints(num_joints: int = 17) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates within 128 x 192 px and scores of 2 persons in 6 frames."""
+    rng = np.random.default_rng(0)
+    return rng.uniform(5, 120, (2, 6, num_joints, 2)), rng.uniform(0.5, 1, (2, 6, num_joints))
+
+
+def test_optional_keys_and_other_containers_give_the_same_rows(tmp_path: Path) -> None:
+    joints, scores = _random_joints()
+    expected = _write(tmp_path, keypoint=joints, keypoint_score=scores).read("v", range(6))
+    triples = np.concatenate([joints, scores[..., None]], axis=3)
+    for changes in (
+        {"keypoint": triples, "keypoint_score": None},
+        {"keypoint": joints, "keypoint_score": scores, "img_shape": None},
+        {"keypoint": joints, "keypoint_score": scores, "img_shape": [128, 192, 3], "total_frames": None},
+    ):
+        np.testing.assert_array_equal(_write(tmp_path, **changes).read("v", range(6)), expected)
+    (tmp_path / "v.pkl").write_bytes(pickle.dumps([{**_skeleton(), "keypoint": joints, "keypoint_score": scores}]))
+    np.testing.assert_array_equal(SkeletonReader(tmp_path, frame_size=(128, 192)).read("v", range(6)), expected)
+    (tmp_path / "v.pkl").write_bytes(pickle.dumps([_skeleton(), _skeleton()]))
+    with pytest.raises(FrameError, match="mmdistill convert-skeletons"):
+        SkeletonReader(tmp_path, frame_size=(128, 192)).read("v", [0])
+
+
+def test_missing_scores_and_image_size_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log_once.cache_clear()
+    joints, _ = _random_joints()
+    joints[1, 3, 5] = np.nan
+    reader = _write(tmp_path, keypoint=joints, keypoint_score=None, img_shape=None)
+    rows = reader.read("v", range(6))
+    assert rows[..., 2].sum() == 2 * 6 * 17 - 1
+    assert not rows[3, 1, 5].any()
+    for cached in (False, True):
+        SkeletonReader(tmp_path, frame_size=(128, 192), cache_bytes=int(cached)).read("v", [0])
+    assert [record.message for record in caplog.records] == [
+        "skeleton files without img_shape: their image is 128 x 192 px, from data_module.frame_size",
+        "skeleton files without keypoint_score: every joint with finite coordinates has score 1",
+    ]
+
+
+def test_file_format_gives_image_size_and_largest_score(tmp_path: Path) -> None:
+    joints, scores = _random_joints()
+    expected = _write(tmp_path, keypoint=joints, keypoint_score=scores).read("v", range(6))
+    _write(tmp_path, keypoint=2 * (joints + 0.5) - 0.5, keypoint_score=100 * scores, img_shape=None)
+    file_format = SkeletonFormat(img_shape=(256, 384), score_max=100)
+    rows = SkeletonReader(tmp_path, frame_size=(128, 192), file_format=file_format).read("v", range(6))
+    np.testing.assert_allclose(rows, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", JOINT_LAYOUTS)
+def test_joints_of_other_layouts_are_selected(tmp_path: Path, layout: str) -> None:
+    size, positions = JOINT_LAYOUTS[layout]
+    joints, scores = _random_joints(size)
+    _write(tmp_path, keypoint=joints, keypoint_score=scores)
+    for file_format in (SkeletonFormat(layout), SkeletonFormat(list(positions))):
+        rows = SkeletonReader(tmp_path, frame_size=(128, 192), file_format=file_format).read("v", [4])
+        np.testing.assert_allclose(rows[0, :, :, 0], joints[:, 4, positions, 0], rtol=1e-5)
+        np.testing.assert_allclose(rows[0, :, :, 2], scores[:, 4, positions], rtol=1e-5)
+
+
+def test_some_joints_outside_the_image_are_logged_for_the_first_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    joints, scores = _random_joints()
+    joints[0, :3, :, 0] = 400
+    reader = _write(tmp_path, keypoint=joints, keypoint_score=scores)
+    (tmp_path / "w.pkl").write_bytes((tmp_path / "v.pkl").read_bytes())
+    reader.read("v", [0])
+    reader.read("w", [0])
+    (record,) = caplog.records
+    assert "v.pkl: 25.0 % of the joints with a score lie outside the image of 128 x 192 px" in record.message
+
+
+@pytest.mark.skipif(not WORLD.exists(), reason="the corpus of real files is not next to this repository")
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("no_score", ""),
+        ("no_img_shape", ""),
+        ("xy_score_triples", ""),
+        ("python2", ""),
+        ("mmaction2_dict_in_list", ""),
+        ("openpose_25_joints", "set it to openpose25"),
+        ("scores_to_8", "keypoint_score has values up to 7.998"),
+    ],
+)
+def test_files_of_other_sources_equal_the_control(folder: str, message: str) -> None:
+    def read(name: str, file_format: SkeletonFormat | None = None) -> np.ndarray:
+        return SkeletonReader(WORLD / name, frame_size=(64, 68), file_format=file_format).read("rally_0_40", range(40))
+
+    expected = read("control")
+    if message:
+        with pytest.raises(FrameError, match=message):
+            read(folder)
+        assert read("openpose_25_joints", SkeletonFormat("openpose25")).shape == expected.shape
+        np.testing.assert_allclose(read("scores_to_8", SkeletonFormat(score_max=8)), expected, rtol=1e-6)
+        return
+    rows = read(folder)
+    if folder == "no_score":
+        assert (rows[..., 2] == 1).all()
+        rows[..., 2] = expected[..., 2]
+    np.testing.assert_array_equal(rows, expected)
 
 
 def test_nan_joint_is_absent_without_a_score_and_raises_with_one(tmp_path: Path) -> None:
