@@ -134,10 +134,13 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
     readers = {}
     for modality in modalities:
         dir_key, pattern_key = (modality_setting_key(data, modality, key) for key in ("dir", "pattern"))
+        offset = data.modalities[modality].frame_number_offset if modality in data.modalities else None
         options = ReaderOptions(
             frame_size=(data.frame_size[0], data.frame_size[1]),
             pattern=modality_setting(data, modality, "pattern"),
-            frame_number_offset=data.frame_number_offset,
+            frame_number_offset=data.frame_number_offset if offset is None else offset,
+            flow_bound=data.flow_bound,
+            flow_axes=data.flow_axes,
             max_persons=data.max_persons,
             skeleton=skeleton_format(data),
         )

@@ -96,6 +96,8 @@ class ModalityConfig(Sealable):
     dir: str | None = None
     # file name below dir, for example {video}/{frame:06d}.jpg; null: default of the modality
     pattern: str | None = None
+    # number of frame 0 in file names; null: data_module.frame_number_offset
+    frame_number_offset: int | None = key(None, at_least(0))
     # pixels of the stored frame per pixel of the model input, along each axis
     input_stride: int = key(MISSING, at_least(1))
     # mean of each input channel (rgb in [0, 1], flow in px, heat-maps in [0, 1]); one value applies to all channels
@@ -128,6 +130,11 @@ class DataModuleConfig(Sealable):
     frame_pattern: str | None = None
     # short form of modalities.flow.pattern, over which it takes precedence
     flow_pattern: str | None = None
+    # displacement in px of gray 255 in flow images, whose flow_pattern contains {axis}, for example
+    # {video}/flow_{axis}_{frame:05d}.jpg; gray 0 is the negative displacement; null: flow is stored as .npy
+    flow_bound: float | None = key(None, positive(null=".npy files"))
+    # what replaces {axis} in flow_pattern: xy | uv
+    flow_axes: str = key("xy", one_of("xy", "uv"))
     # number of the first frame of a video in file names
     frame_number_offset: int = key(0, at_least(0))
     # annotation file of the training videos; labels are not used

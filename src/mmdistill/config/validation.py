@@ -159,6 +159,8 @@ def _validate_data(data: DataModuleConfig) -> None:
     _validate_multiple(key + "num_frames", data.num_frames, "tubelet", data.tubelet)
     modality_specs(data)
     skeleton_format(data)
+    if data.flow_bound is not None and modality_setting(data, "flow", "pattern") is None:
+        raise ConfigError(f"{key}flow_bound={data.flow_bound} needs {key}flow_pattern with {{axis}}")
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
         _validate_pattern(data, name)
     _validate_visible_tokens(key + "mask_ratio", data.mask_ratio, data)
@@ -171,8 +173,9 @@ def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
     pattern, fields = modality_setting(data, modality, "pattern"), get_modality(modality).pattern_fields
     if pattern is None or not fields:
         return
+    optional = dict.fromkeys(get_modality(modality).optional_pattern_fields, "x")
     try:
-        files = {pattern.format(video=video, frame=frame) for video in "ab" for frame in (1, 2)}
+        files = {pattern.format(video=video, frame=frame, **optional) for video in "ab" for frame in (1, 2)}
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         files = set()
     if len(files) < 2 ** len(fields):
@@ -180,6 +183,12 @@ def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
         raise ConfigError(
             f"data_module.{modality_setting_key(data, modality, 'pattern')}={pattern!r} must contain {names}; "
             "see configs/dataset for examples"
+        )
+    if "axis" in optional and ("{axis}" in pattern) != (data.flow_bound is not None):
+        raise ConfigError(
+            f"data_module.flow_bound={data.flow_bound}, and the file name of flow is {pattern!r}: flow in pairs of "
+            "images needs a file name with {axis} and flow_bound, the displacement in px of gray 255; .npy files need "
+            "neither"
         )
 
 

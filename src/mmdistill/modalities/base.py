@@ -80,6 +80,8 @@ class ReaderOptions:
     pattern: str | None = None  # file name below the directory; None: the modality's default
     frame_number_offset: int = 0  # number of frame 0 in file names
     max_persons: int = 2  # persons per frame of a keypoint reader
+    flow_bound: float | None = None  # displacement in px of gray 255 in flow images; None: the flow is not in images
+    flow_axes: str = "xy"  # names of the axes in the file names of flow images
     skeleton: SkeletonFormat = field(default_factory=SkeletonFormat)
 
     @property
@@ -101,6 +103,7 @@ class Modality(ABC):
     sigma: float | None = None
     is_frame_pair: bool = False  # frame k is computed from images k and k + 1, so a video of n images has n - 1
     pattern_fields: tuple[str, ...] = ()  # fields that file name patterns must contain, such as ``video``, ``frame``
+    optional_pattern_fields: tuple[str, ...] = ()  # fields that they may contain
 
     def spec(self, **changes: Any) -> ModalitySpec:
         """The modality's default spec with `changes`."""

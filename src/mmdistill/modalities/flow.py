@@ -13,17 +13,24 @@ if TYPE_CHECKING:
 
 
 class FlowModality(Modality):
-    """Stored as .npy files, one per pair of frames (k, k + 1). Statistics come from the dataset config."""
+    """Stored as one .npy file or two images per pair of frames (k, k + 1). Statistics come from the dataset config."""
 
     name = "flow"
     channels = 2
     is_frame_pair = True
     pattern_fields = ("video", "frame")
+    optional_pattern_fields = ("axis",)
 
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
-        """A `FlowReader`."""
+        """A `FlowImageReader` if the options have a bound, else a `FlowReader`."""
         from mmdistill.data.readers.flow import FlowReader
+        from mmdistill.data.readers.flow_images import FlowImageReader
 
+        if options.flow_bound is not None:
+            bound, axes = options.flow_bound, options.flow_axes
+            return FlowImageReader(
+                root, **{**options.frame_files, "pattern": options.pattern or ""}, bound=bound, axes=axes
+            )
         return FlowReader(root, **options.frame_files)
 
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":

@@ -26,6 +26,8 @@ def test_resize_scales_displacements_and_flip_negates_x(flip: int) -> None:
 
 
 def test_reader_gets_the_options() -> None:
+    images = ReaderOptions(frame_size=(4, 6), pattern="{video}/{axis}_{frame}.png", flow_bound=20, flow_axes="uv")
+    assert get_modality("flow").open_reader("root", images).files("a", [3]) == ["root/a/u_3.png", "root/a/v_3.png"]
     reader = get_modality("flow").open_reader("root", ReaderOptions(frame_size=(4, 6)))
     assert reader.files("a", [3]) == ["root/a/pair_00003.npy"]
     assert get_modality("flow").is_frame_pair

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdistill.data.readers.base import FrameError, file_errors
+from mmdistill.data.readers.image_file import image_format
 from mmdistill.files import atomic_open
 
 FLOW_DTYPES = ("float32", "float16", "int16", "int8")
@@ -23,8 +24,15 @@ def read_flow(path: Path | str) -> np.ndarray:
     with file_errors(str(path), "flow"):
         try:
             stored = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:  # the text of NumPy advises to unpickle the file, which runs its code
-            raise FrameError(f"{path}: truncated, or not a .npy file of numbers; write this flow file again") from error
+        except (ValueError, EOFError):  # the text of NumPy advises to unpickle the file, which runs its code
+            with open(path, "rb") as file:
+                is_image = image_format(file.read(8)) is not None
+            if is_image:
+                raise FrameError(
+                    f"{path}: an image; for flow in pairs of images set data_module.flow_pattern to their file name "
+                    "with {axis}, and data_module.flow_bound"
+                ) from None
+            raise FrameError(f"{path}: truncated, or not a .npy file of numbers; write this flow file again") from None
     if not isinstance(stored, np.ndarray):
         raise FrameError(f"{path}: an .npz archive, expected .npy")
     if stored.dtype.names is not None:

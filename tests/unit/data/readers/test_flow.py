@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -38,6 +39,17 @@ def test_truncated_file_raises(dot: DotVideo, keep: float) -> None:
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(FrameError, match=r"pair_00002.npy"):
         dot.readers()["flow"].read("dot", [2])
+
+
+def test_image_in_place_of_a_flow_file_is_named(dot: DotVideo) -> None:
+    """The error advises no unsafe loading."""
+    path = dot.root / "flow/dot/pair_00002.npy"
+    for suffix in (".jpg", ".png"):
+        path.write_bytes(cv2.imencode(suffix, np.zeros((64, 96), np.uint8))[1].tobytes())
+        with pytest.raises(FrameError, match=r"pair_00002.npy: an image; .*flow_pattern .* \{axis\}, and") as caught:
+            dot.readers()["flow"].read("dot", [2])
+        assert caught.value.__suppress_context__
+        assert "pickle" not in str(caught.value)
 
 
 def test_values_that_are_not_finite_or_not_numbers_raise(dot: DotVideo) -> None:

@@ -1,0 +1,100 @@
+"""Optical flow as two grayscale images per frame pair, as TSN, denseflow and EPIC-Kitchens store it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, Reader
+from mmdistill.data.readers.image_file import read_image
+
+_MAX_CHANNEL_DIFFERENCE = 4  # of a grayscale image that is stored as a color JPEG
+
+
+class FlowImageReader(Reader):
+    """Pairs of JPEG or PNG files: float16 (T, 2, H, W), displacement (x, y) in px of the stored frame.
+
+    Gray 0 is a displacement of -`bound` px, gray 255 one of `bound` px.
+
+    Args:
+        root: folder of the files.
+        frame_size: (height, width) of the images in px. A file of another size is an error.
+        pattern: file name below `root`, with ``{video}``, ``{axis}`` and ``{frame:05d}``.
+        frame_number_offset: number of frame 0 in file names.
+        bound: displacement in px.
+        axes: what replaces ``{axis}`` for the horizontal and the vertical displacement.
+
+    Raises:
+        ValueError: the pattern gives the same file to two frames, two videos or two axes.
+    """
+
+    name = "flow"
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        frame_size: tuple[int, int],
+        pattern: str,
+        frame_number_offset: int = 0,
+        bound: float,
+        axes: str = "xy",
+    ) -> None:
+        if "{axis}" not in pattern:
+            raise ValueError(f"{pattern!r} must contain {{axis}}")
+        self.bound = bound
+        self._readers = [
+            _GrayReader(
+                root,
+                frame_size=frame_size,
+                pattern=pattern.replace("{axis}", axis),
+                frame_number_offset=frame_number_offset,
+            )
+            for axis in axes
+        ]
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """See `Reader.settings`."""
+        return (self.bound,)
+
+    def files(self, video: str, frames: Sequence[int]) -> list[str]:
+        """See `Reader.files`."""
+        return [path for reader in self._readers for path in reader.files(video, frames)]
+
+    def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
+        """See `Reader.missing_frames`."""
+        missing = {frame for reader in self._readers for frame in reader.missing_frames(video, frames)}
+        return [frame for frame in frames if frame in missing]
+
+    def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
+        """See `Reader.read`."""
+        gray = np.stack([reader.read(video, frames) for reader in self._readers], axis=1)  # (T, 2, H, W)
+        levels = (np.arange(256) * (2 * self.bound / 255) - self.bound).astype(np.float16)
+        flow: np.ndarray = levels[gray]
+        return flow
+
+
+class _GrayReader(FrameFileReader):
+    """Grayscale images of one axis: uint8 (T, H, W)."""
+
+    name = "flow"
+    pattern = "{video}/flow_x_{frame:05d}.jpg"
+
+    def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
+        """See `Reader.read`."""
+        out = np.empty((len(frames), *self.frame_size), np.uint8)
+        for position, path in enumerate(self.files(video, frames)):
+            image = read_image(path, "flow", ("JPEG", "PNG"), cv2.IMREAD_UNCHANGED)
+            if image.ndim == 3:
+                if np.ptp(image[..., :3], axis=2).max() > _MAX_CHANNEL_DIFFERENCE:
+                    raise FrameError(f"{path}: a color image, expected a grayscale image of one axis")
+                image = image[..., 1]
+            if image.dtype != np.uint8:
+                raise FrameError(f"{path}: type {image.dtype}, expected 8 bits per pixel")
+            if image.shape != self.frame_size:
+                found, expected = (" x ".join(map(str, size)) for size in (image.shape, self.frame_size))
+                raise FrameSizeError(f"{path}: {found} px, expected {expected} from data_module.frame_size")
+            out[position] = image
+        return out
