@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdistill.console import log_once
 from mmdistill.data.annotations.base import (
     UNKNOWN_FPS,
     AnnotationError,
@@ -21,7 +22,7 @@ from mmdistill.data.annotations.base import (
     require_valid,
     whole_number,
 )
-from mmdistill.errors import format_count
+from mmdistill.errors import format_count, format_first
 
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
 # Values of `label_fields`: names, for labels with these eight fields, and positions from 0, for any label.
@@ -72,7 +73,18 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
             events, found = _parse_events(name, entry["events"], num_frames, is_labeled=is_labeled)
             rallies[name] = Rally(name, num_frames, UNKNOWN_FPS if fps is None else float(fps), events)
         problems += found
+    _report_other_labels(path, [event.label for rally in rallies.values() for event in rally.events])
     return list(rallies.values()), problems
+
+
+def _report_other_labels(path: Path | str, labels: list[str]) -> None:
+    """Log the labels without F3Set's eight fields if most labels of the file have them: they may be typing errors."""
+    others = [label for label in labels if len(label.split("_")) != len(F3SET_FIELDS)]
+    if 0 < len(others) < len(labels) / 2:
+        log_once(
+            f"{path}: {len(others)} of {format_count(len(labels), 'event')} with a label of another number of fields "
+            f"than {len(F3SET_FIELDS)}: {format_first(sorted(set(others)), 3)}"
+        )
 
 
 def _has_labels(path: Path | str, entries: list[Any]) -> bool:

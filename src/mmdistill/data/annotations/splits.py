@@ -56,7 +56,7 @@ def split_by_class(
         ValueError: the fractions do not sum to 1, or there are fewer classes than splits.
     """
     _check_fractions(fractions)
-    counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events)
+    counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events if e.label)
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
     if len(classes) < len(fractions):
         raise ValueError(
@@ -67,7 +67,8 @@ def split_by_class(
     out: dict[str, list[Rally]] = {name: [] for name in fractions}
     for rally in rallies:
         for name, part in out.items():
-            events = tuple(e for e in rally.events if chosen.get(select_fields(e.label, label_fields)) == name)
+            labeled = [e for e in rally.events if e.label]
+            events = tuple(e for e in labeled if chosen.get(select_fields(e.label, label_fields)) == name)
             if events:
                 part.append(replace(rally, events=events))
     return out

@@ -132,7 +132,8 @@ def parse_skeleton(
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """Check the content of a skeleton file and select the COCO joints.
 
-    A file without scores has score 1 for finite joints. A file without an image size has that of `file_format`, else
+    A file without scores has score 1 for joints with finite coordinates other than (0, 0), which pose networks write
+    for a joint that was not found. A file without an image size has that of `file_format`, else
     `frame_size`. The log reports both once. J is the number of joints in the file.
 
     Returns:
@@ -173,8 +174,8 @@ def parse_skeleton(
     except ValueError as error:
         raise ValueError(f"keypoint has shape {joints.shape}: {error}") from error
     if scores is None:
-        log_once("skeleton files without keypoint_score: every joint with finite coordinates has score 1")
-        scores = np.isfinite(joints).all(axis=-1).astype(np.float64)
+        log_once("skeleton files without keypoint_score: joints with finite coordinates other than (0, 0) have score 1")
+        scores = (np.isfinite(joints).all(axis=-1) & joints.any(axis=-1)).astype(np.float64)
     if scores.shape != joints.shape[:3]:
         raise ValueError(f"keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])

@@ -164,6 +164,17 @@ def test_labels_are_any_text_and_the_frame_rate_may_be_unknown(tmp_path: Path) -
     assert read.events == (Event(1, "7"),)
 
 
+def test_labels_with_another_number_of_fields_than_most_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = [LABEL, OTHER, LABEL.replace("_in", "in"), LABEL]
+    load_f3set(write(tmp_path / "a.json", [rally(events=[{"frame": k, "label": x} for k, x in enumerate(labels)])]))
+    (record,) = caplog.records
+    assert record.message.endswith(
+        "1 of 4 events with a label of another number of fields than 8: near_deuce_serve_-_-_T_-in"
+    )
+
+
 def test_events_without_labels_become_training_clips(tmp_path: Path) -> None:
     entries = [rally(video=video, events=[{"frame": k} for k in (5, 20)]) for video in "ab"]
     rallies = load_f3set(write(tmp_path / "a.json", entries))

@@ -1,6 +1,7 @@
 """Splits share no match, or no class. The same seed gives the same split."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,9 @@ def test_too_few_matches_or_classes_raise() -> None:
         split_by_match(rallies(2), thirds, seed=0)
     with pytest.raises(ValueError, match="1 class "):
         split_by_class(rallies(), thirds, seed=0, label_fields=["player"])
+    unlabeled = [replace(r, events=tuple(replace(e, label="") for e in r.events)) for r in rallies()]
+    with pytest.raises(ValueError, match="0 classes with at least 1 event cannot be divided"):
+        split_by_class(unlabeled, thirds, seed=0, label_fields=["player"])
     assert all(split_by_match(rallies(3), thirds, seed=s)[n] for s in range(5) for n in thirds)
 
 

@@ -111,15 +111,17 @@ def test_missing_scores_and_image_size_are_logged_once(tmp_path: Path, caplog: p
     log_once.cache_clear()
     joints, _ = _random_joints()
     joints[1, 3, 5] = np.nan
+    joints[0, 2, 4] = 0
     reader = _write(tmp_path, keypoint=joints, keypoint_score=None, img_shape=None)
     rows = reader.read("v", range(6))
-    assert rows[..., 2].sum() == 2 * 6 * 17 - 1
+    assert rows[..., 2].sum() == 2 * 6 * 17 - 2
     assert not rows[3, 1, 5].any()
+    assert not rows[2, 0, 4].any()
     for cached in (False, True):
         SkeletonReader(tmp_path, frame_size=(128, 192), cache_bytes=int(cached)).read("v", [0])
     assert [record.message for record in caplog.records] == [
         "skeleton files without img_shape: their image is 128 x 192 px, from data_module.frame_size",
-        "skeleton files without keypoint_score: every joint with finite coordinates has score 1",
+        "skeleton files without keypoint_score: joints with finite coordinates other than (0, 0) have score 1",
     ]
 
 
