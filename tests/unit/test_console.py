@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from mmdistill import console
-from mmdistill.console import LINE_INTERVAL_S, ProgressDisplay, progress
+from mmdistill.console import LINE_INTERVAL_S, ProgressDisplay, log_once, progress
 
 
 class Clock:
@@ -83,3 +83,10 @@ def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch):
     assert "40/40" in out.getvalue()
     assert "a line above the bar" in out.getvalue()
     assert lines == []
+
+
+def test_same_text_is_logged_once(caplog: pytest.LogCaptureFixture):
+    log_once.cache_clear()
+    for text in ("a", "b", "a"):
+        log_once(text)
+    assert [record.message for record in caplog.records] == ["a", "b"]

@@ -48,6 +48,7 @@ SHOWN_DATA_KEYS = (
     *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
     *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
+    *("flow_bound", "flow_axes", "skeleton_joints", "skeleton_img_shape", "skeleton_score_max"),
 )
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
 

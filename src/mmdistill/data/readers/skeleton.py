@@ -133,8 +133,8 @@ def parse_skeleton(
     """Check the content of a skeleton file and select the COCO joints.
 
     A file without scores has score 1 for joints with finite coordinates other than (0, 0), which pose networks write
-    for a joint that was not found. A file without an image size has that of `file_format`, else
-    `frame_size`. The log reports both once. J is the number of joints in the file.
+    for a joint that was not found. A file without an image size has that of `file_format`, else `frame_size`. The log
+    reports both once.
 
     Returns:
         keypoints float64 (T, M, 17, 2) in px of the source image, scores float64 (T, M, 17) in [0, 1], and
@@ -211,6 +211,6 @@ def _check_scores(scores: np.ndarray, file_format: SkeletonFormat) -> None:
 
 
 def _check_coordinates(joints: np.ndarray, img_shape: tuple[int, int]) -> None:
-    """`joints` are those with a score, (N, 2) in px."""
-    if len(joints) and joints.min() >= 0 and joints.max() <= 1 < max(img_shape) and (joints % 1).any():
+    """`joints` are those with a score, (N, 2) in px. Fractions of the image are 0 to 1, or a little outside."""
+    if len(joints) and np.abs(joints).max() <= 2 < max(img_shape) and (joints % 1).any():
         raise ValueError("keypoint has values from 0 to 1, but must be in px: multiply by the image's width and height")

@@ -63,7 +63,10 @@ def test_missing_row_and_file_raise(dot: DotVideo) -> None:
             "values up to 7.5, expected 0 to 1; set data_module.skeleton_sc",
         ),
         ({"keypoint_score": np.full((2, 6, 17), 93.0)}, "values up to 93, .* 100 for percentages"),
-        ({"keypoint": np.random.default_rng(0).uniform(size=(2, 6, 17, 2))}, "values from 0 to 1, but must be in px"),
+        (
+            {"keypoint": np.random.default_rng(0).uniform(-0.1, 1.1, (2, 6, 17, 2))},
+            "values from 0 to 1, but must be in px",
+        ),
         (
             {"keypoint": np.full((2, 6, 17, 2), 500.0)},
             "100.0 % of the joints with a score lie outside the image of 128",
