@@ -192,7 +192,8 @@ def _write_clean(path: Path, rallies: list[Rally], note: str, data: DataModuleCo
 
 def _lacks_files(gaps: dict[str, dict[str, Any]]) -> bool:
     """Whether a file of a rally is missing or cannot be used, in any modality."""
-    return any(count for gap in gaps.values() for key, count in gap.items() if key != "longer_than_annotated")
+    keys = ("missing_frames", "unreadable_frames", "wrong_size_frames")
+    return any(gap.get(key) for gap in gaps.values() for key in keys)
 
 
 def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) -> None:

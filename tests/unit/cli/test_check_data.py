@@ -124,6 +124,10 @@ def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys:
 
 
 def test_only_rallies_with_all_files_are_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "skeletons/f3set-tennis/m_1_10.pkl"
+    entry = pickle.loads(path.read_bytes())
+    entry["keypoint_score"][1] = 0  # a file without the far player is still there
+    path.write_bytes(pickle.dumps(entry))
     (root / "tennis_flows/m_20_30/pair_00000.npy").unlink()
     clean = root / "clean.json"
     assert check(root, "--write-clean", clean, "--present-only") == 1
