@@ -65,7 +65,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size",
         type=_parse_size,
         metavar="HEIGHTxWIDTH",
-        help="size of all stored frames in px, for videos of different aspect ratios, instead of --height",
+        help="size of all stored frames in px, for videos of different aspect ratios (default: by --height)",
     )
     parser.add_argument("--fit", choices=FITS, default="pad", help="with --size: add black borders, or cut borders off")
     parser.add_argument("--fps", type=float, help="frame rate of the stored frames (default: every frame of the video)")

@@ -17,6 +17,7 @@ from mmdistill.errors import format_count, format_first
 from mmdistill.modalities import get_modality
 
 MAX_MESSAGES = 5  # about files that cannot be used, per rally and modality
+PLAYERS = ("near", "far")
 MAX_FILES_SHOWN = 3  # missing files, per rally and modality
 
 
@@ -52,7 +53,8 @@ class RallyCoverage:
 
     video: str
     modalities: dict[str, ModalityCoverage]  # by name
-    players: tuple[int, int] = (0, 0)  # frames in which person 0 (near) and person 1 (far) have a joint with a score
+    # frames in which person 0 (near) and person 1 (far) have a joint with a score; one value for max_persons=1
+    players: tuple[int, ...] = ()
     person_frames: int = 0  # frames in which persons are expected; 0 without a keypoint modality
 
 
@@ -72,6 +74,8 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
             result.person_frames = count
             if not missing:
                 result.players = _check_keypoints(rally, reader, coverage)
+            else:
+                result.players = (0,) * min(2, reader.max_persons)
             continue
         last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
         if not reader.missing_frames(rally.video, [last + 1]):
@@ -82,14 +86,14 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
     return result
 
 
-def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> tuple[int, int]:
+def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> tuple[int, ...]:
     """Frames in which the near and the far player were found."""
     try:
         rows = reader.load_video(rally.video)
     except FrameError as error:
         coverage.unreadable_frames = coverage.expected_frames
         coverage.messages.append(str(error))
-        return 0, 0
+        return (0,) * min(2, reader.max_persons)
     coverage.missing_frames = max(0, coverage.expected_frames - len(rows))
     coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
     if len(rows) != coverage.expected_frames:
@@ -104,7 +108,7 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
             f"{reader.path(rally.video)}: {100 * share:.1f} % of the joints with a score lie outside the image"
         )
     found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
-    return int(found[0]), int(found[1]) if len(found) > 1 else 0
+    return tuple(int(count) for count in found[:2])
 
 
 def check_all(
@@ -150,14 +154,18 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
             )
             if any(gap.values()) or coverage.extra_frames:
                 gaps.setdefault(result.video, {})[name] = {**gap, "longer_than_annotated": coverage.extra_frames > 0}
-        if 2 * min(result.players) < result.person_frames:
-            found = dict(zip(("near", "far"), result.players, strict=True))
+        if result.players and 2 * min(result.players) < result.person_frames:
+            found = dict(zip(PLAYERS, result.players, strict=False))
             gaps.setdefault(result.video, {})["players"] = found
             shown = " and ".join(f"the {name} player in {count}" for name, count in found.items())
-            without_players.append(f"{result.video}: {shown} of {format_count(result.person_frames, 'frame')}")
+            without_players.append(
+                f"{result.video}: {shown} of {format_count(result.person_frames, 'frame')}; data with one "
+                "player need data_module.max_persons=1"
+            )
     frames = sum(result.person_frames for result in results)
     messages = [coverage.messages for result in results for coverage in result.modalities.values()]
-    players = {name: sum(result.players[i] for result in results) for i, name in enumerate(("near", "far")) if frames}
+    by_player = zip(*(result.players for result in results if result.players), strict=True)
+    players = dict(zip(PLAYERS, map(sum, by_player), strict=False))
     return {
         "complete": not gaps,
         "rallies": len(results),

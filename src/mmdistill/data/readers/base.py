@@ -92,6 +92,7 @@ class KeypointReader(Reader):
     """Reader of a modality with one keypoint file per video."""
 
     frame_size: tuple[int, int]  # (height, width) of the stored frames in px
+    max_persons: int  # M of the rows
 
     @abstractmethod
     def path(self, video: str) -> str:
