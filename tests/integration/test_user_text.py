@@ -130,7 +130,7 @@ def test_find_checkpoints_lists_both_formats(root: Path, student: Path) -> None:
     assert program == "python3"
     done = run_python(*arguments)
     for path in (PRETRAINED, *DISTILLED):
-        assert f"{root}{path}  complete" in done.stdout
+        assert f"  complete    {root}{path}\n" in done.stdout
     assert f'"{root}{PRETRAINED}",  # rgb, deepspeed' in done.stdout
     assert "--config-name=config_mmdistill_tennis" in done.stdout
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class CheckpointInfo:
         size: bytes.
         complete: all files exist with their full length (`inspect_checkpoint` also reads the contents).
         problem: why the checkpoint is not complete.
+        is_inside_epoch: whether a stop signal ended the epoch; the loss is that of a part of the epoch.
         modified: seconds since 1970.
         started: start of the run in seconds since 1970, from its folder's name if that is a date, else `modified`.
     """
@@ -64,6 +65,7 @@ class CheckpointInfo:
     problem: str
     modified: float
     started: float
+    is_inside_epoch: bool = False
 
 
 def _infer_modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
@@ -194,6 +196,7 @@ def _describe_directory(path: str) -> CheckpointInfo:
         problem=problem,
         modified=modified,
         started=_run_start_time(path, modified),
+        is_inside_epoch="-step=" in os.path.basename(path),
     )
 
 
@@ -258,21 +261,38 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
         CheckpointError: `root` is not a directory.
     """
     top = Path(root).expanduser().absolute()
+    if top.is_file():
+        raise CheckpointError(f"{root}: is a file; give a folder, or use `mmdistill inspect` for one checkpoint")
     if not top.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     found = list(_iterate_checkpoints(str(top), unreadable if unreadable is not None else []))
     if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
         found = list({os.path.realpath(info.path): info for info in found}.values())
-    return sorted(found, key=lambda i: (i.started, -1 if i.epoch is None else i.epoch, i.modified), reverse=True)
+    return sorted(_complete_last(found), key=_age_key, reverse=True)
+
+
+def _complete_last(found: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    """`found`, where each ``last.ckpt`` has epoch and loss of the checkpoint that it is a link to."""
+    named = {(i.path.parent, i.size, i.modified): i for i in found if i.loss is not None}
+    links = {i.path: named.get((i.path.parent, i.size, i.modified)) for i in found if i.path.stem == "last"}
+    return [replace(i, epoch=twin.epoch, loss=twin.loss) if (twin := links.get(i.path)) else i for i in found]
+
+
+def _age_key(info: CheckpointInfo) -> tuple[float, int, float, bool]:
+    return info.started, -1 if info.epoch is None else info.epoch, info.modified, info.path.stem == "last"
 
 
 def select_checkpoints(found: Iterable[CheckpointInfo], *, best: bool = False) -> dict[str, CheckpointInfo]:
-    """Select the newest complete checkpoint of each modality, or with `best` the one of lowest loss."""
+    """Select the newest complete checkpoint of each modality, or with `best` the one of lowest loss.
+
+    A checkpoint inside an epoch is selected only if the modality has no other.
+    """
     selected: dict[str, CheckpointInfo] = {}
-    for info in found:
+    for info in sorted(found, key=lambda info: info.is_inside_epoch):
         previous = selected.get(info.modality)
         if not info.complete or (best and info.loss is None):
             continue
-        if previous is None or (best and (info.loss or 0.0) < (previous.loss or 0.0)):
+        is_better = best and previous is not None and (info.loss or 0.0) < (previous.loss or 0.0)
+        if previous is None or (is_better and info.is_inside_epoch == previous.is_inside_epoch):
             selected[info.modality] = info
     return selected

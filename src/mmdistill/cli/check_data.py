@@ -31,7 +31,7 @@ from mmdistill.console import progress
 from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, InvalidEntriesError, Rally, format_rally_counts
 from mmdistill.data.annotations.f3set import to_json
 from mmdistill.data.readers.base import Reader
-from mmdistill.errors import format_count
+from mmdistill.errors import format_count, format_first
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
 from mmdistill.prepare.coverage import check_all
@@ -52,6 +52,10 @@ COVERAGE_ROWS = (  # key of the report, title of the row
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the data and print a report. Returns the exit status."""
     options = _arguments(argv)
+    if options.annotations is not None and options.annotations.is_dir():
+        found = sorted(str(path) for path in options.annotations.glob("*.json") if path.name != "provenance.json")
+        files = f"; it contains {format_first(found, MAX_PROBLEMS_SHOWN)}" if found else ""
+        raise ConfigError(f"{options.annotations} is a folder; give an annotation file{files}")
     from mmdistill.builders import (  # imports torch, which --help must not
         load_rallies,
         open_readers,
@@ -69,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         rallies, problems = error.rallies, error.problems
     _print_annotations(path, rallies, problems)
+    names = tuple(options.modalities or data.modalities)
     if options.write_clean and not options.present_only:
-        folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in data.modalities)
+        folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in names)
         _write_clean(options.write_clean, rallies, f"the training also needs their files in {folders}", data)
     if options.root is not None or options.overrides:
-        names = tuple(options.modalities or data.modalities)
         _check_folders(options, data, names)
         readers = open_readers(data, names)
     report: dict[str, Any] = {"annotation_problems": problems}

@@ -34,6 +34,8 @@ TRAINING_KEYS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Compute the statistics and write the config. Returns the exit status."""
     options = _arguments(argv)
+    if options.output and options.output.exists() and not options.force:
+        raise ConfigError(f"{options.output}: exists; choose another name, or use --force to replace it")
     from mmdistill.builders import make_clip_dataset, make_demo_data  # imports torch, which --help must not
     from mmdistill.prepare.statistics import dataset_statistics, to_mean_std
 
@@ -61,17 +63,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_constant_channels_message(specs[name], constant), file=sys.stderr)
     _write(options.output, plain, count)
     if options.output:
-        print("\n".join(next_steps(options, list(plain["modalities"]))), file=sys.stderr)
+        is_small = len(dataset) < config.batch_size
+        batch_size = len(dataset) if is_small else config.batch_size if _has_key(options, "batch_size") else None
+        print("\n".join(next_steps(options, list(plain["modalities"]), batch_size)), file=sys.stderr)
     return 0
 
 
-def next_steps(options: argparse.Namespace, modalities: Sequence[str]) -> list[str]:
-    """The path of the written config, and the pretraining that uses it, with the overrides that it does not contain."""
+def _has_key(options: argparse.Namespace, key: str) -> bool:
+    return any(override.startswith(f"{key}=") for override in options.overrides)
+
+
+def next_steps(options: argparse.Namespace, modalities: Sequence[str], batch_size: int | None = None) -> list[str]:
+    """The path of the written config, and the pretraining that uses it, with the overrides that it does not contain.
+
+    Args:
+        options: the command line.
+        modalities: the modalities of the config.
+        batch_size: batch size of the pretraining; None: that of the main config.
+    """
     path: Path = options.output
     dataset = dataset_arguments(path)
     if dataset is None:
         return [f"wrote {path}; to use it, move it to DIR/dataset/ and add --config-dir=DIR dataset={path.stem}"]
     training = [o for o in options.overrides if o.partition("=")[0].removeprefix("data_module.") in TRAINING_KEYS]
+    if batch_size is not None:
+        training.append(f"batch_size={batch_size}")
     sweep = ["-m"] if len(modalities) > 1 else []
     words = ["mmdistill", "pretrain", *sweep, f"--config-name={options.config_name}", *dataset]
     return [f"wrote {path}", "to pretrain: " + shlex.join([*words, f"modality={','.join(modalities)}", *training])]
@@ -94,6 +110,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--modalities", nargs="+", choices=modality_names(), help="modalities to compute (default: all of the dataset)"
     )
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument("--clips", type=int, help="number of clips, evenly spaced (default: all)")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides, as for `mmdistill pretrain`")
     return parser.parse_intermixed_args(argv)

@@ -19,14 +19,20 @@ import yaml
 
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
 from mmdistill.cli.parser import make_parser, report_errors
+from mmdistill.cli.video_classes import video_class_overrides
 from mmdistill.config.compose import configs_dir
+from mmdistill.data.annotations.f3set import load_f3set
+from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_names
 
+HEADER = f"  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  {'saved':<18}{'files':<12}path"
 RESULTS_FILE = "fewshot.json"
-# verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`
+_UNREADABLE = (OSError, yaml.YAMLError, KeyError, TypeError)  # a `.hydra` folder is missing or is not as expected
+# verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`. A distillation has
+# its own `trainer`
 OTHER_KEYS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("model",),
-    "distill": (),
+    "pretrain": ("seed", "batch_size", "precision", "model", "trainer", "decoder_mask_ratio"),
+    "distill": ("seed", "batch_size", "precision"),
     "evaluate": ("seed", "precision", "eval_component", "baselines", "classifier", "probe"),
 }
 # verb -> keys of `data_module` that do not change it. Pretraining and distillation have their own `mask_ratio`
@@ -52,8 +58,10 @@ def format_row(info: CheckpointInfo) -> str:
     epoch = "-" if info.epoch is None else str(info.epoch)
     loss = "-" if info.loss is None else f"{info.loss:.4f}"
     modified = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.modified))
-    state = "complete" if info.complete else f"INCOMPLETE: {info.problem}"
-    return f"  {info.format:<10}{epoch:>6}{loss:>10}{format_size(info.size):>10}  {modified}  {info.path}  {state}"
+    files = "complete" if info.complete else "INCOMPLETE"
+    note = f"  {info.problem}" if info.problem else "  (interrupted epoch)" if info.is_inside_epoch else ""
+    size = format_size(info.size)
+    return f"  {info.format:<10}{epoch:>6}{loss:>10}{size:>10}  {modified}  {files:<12}{info.path}{note}"
 
 
 def format_ckpt_path(selected: dict[str, CheckpointInfo]) -> str:
@@ -94,8 +102,7 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
     one, else the placeholder NAME. A distillation uses the config of the pretraining with ``mmdistill`` in its name.
     """
     try:
-        hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
-        data = yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["data_module"]
+        hydra, data = _read_run(run_dir)
         names = {"main": "--config-path", "command-line": "--config-dir"}
         sources = [
             (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
@@ -104,17 +111,59 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
         overrides = [o for o in hydra["overrides"]["task"] if _is_used(o.lstrip("+").partition("=")[0], verb, data)]
         if not any(override.startswith("dataset=") for override in overrides):
             overrides.insert(0, f"dataset={hydra['runtime']['choices']['dataset']}")
+        more = _overrides_without_labels(run_dir, verb)
+        overrides = [o for o in overrides if o.partition("=")[0] not in {m.partition("=")[0] for m in more}] + more
         config_name = hydra["job"]["config_name"]
         if verb == "distill":
             config_name = config_name.replace("pretrain", "mmdistill")
             if not any((Path(folder) / f"{config_name}.yaml").is_file() for _, folder in sources):
                 config_name = "NAME"
         return [f"--config-name={config_name}", *folders, *overrides]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except _UNREADABLE:
         name = f"config_{run_dir.name}"
         if verb == "evaluate" and (configs_dir() / f"{name}.yaml").is_file():
             return [f"--config-name={name}"]
         return ["--config-name=NAME", "dataset=NAME"]
+
+
+def missing_evaluation_file(run_dir: Path) -> Path | None:
+    """The annotation file of a run's evaluation, if it does not exist, but that of the training exists; else None."""
+    try:
+        hydra, data = _read_run(run_dir)
+        training, evaluation = _annotation_paths(hydra, data)
+    except _UNREADABLE:
+        return None
+    return evaluation if training.is_file() and not evaluation.exists() else None
+
+
+def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hydra's settings and `data_module` of a run."""
+    hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
+    return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["data_module"]
+
+
+def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path, Path]:
+    """The annotation files of the training and of the evaluation."""
+    root = Path(hydra["runtime"]["cwd"]) / Path(data["target_data_dir"]).expanduser()
+    training, evaluation = (Path(data[key]).expanduser() for key in ("unlabel_json_path", "fewshot_eval_json_path"))
+    return root / training, root / evaluation
+
+
+def _overrides_without_labels(run_dir: Path, verb: str) -> list[str]:
+    """Overrides of `verb` without an evaluation file: no evaluation, or the video as class if possible."""
+    if verb == "pretrain" or missing_evaluation_file(run_dir) is None:
+        return []
+    if verb == "distill":
+        return ["test=False"]
+    hydra, data = _read_run(run_dir)
+    if data["annotations"] != "f3set":
+        return []
+    spec = ClipSpec("windows", data["num_frames"], sampling_rate=data["sampling_rate"], stride=data["window_stride"])
+    try:
+        clips = build_index(load_f3set(_annotation_paths(hydra, data)[0]), spec).clips
+    except ValueError:  # the annotation file cannot be used
+        return []
+    return video_class_overrides(clips, data["unlabel_json_path"], data["n_way"], data["q_sample"]) or []
 
 
 def _is_used(key: str, verb: str, data: dict[str, Any]) -> bool:
@@ -194,7 +243,7 @@ def print_report(
     for group in (*modality_names(), DISTILLED, UNKNOWN):
         members = [info for info in found if info.modality == group]
         if members:
-            print(f"{group} ({len(members)})\n  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  saved")
+            print(f"{group} ({len(members)})\n{HEADER}")
             print("\n".join(format_row(info) for info in members))
             print()
     if not found:
@@ -203,9 +252,13 @@ def print_report(
         print(f"Teachers of the distillation ({which} of each modality), for trainer.ckpt_path in the config:\n")
         print(format_ckpt_path(selected) + "\n")
     if command := distillation_command(selected):
-        print(f"Distill these teachers:\n\n{command}\n")
+        print(f"Distill these teachers (set trainer.* keys, such as trainer.epochs, if needed):\n\n{command}\n")
     if DISTILLED in selected:
-        print(f"Evaluate the student ({which}):\n\n{evaluation_command(selected[DISTILLED])}\n")
+        command = evaluation_command(selected[DISTILLED])
+        missing = missing_evaluation_file(_evaluation_dir(_run_dir(selected[DISTILLED])))
+        fix = "the video is the class" if "label=video" in command else "the evaluation needs a file with labels"
+        note = "" if missing is None else f"; {missing} does not exist: {fix}"
+        print(f"Evaluate the student ({which}{note}):\n\n{command}\n")
     for line in unreadable:
         print(f"unreadable: {line}", file=sys.stderr)
 

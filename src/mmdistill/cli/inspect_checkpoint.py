@@ -11,6 +11,7 @@ from typing import Any
 
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.find import find_checkpoints
+from mmdistill.checkpoint.formats.names import FILE_SUFFIXES, LATEST, MANIFEST, META
 from mmdistill.checkpoint.locate import locate
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.errors import format_count
@@ -63,6 +64,12 @@ def is_checkpoint(folder: Path) -> bool:
     return True
 
 
+def _has_unknown_name(path: str) -> bool:
+    """Whether `path` is a file whose name is not that of a checkpoint file."""
+    file = Path(path)
+    return file.is_file() and file.suffix not in FILE_SUFFIXES and file.name not in (LATEST, META, MANIFEST)
+
+
 @report_errors("inspect")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0 if the checkpoint is complete, 1 if it is not, 2 if the path is none."""
@@ -80,5 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdistill.checkpoint.inspect import inspect_checkpoint  # imports torch, which --help must not
 
     report = inspect_checkpoint(args.path, full=args.full)
+    if "format" not in report and _has_unknown_name(args.path):
+        raise CheckpointError(report["problem"])
     print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else "\n".join(format_report(report)))
     return 0 if report["complete"] else 1

@@ -5,12 +5,13 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import DistillConfig, PretrainConfig, explain
+from mmdistill.config.overrides import is_override
 from mmdistill.errors import InputError, MMDistillError
 
 Main = Callable[[Sequence[str] | None], int]
@@ -27,7 +28,34 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports missing arguments with their help text and the first example of the description."""
+    """Reports missing arguments with their help text and the first example of the description.
+
+    An override or an existing path is not a value of an option with several values, such as ``--modalities``.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in `argparse.ArgumentParser`."""
+        return super().parse_known_args(self._move_lists(args), namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in `argparse.ArgumentParser`."""
+        return super().parse_known_intermixed_args(self._move_lists(args), namespace)
+
+    def _move_lists(self, args: Sequence[str] | None) -> list[str]:
+        """The arguments, with the options with several values at the end. No positional argument follows them."""
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        options = {name: action for action in self._actions if action.nargs == "+" for name in action.option_strings}
+        others: list[str] = []
+        lists: list[str] = []
+        current: argparse.Action | None = None  # the option with several values that the word may belong to
+        for word in words[:end]:
+            if word.startswith("-"):
+                current = options.get(word)
+            elif current and word not in (current.choices or ()) and (is_override(word) or Path(word).exists()):
+                current = None
+            (others if current is None else lists).append(word)
+        return [*others, *lists, *words[end:]]
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with status 2."""

@@ -10,17 +10,19 @@ player is found in less than half of its frames.
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmdistill.cli.parser import make_parser, report_errors
-from mmdistill.config import ConfigError, PretrainConfig, as_ints
+from mmdistill.cli.video_classes import video_class_overrides
+from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import configs_dir, load_config
 from mmdistill.console import ProgressDisplay
 from mmdistill.data.annotations.base import Rally
@@ -157,18 +159,29 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     num_reused = sum(result.reused for result in results)
     reused = f" ({num_reused} by an earlier run)" if num_reused else ""
     lines = [f"{done}{reused}; see {output}/provenance.json"]
-    sizes = sorted({tuple(record["stored_size"]) for record in complete})
+    records = list(json.loads((output / "provenance.json").read_text())["videos"].values())
+    methods = Counter(record["parts"]["flow"]["method"] for record in records)
+    if len(methods) > 1:
+        fix = "repeat `prepare` for all videos with one --flow"
+        lines.append(f"the flow methods differ: {_format_videos(methods)}; {fix}")
+    sizes = Counter(tuple(record["stored_size"]) for record in records)
     if len(sizes) > 1:
-        shown = ", ".join(f"{height} x {width}" for height, width in sizes)
-        lines.append(f"the stored sizes differ ({shown}): use --size 224x384 with --fit pad or --fit crop")
-    rates = sorted({round(record["fps"], 2) for record in complete})
+        counts = _format_videos({f"{height} x {width}": count for (height, width), count in sizes.items()})
+        lines.append(f"the stored sizes differ: {counts}; use --size 224x384 with --fit pad or --fit crop")
+    rates = sorted({round(record["fps"], 2) for record in records})
     if len(rates) > 1 and rates[-1] > 1.01 * rates[0]:
         shown = ", ".join(f"{rate:.2f}" for rate in rates)
         lines.append(f"the frame rates differ ({shown} fps): clips show different times; use --fps {rates[0]:g}")
-    absent = {kind for record in complete for kind, part in record["parts"].items() if part.get("method") == "none"}
-    modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
-    for line in [*lines, *next_commands(output.resolve(), load_f3set(output / "unlabel.json"), sizes[0], modalities)]:
+    if len(sizes) == 1:
+        absent = {kind for record in records for kind, part in record["parts"].items() if part.get("method") == "none"}
+        modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
+        lines += next_commands(output.resolve(), load_f3set(output / "unlabel.json"), next(iter(sizes)), modalities)
+    for line in lines:
         print(line, file=sys.stderr)
+
+
+def _format_videos(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({format_count(count, 'video')})" for name, count in sorted(counts.items()))
 
 
 def next_commands(
@@ -215,14 +228,11 @@ def next_commands(
         _command_line("pretrain", ["pretrain", *sweep, pretrain, *dataset, f"modality={names}", *batch_size]),
         _command_line("distill", ["distill", distill, *dataset, "test=False", *teachers, *batch_size]),
     ]
-    clips_per_video = sorted(Counter(clip.label for clip in index.clips).values(), reverse=True)
-    usable = [count for count in clips_per_video if count >= 2][: as_ints("n_way", data.n_way)[0]]
-    if len(usable) < 2:
+    classes = video_class_overrides(index.clips, "unlabel.json", data.n_way, data.q_sample)
+    if classes is None:
         needed = f"two videos of at least {2 * num_frames + 1} frames"
         return [*lines, f"an evaluation with the video as class needs {needed}; give labels, or prepare more videos"]
-    episodes = [f"n_way={len(usable)}", f"q_sample={min(data.q_sample, usable[-1] - 1)}"]
-    classes = ["eval_clips=windows", "label=video", "fewshot_eval_json_path=unlabel.json"]
-    evaluate = ["evaluate", distill, *dataset, "ckpt_path=PATH", *(f"data_module.{k}" for k in (*classes, *episodes))]
+    evaluate = ["evaluate", distill, *dataset, "ckpt_path=PATH", *classes]
     return [*lines, _command_line("evaluate with the video as class", evaluate)]
 
 

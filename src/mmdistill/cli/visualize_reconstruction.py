@@ -67,12 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides",
         nargs="*",
-        metavar="dataset=NAME | data_module.KEY=VALUE",
+        metavar="dataset=NAME | modality=NAME | data_module.KEY=VALUE | seed=N",
         help="overrides of the config in the checkpoint, or of config_pretrain if it has none",
     )
     parser.add_argument("--clips", type=int, default=4, help="number of clips, spread evenly over the split")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="training or evaluation clips")
     add_config_dir(parser)
     parser.add_argument("--out", type=Path, help="output folder (default: reconstructions/MODALITY-CHECKPOINT)")
-    write_reconstructions(parser.parse_intermixed_args(argv))
+    args = parser.parse_intermixed_args(argv)
+    keys = [override.partition("=")[0] for override in args.overrides]
+    unused = [key for key in keys if key not in ("dataset", "modality", "seed") and not key.startswith("data_module.")]
+    if unused:
+        allowed = "give dataset=NAME, modality=NAME, data_module.KEY=VALUE or seed=N"
+        raise ConfigError(f"{', '.join(unused)}: no effect on the images of a checkpoint; {allowed}")
+    write_reconstructions(args)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from mmdistill.errors import InputError
+from mmdistill.errors import InputError, format_count
 
 FAILED = "failed.json"  # record of a failed job in its folder
 
@@ -36,10 +36,20 @@ class JobRow:
 
 def read_sweep(folder: Path) -> list[JobRow]:
     """Read the jobs of a sweep folder, in the order of their numbers. Raises `InputError` if there is none."""
-    jobs = sorted((p.parents[1] for p in folder.rglob(".hydra/overrides.yaml")), key=_job_order)
-    if not jobs:
+    runs = sorted((p.parents[1] for p in folder.rglob(".hydra/overrides.yaml")), key=_job_order)
+    if not runs:
         raise InputError(f"{folder} contains no job with .hydra/overrides.yaml; give the folder that `-m` wrote")
+    jobs = [run for run in runs if not _is_single_run(run)]
+    if not jobs:
+        count = format_count(len(runs), "run")
+        raise InputError(f"{folder} contains {count} without -m, and no sweep; give the folder that `-m` wrote")
     return [row for job in jobs for row in _job_rows(job, job.relative_to(folder).as_posix())]
+
+
+def _is_single_run(run: Path) -> bool:
+    """Whether Hydra's settings of a run state that it is no job of a sweep."""
+    path = run / ".hydra" / "hydra.yaml"
+    return path.is_file() and yaml.safe_load(path.read_text())["hydra"].get("mode") == "RUN"
 
 
 def _job_order(job: Path) -> tuple[int, str]:

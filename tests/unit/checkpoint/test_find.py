@@ -41,6 +41,26 @@ def test_search_starts_at_any_level_and_selects_the_best(output: Path) -> None:
     assert [i.path for i in find_checkpoints(single)] == [single]
 
 
+def test_last_is_newer_than_the_checkpoint_that_it_links_to(tmp_path: Path) -> None:
+    folder = tmp_path / "mmdistill/checkpoints"
+    folder.mkdir(parents=True)
+    path = write_lightning(folder / "epoch=03-train_loss=0.2500.ckpt", 3)
+    (folder / "last.ckpt").hardlink_to(path)
+    assert [(i.path.name, i.epoch, i.loss) for i in find_checkpoints(tmp_path)] == [
+        ("last.ckpt", 3, 0.25),
+        (path.name, 3, 0.25),
+    ]
+
+
+def test_complete_epochs_are_preferred(tmp_path: Path) -> None:
+    stopped = write_native(tmp_path / "pretrain_rgb/checkpoints/epoch=02-loss=0.1000-step=9", modality="rgb")
+    for best in (False, True):
+        assert select_checkpoints(find_checkpoints(tmp_path), best=best)["rgb"].path == stopped
+    write_native(tmp_path / "pretrain_rgb/checkpoints/epoch=01-loss=0.5000", modality="rgb")
+    for best in (False, True):
+        assert select_checkpoints(find_checkpoints(tmp_path), best=best)["rgb"].epoch == 1
+
+
 def test_unreadable_folders_are_listed(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, closed = os.scandir, str(output / "2026-01-08")
 

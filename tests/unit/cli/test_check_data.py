@@ -172,3 +172,13 @@ def test_wrong_root_is_reported_with_the_option(root: Path, capsys: pytest.Captu
     shown = capsys.readouterr().err
     assert f"--root {root}: it contains no skeletons/f3set-tennis (skeleton); " in shown
     assert shown.endswith("set --skeleton-dir, or check only the others with --modalities rgb flow\n")
+
+
+def test_folder_is_reported_with_its_annotation_files(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root)]) == 2
+    assert f"{root} is a folder; give an annotation file; it contains {root}/a.json\n" in capsys.readouterr().err
+
+
+def test_clean_file_names_the_chosen_modalities(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(root / "a.json"), "--write-clean", str(root / "c.json"), "--modalities", "rgb"]) == 0
+    assert "their files in vid_frames_224 (rgb)\n" in capsys.readouterr().out

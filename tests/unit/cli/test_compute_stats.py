@@ -68,6 +68,10 @@ def test_config_contains_the_statistics(root: Path, capsys: pytest.CaptureFixtur
     assert config["modalities"]["flow"]["mean"] == pytest.approx([1, 1], abs=0.2)
     assert config["modalities"]["flow"]["std"] == pytest.approx([3, 3], abs=0.2)
     assert len(config["modalities"]["skeleton"]["std"]) == 17
+    assert compute(root, "--output", out) == 2
+    assert f"{out}: exists; choose another name, or use --force to replace it" in capsys.readouterr().err
+    assert out.read_text() == text
+    assert compute(root, "--clips", 99, "--output", out, "--force") == 0
     message = "skeleton: joints [0] were not found in the training set; their std is set to 1"
     shown = capsys.readouterr().err
     assert message in shown.replace("\n", " ")
@@ -110,9 +114,16 @@ def test_next_command_selects_the_written_config(
         f"wrote {options.output}",
         f"{command} --config-dir={tmp_path} {keys}",
     ]
+    assert next_steps(options, ["rgb"], 7)[1].endswith(" modality=rgb data_module.window_stride=8 batch_size=7")
     monkeypatch.chdir(CONFIGS.parent)
     options.output = Path("configs/dataset/mine.yaml")
     assert next_steps(options, ["rgb", "flow"]) == [f"wrote {options.output}", f"{command} {keys}"]
+
+
+def test_next_command_has_a_batch_size_that_fits_the_clips(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = root / "dataset/mine.yaml"
+    assert compute(root, "--modalities", "rgb", "flow", "--output", out) == 0
+    assert capsys.readouterr().err.rstrip().endswith("modality=rgb,flow data_module.mask_ratio=0.5 batch_size=4")
 
 
 def test_training_keys_are_those_of_the_datasets_own_config() -> None:

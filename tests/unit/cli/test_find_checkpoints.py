@@ -17,7 +17,9 @@ from mmdistill.cli.find_checkpoints import (
 )
 from mmdistill.config.compose import CONFIGS
 from mmdistill.config.overrides import quote_overrides
-from tests.checkpoint_files import write_lightning, write_output
+from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.f3set import to_json
+from tests.checkpoint_files import write_lightning, write_native, write_output
 
 
 @pytest.fixture
@@ -134,11 +136,11 @@ def test_distillation_command_has_the_config_and_data_of_the_pretraining(output:
     folder = selected["rgb"].path.parents[1] / ".hydra"
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"train_clips": "windows"}}))
-    used = ["dataset=mine", "data_module.target_data_dir=/d", "data_module.window_stride=8"]
+    used = ["dataset=mine", "seed=1", "batch_size=7", "data_module.window_stride=8"]
     hydra = {
         "job": {"config_name": "config_pretrain_tennis"},
         "runtime": {"config_sources": [{"provider": "main", "path": str(CONFIGS)}], "choices": {"dataset": "mine"}},
-        "overrides": {"task": ["modality=rgb", "seed=1", *used, "data_module.mask_ratio=0.5"]},
+        "overrides": {"task": ["modality=rgb", *used, "trainer.epochs=2", "data_module.mask_ratio=0.5"]},
     }
     (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     words = shlex.split(distillation_command(selected) or "")
@@ -147,10 +149,78 @@ def test_distillation_command_has_the_config_and_data_of_the_pretraining(output:
     assert OverridesParser.create().parse_override(quoted).value() == paths
     del selected["skeleton"]
     assert "trainer.teachers=[rgb,flow]" in shlex.split(distillation_command(selected) or "")
-    pretrain = "mmdistill pretrain --config-name=config_pretrain_tennis dataset=mine data_module.target_data_dir=/d "
+    pretrain = f"mmdistill pretrain --config-name=config_pretrain_tennis {' '.join(used)} trainer.epochs=2 "
     assert f"no complete checkpoint found; to pretrain it: {pretrain}" in format_ckpt_path(selected)
     del selected["rgb"]
     assert distillation_command(selected) is None
+
+
+def write_run(folder: Path, config_name: str, root: Path, overrides: list[str]) -> None:
+    """The ``.hydra`` folder of a run on the data in `root`, with clips of 4 frames and no own annotation file."""
+    (folder / ".hydra").mkdir()
+    data = {
+        "target_data_dir": root.name,
+        "annotations": "f3set",
+        "unlabel_json_path": "unlabel.json",
+        "fewshot_eval_json_path": "val.json",
+        "num_frames": 4,
+        "sampling_rate": 1,
+        "window_stride": None,
+        "n_way": 5,
+        "q_sample": 15,
+        "eval_clips": "events",
+        "train_clips": "windows",
+    }
+    (folder / ".hydra/config.yaml").write_text(yaml.safe_dump({"data_module": data}))
+    hydra = {
+        "job": {"config_name": config_name},
+        "runtime": {
+            "cwd": str(root.parent),
+            "config_sources": [{"provider": "main", "path": str(CONFIGS)}],
+            "choices": {"dataset": "mine"},
+        },
+        "overrides": {"task": overrides},
+    }
+    (folder / ".hydra/hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+
+
+def test_commands_without_an_evaluation_file_run(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Own videos without labels: the distillation does not evaluate, the evaluation uses the video as class."""
+    root = output.parent / "mine"
+    root.mkdir()
+    rallies = [Rally(name, 13, 25.0, ()) for name in ("a", "b")]
+    (root / "unlabel.json").write_text(json.dumps(to_json(rallies)))
+    selected = select_checkpoints(find_checkpoints(output))
+    write_run(selected["rgb"].path.parents[1], "config_pretrain_tennis", root, ["modality=rgb", "batch_size=6"])
+    write_run(
+        selected["distilled"].path.parents[1], "config_mmdistill_tennis", root, ["test=False", "data_module.n_way=3"]
+    )
+    distill = shlex.split(distillation_command(selected) or "")
+    assert distill[3:-1] == ["dataset=mine", "batch_size=6", "test=False"]
+    keys = ["eval_clips=windows", "label=video", "fewshot_eval_json_path=unlabel.json", "n_way=2", "q_sample=2"]
+    evaluate = shlex.split(evaluation_command(selected["distilled"]))
+    assert evaluate[3:-1] == ["dataset=mine", *(f"data_module.{key}" for key in keys)]
+    assert main([str(output)]) == 0
+    assert f"{root}/val.json does not exist: the video is the class" in capsys.readouterr().out
+    (root / "unlabel.json").write_text(json.dumps(to_json(rallies[:1])))
+    assert main([str(output)]) == 0
+    assert f"{root}/val.json does not exist: the evaluation needs a file with labels" in capsys.readouterr().out
+    (root / "val.json").write_text("[]")
+    assert "test=False" not in (distillation_command(selected) or "")
+    assert "label=video" not in evaluation_command(selected["distilled"])
+
+
+def test_table_states_interrupted_epochs_and_the_state_of_the_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "pretrain_rgb/checkpoints"
+    write_native(run / "epoch=01-loss=0.5000-step=9", epoch=1, loss=0.5, modality="rgb")
+    assert main([str(tmp_path)]) == 0
+    header, row = capsys.readouterr().out.splitlines()[1:3]
+    assert header.split()[-3:] == ["saved", "files", "path"]
+    assert row.endswith(f"  complete    {run}/epoch=01-loss=0.5000-step=9  (interrupted epoch)")
+    assert main([str(run / "epoch=01-loss=0.5000-step=9/latest")]) == 2
+    assert "latest: is a file; give a folder, or use `mmdistill inspect`" in capsys.readouterr().err
 
 
 def test_missing_teacher_names_the_key_for_fewer_teachers(output: Path) -> None:

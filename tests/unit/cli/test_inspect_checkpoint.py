@@ -29,6 +29,14 @@ def test_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "complete      NO: " in capsys.readouterr().out
 
 
+def test_other_file_is_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "README.md").write_text("text")
+    assert main([str(tmp_path / "README.md")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "README.md: not a known checkpoint format; expected" in shown.err
+
+
 def test_run_folder_is_reported_with_its_newest_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_output(tmp_path) / "2026-01-10/12-30-45/mmdistill_tennis"
     assert main([str(run)]) == 2

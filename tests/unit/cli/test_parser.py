@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,20 @@ def test_missing_arguments_are_explained_with_an_example(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         made.parse_args([])
     assert "error: missing arguments: checkpoint (checkpoint file), --to (format)\n" in capsys.readouterr().err
+
+
+def test_overrides_and_paths_are_no_values_of_an_option(tmp_path: Path) -> None:
+    made = make_parser("verb", "")
+    made.add_argument("files", nargs="*")
+    made.add_argument("--modalities", nargs="+", choices=["rgb", "flow"])
+    made.add_argument("--out")
+    path = str(tmp_path)
+    for parse in (made.parse_args, made.parse_intermixed_args):
+        for words in (["--modalities", "rgb", "flow", path, "a=b"], [path, "--modalities", "rgb", "flow", "a=b"]):
+            args = parse([*words, "--out", "x"])
+            assert (args.files, args.modalities, args.out) == ([path, "a=b"], ["rgb", "flow"], "x")
+        args = parse(["--modalities", "rgb", "--", "a=b"])
+        assert (args.files, args.modalities) == (["a=b"], ["rgb"])
 
 
 class _ParserMadeError(Exception):

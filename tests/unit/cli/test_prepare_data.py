@@ -1,5 +1,6 @@
 """The command ``prepare``: exit status, the line of each video, and the next commands."""
 
+import json
 import shlex
 import shutil
 import sys
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from mmdistill.cli.compute_stats import dataset_keys
-from mmdistill.cli.prepare_data import format_result, main, next_commands
+from mmdistill.cli.prepare_data import _print_next_commands, format_result, main, next_commands
 from mmdistill.config import DistillConfig, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
@@ -98,7 +99,7 @@ def test_different_shapes_and_rates_are_reported_with_the_option(
     assert main([*common, "--output", str(tmp_path / "o"), "--height", "32"]) == 0
     shown = capsys.readouterr().err
     assert "2 videos: about 12 files and 0.0 GB in" in shown
-    assert "the stored sizes differ (32 x 32, 32 x 48): use --size 224x384 with --fit pad or --fit crop" in shown
+    assert "the stored sizes differ: 32 x 32 (1 video), 32 x 48 (1 video); use --size 224x384 with --fit " in shown
     assert "the frame rates differ (25.00, 50.00 fps): clips show different times; use --fps 25" in shown
     (tmp_path / "o").rename(tmp_path / "prepared")
     assert main([*common, "--output", str(tmp_path / "p"), "--size", "32x48", "--fps", "25"]) == 0
@@ -116,6 +117,20 @@ def test_a_full_disk_is_reported_before_any_work(
     assert main([str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "choose another --output, a smaller --height, or --flow-dtype int8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_mixed_sizes_and_flow_methods_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def record(size: list[int], method: str) -> dict[str, Any]:
+        return {**RECORD, "stored_size": size, "parts": {"flow": {"method": method}, "skeleton": {"method": "none"}}}
+
+    videos = {"a": record([48, 80], "dis"), "b": record([48, 64], "dis"), "c": record([48, 80], "farneback")}
+    (tmp_path / "provenance.json").write_text(json.dumps({"videos": videos}))
+    _print_next_commands(tmp_path, [PrepareResult("c", videos["c"], None)])
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "the flow methods differ: dis (2 videos), farneback (1 video); repeat `prepare` for all videos with one --flow",
+        "the stored sizes differ: 48 x 64 (1 video), 48 x 80 (2 videos); use --size 224x384 with --fit pad or --fit "
+        "crop",
+    ]
 
 
 def test_missing_mediapipe_is_reported_once(

@@ -50,3 +50,10 @@ def test_a_checkpoint_without_decoder_is_one_line(tmp_path: Path, capsys: pytest
     errors = capsys.readouterr().err
     assert "last.ckpt" in errors
     assert "Traceback" not in errors
+
+
+def test_key_without_effect_is_rejected(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(checkpoint), "trainer.epochs=3", "data_module.mask_ratio=0.5"]) == 2
+    assert (
+        "error: trainer.epochs: no effect on the images of a checkpoint; give dataset=NAME" in capsys.readouterr().err
+    )

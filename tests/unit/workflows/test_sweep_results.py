@@ -58,3 +58,13 @@ def test_failed_and_unfinished_jobs_have_an_error(tmp_path: Path) -> None:
 def test_folder_without_jobs_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="contains no job"):
         read_sweep(tmp_path)
+
+
+def test_single_runs_are_no_sweep(tmp_path: Path) -> None:
+    write_job(tmp_path, 0, ["modality=rgb"], loss=1.0)
+    (tmp_path / "run_0/.hydra/hydra.yaml").write_text("hydra: {mode: RUN}\n")
+    with pytest.raises(InputError, match="contains 1 run without -m, and no sweep; give the folder that `-m` wrote"):
+        read_sweep(tmp_path)
+    write_job(tmp_path, 1, ["modality=flow"], loss=1.0)
+    (tmp_path / "run_1/.hydra/hydra.yaml").write_text("hydra: {mode: MULTIRUN}\n")
+    assert [row.job for row in read_sweep(tmp_path)] == ["run_1"]
