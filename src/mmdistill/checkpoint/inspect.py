@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
 from mmdistill.checkpoint.keys import top_level
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.models.videomae import DecoderConfig, EncoderConfig
 
 
 def _count_by_component(state: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
@@ -33,7 +34,9 @@ def _find_architectures(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
     for component in [*checkpoint.components, "decoder"]:
         try:
             if stored.get(component):
-                found[component] = stored[component]
+                found[component] = _in_order(
+                    stored[component], DecoderConfig if component == "decoder" else EncoderConfig
+                )
             elif component == "decoder":
                 decoder = checkpoint.find_decoder_config()
                 found |= {"decoder": asdict(decoder)} if decoder else {}
@@ -44,6 +47,12 @@ def _find_architectures(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[st
         except CheckpointError as error:
             notes.append(f"{component}: {str(error).removeprefix(f'{checkpoint.path}: ')}")
     return found, notes
+
+
+def _in_order(stored: Mapping[str, Any], config_class: type[EncoderConfig | DecoderConfig]) -> dict[str, Any]:
+    """The stored fields in the order of the class; the header of a safetensors file sorts them. Others follow."""
+    names = [field.name for field in fields(config_class)]
+    return {name: stored[name] for name in (*names, *stored) if name in stored}
 
 
 def _list_missing(checkpoint: Checkpoint) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdistill.checkpoint.architecture import infer_token_grid, is_sincos, resize_positions
-from mmdistill.checkpoint.errors import CheckpointError, WeightMismatchError
+from mmdistill.checkpoint.errors import CheckpointError, ComponentError, WeightMismatchError
 from mmdistill.checkpoint.keys import component_of, encoder_roots, top_level
 from mmdistill.errors import format_count
 from mmdistill.models.videomae import EncoderConfig, sincos_positions
@@ -73,7 +73,8 @@ def select_encoder(state: Mapping[str, Tensor], component: str | None, source: P
     """Select one encoder of a checkpoint; None is the student, or the only encoder.
 
     Raises:
-        CheckpointError: no encoder, or no component of that name; the message lists the available ones.
+        ComponentError: no component of that name; the message lists the available ones.
+        CheckpointError: no encoder.
     """
     roots = {component_of(root): root for root in encoder_roots(state)}
     if not roots:
@@ -84,7 +85,7 @@ def select_encoder(state: Mapping[str, Tensor], component: str | None, source: P
         selected = next(iter(roots))
     if selected not in roots:
         problem = f"no component '{component}'" if component else "several encoders and no student"
-        raise CheckpointError(f"{source}: {problem}; select one of {', '.join(roots)} (part=, --component)")
+        raise ComponentError(f"{source}: {problem}; select one of {', '.join(roots)}")
     root = roots[selected]
     shape = list(state[f"{root}patch_embed.proj.weight"].shape)
     if len(shape) == 4:

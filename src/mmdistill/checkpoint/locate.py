@@ -87,6 +87,8 @@ def _locate_in_directory(given: Path, path: Path) -> tuple[Path, Path | None]:
         candidates = sorted(candidates, key=_modified, reverse=True)
         listed = "".join(f"\n  {candidate}" for candidate in candidates[:_MAX_LISTED])
         more = f"\n  ... and {len(candidates) - _MAX_LISTED} more" if len(candidates) > _MAX_LISTED else ""
+        if len(candidates) == 1:
+            raise CheckpointError(f"{given}: contains one checkpoint; give its path:{listed}")
         count = format_count(len(candidates), "checkpoint")
         raise CheckpointError(f"{given}: contains {count}; give one of these, newest first:{listed}{more}")
     raise CheckpointError(

@@ -17,7 +17,13 @@ from mmdistill.checkpoint.architecture import (
     encoder_config_from_meta,
     encoder_config_from_tensors,
 )
-from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, WeightMismatchError
+from mmdistill.checkpoint.errors import (
+    CheckpointError,
+    ComponentError,
+    CorruptCheckpointError,
+    WeightMismatchError,
+    name_setting,
+)
 from mmdistill.checkpoint.formats.deepspeed_zero import RawTensors, read_model_states, read_zero_checkpoint
 from mmdistill.checkpoint.formats.huggingface import ModelSettings, read_model_settings, read_shard_index
 from mmdistill.checkpoint.formats.manifest import verify_manifest
@@ -421,7 +427,8 @@ def load_encoder(
         CheckpointError, WeightMismatchError: the errors of `load_weights`.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    return checkpoint.encoder(part, num_frames=num_frames, height=height, width=width, heads=heads)
+    with name_setting("part", ComponentError):
+        return checkpoint.encoder(part, num_frames=num_frames, height=height, width=width, heads=heads)
 
 
 def load_encoder_for_clips(

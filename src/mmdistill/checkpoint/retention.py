@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.errors import CheckpointError, name_setting
 from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
 from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.write import fsync_path, recover_interrupted_saves, remove_quietly
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
+from mmdistill.errors import suggest_nearest
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
     def search() -> Path | None:
         if resume == "auto":
             return latest_valid_checkpoint(directory)
-        source = existing_path(resume) if resume is not None else None
+        source = _resume_path(resume) if resume is not None else None
         _check_no_later_checkpoints(directory, source)
         return source
 
@@ -214,8 +215,18 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
     return cast(Path | None, found[0])
 
 
+def _resume_path(resume: str) -> Path:
+    """The path of `resume`. Raises `CheckpointError` that names the key."""
+    hint = suggest_nearest(resume.lower(), ["auto"])
+    if hint and not Path(resume).expanduser().exists():
+        raise CheckpointError(f"resume={resume}: there is no such path{hint}")
+    with name_setting("resume"):
+        return existing_path(resume)
+
+
 def _check_no_later_checkpoints(directory: Path, source: Path | None) -> None:
-    step = _step(open_checkpoint(source)) if source else -1.0
+    with name_setting("resume"):
+        step = _step(open_checkpoint(source)) if source else -1.0
     step = step if math.isfinite(step) else 0.0
     for candidate in _candidates(directory) if directory.is_dir() else ():
         if not candidate.path.name.startswith(("epoch=", "last")) or candidate.step <= step:

@@ -7,6 +7,7 @@ mmdistill export last.ckpt --to onnx --out student.onnx
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
 from mmdistill.cli.parser import make_parser, report_errors
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = Path(
         args.out or (f"student{EXPORT_SUFFIXES[args.to]}" if EXPORT_SUFFIXES[args.to] else f"student-{args.to}")
     )
-    written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
+    with name_setting("--component", ComponentError):
+        written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)
     print(f"wrote {written}")
     return 0

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, DistillConfig, modality_specs
 from mmdistill.config.compose import load_config
@@ -66,7 +67,8 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         raise ConfigError(f"{args.out}: unsupported file type; use a name that ends in .npz or .safetensors")
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
-    network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
+    with name_setting("--component", ComponentError):
+        network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
     make_demo_data(data)
     dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
     print(f"dataset {data.name}: {format_count(len(dataset), 'evaluation clip')}", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
+from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.references import require_exists, require_same_digest, weights_digest
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
@@ -22,7 +23,8 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     Raises:
         ConfigError: its modality, statistics or token grid differ from this run's.
     """
-    checkpoint = open_checkpoint(path)
+    with name_setting("trainer.ckpt_path"):
+        checkpoint = open_checkpoint(path)
     stored_modality = checkpoint.meta.get("modality")
     if stored_modality is not None and stored_modality != modality:
         raise ConfigError(

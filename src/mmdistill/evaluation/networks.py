@@ -10,6 +10,7 @@ import torch
 
 from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
+from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.references import load_referenced_teacher, weights_digest
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
@@ -95,10 +96,7 @@ def load_network(
     path = checkpoint.path
     components = checkpoint.components
     if component and component not in components:
-        raise CheckpointError(
-            f"{path}: no component {component!r}; set eval_component and baselines (mmdistill features: --component) "
-            f"to {', '.join(components)}"
-        )
+        raise ComponentError(f"{path}: no component {component!r}; select one of {', '.join(components)}")
     component = component or select_encoder(checkpoint.state_dict, None, path).component
     modality = _find_modality(checkpoint, component, modality)
     specs = modality_specs(data)
@@ -172,7 +170,8 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
     is_distilled = "student_rgb" in source.components or len(source.components) > 1
     references = source.meta.get("teachers") or {}  # of a student-only checkpoint
     if is_distilled:
-        scored = _load_component(source, config.eval_component, data)
+        with name_setting("eval_component", ComponentError):
+            scored = _load_component(source, config.eval_component, data)
     else:
         own_component = select_encoder(source.state_dict, None, path).component
         own_name = f"pretrained_{_find_modality(source, own_component, None)}"
@@ -193,12 +192,14 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         elif entry in paths:
             if os.sep not in entry and not Path(entry).exists():
                 raise unknown_baseline(entry, source.components)
-            networks.append(load_network(entry, name=names[entry], data=data))
+            with name_setting("baselines"):
+                networks.append(load_network(entry, name=names[entry], data=data))
         elif not is_distilled:
             messages.append(f"baselines: skipping {entry}: {path} is not a distilled checkpoint")
         else:
             try:
-                networks.append(_load_component(source, entry, data))
+                with name_setting("baselines", ComponentError):
+                    networks.append(_load_component(source, entry, data))
             except (ConfigError, CheckpointError) as error:
                 if entry in source.components or entry not in references:
                     raise

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from mmdistill import builders
 from mmdistill.checkpoint import open_checkpoint
+from mmdistill.checkpoint.errors import name_setting
 from mmdistill.config import (
     COMPONENT_PREFIXES,
     ConfigError,
@@ -73,7 +74,8 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     builders.make_demo_data(config.data_module)
-    source = open_checkpoint(checkpoint)
+    with name_setting("ckpt_path"):
+        source = open_checkpoint(checkpoint)
     networks, lines = load_networks(config, source)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)

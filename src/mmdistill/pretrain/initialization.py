@@ -1,6 +1,7 @@
 """Initialize a pretraining from VideoMAE weights (``init_from``)."""
 
 from mmdistill.checkpoint import Checkpoint, CheckpointError, LoadReport, open_checkpoint
+from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.models.videomae import Encoder
 
@@ -16,8 +17,9 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     Raises:
         CheckpointError: the weights do not fit. The message lists the tensors; the encoder is unchanged.
     """
-    checkpoint = open_checkpoint(path)
-    _check_sizes(encoder, checkpoint)
+    with name_setting("init_from"):
+        checkpoint = open_checkpoint(path)
+        _check_sizes(encoder, checkpoint)
     state, notes = dict(checkpoint.state_dict), []
     channels = encoder.config.channels
     for name in [k for k in state if k.endswith("patch_embed.proj.weight")]:

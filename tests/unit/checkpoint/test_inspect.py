@@ -1,9 +1,12 @@
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from mmdistill.checkpoint import CheckpointError, save_torch
+from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.inspect import inspect_checkpoint
+from mmdistill.models.videomae import EncoderConfig
 from tests.checkpoint_files import STATE, write_distilled, write_native
 from tests.unit.checkpoint.make_fixtures import FIXTURES
 
@@ -22,6 +25,15 @@ def test_report_of_each_format(tmp_path: Path) -> None:
     report = inspect_checkpoint(tmp_path / "last.ckpt")
     assert not report["complete"]
     assert "truncated" in report["problem"]
+
+
+def test_the_architecture_has_the_same_order_in_each_format(tmp_path: Path) -> None:
+    """The header of a safetensors file sorts the keys."""
+    write_distilled(tmp_path / "last.ckpt")
+    convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "w.safetensors")
+    for name in ("last.ckpt", "w.safetensors"):
+        architecture = inspect_checkpoint(tmp_path / name)["architecture"]["student_rgb"]
+        assert list(architecture) == [field.name for field in fields(EncoderConfig)]
 
 
 def test_encoder_without_metadata_is_described_by_its_tensors() -> None:

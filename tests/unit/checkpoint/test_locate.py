@@ -52,6 +52,8 @@ def test_manifest_without_tag_is_an_error(tmp_path: Path) -> None:
 
 
 def test_folders_and_other_files_are_errors(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: contains one checkpoint; give its path:\n  {root}$"):
+        locate(tmp_path)
     torch.save({"a": torch.ones(1)}, tmp_path / "x.pt")
     with pytest.raises(CheckpointError, match=r"contains 2 checkpoints; give one of these, newest first:\n"):
         locate(tmp_path)

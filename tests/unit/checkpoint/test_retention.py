@@ -114,8 +114,10 @@ def test_find_resume_rejects_folders_with_later_checkpoints(tmp_path: Path) -> N
     assert retention.find_resume(str(second), tmp_path) == second
     with pytest.raises(CheckpointError, match=r"epoch=02.* of step 2, later than resume=.*epoch=01.*step 1"):
         retention.find_resume(str(first), tmp_path)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match=r"^resume: .*typo\.ckpt: does not exist"):
         retention.find_resume(str(tmp_path / "typo.ckpt"), tmp_path)
+    with pytest.raises(CheckpointError, match=r"^resume=Auto: there is no such path; did you mean auto\?$"):
+        retention.find_resume("Auto", tmp_path)
 
 
 def test_prune_keeps_files_of_other_programs(tmp_path: Path) -> None:

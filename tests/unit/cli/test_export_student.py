@@ -24,3 +24,12 @@ def test_unsupported_architecture_exits_with_2(tmp_path: Path, capsys: pytest.Ca
     source = str(FIXTURES / "plain" / "free_width_sincos.pth")
     assert main([source, "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     assert "heads" in capsys.readouterr().err
+
+
+def test_an_unknown_component_is_an_error_about_the_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_distilled(tmp_path / "last.ckpt")
+    out = str(tmp_path / "w.safetensors")
+    assert main([str(tmp_path / "last.ckpt"), "--to", "safetensors", "--component", "student", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mmdistill export: error: --component: {tmp_path}/last.ckpt: no component 'student'; ")
+    assert "part" not in error.replace(str(tmp_path), "")

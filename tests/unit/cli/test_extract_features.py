@@ -73,7 +73,10 @@ def test_nan_weights_exit_with_status_2_and_write_nothing(
     [
         (["x.npz", "data_module.n_wya=3"], "n_wya"),
         (["x.csv"], r"x\.csv: unsupported file type; use a name that ends in \.npz or \.safetensors"),
-        (["x.npz", "--component", "teacher_skeleton"], "no component 'teacher_skeleton'; set .* to student_rgb"),
+        (
+            ["x.npz", "--component", "teacher_skeleton"],
+            "--component: .*'teacher_skeleton'; select one of student_rgb",
+        ),
     ],
 )
 def test_invalid_arguments_exit_with_status_2(

@@ -80,7 +80,7 @@ def test_one_of_several_encoders_without_a_student_must_be_named(tmp_path: Path,
     torch.save({"state_dict": state}, path)
     with pytest.raises(CheckpointError, match=r"several encoders and no student; select one of teacher_rgb, teacher_f"):
         load_network(path, data=data)
-    with pytest.raises(CheckpointError, match=r"no component 'student_rgb'; set eval_component .* to teacher_rgb, tea"):
+    with pytest.raises(CheckpointError, match=r"^eval_component: .*'student_rgb'; select one of teacher_rgb, tea"):
         load_networks(make_config("baselines=[]"), read_checkpoint(path))
     (scored,), _ = load_networks(make_config("baselines=[]", "eval_component=teacher_flow"), read_checkpoint(path))
     assert (scored.name, scored.modality) == ("teacher_flow", "flow")

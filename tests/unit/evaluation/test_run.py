@@ -198,7 +198,7 @@ def test_clips_of_another_size_than_the_training_raise_an_error(data: Path, chec
 
 def test_a_missing_component_raises_an_error(data: Path, checkpoint: Path, tmp_path: Path) -> None:
     for override in ("eval_component=teacher_old_rgb", "baselines=[teacher_old_rgb]"):
-        with pytest.raises(CheckpointError, match=r"no component 'teacher_old_rgb'; .* to student_rgb, teacher_rgb"):
+        with pytest.raises(CheckpointError, match=r"no component 'teacher_old_rgb'; select one of student_rgb"):
             _evaluate(data, checkpoint, tmp_path, override)
 
 
