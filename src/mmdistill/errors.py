@@ -48,6 +48,11 @@ def format_first(items: Sequence[object], limit: int) -> str:
     return ", ".join(map(str, items[:limit])) + more
 
 
+def quote_name(name: str) -> str:
+    """The name of a file or clip for a message, in quotes if it contains blanks."""
+    return repr(name) if re.search(r"\s", name) else name
+
+
 def suggest_nearest(name: str, choices: Iterable[object]) -> str:
     """``; did you mean X?`` for the choice that is nearest to `name`, or nothing. It ends a message."""
     near = difflib.get_close_matches(name, [str(choice) for choice in choices], n=1)

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset
 
 from mmdistill.data.clips import Clip, ClipIndex
 from mmdistill.data.masking import MaskSpec
-from mmdistill.data.readers.base import FrameError, Reader
-from mmdistill.errors import format_count
+from mmdistill.data.readers.base import FrameError, MissingFileError, Reader
+from mmdistill.errors import format_count, quote_name
 from mmdistill.randomness import seeded_rng
 
 ON_MISSING = ("error", "repeat", "skip")
@@ -128,9 +128,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
             return self._sample(epoch, i, cached)
         except FrameError as error:
             if self.on_missing == "error" or not self.crop.augment:
-                fix = "replace this file; `mmdistill check-data` lists all invalid files"
-                raise FrameError(f"clip {self.index.clips[i].id}: {error}; {fix}") from error
+                raise FrameError(f"clip {quote_name(self.index.clips[i].id)}: {error}; {self._fix(error)}") from error
             return self._replacement(epoch, i, error, cached)
+
+    def _fix(self, error: FrameError) -> str:
+        """What to do about a frame that cannot be read."""
+        if not isinstance(error, MissingFileError):
+            return "replace this file; `mmdistill check-data` lists all invalid files"
+        policy = ", or set data_module.on_missing=repeat or skip" if self.on_missing == "error" else ""
+        return f"add the missing file{policy}; `mmdistill check-data` lists all missing files"
 
     def crop_box(self, epoch: int, clip: Clip) -> np.ndarray:
         """The crop box of a clip in an epoch; see `CropSpec.draw_box`."""
@@ -197,7 +203,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._seen[other, -1] = 1
         raise FrameError(
             f"more than {allowed} of {format_count(len(self), 'clip')} cannot be read, the last one "
-            f"{self.index.clips[i].id}: {error}; `mmdistill check-data` lists the invalid files"
+            f"{quote_name(self.index.clips[i].id)}: {error}; `mmdistill check-data` lists the invalid files"
         ) from error
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:

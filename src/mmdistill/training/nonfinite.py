@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from mmdistill.distributed.collectives import all_gather_objects
-from mmdistill.errors import MMDistillError, format_count
+from mmdistill.errors import MMDistillError, format_count, format_first, quote_name
 from mmdistill.training.state import TrainingState
 
 MIN_LOSS_SCALE = 1.0  # a gradient that overflows at this loss scale is not finite by itself
+_MAX_LISTED = 3  # clips named in an error
 
 
 class NonFiniteError(MMDistillError, FloatingPointError):
@@ -81,8 +82,9 @@ class NonFiniteGuard:
         self._clips += clips
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
-                f"loss is {mean} at {self._step_name}; weights were not changed. Clips: {', '.join(clips)}. Lower "
-                "trainer.lr, set trainer.clip_grad, check these clips, or set trainer.on_nonfinite=skip"
+                f"loss is {mean} at {self._step_name}; weights were not changed. Lower trainer.lr, set "
+                "trainer.clip_grad, check the clips of the step, or set trainer.on_nonfinite=skip. Clips: "
+                f"{_first_names(clips)}"
             )
         return False
 
@@ -114,7 +116,6 @@ class NonFiniteGuard:
 
     def _skip_step(self, reason: str) -> None:
         """Count and log a skipped step, or raise."""
-        clip_list = f" Clips: {', '.join(self._clips)}." if self._clips else ""
         self.was_skipped, where = True, f"{reason} at {self._step_name}"
         if self.on_nonfinite == "raise":
             raise NonFiniteError(f"{where}; weights were not changed. Lower trainer.lr or set trainer.clip_grad")
@@ -123,13 +124,19 @@ class NonFiniteGuard:
         if skipped > self.max_skipped_steps:
             raise NonFiniteError(
                 f"{where}: {format_count(skipped, 'step')} skipped, trainer.max_skipped_steps={self.max_skipped_steps} "
-                f"allows no more; weights were not changed.{clip_list} Lower trainer.lr or check these clips"
+                "allows no more; weights were not changed. Lower trainer.lr or check the clips of the step"
+                + (f". Clips: {_first_names(self._clips)}" if self._clips else "")
             )
+        clip_list = f" Clips: {', '.join(map(quote_name, self._clips))}." if self._clips else ""
         self.log(f"skipped step {skipped} of at most {self.max_skipped_steps}: {where}.{clip_list}")
 
     @property
     def _step_name(self) -> str:
         return f"step {self.state.step} (epoch {self.state.epoch})"
+
+
+def _first_names(clips: Sequence[str]) -> str:
+    return format_first([quote_name(clip) for clip in clips], _MAX_LISTED)
 
 
 def zero_loss(parameters: Sequence[torch.Tensor]) -> torch.Tensor:

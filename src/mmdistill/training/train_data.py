@@ -81,10 +81,11 @@ def make_train_data(
     accumulate, global_batch = config.trainer.accumulate_grad_batches, config.batch_size * process.world_size
     num_batches = len(sampler) - (len(sampler) % accumulate if whole_steps else 0)
     if num_batches == 0:
-        needed = f"batch of batch_size={config.batch_size}; lower it"
-        if whole_steps:
-            needed = f"optimizer step of {global_batch * accumulate}; lower batch_size"
-        raise ConfigError(f"{format_count(len(dataset), 'clip')} cannot fill one {needed}")
+        needed = global_batch * (accumulate if whole_steps else 1)
+        raise ConfigError(
+            f"{format_count(len(dataset), 'clip')} cannot fill one training step of {format_count(needed, 'clip')}; "
+            f"lower batch_size={config.batch_size}"
+        )
     loader = make_clip_loader(
         dataset,
         num_workers=config.num_workers,

@@ -153,8 +153,9 @@ def test_on_missing_error_names_clip_and_file(tmp_path: Path) -> None:
     (tmp_path / "flow/gap/pair_00005.npy").unlink()
     ds = dataset(video, videos=("dot", "gap"))
     assert len(ds) == 8
-    with pytest.raises(FrameError, match=r"clip gap:000004: .*pair_00005.npy: no such flow file"):
+    with pytest.raises(FrameError, match=r"clip gap:000004: .*pair_00005.npy: no such flow file") as raised:
         ds[5]
+    assert "; add the missing file, or set data_module.on_missing=repeat or skip; " in str(raised.value)
     loader = DataLoader(ds, batch_size=1, num_workers=1)
     with pytest.raises(FrameError, match=r"pair_00005.npy"):
         list(loader)

@@ -33,12 +33,24 @@ def test_finite_step_passes() -> None:
 
 def test_raise_names_step_and_clips() -> None:
     guard = _guard("raise")
-    with pytest.raises(NonFiniteError, match=r"loss is nan at step 3 .*Clips: a, b\. .*trainer\.on_nonfinite=skip"):
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step 3 .*trainer\.on_nonfinite=skip\. Clips: a, b$"):
         _check(guard, NAN)
     assert _check(guard)
     with pytest.raises(NonFiniteError, match="gradient is not finite at step 3"):
         guard.before_step(INF)
     assert guard.state.skipped_steps == 0
+
+
+def test_an_error_names_the_first_clips_after_the_fix() -> None:
+    """Names with blanks are quoted."""
+    clips = ["a 1:000", "b", "c", "d", "e"]
+    guard = NonFiniteGuard("raise", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
+    with pytest.raises(NonFiniteError, match=r"on_nonfinite=skip\. Clips: 'a 1:000', b, c and 2 more$"):
+        guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
+    guard = NonFiniteGuard("skip", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
+    assert not guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
+    with pytest.raises(NonFiniteError, match=r"Lower trainer\.lr .*\. Clips: 'a 1:000', b, c and 2 more$"):
+        guard.before_step(0.0)
 
 
 def test_only_clips_of_nonfinite_ranks_are_named() -> None:

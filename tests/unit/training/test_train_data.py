@@ -52,7 +52,7 @@ def test_order_depends_on_the_number_of_processes(root: Path) -> None:
 
 
 def test_too_few_clips_are_an_error(root: Path) -> None:
-    with pytest.raises(ConfigError, match="12 clips cannot fill one batch of batch_size=13"):
+    with pytest.raises(ConfigError, match="12 clips cannot fill one training step of 13 clips; lower batch_size=13"):
         _data(root, "batch_size=13")
-    with pytest.raises(ConfigError, match="12 clips cannot fill one optimizer step of 16; lower batch_size"):
+    with pytest.raises(ConfigError, match="12 clips cannot fill one training step of 16 clips; lower batch_size=2"):
         _data(root, "trainer.accumulate_grad_batches=8", whole_steps=True)

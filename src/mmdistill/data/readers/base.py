@@ -24,6 +24,10 @@ class FrameError(InputError):
     """
 
 
+class MissingFileError(FrameError):
+    """The file of a frame does not exist."""
+
+
 class FrameSizeError(FrameError):
     """A frame of another size than that of the reader."""
 
@@ -34,7 +38,7 @@ def file_errors(path: str, kind: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise FrameError(f"{path}: no such {kind} file") from None
+        raise MissingFileError(f"{path}: no such {kind} file") from None
     except OSError as error:
         raise FrameError(f"{path}: {error.strerror}") from error
 
