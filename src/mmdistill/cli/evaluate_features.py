@@ -9,6 +9,7 @@ file is the scored network.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
-from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.plugins import entry_point_names
 
@@ -69,6 +70,15 @@ def make_names_distinct(found: list["Features"], files: list[Path]) -> list["Fea
     ]
 
 
+def name_options(message: str) -> str:
+    """The message with the options of this command in place of the config keys of `mmdistill evaluate`."""
+    message = re.sub(r" \(set data_module\.[^()]*\)|, or merge labels \(label_fields\)$", "", message)
+    message = re.sub(r"(?:data_module\.)?\b(n_way|disjoint)=(\w+)", r"--\1 \2", message)
+    message = re.sub(r"(?<=lower )(\w_\w+) or (\w_\w+)", r"--\1 or --\2", message)
+    message = message.replace("unset disjoint", "omit --disjoint")
+    return re.sub(r"--(\w)_(\w+)", r"--\1-\2", message)
+
+
 @report_errors("evaluate-features")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the features or options are invalid or the output cannot be written."""
@@ -93,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise FewshotError(
             f"{args.file[0]}: no array `groups`, which --disjoint and --probe need; add it, or omit these options"
         )
-    for line in protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes):
+    try:
+        lines = protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes)
+    except EpisodeError as error:
+        raise EpisodeError(name_options(str(error))) from error
+    for line in lines:
         print(line, file=sys.stderr)
     results = run_protocol(found, protocol, workers=args.workers)
     print_tables(results)

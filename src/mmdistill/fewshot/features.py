@@ -26,6 +26,8 @@ from mmdistill.files import atomic_write_bytes
 
 log = logging.getLogger(__name__)
 
+_WRITE_FEATURES = "`mmdistill features` writes the features of a checkpoint to a file"
+
 
 @dataclass(frozen=True)
 class Features:
@@ -112,26 +114,28 @@ def load_features(path: str | Path) -> Features:
         FeatureError: an array is missing, not finite or of another shape, or the file is corrupt.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FeatureError(f"{path} does not exist")
+    if path.suffix not in (".safetensors", ".npz") or path.is_dir():
+        raise FeatureError(f"{path}: not a feature file (.safetensors or .npz); {_WRITE_FEATURES}")
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        if path.suffix == ".npz":
-            return _load_npz(path)
+        return _load_npz(path)
     except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, EOFError, OSError) as error:
         raise FeatureError(f"{path} is corrupt: {error}") from error
     except FeatureError as error:
         raise FeatureError(f"{path}: {error}") from error
     except ValueError as error:  # NumPy, about a file of another kind; its text advises to unpickle it
         raise FeatureError(f"{path}: not an .npz file of arrays; write it again") from error
-    raise FeatureError(f"{path}: unsupported file type; give a .safetensors or .npz file")
 
 
 def _load_safetensors(path: Path) -> Features:
     with safe_open(str(path), framework="numpy") as file:
         metadata = dict(file.metadata() or {})
         missing = {"features", "labels"} - set(file.keys()) | {"ids", "groups", "classes"} - set(metadata)
+        if any(name.endswith("patch_embed.proj.weight") for name in file.keys()):  # noqa: SIM118 - it is no dictionary
+            raise FeatureError(f"a checkpoint, not a feature file; {_WRITE_FEATURES}")
         if missing:
             raise FeatureError(f"it has no {', '.join(sorted(missing))}; mmdistill did not write it")
         x, labels = file.get_tensor("features"), file.get_tensor("labels")

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from mmdistill.cli.evaluate_features import main, make_names_distinct
+from mmdistill.cli.evaluate_features import main, make_names_distinct, name_options
 from tests.synthetic_features import make_features
 
 LABELS = np.repeat(np.arange(6), 20)
@@ -37,6 +38,8 @@ def test_features_of_another_model_are_evaluated(tmp_path: Path, capsys: pytest.
     ("options", "message"),
     [
         (["--n-way", 7], "need 7 classes"),
+        (["--n-way", 7], "; use --n-way 6\n"),
+        (["--q-sample", 30], "; lower --k-shot or --q-sample\n"),
         (["--classifier", "svm"], "classifier 'svm' is not one of logistic"),
         (["--probe"], "f.npz: no array `groups`, which --disjoint and --probe need"),
     ],
@@ -50,6 +53,29 @@ def test_invalid_options_exit_with_one_line_and_status_2(
     assert error.startswith("mmdistill evaluate-features: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_messages_name_the_options_of_the_command():
+    """In place of the keys of `evaluate`; keys without an option are omitted."""
+    assert name_options("use data_module.n_way=2 or lower k_shot or q_sample, or merge labels (label_fields)") == (
+        "use --n-way 2 or lower --k-shot or --q-sample"
+    )
+    assert name_options("lower q_sample or k_shot, or unset disjoint") == (
+        "lower --q-sample or --k-shot, or omit --disjoint"
+    )
+    assert name_options("which have none (set data_module.eval_clips=events or data_module.label=video)") == (
+        "which have none"
+    )
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "last.ckpt", "folder.npz"])
+def test_a_checkpoint_is_not_a_feature_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+    if name == "folder.npz":
+        (tmp_path / name).mkdir()
+    else:
+        save_file({"encoder.patch_embed.proj.weight": np.zeros((2, 3))}, tmp_path / name)
+    assert run(tmp_path / name) == 2
+    assert "`mmdistill features` writes the features of a checkpoint to a file" in capsys.readouterr().err
 
 
 def test_features_of_the_same_network_are_named_by_their_files():

@@ -47,13 +47,18 @@ def row_cells(setting: Setting, row: Row) -> tuple[str, ...]:
     """One row of a table, in the order of `COLUMNS`."""
     s, d = row.summary, setting.difference_to_scored(row)
     return (
-        row.network,
+        _network_cell(row.network, s.get("modality")),
         row.input_mode,
         f"{100 * s['top1_action_ensemble']:.2f} ± {100 * s['ci95']:.2f}",
         f"{100 * s['top1_action_ensemble_std']:.1f}",
         REFERENCE if d is None else f"{100 * d['difference']:+.2f} ± {100 * d['ci95']:.2f}",
         f"{s['seconds']:.1f}" if "seconds" in s else "–",
     )
+
+
+def _network_cell(name: str, modality: str | None) -> str:
+    """The name of a network with its input modality: ``teacher_flow``, ``random (rgb)``."""
+    return name if modality is None or name.endswith(f"_{modality}") else f"{name} ({modality})"
 
 
 def below_chance_note(results: Results) -> str:
@@ -64,12 +69,18 @@ def below_chance_note(results: Results) -> str:
             names[row.network] = None
     if not names:
         return ""
-    fix = " data_module.disjoint=video draws support and query clips from different videos."
-    return (
-        f"Below chance: {', '.join(names)}. A possible cause: clips of one video look alike and belong to different "
-        "classes. The support clip that is most similar to a query clip then often has a wrong class."
-        f"{'' if results.protocol.disjoint else fix}"
+    note = f"Below chance: {', '.join(names)}."
+    if results.features[0].info.get("has_groups") is False:  # the videos of the clips are unknown
+        return f"{note} The 95 % interval lies below the chance level."
+    cause = (
+        " A possible cause: clips of one video look alike and belong to different classes. The support clip that is "
+        "most similar to a query clip then often has a wrong class."
     )
+    fix = (
+        " data_module.disjoint=video (`mmdistill evaluate-features`: --disjoint video) draws support and query clips "
+        "from different videos."
+    )
+    return f"{note}{cause}{'' if results.protocol.disjoint else fix}"
 
 
 def table_title(row: Row) -> str:
@@ -93,5 +104,12 @@ def probe_tables(results: Results) -> list[Table]:
         "accuracy in %"
     )
     keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
-    rows = [(p["network"], p["input_mode"], *(f"{100 * p[key]:.2f}" for key in keys)) for p in results.probes]
+    rows = [
+        (
+            _network_cell(p["network"], f.info.get("modality")),
+            p["input_mode"],
+            *(f"{100 * p[key]:.2f}" for key in keys),
+        )
+        for p, f in zip(results.probes, results.features, strict=True)
+    ]
     return [Table(title, PROBE_COLUMNS, rows)]

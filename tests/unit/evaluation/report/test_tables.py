@@ -93,6 +93,20 @@ def test_networks_below_chance_are_named(results: Results, disjoint: str | None)
     note = below_chance_note(found)
     assert note.startswith("Below chance: random. A possible cause:")  # 0.19 ± 0.02 contains 1 / 5
     assert ("data_module.disjoint=video" in note) is (disjoint is None)
+    unknown = [replace(f, info={**f.info, "has_groups": False}) for f in results.features]
+    note = below_chance_note(replace(found, features=tuple(unknown)))
+    assert note == "Below chance: random. The 95 % interval lies below the chance level."
+
+
+def test_a_network_is_shown_with_its_modality(results: Results):
+    setting, features = results.settings[0], results.features
+    modalities = ["rgb", "rgb", None, "flow"]
+    rows = [replace(r, summary={**r.summary, "modality": m}) for r, m in zip(setting.rows, modalities, strict=True)]
+    names = [row_cells(setting, rows[0])[0], *(row_cells(replace(setting, rows=tuple(rows)), r)[0] for r in rows[1:])]
+    assert names == ["student_rgb", "student_rgb", "<script>alert(1)</script>", "random (flow)"]
+    found = [replace(f, info={**f.info, "modality": "flow"}) for f in features]
+    (table,) = probe_tables(replace(results, features=tuple(found)))
+    assert table.rows[-1][0] == "random (flow)"
 
 
 def test_probe_rows_are_percent(results: Results):
