@@ -1,9 +1,11 @@
 """The command ``mmdistill distill`` and the script ``lit_main_mmdistill.py``. Imports no torch."""
 
+import sys
 from collections.abc import Sequence
 
-from mmdistill.cli.entrypoint import run_entrypoint
-from mmdistill.config import DistillConfig
+from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
+from mmdistill.config import ConfigError, DistillConfig
+from mmdistill.config.error_messages import describe_misplaced_key
 
 
 def run_distillation(config: DistillConfig, run_dir: str) -> None:
@@ -29,5 +31,8 @@ def run_distillation(config: DistillConfig, run_dir: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose the config from `argv`, then distill and evaluate; see `run_entrypoint`."""
+    given = sys.argv[1:] if argv is None else argv
+    if problem := describe_misplaced_key(given, DistillConfig):
+        exit_with_error(ConfigError(problem), DistillConfig, "distill")
     run_entrypoint(run_distillation, DistillConfig, config_name="config_mmdistill", verb="distill", argv=argv)
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
 from mmdistill.config import ConfigError, DistillConfig
+from mmdistill.config.error_messages import describe_misplaced_key
 from mmdistill.config.overrides import is_override
 
 _USAGE = """usage: mmdistill evaluate ckpt_path=PATH [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
@@ -18,6 +19,8 @@ docs/config.md describes the keys."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate a checkpoint few-shot. The overrides in `argv` follow the presets, so they take precedence."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if problem := describe_misplaced_key(given, DistillConfig):
+        exit_with_error(ConfigError(problem), DistillConfig, "evaluate")
     if (path := _path_without_key(given)) is not None:
         exit_with_error(ConfigError(f"{path}: a checkpoint needs its key: ckpt_path={path}"), DistillConfig, "evaluate")
     first = next((i for i, argument in enumerate(given) if is_override(argument)), len(given))

@@ -1,9 +1,11 @@
 """The command ``mmdistill pretrain`` and the script ``pretrain_main.py``. Imports no torch."""
 
+import sys
 from collections.abc import Sequence
 
-from mmdistill.cli.entrypoint import run_entrypoint
-from mmdistill.config import PretrainConfig
+from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
+from mmdistill.config import ConfigError, PretrainConfig
+from mmdistill.config.error_messages import describe_misplaced_key
 
 
 def run_pretraining(config: PretrainConfig, run_dir: str) -> None:
@@ -17,5 +19,8 @@ def run_pretraining(config: PretrainConfig, run_dir: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose the config from `argv`, then pretrain; see `run_entrypoint`."""
+    given = sys.argv[1:] if argv is None else argv
+    if problem := describe_misplaced_key(given, PretrainConfig):
+        exit_with_error(ConfigError(problem), PretrainConfig, "pretrain")
     run_entrypoint(run_pretraining, PretrainConfig, config_name="config_pretrain", verb="pretrain", argv=argv)
     return 0

@@ -43,7 +43,8 @@ def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> di
     paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, configs_dir())]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise ConfigError(f"dataset={name}: there is no {' and no '.join(map(str, paths))}")
+        hint = "" if config_dir is not None else "; a config outside the repository needs --config-dir"
+        raise ConfigError(f"dataset={name}: there is no {' and no '.join(map(str, paths))}{hint}")
     settings = yaml.safe_load(path.read_text())
     if not isinstance(settings, dict) or "defaults" in settings:
         raise ConfigError(f"{path}: expected a mapping of data_module keys without a defaults list")

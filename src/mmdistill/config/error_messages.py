@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config.renames import describe_old_key, renamed_key
-from mmdistill.config.schema import CommonConfig, PretrainConfig
+from mmdistill.config.schema import CommonConfig, DistillConfig, PretrainConfig
 from mmdistill.errors import MMDistillError, suggest_nearest
 
 _CONFIG_GROUPS = ("dataset", "experiment")  # keys of a command that select a file of configs/; not in the schema
@@ -73,16 +74,60 @@ def explain(error: Exception, schema: type[Any]) -> str:
     for detail in first_lines[1:]:
         if detail not in message and "$VALUE" not in detail:  # a template of OmegaConf that is not filled in
             message += f" ({detail})"
+    if (given := re.search(r"Could not override '([^']+)'", text)) and (
+        other_key := key_of_other_phase(given[1], schema)
+    ):
+        return other_key
+    if value := _describe_wrong_type(text):
+        return value
+    if word := re.search(r"Error parsing override '([^'=]*)'\nmissing EQUAL", text):
+        return f"{word[1]}: not of the form KEY=VALUE, for example seed=1"
     if "Ambiguous value for argument" in text:
         message += ": a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\""
     if options := getattr(error, "options", None):  # set by Hydra if a group has no such file
-        missing_name = str(getattr(error, "missing_cfg_file", "")).rpartition("/")[2]
-        message = f"{message.rstrip('.')}. Available: {', '.join(options)}{suggest_nearest(missing_name, options)}"
+        missing_file = str(getattr(error, "missing_cfg_file", ""))
+        missing_name = missing_file.rpartition("/")[2]
+        message = (
+            f"{message.rstrip('.')}. Available: {', '.join(options)}{suggest_nearest(missing_name, options) or '.'}"
+        )
+        message += f" A config outside the repository needs --config-dir=DIR and the file DIR/{missing_file}.yaml"
     if match := re.search(r"Key '([^']+)'", text):
-        given = re.search(r"Could not override '([^']+)'", text)
         is_last_part = given is not None and given[1].endswith(f".{match[1]}")
         message = message.rstrip(".") + near_matches(given[1] if given and is_last_part else match[1], schema)
     return message
+
+
+def describe_misplaced_key(argv: Sequence[str], schema: type[Any]) -> str | None:
+    """The message about ``modality rgb``, ``--modality rgb`` or ``--modality=rgb``; None if there is no such key."""
+    keys = {*_CONFIG_GROUPS, *known_keys(schema)}
+    for previous, argument, following in zip(["", *argv], argv, [*argv[1:], ""], strict=False):
+        key, equal, value = argument.removeprefix("--").partition("=")
+        is_option = argument.startswith("--")
+        is_option_value = previous.startswith("--") and "=" not in previous
+        if key in keys and (is_option or not (equal or is_option_value)):
+            given = argument if equal else f"{argument} {following}".rstrip()
+            return f"{given}: write {key}={(value if equal else following) or 'VALUE'}"
+    return None
+
+
+_TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "True or False"}  # by OmegaConf's name
+
+
+def _describe_wrong_type(text: str) -> str | None:
+    """The message about a value that OmegaConf cannot convert to the type of its key; None for other errors."""
+    override = re.search(r"Error merging override (\S+=.*)", text)
+    expected = re.search(r"could not be converted to (Integer|Float)|is not a valid (bool)", text)
+    if override is None or expected is None:
+        return None
+    return f"{override[1]} must be {_TYPES[expected[1] or expected[2]]}"
+
+
+def key_of_other_phase(name: str, schema: type[Any]) -> str | None:
+    """The message about a key that only the config of the other phase has; None for other keys."""
+    other, verb = (DistillConfig, "distill") if schema is PretrainConfig else (PretrainConfig, "pretrain")
+    if name in known_keys(schema) or name not in known_keys(other):
+        return None
+    return f"{name}: a key of `mmdistill {verb}`, not of this verb; remove it from the command"
 
 
 def other_phase_message(schema: type[Any]) -> str:

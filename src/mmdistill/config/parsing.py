@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mmdistill.config.error_messages import near_matches, other_phase_message
+from mmdistill.config.error_messages import key_of_other_phase, near_matches, other_phase_message
 from mmdistill.config.renames import describe_old_key, translate_stored
 from mmdistill.config.rules import ConfigError
 from mmdistill.config.schema import DistillConfig, PretrainConfig, Sealable
@@ -25,8 +25,8 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         config = cast(T, OmegaConf.to_object(merged))
     except ConfigKeyError as error:
         key = error.full_key or ""
-        near = near_matches(key, schema)
-        raise ConfigError(describe_old_key(key) or f"unknown key {key}{near}") from None
+        described = describe_old_key(key) or key_of_other_phase(key, schema)
+        raise ConfigError(described or f"unknown key {key}{near_matches(key, schema)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from error
     validate(config)

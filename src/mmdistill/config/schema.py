@@ -41,6 +41,12 @@ PRECISION_SYNONYMS = {  # in torch, Lightning and other programs -> value of `pr
     **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true"), "bf16"),
     **dict.fromkeys(("fp16", "float16", "16-mixed", "16-true", "half", "amp"), "16"),
 }
+_ZERO_STAGES = {  # names of ZeRO stages in other programs -> value of `strategy`
+    f"{name}{separator}{stage}": f"deepspeed_stage_{stage}"
+    for name in ("zero", "zero_stage", "stage", "deepspeed", "deepspeed_zero")
+    for separator in ("", "_", "-")
+    for stage in (1, 2, 3)
+}
 _SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")]
 
 
@@ -335,7 +341,7 @@ class PretrainConfig(CommonConfig):
     init_from: str | None = None
     # DeepSpeed ZeRO stage: auto or ddp (stage 0) | deepspeed (stage 2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1, 2 or 3. offload keeps the optimizer state in host memory
-    strategy: str = key("auto", one_of(*PRETRAIN_STAGES))
+    strategy: str = key("auto", one_of(*PRETRAIN_STAGES, synonyms=_ZERO_STAGES))
     # fraction of the masked tokens that the decoder does not reconstruct (0.5 in VideoMAE V2)
     decoder_mask_ratio: float = key(0.0, within("[0, 1)"))
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -354,7 +360,7 @@ class DistillConfig(CommonConfig):
     ckpt_path: str | None = None
     # auto | ddp | deepspeed (the same as deepspeed_stage_2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1 or 2. offload keeps the optimizer state in host memory
-    strategy: str = key("auto", one_of("auto", "ddp", *DEEPSPEED_STAGES))
+    strategy: str = key("auto", one_of("auto", "ddp", *DEEPSPEED_STAGES, synonyms=_ZERO_STAGES))
     # name of the run folder
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated

@@ -13,6 +13,12 @@ from mmdistill.config import DistillConfig
 from mmdistill.config.compose import load_config
 
 
+def test_a_key_without_equal_sign_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        distill.main(["seed", "1"])
+    assert capsys.readouterr().err == "mmdistill distill: error: seed 1: write seed=1\n"
+
+
 def test_main_passes_the_config_and_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(distill, "run_entrypoint", lambda *args, **options: calls.append({"args": args, **options}))

@@ -8,7 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, explain
 from mmdistill.config.compose import load_config
-from mmdistill.config.error_messages import known_keys, near_matches
+from mmdistill.config.error_messages import describe_misplaced_key, known_keys, near_matches
 
 
 def explain_overrides(*overrides: str) -> str:
@@ -22,7 +22,10 @@ def explain_overrides(*overrides: str) -> str:
     ("override", "message"),
     [
         ("dataset=tenis", "Could not find 'dataset/tenis'. Available: demo, ego4d, epic, meccano, tennis, wear"),
-        ("trainer.lr=abc", "trainer.lr=abc (Value 'abc' of type 'str' could not be converted to Float)"),
+        ("trainer.epochs=three", "trainer.epochs=three must be a whole number"),
+        ("compile=maybe", "compile=maybe must be True or False"),
+        ("dataset=my", "wear. A config outside the repository needs --config-dir=DIR and the file DIR/dataset/my.yaml"),
+        ("trainer.lr=abc", "trainer.lr=abc must be a number"),
         ("seed=1", "modality is not given; give it on the command line, for example modality=rgb"),
     ],
 )
@@ -31,6 +34,13 @@ def test_allowed_values_are_listed(override: str, message: str) -> None:
     assert message in shown
     assert "$VALUE" not in shown
     assert "Near matches" not in shown
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero_2", "zero-2", "zero_stage_2", "stage2", "deepspeed_zero2"])
+def test_strategy_of_a_zero_stage_is_suggested(name: str) -> None:
+    shown = explain_overrides("modality=rgb", f"strategy={name}")
+    assert shown.startswith(f"strategy={name} is not one of auto, ddp, ")
+    assert shown.endswith("; did you mean deepspeed_stage_2?")
 
 
 def test_unknown_key_is_reported_with_near_matches() -> None:
@@ -68,6 +78,31 @@ def test_config_of_the_other_phase_is_named(schema: Any, name: str, other: str, 
     assert shown.startswith(f"--config-name selects a config of another verb; use {other} or {other}_tennis")
 
 
+@pytest.mark.parametrize("prefix", ["", "+"])
+def test_key_of_the_other_phase_is_reported_with_its_verb(prefix: str) -> None:
+    assert explain_overrides("modality=rgb", f"{prefix}trainer.monitor=val_top1_action") == (
+        "trainer.monitor: a key of `mmdistill distill`, not of this verb; remove it from the command"
+    )
+
+
+def test_word_without_equal_sign_is_explained() -> None:
+    assert explain_overrides("rgb") == "rgb: not of the form KEY=VALUE, for example seed=1"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["seed=1", "modality", "rgb"], "modality rgb: write modality=rgb"),
+        (["--modality", "rgb"], "--modality rgb: write modality=rgb"),
+        (["--trainer.lr=1"], "--trainer.lr=1: write trainer.lr=1"),
+        (["dataset"], "dataset: write dataset=VALUE"),
+        (["modality=rgb", "--config-name", "model", "--cfg", "job", "-m", "rgb"], None),
+    ],
+)
+def test_key_without_equal_sign_is_reported_with_it(argv: list[str], message: str | None) -> None:
+    assert describe_misplaced_key(argv, PretrainConfig) == message
+
+
 def test_comma_outside_quotes_is_explained() -> None:
     shown = explain_overrides("modality=rgb", "init_from=/a, b/c")
     assert "a comma outside quotes makes a sweep (-m); for a path with a comma write \"key='/a, b/c'\"" in shown
@@ -90,7 +125,7 @@ def test_known_keys_are_dotted() -> None:
 
 
 def test_nearest_group_and_main_config_are_suggested() -> None:
-    assert explain_overrides("dataset=tenis").endswith("wear; did you mean tennis?")
+    assert "wear; did you mean tennis? A config outside" in explain_overrides("dataset=tenis")
     with pytest.raises(HydraException) as caught:
         load_config(PretrainConfig, "config_pretrain_tenis", [])
     names = "config_pretrain, config_pretrain_tennis; did you mean config_pretrain_tennis?"
