@@ -26,6 +26,7 @@ def write_reconstructions(args: argparse.Namespace) -> None:
     from mmdistill.builders import make_clip_dataset
     from mmdistill.checkpoint import open_checkpoint
     from mmdistill.pretrain.visualization import draw, load_masked_autoencoder, reconstruct, write_png
+    from mmdistill.training.run_logger import baseline_ratio
 
     checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.meta.get("kind") != "pretrain":
@@ -55,8 +56,13 @@ def write_reconstructions(args: argparse.Namespace) -> None:
         clip = dataset.index.clips[index]
         result = reconstruct(model, default_collate([dataset[index]]), spec)
         path = out_dir / f"clip_{index:05d}.png"
-        write_png(draw(result, f"{config.modality}, {clip.id}, mask {config.data_module.mask_ratio:g}"), path)
-        print(f"{path}: loss {result.loss:.4f}, constant baseline {result.constant_baseline:.4f}")
+        removed = f"{100 * config.data_module.mask_ratio:g} % of the tokens removed"
+        write_png(draw(result, f"{config.modality}, {clip.id}, {removed}"), path)
+        ratio = baseline_ratio(result.loss, result.constant_baseline)
+        print(
+            f"{path}: loss {result.loss:.4f} (constant baseline {result.constant_baseline:.4f}, ratio {ratio:.3f}, "
+            "lower is better)"
+        )
 
 
 @report_errors("visualize")

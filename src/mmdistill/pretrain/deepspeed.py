@@ -1,11 +1,15 @@
 """The DeepSpeed side of pretraining: process group, config and engine."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():  # without the variable DeepSpeed logs a warning that it finds no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import deepspeed
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from mmdistill.config import PretrainConfig, has_offload, zero_stage

@@ -1,5 +1,6 @@
 """`mmdistill visualize`: images of a checkpoint that holds a decoder, one line for any other input."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,11 @@ def test_each_clip_becomes_one_image(checkpoint: Path, tmp_path: Path, capsys: p
     images = sorted(tmp_path.glob("clip_*.png"))
     assert len(images) == 2
     assert all(cv2.imread(str(path)).std() > 0 for path in images)
-    assert capsys.readouterr().out.count("constant baseline") == 2
+    lines = capsys.readouterr().out.splitlines()
+    pattern = r".*\.png: loss ([\d.]+) \(constant baseline ([\d.]+), ratio ([\d.]+), lower is better\)"
+    values = [[float(value) for value in re.fullmatch(pattern, line).groups()] for line in lines]  # type: ignore[union-attr]
+    assert len(values) == 2
+    assert all(ratio == pytest.approx(loss / baseline, rel=0.02) for loss, baseline, ratio in values), values
 
 
 def test_a_checkpoint_without_decoder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
