@@ -35,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for one NAME.json per split")
     parser.add_argument("--by", choices=["match", "class"], required=True, help="what the files do not share")
     parser.add_argument(
-        "--fractions", nargs="+", required=True, metavar="NAME=FRACTION", help="file names and sizes, like train=0.7"
+        "--fractions",
+        nargs="+",
+        required=True,
+        metavar="NAME=FRACTION",
+        help="file names and their fractions, which sum to 1, like train=0.7 test=0.3; of the events with --by match "
+        "(of the rallies if there are no events), of the classes with --by class",
     )
     parser.add_argument(
         "--label-fields",
