@@ -397,7 +397,8 @@ def load_weights(
             keeps its values.
         CheckpointError: the path cannot be read.
     """
-    return open_checkpoint(path).load_into(module, component=part, allow_missing=allow_missing)
+    with name_setting("part", ComponentError):
+        return open_checkpoint(path).load_into(module, component=part, allow_missing=allow_missing)
 
 
 def load_encoder(
