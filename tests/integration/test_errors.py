@@ -60,7 +60,7 @@ def test_error_in_a_loader_worker_names_the_file(tmp_path: Path) -> None:
     make_tiny(tmp_path, per_class=1)
     with pytest.raises(FrameError) as caught:
         next(iter(DataLoader(_Frames(tmp_path), num_workers=1)))
-    assert str(caught.value).startswith("Caught FrameError in DataLoader worker")
+    assert str(caught.value).startswith("Caught MissingFileError in DataLoader worker")
     message = explain(caught.value, PretrainConfig)
     assert message == f"{tmp_path}/frames/rally_T_0/000999.jpg: no such rgb file"
 

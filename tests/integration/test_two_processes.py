@@ -226,7 +226,7 @@ def test_nan_on_one_rank_stops_all_with_one_message(runs: tuple[Path, dict[str, 
     assert codes[name] == [1, 1], _log(root, name)
     shown = "".join(_log(root, name))
     assert shown.count("loss is nan at step") == 1
-    names = shown.partition("Clips: ")[2].partition(". ")[0].split(", ")
+    names = shown.partition("Clips: ")[2].partition("\n")[0].split(", ")
     assert len(names) == 4  # those of the one rank
     assert all(name.startswith("rally_") for name in names)
     assert "Traceback" not in shown

@@ -21,7 +21,7 @@ from mmdistill.errors import MMDistillError, format_count, format_first, quote_n
 from mmdistill.training.state import TrainingState
 
 MIN_LOSS_SCALE = 1.0  # a gradient that overflows at this loss scale is not finite by itself
-_MAX_LISTED = 3  # clips named in an error
+_MAX_LISTED = 4  # clips named in an error
 
 
 class NonFiniteError(MMDistillError, FloatingPointError):

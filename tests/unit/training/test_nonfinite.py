@@ -45,11 +45,11 @@ def test_an_error_names_the_first_clips_after_the_fix() -> None:
     """Names with blanks are quoted."""
     clips = ["a 1:000", "b", "c", "d", "e"]
     guard = NonFiniteGuard("raise", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
-    with pytest.raises(NonFiniteError, match=r"on_nonfinite=skip\. Clips: 'a 1:000', b, c and 2 more$"):
+    with pytest.raises(NonFiniteError, match=r"on_nonfinite=skip\. Clips: 'a 1:000', b, c, d and 1 more$"):
         guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
     guard = NonFiniteGuard("skip", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
     assert not guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
-    with pytest.raises(NonFiniteError, match=r"Lower trainer\.lr .*\. Clips: 'a 1:000', b, c and 2 more$"):
+    with pytest.raises(NonFiniteError, match=r"Lower trainer\.lr .*\. Clips: 'a 1:000', b, c, d and 1 more$"):
         guard.before_step(0.0)
 
 
