@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
+from mmdistill.cli.run_folder import restore_folders
 from mmdistill.config import ConfigError, explain, parse, register_schemas, to_plain
 from mmdistill.config.compose import T, configs_dir
 from mmdistill.config.overrides import add_overrides, quote_overrides
@@ -36,8 +37,9 @@ def run_entrypoint(
 ) -> None:
     """Compose and validate the config, then call ``job(config, run_dir)``.
 
-    Invalid input ends the process with a one-line message and status 2. A failed job of a sweep (`-m`) does not stop
-    the other jobs, see `mmdistill.cli.sweep`.
+    Invalid input ends the process with a one-line message and status 2, Ctrl-C with one line and status 130. A failed
+    job of a sweep (`-m`) does not stop the other jobs, see `mmdistill.cli.sweep`. A command that ends before its run
+    has started leaves the run folder as it was, see `mmdistill.cli.run_folder`.
 
     All ranks use the run folder of rank 0, because the clocks of the ranks may differ. With ``devices=N`` under plain
     ``python`` this process starts N ranks and waits for them.
@@ -91,14 +93,53 @@ def run_entrypoint(
         )
 
     try:
-        run_composed()
+        with _restored_folders():
+            try:
+                run_composed()
+            except KeyboardInterrupt:
+                exit_after_interrupt(verb)
+            except Exception as error:
+                report(error)
     except SystemExit as end:
         if end.code == launch.INTERRUPTED_EXIT_CODE and launch.launched_externally():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent sends it as soon as one rank has ended
             launch.record_failure("stopped by a signal", launch.INTERRUPTED_EXIT_CODE)
         raise
-    except Exception as error:
-        report(error)
+
+
+@contextlib.contextmanager
+def _restored_folders() -> Iterator[None]:
+    """At the end, undo what Hydra and `record_run` have written for a run that has not started."""
+    status: object = None
+    try:
+        yield
+    except SystemExit as end:
+        status = end.code
+        raise
+    finally:
+        ended_early = (InputError.exit_status, launch.INTERRUPTED_EXIT_CODE, launch.KEYBOARD_INTERRUPT_EXIT_CODE)
+        restore_folders(refused=status in ended_early)
+
+
+def exit_after_interrupt(verb: str | None = None) -> NoReturn:
+    """Print one line and exit with status 130. Of several ranks, their launcher or rank 0 prints the line.
+
+    Raises:
+        SystemExit: always.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher forwards the signal that the terminal also sends
+    status, line = launch.KEYBOARD_INTERRUPT_EXIT_CODE, f"{_program(verb)}: interrupted"
+    if launch.launched_externally():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        launch.exit_after_timeout(status)
+        if launch.record_failure(line, status) or launch.is_nonzero_rank():
+            raise SystemExit(status)
+    print(line, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def _program(verb: str | None) -> str:
+    return f"mmdistill {verb}" if verb else "mmdistill"
 
 
 def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | None = None) -> None:
@@ -141,7 +182,7 @@ def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) 
     status = error.exit_status if isinstance(error, MMDistillError) else InputError.exit_status if is_expected else 1
     text = "".join(traceback.format_exception(error))
     if is_expected:
-        text = f"mmdistill{f' {verb}' if verb else ''}: error: {explain(error, schema)}"
+        text = f"{_program(verb)}: error: {explain(error, schema)}"
     if launch.launched_externally():
         launch.exit_after_timeout(status)
         if launch.record_failure(text, status) or (launch.is_nonzero_rank() and _is_on_all_ranks(error)):

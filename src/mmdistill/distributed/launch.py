@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 INTERRUPTED_EXIT_CODE = 85  # a complete checkpoint was saved after a stop signal; `resume=auto` continues from it
+KEYBOARD_INTERRUPT_EXIT_CODE = 130  # Ctrl-C while no stop signal is recorded, for example during the imports
 EXIT_TIMEOUT_S = 20.0  # after an error, time for the exit handlers of libraries before the process is ended
 KILL_TIMEOUT_S = 30  # after a rank has failed, the elastic agent sends SIGTERM to the others, and SIGKILL 30 s later
 RUN_ID = "mmdistill"  # TORCHELASTIC_RUN_ID of ranks that `run_ranks` started
@@ -159,6 +160,8 @@ def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
 
     def forward_signal(number: int, frame: FrameType | None) -> None:
         ranks = set(psutil.Process().children()) - other_children
+        if not ranks and number == signal.SIGINT:
+            raise KeyboardInterrupt
         if not ranks:
             raise SystemExit(128 + number)
         for rank in ranks:
@@ -212,8 +215,10 @@ def report_first_failure(failures: "Mapping[int, ProcessFailure]") -> int:
         first = next(iter(failures.values()))
         return 128 - first.exitcode if first.exitcode < 0 else first.exitcode
     rank, record = min(recorded.items(), key=lambda item: float(item[1]["time_s"]))
-    if record["status"] != INTERRUPTED_EXIT_CODE:
-        text = record["message"]["extraInfo"]["py_callstack"]
+    text = record["message"]["extraInfo"]["py_callstack"]
+    if record["status"] == KEYBOARD_INTERRUPT_EXIT_CODE:
+        print(text, file=sys.stderr, flush=True)
+    elif record["status"] != INTERRUPTED_EXIT_CODE:
         print(f"mmdistill: rank {rank} failed first:\n{text}", file=sys.stderr, flush=True)
     return int(record["status"])
 

@@ -1,5 +1,6 @@
 """Errors and ranks of the Hydra verbs."""
 
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def test_error_of_all_ranks_is_printed_by_rank_zero(
     assert bool(shown) is bool(expected)
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *overrides: str, error: Exception | None = None) -> None:
+def _run(monkeypatch: pytest.MonkeyPatch, run_dir: Path, *overrides: str, error: BaseException | None = None) -> None:
     """Run a job that raises `error`."""
 
     def job(config: PretrainConfig, run_dir: str) -> None:
@@ -140,3 +141,46 @@ def test_expected_error_of_a_job_is_the_only_line(
 def test_defect_of_a_job_is_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="defect"):
         _run(monkeypatch, tmp_path, error=KeyError("defect"))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_refused_command_leaves_the_folder_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exists: bool
+) -> None:
+    run_dir = tmp_path / "date" / "run"
+    config = run_dir / ".hydra" / "config.yaml"
+    if exists:
+        config.parent.mkdir(parents=True)
+        config.write_text("earlier")
+    with pytest.raises(SystemExit):
+        _run(monkeypatch, run_dir, "hydra.output_subdir=.hydra", error=ConfigError("contains checkpoints"))
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["earlier"] * exists
+    assert (tmp_path / "date").exists() is exists
+
+
+def test_ctrl_c_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            _run(monkeypatch, tmp_path / "run", error=KeyboardInterrupt())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "mmdistill pretrain: interrupted\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, "mmdistill distill: interrupted\n"), (1, "")])
+def test_ctrl_c_of_several_ranks_is_printed_by_rank_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, shown: str
+) -> None:
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(launch, "exit_after_timeout", lambda status: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.exit_after_interrupt("distill")
+    assert (ended.value.code, capsys.readouterr().err) == (130, shown)

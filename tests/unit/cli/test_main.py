@@ -1,6 +1,7 @@
 """The dispatcher of ``mmdistill VERB``."""
 
 import ast
+import importlib
 import sys
 from types import ModuleType
 
@@ -43,6 +44,20 @@ def test_verb_receives_its_arguments_and_returns_its_status(monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["before"])
     assert main(["find-checkpoints", "output", "--json"]) == 7
     assert received == [["output", "--json", "mmdistill find-checkpoints"]]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "mmdistill distill: interrupted\n"), ("1", "")])
+def test_ctrl_c_during_the_imports_of_a_verb_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, shown: str
+) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    monkeypatch.setattr(sys, "argv", ["before"])
+    monkeypatch.setenv("RANK", rank)
+    assert main(["distill"]) == 130
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -157,6 +157,7 @@ def failure(log_dir: Path, exit_code: int, seconds: float, text: str, status: in
         ([(-11, 0, ""), (1, 0, "lost")], 139, "mmdistill: rank 0 was killed by SIGSEGV\n"),
         ([(3, 0, "cause"), (-9, 31, "")], 3, "mmdistill: rank 0 failed first:\ncause\n"),  # the agent killed rank 1
         ([(85, 0.1, "stopped"), (-15, 0.2, "")], 85, ""),
+        ([(130, 0.1, "interrupted"), (130, 0.2, "interrupted")], 130, "interrupted\n"),
         ([(85, 0.1, "stopped"), (1, 0.2, "lost")], 85, ""),
         ([(-15, 0.1, "stopped", 85), (85, 0.2, "stopped")], 85, ""),  # the agent stopped rank 0 after its record
         ([(-15, 0, ""), (-15, 0, "")], 143, ""),  # before the ranks can handle a signal
