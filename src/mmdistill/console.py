@@ -1,4 +1,4 @@
-"""Progress of long tasks on standard error: a bar on a terminal, a line from time to time elsewhere."""
+"""Messages on standard error. Progress of long tasks: a bar on a terminal, a line from time to time elsewhere."""
 
 import functools
 import logging
@@ -19,6 +19,11 @@ log = logging.getLogger(__name__)
 def log_once(message: str) -> None:
     """Log a warning, unless this process has logged the same text before."""
     log.warning(message)
+
+
+def program_name() -> str:
+    """Start of a message: ``mmdistill VERB``, or ``mmdistill`` if a script calls the verb."""
+    return sys.argv[0] if sys.argv[0].startswith("mmdistill ") else "mmdistill"
 
 
 class ProgressDisplay:

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from mmdistill.console import program_name
 from mmdistill.errors import MMDistillError, format_count
 from mmdistill.workflows.sweep_results import FAILED, objective
 
@@ -44,7 +45,11 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
         trace = "" if expected else traceback.format_exc()
         run_dir.mkdir(parents=True, exist_ok=True)
         record.write_text(json.dumps({"error": line, "traceback": trace}, indent=1, ensure_ascii=False) + "\n")
-        print(f"{trace}mmdistill: job {run_dir.name} failed, the sweep continues: {line}", file=sys.stderr, flush=True)
+        print(
+            f"{trace}{program_name()}: job {run_dir.name} failed, the sweep continues: {line}",
+            file=sys.stderr,
+            flush=True,
+        )
         return None
     return objective(run_dir)
 
@@ -70,5 +75,5 @@ class SweepFailureCallback(Callback):
         if failed:
             lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in failed]
             count = format_count(len(failed), "job")
-            print(f"mmdistill: error: {count} of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
+            print(f"{program_name()}: error: {count} of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
             raise SystemExit(FAILED_EXIT_CODE)

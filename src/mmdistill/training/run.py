@@ -232,7 +232,7 @@ class Training:
     def stop(self, checkpoint: Path) -> NoReturn:
         """Exit with `INTERRUPTED_EXIT_CODE` after `checkpoint` was written. Collective."""
         self.log.info(self._report.end_summary())
-        self.log.info(stop_message(checkpoint))
+        self.log.info(stop_message(checkpoint, self.run.directory))
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
     def log_end(self, checkpoint: Path) -> None:

@@ -1,6 +1,7 @@
 """Stop signals: SIGTERM, SIGINT and SIGUSR1 set a flag that the training loop reads."""
 
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -9,6 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from mmdistill.console import program_name
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 
@@ -40,11 +45,17 @@ def stop_signals(names: Sequence[str] = ("SIGTERM", "SIGINT", "SIGUSR1")) -> Ite
         yield first_received
 
 
-def stop_message(checkpoint: Path) -> str:
-    """The last message of a run that a signal stopped after it wrote `checkpoint`."""
+def stop_message(checkpoint: Path, run_dir: Path) -> str:
+    """The last message of a run in `run_dir` that a signal stopped after it wrote `checkpoint`.
+
+    It contains the overrides that resume the run, or the sweep of which the run is a job, quoted for the shell.
+    """
+    key, folder = "hydra.run.dir", str(run_dir)
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        key, folder = "hydra.sweep.dir", str(Path(HydraConfig.get().sweep.dir).absolute())
     return (
         f"stopped by a signal; complete checkpoint written: {checkpoint}\n"
-        f"resume with resume={checkpoint}, or with resume=auto in the same hydra.run.dir"
+        f"to resume, add to the same command: resume=auto {shlex.quote(f'{key}={folder}')}"
     )
 
 
@@ -73,7 +84,7 @@ def exit_on_stop_signal(names: Sequence[str], *, hint: str = "run the same comma
             yield
     except SystemExit as error:
         if error.code == INTERRUPTED_EXIT_CODE:
-            print(f"mmdistill: stopped by a signal; {hint}", file=sys.stderr, flush=True)
+            print(f"{program_name()}: stopped by a signal; {hint}", file=sys.stderr, flush=True)
         raise
     finally:
         sys.unraisablehook = previous_hook

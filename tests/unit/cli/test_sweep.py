@@ -41,7 +41,10 @@ def test_failure_of_one_of_several_ranks_is_raised(tmp_path: Path, monkeypatch: 
         sweep.run_job(lambda: _raise(RuntimeError("defect")), tmp_path, str)
 
 
-def test_failed_jobs_of_this_sweep_end_it_with_status_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_jobs_of_this_sweep_end_it_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mmdistill pretrain", "-m"])
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
     (tmp_path / "old" / "failed.json").write_text(json.dumps({"error": "old error"}))
@@ -55,5 +58,5 @@ def test_failed_jobs_of_this_sweep_end_it_with_status_1(tmp_path: Path, capsys: 
         callback.on_multirun_end(config)
     assert ended.value.code == sweep.FAILED_EXIT_CODE
     assert capsys.readouterr().err == (
-        f"mmdistill: error: 1 job of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
+        f"mmdistill pretrain: error: 1 job of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
     )

@@ -5,11 +5,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 
 from mmdistill.distributed import launch
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.training import signals
 from mmdistill.training.signals import exit_on_stop_signal, stop_message, stop_signals
 
 
@@ -42,8 +45,11 @@ class _SignalInFinalizer:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
-def test_signal_during_a_callback_also_ends_the_process(capsys: pytest.CaptureFixture[str]) -> None:
+def test_signal_during_a_callback_also_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Python ignores the exception of a handler that runs in a finalizer."""
+    monkeypatch.setattr(sys, "argv", ["mmdistill evaluate", "x=1"])
 
     def signal_and_wait() -> None:
         _SignalInFinalizer()
@@ -55,12 +61,21 @@ def test_signal_during_a_callback_also_ends_the_process(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as ended, exit_on_stop_signal(["SIGUSR1"], hint="to evaluate: x"):
         signal_and_wait()
     assert ended.value.code == INTERRUPTED_EXIT_CODE
-    assert "stopped by a signal; to evaluate: x" in capsys.readouterr().err
+    assert "mmdistill evaluate: stopped by a signal; to evaluate: x" in capsys.readouterr().err
     assert (sys.unraisablehook, signal.getsignal(signal.SIGUSR1)) == (hook, handler)
 
 
 def test_message_contains_the_resume_keys() -> None:
-    message = stop_message(Path("run/checkpoints/last.ckpt"))
-    assert "complete checkpoint written: run/checkpoints/last.ckpt" in message
-    assert "resume=run/checkpoints/last.ckpt" in message
-    assert "resume=auto" in message
+    message = stop_message(Path("my run/checkpoints/last.ckpt"), Path("my run"))
+    assert "complete checkpoint written: my run/checkpoints/last.ckpt" in message
+    assert message.endswith("add to the same command: resume=auto 'hydra.run.dir=my run'")
+
+
+def test_message_of_a_job_of_a_sweep_names_the_folder_of_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir=str(tmp_path)))
+    holder = SimpleNamespace(initialized=lambda: True, get=lambda: config)
+    monkeypatch.setattr(signals, "HydraConfig", holder)
+    message = stop_message(tmp_path / "job_0" / "checkpoints" / "last.ckpt", tmp_path / "job_0")
+    assert message.endswith(f"resume=auto hydra.sweep.dir={tmp_path}")
