@@ -7,9 +7,12 @@ A classifier is fitted to the support clips of an episode and predicts the queri
 Shapes: E episodes (a chunk: e), V views, N ways, K shots, Q queries per class, R references, D width.
 """
 
+import contextlib
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import numpy as np
 import torch
@@ -83,12 +86,28 @@ class LogisticClassifier(Classifier):
         workers = default_num_workers() if options.workers is None else options.workers
         # loky starts new interpreters. A fork would inherit the locks of the torch and DeepSpeed threads.
         parallel = Parallel(n_jobs=max(1, min(workers, len(tasks))), return_as="generator", backend="loky")
+        with _blocked_sigint():  # in the workers, which this process stops
+            outputs = parallel(delayed(predict_logistic)(features, task, **settings) for task in tasks)
         predictions, num_not_converged = [], 0
-        for predicted, count in parallel(delayed(predict_logistic)(features, task, **settings) for task in tasks):
+        for predicted, count in outputs:
             predictions.append(predicted)
             num_not_converged += count
             options.advance(len(predicted))
         return np.concatenate(predictions), num_not_converged
+
+
+@contextlib.contextmanager
+def _blocked_sigint() -> Iterator[None]:
+    """Block SIGINT in new processes and, until the end of the block, in this thread.
+
+    Ctrl-C also reaches the workers. While one starts, it would print a traceback.
+    """
+    resource_tracker.ensure_running()  # loky calls it, and its first call unblocks SIGINT
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @dataclass(frozen=True)

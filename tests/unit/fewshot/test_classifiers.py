@@ -1,17 +1,22 @@
 import re
+import signal
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mmdistill import plugins
+from mmdistill.fewshot import classifiers
 from mmdistill.fewshot.classifiers import (
     CLASSIFIERS,
     CentroidClassifier,
     Classifier,
     KnnClassifier,
     LogisticClassifier,
+    PredictOptions,
     get_classifier,
 )
 from mmdistill.fewshot.errors import FewshotError
@@ -126,3 +131,19 @@ def test_unknown_and_old_names_raise_an_error_with_the_known_ones():
 def test_invalid_settings_raise_an_error(make, message: str):
     with pytest.raises(FewshotError, match=message):
         make()
+
+
+def test_workers_start_with_sigint_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker inherits the mask. Ctrl-C during its imports would print a traceback."""
+    masks: list[set[signal.Signals]] = []
+
+    def parallel(tasks: Iterable[object]) -> list[object]:
+        resource_tracker.ensure_running()  # loky calls it
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return []
+
+    monkeypatch.setattr(classifiers, "Parallel", lambda **_: parallel)
+    with pytest.raises(ValueError, match="need at least one array"):  # no task has run
+        LogisticClassifier().predict(noisy_features(), draw(), PredictOptions())
+    assert signal.SIGINT in masks[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
