@@ -92,6 +92,7 @@ class StepSchedule(CosineLRScheduler):
             warmup_t=min(optimization.warmup_steps, optimization.total_steps),
             warmup_lr_init=optimization.warmup_lr,
             t_in_epochs=False,
+            cycle_decay=0.5,  # no effect with one cycle; with 1 timm warns about a schedule of one step
         )
         names = ("weight_decay", "betas", "lr_scale")
         self._hparams = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]

@@ -26,6 +26,17 @@ def test_linear_scaling_rule() -> None:
     )
 
 
+def test_schedule_of_one_step_has_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = StepSchedule(optimizer, Optimization(1.0, min_lr=0.1, total_steps=1))
+    assert not caplog.text
+    rates = []
+    for step in range(2):
+        schedule.step_update(step)
+        rates.append(schedule.lr)
+    assert rates == [1.0, 0.1]
+
+
 def test_layer_index() -> None:
     names = {
         "encoder.patch_embed.proj.weight": 0,
