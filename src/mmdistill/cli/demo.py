@@ -10,7 +10,7 @@ from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.workflows.results_table import describe_order, read_results, render_results_table
 
 
-@report_errors("demo")
+@report_errors("demo", continues=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print the results and the paths of the report. 0 if done, 1 if a stage failed."""
     parser = make_parser("demo", __doc__)

@@ -93,7 +93,10 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def report_errors(
-    verb: str, *more: type[Exception], schema: type[PretrainConfig | DistillConfig] = PretrainConfig
+    verb: str,
+    *more: type[Exception],
+    schema: type[PretrainConfig | DistillConfig] = PretrainConfig,
+    continues: bool = False,
 ) -> Callable[[Callable[..., int]], Main]:
     """Decorator of the ``main`` of a verb: an expected error becomes one line and an exit status.
 
@@ -104,6 +107,7 @@ def report_errors(
         verb: name of the verb, for the line.
         more: further classes of expected errors.
         schema: class of the config, whose keys are suggested.
+        continues: whether a second call continues an interrupted one.
     """
     expected: tuple[type[Exception], ...] = (MMDistillError, HydraException, OmegaConfBaseException, OSError, *more)
 
@@ -118,7 +122,8 @@ def report_errors(
                 print(f"mmdistill {verb}: error: {explain(error, schema)}", file=sys.stderr)
                 return error.exit_status if isinstance(error, MMDistillError) else InputError.exit_status
             except KeyboardInterrupt:
-                print(f"mmdistill {verb}: interrupted; run the same command again to continue", file=sys.stderr)
+                hint = "; run the same command again to continue" if continues else ""
+                print(f"mmdistill {verb}: interrupted{hint}", file=sys.stderr)
                 return 130
 
         return main

@@ -37,7 +37,7 @@ from mmdistill.prepare.placement import FITS
 from mmdistill.prepare.video import find_videos
 
 
-@report_errors("prepare", ValueError)
+@report_errors("prepare", ValueError, continues=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the videos, print a summary and the next commands. Returns the exit status."""
     options = _arguments(argv)

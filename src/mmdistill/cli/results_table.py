@@ -20,7 +20,7 @@ from mmdistill.workflows.results_table import (
 )
 
 
-@report_errors("results-table")
+@report_errors("results-table", continues=True)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, then print and write the table. 0 if done, 1 if a stage failed."""
     parser = make_parser("results-table", __doc__)

@@ -90,6 +90,7 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
         )
+    lines += run_folder_lines(config, run_dir)
     precision = resolve_precision(config.precision, process.device)
     jobs, skipped = _make_jobs(config, networks, process.device, precision)
     if process.is_main:
@@ -138,6 +139,17 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
         )
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
+
+
+def run_folder_lines(config: DistillConfig, run_dir: Path) -> list[str]:
+    """Log lines about the files of an earlier evaluation in `run_dir` and about `resume` without a training."""
+    lines = []
+    if config.resume and not config.train:
+        lines.append(f"ignoring resume={config.resume}: train=False evaluates ckpt_path")
+    replaced = [name for name in ("report.html", "fewshot.json") if (run_dir / name).exists()]
+    if replaced:
+        lines.append(f"replacing {' and '.join(replaced)} of an earlier evaluation in {run_dir}")
+    return lines
 
 
 def report_settings(

@@ -18,6 +18,7 @@ from mmdistill.config.compose import SOURCE_ROOT, load_config
 from mmdistill.errors import MMDistillError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import BUILTIN_MODALITIES
+from mmdistill.training.run_logger import LOG_FILE
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 DONE_FILE = "done.json"
@@ -180,7 +181,8 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
         while waiting or running:
             for stage in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
                 waiting.remove(stage)
-                print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}", flush=True)
+                log = "" if "train=False" in stage.overrides else f": log in {stage.run_dir / LOG_FILE}"
+                print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}{log}", flush=True)
                 running[stage.name] = (stage, start_stage(stage, environment, to_file=parallel > 1), time.monotonic())
             if not running:
                 names = ", ".join(stage.name for stage in waiting)

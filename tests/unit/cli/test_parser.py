@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from mmdistill.cli import parser
 from mmdistill.cli.main import VERBS
-from mmdistill.cli.parser import make_parser
+from mmdistill.cli.parser import make_parser, report_errors
 
 HYDRA_VERBS = ("pretrain", "distill", "evaluate")
 
@@ -61,6 +62,18 @@ def test_overrides_and_paths_are_no_values_of_an_option(tmp_path: Path) -> None:
             assert (args.files, args.modalities, args.out) == ([path, "a=b"], ["rgb", "flow"], "x")
         args = parse(["--modalities", "rgb", "--", "a=b"])
         assert (args.files, args.modalities) == (["a=b"], ["rgb"])
+
+
+@pytest.mark.parametrize(("continues", "hint"), [(True, "; run the same command again to continue"), (False, "")])
+def test_ctrl_c_names_a_hint_only_for_a_verb_that_continues(
+    capsys: pytest.CaptureFixture[str], continues: bool, hint: str
+) -> None:
+    @report_errors("verb", continues=continues)
+    def main(argv: Sequence[str] | None) -> int:
+        raise KeyboardInterrupt
+
+    assert main([]) == 130
+    assert capsys.readouterr().err == f"mmdistill verb: interrupted{hint}\n"
 
 
 class _ParserMadeError(Exception):

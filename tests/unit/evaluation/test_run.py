@@ -22,6 +22,7 @@ from mmdistill.evaluation.run import (
     check_evaluation,
     evaluate_checkpoint,
     report_settings,
+    run_folder_lines,
     training_facts,
 )
 from mmdistill.models.videomae import Encoder, EncoderConfig
@@ -142,6 +143,28 @@ def test_input_modes_without_visible_tokens_are_skipped_unless_configured(
     )
     with pytest.raises(ConfigError, match=r"eval_mask_ratio=0\.99 leaves none of 16 tokens visible"):
         _evaluate(data, checkpoint, tmp_path, hidden, "baselines=[]", "data_module.n_masks=2")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names", "lines"),
+    [
+        ([], [], []),
+        (["resume=auto"], [], ["ignoring resume=auto: train=False evaluates ckpt_path"]),
+        ([], ["report.html"], ["replacing report.html of an earlier evaluation in {run}"]),
+        (
+            [],
+            ["fewshot.json", "report.html"],
+            ["replacing report.html and fewshot.json of an earlier evaluation in {run}"],
+        ),
+    ],
+)
+def test_replaced_files_and_an_unused_resume_are_logged(
+    tmp_path: Path, overrides: list[str], names: list[str], lines: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    config = distill_config("train=False", "ckpt_path=x", *overrides)
+    assert run_folder_lines(config, tmp_path) == [line.format(run=tmp_path) for line in lines]
 
 
 @pytest.mark.usefixtures("no_page")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,16 @@ class _ScriptStage(Stage):
 
     def command(self) -> list[str]:
         return [sys.executable, "-c", type(self).program, str(self.run_dir)]
+
+
+def test_start_of_a_training_names_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make = "import os, sys; os.makedirs(sys.argv[1], exist_ok=True)"
+    training = _script_stage(make, "rgb", tmp_path / "rgb")
+    evaluation = replace(training, name="evaluate", overrides=("train=False",), run_dir=tmp_path / "test")
+    run_stages([training, evaluation])
+    out = capfd.readouterr().out
+    assert f"[1/2] rgb: log in {tmp_path / 'rgb' / 'run.log'}\n" in out
+    assert "[2/2] evaluate\n" in out
 
 
 def _script_stage(program: str, name: str, run_dir: Path, *needs: str) -> Stage:
