@@ -45,7 +45,8 @@ class _Parser(argparse.ArgumentParser):
         """The arguments, with the options with several values at the end. No positional argument follows them."""
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
-        options = {name: action for action in self._actions if action.nargs == "+" for name in action.option_strings}
+        with_lists = [a for a in self._actions if a.nargs == "+" and "=" not in str(a.metavar)]  # not NAME=FRACTION
+        options = {name: action for action in with_lists for name in action.option_strings}
         others: list[str] = []
         lists: list[str] = []
         current: argparse.Action | None = None  # the option with several values that the word may belong to
