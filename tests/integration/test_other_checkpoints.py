@@ -55,6 +55,11 @@ MODELS = {
 }
 
 
+def data_overrides(root: Path) -> list[str]:
+    """The overrides of `overrides` that `visualize` accepts."""
+    return [given for given in overrides(root) if given.startswith("data_module.")]
+
+
 def make_model(name: str) -> Any:
     """A model of transformers with random values in all tensors."""
     class_name, changes = MODELS[name]
@@ -292,7 +297,9 @@ def test_every_use_of_a_folder(
     assert ("encoder.norm is new (weight 1, bias 0)" in str(report)) == is_new
     assert torch.equal(pretrained.norm.weight, torch.ones(32)) == is_new
 
-    status = visualize([str(folder), *overrides(tiny), "modality=rgb", "--clips", "1", "--out", str(tmp_path / "png")])
+    status = visualize(
+        [str(folder), *data_overrides(tiny), "modality=rgb", "--clips", "1", "--out", str(tmp_path / "png")]
+    )
     errors = capsys.readouterr().err
     assert status == (0 if name == "pretraining" else 2)
     assert len(list((tmp_path / "png").glob("*.png"))) == (1 if name == "pretraining" else 0)
@@ -321,7 +328,7 @@ def test_picture_of_an_official_file_or_one_line(
 ) -> None:
     path = write_official(tmp_path / "official.pth")
     capsys.readouterr()
-    assert visualize([str(path), *overrides(tiny), "modality=rgb", "--out", str(tmp_path)]) == 2
+    assert visualize([str(path), *data_overrides(tiny), "modality=rgb", "--out", str(tmp_path)]) == 2
     errors = capsys.readouterr().err
     assert "official.pth: the number of heads cannot be inferred" in errors
     assert errors.count("\n") == 1
@@ -347,8 +354,10 @@ def test_corpus_files(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnsafeCheckpointError, match=rf"hostile\.pth: rejected: .*'{os.name}\.system'"):
         open_checkpoint(CORPUS / "hostile.pth")
     assert not list(tmp_path.glob("*"))
-    assert visualize([str(CORPUS / "videomae_official_plain.pth"), *overrides(tiny), "modality=rgb"]) == 2
-    assert visualize([str(CORPUS / "videomae_shards"), *overrides(tiny), "modality=rgb", "--out", str(tmp_path)]) == 0
+    assert visualize([str(CORPUS / "videomae_official_plain.pth"), *data_overrides(tiny), "modality=rgb"]) == 2
+    assert (
+        visualize([str(CORPUS / "videomae_shards"), *data_overrides(tiny), "modality=rgb", "--out", str(tmp_path)]) == 0
+    )
     config = configure(tiny)
     for name in ("videomae_finetuned", "videomae_shards"):
         load_network(CORPUS / name, data=config.data_module)

@@ -17,7 +17,7 @@ CASES = [  # script, start method, signal, workers
     (PRETRAIN, "fork", "SIGTERM", 0),
     (PRETRAIN, "fork", "SIGTERM", 1),
     (PRETRAIN, "forkserver", "SIGINT", 1),
-    (PRETRAIN, "spawn", "SIGUSR1", 2),
+    (PRETRAIN, "spawn", "SIGUSR1", 1),
     (DISTILL, "spawn", "SIGTERM", 1),
     (DISTILL, "forkserver", "SIGUSR1", 1),
     (DISTILL, "fork", "SIGINT", 4),

@@ -49,7 +49,7 @@ def test_old_key_on_the_command_line_names_the_new_one(key: str, plus: str) -> N
     assert error_of(key, [f"{plus}{key}=1"]) == expected
 
 
-@pytest.mark.parametrize("key", [key for key in OLD_KEYS if key != "deepspeed"])
+@pytest.mark.parametrize("key", [key for key in OLD_KEYS if key != "deepspeed"][::5])  # each composes a config
 def test_old_key_in_yaml_names_the_file_and_the_new_key(key: str, tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     *sections, last = key.split(".")
