@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 
 from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.prepare import pose
+from mmdistill.prepare.player_tracking import PlayerBoxes, find_players
 from mmdistill.prepare.pose import BLAZEPOSE_TO_COCO, PoseError, load_mediapipe_pose, write_skeletons
 from tests.unit.prepare.conftest import TwoPlayers
+
+
+@pytest.fixture(scope="module")
+def found(two_players: TwoPlayers) -> PlayerBoxes:
+    """The tracked players, which takes seconds."""
+    return find_players(two_players.read, split=0.5)
 
 
 def bright_center_pose(crop: np.ndarray) -> np.ndarray | None:
@@ -36,7 +44,11 @@ def test_skeletons_lie_on_the_players_in_source_pixels(two_players: TwoPlayers, 
     assert counts.camera_moves == 0
 
 
-def test_contact_sheet_shows_the_skeletons_in_two_colors(two_players: TwoPlayers, tmp_path: Path) -> None:
+def test_contact_sheet_shows_the_skeletons_in_two_colors(
+    two_players: TwoPlayers, found: PlayerBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pose, "find_players", lambda *_, **__: found)
+
     def cross(crop: np.ndarray) -> np.ndarray:
         joints = np.full((17, 3), 0.9, np.float32)
         joints[:, 0], joints[:, 1] = np.linspace(0.2, 0.8, 17), np.linspace(0.8, 0.2, 17)
@@ -54,8 +66,11 @@ def test_contact_sheet_shows_the_skeletons_in_two_colors(two_players: TwoPlayers
 
 
 @pytest.mark.parametrize("wrong", ["off center", "not finite"])
-def test_pose_of_another_person_is_discarded(two_players: TwoPlayers, tmp_path: Path, wrong: str) -> None:
+def test_pose_of_another_person_is_discarded(
+    two_players: TwoPlayers, found: PlayerBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
     """Hips far from the crop center belong to another person; NaN never reaches the file."""
+    monkeypatch.setattr(pose, "find_players", lambda *_, **__: found)
     joints = np.full((17, 3), 0.95 if wrong == "off center" else np.nan, np.float32)
     counts = write_skeletons(two_players.read, tmp_path / "v.pkl", tmp_path / "v.jpg", split=0.5, pose=lambda _: joints)
     assert (counts.near, counts.far) == (0, 0)
