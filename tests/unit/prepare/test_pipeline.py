@@ -59,12 +59,13 @@ def test_mixed_shapes_become_one_dataset(tmp_path: Path, fit: str) -> None:
     for name, shape in shapes.items():
         write_video(tmp_path / f"{name}.mp4", [np.full((*shape, 3), 40 * k, np.uint8) for k in range(4)])
     settings = Settings(size=(48, 80), fit=fit, flow_dtype="float32")
-    results = prepare_all(find_videos(tmp_path), tmp_path / "out", settings, workers=1, progress=lambda _: None)
+    videos = find_videos(tmp_path)
+    results = [prepare_video(name, path, tmp_path / "out", settings) for name, path in videos.items()]
     assert [r.error for r in results] == [None] * 3
     reader = RgbReader(tmp_path / "out/vid_frames_224", frame_size=(48, 80))
     for name in shapes:
         assert reader.read(name, range(4)).shape == (4, 48, 80, 3)
-    again = prepare_all(find_videos(tmp_path), tmp_path / "out", settings, workers=1, progress=lambda _: None)
+    again = [prepare_video(name, path, tmp_path / "out", settings) for name, path in videos.items()]
     assert all(result.reused for result in again)
 
 
@@ -80,7 +81,7 @@ def test_another_frame_rate_is_recorded(tmp_path: Path) -> None:
 def test_estimated_files_and_bytes_bound_the_written_ones(tmp_path: Path) -> None:
     videos = {"a": write_moving_square(tmp_path / "a.avi")}
     files, num_bytes = estimate_output(videos, SMALL)
-    prepare_all(videos, tmp_path / "out", SMALL, workers=1, progress=lambda _: None)
+    prepare_video("a", videos["a"], tmp_path / "out", SMALL)
     written = [p for p in (tmp_path / "out").glob("*/a/*") if p.is_file()]
     assert files - 1 == len(written)  # one pair less than frames
     assert 0.6 * num_bytes < sum(p.stat().st_size for p in written) < 1.1 * num_bytes

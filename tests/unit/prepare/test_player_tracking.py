@@ -61,13 +61,13 @@ def test_players_of_a_generated_broadcast_are_found_until_the_cut(broadcast: Bro
 
 
 def test_a_moving_camera_is_compensated_and_reported(broadcast: BroadcastClip, tmp_path: Path) -> None:
-    pan = pan_offsets(24, (150, 20), (12, 9))
+    pan = pan_offsets(16, (150, 20), (12, 9))
     found = find_players(
         partial(decode_frames, write_pan(tmp_path / "pan.mp4", broadcast.path, pan, (660, 960))), split=0.4
     )
     assert found.camera_moves.mean() > 0.75  # a repeated frame does not move
     for boxes, centers in zip(found.boxes, (broadcast.near, broadcast.far), strict=True):
-        distance = np.hypot(*(box_centers(boxes) + pan - centers[:24]).T)
+        distance = np.hypot(*(box_centers(boxes) + pan - centers[:16]).T)
         assert (distance < 20).mean() > 0.85
 
 
