@@ -8,7 +8,7 @@ from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.error_messages import describe_misplaced_key
-from mmdistill.config.overrides import is_override
+from mmdistill.config.overrides import is_override, without_option_values
 
 _USAGE = """usage: mmdistill evaluate ckpt_path=PATH [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
 Measure the few-shot accuracy of a checkpoint. ckpt_path is required. The other keys have the defaults below.
@@ -34,9 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _path_without_key(argv: Sequence[str]) -> str | None:
     """The first argument that is a path or a single word, and neither an option nor the value of an option."""
-    for previous, argument in zip(["", *argv], argv, strict=False):
-        is_option_value = previous.startswith("-") and previous not in ("-m", "--multirun") and "=" not in previous
+    for _, argument in without_option_values(argv):
         is_setting = is_override(argument) or argument.startswith(("-", "+", "~"))
-        if not is_option_value and (Path(argument).exists() or not is_setting):
+        if Path(argument).exists() or not is_setting:
             return argument
     return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdistill.config.overrides import without_option_values
 from mmdistill.config.renames import describe_old_key, renamed_key
 from mmdistill.config.schema import CommonConfig, DistillConfig, PretrainConfig
 from mmdistill.errors import MMDistillError, suggest_nearest
@@ -100,11 +101,10 @@ def explain(error: Exception, schema: type[Any]) -> str:
 def describe_misplaced_key(argv: Sequence[str], schema: type[Any]) -> str | None:
     """The message about ``modality rgb``, ``--modality rgb`` or ``--modality=rgb``; None if there is no such key."""
     keys = {*_CONFIG_GROUPS, *known_keys(schema)}
-    for previous, argument, following in zip(["", *argv], argv, [*argv[1:], ""], strict=False):
+    for i, argument in without_option_values(argv):
         key, equal, value = argument.removeprefix("--").partition("=")
-        is_option = argument.startswith("--")
-        is_option_value = previous.startswith("--") and "=" not in previous
-        if key in keys and (is_option or not (equal or is_option_value)):
+        following = "".join(argv[i + 1 : i + 2])
+        if key in keys and (argument.startswith("--") or not equal):
             given = argument if equal else f"{argument} {following}".rstrip()
             return f"{given}: write {key}={(value if equal else following) or 'VALUE'}"
     return None

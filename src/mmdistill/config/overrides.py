@@ -95,3 +95,13 @@ def _split_at_commas(text: str) -> list[str]:
             parts.append(text[start:i])
             start = i + 1
     return [*parts, text[start:]]
+
+
+def without_option_values(argv: Sequence[str]) -> list[tuple[int, str]]:
+    """Position and text of each argument that is not the value of the option before it."""
+    kept = []
+    for i, (before, argument) in enumerate(zip(["", *argv], argv, strict=False)):
+        takes_value = before.startswith("-") and before not in ("-m", "--multirun") and "=" not in before
+        if not takes_value or argument.startswith("-"):
+            kept.append((i, argument))
+    return kept

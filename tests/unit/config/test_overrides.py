@@ -4,7 +4,7 @@ import pytest
 
 from mmdistill.config import DistillConfig
 from mmdistill.config.compose import load_config
-from mmdistill.config.overrides import add_overrides, is_override, quote_overrides
+from mmdistill.config.overrides import add_overrides, is_override, quote_overrides, without_option_values
 from tests.configs import TEACHERS
 
 
@@ -72,3 +72,21 @@ def test_options_are_moved_before_the_overrides() -> None:
     ]
     options = ["--config-name=config_pretrain_tennis", "--config-dir", "/data/c", "-m"]
     assert quote_overrides(given) == [*options, "modality=rgb", "model=tiny", "a=1"]
+
+
+def test_values_of_options_are_left_out() -> None:
+    argv = [
+        "-m",
+        "modality",
+        "--config-name",
+        "x",
+        "--config-dir=d",
+        "rgb",
+        "--multirun",
+        "flow",
+        "--info",
+        "--modality",
+    ]
+    kept = [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert without_option_values(argv) == [(i, argv[i]) for i in kept]
+    assert without_option_values([]) == []

@@ -217,7 +217,7 @@ def test_error_names_the_invalid_field_of_a_clip(tmp_path: Path, clip: object, n
 
 
 def test_repeated_clips_are_taken_once_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The same start and class is a repeat, whatever the end; another class at the same start is another event."""
+    """Clips with one start and one class are repeats, also with two ends. Clips with two classes are two events."""
     clip = {"video_id": "a", "start_frame": 1, "end_frame": 5, "num_frames": 9}
     for keys, expected in (({"action_id": 1}, ["1", "2"]), ({}, [""])):
         path = tmp_path / f"{len(keys)}.json"

@@ -81,7 +81,7 @@ def test_error_names_the_invalid_key(tmp_path: Path, change: dict[str, object], 
 
 
 def _write(path: Path, **changes: object) -> SkeletonReader:
-    """A reader of a file whose keys are changed, or left out if the value is None."""
+    """A reader of a file with these values. A key with the value None is removed from the file."""
     entry = {key: value for key, value in {**_skeleton(), **changes}.items() if value is not None}
     (path / "v.pkl").write_bytes(pickle.dumps(entry))
     return SkeletonReader(path, frame_size=(128, 192))
