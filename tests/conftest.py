@@ -5,10 +5,14 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from mmdistill.console import COMMAND_ID
 from tests.commands import RANK_VARIABLES, ROOT, Script
 
 INTEGRATION = ROOT / "tests" / "integration"
@@ -49,6 +53,13 @@ def _leave_process_group() -> None:
         comm.destroy_process_group()
     elif (dist := sys.modules.get("torch.distributed")) is not None and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def new_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`log_once` has logged no text yet. Its files are in `tmp_path`."""
+    monkeypatch.setenv(COMMAND_ID, f"test-{uuid.uuid4().hex}")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture

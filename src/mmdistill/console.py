@@ -1,24 +1,58 @@
 """Messages on standard error. Progress of long tasks: a bar on a terminal, a line from time to time elsewhere."""
 
-import functools
+import atexit
+import hashlib
 import logging
+import os
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_INTERVAL_S = 15.0
+COMMAND_ID = "MMDISTILL_COMMAND_ID"  # environment variable: the same in all processes of a command, which inherit it
 log = logging.getLogger(__name__)
+_logged: set[str] = set()  # by this process
 
 
-@functools.cache
-def log_once(message: str) -> None:
-    """Log a warning, unless this process has logged the same text before."""
+def log_once(message: str, key: str | None = None) -> None:
+    """Log a warning, unless a process of this command has logged one with the same `key` (default: the text).
+
+    The process that can create an empty file in the folder for temporary files logs. The first process of the command
+    removes these files when it exits. Without such a folder, each process logs once. Only rank 0 and its workers log,
+    because ranks that another program starts have no common first process.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    name = f"{os.environ[COMMAND_ID]}-{hashlib.sha256((key or message).encode()).hexdigest()}"
+    if name in _logged:
+        return
+    _logged.add(name)
+    try:
+        Path(tempfile.gettempdir(), name).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    except OSError:
+        pass
     log.warning(message)
+
+
+def _remove_temporary_files() -> None:
+    with suppress(OSError):
+        for path in Path(tempfile.gettempdir()).glob(f"{os.environ[COMMAND_ID]}-*"):
+            path.unlink(missing_ok=True)
+
+
+if COMMAND_ID not in os.environ:
+    os.environ[COMMAND_ID] = f"mmdistill-{uuid.uuid4().hex}"
+    atexit.register(_remove_temporary_files)
 
 
 def program_name() -> str:

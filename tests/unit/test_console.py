@@ -1,10 +1,15 @@
 import io
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mmdistill import console
-from mmdistill.console import LINE_INTERVAL_S, ProgressDisplay, log_once, progress
+from mmdistill.console import COMMAND_ID, LINE_INTERVAL_S, ProgressDisplay, log_once, progress
 
 
 class Clock:
@@ -85,8 +90,36 @@ def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch):
     assert lines == []
 
 
-def test_same_text_is_logged_once(caplog: pytest.LogCaptureFixture):
-    log_once.cache_clear()
-    for text in ("a", "b", "a"):
-        log_once(text)
-    assert [record.message for record in caplog.records] == ["a", "b"]
+@pytest.mark.usefixtures("new_command")
+def test_same_text_or_key_is_logged_once(caplog: pytest.LogCaptureFixture):
+    for text, key in (("a", None), ("b", None), ("a", None), ("c", "a"), ("d", "key"), ("e", "key")):
+        log_once(text, key)
+    assert [record.message for record in caplog.records] == ["a", "b", "d"]
+
+
+@pytest.mark.usefixtures("new_command")
+def test_other_ranks_do_not_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        log_once("a")
+    assert [record.message for record in caplog.records] == ["a"]
+
+
+@pytest.mark.usefixtures("new_command")
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_processes_of_a_command_log_a_text_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_folder: bool):
+    if not has_folder:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    code = "import sys, tempfile\ntempfile.tempdir = sys.argv[1]\nfrom mmdistill.console import log_once\nlog_once('a')"
+    command = [sys.executable, "-c", code, tempfile.gettempdir()]
+    done = [subprocess.run(command, capture_output=True, text=True, check=True).stderr for _ in range(2)]
+    assert done == (["a\n", ""] if has_folder else ["a\n", "a\n"])
+
+
+def test_temporary_files_are_removed_at_the_end_of_the_command(tmp_path: Path):
+    code = "import os, sys, tempfile\ntempfile.tempdir = sys.argv[1]\nfrom mmdistill.console import log_once\n"
+    code += "log_once('a')\nprint(len(os.listdir(sys.argv[1])))"
+    environment = {name: value for name, value in os.environ.items() if name != COMMAND_ID}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, os.listdir(tmp_path)) == ("1\n", [])

@@ -1,6 +1,5 @@
 """Skeletons: one pickle file per video."""
 
-import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -18,8 +17,7 @@ from mmdistill.errors import format_count
 SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
 SCORE_TOLERANCE = 1e-3  # of float16 scores
 MAX_OUTSIDE_SHARE = 0.5  # of joints that may lie outside the image
-
-log = logging.getLogger(__name__)
+REPORTED_OUTSIDE_SHARE = 0.01  # a person at the border of the image has a few joints outside of it
 
 
 class SkeletonReader(KeypointReader):
@@ -28,7 +26,7 @@ class SkeletonReader(KeypointReader):
     Pixel centers are at integers. A file has keypoints in px of its ``img_shape``; they are scaled to the stored frame.
     M is always `max_persons`: absent persons have score 0. If a file has more persons, those with the largest sums of
     scores are kept, in the order of the file. Optional keys, joint layouts and checks: see `parse_skeleton`. A file is
-    an error if most of its joints lie outside the image; the first file with some is logged.
+    an error if most of its joints lie outside the image. The first file with more than 1 % of them outside is logged.
     """
 
     name = "skeleton"
@@ -48,7 +46,6 @@ class SkeletonReader(KeypointReader):
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self.files_read = 0
-        self._has_reported_outside = False
 
     def path(self, video: str) -> str:
         """Path of the file of `video`."""
@@ -122,9 +119,9 @@ class SkeletonReader(KeypointReader):
         message = f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image of {size}"
         if share > MAX_OUTSIDE_SHARE:
             raise FrameError(f"{message}; correct img_shape, or data_module.skeleton_img_shape if the file has none")
-        if share and not self._has_reported_outside:
-            self._has_reported_outside = True
-            log.warning("%s; further files are not reported, `mmdistill check-data` lists them", message)
+        if share > REPORTED_OUTSIDE_SHARE:
+            text = f"{message}; further files are not reported, `mmdistill check-data` lists them"
+            log_once(text, key=f"{self.root}: joints outside the image")
 
 
 def parse_skeleton(
