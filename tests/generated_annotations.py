@@ -1,4 +1,4 @@
-"""Generated F3Set annotations: the keys, labels and long-tailed classes of the real files."""
+"""Generated annotations of F3Set and MM-CDFSL: the keys, labels, long-tailed classes and repeats of the real files."""
 
 from typing import Any
 
@@ -50,3 +50,25 @@ def _events(num_frames: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         label = f"{player}_{court}_{kind}_{side}_{technique}_{direction}_{approach}_{outcome}"
         events.append({"frame": frame, "label": label, "outcome": outcome})
     return events
+
+
+def make_clips(num_events: int, num_repeats: int, *, num_classes: int = 0, seed: int = 0) -> list[dict[str, Any]]:
+    """Clips of MM-CDFSL's lists, in random order; without `num_classes` they have no class.
+
+    Every tenth clip begins at the same frame as another clip, with another class if it has one and in another video if
+    not. A repeat has the values of another clip; every second repeat has another end.
+    """
+    rng = np.random.default_rng(seed)
+    clips = []
+    for k in range(num_events):
+        first = 1 + 30 * (k - k % 10 if k % 10 == 1 else k)
+        video = f"{k % 2 if not num_classes else 0:04d}"
+        clip = {"video_id": video, "start_frame": first, "end_frame": first + 20, "num_frames": 40 * num_events}
+        if num_classes:
+            action = k % num_classes if k < num_classes else int(num_classes * rng.uniform() ** 3)
+            action = (clips[-1]["action_id"] + 1) % num_classes if k % 10 == 1 else action
+            clip |= {"action_id": action, "action_id_internal": action + 100, "action_name": f"action_{action}"}
+        clips.append(clip)
+    for k, i in enumerate(rng.choice(num_events, num_repeats, replace=False).tolist()):
+        clips.append({**clips[i], "end_frame": clips[i]["end_frame"] + k % 2})
+    return [clips[i] for i in rng.permutation(len(clips))]

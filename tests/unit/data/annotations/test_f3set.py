@@ -213,7 +213,7 @@ WORLD_FILES = {
 
 @pytest.mark.skipif(not WORLD.exists(), reason="the corpus of real files is not next to this repository")
 @pytest.mark.parametrize("name", WORLD_FILES)
-def test_real_files_of_other_sources_are_read(name: str) -> None:
+def test_real_files_of_other_sources_are_read(name: str, caplog: pytest.LogCaptureFixture) -> None:
     annotations, *expected = WORLD_FILES[name]
     problems = []
     try:
@@ -222,6 +222,8 @@ def test_real_files_of_other_sources_are_read(name: str) -> None:
         rallies, problems = error.rallies, error.problems
     labels = [event.label for r in rallies for event in r.events]
     assert [len(rallies), len(labels), len(set(labels) - {""}), len(problems)] == expected
+    repeats = {"meccano_val": 3, "meccano_unlabel": 6, "epic-55_unlabel": 2}.get(name)
+    assert [f": {repeats} clips with the video" in r.message for r in caplog.records] == [True] * (repeats is not None)
 
 
 def test_match_of_a_rally() -> None:

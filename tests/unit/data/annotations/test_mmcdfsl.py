@@ -28,6 +28,7 @@ from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import write_flow
 from tests.commands import Script
 from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
+from tests.generated_annotations import make_clips
 
 SIZE = (16, 24)
 FRAMES = 64
@@ -230,6 +231,26 @@ def test_repeated_clips_are_taken_once_and_counted(tmp_path: Path, caplog: pytes
         "1 clip with the video, first frame and class of another clip, each taken once",
         "2 clips with the video and first frame of another clip, each taken once",
     ]
+
+
+@pytest.mark.parametrize(
+    ("num_events", "num_repeats", "num_classes", "same"),
+    [
+        (7381, 14, 40, "video, first frame and class"),
+        (1333, 6, 0, "video and first frame"),
+        (3635, 2, 0, "video and first frame"),
+    ],
+)
+def test_lists_of_the_published_sizes_are_read_completely(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, num_events: int, num_repeats: int, num_classes: int, same: str
+) -> None:
+    """Numbers of clips, repeats and classes as in MECCANO's evaluation and training list and EPIC's training list."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"clips": make_clips(num_events, num_repeats, num_classes=num_classes)}))
+    events = [event for rally in load_annotations(path, annotations="clips") for event in rally.events]
+    assert (len(events), len({e.label for e in events} - {""})) == (num_events, num_classes)
+    (record,) = caplog.records
+    assert record.message.endswith(f"{num_repeats} clips with the {same} of another clip, each taken once")
 
 
 @pytest.mark.parametrize(
