@@ -22,8 +22,9 @@ def write_video(
     pix_fmt: str = "yuv420p",
     matrix: Colorspace = Colorspace.ITU601,
     setup: Callable[[VideoStream], None] = lambda stream: None,
+    codec: str = "libx264",
 ) -> Path:
-    """Encode BGR images with H.264. `setup` changes the stream before it is opened.
+    """Encode BGR images. `setup` changes the stream before it is opened.
 
     Args:
         path: the file.
@@ -32,9 +33,10 @@ def write_video(
         pix_fmt: pixel format of the encoder.
         matrix: matrix of the conversion from BGR.
         setup: gets the stream.
+        codec: FFmpeg's name of the encoder.
     """
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
+        stream = container.add_stream(codec, rate=25)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt, stream.codec_context.time_base = pix_fmt, Fraction(1, 1000)
         setup(stream)

@@ -129,7 +129,8 @@ def format_result(result: PrepareResult) -> str:
     if record.get("interlaced"):
         details.append("interlaced, stored as progressive frames")
     if record.get("hdr"):
-        details.append("HDR: brightness is not converted to SDR; convert the video for natural colors")
+        hdr = f"HDR with transfer function {record['hdr']}"
+        details.append(f"{hdr}: brightness and colors are not converted to SDR; convert the video for natural colors")
     if "timestamps_s" in record:
         deviation = record["largest_timestamp_deviation_s"]
         details.append(f"unevenly spaced (up to {deviation:.3f} s from the mean frame rate; see timestamps_s)")

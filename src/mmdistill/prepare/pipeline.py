@@ -263,7 +263,7 @@ def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> d
         "num_frames": len(seconds),
         "container_frame_count": header.frames,
         "interlaced": is_interlaced,
-        "hdr": header.is_hdr,
+        "hdr": header.hdr,
         "fps": fps or DEFAULT_FPS,
         "largest_timestamp_deviation_s": round(deviation, 6),
         **({"timestamps_s": [round(s, 6) for s in seconds]} if is_irregular else {}),

@@ -19,8 +19,9 @@ VIDEO_SUFFIXES = (
     ".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".3gp",
 )  # fmt: skip
 MACOS_PREFIX = "._"  # of files with the attributes of another file, which macOS writes on foreign disks
-HDR_TRANSFERS = (16, 18)  # transfer characteristics PQ and HLG (ITU-T H.273)
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics of HDR video (ITU-T H.273)
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
+TS_PACKET_BYTES = (188, 192, 204)  # MPEG transport streams declare no length, but consist of packets of one size
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 HD_HEIGHT = 720  # px; players assume BT.709 for unspecified videos from this height on, else BT.601
 
@@ -46,7 +47,7 @@ class Header:
     frames: int = 0  # exact or an estimate; 0 if not declared
     seconds: float = 0.0  # 0 if not declared
     frame_size: tuple[int, int] = (0, 0)  # (height, width) in px, upright, with square pixels
-    is_hdr: bool = False  # high dynamic range
+    hdr: str = ""  # transfer function of high dynamic range, see `HDR_TRANSFERS`; empty: standard dynamic range
 
 
 def decode_frames(path: Path) -> Iterator[Frame]:
@@ -57,17 +58,19 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     file.
 
     Raises:
-        VideoError: the file cannot be opened or decoded to its end, the frame size changes, or it has fewer frames than
-            the container declares, with `COUNT_TOLERANCE`.
+        VideoError: the file cannot be opened or decoded to its end, the frame size changes, it has fewer frames than
+            the container declares, with `COUNT_TOLERANCE`, or it ends in the middle of a frame. Without a declared
+            length, a cut that damages no frame and no packet is not detected.
     """
     number, start, seconds, size = 0, 0.0, 0.0, (0, 0)
-    declared, duration, failure = 0, 0.0, None
+    declared, duration, failure, is_cut = 0, 0.0, None, False
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: contains no video stream; give a video file")
             stream = container.streams.video[0]
             declared, duration = _declared_length(container)
+            splits_packet = container.format.name == "mpegts" and all(path.stat().st_size % n for n in TS_PACKET_BYTES)
             for frame, is_interlaced in _deinterlace(container.decode(stream)):
                 if number == 0:
                     start, size = frame.time or 0.0, (frame.width, frame.height)
@@ -76,6 +79,7 @@ def decode_frames(path: Path) -> Iterator[Frame]:
                 seconds = seconds if frame.time is None else frame.time - start
                 yield Frame(number, seconds, _to_pixels(frame, stream), is_interlaced)
                 number += 1
+                is_cut = splits_packet or frame.is_corrupt
     except (av.FFmpegError, OSError) as error:
         failure = error
     if number == 0:
@@ -85,8 +89,9 @@ def decode_frames(path: Path) -> Iterator[Frame]:
         ) from failure
     end = seconds * number / max(1, number - 1)  # an edit list shortens the duration, but not the declared count
     is_short = number < declared * (1 - COUNT_TOLERANCE) - 1 and end < duration * (1 - COUNT_TOLERANCE)
-    if is_short or (failure and not 0 < declared <= number):
+    if is_short or is_cut or (failure and not 0 < declared <= number):
         expected = f"but the container declares {format_count(declared, 'frame')}" if declared else str(failure)
+        expected = "in the middle of a frame" if is_cut else expected
         message = f"{path}: truncated or broken, it ends after frame {number - 1}, {expected}; copy or encode it again"
         raise VideoError(message) from failure
 
@@ -94,7 +99,9 @@ def decode_frames(path: Path) -> Iterator[Frame]:
 def _declared_length(container: InputContainer) -> tuple[int, float]:
     """Frames and seconds that the container declares, exact or an estimate; 0 if it declares none."""
     stream = container.streams.video[0]
-    if stream.duration and stream.time_base:
+    if stream.frames and stream.average_rate and "mp4" not in container.format.name:
+        duration = stream.frames / float(stream.average_rate)  # FFmpeg estimates that of a truncated .avi from its size
+    elif stream.duration and stream.time_base:
         duration = float(stream.duration * stream.time_base)
     else:
         duration = (container.duration or 0) / av.time_base
@@ -146,7 +153,7 @@ def read_header(path: Path) -> Header:
         stream = container.streams.video[0]
         frames, seconds = _declared_length(container)
         size = (stream.height, max(1, round(stream.width * (stream.sample_aspect_ratio or 1))))
-        return Header(frames, seconds, size, stream.codec_context.color_trc in HDR_TRANSFERS)
+        return Header(frames, seconds, size, HDR_TRANSFERS.get(stream.codec_context.color_trc, ""))
     return Header()
 
 

@@ -35,7 +35,11 @@ RECORD: dict[str, Any] = {
     [
         ({}, "clip: 93 frames at 30.00 fps, 224 x 398"),
         ({"interlaced": True}, "interlaced, stored as progressive frames"),
-        ({"hdr": True}, "HDR: brightness is not converted to SDR; convert the video for natural colors"),
+        (
+            {"hdr": "PQ"},
+            "HDR with transfer function PQ: brightness and colors are not converted to SDR; convert the video "
+            "for natural colors",
+        ),
         ({"repeated_frames": [3, 9]}, "2 repeated frames (zero flow)"),
         ({"container_frame_count": 95}, "the container declares 95 frames"),
         ({"container_frame_count": 0}, "clip: 93 frames at 30.00 fps, 224 x 398"),
