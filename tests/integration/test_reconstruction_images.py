@@ -13,6 +13,9 @@ def test_images_of_a_pretraining_and_of_its_checkpoint(tmp_path: Path, script: S
     arguments = [*overrides(data), *MODEL, "trainer.image_every_n_epochs=2", "logger=[tensorboard,csv]"]
     run_python("pretrain_main.py", "modality=rgb", *arguments, f"hydra.run.dir={run}")
     assert [p.name for p in (run / "images").iterdir()] == ["epoch=01.png"]
+    one_epoch = ["trainer.epochs=1", "trainer.warmup_epochs=0", f"hydra.run.dir={tmp_path / 'one_epoch'}"]
+    run_python("pretrain_main.py", "modality=rgb", *arguments, *one_epoch)
+    assert [p.name for p in (tmp_path / "one_epoch" / "images").iterdir()] == ["epoch=00.png"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [e.step for e in events.Images("reconstruction")] == [6]  # 24 clips in batches of 8, twice
     checkpoint = next((run / "checkpoints").glob("epoch=01-*"))

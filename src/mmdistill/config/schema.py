@@ -266,7 +266,8 @@ class TrainerConfig(Sealable):
 class PretrainTrainerConfig(TrainerConfig):
     """Optimization of the pretraining."""
 
-    # epochs between images of reconstructions (in the folder images/ and TensorBoard); 0: none
+    # epochs between images of reconstructions (in the folder images/ and TensorBoard), also one after the last epoch;
+    # 0: none
     image_every_n_epochs: int = key(5, at_least(0))
 
 

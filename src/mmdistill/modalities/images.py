@@ -3,6 +3,7 @@
 Shapes: C channels, T frames, H x W pixels.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdistill.console import log_once
 from mmdistill.modalities.base import ModalitySpec, get_modality
 
 _GRAY = 0.5  # of hidden pixels
@@ -41,13 +43,46 @@ def _to_units(clip: Tensor, spec: ModalitySpec, *, is_energy: bool) -> Tensor:
     return clip * std if is_energy else clip * std + mean
 
 
-def draw_image_grid(figure: Any, rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str]) -> None:
+@functools.cache
+def choose_fonts(text: str) -> tuple[list[str], frozenset[str]]:
+    """Font families of matplotlib for a text in any language, and the characters that no installed font has."""
+    from matplotlib import font_manager
+
+    def characters_of(path: str) -> set[str]:
+        return {chr(code) for code in font_manager.get_font(path).get_charmap()}
+
+    families = ["DejaVu Sans"]  # part of matplotlib
+    missing = {c for c in text if c.isprintable()} - characters_of(font_manager.findfont(families[0]))
+    for font in font_manager.fontManager.ttflist:
+        if not missing:
+            break
+        if "LastResort" in font.fname:  # of matplotlib: it draws boxes
+            continue
+        if found := missing & characters_of(font.fname):
+            families.append(font.name)
+            missing -= found
+    return families, frozenset(missing)
+
+
+def set_figure_title(figure: Any, text: str, fontsize: float) -> None:
+    """Set the title of a matplotlib figure. A character that no installed font has is shown as its code."""
+    families, missing = choose_fonts(text)
+    if missing:
+        shown = "".join(sorted(missing))
+        log_once(f"no installed font has the characters {shown}: the images show their codes; install a font with them")
+    text = "".join(f"\\u{ord(c):04x}" if c in missing else c for c in text)
+    figure.suptitle(text, fontsize=fontsize, fontfamily=families)
+
+
+def draw_image_grid(
+    figure: Any, rows: Mapping[str, Sequence[np.ndarray]], titles: Sequence[str], *, fontsize: float = 8
+) -> None:
     """Fill a matplotlib figure or subfigure with images (H, W, 3): a row per entry, a column per title."""
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for (name, images), row_axes in zip(rows.items(), axes, strict=True):
         for ax, image in zip(row_axes, images, strict=True):
             ax.imshow(image, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=fontsize)
     for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=8)
+        ax.set_title(title, fontsize=fontsize)

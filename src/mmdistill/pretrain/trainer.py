@@ -188,15 +188,15 @@ class PretrainTrainer:
         return self.state.means or {"loss": math.nan, "constant_baseline_loss": math.nan}
 
     def log_epoch(self) -> None:
-        """The epoch's metrics, its log line, and an image every `image_every_n_epochs` epochs. Collective."""
+        """Log the epoch's metrics, and an image every `image_every_n_epochs` and after the last epoch. Collective."""
         loss, baseline = self.means["loss"], self.means["constant_baseline_loss"]
         text = (
             f"loss {loss:.4f} (constant baseline {baseline:.4f}, ratio {baseline_ratio(loss, baseline):.3f}, lower is "
             "better)"
         )
         self.training.log_epoch(self.means, text, lr=self.schedule.lr, loss_scale=self.loss_scale)
-        every_n = self.config.trainer.image_every_n_epochs
-        if every_n and (self.state.epoch + 1) % every_n == 0:
+        every_n, epochs_done = self.config.trainer.image_every_n_epochs, self.state.epoch + 1
+        if every_n and (epochs_done % every_n == 0 or epochs_done == self.config.trainer.epochs):
             self._log_reconstruction()
 
     def _log_reconstruction(self) -> None:

@@ -24,12 +24,13 @@ from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
 from mmdistill.config import PretrainConfig, modality_specs
 from mmdistill.modalities import ModalitySpec, preprocess_clips
-from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip
+from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip, set_figure_title
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, gather_patches
 from mmdistill.training.run_logger import baseline_ratio
 
 _MAX_COLUMNS = 6  # frames shown
+_DPI = 100
 _STD_FLOOR = 1e-6  # as in `patch_targets`
 # Titles of the rows; docs/runs.md has the same ones.
 INPUT, MASKED_INPUT = "input", "masked input"
@@ -136,18 +137,24 @@ def scatter_patches(values: Tensor, index: Tensor, grid: tuple[int, int, int], b
 
 
 def draw(reconstruction: Reconstruction, title: str) -> np.ndarray:
-    """The image, uint8 (height, width, 3): rows are input, masked input and predictions, columns are frames."""
+    """The image, uint8 (height, width, 3): rows are input, masked input and predictions, columns are frames.
+
+    A frame has at least its own size, and at least 150 px in width.
+    """
     rows = render_rows(reconstruction)
     num_frames, height, width = rows[INPUT].shape[:3]
     frames = np.unique(np.linspace(0, num_frames - 1, min(_MAX_COLUMNS, num_frames)).round().astype(int))
-    size = 1.9 + 1.5 * len(frames), 0.7 + 1.5 * height / width * len(rows)
-    figure = Figure(figsize=size, layout="constrained", dpi=100)
+    column = max(150, 1.08 * width) / _DPI  # inches, with the space between two frames
+    scale = min(2.0, column * _DPI / 150)  # of the text
+    row = column * height / width + 0.1
+    size = 1.9 * scale + column * len(frames), 0.7 * scale + row * len(rows)
+    figure = Figure(figsize=size, layout="constrained", dpi=_DPI)
     canvas = FigureCanvasAgg(figure)
     shown = {name: [images[frame] for frame in frames] for name, images in rows.items()}
-    draw_image_grid(figure, shown, [f"frame {frame}" for frame in frames])
+    draw_image_grid(figure, shown, [f"frame {frame}" for frame in frames], fontsize=8 * scale)
     ratio = baseline_ratio(reconstruction.loss, reconstruction.constant_baseline)
     loss = f"loss {reconstruction.loss:.4f} (ratio to constant baseline {ratio:.2f})"
-    figure.suptitle(f"{title}; target {reconstruction.spec.target}, {loss}", fontsize=9)
+    set_figure_title(figure, f"{title}; target {reconstruction.spec.target}, {loss}", fontsize=9 * scale)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 

@@ -1,12 +1,15 @@
 """Images of clips: known colors, hidden values, one brightness scale, and their layout in a figure."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from mmdistill.modalities import ModalitySpec
-from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip
+from mmdistill.modalities.images import choose_fonts, display_scale, draw_image_grid, render_clip, set_figure_title
 
 FLOW = ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "pixel")
 RGB = ModalitySpec("rgb", 3, 1, (0.5,), (0.5,), "pixel")
@@ -39,3 +42,31 @@ def test_grid_has_a_row_per_entry_and_a_column_per_title() -> None:
     assert [ax.get_title() for ax in figure.axes] == ["frame 0", "frame 4", "", ""]
     assert [ax.get_ylabel() for ax in figure.axes] == ["a", "", "b", ""]
     assert [float(ax.images[0].get_array().max()) for ax in figure.axes] == [0.0, 1.0, 0.5, 0.0]
+
+
+def test_characters_without_a_font_are_shown_as_codes_and_reported(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last_resort = [font for font in font_manager.fontManager.ttflist if "LastResort" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", last_resort)  # which draws boxes
+    missing = "球"
+    choose_fonts.cache_clear()
+    figure = Figure()
+    with caplog.at_level(logging.WARNING):
+        set_figure_title(figure, f"rally_{missing}", 9)
+    assert figure.get_suptitle() == r"rally_\u7403"
+    assert missing in caplog.text
+    assert choose_fonts("rally") == (["DejaVu Sans"], frozenset())
+    choose_fonts.cache_clear()
+
+
+def test_a_character_is_drawn_with_an_installed_font_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = font_manager.FontEntry(fname=font_manager.findfont("DejaVu Sans Mono"), name="Other")
+    default = font_manager.findfont("STIXGeneral")
+    characters = {chr(code) for code in font_manager.get_font(installed.fname).get_charmap()}
+    only_there = max(characters - {chr(code) for code in font_manager.get_font(default).get_charmap()})
+    monkeypatch.setattr(font_manager, "findfont", lambda _: default)
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [installed])
+    choose_fonts.cache_clear()
+    assert choose_fonts(f"a{only_there}") == (["DejaVu Sans", "Other"], frozenset())
+    choose_fonts.cache_clear()

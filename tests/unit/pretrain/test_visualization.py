@@ -113,6 +113,17 @@ def test_image_of_each_modality(name: str, target: str, tmp_path: Path) -> None:
     assert (cv2.imread(str(tmp_path / "new" / "p.png"))[..., ::-1] == image).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(224, 384), (16, 24)])
+def test_a_frame_of_the_image_has_at_least_its_own_size(height: int, width: int) -> None:
+    """The frame is white on a white page, with one black frame line; its removed part is gray."""
+    rows = {INPUT: torch.full((3, 16, height, width), -10.0), MASKED_INPUT: torch.zeros(3, 16, height, width)}
+    image = draw(Reconstruction(_spec("rgb", "pixel"), rows, loss=0.5, constant_baseline=1.0), "title")
+    black = (image == 0).all(axis=2)
+    frame_rows = black[black.sum(axis=1) > 6 * 140]  # lines of pixels of the first row of frames
+    assert len(frame_rows) >= height
+    assert frame_rows.sum(axis=1).min() >= 6 * max(width, 140)
+
+
 def test_title_of_a_constant_clip_has_no_ratio() -> None:
     """The constant baseline of a clip with constant targets is 0."""
     spec = _spec("rgb", "pixel")
