@@ -55,6 +55,33 @@ if COMMAND_ID not in os.environ:
     atexit.register(_remove_temporary_files)
 
 
+@contextmanager
+def record_warnings() -> Iterator[Callable[[], list[str]]]:
+    """Yield a function that returns the distinct warnings that mmdistill has logged since the start of the block.
+
+    Warnings of forked worker processes are included. The warnings of `log_once` are logged again in the block.
+    """
+    command_id = os.environ[COMMAND_ID]
+    os.environ[COMMAND_ID] = f"{command_id}-{uuid.uuid4().hex}"
+    logger = logging.getLogger(__name__.partition(".")[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "warnings.txt"
+        handler = logging.FileHandler(path, encoding="utf-8")  # processes append to one file
+        handler.setLevel(logging.WARNING)
+        handlers: list[logging.Handler] = [handler]
+        if not logger.hasHandlers() and logging.lastResort:  # which logs only without any other handler
+            handlers.append(logging.lastResort)
+        for added in handlers:
+            logger.addHandler(added)
+        try:
+            yield lambda: list(dict.fromkeys(path.read_text(encoding="utf-8").splitlines()))
+        finally:
+            for added in handlers:
+                logger.removeHandler(added)
+            handler.close()
+            os.environ[COMMAND_ID] = command_id
+
+
 def program_name() -> str:
     """Start of a message: ``mmdistill VERB``, or ``mmdistill`` if a script calls the verb."""
     return sys.argv[0] if sys.argv[0].startswith("mmdistill ") else "mmdistill"

@@ -83,6 +83,7 @@ def test_report_counts_rallies_without_clips(folder: Path, capsys: pytest.Captur
     assert found["index"]["without_events"] == [rallies[1]["video"]]
     message = "22 evaluation clips of 4 classes; skipping 1 rally too short for a clip, 1 rally without an event"
     assert message in capsys.readouterr().out
+    assert f"<li>{message}</li>" in (folder / "run" / "report.html").read_text()
 
 
 def test_report_counts_rallies_of_the_training_set(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

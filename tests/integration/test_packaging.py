@@ -55,6 +55,7 @@ def test_wheel_contains_all_modules_and_configs(wheel: Path) -> None:
         (ROOT / "src", "*.jinja", ""),
         (ROOT / "src", "*.yaml", ""),  # the key poses of the demo
         (ROOT / "configs", "*.yaml", "mmdistill/configs/"),
+        (ROOT / "docs", "glossary.md", "mmdistill/docs/"),
     )
     expected = {prefix + p.relative_to(root).as_posix() for root, glob, prefix in sources for p in root.rglob(glob)}
     assert names == expected
@@ -74,6 +75,11 @@ def test_configs_compose_from_another_folder(installed: Path, tmp_path: Path, na
     code += f"print(load_config(PretrainConfig, {name!r}, ['modality=rgb']).data_module.name)"
     lines = _run(installed, tmp_path, "-c", code).splitlines()
     assert lines == [f"{installed}/mmdistill/configs None", "tennis" if name.endswith("tennis") else "demo"]
+
+
+def test_terms_of_the_report_are_read_from_another_folder(installed: Path, tmp_path: Path) -> None:
+    code = "from mmdistill.evaluation.report.html_page import TERMS, read_terms; print(len(TERMS) == len(read_terms()))"
+    assert _run(installed, tmp_path, "-c", code) == "True\n"
 
 
 def test_dependencies_with_private_interfaces_have_upper_bounds() -> None:

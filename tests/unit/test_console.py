@@ -1,4 +1,6 @@
 import io
+import logging
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mmdistill import console
-from mmdistill.console import COMMAND_ID, LINE_INTERVAL_S, ProgressDisplay, log_once, progress
+from mmdistill.console import COMMAND_ID, LINE_INTERVAL_S, ProgressDisplay, log_once, progress, record_warnings
 
 
 class Clock:
@@ -123,3 +125,31 @@ def test_temporary_files_are_removed_at_the_end_of_the_command(tmp_path: Path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert (done.stdout, os.listdir(tmp_path)) == ("1\n", [])
+
+
+@pytest.mark.usefixtures("new_command")
+def test_warnings_are_recorded_once_also_those_of_workers():
+    log_once("before")
+    log = logging.getLogger("mmdistill.data")
+    with record_warnings() as warnings:
+        assert warnings() == []
+        log.info("no warning")
+        for text in ("a", "b", "a"):
+            log.warning(text)
+        log_once("before")
+        worker = multiprocessing.get_context("fork").Process(target=log.warning, args=("of a worker: 网球",))
+        worker.start()
+        worker.join()
+        assert warnings() == ["a", "b", "before", "of a worker: 网球"]
+    log.warning("after")
+    assert warnings is not None
+    assert logging.getLogger("mmdistill").handlers == []
+
+
+def test_recorded_warnings_are_shown_without_any_other_handler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with record_warnings():
+        logging.getLogger("mmdistill.data").warning("joints outside")
+    assert "joints outside" in capsys.readouterr().err

@@ -11,13 +11,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
+from mmdistill.console import record_warnings
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.plugins import entry_point_names
@@ -83,6 +84,12 @@ def name_options(message: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the features or options are invalid or the output cannot be written."""
     args = parse_arguments(argv)
+    with record_warnings() as warnings:
+        return _evaluate(args, warnings)
+
+
+def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> int:
+    """Evaluate the files; `warnings` returns the warnings that were logged so far."""
     from mmdistill.evaluation.report.write import print_tables, to_json, write_report
     from mmdistill.fewshot.features import load_features
     from mmdistill.fewshot.protocol import Protocol, run_protocol
@@ -116,5 +123,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
         atomic_write_bytes(args.json, text.encode() + b"\n")
     if args.report:
-        print(f"report: {write_report(results, args.report, extra=extra)}")
+        print(f"report: {write_report(results, args.report, extra=extra, caveats=warnings())}")
     return 0

@@ -1,6 +1,6 @@
 """The few-shot evaluation of a checkpoint: its networks, clips, input modes and log. Scoring is in `fewshot`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmdistill.config import (
     modality_specs,
     to_plain,
 )
+from mmdistill.console import record_warnings
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.clips import ClipIndex, count_overlapping_clips
 from mmdistill.data.dataset import ClipDataset
@@ -66,26 +67,29 @@ def evaluate_checkpoint(
     Raises:
         InputError: the message names the key or the file.
     """
-    with exit_on_stop_signal(config.stop_signals, hint=stop_hint):
-        return _evaluate(config, checkpoint, run_dir)
+    with exit_on_stop_signal(config.stop_signals, hint=stop_hint), record_warnings() as warnings:
+        return _evaluate(config, checkpoint, run_dir, warnings)
 
 
-def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str, Any]:
+def _evaluate(
+    config: DistillConfig, checkpoint: str, run_dir: Path, warnings: Callable[[], list[str]]
+) -> dict[str, Any]:
+    """See `evaluate_checkpoint`; `warnings` returns the warnings that were logged so far."""
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
     builders.make_demo_data(config.data_module)
     with name_setting("ckpt_path"):
         source = open_checkpoint(checkpoint)
-    networks, lines = load_networks(config, source)
+    networks, caveats = load_networks(config, source)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _make_protocol(config)
-    lines += _check_clips(protocol, dataset.index)
+    lines = _check_clips(protocol, dataset.index)
+    unused = lines[:1] if any(dataset.index.report[key] for key in _UNUSED_RALLIES) else []
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
-    caveats = [*filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))]
+    caveats += filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))
     caveats += builders.sampling_rate_warnings(source.meta, config.data_module, checkpoint)
-    lines += caveats
     if config.compile:
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
@@ -93,8 +97,9 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
     lines += run_folder_lines(config, run_dir)
     precision = resolve_precision(config.precision, process.device)
     jobs, skipped = _make_jobs(config, networks, process.device, precision)
+    caveats += skipped
     if process.is_main:
-        print("\n".join([*lines, *skipped]), flush=True)
+        print("\n".join([*lines, *caveats]), flush=True)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     features = encode_cached(
         jobs,
@@ -133,7 +138,7 @@ def _evaluate(config: DistillConfig, checkpoint: str, run_dir: Path) -> dict[str
             run_dir,
             read_frame=read_frame,
             extra=extra,
-            caveats=caveats,
+            caveats=[*unused, *caveats, *warnings()],
             settings=settings,
             facts=[f"Evaluation dataset: {config.data_module.name}.", *training_facts(source.stored_meta)],
         )

@@ -14,7 +14,7 @@ from mmdistill.console import progress
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
 from mmdistill.errors import format_count
 from mmdistill.fewshot.classifiers import get_classifier
-from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, eligible_classes, sample_episodes
+from mmdistill.fewshot.episodes import Eligibility, Episodes, EpisodeSpec, eligible_classes, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.logistic import default_num_workers
@@ -73,9 +73,7 @@ class Protocol:
             found = eligible_classes(list(labels), spec, groups=groups, names=names)
             if self.disjoint:  # a draw can be impossible for several classes together
                 self.sample(spec, list(labels), groups, names)
-            size = f"{spec.n_way}-way {spec.k_shot}-shot, {format_count(self.q_sample, 'query')} per class"
-            line = f"{size}: {format_count(len(found.classes), 'eligible class')}"
-            lines.append("; ".join(filter(None, (line, found.describe(names)))))
+            lines.append(describe_eligibility(spec, found, names))
         return lines
 
     def specs(self) -> list[EpisodeSpec]:
@@ -85,6 +83,13 @@ class Protocol:
     def sample(self, spec: EpisodeSpec, labels: ArrayLike, groups: Sequence[str], names: Sequence[str]) -> Episodes:
         """Draw the episodes of one combination; see `sample_episodes`."""
         return sample_episodes(labels, spec, episodes=self.episodes, seed=self.seed, groups=groups, names=names)
+
+
+def describe_eligibility(spec: EpisodeSpec | Episodes, found: Eligibility, names: Sequence[str]) -> str:
+    """One line about the eligible and the excluded classes of episodes."""
+    size = f"{spec.n_way}-way {spec.k_shot}-shot, {format_count(spec.q_sample, 'query')} per class"
+    line = f"{size}: {format_count(len(found.classes), 'eligible class')}"
+    return "; ".join(filter(None, (line, found.describe(names))))
 
 
 @dataclass(frozen=True)

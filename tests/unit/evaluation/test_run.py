@@ -1,6 +1,7 @@
 """The evaluation of a checkpoint in this process: input modes, log lines, and the feature cache."""
 
 import json
+import logging
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_torch
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, to_plain
 from mmdistill.distill.teachers import read_teacher
 from mmdistill.distributed.process import Process
+from mmdistill.evaluation import run
 from mmdistill.evaluation.networks import Network, load_networks
 from mmdistill.evaluation.report import write
 from mmdistill.evaluation.run import (
@@ -271,6 +273,26 @@ def test_the_page_has_the_caveats_of_the_evaluation(data: Path, checkpoint: Path
     caveats = text[text.index("<h2>Caveats</h2>") : text.index("<h2>Results</h2>")]
     assert "evaluated rallies are also in" in caveats
     assert "overlap in time" not in caveats
+
+
+def test_warnings_of_the_log_are_on_the_page(
+    data: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each distinct one once, also those about skipped networks."""
+    check = run._check_clips
+
+    def check_with_warnings(*args: Any) -> list[str]:
+        for text in ("2 clips are listed twice", "2 clips are listed twice", "no image shape"):
+            logging.getLogger("mmdistill.data.annotations").warning(text)
+        return check(*args)
+
+    monkeypatch.setattr(run, "_check_clips", check_with_warnings)
+    hidden = ("data_module.eval_mask_ratio=0.99", "baselines=[]")
+    _evaluate(data, checkpoint, tmp_path, *hidden)
+    text = (tmp_path / "report.html").read_text()
+    caveats = text[text.index("<h2>Caveats</h2>") : text.index('<p class="lead">')]
+    assert caveats.count("2 clips are listed twice") == caveats.count("no image shape") == 1
+    assert caveats.count("input_modes=all: skipping") == 2
 
 
 def test_settings_of_the_page_are_those_that_the_numbers_depend_on(data: Path) -> None:

@@ -5,6 +5,7 @@ Shapes: N clips, D width, C classes.
 
 import io
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,17 +13,31 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from mmdistill.fewshot.episodes import FloatArray
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Results, Row, Setting
 from mmdistill.fewshot.scores import count_confusions
+from mmdistill.modalities.images import choose_fonts
 from mmdistill.randomness import integer_rng
 
-# Okabe and Ito's palette, which is suitable for color-blind readers
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31", "#7B4FA3", "#9C9C00")
+# Okabe and Ito's palette, which is suitable for color-blind readers. A network has one color in all reports.
+NETWORK_COLORS = {
+    "student_rgb": "#0072B2",
+    "student_ema_rgb": "#56B4E9",
+    "teacher_rgb": "#D55E00",
+    "teacher_flow": "#009E73",
+    "teacher_skeleton": "#CC79A7",
+    "random": "#000000",
+}
+_OTHER_COLORS = ("#E69F00", "#8C6D31", "#7B4FA3", "#9C9C00", "#888888")  # of networks without a color above
+_INPUT_MODE_LINES = ("-", "--", ":", "-.")  # of the input modes of one network
+# Paul Tol's palette "muted"; no class has the color of a network
+_CLASS_COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255")
 MARKERS = "osD^vPX*<>"
+_WIDTH = 10.0  # inches, of a figure with a legend of networks; the page is 11 inches wide
 _STYLE: Any = {
     "svg.fonttype": "none",  # keeps text as text: small files, and the browser supplies the glyphs of any language
     "svg.hashsalt": "mmdistill",  # makes the file reproducible
@@ -49,45 +64,82 @@ def shorten(text: str, limit: int = 34) -> str:
     return text if len(text) <= limit else f"{text[: limit - 15]}…{text[-14:]}"
 
 
-def _marker(number: int) -> dict[str, Any]:
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+def network_colors(names: Sequence[str]) -> dict[str, str]:
+    """Color by name of the network. ``pretrained_flow`` is the same encoder as ``teacher_flow``.
+
+    The color of any other network follows from its name, unless two of them would have the same color.
+    """
+    colors: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        start = zlib.crc32(name.encode()) % len(_OTHER_COLORS)
+        order = _OTHER_COLORS[start:] + _OTHER_COLORS[:start]
+        free = next((color for color in order if color not in colors.values()), order[0])
+        colors[name] = NETWORK_COLORS.get(name.replace("pretrained_", "teacher_"), free)
+    return colors
+
+
+def _row_styles(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Color of the network and line style of the input mode, for each row."""
+    colors = network_colors([row.network for row in rows])
+    modes = list(dict.fromkeys(row.input_mode for row in rows))
+    return [
+        {"color": colors[r.network], "linestyle": _INPUT_MODE_LINES[modes.index(r.input_mode) % len(_INPUT_MODE_LINES)]}
+        for r in rows
+    ]
 
 
 def _legend_columns(names: Sequence[str]) -> int:
-    """Number of columns that fits in the narrowest figure; constrained layout truncates a wider legend."""
-    return max(1, 70 // (8 + max(map(len, names))))
+    """Number of columns that fits in `_WIDTH`; constrained layout truncates a wider legend."""
+    return max(1, int(12.5 * _WIDTH) // (8 + max(map(len, names))))
+
+
+def _make_figure(height: float, names: Sequence[str]) -> Figure:
+    """A figure whose axes have `height` inches, with space for a legend of `names` below them."""
+    legend_rows = -(-len(names) // _legend_columns(names))
+    return Figure(figsize=(_WIDTH, height + 0.25 * legend_rows), layout="constrained")
 
 
 def accuracy_by_shots(results: Results) -> str:
     """Accuracy with 95 % intervals over k_shot, one panel per n_way and classifier."""
     panels = [(n, c) for n in results.protocol.n_way for c in results.protocol.classifiers]
-    columns = min(3, len(panels))
+    columns = min(2, len(panels))
     count = -(-len(panels) // columns)
+    names = [*row_labels(results.settings[0].rows), "chance"]
     with rc_context(_STYLE):
-        figure = Figure(figsize=(max(5.5, 3.6 * columns), 3.4 * count), layout="constrained")
+        figure = _make_figure(4.4 * count, names)
         axes = figure.subplots(count, columns, squeeze=False, sharey=True).ravel()
         for axis, panel in zip(axes[: len(panels)], panels, strict=True):
             _draw_shots_panel(axis, [s for s in results.settings if (s.n_way, s.classifier) == panel])
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(names))
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(names))
         return _svg(figure)
 
 
 def _draw_shots_panel(axis: Axes, settings: Sequence[Setting]) -> None:
-    """One curve per network; `settings` differ in k_shot."""
-    names = row_labels(settings[0].rows)
-    for number, (name, rows) in enumerate(zip(names, zip(*(s.rows for s in settings), strict=True), strict=True)):
-        mean = [100 * r.summary["top1_action_ensemble"] for r in rows]
-        half = [100 * r.summary["ci95"] for r in rows]
-        x = np.arange(len(rows)) + 0.06 * (number - (len(names) - 1) / 2)
-        axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **_marker(number))
-    axis.axhline(100 / settings[0].n_way, color="gray", linestyle=":", label="chance")
+    """One curve per network; `settings` differ in k_shot. Points with the same k_shot lie side by side."""
+    names, styles = row_labels(settings[0].rows), _row_styles(settings[0].rows)
+    offset = min(0.05, 0.6 / len(names))
+    for number, (name, style) in enumerate(zip(names, styles, strict=True)):
+        summaries = [s.rows[number].summary for s in settings]
+        mean = [100 * s["top1_action_ensemble"] for s in summaries]
+        half = [100 * s["ci95"] for s in summaries]
+        x = np.arange(len(settings)) + offset * (number - (len(names) - 1) / 2)
+        marker: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1.2}
+        bars = axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **marker, **style)
+        for line in bars[2]:
+            line.set_linestyle("-")
+    axis.axhline(
+        100 / settings[0].n_way, color="gray", linestyle=(0, (1, 3)), label=f"chance (100 % / {settings[0].n_way})"
+    )
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.yaxis.set_tick_params(labelleft=True)
     axis.set_xticks(range(len(settings)), [str(s.k_shot) for s in settings])
     axis.set_xlim(-0.5, len(settings) - 0.5)
     title = f"{settings[0].n_way}-way, {settings[0].classifier}"
-    axis.set(xlabel="support clips per class", ylabel="accuracy, %", title=title)
+    axis.set(xlabel="support clips per class (K)", ylabel="accuracy (%)", title=title)
 
 
 def confusion_matrix(row: Row, classes: Sequence[str], *, limit: int = 12) -> tuple[str, int]:
@@ -98,9 +150,13 @@ def confusion_matrix(row: Row, classes: Sequence[str], *, limit: int = 12) -> tu
     rates = np.divide(counts, possible, out=np.full(counts.shape, np.nan), where=possible > 0)
     rates = rates[np.ix_(frequent, frequent)]
     names = [shorten(classes[c]) for c in frequent.tolist()]
-    with rc_context(_STYLE):
+    # space for characters that matplotlib measures without their font, each 0.4 em too narrow
+    families, missing = choose_fonts("".join(names))
+    padding = 0.04 + 0.4 * 10 / 72 * max(sum(c in missing for c in name) for name in names)
+    with rc_context({**_STYLE, "font.family": [*families, "sans-serif"]}):
         size = 3.4 + 0.42 * len(frequent)
         figure = Figure(figsize=(size + 1, size), layout="constrained")
+        figure.get_layout_engine().set(w_pad=padding, h_pad=padding)  # type: ignore[union-attr, call-arg]
         axis = figure.subplots()
         image = axis.imshow(100 * rates, cmap="Blues", vmin=0, vmax=100)
         axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
@@ -120,14 +176,13 @@ def episode_histogram(rows: Sequence[Row]) -> str:
     step = max(1, round(queries / 25))
     edges = (np.arange(0, queries + 1 + step, step) - 0.5) / queries * 100
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+        figure = _make_figure(4, row_labels(rows))
         axis = figure.subplots()
-        for number, (row, name) in enumerate(zip(rows, row_labels(rows), strict=True)):
-            color = COLORS[number % len(COLORS)]
+        for row, name, style in zip(rows, row_labels(rows), _row_styles(rows), strict=True):
             values = 100 * row.scores.accuracy
-            axis.hist(values, bins=edges.tolist(), histtype="step", color=color, label=shorten(name, 60), linewidth=1.5)
-            axis.axvline(float(values.mean()), color=color, linestyle="--", linewidth=1)
-        axis.set(xlabel="accuracy of an episode, %", ylabel="episodes")
+            axis.hist(values, bins=edges.tolist(), histtype="step", label=shorten(name, 60), linewidth=1.5, **style)
+            axis.plot([float(values.mean())], [0], marker="^", markersize=9, color=style["color"], clip_on=False)
+        axis.set(xlabel="accuracy of an episode (%)", ylabel="number of episodes")
         figure.legend(loc="outside lower center", ncols=_legend_columns(row_labels(rows)))
         return _svg(figure)
 
@@ -150,38 +205,46 @@ def embedding_map(features: Sequence[Features], *, most_classes: int = 8, most_c
     clips = labeled[np.isin(first.labels[labeled], selected)]
     clips = np.sort(integer_rng(seed).permutation(clips)[:most_clips])
     with rc_context(_STYLE):
-        figure = Figure(figsize=(4.8 * len(features), 4.6), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(features), 4.8), layout="constrained")
+        colors = network_colors([f.network for f in features])
         axes = figure.subplots(1, len(features), squeeze=False).ravel()
         for axis, f in zip(axes, features, strict=True):
             plane = project(f.features[clips].mean(axis=1))
             for number, value in enumerate(selected.tolist()):
                 own = first.labels[clips] == value
                 style = {"s": 14, "alpha": 0.75, "linewidths": 0, "label": shorten(first.classes[value])}
-                axis.scatter(plane[own, 0], plane[own, 1], **style, **_marker(number))
+                marker = {"color": _CLASS_COLORS[number % len(_CLASS_COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+                axis.scatter(plane[own, 0], plane[own, 1], **style, **marker)
             title = network_label(f.network, f.input_mode, default_mode=first.input_mode)
-            axis.set(xticks=[], yticks=[], title=shorten(title, 44))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(shorten(title, 44), color=colors[f.network])
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(features), fontsize=9)
         return _svg(figure)
 
 
 def probe_bars(probes: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy on the full label set, of the linear probe and of k-NN."""
+    """Accuracy on the full label set, of the linear probe (solid bars) and of k-NN (hatched bars)."""
     names = [network_label(p["network"], p["input_mode"], default_mode=probes[0]["input_mode"]) for p in probes]
+    colors = network_colors([p["network"] for p in probes])
     with rc_context(_STYLE):
-        figure = Figure(figsize=(6.5, 1.2 + 0.5 * len(names)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.4 + 0.5 * len(names)), layout="constrained")
         axis = figure.subplots()
         y = np.arange(len(names))
-        for shift, key, title, color in (
-            (-0.2, "linear_top1", "linear probe", COLORS[0]),
-            (0.2, "knn_top1", "k-NN", COLORS[4]),
-        ):
-            axis.barh(y + shift, [100 * float(p[key]) for p in probes], 0.38, color=color, label=title)
-        axis.axvline(100 * float(probes[0]["majority"]), color="gray", linestyle=":", label="most frequent class")
+        for shift, key, is_solid in ((-0.2, "linear_top1", True), (0.2, "knn_top1", False)):
+            for row, p in enumerate(probes):
+                color = colors[p["network"]]
+                style: Any = (
+                    {"color": color} if is_solid else {"facecolor": "white", "edgecolor": color, "hatch": "///"}
+                )
+                axis.barh(y[row] + shift, 100 * float(p[key]), 0.38, **style)
+        majority = axis.axvline(100 * float(probes[0]["majority"]), color="gray", linestyle=":")
         axis.set_yticks(y, [shorten(name, 60) for name in names])
         axis.invert_yaxis()
-        axis.set(xlabel="accuracy, %")
-        figure.legend(loc="outside lower center", ncols=3)
+        axis.set(xlabel="accuracy (%)")
+        bars = Patch(color="gray"), Patch(facecolor="white", edgecolor="gray", hatch="///")
+        names = ["linear probe", "k-NN", "most frequent class"]
+        figure.legend([*bars, majority], names, loc="outside lower center", ncols=3)
         return _svg(figure)
 
 

@@ -1,7 +1,9 @@
 """`report.html`: one self-contained file. Its content security policy forbids scripts and requests."""
 
 import base64
+import html
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -12,18 +14,26 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdistill.config.compose import CONFIGS
 from mmdistill.errors import format_count
 from mmdistill.evaluation.report import figures
-from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, probe_tables, result_tables, table_title
+from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_caveats, result_tables, table_title
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import per_class_accuracy
+from mmdistill.modalities.images import choose_fonts
 
 ReadFrame = Callable[[int], NDArray[np.uint8]]
 """position of a clip -> one frame of the clip, uint8 (H, W, 3) RGB"""
 
 _MAX_SUPPORT_FRAMES = 3  # per class
 _MAX_QUERY_FRAMES = 5
-_THUMBNAIL_WIDTH = 168
+_THUMBNAIL_WIDTH = 240  # px
+_GLOSSARY = CONFIGS.parent / "docs" / "glossary.md"
+TERMS = (
+    *("episode", "N-way", "K-shot", "support clip", "query clip", "clip", "rally", "masked view", "input mode"),
+    *("teacher", "student", "classifier", "scored network", "baseline network", "`random`", "`pretrained_rgb`"),
+    *("chance level", "confidence interval", "paired difference"),
+)
 _ORIGIN = ("checkpoint", "modality", "eval_masks", "n_masks", "eval_mask_ratio")
 
 
@@ -38,6 +48,8 @@ def render_page(
     """The page as text; arguments as in `write_report`. The texts are in ``report.html.jinja``."""
     row, scored = results.headline, results.features[0]
     confusion, num_confused = figures.confusion_matrix(row, scored.classes)
+    families, missing = choose_fonts("".join(scored.classes))
+    needs_fonts = len(families) > 1 or bool(missing)  # the computer that shows the page can have other fonts
     per_class = per_class_accuracy(row.scores, scored.classes)
     first_baseline = [f for f in results.features if f.network != scored.network][:1]
     networks = [
@@ -57,10 +69,10 @@ def render_page(
         row=row,
         num_clips=len(scored.ids),
         title=table_title(row),
-        excluded=row.scores.episodes.eligibility.describe(scored.classes),
-        caveats=caveats,
+        caveats=list(dict.fromkeys([*caveats, *result_caveats(results)])),
         facts=facts,
-        below_chance=below_chance_note(results),
+        colors=figures.network_colors([f.network for f in results.features]),
+        terms=read_terms(),
         tables=result_tables(results),
         footnotes=FOOTNOTES,
         probes=probe_tables(results),
@@ -68,12 +80,20 @@ def render_page(
         episodes_figure=_svg_uri(figures.episode_histogram(results.settings[0].rows)),
         confusion_figure=_svg_uri(confusion),
         num_confused=num_confused,
+        needs_fonts=needs_fonts,
         embedding_figure=_svg_uri(figures.embedding_map([scored, *first_baseline], seed=results.protocol.seed)),
         probe_figure=_svg_uri(figures.probe_bars(results.probes)) if results.probes else None,
         example=_example_episode(row, scored.classes, read_frame) if read_frame else None,
         classes=sorted(per_class.items(), key=lambda item: -item[1]["accuracy"]),
         settings={k: json.dumps(v, indent=1, ensure_ascii=False, default=str) for k, v in blocks.items()},
     )
+
+
+def read_terms() -> dict[str, str]:
+    """The `TERMS` and their meanings in docs/glossary.md, as HTML."""
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", _GLOSSARY.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    meanings = {term: re.sub("`(.+?)`", r"<code>\1</code>", html.escape(meaning)) for term, meaning in rows}
+    return {re.sub("`(.+?)`", r"<code>\1</code>", term): meanings[term] for term in TERMS}
 
 
 def typical_episode(row: Row) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmdistill.errors import format_count
-from mmdistill.fewshot.protocol import Results, Row, Setting
+from mmdistill.fewshot.protocol import Results, Row, Setting, describe_eligibility
 
 COLUMNS = (
     "network",
@@ -33,12 +33,18 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    networks: tuple[str, ...] = ()  # the network of each row
 
 
 def result_tables(results: Results) -> list[Table]:
     """One table per combination and classifier."""
     return [
-        Table(table_title(setting.rows[0]), COLUMNS, [row_cells(setting, row) for row in setting.rows])
+        Table(
+            table_title(setting.rows[0]),
+            COLUMNS,
+            [row_cells(setting, row) for row in setting.rows],
+            tuple(row.network for row in setting.rows),
+        )
         for setting in results.settings
     ]
 
@@ -59,6 +65,16 @@ def row_cells(setting: Setting, row: Row) -> tuple[str, ...]:
 def _network_cell(name: str, modality: str | None) -> str:
     """The name of a network with its input modality: ``teacher_flow``, ``random (rgb)``."""
     return name if modality is None or name.endswith(f"_{modality}") else f"{name} ({modality})"
+
+
+def result_caveats(results: Results) -> list[str]:
+    """The lines about excluded classes and about networks below chance."""
+    lines = []
+    for setting in results.settings:
+        episodes = setting.rows[0].scores.episodes
+        if episodes.eligibility.excluded:
+            lines.append(describe_eligibility(episodes, episodes.eligibility, results.features[0].classes))
+    return list(dict.fromkeys(filter(None, (*lines, below_chance_note(results)))))
 
 
 def below_chance_note(results: Results) -> str:
@@ -112,4 +128,4 @@ def probe_tables(results: Results) -> list[Table]:
         )
         for p, f in zip(results.probes, results.features, strict=True)
     ]
-    return [Table(title, PROBE_COLUMNS, rows)]
+    return [Table(title, PROBE_COLUMNS, rows, tuple(p["network"] for p in results.probes))]

@@ -108,7 +108,7 @@ def write_report(
         folder: created if it does not exist.
         read_frame: reads a frame of a clip, for the example episode; None: no example episode.
         extra: further top-level keys of the JSON.
-        caveats: sentences below the headline of the page, such as the number of clips that overlap.
+        caveats: sentences at the top of the page, such as the number of clips that overlap. `result_caveats` follow.
         settings: values in the section Settings of the page, by the title of their block; None: those of `extra`.
         facts: sentences in the headline of the page about the data and the training.
     """

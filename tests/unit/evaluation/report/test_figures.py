@@ -1,6 +1,8 @@
 import re
+from dataclasses import replace
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mmdistill.evaluation.report import figures
 from mmdistill.fewshot.protocol import Results
@@ -41,7 +43,64 @@ def test_figures_are_reproducible(results: Results):
     assert first == second
 
 
+def colors_by_network(svg: str) -> dict[str, str]:
+    """Color of the last marker or line before the name of each network in the legend."""
+    found, color = {}, ""
+    for match in re.finditer(r"(?:fill|stroke): (#[0-9a-f]{6})|>([^<>]+)</text>", svg):
+        if match[1]:
+            color = match[1]
+        else:
+            found[match[2]] = color
+    return found
+
+
+def select_networks(results: Results, numbers: list[int]) -> Results:
+    """The results of some of the networks."""
+    settings = tuple(replace(s, rows=tuple(s.rows[n] for n in numbers)) for s in results.settings)
+    return replace(results, settings=settings)
+
+
+def test_a_network_has_one_color_in_all_figures_and_evaluations(results: Results):
+    few = select_networks(results, [1, 3])
+    drawn = [figures.accuracy_by_shots(r) for r in (results, few)]
+    drawn += [figures.episode_histogram(r.settings[0].rows) for r in (results, few)]
+    for svg in drawn:
+        found = colors_by_network(svg.replace(" (whole clips)", ""))
+        assert found["student_rgb"] == figures.NETWORK_COLORS["student_rgb"].lower()
+        assert found["random"] == figures.NETWORK_COLORS["random"].lower()
+
+
+def test_colors_of_networks_do_not_depend_on_the_other_networks():
+    known = ["student_rgb", "teacher_rgb", "teacher_flow", "teacher_skeleton", "random"]
+    together = figures.network_colors(known)
+    assert len(set(together.values())) == len(known)
+    for name in (*known, "mmdistill_rgb_only"):
+        alone = figures.network_colors([name])[name]
+        assert figures.network_colors([*known, name])[name] == alone
+        assert figures.network_colors([name, *reversed(known)])[name] == alone
+    assert figures.network_colors(["pretrained_flow"])["pretrained_flow"] == together["teacher_flow"]
+    own = [f"run_{number}" for number in range(5)]
+    assert len(set(figures.network_colors([*own, *known]).values())) == 10
+
+
+def test_accuracy_by_shots_has_units_chance_and_separate_points(results: Results):
+    svg = figures.accuracy_by_shots(results)
+    for text in ("accuracy (%)", "support clips per class (K)", "chance (100 % / 5)"):
+        assert f">{text}</text>" in svg
+    width, height = (float(v) for v in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg).groups())
+    assert width >= 500
+    assert height >= 300
+    axis = Figure().subplots()
+    figures._draw_shots_panel(axis, [setting for setting in results.settings if setting.classifier == "knn"])
+    x = np.array([bars.lines[0].get_xdata() for bars in axis.containers])  # networks, numbers of shots
+    assert x.shape == (4, 2)
+    assert np.diff(np.sort(x.ravel())).min() > 0.04  # no two intervals have the same position
+    assert np.abs(x - np.array([0, 1])).max() < 0.5  # nearest to the own number of shots
+
+
 def test_probe_bars_name_every_network(results: Results):
     svg = figures.probe_bars(results.probes)
     assert "student_rgb (whole clips)" in svg
     assert "most frequent class" in svg
+    for network in {probe["network"] for probe in results.probes}:
+        assert figures.network_colors([network])[network].lower() in svg

@@ -1,11 +1,15 @@
+import base64
 import html
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import cv2
 import numpy as np
 
+from mmdistill.evaluation.report.figures import network_colors
 from mmdistill.evaluation.report.html_page import render_page, typical_episode
 from mmdistill.fewshot.protocol import Results
 
@@ -60,11 +64,15 @@ def test_the_header_states_network_input_clips_and_glossary(results: Results, pa
 
 
 def test_the_terms_are_those_of_the_glossary(page: Path):
-    text = " ".join(page.read_text().split())
+    text = html.unescape(" ".join(page.read_text().split()))
     terms = dict(re.findall(r"<dt>(.+?)</dt><dd>(.+?)</dd>", re.sub("</?code>", "`", text)))
     rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", GLOSSARY.read_text(), flags=re.MULTILINE))
-    assert len(terms) == 14
+    assert len(terms) == 19
     assert {"teacher", "chance level", "`random`", "`pretrained_rgb`"} <= set(terms)
+    ten = {"episode", "N-way", "K-shot", "support clip", "query clip", "student", "teacher", "confidence interval"}
+    ten |= {"paired difference", "chance level"}
+    assert ten <= set(terms)
+    assert all(terms[term].count(". ") == 0 for term in ten)  # one sentence each
     assert {term: rows.get(term) for term in terms} == terms
 
 
@@ -73,10 +81,33 @@ def test_without_frames_there_is_no_example_episode(results: Results, page: Path
     assert "<h2>Example episode</h2>" not in render_page(results, read_frame=None)
 
 
-def test_caveats_are_below_the_headline(results: Results):
+def test_caveats_are_above_the_accuracy(results: Results):
     text = render_page(results, read_frame=None, caveats=["3 clips overlap", "2 of 4 <rallies>"])
-    caveats = text[text.index("<h2>Caveats</h2>") : text.index("<h2>Results</h2>")]
+    caveats = text[text.index("<h2>Caveats</h2>") : text.index('<p class="lead">')]
     assert "<li>3 clips overlap</li><li>2 of 4 &lt;rallies&gt;</li>" in caveats
+
+
+def test_rows_of_the_tables_have_the_color_of_the_network_in_the_figures(results: Results, page: Path):
+    colors = network_colors([f.network for f in results.features])
+    for name in ("student_rgb", "random"):
+        swatch = f'<span class="color" style="background: {colors[name]}"></span>{name}</td>'
+        assert page.read_text().count(swatch) == (5 if name == "random" else 10)
+
+
+def test_class_names_of_other_scripts_stay_text_and_have_a_notice(results: Results, page: Path):
+    """A browser draws the text of an SVG with the fonts of its computer."""
+    figures = [base64.b64decode(data).decode() for data in re.findall(r"svg\+xml;base64,([^\"]+)", page.read_text())]
+    assert any("网球" in figure for figure in figures)
+    assert "install a font with these characters" in page.read_text()
+    latin = tuple(f"class {number}" for number in range(8))
+    renamed = replace(results, features=tuple(replace(f, classes=latin) for f in results.features))
+    assert "install a font" not in render_page(renamed, read_frame=None)
+
+
+def test_frames_of_the_example_episode_show_a_player(results: Results):
+    text = render_page(results, read_frame=lambda clip: np.full((224, 398, 3), clip % 250, np.uint8))
+    jpegs = [base64.b64decode(data) for data in re.findall(r"jpeg;base64,([^\"]+)", text)]
+    assert {cv2.imdecode(np.frombuffer(j, np.uint8), cv2.IMREAD_COLOR).shape for j in jpegs} == {(135, 240, 3)}
 
 
 def test_facts_are_in_the_headline(results: Results):

@@ -57,7 +57,10 @@ def test_excluded_classes_are_in_the_json_and_on_the_page(tmp_path: Path):
     )
     results = run_protocol([small], Protocol(episodes=10, classifiers=("centroid",)), show_progress=False)
     assert to_json(results)["excluded_classes"] == {"near_ad_stroke_fh_gs_W": 10}
-    assert "near_ad_stroke_fh_gs_W (10)" in write_report(results, tmp_path).read_text()
+    text = write_report(results, tmp_path).read_text()
+    assert text.index("near_ad_stroke_fh_gs_W (10)") < text.index('<p class="lead">')
+    (line,) = Protocol(episodes=10).check(small.labels.tolist(), small.groups, small.classes)
+    assert f"<li>{line}</li>" in text  # as the terminal prints it
 
 
 def test_tables_show_percent_network_and_paired_difference(results: Results):
