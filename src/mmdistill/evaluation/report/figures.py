@@ -130,9 +130,7 @@ def _draw_shots_panel(axis: Axes, settings: Sequence[Setting]) -> None:
         bars = axis.errorbar(x, mean, yerr=half, capsize=3, label=shorten(name, 60), **marker, **style)
         for line in bars[2]:
             line.set_linestyle("-")
-    axis.axhline(
-        100 / settings[0].n_way, color="gray", linestyle=(0, (1, 3)), label=f"chance (100 % / {settings[0].n_way})"
-    )
+    axis.axhline(100 / settings[0].n_way, color="gray", linestyle=(0, (1, 3)), label="chance (100 % / N)")
     axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.yaxis.set_tick_params(labelleft=True)
