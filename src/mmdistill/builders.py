@@ -17,6 +17,7 @@ from mmdistill.config import (
     modality_specs,
     skeleton_format,
 )
+from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
 from mmdistill.data.dataloader import ClipLoader
@@ -250,12 +251,26 @@ def make_clip_loader(
 
 
 def make_demo_data(data: DataModuleConfig) -> None:
-    """Render the demo dataset if the config uses it and it does not exist yet."""
-    if data.name == "demo":
-        from mmdistill.demo.dataset import make_demo
-        from mmdistill.demo.scene import DemoParameters
+    """Render the demo dataset if the config uses it and it does not exist yet.
 
-        make_demo(Path(data.target_data_dir), DemoParameters(frame_size=(data.frame_size[0], data.frame_size[1])))
+    Raises:
+        ConfigError: a relative `target_data_dir` does not exist, but the source tree or a parent folder has it.
+        DemoError: see `make_demo`.
+    """
+    if data.name != "demo":
+        return
+    root = Path(data.target_data_dir).expanduser()
+    folders = [*([SOURCE_ROOT] if SOURCE_ROOT else []), *Path.cwd().parents]
+    existing = next((folder / root for folder in folders if (folder / root / "demo.json").is_file()), None)
+    if existing and not root.exists():
+        raise ConfigError(
+            f"data_module.target_data_dir={root}: there is no such folder here, but the demo data are in {existing}; "
+            f"set data_module.target_data_dir={existing}, or create the folder (mkdir -p {root}) to render them again"
+        )
+    from mmdistill.demo.dataset import make_demo
+    from mmdistill.demo.scene import DemoParameters
+
+    make_demo(root, DemoParameters(frame_size=(data.frame_size[0], data.frame_size[1])))
 
 
 def token_grid(data: DataModuleConfig) -> tuple[int, int]:

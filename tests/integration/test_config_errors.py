@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.commands import run_python
 
 
@@ -40,3 +42,22 @@ def test_help_and_validation_import_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     assert "target_data_dir" in run_python("-c", code).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "modality=rgb", "resume=Auto"], "resume=Auto: there is no such path; did you mean auto?"),
+        (["pretrain", "modality=rgb", "init_from=nope.pth"], "init_from: nope.pth: does not exist"),
+        (["distill", "trainer.ckpt_path=[a,b,c]", "resume=Auto"], "resume=Auto: there is no such path"),
+        (["distill", "trainer.ckpt_path=[a,b,c]"], "trainer.ckpt_path: a: does not exist"),
+        (["evaluate", "ckpt_path=nope.ckpt"], "ckpt_path: nope.ckpt: does not exist"),
+        (["features", "nope.ckpt", "out.npz"], "nope.ckpt: does not exist"),
+    ],
+)
+def test_missing_paths_are_reported_before_demo_data_are_rendered(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    done = run_python("-m", "mmdistill", *arguments, cwd=tmp_path, expect=2)
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == []

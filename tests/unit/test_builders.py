@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mmdistill.demo.dataset
+from mmdistill import builders
 from mmdistill.builders import make_clip_dataset, open_readers
 from mmdistill.config import ConfigError, PretrainConfig
 from tests.configs import pretrain_config
@@ -82,3 +84,28 @@ def test_missing_folder_names_the_settings_without_the_modality(tmp_path: Path) 
     with pytest.raises(ConfigError) as caught:
         open_readers(data, ("skeleton",))
     assert "teachers" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["source tree", "parent folder"])
+def test_demo_data_of_another_folder_are_not_rendered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A relative folder of the demo data refers to the folder in which they were rendered first."""
+    first, here = tmp_path / "first", tmp_path / ("first/below" if place == "parent folder" else "other")
+    here.mkdir(parents=True)
+    (first / "data/demo").mkdir(parents=True)
+    (first / "data/demo/demo.json").touch()
+    monkeypatch.setattr(builders, "SOURCE_ROOT", first if place == "source tree" else None)
+    rendered: list[Path] = []
+    monkeypatch.setattr(mmdistill.demo.dataset, "make_demo", lambda root, parameters: rendered.append(root))
+    monkeypatch.chdir(here)
+    data = _config().data_module
+    with pytest.raises(ConfigError, match=rf"set data_module\.target_data_dir={first}/data/demo, or create the folder"):
+        builders.make_demo_data(data)
+    assert not rendered
+    (here / "data/demo").mkdir(parents=True)
+    builders.make_demo_data(data)
+    (first / "data/demo/demo.json").unlink()
+    (here / "data/demo").rmdir()
+    builders.make_demo_data(data)
+    assert rendered == [Path("data/demo")] * 2

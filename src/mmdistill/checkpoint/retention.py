@@ -207,7 +207,7 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
     def search() -> Path | None:
         if resume == "auto":
             return latest_valid_checkpoint(directory)
-        source = _resume_path(resume) if resume is not None else None
+        source = resume_path(resume) if resume is not None else None
         _check_no_later_checkpoints(directory, source)
         return source
 
@@ -215,8 +215,8 @@ def find_resume(resume: str | None, directory: Path) -> Path | None:
     return cast(Path | None, found[0])
 
 
-def _resume_path(resume: str) -> Path:
-    """The path of `resume`. Raises `CheckpointError` that names the key."""
+def resume_path(resume: str) -> Path:
+    """The path of `resume`, which is not ``auto``. Raises `CheckpointError` that names the key."""
     hint = suggest_nearest(resume.lower(), ["auto"])
     if hint and not Path(resume).expanduser().exists():
         raise CheckpointError(f"resume={resume}: there is no such path{hint}")

@@ -16,8 +16,10 @@ def run_distillation(config: DistillConfig, run_dir: str) -> None:
     if config.train:
         from mmdistill.cli.find_checkpoints import evaluation_command_of_run
         from mmdistill.distill import distill
+        from mmdistill.distill.teachers import check_paths
         from mmdistill.evaluation.run import check_evaluation
 
+        check_paths(config)  # before the demo data are rendered
         if config.test:
             check_evaluation(config)
         checkpoint = str(distill(config, Path(run_dir)))

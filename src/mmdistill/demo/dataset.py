@@ -44,6 +44,7 @@ from mmdistill.files import atomic_write_bytes
 
 FORMAT = 5  # increase it when the same parameters produce different bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
+ANNOTATION_FILES = {"train.json": "train", "val.json": "val", "unlabel.json": "train"}  # file -> split
 FPS = 11.0
 
 
@@ -113,7 +114,14 @@ def is_complete(root: Path, plan: RallyPlan) -> bool:
 
 
 def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
-    for path in filter(Path.is_file, (root / "demo.json", root / "demo.partial.json")):
+    records = [path for path in (root / "demo.json", root / "demo.partial.json") if path.is_file()]
+    others = [name for name in ANNOTATION_FILES if not records and (root / name).exists()]
+    if others:
+        raise DemoError(
+            f"{root}: contains {', '.join(others)} of another dataset, which the demo data would replace; set "
+            "dataset=NAME for this dataset, or another folder for the demo data (data_module.target_data_dir)"
+        )
+    for path in records:
         found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
         keys = sorted(key for key in {*found, *requested} if found.get(key) != requested.get(key))
         if keys:
@@ -144,7 +152,7 @@ def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = N
     plain lines without a terminal.
 
     Raises:
-        DemoError: `root` contains a demo dataset with other parameters.
+        DemoError: `root` contains a demo dataset with other parameters, or annotation files of another dataset.
     """
     root.mkdir(parents=True, exist_ok=True)
     # A round trip through JSON turns tuples into lists, as in the file.
@@ -160,7 +168,7 @@ def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = N
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         _render_all(root, missing, parameters, min(workers or cores, max(len(missing), 1)), progress)
         records = {split: [rally_record(p, parameters) for p in plans if p.split == split] for split in SPLITS}
-        for name, split in (("train", "train"), ("val", "val"), ("unlabel", "train")):
-            atomic_write_bytes(root / f"{name}.json", json.dumps(records[split], indent=2).encode())
+        for name, split in ANNOTATION_FILES.items():
+            atomic_write_bytes(root / name, json.dumps(records[split], indent=2).encode())
         atomic_write_bytes(root / "demo.json", json.dumps({"parameters": requested}, indent=2).encode())
         (root / "demo.partial.json").unlink()

@@ -8,7 +8,9 @@ from typing import Any
 from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
+from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.references import require_exists, require_same_digest, weights_digest
+from mmdistill.checkpoint.retention import resume_path
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, teacher_paths
 from mmdistill.modalities import ModalitySpec, modality_names, stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -47,6 +49,19 @@ def _check_statistics(checkpoint: Checkpoint, spec: ModalitySpec, path: object) 
             f"data_module.modalities.{spec.name}: differs from the settings that {path} was trained with (checkpoint / "
             f"data_module): {difference}; use the same dataset config in both trainings"
         )
+
+
+def check_paths(config: DistillConfig) -> None:
+    """Raise `CheckpointError` if `resume` or a path of `trainer.ckpt_path` does not exist. Nothing is read.
+
+    A run that resumes may need no teacher of `trainer.ckpt_path`, see `load_teachers`.
+    """
+    if config.resume is None:
+        with name_setting("trainer.ckpt_path"):
+            for path in teacher_paths(config.trainer).values():
+                existing_path(path)
+    elif config.resume != "auto":
+        resume_path(config.resume)
 
 
 def load_teachers(

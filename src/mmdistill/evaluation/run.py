@@ -77,10 +77,10 @@ def _evaluate(
     """See `evaluate_checkpoint`; `warnings` returns the warnings that were logged so far."""
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     run_dir = broadcast_run_dir(run_dir)
-    builders.make_demo_data(config.data_module)
     with name_setting("ckpt_path"):
         source = open_checkpoint(checkpoint)
     networks, caveats = load_networks(config, source)
+    builders.make_demo_data(config.data_module)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _make_protocol(config)
@@ -196,13 +196,6 @@ def training_facts(meta: Mapping[str, Any]) -> list[str]:
 
 def check_evaluation(config: DistillConfig) -> None:
     """Raise `ConfigError` on every rank if the evaluation after a training will fail: labels, components, baselines."""
-    builders.make_demo_data(config.data_module)
-    try:
-        _check_clips(_make_protocol(config), builders.make_clip_index(config.data_module, training=False))
-    except (FewshotError, AnnotationError) as error:
-        raise ConfigError(
-            f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
-        ) from error
     teachers = [f"teacher_{m}" for m in config.trainer.teachers]
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
@@ -212,6 +205,13 @@ def check_evaluation(config: DistillConfig) -> None:
     for entry in config.baselines:
         if entry != "random" and entry not in named and not Path(entry).expanduser().exists():
             raise unknown_baseline(entry, components)
+    builders.make_demo_data(config.data_module)
+    try:
+        _check_clips(_make_protocol(config), builders.make_clip_index(config.data_module, training=False))
+    except (FewshotError, AnnotationError) as error:
+        raise ConfigError(
+            f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
+        ) from error
 
 
 def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:

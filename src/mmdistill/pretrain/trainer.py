@@ -17,6 +17,8 @@ from torch.utils.data import default_collate
 
 from mmdistill.builders import make_decoder_config, make_encoder_config
 from mmdistill.checkpoint import load_deepspeed, save_deepspeed
+from mmdistill.checkpoint.errors import name_setting
+from mmdistill.checkpoint.locate import existing_path
 from mmdistill.config import PretrainConfig, modality_specs, to_plain, zero_stage
 from mmdistill.data.masking import sample_decoder_tokens
 from mmdistill.distributed.collectives import all_reduce_mean
@@ -45,6 +47,9 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
         SystemExit: with `INTERRUPTED_EXIT_CODE` after a signal, when a complete checkpoint is written.
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
+    if config.init_from:
+        with name_setting("init_from"):
+            existing_path(config.init_from)  # before the demo data are rendered
     with open_run(config, run_dir) as run:
         data = make_train_data(config, (config.modality,), run.process, whole_steps=True)
         title = f"pretrain {config.modality}"

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from torch import nn
 
 from mmdistill import __version__
-from mmdistill.builders import make_demo_data
 from mmdistill.checkpoint import prune
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.lock import run_lock
@@ -17,7 +16,7 @@ from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.retention import find_resume
 from mmdistill.checkpoint.write import warn_if_unsynced
 from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
-from mmdistill.distributed.collectives import all_reduce_any, barrier, broadcast_run_dir, run_on_all_ranks
+from mmdistill.distributed.collectives import all_reduce_any, broadcast_run_dir, run_on_all_ranks
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
 from mmdistill.models.videomae import EncoderConfig
@@ -72,9 +71,6 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
     process = start_process(accelerator=config.accelerator, seed=config.seed, timeout_s=config.distributed_timeout_s)
     precision = resolve_precision(config.precision, process.device)  # raises before anything is created
     run_dir = broadcast_run_dir(run_dir)
-    if process.is_main:
-        make_demo_data(config.data_module)
-    barrier()
     with run_lock(run_dir / "checkpoints"):
         if process.is_main:
             warn_if_unsynced(run_dir / "checkpoints")

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from mmdistill.builders import make_clip_dataset, make_clip_loader
+from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.distributed.collectives import barrier
 from mmdistill.distributed.process import Process
 from mmdistill.errors import format_count
 from mmdistill.training.state import TrainingState
@@ -72,6 +73,9 @@ def make_train_data(
     Raises:
         ConfigError: there are fewer clips than one batch or, with `whole_steps`, than one optimizer step needs.
     """
+    if process.is_main:
+        make_demo_data(config.data_module)
+    barrier()
     dataset = make_clip_dataset(
         config.data_module, modalities, training=True, seed=config.seed, cached_epochs=cached_epochs
     )

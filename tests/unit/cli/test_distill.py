@@ -68,6 +68,7 @@ def test_train_and_test_select_the_steps(
         assert stop_hint == (f"the training is complete; evaluate it with\n{command}" if train else "")
 
     monkeypatch.setattr(mmdistill.distill, "distill", fake_distill)
+    monkeypatch.setattr(mmdistill.distill.teachers, "check_paths", lambda config: steps.append("paths"))
     monkeypatch.setattr(mmdistill.evaluation.run, "check_evaluation", lambda config: steps.append("check"))
     monkeypatch.setattr(mmdistill.evaluation.run, "evaluate_checkpoint", fake_evaluate)
     overrides = [

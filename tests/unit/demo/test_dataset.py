@@ -128,6 +128,13 @@ def test_dataset_with_other_parameters_is_rejected(demo_root: Path, tmp_path: Pa
         make_demo(tmp_path, replace(ONE_STROKE_PER_CLASS, nuisance=0.1), workers=1, progress=False)
 
 
+def test_annotations_of_another_dataset_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "unlabel.json").write_text("[]")
+    with pytest.raises(DemoError, match=r"contains unlabel\.json of another dataset, .* set dataset=NAME"):
+        make_demo(tmp_path, ONE_STROKE_PER_CLASS, workers=1, progress=False)
+    assert (tmp_path / "unlabel.json").read_text() == "[]"
+
+
 def test_flow_pair_k_is_the_motion_from_frame_k_to_the_next(demo_root: Path) -> None:
     """The flow at torso joints is their displacement. Neighboring pairs and the opposite sign fit worse."""
     torso = [5, 6, 11, 12]
