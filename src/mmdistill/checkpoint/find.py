@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
+    HUGGINGFACE_WEIGHTS,
     LATEST,
     MANIFEST,
+    METADATA_KEY,
+    SHARD_INDEX_SUFFIX,
     TAG,
     CheckpointFormat,
     is_tag,
@@ -34,7 +37,8 @@ _EPOCH = re.compile(r"epoch=(\d+)")
 _LOSS = re.compile(r"(?:^|[-_])(?:\w+_)?loss=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 _RUN_TIME = re.compile(r"(\d{4}-\d\d-\d\d)/(\d\d-\d\d-\d\d)(?:/|$)")
 _PICKLED_EPOCH = re.compile(rb"X\x05\x00\x00\x00epoch(?:q.|r.{4})?(?:K(.)|M(..)|J(.{4}))", re.DOTALL)
-_SEARCHED_BYTES = 1 << 17  # start of a file that is searched for the epoch
+_PICKLED_MODALITY = re.compile(rb"X\x08\x00\x00\x00modality(?:q.|r.{4})?(?:h(.)|j(.{4})|(?=X))", re.DOTALL)
+_SEARCHED_BYTES = 1 << 17  # start of a file that is searched for the epoch and the kind
 _ZIP_END_RECORD_BYTES = 22
 
 
@@ -52,7 +56,8 @@ class CheckpointInfo:
         problem: why the checkpoint is not complete.
         is_inside_epoch: whether a stop signal ended the epoch; the loss is that of a part of the epoch.
         modified: seconds since 1970.
-        started: start of the run in seconds since 1970, from its folder's name if that is a date, else `modified`.
+        started: start of the run in seconds since 1970: from its ``run.json``, else from a date in the path, else the
+            first `modified` of its checkpoints. A copy of a run keeps the first two.
     """
 
     path: Path
@@ -69,10 +74,9 @@ class CheckpointInfo:
 
 
 def _infer_modality(path: str, kind: str | None = None, modality: str | None = None) -> str:
-    if kind == "distill":
-        return DISTILLED
-    if modality in modality_names():
-        return modality
+    """Group of a checkpoint by its metadata, else by the ``run.json`` of its run, else by the names of its folders."""
+    if group := _known_group(kind, modality) or _modality_of_run(path):
+        return group
     for field in reversed(path.split(os.sep)[:-1]):
         lowered = field.lower()
         if "distill" in lowered:
@@ -80,27 +84,46 @@ def _infer_modality(path: str, kind: str | None = None, modality: str | None = N
         for name in modality_names():
             if lowered == name or lowered.endswith("_" + name) or lowered.startswith(name + "_"):
                 return name
-    return _modality_of_run(path)
+    return UNKNOWN
 
 
-def _modality_of_run(path: str) -> str:
-    """Group of a checkpoint by the ``run.json`` of its run, for a run folder whose name does not tell it."""
+def _first_record(path: str) -> dict[str, Any]:
+    """The record of the first start in the ``run.json`` of a checkpoint's run; empty if there is none."""
     try:
         with open(os.path.join(os.path.dirname(os.path.dirname(path)), "run.json"), encoding="utf-8") as file:
-            config = json.load(file)[-1]["config"]
-        modality = config.get("modality")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return UNKNOWN
-    if modality is None:
-        return DISTILLED
-    return modality if modality in modality_names() else UNKNOWN
+            record = json.load(file)[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _modality_of_run(path: str) -> str | None:
+    """Group of a checkpoint by the ``run.json`` of its run."""
+    config = _first_record(path).get("config")
+    if not isinstance(config, dict):
+        return None
+    return _known_group(None if "modality" in config else "distill", config.get("modality"))
+
+
+def _known_group(kind: str | None, modality: str | None) -> str | None:
+    return DISTILLED if kind == "distill" else modality if modality in modality_names() else None
 
 
 def _run_start_time(path: str, modified: float) -> float:
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        return datetime.datetime.fromisoformat(_first_record(path)["started"]).timestamp()
     with contextlib.suppress(IndexError, ValueError):  # no date, or an invalid one
         text = " ".join(_RUN_TIME.findall(path.replace(os.sep, "/"))[-1])
         return datetime.datetime.strptime(text, "%Y-%m-%d %H-%M-%S").timestamp()
     return modified
+
+
+def _with_run_starts(found: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    """`found`, where all checkpoints of a folder have the earliest `started` of them."""
+    first: dict[Path, float] = {}
+    for info in found:
+        first[info.path.parent] = min(info.started, first.get(info.path.parent, math.inf))
+    return [replace(info, started=first[info.path.parent]) for info in found]
 
 
 def _parse_name(name: str) -> tuple[int | None, float | None]:
@@ -121,13 +144,47 @@ def _archive_problem(path: str, size: int) -> str:
     return "" if has_end_record else f"{os.path.basename(path)} is truncated at {format_count(size, 'byte')}"
 
 
-def _pickled_epoch(path: str) -> int | None:
-    """Epoch of a Lightning file whose name has none, from the first bytes of its pickle."""
+def _read_head(path: str) -> bytes:
+    """The start of a torch file, which contains the pickle with the names of the tensors and the metadata."""
     with open(path, "rb") as file:
-        match = _PICKLED_EPOCH.search(file.read(_SEARCHED_BYTES))
-    if not match:
-        return None
-    return int.from_bytes(next(group for group in match.groups() if group is not None), "little")
+        return file.read(_SEARCHED_BYTES)
+
+
+def _pickled_epoch(head: bytes) -> int | None:
+    """Epoch of a Lightning file whose name has none, from the start of its pickle."""
+    match = _PICKLED_EPOCH.search(head)
+    return int.from_bytes(next(group for group in match.groups() if group is not None), "little") if match else None
+
+
+def _pickled_kind(head: bytes) -> tuple[str | None, str | None]:
+    """Kind and modality in the start of a torch file: of a distillation by its tensors, else from the metadata."""
+    if b"student_rgb." in head or b"cmt.mlp_to_" in head:
+        return "distill", None
+    match = _PICKLED_MODALITY.search(head)
+    for name in modality_names() if match else ():
+        text = b"X" + len(name).to_bytes(4, "little") + name.encode()
+        short, long = match.groups()  # reference to an earlier string
+        if (
+            head.startswith(text, match.end())
+            if short is long is None
+            else (text + (b"q" + short if short else b"r" + (long or b"")) in head)
+        ):
+            return "pretrain", name
+    return None, None
+
+
+def _check_safetensors(path: str) -> tuple[str, dict[str, Any], set[str]]:
+    """Problem, metadata of mmdistill and names of the tensors of a file. Its header is compared with its size."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = set(file.keys())
+            meta = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError) as error:
+        size = format_count(os.path.getsize(path), "byte")
+        return f"{os.path.basename(path)} is truncated or damaged at {size} ({error})", {}, set()
+    meta = meta if isinstance(meta, dict) else {}
+    is_distilled = any(name.startswith(("student_rgb.", "cmt.")) for name in names)
+    return "", {"kind": "distill", **meta} if is_distilled else meta, names
 
 
 def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
@@ -135,23 +192,21 @@ def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
     stat = entry.stat()
     epoch, loss = _parse_name(entry.name)
     format_ = CheckpointFormat.LIGHTNING if entry.name.endswith(".ckpt") else CheckpointFormat.WEIGHTS
-    problem = ""
     if entry.name.endswith(".safetensors"):
         format_ = CheckpointFormat.SAFETENSORS
-        try:
-            with safe_open(entry.path, framework="numpy") as file:  # reads the header and compares it with the size
-                if set(file.keys()) == {"features", "labels"}:
-                    return None
-        except SafetensorError as error:
-            problem = f"truncated or damaged at {format_count(stat.st_size, 'byte')} ({error})"
+        problem, meta, names = _check_safetensors(entry.path)
+        if names == {"features", "labels"}:
+            return None
+        epoch = meta.get("epoch") if epoch is None else epoch
+        kind, modality = meta.get("kind"), meta.get("modality")
     else:
-        problem = _archive_problem(entry.path, stat.st_size)
-        if epoch is None and not problem:
-            epoch = _pickled_epoch(entry.path)
+        problem, head = _archive_problem(entry.path, stat.st_size), _read_head(entry.path)
+        kind, modality = _pickled_kind(head)
+        epoch = _pickled_epoch(head) if epoch is None and not problem else epoch
     return CheckpointInfo(
         path=Path(entry.path),
         format=str(format_),
-        modality=_infer_modality(entry.path),
+        modality=_infer_modality(entry.path, kind, modality),
         epoch=epoch,
         loss=loss,
         size=stat.st_size,
@@ -159,6 +214,42 @@ def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
         problem=problem,
         modified=stat.st_mtime,
         started=_run_start_time(entry.path, stat.st_mtime),
+    )
+
+
+def _describe_huggingface_folder(folder: str, weights: str) -> CheckpointInfo:
+    """Describe a folder of `save_pretrained`: all its shards are one checkpoint. `weights`: file or index."""
+    files, problem = [weights], ""
+    if weights.endswith(SHARD_INDEX_SUFFIX):
+        try:
+            with open(os.path.join(folder, weights), encoding="utf-8") as file:
+                files = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            files, problem = [], f"{weights} is damaged"
+    paths = [os.path.join(folder, name) for name in files]
+    present = [path for path in paths if os.path.isfile(path)]
+    kind = modality = None
+    for path in present:
+        if path.endswith(".safetensors"):
+            damage, meta, _ = _check_safetensors(path)
+            kind, modality = kind or meta.get("kind"), modality or meta.get("modality")
+        else:
+            damage = _archive_problem(path, os.path.getsize(path))
+        problem = problem or damage
+    if missing := [os.path.basename(path) for path in paths if path not in present]:
+        problem = f"{missing[0]} is missing"
+    modified = os.stat(os.path.join(folder, weights)).st_mtime
+    return CheckpointInfo(
+        path=Path(folder),
+        format=str(CheckpointFormat.SAFETENSORS if ".safetensors" in weights else CheckpointFormat.WEIGHTS),
+        modality=_infer_modality(os.path.join(folder, weights), kind, modality),
+        epoch=None,
+        loss=None,
+        size=sum(map(os.path.getsize, present)),
+        complete=not problem,
+        problem=problem,
+        modified=modified,
+        started=_run_start_time(folder, modified),
     )
 
 
@@ -235,6 +326,13 @@ def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[Checkpoin
         except OSError as error:
             unreadable.append(f"{folder}: {error.strerror or error}")
             continue
+        weights = next((name for name in HUGGINGFACE_WEIGHTS if name in names), None)
+        is_huggingface = weights is not None and ("config.json" in names or weights.endswith(SHARD_INDEX_SUFFIX))
+        if weights and is_huggingface:
+            try:
+                yield _describe_huggingface_folder(folder, weights)
+            except OSError as error:
+                unreadable.append(f"{folder}: {error.strerror or error}")
         in_checkpoints_dir = os.path.basename(folder) == "checkpoints"
         suffixes = FILE_SUFFIXES if in_checkpoints_dir else (".ckpt", ".safetensors")
         for entry in entries:
@@ -244,7 +342,7 @@ def _iterate_checkpoints(root: str, unreadable: list[str]) -> Iterator[Checkpoin
                 if entry.is_dir():
                     if not entry.is_symlink() or _is_new_link_target(entry.path, linked):
                         pending.append(entry.path)
-                elif entry.name.endswith(suffixes) and (info := _describe_file(entry)):
+                elif not is_huggingface and entry.name.endswith(suffixes) and (info := _describe_file(entry)):
                     yield info
             except OSError as error:
                 unreadable.append(f"{entry.path}: {error.strerror or error}")
@@ -268,7 +366,7 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
     found = list(_iterate_checkpoints(str(top), unreadable if unreadable is not None else []))
     if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
         found = list({os.path.realpath(info.path): info for info in found}.values())
-    return sorted(_complete_last(found), key=_age_key, reverse=True)
+    return sorted(_with_run_starts(_complete_last(found)), key=_age_key, reverse=True)
 
 
 def _complete_last(found: list[CheckpointInfo]) -> list[CheckpointInfo]:

@@ -1,12 +1,15 @@
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from mmdistill.checkpoint import CheckpointError, find_checkpoints
+from mmdistill.checkpoint import CheckpointError, find_checkpoints, save_torch
 from mmdistill.checkpoint.find import select_checkpoints
+from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.fewshot.features import save_features
-from tests.checkpoint_files import write_lightning, write_native, write_output
+from tests.checkpoint_files import STATE, write_distilled, write_lightning, write_native, write_output
+from tests.commands import ROOT
 from tests.synthetic_features import make_features
 
 
@@ -139,3 +142,67 @@ def test_run_with_a_name_that_does_not_tell_its_kind(tmp_path: Path, content: st
     if content is not None:
         (tmp_path / "mine" / "run.json").write_text(content)
     assert [info.modality for info in find_checkpoints(tmp_path)] == [group]
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_copied_run_is_ordered_by_epoch_and_start_not_by_modification_time(tmp_path: Path, has_record: bool) -> None:
+    """A copy with new times of modification, in any order of the files."""
+    for run, hour, epochs in (("old", 8, (7, 15)), ("copy", 9, (11, 3))):
+        for number, epoch in enumerate(epochs):
+            folder = tmp_path / f"{run}/checkpoints"
+            path = write_native(folder / f"epoch={epoch:02d}-loss=0.5000", epoch=epoch, loss=0.5, modality="rgb")
+            time = 2000 + number - 100 * (run == "old" and not has_record)
+            os.utime(path / "manifest.json", (time, time))
+        if has_record:
+            (tmp_path / run / "run.json").write_text(json.dumps([{"started": f"2026-01-01T0{hour}:00:00+00:00"}]))
+    found = find_checkpoints(tmp_path)
+    assert [(i.path.parent.parent.name, i.epoch) for i in found] == [("copy", 11), ("copy", 3), ("old", 15), ("old", 7)]
+
+
+def test_content_decides_the_group_not_the_name_of_the_folder(tmp_path: Path) -> None:
+    """A distillation in a folder named as a pretraining, and pretrainings in folders named as distillations."""
+    (tmp_path / "rgb_run").mkdir()
+    write_distilled(tmp_path / "rgb_run/last.ckpt")
+    (tmp_path / "distill_2/checkpoints").mkdir(parents=True)
+    for meta in ({"kind": "pretrain", "modality": "flow"}, {"flow": 1, "kind": "pretrain", "modality": "flow"}):
+        path = tmp_path / f"distill_2/checkpoints/{len(meta)}"
+        save_torch({"model": STATE, "mmdistill": meta}, path.with_suffix(".pt"))
+        save_safetensors(STATE, path.with_suffix(".safetensors"), {**meta, "epoch": 4})
+    found = {info.path.name: (info.modality, info.epoch) for info in find_checkpoints(tmp_path)}
+    assert found == {
+        "last.ckpt": ("distilled", 3),
+        "2.pt": ("flow", None),
+        "3.pt": ("flow", None),
+        "2.safetensors": ("flow", 4),
+        "3.safetensors": ("flow", 4),
+    }
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "videomae_rgb"
+    folder.mkdir()
+    names = [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+    for name in names:
+        save_safetensors({f"{name}.weight": STATE["encoder.norm.weight"]}, folder / name, {})
+    index = {"weight_map": {f"{name}.weight": name for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    (info,) = find_checkpoints(tmp_path)
+    assert (info.path, info.format, info.complete) == (folder, "safetensors", True)
+    assert info.size == sum((folder / name).stat().st_size for name in names)
+    (folder / names[1]).unlink()
+    (info,) = find_checkpoints(tmp_path)
+    assert info.problem == f"{names[1]} is missing"
+    (folder / "model.safetensors.index.json").write_text("[]")
+    (info,) = find_checkpoints(tmp_path)
+    assert info.problem == "model.safetensors.index.json is damaged"
+
+
+def test_shards_of_the_corpus_are_one_checkpoint() -> None:
+    root = ROOT.parent / "shared/data/world/checkpoints"
+    if not root.is_dir():
+        pytest.skip("no ../shared")
+    found = {info.path.name: info for info in find_checkpoints(root)}
+    for name in ("videomae_shards", "videomae_finetuned", "videomae_4_heads"):
+        assert found[name].complete
+    assert not [name for name in found if "-of-" in name]
