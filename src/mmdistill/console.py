@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import logging
 import os
+import select
 import sys
 import tempfile
 import time
@@ -85,6 +86,27 @@ def record_warnings() -> Iterator[Callable[[], list[str]]]:
 def program_name() -> str:
     """Start of a message: ``mmdistill VERB``, or ``mmdistill`` if a script calls the verb."""
     return sys.argv[0] if sys.argv[0].startswith("mmdistill ") else "mmdistill"
+
+
+@contextmanager
+def exit_if_pipe_closed() -> Iterator[None]:
+    """Exit with status 1, without a traceback, if the reader of standard output has ended, for example `head`.
+
+    Raises:
+        SystemExit: standard output is closed.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # reports errors only
+        if not pipe.poll(0):
+            raise  # another pipe, for example to a worker
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its exit
+        raise SystemExit(1) from None
 
 
 class ProgressDisplay:

@@ -11,7 +11,15 @@ import pytest
 from rich.console import Console
 
 from mmdistill import console
-from mmdistill.console import COMMAND_ID, LINE_INTERVAL_S, ProgressDisplay, log_once, progress, record_warnings
+from mmdistill.console import (
+    COMMAND_ID,
+    LINE_INTERVAL_S,
+    ProgressDisplay,
+    exit_if_pipe_closed,
+    log_once,
+    progress,
+    record_warnings,
+)
 
 
 class Clock:
@@ -153,3 +161,20 @@ def test_recorded_warnings_are_shown_without_any_other_handler(
     with record_warnings():
         logging.getLogger("mmdistill.data").warning("joints outside")
     assert "joints outside" in capsys.readouterr().err
+
+
+PRINT = "import sys; from mmdistill.console import exit_if_pipe_closed\nwith exit_if_pipe_closed(): "
+
+
+@pytest.mark.parametrize("statement", ["print('x' * 10**6)", "print('x')", "print('x'); sys.exit(0)"])
+def test_closed_pipe_ends_the_process_without_a_traceback(statement: str) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([sys.executable, "-c", PRINT + statement], stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_other_closed_pipes_are_errors() -> None:
+    with pytest.raises(BrokenPipeError), exit_if_pipe_closed():
+        raise BrokenPipeError

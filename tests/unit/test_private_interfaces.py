@@ -342,6 +342,15 @@ def test_deepspeed_classes_in_optimizer_files(module: str, name: str) -> None:
 # Hydra ----------------------------------------------------------------------------------------------------------------
 
 
+def test_hydra_argument_parser() -> None:
+    """cli/hydra_help.py: the options of a command line."""
+    from hydra._internal.utils import get_args_parser
+
+    options = get_args_parser().parse_args(["--help", "--config-name=x", "--config-dir=d", "--config-path=p", "a=1"])
+    assert (options.help, options.config_name, options.config_dir, options.config_path) == (True, "x", "d", "p")
+    assert options.overrides == ["a=1"]
+
+
 def test_hydra_experimental_callback() -> None:
     """cli/sweep.py: records failed jobs of a sweep."""
     from hydra.experimental.callback import Callback

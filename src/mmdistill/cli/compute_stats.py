@@ -18,7 +18,7 @@ import yaml
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, modality_specs, to_plain
-from mmdistill.config.compose import dataset_arguments, load_config, load_dataset_settings
+from mmdistill.config.compose import configs_dir, dataset_arguments, load_config, load_dataset_settings
 from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PretrainConfig, options.config_name, ["modality=rgb", *options.overrides], config_dir=options.config_dir
     )
     data = config.data_module
+    dataset_name = output_name(options, data) if options.output else data.name
     make_demo_data(data)
     specs = modality_specs(data)
     names = tuple(options.modalities or specs)
@@ -61,12 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: mean {mean}, std {std}", file=sys.stderr)
         if constant:
             print(_constant_channels_message(specs[name], constant), file=sys.stderr)
-    _write(options.output, plain, count)
+    _write(options.output, {**plain, "name": dataset_name}, count)
     if options.output:
         is_small = len(dataset) < config.batch_size
         batch_size = len(dataset) if is_small else config.batch_size if _has_key(options, "batch_size") else None
         print("\n".join(next_steps(options, list(plain["modalities"]), batch_size)), file=sys.stderr)
     return 0
+
+
+def output_name(options: argparse.Namespace, data: DataModuleConfig) -> str:
+    """`name` in the written config: that of the command line, else that of the file. The demo data keep theirs.
+
+    Raises:
+        ConfigError: the name is that of other data.
+    """
+    path: Path = options.output
+    own = configs_dir() / "dataset" / path.name
+    if own.is_file() and path.resolve() != own.resolve():
+        raise ConfigError(f"--output {path}: dataset={path.stem} selects {own}; choose another file name")
+    if data.name == "demo" or _has_key(options, "data_module.name"):  # the name "demo" triggers the rendering
+        return data.name
+    if path.stem == "demo":
+        raise ConfigError(f"--output {path}: the name demo belongs to the generated data; choose another file name")
+    return path.stem
 
 
 def _has_key(options: argparse.Namespace, key: str) -> bool:
@@ -138,8 +156,6 @@ def dataset_keys(
 
 
 def _write(output: Path | None, kept: dict[str, Any], clips: int) -> None:
-    if output is not None and kept["name"] != "demo":  # the name "demo" triggers the rendering of the demo data
-        kept["name"] = output.stem
     text = "# @package data_module\n" + f"# statistics over {format_count(clips, 'clip')}, by mmdistill compute-stats\n"
     text += yaml.safe_dump(kept, sort_keys=False, default_flow_style=None, width=110)
     if output is None:

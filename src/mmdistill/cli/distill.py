@@ -7,6 +7,9 @@ from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.error_messages import describe_misplaced_key
 
+_USAGE = """usage: mmdistill distill|evaluate [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
+Distill pretrained teachers into an RGB student (train=True) and evaluate it few-shot (test=True)."""
+
 
 def run_distillation(config: DistillConfig, run_dir: str) -> None:
     """Distill if `train` is set, evaluate if `test` is set. torch is imported here, after the config is valid."""
@@ -36,5 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if problem := describe_misplaced_key(given, DistillConfig):
         exit_with_error(ConfigError(problem), DistillConfig, "distill")
-    run_entrypoint(run_distillation, DistillConfig, config_name="config_mmdistill", verb="distill", argv=argv)
+    run_entrypoint(
+        run_distillation, DistillConfig, config_name="config_mmdistill", usage=_USAGE, verb="distill", argv=argv
+    )
     return 0

@@ -18,10 +18,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
+from mmdistill.cli.hydra_help import parse_options, render_help
 from mmdistill.cli.run_folder import restore_folders
 from mmdistill.config import ConfigError, explain, parse, register_schemas, to_plain
 from mmdistill.config.compose import T, configs_dir
 from mmdistill.config.overrides import add_overrides, quote_overrides
+from mmdistill.console import exit_if_pipe_closed
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
 from mmdistill.workflows.sweep_results import objective
@@ -32,6 +34,7 @@ def run_entrypoint(
     schema: type[T],
     *,
     config_name: str,
+    usage: str = "",
     verb: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
@@ -48,6 +51,7 @@ def run_entrypoint(
         job: function that does the work.
         schema: dataclass of the config.
         config_name: default of ``--config-name``.
+        usage: start of the text of ``--help``.
         verb: verb of ``mmdistill`` that starts this job; errors name it.
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
@@ -67,6 +71,15 @@ def run_entrypoint(
             launch.reset_sigchld_handler()
         launch.reset_sigchld_handler()
         exit_with_error(error, schema, verb)
+
+    try:
+        options = parse_options(sys.argv[1:])
+        if options.help:
+            with exit_if_pipe_closed():
+                print(render_help(usage, schema, config_name, options))
+            return
+    except Exception as error:
+        report(error)
 
     @hydra.main(version_base="1.3", config_path=str(configs_dir()), config_name=config_name)
     def run_composed(cfg: DictConfig) -> float | None:
@@ -93,7 +106,7 @@ def run_entrypoint(
         )
 
     try:
-        with _restored_folders():
+        with exit_if_pipe_closed(), _restored_folders():
             try:
                 run_composed()
             except KeyboardInterrupt:

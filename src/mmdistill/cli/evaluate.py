@@ -12,8 +12,7 @@ from mmdistill.config.overrides import is_override, without_option_values
 
 _USAGE = """usage: mmdistill evaluate ckpt_path=PATH [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
 Measure the few-shot accuracy of a checkpoint. ckpt_path is required. The other keys have the defaults below.
-The model comes from the checkpoint. Give the --config-name and dataset of the training.
-docs/config.md describes the keys."""
+The model comes from the checkpoint. Give the --config-name and dataset of the training."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,11 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (path := _path_without_key(given)) is not None:
         exit_with_error(ConfigError(f"{path}: a checkpoint needs its key: ckpt_path={path}"), DistillConfig, "evaluate")
     first = next((i for i, argument in enumerate(given) if is_override(argument)), len(given))
-    presets = ["train=False", "test=True"]
-    if "--help" in given or "-h" in given:
-        presets += ["hydra.help.app_name=mmdistill evaluate", f"hydra.help.header={_USAGE}"]
-    arguments = [*given[:first], *presets, *given[first:]]
-    run_entrypoint(run_distillation, DistillConfig, config_name="config_mmdistill", verb="evaluate", argv=arguments)
+    arguments = [*given[:first], "train=False", "test=True", *given[first:]]
+    run_entrypoint(
+        run_distillation,
+        DistillConfig,
+        config_name="config_mmdistill",
+        usage=_USAGE,
+        verb="evaluate",
+        argv=arguments,
+    )
     return 0
 
 

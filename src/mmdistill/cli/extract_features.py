@@ -1,7 +1,8 @@
-"""Encode the evaluation clips with a network of a checkpoint and write the features as .npz or .safetensors.
+"""Encode evaluation or training clips with a network of a checkpoint and write the features as .npz or .safetensors.
 
 mmdistill features PATH/TO/last.ckpt student.safetensors
 mmdistill features PATH/TO/last.ckpt teacher.npz --component teacher_flow --n-masks 2 --eval-masks per_clip
+mmdistill features PATH/TO/last.ckpt train.npz --split unlabel
 mmdistill features PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
 
 The checkpoint may have any format, and any of its components can be selected. Further arguments are Hydra overrides of
@@ -27,6 +28,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="file to write, .npz or .safetensors")
     parser.add_argument(
         "--component", help="student_rgb, teacher_flow, encoder ... (default: the student, or the only encoder)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=["unlabel", "eval"],
+        default="eval",
+        help="annotation file of the dataset config: training (clips without labels) or evaluation",
     )
     parser.add_argument("--modality", help="modality of the component (default: that of the checkpoint)")
     parser.add_argument(
@@ -70,8 +77,12 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     with name_setting("--component", ComponentError):
         network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
     make_demo_data(data)
-    dataset = make_clip_dataset(data, (network.modality,), training=False, seed=config.seed)
-    print(f"dataset {data.name}: {format_count(len(dataset), 'evaluation clip')}", file=sys.stderr)
+    training = args.split == "unlabel"
+    dataset = make_clip_dataset(
+        data, (network.modality,), training=training, seed=config.seed, augment=False, masked=False
+    )
+    clips = format_count(len(dataset), f"{'training' if training else 'evaluation'} clip")
+    print(f"dataset {data.name}: {clips}", file=sys.stderr)
     n_masks = data.n_masks if args.n_masks is None else args.n_masks
     ratio = data.eval_mask_ratio if args.eval_mask_ratio is None else args.eval_mask_ratio
     shared = (args.eval_masks or data.eval_masks) == "shared"

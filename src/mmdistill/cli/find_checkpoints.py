@@ -16,24 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
+from mmdistill.cli.hydra_help import parse_options
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.cli.video_classes import video_class_overrides
-from mmdistill.config.compose import configs_dir
+from mmdistill.config import ConfigError
+from mmdistill.config.compose import compose_config, configs_dir
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_names
 
 HEADER = f"  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  {'saved':<18}{'files':<12}path"
 RESULTS_FILE = "fewshot.json"
-_UNREADABLE = (OSError, yaml.YAMLError, KeyError, TypeError)  # a `.hydra` folder is missing or is not as expected
+_UNREADABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError)  # the records of a run are not as expected
 # verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`. A distillation has
 # its own `trainer`
 OTHER_KEYS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("seed", "batch_size", "precision", "model", "trainer", "decoder_mask_ratio"),
-    "distill": ("seed", "batch_size", "precision"),
-    "evaluate": ("seed", "precision", "eval_component", "baselines", "classifier", "probe"),
+    "pretrain": ("seed", "batch_size", "precision", "model", "trainer", "decoder_mask_ratio", "experiment"),
+    "distill": ("seed", "batch_size", "precision", "experiment"),
+    "evaluate": ("experiment", "seed", "precision", "eval_component", "baselines", "classifier", "probe"),
 }
 # verb -> keys of `data_module` that do not change it. Pretraining and distillation have their own `mask_ratio`
 UNUSED_DATA_KEYS: dict[str, tuple[str, ...]] = {
@@ -98,8 +102,9 @@ def _run_dir(info: CheckpointInfo) -> Path:
 def config_arguments(run_dir: Path, verb: str) -> list[str]:
     """Arguments of ``mmdistill VERB`` that select the config, the dataset and the overrides of a run that VERB uses.
 
-    They come from the ``.hydra`` folder of the run. Without it: the main config that has the run's name, if there is
-    one, else the placeholder NAME. A distillation uses the config of the pretraining with ``mmdistill`` in its name.
+    They come from the ``.hydra`` folder of the run, else from its ``run.json``. Without both: the main config that has
+    the run's name, if there is one, else the placeholder NAME. A distillation uses the config of the pretraining with
+    ``mmdistill`` in its name, and the experiment of the pretraining if it fits.
     """
     try:
         hydra, data = _read_run(run_dir)
@@ -109,8 +114,11 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
         ]
         folders = [f"{name}={path}" for name, path in sources if Path(path).is_dir() and path != str(configs_dir())]
         overrides = [o for o in hydra["overrides"]["task"] if _is_used(o.lstrip("+").partition("=")[0], verb, data)]
-        if not any(override.startswith("dataset=") for override in overrides):
-            overrides.insert(0, f"dataset={hydra['runtime']['choices']['dataset']}")
+        dataset = hydra["runtime"]["choices"]["dataset"]
+        if dataset and not any(override.startswith("dataset=") for override in overrides):
+            overrides.insert(0, f"dataset={dataset}")
+        if hydra.get("mode") == "MULTIRUN" and any(override.startswith("experiment=") for override in overrides):
+            overrides.append("hydra.mode=RUN")  # one job of the sweep, whose values are among the overrides
         more = _overrides_without_labels(run_dir, verb)
         overrides = [o for o in overrides if o.partition("=")[0] not in {m.partition("=")[0] for m in more}] + more
         config_name = hydra["job"]["config_name"]
@@ -118,12 +126,24 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
             config_name = config_name.replace("pretrain", "mmdistill")
             if not any((Path(folder) / f"{config_name}.yaml").is_file() for _, folder in sources):
                 config_name = "NAME"
+            elif not _composes(config_name, dict(sources), overrides):
+                overrides = [o for o in overrides if not o.startswith(("experiment=", "hydra.mode="))]
         return [f"--config-name={config_name}", *folders, *overrides]
     except _UNREADABLE:
         name = f"config_{run_dir.name}"
         if verb == "evaluate" and (configs_dir() / f"{name}.yaml").is_file():
             return [f"--config-name={name}"]
         return ["--config-name=NAME", "dataset=NAME"]
+
+
+def _composes(config_name: str, sources: dict[str, str], overrides: list[str]) -> bool:
+    """Whether Hydra accepts the arguments."""
+    folders = {"config_path": sources.get("--config-path"), "config_dir": sources.get("--config-dir")}
+    try:
+        compose_config(config_name, overrides, **folders)
+    except (ConfigError, HydraException, OmegaConfBaseException):
+        return False
+    return True
 
 
 def missing_evaluation_file(run_dir: Path) -> Path | None:
@@ -137,7 +157,20 @@ def missing_evaluation_file(run_dir: Path) -> Path | None:
 
 
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's settings and `data_module` of a run."""
+    """Hydra's settings and `data_module` of a run, from ``.hydra``, else from the first record of ``run.json``."""
+    if not (run_dir / ".hydra").is_dir():
+        record = json.loads((run_dir / "run.json").read_text())[0]
+        config, options = record["config"], parse_options(record["command"][1:])
+        name = options.config_name or ("config_pretrain" if "modality" in config else "config_mmdistill")
+        paths = (("main", options.config_path or str(configs_dir())), ("command-line", options.config_dir))
+        runtime = {
+            "cwd": "",
+            "config_sources": [{"provider": provider, "path": path} for provider, path in paths if path],
+            "choices": {"dataset": None},
+        }
+        return {"job": {"config_name": name}, "runtime": runtime, "overrides": {"task": options.overrides}}, config[
+            "data_module"
+        ]
     hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
     return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["data_module"]
 

@@ -63,12 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv = [f"mmdistill {name}", *rest]  # argparse and Hydra print the first item in their help
     try:
         status: int = importlib.import_module(f"mmdistill.cli.{VERBS[name][0]}").main(rest)
-        sys.stdout.flush()
     except KeyboardInterrupt:  # during the imports of the verb
         if os.environ.get("RANK", "0") == "0":
             print(f"mmdistill {name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, for example `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return status

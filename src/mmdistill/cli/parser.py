@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import DistillConfig, PretrainConfig, explain
 from mmdistill.config.overrides import is_override
+from mmdistill.console import exit_if_pipe_closed
 from mmdistill.errors import InputError, MMDistillError
 
 Main = Callable[[Sequence[str] | None], int]
@@ -116,7 +117,8 @@ def report_errors(
         @functools.wraps(run)
         def main(argv: Sequence[str] | None = None) -> int:
             try:
-                return run(argv)
+                with exit_if_pipe_closed():
+                    return run(argv)
             except BrokenPipeError:
                 raise
             except expected as error:

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefix=f"seed {seed}: ",
         )
     ]
+    for stage in {stage.verb: stage for stage in stages}.values():
+        stage.config()  # a wrong override ends the command before the first run
     run_stages(stages, parallel=args.parallel)
     results = [read_results(args.output / f"seed{seed}" / "test") for seed in args.seeds]
     text = render_results_table(results, args.seeds)

@@ -82,7 +82,7 @@ class RunFolderCallback(Callback):
             log = f"{config.hydra.job.name}.log"
             RunFolderCallback.RUN = RunFolder(folder, [*RECORDS, log] if mode == "run" else ["multirun.yaml"])
             if mode == "sweep":
-                RunFolderCallback.JOBS = [RunFolder(path.parent, RECORDS) for path in folder.rglob(HYDRA_DIR)]
+                RunFolderCallback.JOBS = [RunFolder(path.parent, [*RECORDS, log]) for path in folder.rglob(HYDRA_DIR)]
 
 
 def restore_folders(*, refused: bool) -> None:

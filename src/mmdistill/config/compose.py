@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, register_schemas
 from mmdistill.config.overrides import quote_overrides
@@ -38,9 +39,12 @@ def dataset_arguments(path: Path) -> list[str] | None:
 
 
 def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> dict[str, Any]:
-    """Read ``dataset/NAME.yaml`` in `config_dir` or in the configs of this package. Raises `ConfigError` if invalid."""
+    """Read ``dataset/NAME.yaml`` in the configs of this package, else in `config_dir`: the order of Hydra.
+
+    Raises `ConfigError` if there is none, or if it is invalid.
+    """
     folders = [Path(config_dir)] if config_dir is not None else []
-    paths = [folder / "dataset" / f"{name}.yaml" for folder in (*folders, configs_dir())]
+    paths = [folder / "dataset" / f"{name}.yaml" for folder in (configs_dir(), *folders)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         hint = "" if config_dir is not None else "; a config outside the repository needs --config-dir"
@@ -51,19 +55,23 @@ def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> di
     return settings
 
 
-def load_config(
-    schema: type[T], config_name: str, overrides: Sequence[str], *, config_dir: Path | str | None = None
-) -> T:
-    """Compose a config as the entrypoints do.
+def compose_config(
+    config_name: str,
+    overrides: Sequence[str],
+    *,
+    config_dir: Path | str | None = None,
+    config_path: Path | str | None = None,
+) -> DictConfig:
+    """Compose a config as the entrypoints do, without its validation.
 
     Args:
-        schema: dataclass of the config.
         config_name: file name in configs/ without its suffix.
         overrides: overrides as typed on a command line.
         config_dir: additional folder of configs, as Hydra's ``--config-dir``.
+        config_path: folder of the main config, as Hydra's ``--config-path``; None: `configs_dir`.
 
     Raises:
-        ConfigError: `config_dir` is no folder, or a value is invalid.
+        ConfigError: `config_dir` is no folder.
         HydraException: the config cannot be composed.
     """
     register_schemas()
@@ -73,5 +81,17 @@ def load_config(
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
         more.append(f"hydra.searchpath=[file://{folder}]")
-    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-        return parse(compose(config_name, quote_overrides(more)), schema)
+    with initialize_config_dir(str(Path(config_path or configs_dir()).absolute()), version_base="1.3"):
+        return compose(config_name, quote_overrides(more))
+
+
+def load_config(
+    schema: type[T], config_name: str, overrides: Sequence[str], *, config_dir: Path | str | None = None
+) -> T:
+    """`compose_config`, parsed and validated. `schema` is the dataclass of the config.
+
+    Raises:
+        ConfigError: `config_dir` is no folder, or a value is invalid.
+        HydraException: the config cannot be composed.
+    """
+    return parse(compose_config(config_name, overrides, config_dir=config_dir), schema)

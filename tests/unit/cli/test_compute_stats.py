@@ -132,3 +132,18 @@ def test_training_keys_are_those_of_the_datasets_own_config() -> None:
     written = dataset_keys(data, ["flow"], overrides, None)
     assert (written["window_stride"], written["mask_ratio"]) == (1, 0.5)
     assert list(written["modalities"]) == ["rgb", "flow"]
+
+
+def test_config_never_has_the_name_of_another_dataset(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("demo", "epic"):
+        assert compute(root, "--clips", 1, "--output", root / f"dataset/{name}.yaml") == 2
+        assert f"dataset={name} selects {CONFIGS}/dataset/{name}.yaml; choose another" in capsys.readouterr().err
+    assert not (root / "dataset").exists()
+    path = CONFIGS / "dataset/demo.yaml"
+    before = path.read_text()
+    assert compute(root, "--clips", 1, "--output", path, "--force") == 2
+    assert "the name demo belongs to the generated data" in capsys.readouterr().err
+    assert path.read_text() == before
+    out = root / "mine.yaml"
+    assert compute(root, "--clips", 1, "--output", out, "data_module.name=given", "--modalities", "rgb") == 0
+    assert yaml.safe_load(out.read_text())["name"] == "given"

@@ -34,8 +34,8 @@ def test_main_passes_the_config_and_the_arguments(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("train", "test", "path", "expected"),
     [
-        (True, True, None, ["check", "distill", "evaluate new.ckpt"]),
-        (True, False, None, ["distill"]),
+        (True, True, None, ["paths", "check", "distill", "evaluate new.ckpt"]),
+        (True, False, None, ["paths", "distill"]),
         (False, True, "old.ckpt", ["evaluate old.ckpt"]),
         (False, False, None, []),
     ],
@@ -62,8 +62,8 @@ def test_train_and_test_select_the_steps(
         steps.append(f"evaluate {checkpoint}")
         # a second training would be rejected, because the run folder contains a complete one
         command = (
-            "mmdistill evaluate --config-name=config_mmdistill_tennis dataset=tennis 'data_module.k_shot=[1,5]' "
-            "ckpt_path=new.ckpt"
+            "mmdistill evaluate --config-name=config_mmdistill_tennis dataset=tennis experiment=teachers "
+            "'data_module.k_shot=[1,5]' ckpt_path=new.ckpt"
         )
         assert stop_hint == (f"the training is complete; evaluate it with\n{command}" if train else "")
 

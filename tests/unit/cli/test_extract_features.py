@@ -52,6 +52,20 @@ def test_a_component_is_selected_and_clips_are_masked(tmp_path: Path, options: l
 
 
 @pytest.mark.usefixtures("weights")
+def test_training_clips_are_selected_and_have_no_label(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for split, noun in (("unlabel", "training"), ("eval", "evaluation")):
+        assert run(tmp_path / "a=b.ckpt", tmp_path / "x.npz", "--split", split, *options) == 0
+        found[split] = load_features(tmp_path / "x.npz")
+        assert f"{len(found[split].ids)} {noun} clips" in capsys.readouterr().err
+    assert set(found["unlabel"].labels) == {-1}
+    assert -1 not in found["eval"].labels
+    assert len(found["unlabel"].ids) > len(found["eval"].ids)  # windows and events
+
+
+@pytest.mark.usefixtures("weights")
 def test_the_clip_length_may_differ_from_the_config(tmp_path: Path, options: list[str]):
     assert run(tmp_path / "a=b.ckpt", tmp_path / "x.npz", *options, "data_module.num_frames=8") == 0
     assert load_features(tmp_path / "x.npz").network == "student_rgb"

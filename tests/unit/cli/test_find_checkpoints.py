@@ -229,3 +229,47 @@ def test_missing_teacher_names_the_key_for_fewer_teachers(output: Path) -> None:
     text = format_ckpt_path({name: info for name, info in selected.items() if name != "skeleton"})
     assert "to pretrain it: mmdistill pretrain --config-name=NAME dataset=NAME modality=skeleton\n" in text
     assert text.endswith("remove the lines with ???, set trainer.teachers=[rgb,flow]")
+
+
+def test_commands_come_from_run_json_without_the_folder_of_hydra(output: Path) -> None:
+    selected = select_checkpoints(find_checkpoints(output))
+    for group, config in (("rgb", {"modality": "rgb"}), ("distilled", {"train": True})):
+        used = ["data_module.k_shot=[1,5]", "experiment=teachers", "dataset=epic", "trainer.epochs=1"]
+        command = [
+            "mmdistill x",
+            "--config-name",
+            f"config_{'pretrain' if group == 'rgb' else 'mmdistill'}_tennis",
+            *used,
+        ]
+        record = {"command": command, "config": {**config, "data_module": {"eval_clips": "events"}}}
+        run_dir = selected[group].path.parents[1]
+        (run_dir / "run.json").write_text(json.dumps([record]))
+    words = shlex.split(evaluation_command(selected["distilled"]))
+    expected = ["data_module.k_shot=[1,5]", "experiment=teachers", "dataset=epic"]
+    assert words[2:-1] == ["--config-name=config_mmdistill_tennis", *expected]
+    words = shlex.split(distillation_command(selected) or "")
+    assert words[2:-1] == ["--config-name=config_mmdistill_tennis", *expected]
+
+
+@pytest.mark.parametrize(("mode", "more"), [("RUN", []), ("MULTIRUN", ["hydra.mode=RUN"])])
+def test_experiment_of_the_run_is_kept_as_a_single_job(tmp_path: Path, mode: str, more: list[str]) -> None:
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run", "config_mmdistill", tmp_path, ["experiment=k_shot", "data_module.k_shot=5"])
+    path = tmp_path / "run/.hydra/hydra.yaml"
+    path.write_text(yaml.safe_dump({"hydra": {**yaml.safe_load(path.read_text())["hydra"], "mode": mode}}))
+    expected = ["dataset=mine", "experiment=k_shot", "data_module.k_shot=5", *more]
+    assert config_arguments(tmp_path / "run", "evaluate")[1:] == expected
+
+
+def test_experiment_of_a_pretraining_is_kept_if_the_distillation_accepts_it(tmp_path: Path) -> None:
+    for name, text in (("size", "data_module: {num_frames: 8}"), ("own", "modality: rgb")):
+        path = tmp_path / f"configs/experiment/{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# @package _global_\n{text}\n")
+        command = ["mmdistill pretrain", f"--config-dir={tmp_path}/configs", "modality=rgb", f"experiment={name}"]
+        record = {"command": command, "config": {"modality": "rgb", "data_module": {}}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps([record]))
+    arguments = {name: config_arguments(tmp_path / name, "distill") for name in ("size", "own")}
+    assert "experiment=size" in arguments["size"]
+    assert arguments["own"] == ["--config-name=config_mmdistill", f"--config-dir={tmp_path}/configs"]

@@ -37,3 +37,12 @@ def test_failed_stage_gives_status_1(
     monkeypatch.setattr(pipeline, "run_stages", fail)
     assert results_table.main(["--output", str(tmp_path)]) == 1
     assert "mmdistill results-table: error: rgb failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("override", ["nope.json", "trainer.epcohs=1", "n_way=3"])
+def test_wrong_override_ends_the_command_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert results_table.main(["--output", str(tmp_path / "claim"), override]) == 2
+    assert override.partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "claim").exists()

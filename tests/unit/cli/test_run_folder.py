@@ -63,11 +63,11 @@ def test_new_folder_is_removed_if_only_records_are_in_it(tmp_path: Path, own: bo
 
 @pytest.mark.parametrize("refused", [True, False])
 def test_jobs_of_a_sweep_that_did_not_start_are_restored(tmp_path: Path, refused: bool) -> None:
-    _write(tmp_path / "job_0", "earlier", *RUN)
+    _write(tmp_path / "job_0", "earlier", *RUN, "x.log")
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "job": {"name": "x"}}})
     RunFolderCallback().on_multirun_start(config)
     _write(tmp_path, "refused", "multirun.yaml")
-    _write(tmp_path / "job_0", "refused", *RUN[:4], "failed.json")
+    _write(tmp_path / "job_0", "refused", *RUN[:4], "failed.json", "x.log")
     restore_folders(refused=refused)
     assert set(_contents(tmp_path / "job_0").values()) == {"earlier"}
     assert (tmp_path / "multirun.yaml").exists() is not refused

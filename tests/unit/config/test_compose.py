@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig
-from mmdistill.config.compose import CONFIGS, load_config
+from mmdistill.config.compose import CONFIGS, load_config, load_dataset_settings
 from tests.configs import TEACHERS
 
 FILES = sorted(file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.rglob("*.yaml"))
@@ -58,3 +58,15 @@ def test_configs_of_a_source_tree_take_precedence(tmp_path: Path, monkeypatch: p
     assert config.trainer.epochs == 7
     monkeypatch.chdir(tmp_path / "configs")
     assert load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).trainer.epochs == 12
+
+
+def test_dataset_of_both_folders_is_that_of_the_package_as_in_hydra(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    text = (CONFIGS / "dataset/tennis.yaml").read_text()
+    for name in ("tennis", "mine"):
+        path = tmp_path / f"dataset/{name}.yaml"
+        path.write_text(text.replace("\nname: tennis\n", f"\nname: own_{name}\n"))
+    for name, expected in (("tennis", "tennis"), ("mine", "own_mine")):
+        overrides = ["modality=rgb", f"dataset={name}"]
+        config = load_config(PretrainConfig, "config_pretrain", overrides, config_dir=tmp_path)
+        assert load_dataset_settings(name, tmp_path)["name"] == config.data_module.name == expected

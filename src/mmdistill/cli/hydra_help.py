@@ -1,0 +1,100 @@
+"""Options and ``--help`` of the verbs with a Hydra config: each key with its value and meaning. Imports no torch."""
+
+import argparse
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmdistill.cli.config_reference import field_comments
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, schema
+from mmdistill.config.compose import compose_config, configs_dir
+from mmdistill.config.error_messages import known_keys
+from mmdistill.errors import suggest_nearest
+
+Schema = type[PretrainConfig] | type[DistillConfig]
+
+
+def parse_options(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's options and the overrides of a command line.
+
+    Raises:
+        ConfigError: an option is unknown or has no value. Hydra would print its usage.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = parser.exit_on_error = False
+    try:
+        options, others = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from None
+    if unknown := [argument.partition("=")[0] for argument in others if argument.startswith("-")]:
+        names = [name for action in parser._actions for name in action.option_strings]
+        raise ConfigError(f"{unknown[0]}: unknown option{suggest_nearest(unknown[0], names)}")
+    return options
+
+
+def render_help(usage: str, schema_class: Schema, config_name: str, options: argparse.Namespace) -> str:
+    """The text of ``--help``: `usage`, the config groups that the verb accepts, and each key of the composed config."""
+    name, folders = options.config_name or config_name, {"config_dir": options.config_dir}
+    folders["config_path"] = options.config_path
+    values = OmegaConf.to_container(compose_config(name, options.overrides, **folders))
+    assert isinstance(values, dict)
+    groups = _accepted_groups(schema_class, name, folders)
+    lines = [usage, "", "Groups (GROUP=NAME selects a file of configs):", ""]
+    lines += [f"  {group}={' | '.join(names)}" for group, names in groups.items()]
+    lines += ["", f"Keys (KEY=VALUE changes a value; these are the values of {name}):", ""]
+    width = min(shutil.get_terminal_size().columns, 120)
+    comments = field_comments(Path(schema.__file__).read_text())
+    for key, meaning in _describe_keys(schema_class, values, comments):
+        lines += [f"  {key}", *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines)
+
+
+def _accepted_groups(schema_class: Schema, config_name: str, folders: Mapping[str, str | None]) -> dict[str, list[str]]:
+    """Group -> names of its files with which the config of the verb composes and whose sweeps have keys of the verb."""
+    keys, found = known_keys(schema_class), dict[str, list[str]]()
+    roots = [Path(folder) for folder in (folders["config_path"] or configs_dir(), folders["config_dir"]) if folder]
+    for path in sorted(path for root in roots for path in root.glob("*/*.yaml")):
+        group = path.parent.name
+        try:
+            compose_config(config_name, [f"{group}={path.stem}"], **folders)
+            content = yaml.safe_load(path.read_text()) or {}
+            swept = content.get("hydra", {}).get("sweeper", {}).get("params", {})
+        except (HydraException, OmegaConfBaseException, ConfigError):
+            continue
+        if set(swept) <= set(keys) and path.stem not in found.setdefault(group, []):
+            found[group].append(path.stem)
+    return {group: names for group, names in found.items() if names}
+
+
+def _describe_keys(
+    group: type[Any], values: Mapping[str, Any], comments: Mapping[tuple[str, str], str], prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """``KEY=VALUE`` and the meaning of each key. The entries of `modalities` share one description."""
+    for field in fields(group):
+        key, value = prefix + field.name, values[field.name]
+        if field.name == "modalities":
+            for part in fields(schema.ModalityConfig):
+                own = ", ".join(f"{name}: {_format_value(entry[part.name])}" for name, entry in value.items())
+                yield f"{key}.NAME.{part.name} ({own})", comments["ModalityConfig", part.name]
+        elif isinstance(field.type, type) and issubclass(field.type, schema.Sealable):
+            yield from _describe_keys(field.type, value, comments, f"{key}.")
+        else:
+            owner = next(c.__name__ for c in group.__mro__ if field.name in vars(c).get("__annotations__", {}))
+            yield f"{key}={_format_value(value)}", comments[owner, field.name]
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_format_value, value))}]"
+    if value == MISSING:
+        return "(required)"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
