@@ -62,8 +62,8 @@ def _accepted_groups(schema_class: Schema, config_name: str, folders: Mapping[st
     """Group -> names of its files with which the config of the verb composes and whose sweeps have keys of the verb."""
     keys, found = known_keys(schema_class), dict[str, list[str]]()
     roots = [Path(folder) for folder in (folders["config_path"] or configs_dir(), folders["config_dir"]) if folder]
-    for path in sorted(path for root in roots for path in root.glob("*/*.yaml")):
-        group = path.parent.name
+    groups = sorted(folder.name for folder in configs_dir().iterdir() if folder.is_dir())
+    for group, path in [(g, path) for g in groups for root in roots for path in sorted(root.glob(f"{g}/*.yaml"))]:
         try:
             compose_config(config_name, [f"{group}={path.stem}"], **folders)
             content = yaml.safe_load(path.read_text()) or {}
