@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
+from mmdistill.cli.hydra_help import parse_options
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.error_messages import describe_misplaced_key
-from mmdistill.config.overrides import is_override, without_option_values
+from mmdistill.config.overrides import is_override, quote_overrides, without_option_values
 
 _USAGE = """usage: mmdistill evaluate ckpt_path=PATH [KEY=VALUE ...] [--config-name=NAME] [--config-dir=DIR] [-m]
 Measure the few-shot accuracy of a checkpoint. ckpt_path is required. The other keys have the defaults below.
@@ -22,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_with_error(ConfigError(problem), DistillConfig, "evaluate")
     if (path := _path_without_key(given)) is not None:
         exit_with_error(ConfigError(f"{path}: a checkpoint needs its key: ckpt_path={path}"), DistillConfig, "evaluate")
+    try:
+        parse_options(quote_overrides(given))  # an option without a value would take the first preset as its value
+    except ConfigError as error:
+        exit_with_error(error, DistillConfig, "evaluate")
     first = next((i for i, argument in enumerate(given) if is_override(argument)), len(given))
     arguments = [*given[:first], "train=False", "test=True", *given[first:]]
     run_entrypoint(

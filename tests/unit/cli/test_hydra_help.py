@@ -15,7 +15,7 @@ from mmdistill.config.error_messages import known_keys
 @pytest.mark.parametrize(
     ("schema", "config_name", "offered", "rejected"),
     [
-        (PretrainConfig, "config_pretrain", ("model=", "pretrain_modalities"), ("teachers", "k_shot", "mm_distill")),
+        (PretrainConfig, "config_pretrain", ("model=", "pretrain_modalities"), ("teachers", "k_shot", "n_masks")),
         (
             DistillConfig,
             "config_mmdistill",

@@ -23,6 +23,7 @@ def test_main_passes_the_config_and_the_arguments(monkeypatch: pytest.MonkeyPatc
         {
             "args": (pretrain.run_pretraining, PretrainConfig),
             "config_name": "config_pretrain",
+            "usage": pretrain._USAGE,
             "verb": "pretrain",
             "argv": argv,
         }
