@@ -160,16 +160,13 @@ def _pickled_kind(head: bytes) -> tuple[str | None, str | None]:
     """Kind and modality in the start of a torch file: of a distillation by its tensors, else from the metadata."""
     if b"student_rgb." in head or b"cmt.mlp_to_" in head:
         return "distill", None
-    match = _PICKLED_MODALITY.search(head)
-    for name in modality_names() if match else ():
-        text = b"X" + len(name).to_bytes(4, "little") + name.encode()
+    if match := _PICKLED_MODALITY.search(head):
         short, long = match.groups()  # reference to an earlier string
-        if (
-            head.startswith(text, match.end())
-            if short is long is None
-            else (text + (b"q" + short if short else b"r" + (long or b"")) in head)
-        ):
-            return "pretrain", name
+        mark = b"q" + short if short else b"r" + long if long else None
+        for name in modality_names():
+            text = b"X" + len(name).to_bytes(4, "little") + name.encode()
+            if head.startswith(text, match.end()) if mark is None else text + mark in head:
+                return "pretrain", name
     return None, None
 
 

@@ -45,8 +45,7 @@ def render_help(usage: str, schema_class: Schema, config_name: str, options: arg
     """The text of ``--help``: `usage`, the config groups that the verb accepts, and each key of the composed config."""
     name, folders = options.config_name or config_name, {"config_dir": options.config_dir}
     folders["config_path"] = options.config_path
-    values = OmegaConf.to_container(compose_config(name, options.overrides, **folders))
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(compose_config(name, options.overrides, **folders))
     groups = _accepted_groups(schema_class, name, folders)
     lines = [usage, "", "Groups (GROUP=NAME selects a file of configs):", ""]
     lines += [f"  {group}={' | '.join(names)}" for group, names in groups.items()]
