@@ -1,12 +1,18 @@
 """Clips: the frames and the label of each sample, from rallies."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import check_label_fields, select_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHOICES = {"clips": ("events", "windows", "first"), "anchor": ("center", "start"), "label": ("event", "video")}
 
@@ -22,20 +28,60 @@ class Clip:
     group: str  # the recording. Few-shot episodes can keep support and query clips of one recording apart
 
 
+@dataclass(frozen=True, eq=False)
+class ClipTable(Sequence[Clip]):
+    """Clips that are stored as 20 bytes each and created on access."""
+
+    videos: tuple[str, ...]
+    # int32 [clips, 5]: position of the video in `videos`, first frame, label, number and frame of the event (-1 and the
+    # first frame: a window). A tensor is shared with loader workers, also with those that get a pickled copy
+    rows: "np.ndarray | Tensor"
+    num_frames: int  # frames per clip
+    sampling_rate: int  # distance between frames of a clip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, i: int) -> Clip: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> "ClipTable": ...
+
+    def __getitem__(self, i: int | slice) -> "Clip | ClipTable":
+        if isinstance(i, slice):
+            return replace(self, rows=self.rows[i])
+        position, start, label, number, frame = self.rows[i].tolist()
+        video = self.videos[position]
+        name = f"{video}:{frame:06d}" if number < 0 else f"{video}#{number}@{frame}"
+        stop = start + self.num_frames * self.sampling_rate
+        return Clip(name, video, tuple(range(start, stop, self.sampling_rate)), label, video)
+
+
 @dataclass(frozen=True)
 class ClipIndex:
     """Clips, their class names, and counts for the run's report (plain containers)."""
 
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     classes: tuple[str, ...]
     report: dict[str, Any] = field(default_factory=dict)
 
-    def frames_by_video(self) -> dict[str, list[int]]:
-        """The frames that the clips need: each once per video, sorted."""
-        frames: dict[str, set[int]] = {}
-        for clip in self.clips:
-            frames.setdefault(clip.video, set()).update(clip.frames)
-        return {video: sorted(numbers) for video, numbers in frames.items()}
+    def by_video(self) -> Iterator[tuple[str, list[Clip]]]:
+        """The clips of each video. Clips of one video follow each other."""
+        for video, clips in itertools.groupby(self.clips, attrgetter("video")):
+            yield video, list(clips)
+
+
+def select_clips(clips: Sequence[Clip], positions: Sequence[int]) -> Sequence[Clip]:
+    """The clips at `positions`, stored as before."""
+    if isinstance(clips, ClipTable):
+        return replace(clips, rows=clips.rows[np.asarray(positions, dtype=np.int64)])
+    return tuple(clips[i] for i in positions)
+
+
+def required_frames(clips: Iterable[Clip]) -> list[int]:
+    """The frames that clips of one video need: each once, sorted."""
+    return sorted({frame for clip in clips for frame in clip.frames})
 
 
 @dataclass(frozen=True)
@@ -84,28 +130,29 @@ def build_index(rallies: Sequence[Rally], spec: ClipSpec) -> ClipIndex:
     Raises:
         ValueError: two clips have the same id, because a video occurs twice.
     """
-    found: list[tuple[str, Rally, int, str | None]] = []  # id, rally, first frame, label
+    videos: dict[str, int] = {}
+    labels: dict[str, int] = {}  # by the order in which they occur
+    blocks: list[np.ndarray] = []
     too_short, without_events, shifted = [], [], 0
     for rally in rallies:
         last_start = rally.num_frames - 1 - spec.span
         if last_start < 0:
             too_short.append(rally.video)
             continue
-        starts = list(_clip_starts(rally, spec, last_start))
-        if not starts:
+        rows = _rally_rows(rally, spec, last_start, labels)
+        if not len(rows):
             without_events.append(rally.video)
-        for clip_id, wanted, label in starts:
-            start = min(max(wanted, 0), last_start)
-            shifted += start != wanted
-            found.append((clip_id, rally, start, label))
-    if len({clip_id for clip_id, *_ in found}) != len(found):
+        starts = rows[:, 1].clip(0, last_start)
+        shifted += int((starts != rows[:, 1]).sum())
+        rows[:, 0], rows[:, 1] = videos.setdefault(rally.video, len(videos)), starts
+        blocks.append(rows)
+    table = np.concatenate(blocks) if blocks else np.empty((0, 5), np.int32)
+    classes = sorted(labels)
+    numbers = np.array([*np.argsort([labels[name] for name in classes]), -1])  # by the order in which they occur
+    table[:, 2] = numbers[table[:, 2]]  # -1 selects the last one
+    clips = ClipTable(tuple(videos), table, spec.num_frames, spec.sampling_rate)
+    if len(videos) < len(blocks) and len({clip.id for clip in clips}) < len(clips):
         raise ValueError("two clips have the same id; list each video once in the annotations")
-    classes = sorted({label for *_, label in found if label is not None})
-    numbers: dict[str | None, int] = {None: -1, **{name: i for i, name in enumerate(classes)}}
-    clips = tuple(
-        Clip(clip_id, r.video, tuple(range(start, start + spec.span, spec.sampling_rate)), numbers[label], r.video)
-        for clip_id, r, start, label in found
-    )
     report = {
         "clips": len(clips), "classes": len(classes), "rallies": len(rallies), "shifted_into_video": shifted,
         "too_short": too_short, "without_events": without_events,
@@ -113,17 +160,27 @@ def build_index(rallies: Sequence[Rally], spec: ClipSpec) -> ClipIndex:
     return ClipIndex(clips, tuple(classes), report)
 
 
-def _clip_starts(rally: Rally, spec: ClipSpec, last_start: int) -> Iterator[tuple[str, int, str | None]]:
-    """(id, first frame, label) of the clips of a rally. The first frame may lie outside the video."""
+def _rally_rows(rally: Rally, spec: ClipSpec, last_start: int, labels: dict[str, int]) -> np.ndarray:
+    """The rows of `ClipTable.rows` of a rally, without its video. The first frame may lie outside the video.
+
+    `labels` gets the new ones.
+    """
+
+    def number_of(label: str | None) -> int:
+        return -1 if label is None else labels.setdefault(label, len(labels))
+
     own_label = rally.video if spec.label == "video" else None
     if spec.clips == "windows":
-        for start in range(0, last_start + 1, spec.stride or spec.span):
-            yield f"{rally.video}:{start:06d}", start, own_label
-        return
+        starts = np.arange(0, last_start + 1, spec.stride or spec.span, dtype=np.int32)
+        rows = np.full((len(starts), 5), -1, np.int32)
+        rows[:, 1], rows[:, 2], rows[:, 4] = starts, number_of(own_label), starts
+        return rows
     before = spec.num_frames // 2 * spec.sampling_rate if spec.anchor == "center" else 0
+    found = []
     for number, event in enumerate(rally.events[:1] if spec.clips == "first" else rally.events):
         label = select_fields(event.label, spec.label_fields) if event.label else None
-        yield f"{rally.video}#{number}@{event.frame}", event.frame - before, own_label or label
+        found.append((-1, event.frame - before, number_of(own_label or label), number, event.frame))
+    return np.array(found, np.int32).reshape(-1, 5)
 
 
 def count_overlapping_clips(clips: Sequence[Clip]) -> int:

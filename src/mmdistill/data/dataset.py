@@ -1,9 +1,10 @@
 """Clips as samples: raw arrays, visible tokens, and one crop box that all modalities share."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mmdistill.data.clips import Clip, ClipIndex
+from mmdistill.data.clips import Clip, ClipIndex, ClipTable, required_frames, select_clips
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError, MissingFileError, Reader
 from mmdistill.errors import format_count, quote_name
@@ -107,6 +108,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
         self._skipped: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if on_missing == "error" else self._drop_missing(index)
+        if isinstance(self.index.clips, ClipTable):
+            table = self.index.clips
+            self.index = replace(self.index, clips=replace(table, rows=torch.as_tensor(table.rows)))
         # Shared memory that workers write to: frames repeated per clip and modality; last column: clip was replaced. A
         # cell always gets the same value, so no lock is needed.
         stats = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16)
@@ -208,21 +212,21 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def _drop_missing(self, index: ClipIndex) -> ClipIndex:
         """The index without the clips that the policy skips."""
-        missing = {
-            (name, video): set(reader.missing_frames(video, frames))
-            for video, frames in index.frames_by_video().items()
-            for name, reader in self.readers.items()
-        }
-        kept = []
-        for clip in index.clips:
-            limit = len(clip.frames) if self.on_missing == "repeat" else 1
-            incomplete = [n for n in self.readers if len(missing[n, clip.video].intersection(clip.frames)) >= limit]
-            for name in incomplete:
-                self._skipped[name][clip.video] += 1
-            if not incomplete:
-                kept.append(clip)
+        kept: list[int] = []
+        positions = itertools.count()
+        for video, clips in index.by_video():
+            frames = required_frames(clips)
+            missing = {name: set(reader.missing_frames(video, frames)) for name, reader in self.readers.items()}
+            for clip in clips:
+                position = next(positions)
+                limit = len(clip.frames) if self.on_missing == "repeat" else 1
+                incomplete = [n for n in self.readers if len(missing[n].intersection(clip.frames)) >= limit]
+                for name in incomplete:
+                    self._skipped[name][video] += 1
+                if not incomplete:
+                    kept.append(position)
         report = {**index.report, "skipped_as_missing": len(index.clips) - len(kept)}
-        return ClipIndex(tuple(kept), index.classes, report)
+        return ClipIndex(select_clips(index.clips, kept), index.classes, report)
 
 
 def init_worker(_worker: int) -> None:

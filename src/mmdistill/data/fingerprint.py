@@ -3,6 +3,7 @@
 import hashlib
 import os
 
+from mmdistill.data.clips import required_frames
 from mmdistill.data.dataset import ClipDataset
 
 
@@ -19,8 +20,8 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     for clip in dataset.index.clips:
         digest.update(repr(clip).encode())
     digest.update(repr(dataset.index.classes).encode())
-    for video, frames in dataset.index.frames_by_video().items():
-        for path in reader.files(video, frames):
+    for video, clips in dataset.index.by_video():
+        for path in reader.files(video, required_frames(clips)):
             try:
                 status = os.stat(path)
                 state = f"{status.st_size} {status.st_mtime_ns}"

@@ -37,7 +37,7 @@ class NonFiniteGuard:
         on_nonfinite: ``raise``, or ``skip`` the step.
         max_skipped_steps: steps that may be skipped in the whole training before a further one raises too.
         state: position, and the numbers of skipped and overflown steps.
-        clip_ids: ids of the dataset's clips, for messages.
+        clip_id: the id of a clip of the dataset by its number, for messages.
         log: prints a line on rank 0.
 
     Attributes:
@@ -54,11 +54,11 @@ class NonFiniteGuard:
         max_skipped_steps: int,
         *,
         state: TrainingState,
-        clip_ids: Sequence[str],
+        clip_id: Callable[[int], str],
         log: Callable[[str], None],
     ) -> None:
         self.on_nonfinite, self.max_skipped_steps = on_nonfinite, max_skipped_steps
-        self.state, self.clip_ids, self.log = state, clip_ids, log
+        self.state, self.clip_id, self.log = state, clip_id, log
         self.grad_norm, self.was_skipped = 0.0, False
         self._num_finite_batches = 0  # of this step
         self._clips: list[str] = []  # clips of this step whose loss is not finite
@@ -77,7 +77,7 @@ class NonFiniteGuard:
         if math.isfinite(mean):
             self._num_finite_batches += 1
             return True
-        own_clips = [] if bool(torch.isfinite(loss)) else [self.clip_ids[i] for i in index.tolist()]
+        own_clips = [] if bool(torch.isfinite(loss)) else [self.clip_id(i) for i in index.tolist()]
         clips = [clip for rank_clips in all_gather_objects(own_clips) for clip in rank_clips]
         self._clips += clips
         if self.on_nonfinite == "raise":

@@ -121,9 +121,13 @@ class Training:
         self._record = {"weight_compat": weight_compat, "data_order": data.order}
         self._report = DataReport(data.dataset, run.directory, is_main=run.process.is_main)
         self.state, self.throughput = TrainingState(), ThroughputMeter()
-        trainer, clip_ids = config.trainer, [clip.id for clip in data.dataset.index.clips]
+        trainer, clips = config.trainer, data.dataset.index.clips
         self.guard = NonFiniteGuard(
-            trainer.on_nonfinite, trainer.max_skipped_steps, state=self.state, clip_ids=clip_ids, log=log.info
+            trainer.on_nonfinite,
+            trainer.max_skipped_steps,
+            state=self.state,
+            clip_id=lambda i: clips[i].id,
+            log=log.info,
         )
         self._clips_per_step = data.global_batch * data.accumulate_grad_batches
         self.optimization = Optimization.from_config(

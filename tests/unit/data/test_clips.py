@@ -1,11 +1,13 @@
 """Clips: frames, labels and limits of the video, for every anchor and sampling rate."""
 
+import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.clips import ClipSpec, build_index, count_overlapping_clips
+from mmdistill.data.clips import ClipSpec, ClipTable, build_index, count_overlapping_clips, select_clips
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"
@@ -44,7 +46,7 @@ def test_too_short_video_has_no_clip_and_is_listed() -> None:
     shortest = build_index([rally(9, (0, A))], ClipSpec("events", 8))
     assert shortest.clips[0].frames == tuple(range(8))
     short = build_index([rally(8, (0, A))], ClipSpec("events", 8))
-    assert (short.clips, short.report["too_short"]) == ((), ["r"])
+    assert (list(short.clips), short.report["too_short"]) == ([], ["r"])
 
 
 def test_windows_have_no_label_unless_the_video_is_the_class() -> None:
@@ -81,3 +83,27 @@ def test_overlapping_clips_of_one_class_are_counted() -> None:
         count_overlapping_clips(clips) == 2
     )  # 10 and 17 share a frame; 15 is of another class; 30 and 38 are adjacent
     assert count_overlapping_clips(build_index([rally(60)], ClipSpec("windows", 8, stride=1)).clips) == 0  # no label
+
+
+def test_a_window_costs_20_bytes() -> None:
+    """The clips are rows of one array, and the names of the videos are stored once."""
+    rallies = [Rally(f"r{i}", 266, 25.0, (Event(9, A),)) for i in range(40)]
+    clips = build_index(rallies, ClipSpec("windows", 16, stride=1)).clips
+    assert isinstance(clips, ClipTable)
+    assert (len(clips), clips.rows.dtype, clips.rows.nbytes) == (10_000, np.int32, 200_000)
+    assert len(pickle.dumps(clips)) < 21 * len(clips)
+    assert (len(clips.videos), clips[-1].id, clips[251].frames) == (40, "r39:000249", tuple(range(1, 17)))
+
+
+def test_a_video_that_occurs_twice_is_accepted_if_its_clips_differ() -> None:
+    first, second = (Rally("r", 60, 25.0, (Event(frame, A),)) for frame in (20, 30))
+    assert [c.id for c in build_index([first, second], ClipSpec("events", 8)).clips] == ["r#0@20", "r#0@30"]
+    with pytest.raises(ValueError, match="two clips have the same id; list each video once"):
+        build_index([first, first], ClipSpec("events", 8))
+
+
+def test_selected_clips_are_stored_as_before() -> None:
+    clips = build_index([rally(40), Rally("q", 40, 25.0, ())], ClipSpec("windows", 8)).clips
+    selected = select_clips(clips, [1, 6])
+    assert isinstance(selected, ClipTable)
+    assert list(selected) == list(select_clips(tuple(clips), [1, 6])) == [clips[1], clips[6]]

@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import shutil
 from dataclasses import fields, replace
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.data.annotations.base import Rally
-from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.clips import ClipSpec, ClipTable, build_index
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError
@@ -236,3 +237,19 @@ def test_error_names_the_invalid_argument(dot: DotVideo) -> None:
 def test_dataset_can_be_empty_after_skipping(dot: DotVideo) -> None:
     shutil.rmtree(dot.root / "flow")
     assert len(dataset(dot, on_missing="skip")) == 0
+
+
+def test_spawned_workers_share_the_clips(dot: DotVideo) -> None:
+    """Their pickled copy of the dataset refers to shared memory."""
+    index = build_index([Rally("dot", 10_009, 25.0, ())], ClipSpec("windows", 8, stride=1))
+    ds = ClipDataset(index, dot.readers(), CropSpec(dot.size, CROP), MaskSpec((4, 6, 10)))
+    clips = ds.index.clips
+    assert isinstance(clips, ClipTable)
+    assert isinstance(clips.rows, torch.Tensor)
+    assert not clips.rows.is_shared()  # workers that are forked need no shared memory
+    data = ForkingPickler.dumps(ds)
+    assert clips.rows.is_shared()
+    assert len(data) < 10_000
+    copy = ForkingPickler.loads(data)
+    assert copy.index.clips.rows.is_shared()
+    assert (len(copy), copy.index.clips[9_999]) == (10_001, index.clips[9_999])

@@ -14,7 +14,7 @@ CLIPS = torch.tensor([0, 1])  # a and b
 
 def _guard(on_nonfinite: str, max_skipped_steps: int = 0, messages: list[str] | None = None) -> NonFiniteGuard:
     return NonFiniteGuard(
-        on_nonfinite, max_skipped_steps, state=TrainingState(step=3), clip_ids=["a", "b"],
+        on_nonfinite, max_skipped_steps, state=TrainingState(step=3), clip_id="ab".__getitem__,
         log=([] if messages is None else messages).append,
     )  # fmt: skip
 
@@ -44,10 +44,10 @@ def test_raise_names_step_and_clips() -> None:
 def test_an_error_names_the_first_clips_after_the_fix() -> None:
     """Names with blanks are quoted."""
     clips = ["a 1:000", "b", "c", "d", "e"]
-    guard = NonFiniteGuard("raise", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
+    guard = NonFiniteGuard("raise", 0, state=TrainingState(step=3), clip_id=clips.__getitem__, log=[].append)
     with pytest.raises(NonFiniteError, match=r"on_nonfinite=skip\. Clips: 'a 1:000', b, c, d and 1 more$"):
         guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
-    guard = NonFiniteGuard("skip", 0, state=TrainingState(step=3), clip_ids=clips, log=[].append)
+    guard = NonFiniteGuard("skip", 0, state=TrainingState(step=3), clip_id=clips.__getitem__, log=[].append)
     assert not guard.before_backward(torch.tensor(NAN), NAN, torch.arange(5), is_first=True)
     with pytest.raises(NonFiniteError, match=r"Lower trainer\.lr .*\. Clips: 'a 1:000', b, c, d and 1 more$"):
         guard.before_step(0.0)
