@@ -216,7 +216,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         positions = itertools.count()
         for video, clips in index.by_video():
             frames = required_frames(clips)
-            missing = {name: set(reader.missing_frames(video, frames)) for name, reader in self.readers.items()}
+            missing = {name: _missing_frames(reader, video, frames) for name, reader in self.readers.items()}
             for clip in clips:
                 position = next(positions)
                 limit = len(clip.frames) if self.on_missing == "repeat" else 1
@@ -227,6 +227,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     kept.append(position)
         report = {**index.report, "skipped_as_missing": len(index.clips) - len(kept)}
         return ClipIndex(select_clips(index.clips, kept), index.classes, report)
+
+
+def _missing_frames(reader: Reader, video: str, frames: list[int]) -> set[int]:
+    """All frames, if one file contains them and it is damaged."""
+    try:
+        return set(reader.missing_frames(video, frames))
+    except FrameError:
+        return set(frames)
 
 
 def init_worker(_worker: int) -> None:

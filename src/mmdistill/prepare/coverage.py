@@ -65,7 +65,14 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
     for name, reader in readers.items():
         count = rally.num_frames - get_modality(name).is_frame_pair
         coverage = result.modalities[name] = ModalityCoverage(count)
-        missing = reader.missing_frames(rally.video, range(count))
+        last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
+        try:
+            absent = reader.missing_frames(rally.video, range(last + 2))
+        except FrameError as error:  # one file contains all frames
+            coverage.unreadable_frames = count
+            coverage.messages.append(str(error))
+            continue
+        missing = [frame for frame in absent if frame < count]
         coverage.missing_frames = len(missing)
         if missing:
             files = dict.fromkeys(reader.files(rally.video, missing))
@@ -77,8 +84,7 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
             else:
                 result.players = (0,) * min(2, reader.max_persons)
             continue
-        last = rally.num_frames - 1  # some datasets have a flow file for the last frame too
-        if not reader.missing_frames(rally.video, [last + 1]):
+        if last + 1 not in absent:
             coverage.extra_frames = 1
             coverage.messages.append(f"{rally.video}: {name} has a file after frame {last}, the last annotated frame")
         for frame in sorted(set(range(0, count, every)).difference(missing)):

@@ -1,5 +1,6 @@
 """The coverage check counts exactly the files that are missing, unreadable or too many."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from mmdistill.data.annotations.base import Event, Rally
 from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.flow import FlowReader
-from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.flow_file import pack_flow, write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.zip_file import write_zip
 from mmdistill.prepare.coverage import check_all
 
 SIZE = (16, 24)
@@ -147,6 +149,45 @@ def test_frames_after_the_last_annotated_frame_are_reported(root: Path) -> None:
     assert report["modalities"]["rgb"]["rallies_longer_than_annotated"] == 1
     assert report["rallies_with_gaps"]["m_1_10"]["skeleton"]["longer_than_annotated"]
     assert "m_20_30: rgb has a file after frame 9, the last annotated frame" in report["messages"]
+
+
+def test_packed_files_are_checked_and_a_truncated_one_is_named(root: Path) -> None:
+    for rally in RALLIES:
+        frames, flows = root / "vid_frames_224" / rally.video, root / "tennis_flows" / rally.video
+        images, pairs = sorted(frames.iterdir()), sorted(flows.iterdir())
+        write_zip(frames / "frames.zip", images[: 8 if rally is RALLIES[0] else None])
+        pack_flow(flows / "flow.npy", pairs)
+        for file in (*images, *pairs):
+            file.unlink()
+    readers = open_readers(root)
+    report = check_all(RALLIES, readers, workers=1)
+    assert report["rallies_with_gaps"] == {"m_1_10": {"rgb": gap(missing=2)}}
+    archive, packed = root / "vid_frames_224/m_20_30/frames.zip", root / "tennis_flows/m_20_30/flow.npy"
+    for path in (archive, packed):
+        path.write_bytes(path.read_bytes()[:-9])
+    report = check_all(RALLIES, readers, workers=1)
+    assert report["rallies_with_gaps"]["m_20_30"] == {"rgb": gap(unreadable=10), "flow": gap(unreadable=9)}
+    assert [m.split("; ")[0] for m in report["messages"][1:]] == [
+        f"{archive}: truncated, or not a zip archive",
+        f"{packed}: truncated, or not a .npy file of numbers",
+    ]
+
+
+def test_each_folder_is_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listing is a call of scandir or listdir; a stat per file would be slow on network file systems."""
+    calls: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, **kw: (calls.append(f"{name} {path}"), original(path, **kw))[1])
+
+    for name in ("listdir", "scandir", "stat"):
+        watch(name)
+    readers = {name: reader for name, reader in open_readers(root).items() if name != "skeleton"}
+    assert check_all(RALLIES, readers, workers=1, every=100)["complete"]
+    folders = [root / kind / rally.video for rally in RALLIES for kind in ("vid_frames_224", "tennis_flows")]
+    assert sorted(c for c in calls if not c.startswith("stat")) == sorted(f"listdir {folder}" for folder in folders)
+    assert len(calls) <= 4 * len(folders)
 
 
 def test_opening_every_third_file_still_counts_all_missing_files(root: Path) -> None:

@@ -1,6 +1,5 @@
 """The annotation format ``clips`` of MM-CDFSL: EPIC-Kitchens, MECCANO, WEAR (targets) and Ego4D (source)."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from mmdistill.data.annotations.base import (
     require_valid,
     whole_number,
 )
+from mmdistill.data.readers.base import list_files
 from mmdistill.errors import format_count
 
 # Names of a field in the datasets. The first one that a clip has is used.
@@ -182,6 +182,5 @@ def _parse_number(key: str, value: Any) -> int:
 
 
 def _count_frames(video: str, frames_dir: Path | None) -> int:
-    folder = None if frames_dir is None else frames_dir / video
-    files = os.listdir(folder) if folder is not None and folder.is_dir() else []
+    files = [] if frames_dir is None else list_files(str(frames_dir / video), "rgb")
     return sum(name.lower().endswith((".jpg", ".jpeg")) for name in files)

@@ -6,14 +6,16 @@ skeletons. A reader never guesses: a frame that cannot be read raises `FrameErro
 Shapes: T requested frames, H x W stored frame, M persons, J joints.
 """
 
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
+from mmdistill.data.readers.zip_file import ZIP_NAME, ZipError, read_zip, zip_names
 from mmdistill.errors import InputError
 
 
@@ -41,6 +43,8 @@ def file_errors(path: str, kind: str) -> Iterator[None]:
         raise MissingFileError(f"{path}: no such {kind} file") from None
     except OSError as error:
         raise FrameError(f"{path}: {error.strerror}") from error
+    except ZipError as error:
+        raise FrameError(str(error)) from error
 
 
 class Reader(ABC):
@@ -58,7 +62,11 @@ class Reader(ABC):
 
     @abstractmethod
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
-        """The frames that have no file. Files are not opened, so the others may still be unreadable."""
+        """The frames that have no file. Files are not opened, so the others may still be unreadable.
+
+        Raises:
+            FrameError: one file contains all frames, and it is truncated or damaged; names it.
+        """
 
     @abstractmethod
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
@@ -123,7 +131,7 @@ def outside_share(rows: np.ndarray, frame_size: tuple[int, int]) -> float:
 
 
 class FrameFileReader(Reader):
-    """Reader of a modality with one file per frame.
+    """Reader of a modality with one file per frame. A folder may contain ``frames.zip`` in place of its files.
 
     Args:
         root: folder of the modality.
@@ -150,22 +158,82 @@ class FrameFileReader(Reader):
         """Path of the file of `frame`."""
         return f"{self.root}/{self.pattern.format(video=video, frame=frame + self.frame_number_offset)}"
 
+    def read_files(self, video: str, frames: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """The path, for messages, and the content of the file of each frame.
+
+        Raises:
+            FrameError: a file is missing, or its ``frames.zip`` is truncated or damaged.
+        """
+        for folder, names in _by_folder(self.path(video, k) for k in frames):
+            archive = f"{folder}/{ZIP_NAME}"
+            if not os.path.exists(archive):
+                for name in names:
+                    with file_errors(f"{folder}/{name}", self.name):
+                        data = Path(folder, name).read_bytes()
+                    yield f"{folder}/{name}", data
+                continue
+            with file_errors(archive, self.name):
+                contents = read_zip(archive, names)
+            for name, content in zip(names, contents, strict=True):
+                if content is None:
+                    raise MissingFileError(f"{archive}: contains no {self.name} file {name}")
+                yield f"{archive}/{name}", content
+
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
         """See `Reader.files`."""
-        return [self.path(video, k) for k in frames]
+        files: list[str] = []
+        for folder, names in _by_folder(self.path(video, k) for k in frames):
+            archive = f"{folder}/{ZIP_NAME}"
+            files += [archive] if os.path.exists(archive) else [f"{folder}/{name}" for name in names]
+        return list(dict.fromkeys(files))
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         """See `Reader.missing_frames`."""
-        paths = [self.path(video, k).rpartition("/") for k in frames]
-        listings = {folder: _list_files(folder) for folder in {p[0] for p in paths}}  # much faster than a stat per file
-        return [k for k, (folder, _, file) in zip(frames, paths, strict=True) if file not in listings[folder]]
+        paths = [self.path(video, k) for k in frames]
+        missing = missing_files(paths, self.name)
+        return [k for k, path in zip(frames, paths, strict=True) if path in missing]
 
 
-def _list_files(folder: str) -> frozenset[str]:
+def _by_folder(paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Consecutive paths of one folder: the folder and the file names."""
+    split = (path.rpartition("/") for path in paths)
+    for folder, group in itertools.groupby(split, lambda parts: parts[0]):
+        yield folder, [name for _, _, name in group]
+
+
+def missing_files(paths: Sequence[str], kind: str) -> set[str]:
+    """The paths that do not exist, also not in the ``frames.zip`` of their folder.
+
+    Each folder is listed once, which is much faster than a stat per file.
+
+    Raises:
+        FrameError: a ``frames.zip`` is truncated or damaged.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for folder, names in _by_folder(paths):
+        by_folder.setdefault(folder, []).extend(names)
+    missing: set[str] = set()
+    for folder, names in by_folder.items():
+        existing = list_files(folder, kind)
+        missing.update(f"{folder}/{name}" for name in names if name not in existing)
+    return missing
+
+
+def list_files(folder: str, kind: str) -> frozenset[str]:
+    """The names of the files in a folder or in its ``frames.zip``; none if there is no such folder.
+
+    Raises:
+        FrameError: the ``frames.zip`` is truncated or damaged.
+    """
     try:
-        return frozenset(os.listdir(folder))
+        names = frozenset(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+    if ZIP_NAME not in names:
+        return names
+    archive = f"{folder}/{ZIP_NAME}"
+    with file_errors(archive, kind):
+        return zip_names(archive)
 
 
 def is_unique_frame_pattern(pattern: str) -> bool:

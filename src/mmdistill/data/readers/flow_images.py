@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, Reader
-from mmdistill.data.readers.image_file import read_image
+from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, Reader, missing_files
+from mmdistill.data.readers.image_file import decode_image
 
 _MAX_CHANNEL_DIFFERENCE = 4  # of a grayscale image that is stored as a color JPEG
 
@@ -61,12 +61,14 @@ class FlowImageReader(Reader):
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
         """See `Reader.files`."""
-        return [path for reader in self._readers for path in reader.files(video, frames)]
+        files = (path for reader in self._readers for path in reader.files(video, frames))
+        return list(dict.fromkeys(files))
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         """See `Reader.missing_frames`."""
-        missing = {frame for reader in self._readers for frame in reader.missing_frames(video, frames)}
-        return [frame for frame in frames if frame in missing]
+        paths = [[reader.path(video, frame) for reader in self._readers] for frame in frames]
+        missing = missing_files([path for axes in zip(*paths, strict=True) for path in axes], self.name)
+        return [frame for frame, axes in zip(frames, paths, strict=True) if missing.intersection(axes)]
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""
@@ -85,8 +87,8 @@ class _GrayReader(FrameFileReader):
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""
         out = np.empty((len(frames), *self.frame_size), np.uint8)
-        for position, path in enumerate(self.files(video, frames)):
-            image = read_image(path, "flow", ("JPEG", "PNG"), cv2.IMREAD_UNCHANGED)
+        for position, (path, data) in enumerate(self.read_files(video, frames)):
+            image = decode_image(path, data, ("JPEG", "PNG"), cv2.IMREAD_UNCHANGED)
             if image.ndim == 3:
                 if np.ptp(image[..., :3], axis=2).max() > _MAX_CHANNEL_DIFFERENCE:
                     raise FrameError(f"{path}: a color image, expected a grayscale image of one axis")

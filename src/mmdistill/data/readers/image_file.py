@@ -1,12 +1,11 @@
 """Image files: JPEG, and PNG where a reader allows it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mmdistill.data.readers.base import FrameError, file_errors
+from mmdistill.data.readers.base import FrameError
 from mmdistill.errors import format_count
 
 _MARKERS = {"JPEG": (b"\xff\xd8", b"\xff\xd9"), "PNG": (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")}  # start, end
@@ -18,16 +17,14 @@ def image_format(data: bytes) -> str | None:
     return next((name for name, (start, _) in _MARKERS.items() if data.startswith(start)), None)
 
 
-def read_image(path: str, kind: str, formats: Sequence[str], flags: int) -> np.ndarray:
-    """Read an image file of the modality `kind`. uint8 (H, W, 3), BGR, or as OpenCV's `flags` select.
+def decode_image(path: str, data: bytes, formats: Sequence[str], flags: int) -> np.ndarray:
+    """Decode the content of an image file. uint8 (H, W, 3), BGR, or as OpenCV's `flags` select.
 
     OpenCV decodes a truncated file to an image of full size with gray rows, so the end marker is checked first.
 
     Raises:
-        FrameError: the file is missing, empty, truncated, damaged or not in one of `formats`.
+        FrameError: the file is empty, truncated, damaged or not in one of `formats`; names `path`.
     """
-    with file_errors(path, kind):
-        data = Path(path).read_bytes()
     if not data:
         raise FrameError(f"{path}: empty file")
     name = image_format(data)

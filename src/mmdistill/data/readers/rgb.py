@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from mmdistill.data.readers.base import FrameFileReader, FrameSizeError
-from mmdistill.data.readers.image_file import read_image
+from mmdistill.data.readers.image_file import decode_image
 
 
 class RgbReader(FrameFileReader):
@@ -19,8 +19,8 @@ class RgbReader(FrameFileReader):
         """See `Reader.read`."""
         height, width = self.frame_size
         out = np.empty((len(frames), height, width, 3), np.uint8)
-        for position, path in enumerate(self.path(video, frame) for frame in frames):
-            image = read_image(path, self.name, ("JPEG",), cv2.IMREAD_COLOR)
+        for position, (path, data) in enumerate(self.read_files(video, frames)):
+            image = decode_image(path, data, ("JPEG",), cv2.IMREAD_COLOR)
             if image.shape != (height, width, 3):
                 found = f"{image.shape[0]} x {image.shape[1]}"
                 raise FrameSizeError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")

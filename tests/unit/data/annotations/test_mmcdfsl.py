@@ -26,6 +26,7 @@ from mmdistill.data.annotations.base import (
 )
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.zip_file import write_zip
 from tests.commands import Script
 from tests.contracts.annotation_contract import NUM_FRAMES, AnnotationFormatContract
 from tests.generated_annotations import make_clips
@@ -340,3 +341,19 @@ class TestClipsContract(AnnotationFormatContract):
             for frame in frames
         ]
         path.write_text(json.dumps({"clips": clips}))
+
+
+def test_frames_in_a_zip_are_counted(tmp_path: Path) -> None:
+    """A video without ``num_frames`` has the length of its folder of frames, or of the ``frames.zip`` in it."""
+    (tmp_path / "a.json").write_text(json.dumps({"clips": [{"video_id": "v", "start_frame": 1, "label": "x"}]}))
+    files = [tmp_path / "v" / f"{k:05d}.jpg" for k in range(7)]
+    files[0].parent.mkdir()
+    for file in files:
+        file.touch()
+    options = {"annotations": "clips", "frames_dir": tmp_path}
+    separate = load_annotations(tmp_path / "a.json", **options)  # type: ignore[arg-type]
+    write_zip(tmp_path / "v/frames.zip", files)
+    for file in files:
+        file.unlink()
+    assert load_annotations(tmp_path / "a.json", **options) == separate  # type: ignore[arg-type]
+    assert [rally.num_frames for rally in separate] == [7]

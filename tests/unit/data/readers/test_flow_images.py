@@ -1,5 +1,6 @@
 """Flow in pairs of grayscale images."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -8,6 +9,7 @@ import pytest
 
 from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.data.readers.flow_images import FlowImageReader
+from mmdistill.data.readers.zip_file import write_zip
 from tests.contracts.reader_contract import ReaderContract
 
 SIZE = (16, 24)
@@ -58,6 +60,26 @@ def test_one_missing_axis_is_a_missing_frame(tmp_path: Path) -> None:
     (tmp_path / "a/flow_x_00003.jpg").unlink()
     (tmp_path / "a/flow_y_00005.jpg").unlink()
     assert reader.missing_frames("a", range(8)) == [3, 5]
+
+
+def test_images_in_a_zip_are_identical_and_each_folder_is_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_flow_images(tmp_path, "a", constant_flow())
+    reader = FlowImageReader(tmp_path, frame_size=SIZE, pattern=PATTERN, bound=20)
+    expected = reader.read("a", [5, 2])
+    listed: list[object] = []
+    list_folder = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: (listed.append(folder), list_folder(folder))[1])
+    assert reader.missing_frames("a", range(9)) == [8]
+    assert listed == [str(tmp_path / "a")]
+    files = [Path(path) for path in reader.files("a", range(8))]
+    write_zip(tmp_path / "a/frames.zip", files)
+    for file in files:
+        file.unlink()
+    np.testing.assert_array_equal(reader.read("a", [5, 2]), expected)
+    assert reader.missing_frames("a", range(9)) == [8]
+    assert reader.files("a", range(8)) == [str(tmp_path / "a/frames.zip")]
 
 
 def test_images_of_another_kind_raise(tmp_path: Path) -> None:
