@@ -2,10 +2,12 @@
 
     python benchmarks/scale.py windows [--workers 8] [--start-method fork]
     python benchmarks/scale.py files ANNOTATIONS...
+    python benchmarks/scale.py pack VIDEO
 
 `windows` prints the bytes of a million windows and the memory of loader workers (proportional set size, Linux). `files`
 writes the frame folders of F3Set annotation files to a temporary folder, with empty files after the first frame, and
-measures the index and the coverage (`mmdistill check-data --every` a large number).
+measures the index and the coverage (`mmdistill check-data --every` a large number). `pack` prepares a video with and
+without `--pack` and prints files and bytes per hour of video, and the time per clip.
 """
 
 import argparse
@@ -30,10 +32,11 @@ from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.flow import FlowReader
-from mmdistill.data.readers.flow_file import write_flow
+from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.prepare.coverage import check_all
+from mmdistill.prepare.pipeline import FLOW_DIR, FRAME_DIR, Settings, prepare_video
 
 NUM_RALLIES, RALLY_FRAMES = 4000, 266  # 250 windows each
 NUM_BATCHES = 4000  # of 32 windows in random order, which touch every page of the index
@@ -61,16 +64,18 @@ class ZeroReader(Reader):
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["windows", "files"])
-    parser.add_argument("annotations", type=Path, nargs="*")
+    parser.add_argument("part", choices=["windows", "files", "pack"])
+    parser.add_argument("paths", type=Path, nargs="*", metavar="ANNOTATIONS | VIDEO")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--start-method", choices=multiprocessing.get_all_start_methods(), default="fork")
     options = parser.parse_args()
     if options.part == "windows":
         index = _measure_index()
         _measure_workers(index, options)
+    elif options.part == "files":
+        _measure_files(options.paths)
     else:
-        _measure_files(options.annotations)
+        _measure_pack(options.paths[0])
 
 
 def _measure_index() -> ClipIndex:
@@ -152,6 +157,45 @@ def _measure_files(annotations: Sequence[Path]) -> None:
         num_folders = 2 * len(rallies)
         print(f"coverage: {time.perf_counter() - start:.2f} s; calls for {num_folders} folders: {dict(counts)}")
         assert report["complete"], report["messages"][:3]
+
+
+def _measure_pack(video: Path) -> None:
+    for dtype in FLOW_DTYPES:
+        with tempfile.TemporaryDirectory() as folder:
+            _measure_pack_of_dtype(video, Path(folder), dtype)
+
+
+def _measure_pack_of_dtype(video: Path, root: Path, dtype: str) -> None:
+    readers: dict[str, list[Reader]] = {"rgb": [], "flow": []}
+    for pack in (False, True):
+        out = root / str(pack)
+        record = prepare_video("v", video, out, Settings(flow_dtype=dtype, pack=pack)).record
+        assert record is not None
+        size = (record["stored_size"][0], record["stored_size"][1])
+        readers["rgb"].append(RgbReader(out / FRAME_DIR, frame_size=size))
+        readers["flow"].append(FlowReader(out / FLOW_DIR, frame_size=size))
+        hours = record["num_frames"] / record["fps"] / 3600
+        for name in (FRAME_DIR, FLOW_DIR):
+            files = list((out / name).rglob("*.*"))
+            disk = sum(file.stat().st_blocks * 512 for file in files)
+            num_bytes = sum(file.stat().st_size for file in files)
+            per_hour = "1 file" if pack else f"{len(files) / hours:.0f} files"
+            print(
+                f"{dtype}, pack={pack}, {name}: {per_hour}, {num_bytes / hours / 1e9:.2f} GB, {disk / hours / 1e9:.2f} "
+                f"GB on disk per hour at {record['fps']:.0f} fps"
+            )
+    for name, both in readers.items():
+        times: list[list[float]] = [[], []]
+        starts = np.random.default_rng(0).integers(0, record["num_frames"] - 17, 200).tolist()
+        for start in starts:
+            arrays = []
+            for reader, seconds in zip(both, times, strict=True):
+                begin = time.process_time()
+                arrays.append(reader.read("v", range(start, start + 16)))
+                seconds.append(1000 * (time.process_time() - begin))
+            assert np.array_equal(*arrays)
+        separate, packed = map(np.median, times)
+        print(f"{dtype}, {name}: {separate:.2f} ms per clip of 16 separate files, {packed:.2f} ms packed")
 
 
 def _write_folders(root: Path, rallies: Sequence[Rally]) -> int:

@@ -87,6 +87,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="vertical position that separates the players, 0 (top) to 1 (bottom): the near player stands below it",
     )
     parser.add_argument(
+        "--pack",
+        action="store_true",
+        help="store the frames of a video in one frames.zip and its flow in one flow.npy",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,

@@ -3,6 +3,10 @@
 OUTPUT/vid_frames_224/{video}/{frame:06d}.jpg        OUTPUT/skeletons/f3set-tennis/{video}.pkl
 OUTPUT/tennis_flows/{video}/pair_{frame:05d}.npy     OUTPUT/contact_sheets/{video}.jpg
 OUTPUT/unlabel.json                                  OUTPUT/provenance.json
+
+With `Settings.pack` the files of a video are packed when all of them are written:
+
+OUTPUT/vid_frames_224/{video}/frames.zip             OUTPUT/tennis_flows/{video}/flow.npy
 """
 
 import hashlib
@@ -23,7 +27,8 @@ import numpy as np
 from mmdistill import __version__
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
-from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
+from mmdistill.data.readers.flow_file import FLOW_DTYPES, PACKED_FLOW, open_packed_flow, pack_flow, write_flow
+from mmdistill.data.readers.zip_file import ZIP_NAME, write_zip, zip_names
 from mmdistill.files import atomic_write_bytes
 from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
 from mmdistill.prepare.placement import FITS, Placement, fit_into, scale_to_height
@@ -52,6 +57,7 @@ class Settings:
     flow_dtype: str = "float16"  # number format of the flow files, see `write_flow`
     skeleton: str = "none"  # ``mediapipe`` or ``none``
     split: float = 0.4  # image height that separates the near from the far player, as a fraction from the top
+    pack: bool = False  # one file of frames and one of flow per video
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -84,20 +90,26 @@ class Settings:
 
 
 def estimate_output(videos: dict[str, Path], settings: Settings) -> tuple[int, int]:
-    """Number of files and of bytes that all videos need, from what their containers declare."""
-    files = num_bytes = 0
+    """Number of files and of bytes that all videos need, from what their containers declare.
+
+    With ``settings.pack`` the bytes include the separate files of the largest video, which exist while it is packed.
+    """
+    files = num_bytes = largest = 0
     for path in videos.values():
         header = read_header(path)
         if not header.frames:
             continue
         count = header.frames if settings.fps is None else round(header.seconds * settings.fps)
         height, width = settings.placement(header.frame_size).stored
-        files += count
-        num_bytes += round(count * height * width * JPEG_BYTES_PER_PX)
+        per_kind = 1 if settings.pack else count
+        files += per_kind
+        size = round(count * height * width * JPEG_BYTES_PER_PX)
         if settings.flow != "none":
-            files += count
-            num_bytes += count * 2 * height * width * np.dtype(settings.flow_dtype).itemsize
-    return files, num_bytes
+            files += per_kind
+            size += count * 2 * height * width * np.dtype(settings.flow_dtype).itemsize
+        num_bytes += size
+        largest = max(largest, size)
+    return files, num_bytes + (largest if settings.pack else 0)
 
 
 @dataclass(frozen=True)
@@ -134,10 +146,48 @@ class _Outputs:
         """Whether the files of a completed video still exist; they are counted, not opened."""
         count, parts = record["num_frames"], record["parts"]
         return (
-            len(list(self.frames.glob("*.jpg"))) == count
-            and (parts["flow"]["method"] == "none" or len(list(self.flow.glob("pair_*.npy"))) == count - 1)
+            (self.frames_zip.exists() or len(self.images()) == count)
+            and (parts["flow"]["method"] == "none" or self.packed_flow.exists() or len(self.pairs()) == count - 1)
             and (parts["skeleton"]["method"] == "none" or self.skeleton.exists())
         )
+
+    @property
+    def frames_zip(self) -> Path:
+        """The packed frames."""
+        return self.frames / ZIP_NAME
+
+    @property
+    def packed_flow(self) -> Path:
+        """The packed flow."""
+        return self.flow / PACKED_FLOW
+
+    def images(self) -> list[Path]:
+        """The frames that are separate files."""
+        return list(self.frames.glob("*.jpg"))
+
+    def pairs(self) -> list[Path]:
+        """The flow that is in separate files."""
+        return list(self.flow.glob("pair_*.npy"))
+
+    def pack(self) -> None:
+        """Replace the separate files by the packed ones. It may be interrupted at any time and repeated."""
+        for target, files, write in (
+            (self.frames_zip, self.images(), write_zip),
+            (self.packed_flow, self.pairs(), pack_flow),
+        ):
+            if files and not target.exists():
+                write(target, files)
+            for file in files:
+                file.unlink()
+
+    def remove_damaged(self) -> None:
+        """Remove packed files that are truncated or damaged. They are then written again."""
+        for target, check in ((self.frames_zip, zip_names), (self.packed_flow, open_packed_flow)):
+            try:
+                if target.exists():
+                    check(str(target))
+            except ValueError:
+                target.unlink()
 
 
 def prepare_all(
@@ -180,7 +230,10 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Pr
     try:
         record: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
         old = _remove_outdated(path, files, record)
+        files.remove_damaged()
         if old.get("complete") and old["parts"] == record["parts"] and files.are_complete(old):
+            if settings.pack:
+                files.pack()
             return PrepareResult(name, old, None, reused=True)
         record |= _write_frames_and_flow(path, files, settings)
         if settings.skeleton == "mediapipe":
@@ -195,6 +248,8 @@ def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> Pr
                 place=place,
             )
             record["skeleton_frames"] = asdict(counts)
+        if settings.pack:
+            files.pack()
         record["complete"] = True
         atomic_write_bytes(files.record, json.dumps(record).encode())
     except (ValueError, OSError, cv2.error) as error:
@@ -238,7 +293,9 @@ def _fingerprint(path: Path) -> str:
 def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> dict[str, Any]:
     """Write the missing frames and flow files of a video and return what was measured on it."""
     files.frames.mkdir(parents=True, exist_ok=True)
-    compute_flow = None if settings.flow == "none" else make_flow_function(settings.flow)
+    has_flow = settings.flow == "none" or files.packed_flow.exists()
+    compute_flow = None if has_flow else make_flow_function(settings.flow)
+    has_images = files.frames_zip.exists()
     seconds: list[float] = []
     differences: list[float] = []
     source, is_interlaced = (0, 0), False
@@ -246,7 +303,8 @@ def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> d
     for frame in read_frames(path, settings.fps):
         source, is_interlaced = frame.pixels.shape[:2], frame.is_interlaced
         image = settings.placement(source).place(frame.pixels)
-        _write_jpeg(files.frames / f"{frame.number:06d}.jpg", image, settings.quality)
+        if not has_images:
+            _write_jpeg(files.frames / f"{frame.number:06d}.jpg", image, settings.quality)
         gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
         if previous is not None:
             differences.append(float(cv2.absdiff(previous, gray).mean()))
@@ -294,6 +352,7 @@ def write_annotations(output: Path) -> list[Rally]:
         "opencv": cv2.__version__,
         "ffmpeg": av.ffmpeg_version_info,
         "frames": "numbered from 0 in the order of presentation; upright, progressive, square pixels; INTER_AREA",
+        "packed": "frames.zip contains the frames of a video, row k of flow.npy is pair k",
         "fps": "if set: the frames nearest to the multiples of 1 / fps; else all frames",
         "flow": {
             "methods": {m: FLOW_METHODS.get(m, "no flow") for m in methods},

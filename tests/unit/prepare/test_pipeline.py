@@ -1,7 +1,9 @@
 """Preparation of videos: correct frames and flow, resumable, and one broken video does not stop the others."""
 
+import itertools
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.readers import flow_file
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import read_flow
 from mmdistill.data.readers.rgb import RgbReader
@@ -166,6 +169,90 @@ def test_changed_source_or_setting_replaces_only_its_files(tmp_path: Path) -> No
     assert result.record["num_frames"] == 10
     assert len(list((out / "vid_frames_224/a").iterdir())) == 10
     assert len(list((out / "tennis_flows/a").iterdir())) == 9
+
+
+PACKED = replace(SMALL, pack=True)
+PACKED_FILES = ["tennis_flows/a/flow.npy", "vid_frames_224/a/frames.zip"]
+
+
+def _samples(out: Path) -> tuple[np.ndarray, np.ndarray]:
+    frames = RgbReader(out / "vid_frames_224", frame_size=(48, 80)).read("a", range(20))
+    return frames, FlowReader(out / "tennis_flows", frame_size=(48, 80)).read("a", range(19))
+
+
+def test_packed_files_give_identical_samples(tmp_path: Path) -> None:
+    video = write_moving_square(tmp_path / "a.avi")
+    for dtype in ("float16", "int8"):
+        out, packed = tmp_path / dtype, tmp_path / f"packed-{dtype}"
+        settings = replace(SMALL, flow_dtype=dtype)
+        plain = prepare_video("a", video, out, settings)
+        result = prepare_video("a", video, packed, replace(settings, pack=True))
+        assert result.record == plain.record
+        for expected, found in zip(_samples(out), _samples(packed), strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert sorted(file_contents(packed)) == PACKED_FILES
+        assert prepare_video("a", video, packed, settings).reused
+        again = prepare_video("a", video, out, replace(settings, pack=True))  # packs the files of the first run
+        assert again.reused
+        assert file_contents(out) == file_contents(packed)
+    assert estimate_output({"a": video}, PACKED)[0] == 2
+    assert estimate_output({"a": video}, PACKED)[1] == 2 * estimate_output({"a": video}, SMALL)[1]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (pipeline, "write_flow", 12),
+        (pipeline, "write_zip", 0),
+        (zipfile.ZipFile, "writestr", 5),
+        (pipeline, "pack_flow", 0),
+        (flow_file, "_load", 9),
+        (Path, "unlink", 3),  # while the separate frames are removed
+        (Path, "unlink", 25),  # while the separate flow is removed
+    ],
+)
+def test_interrupted_packing_resumes_to_identical_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
+) -> None:
+    video = write_moving_square(tmp_path / "a.avi")
+    prepare_video("a", video, tmp_path / "expected", PACKED)
+    original, count = getattr(owner, name), itertools.count()
+
+    def stop(*args: object, **options: object) -> object:
+        is_temporary = name == "unlink" and ".tmp-" in str(args[0])
+        if not is_temporary and next(count) == calls:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_video("a", video, tmp_path / "out", PACKED)
+    assert sorted(file_contents(tmp_path / "out")) != PACKED_FILES
+    assert prepare_video("a", video, tmp_path / "out", PACKED).error is None
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "expected")
+
+
+def test_truncated_packed_files_are_written_again(tmp_path: Path) -> None:
+    video = write_moving_square(tmp_path / "a.avi")
+    prepare_video("a", video, tmp_path, PACKED)
+    expected = file_contents(tmp_path)
+    for name in PACKED_FILES:
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-10])
+    result = prepare_video("a", video, tmp_path, PACKED)
+    assert (result.error, result.reused) == (None, False)
+    assert file_contents(tmp_path) == expected
+
+
+def test_another_flow_method_replaces_the_packed_flow_only(tmp_path: Path) -> None:
+    video = write_moving_square(tmp_path / "a.avi")
+    prepare_video("a", video, tmp_path / "out", PACKED)
+    before = file_contents(tmp_path / "out")
+    assert prepare_video("a", video, tmp_path / "out", replace(PACKED, flow="farneback")).error is None
+    after = file_contents(tmp_path / "out")
+    assert sorted(after) == PACKED_FILES
+    assert [before[name] == after[name] for name in PACKED_FILES] == [False, True]
 
 
 def test_files_of_other_origin_are_never_replaced(tmp_path: Path) -> None:
