@@ -18,6 +18,8 @@ from mmdistill.data.clips import ClipSpec, ClipTable, build_index
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError
+from mmdistill.data.readers.flow_file import pack_flow
+from mmdistill.data.readers.zip_file import write_zip
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
 from tests.synthetic_dots import LEFT_WRIST, DotVideo, write_dot_video
@@ -253,3 +255,26 @@ def test_spawned_workers_share_the_clips(dot: DotVideo) -> None:
     copy = ForkingPickler.loads(data)
     assert copy.index.clips.rows.is_shared()
     assert (len(copy), copy.index.clips[9_999]) == (10_001, index.clips[9_999])
+
+
+def test_packed_files_give_identical_samples_and_a_truncated_one_follows_the_policy(tmp_path: Path) -> None:
+    video = _write_two_videos(tmp_path)
+    options: dict[str, Any] = {"videos": ("dot", "gap"), "hflip_prob": 0.5}
+    expected = [dataset(video, **options)[(1, i)] for i in range(8)]
+    for name, write, packed in (("frames", write_zip, "frames.zip"), ("flow", pack_flow, "flow.npy")):
+        for folder in ("dot", "gap"):
+            files = list((tmp_path / name / folder).iterdir())
+            write(tmp_path / name / folder / packed, files)
+            for file in files:
+                file.unlink()
+    for policy in ("error", "repeat", "skip"):
+        ds = dataset(video, on_missing=policy, **options)
+        assert all(is_same(ds[(1, i)], sample) for i, sample in enumerate(expected))
+    for path in (tmp_path / "frames/gap/frames.zip", tmp_path / "flow/gap/flow.npy"):
+        path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(FrameError, match=r"clip gap:000000: .*gap/frames.zip: truncated, or not a zip archive"):
+        dataset(video, **options)[4]
+    for policy in ("repeat", "skip"):
+        ds = dataset(video, on_missing=policy, **options)
+        assert [clip.video for clip in ds.index.clips] == ["dot"] * 4
+        assert ds.missing_report()["clips_skipped"] == {"rgb": {"gap": 4}, "flow": {"gap": 4}}

@@ -1,7 +1,7 @@
 """Zip files without compression, one per folder of frame files. They are read by offset.
 
-The standard library's `zipfile` creates an object for each file in the archive: a clip of 16 frames from an archive of
-266 takes 1.0 ms. This module takes 0.2 ms, the time to read 16 separate files.
+The standard library's `zipfile` creates an object for each file in the archive: it needs 1.0 ms for a clip of 16 frames
+from an archive of 266. This module needs 0.1 to 0.2 ms, and 16 separate files need 0.2 to 0.3 ms.
 """
 
 import os
