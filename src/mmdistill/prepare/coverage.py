@@ -19,6 +19,9 @@ from mmdistill.modalities import get_modality
 MAX_MESSAGES = 5  # about files that cannot be used, per rally and modality
 PLAYERS = ("near", "far")
 MAX_FILES_SHOWN = 3  # missing files, per rally and modality
+# Smallest parts of the height and the width of the image that joints occupy in all frames of a video together. The
+# joints of a far player of a broadcast, who stands still, occupy 6.5 % of the height.
+MIN_FILE_SHARE, MIN_PERSON_SHARE = 0.06, 0.03
 
 
 @dataclass
@@ -32,6 +35,7 @@ class ModalityCoverage:
     # frames after the last annotated one. Of modalities with one file per frame, only the first such frame is
     # looked up, so the value is 0 or 1
     extra_frames: int = 0
+    has_wrong_scale: bool = False  # whether the joints of all persons occupy less than `MIN_FILE_SHARE` of the image
     messages: list[str] = field(default_factory=list)  # text of each problem
 
     def try_to_read(self, reader: Reader, video: str, frame: int) -> None:
@@ -55,7 +59,8 @@ class RallyCoverage:
     modalities: dict[str, ModalityCoverage]  # by name
     # frames in which person 0 (near) and person 1 (far) have a joint with a score; one value for max_persons=1
     players: tuple[int, ...] = ()
-    person_frames: int = 0  # frames in which persons are expected; 0 without a keypoint modality
+    person_frames: int = 0  # frames in which persons are expected; 0 if no keypoint file could be read
+    unused_persons: str = ""  # the file with more persons than are used, and their number
 
 
 def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) -> RallyCoverage:
@@ -78,11 +83,8 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
             files = dict.fromkeys(reader.files(rally.video, missing))
             coverage.messages.append(f"missing {reader.name} files: {format_first(list(files), MAX_FILES_SHOWN)}")
         if isinstance(reader, KeypointReader):
-            result.person_frames = count
             if not missing:
-                result.players = _check_keypoints(rally, reader, coverage)
-            else:
-                result.players = (0,) * min(2, reader.max_persons)
+                _check_keypoints(rally, reader, coverage, result)
             continue
         if last + 1 not in absent:
             coverage.extra_frames = 1
@@ -92,29 +94,53 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
     return result
 
 
-def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> tuple[int, ...]:
-    """Frames in which the near and the far player were found."""
+def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage, result: RallyCoverage) -> None:
+    """Check the keypoint file of a rally and count the frames in which the near and the far player were found."""
+    path = reader.path(rally.video)
     try:
         rows = reader.load_video(rally.video)
     except FrameError as error:
         coverage.unreadable_frames = coverage.expected_frames
         coverage.messages.append(str(error))
-        return (0,) * min(2, reader.max_persons)
+        return
     coverage.missing_frames = max(0, coverage.expected_frames - len(rows))
     coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
     if len(rows) != coverage.expected_frames:
         coverage.messages.append(
-            f"{reader.path(rally.video)}: {format_count(len(rows), 'row')}, but the annotation has "
+            f"{path}: {format_count(len(rows), 'row')}, but the annotation has "
             f"{format_count(coverage.expected_frames, 'frame')}"
         )
     for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
         coverage.try_to_read(reader, rally.video, int(frame))
     if share := outside_share(rows, reader.frame_size):
-        coverage.messages.append(
-            f"{reader.path(rally.video)}: {100 * share:.1f} % of the joints with a score lie outside the image"
-        )
+        coverage.messages.append(f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image")
+    _check_scale(path, rows, reader.frame_size, coverage)
+    if (persons := reader.num_persons(rally.video)) > reader.max_persons:
+        result.unused_persons = f"{path}: {persons} persons, {reader.max_persons} used"
     found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
-    return tuple(int(count) for count in found[:2])
+    result.players = tuple(int(count) for count in found[:2])
+    result.person_frames = coverage.expected_frames
+
+
+def _check_scale(path: str, rows: np.ndarray, frame_size: tuple[int, int], coverage: ModalityCoverage) -> None:
+    """Report joints, (T, M, J, 3) in px of the frame, that occupy too small a part of the image.
+
+    Only frames in which most joints of a person are found count.
+    """
+    is_whole = (rows[..., 2] > 0).mean(axis=2) > 0.5  # (T, M)
+    persons = {f"the joints of person {m}": rows[is_whole[:, m], m] for m in range(rows.shape[1])}
+    for name, found in ({"all joints": rows[is_whole]} | persons).items():
+        if not len(found):
+            continue
+        joints = found[found[..., 2] > 0][:, :2]
+        width, height = np.ptp(joints, axis=0) / frame_size[::-1]
+        if max(width, height) < (MIN_PERSON_SHARE if name in persons else MIN_FILE_SHARE):
+            coverage.messages.append(
+                f"{path}: {name} lie within {100 * height:.1f} % of the height and {100 * width:.1f} % of the width of "
+                "the image in all frames; correct img_shape, or the scale of keypoint"
+            )
+            coverage.has_wrong_scale = name not in persons
+            break
 
 
 def check_all(
@@ -142,7 +168,8 @@ def check_all(
 def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
     """Totals per modality and player, and each rally with a gap, in containers that JSON can store.
 
-    ``complete`` is true if no frame is missing, unreadable or of a wrong size, and no rally is longer than annotated.
+    ``complete`` is true if no frame is missing, unreadable or of a wrong size, no rally is longer than annotated, and
+    no keypoint file has a wrong scale.
     """
     totals: dict[str, Counter[str]] = {}
     gaps: dict[str, Any] = {}
@@ -158,8 +185,10 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
                 rallies_without_files=coverage.missing_frames == coverage.expected_frames,
                 rallies_longer_than_annotated=coverage.extra_frames > 0,
             )
-            if any(gap.values()) or coverage.extra_frames:
-                gaps.setdefault(result.video, {})[name] = {**gap, "longer_than_annotated": coverage.extra_frames > 0}
+            if any(gap.values()) or coverage.extra_frames or coverage.has_wrong_scale:
+                scale = {"wrong_scale": True} if coverage.has_wrong_scale else {}
+                longer = {"longer_than_annotated": coverage.extra_frames > 0}
+                gaps.setdefault(result.video, {})[name] = {**gap, **longer, **scale}
         if result.players and 2 * min(result.players) < result.person_frames:
             found = dict(zip(PLAYERS, result.players, strict=False))
             gaps.setdefault(result.video, {})["players"] = found
@@ -168,6 +197,7 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
                 f"{result.video}: {shown} of {format_count(result.person_frames, 'frame')}; data with one "
                 "player need data_module.max_persons=1"
             )
+    unused = [result.unused_persons for result in results if result.unused_persons]
     frames = sum(result.person_frames for result in results)
     messages = [coverage.messages for result in results for coverage in result.modalities.values()]
     by_player = zip(*(result.players for result in results if result.players), strict=True)
@@ -181,5 +211,5 @@ def summarize(results: Sequence[RallyCoverage]) -> dict[str, Any]:
             for name, found in players.items()
         },
         "rallies_with_gaps": gaps,
-        "messages": [*itertools.chain.from_iterable(messages), *without_players],
+        "messages": [*itertools.chain.from_iterable(messages), *without_players, *unused],
     }

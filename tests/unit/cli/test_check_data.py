@@ -25,7 +25,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "160")
     scores = np.ones((2, FRAMES, 17))
     scores[1, 4:] = 0
-    entry = {"keypoint": np.ones((2, FRAMES, 17, 2)), "keypoint_score": scores, "img_shape": SIZE}
+    entry = {
+        "keypoint": np.ones((2, FRAMES, 1, 2)) * np.arange(17)[:, None] / 2 + 1,
+        "keypoint_score": scores,
+        "img_shape": SIZE,
+    }
     (tmp_path / "skeletons/f3set-tennis").mkdir(parents=True)
     for rally in RALLIES:
         frames, flows = tmp_path / "vid_frames_224" / rally.video, tmp_path / "tennis_flows" / rally.video

@@ -39,11 +39,18 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def spread_joints(frames: int) -> np.ndarray:
+    """Joints (2, frames, 17, 2) of two persons of 33 px height in px of an image of 160 x 240 px."""
+    return (
+        np.linspace((10, 20), (30, 53), 17) + np.array([[100, 100], [0, 0]])[:, None, None] + np.zeros((frames, 1, 2))
+    )
+
+
 def write_skeleton(root: Path, video: str, *, frames: int = FRAMES, has_nan: bool = False) -> None:
     scores = np.ones((2, frames, 17))
     scores[1, : frames // 2] = 0
     entry = {
-        "keypoint": np.ones((2, frames, 17, 2)),
+        "keypoint": spread_joints(frames),
         "keypoint_score": scores,
         "total_frames": frames,
         "img_shape": (160, 240),
@@ -56,12 +63,12 @@ def write_skeleton(root: Path, video: str, *, frames: int = FRAMES, has_nan: boo
 def test_joints_outside_the_image_are_reported(root: Path) -> None:
     path = root / "skeletons/f3set-tennis/m_1_10.pkl"
     entry = pickle.loads(path.read_bytes())
-    entry["keypoint"][1] = 500
+    entry["keypoint"][1] += 500
     path.write_bytes(pickle.dumps(entry))
     report = check_all(RALLIES, open_readers(root), workers=1)
     assert report["complete"]
     assert report["messages"] == [f"{path}: 33.3 % of the joints with a score lie outside the image"]
-    entry["keypoint"][0] = 500
+    entry["keypoint"][0] += 500
     path.write_bytes(pickle.dumps(entry))
     report = check_all(RALLIES, open_readers(root), workers=1)
     assert not report["complete"]
@@ -87,6 +94,69 @@ def test_complete_data_is_reported_as_complete(root: Path) -> None:
         "near": {"found_frames": 20, "expected_frames": 20, "share": 1.0},
         "far": {"found_frames": 10, "expected_frames": 20, "share": 0.5},
     }
+
+
+def write_keypoints(root: Path, joints: np.ndarray, **changes: object) -> Path:
+    path = root / "skeletons/f3set-tennis/m_1_10.pkl"
+    path.write_bytes(pickle.dumps({**pickle.loads(path.read_bytes()), "keypoint": joints, **changes}))
+    return path
+
+
+def test_wrong_image_size_is_a_gap_with_the_occupied_share(root: Path) -> None:
+    """The joints are in px of an image of 160 x 240, but the file states 6400 x 9600."""
+    path = write_keypoints(root, spread_joints(FRAMES), img_shape=(6400, 9600))
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert not report["complete"]
+    assert report["rallies_with_gaps"]["m_1_10"]["skeleton"]["wrong_scale"]
+    assert report["messages"] == [
+        f"{path}: all joints lie within 2.1 % of the height and 1.2 % of the width of the image in all frames; correct "
+        "img_shape, or the scale of keypoint"
+    ]
+
+
+def test_one_person_in_another_scale_is_reported(root: Path) -> None:
+    joints = spread_joints(FRAMES)
+    joints[1] /= 20
+    path = write_keypoints(root, joints)
+    (message,) = check_all(RALLIES, open_readers(root), workers=1)["messages"]
+    assert message.startswith(f"{path}: the joints of person 1 lie within 1.0 % of the height and 0.4 % of the width")
+    path = write_keypoints(root, joints / 60)
+    for changed, name in ((joints / 60, "keypoint"), (np.stack([joints[0], joints[1] / 4]), "keypoint of person 1")):
+        write_keypoints(root, changed)
+        report = check_all(RALLIES, open_readers(root), workers=1)
+        assert not report["complete"]
+        (message,) = report["messages"]
+        assert message.startswith(f"{path}: {name} has values from 0 to 1")
+
+
+@pytest.mark.parametrize("num_persons", [1, 2])
+def test_far_player_who_stands_still_has_a_plausible_scale(root: Path, num_persons: int) -> None:
+    """A player of 80 px in an image of 1080 lines; the joints occupy 70 px."""
+    player = np.linspace((900, 300), (920, 370), 17) + np.zeros((num_persons, FRAMES, 1, 2))
+    write_keypoints(root, player, keypoint_score=np.ones((num_persons, FRAMES, 17)), img_shape=(1080, 1920))
+    readers = {"skeleton": SkeletonReader(root / "skeletons/f3set-tennis", frame_size=SIZE, max_persons=num_persons)}
+    report = check_all(RALLIES[:1], readers, workers=1)
+    assert report["complete"]
+    assert not report["messages"]
+
+
+def test_persons_that_are_not_used_are_counted(root: Path) -> None:
+    joints = np.concatenate([spread_joints(FRAMES), spread_joints(FRAMES)[:1] + 20])
+    path = write_keypoints(root, joints, keypoint_score=np.ones((3, FRAMES, 17)))
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert report["complete"]
+    assert report["messages"] == [f"{path}: 3 persons, 2 used"]
+
+
+def test_unread_skeleton_file_has_one_message_and_no_players(root: Path) -> None:
+    path = write_keypoints(root, spread_joints(FRAMES), total_frames=3)
+    (root / "skeletons/f3set-tennis/m_20_30.pkl").unlink()
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    first, second = report["messages"]
+    assert first.startswith(f"{path}: total_frames=3, but keypoint has 10 rows")
+    assert second.startswith("missing skeleton files: ")
+    assert report["players"] == {}
+    assert "players" not in report["rallies_with_gaps"]["m_1_10"]
 
 
 def damage_files(root: Path) -> None:

@@ -118,6 +118,14 @@ class KeypointReader(Reader):
             FrameError: the file cannot be read.
         """
 
+    def num_persons(self, video: str) -> int:
+        """The number of persons in the file of `video`, of which at most `max_persons` are used.
+
+        Raises:
+            FrameError: the file cannot be read.
+        """
+        return self.load_video(video).shape[1]
+
 
 def outside_share(rows: np.ndarray, frame_size: tuple[int, int]) -> float:
     """The fraction of the joints with a score that lie outside the frame of (height, width) px.

@@ -11,12 +11,13 @@ import numpy as np
 from mmdistill.console import log_once
 from mmdistill.data.readers.base import FrameError, KeypointReader, file_errors, outside_share
 from mmdistill.data.readers.safe_pickle import load_pickle
-from mmdistill.data.readers.skeleton_format import SkeletonFormat
+from mmdistill.data.readers.skeleton_format import NUM_JOINTS, SkeletonFormat
 from mmdistill.errors import format_count
 
 SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
 SCORE_TOLERANCE = 1e-3  # of float16 scores
 MAX_OUTSIDE_SHARE = 0.5  # of joints that may lie outside the image
+MAX_FRACTION_OUTSIDE = 0.25  # image sizes by which a joint in fractions of the image lies outside of it
 REPORTED_OUTSIDE_SHARE = 0.01  # a person at the border of the image has a few joints outside of it
 
 
@@ -45,6 +46,7 @@ class SkeletonReader(KeypointReader):
         self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
+        self._num_persons: dict[str, int] = {}  # in the file of each path that was read
         self.files_read = 0
 
     def path(self, video: str) -> str:
@@ -93,6 +95,11 @@ class SkeletonReader(KeypointReader):
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
         return rows
 
+    def num_persons(self, video: str) -> int:
+        """See `KeypointReader.num_persons`."""
+        self.load_video(video)
+        return self._num_persons[self.path(video)]
+
     def _load(self, path: str) -> np.ndarray:
         with file_errors(path, "skeleton"):
             entry = load_pickle(Path(path))
@@ -107,7 +114,7 @@ class SkeletonReader(KeypointReader):
         rows[scores == 0] = 0  # the position of a joint that was not found is undefined
         rows[~np.isfinite(rows).all(axis=-1)] = np.nan
         self._check_inside(path, rows, (height, width))
-        found = rows.shape[1]
+        found = self._num_persons[path] = rows.shape[1]
         if found > self.max_persons:
             best = np.argsort(-np.nan_to_num(rows[..., 2]).sum(axis=(0, 2)), kind="stable")[: self.max_persons]
             return rows[:, np.sort(best)]
@@ -164,7 +171,10 @@ def parse_skeleton(
         )
     if joints.shape[3] == 3:
         if scores is not None:
-            raise ValueError(f"keypoint has shape {joints.shape}: triples (x, y, score) besides keypoint_score")
+            raise ValueError(
+                f"keypoint has shape {joints.shape}: triples (x, y, score) besides keypoint_score; remove the key "
+                "keypoint_score, or the third value of each joint"
+            )
         joints, scores = joints[..., :2], joints[..., 2]
     try:
         positions = file_format.joint_positions(joints.shape[2])
@@ -177,18 +187,27 @@ def parse_skeleton(
         raise ValueError(f"keypoint_score has shape {scores.shape}, expected {joints.shape[:3]} as in keypoint")
     total = entry.get("total_frames", joints.shape[1])
     if total != joints.shape[1]:
-        raise ValueError(f"total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}")
+        raise ValueError(
+            f"total_frames={total}, but keypoint has {format_count(joints.shape[1], 'row')}: its shape is "
+            f"{joints.shape[:3]}, expected (persons, frames, joints)"
+        )
     if height < 1 or width < 1:
         raise ValueError(f"img_shape={entry.get('img_shape')}, expected (height, width)")
     joints, scores = joints[:, :, positions], scores[:, :, positions] / file_format.score_max
     _check_scores(scores, file_format)
-    _check_coordinates(joints[(scores > 0) & np.isfinite(joints).all(axis=-1)], (height, width))
+    is_found = (scores > 0) & np.isfinite(joints).all(axis=-1)
+    _check_coordinates("keypoint", joints[is_found], (height, width))
+    for number in np.flatnonzero(is_found.sum(axis=(1, 2)) >= NUM_JOINTS).tolist():
+        _check_coordinates(f"keypoint of person {number}", joints[number][is_found[number]], (height, width))
     return joints.transpose(1, 0, 2, 3), np.minimum(scores, 1).transpose(1, 0, 2), (height, width)
 
 
 def _image_size(entry: dict[str, Any], file_format: SkeletonFormat, frame_size: tuple[int, int]) -> tuple[int, int]:
-    if entry.get("img_shape") is not None:
-        height, width = (int(v) for v in tuple(entry["img_shape"])[:2])  # a third value is the number of channels
+    stored = entry.get("img_shape")
+    if stored is not None:
+        if isinstance(stored, str | bytes):
+            raise ValueError(f"img_shape={stored!r} is text, expected (height, width)")
+        height, width = (int(v) for v in tuple(stored)[:2])  # a third value is the number of channels
         return height, width
     size = file_format.img_shape or frame_size
     key = "frame_size" if file_format.img_shape is None else "skeleton_img_shape"
@@ -207,7 +226,11 @@ def _check_scores(scores: np.ndarray, file_format: SkeletonFormat) -> None:
         )
 
 
-def _check_coordinates(joints: np.ndarray, img_shape: tuple[int, int]) -> None:
-    """`joints` are those with a score, (N, 2) in px. Fractions of the image are 0 to 1, or a little outside."""
-    if len(joints) and np.abs(joints).max() <= 2 < max(img_shape) and (joints % 1).any():
-        raise ValueError("keypoint has values from 0 to 1, but must be in px: multiply by the image's width and height")
+def _check_coordinates(name: str, joints: np.ndarray, img_shape: tuple[int, int]) -> None:
+    """`joints` are those of `name` with a score, (N, 2) in px. Fractions of the image are 0 to 1 or -1 to 1."""
+    if not len(joints) or np.abs(joints).max() > 2 or max(img_shape) <= 2 or not (joints % 1).any():
+        return
+    low, fix = 0, "multiply by the image's width and height"
+    if joints.min() < -MAX_FRACTION_OUTSIDE:
+        low, fix = -1, "replace x by (x + 1) / 2 * width and y by (y + 1) / 2 * height"
+    raise ValueError(f"{name} has values from {low} to 1, but must be in px: {fix}")

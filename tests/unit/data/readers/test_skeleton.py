@@ -48,13 +48,21 @@ def test_missing_row_and_file_raise(dot: DotVideo) -> None:
     ("change", "message"),
     [
         ({"keypoint": None}, "the key 'keypoint' is missing; the file has img_shape"),
-        ({"keypoint": np.full((2, 6, 17, 3), 5.0)}, r"triples \(x, y, score\) besides keypoint_score"),
+        (
+            {"keypoint": np.full((2, 6, 17, 3), 5.0)},
+            r"triples .* besides keypoint_score; remove the key keypoint_score",
+        ),
         ({"keypoint": np.full((2, 6, 17, 4), 5.0)}, r"shape \(2, 6, 17, 4\), expected"),
         ({"annotations": []}, "skeletons of several videos; `mmdistill convert-skeletons`"),
         ({"total_frames": 9}, "total_frames=9, but keypoint has 6 rows"),
+        (
+            {"keypoint": np.full((6, 2, 17, 2), 5.0), "keypoint_score": np.ones((6, 2, 17))},
+            r"but keypoint has 2 rows: its shape is \(6, 2, 17\), expected \(persons, frames, joints\)",
+        ),
         ({"keypoint": np.zeros((2, 6, 18, 2))}, r"shape \(2, 6, 18, 2\)"),
         ({"keypoint_score": np.zeros((2, 5, 17))}, r"keypoint_score has shape \(2, 5, 17\)"),
         ({"keypoint": "text"}, "are not numbers"),
+        ({"img_shape": "64x68"}, "img_shape='64x68' is text, expected \\(height, width\\)"),
         ({"img_shape": (0, 5)}, "expected \\(height, width\\)"),
         ({"keypoint_score": -np.ones((2, 6, 17))}, "negative"),
         (
@@ -64,7 +72,15 @@ def test_missing_row_and_file_raise(dot: DotVideo) -> None:
         ({"keypoint_score": np.full((2, 6, 17), 93.0)}, "values up to 93, .* 100 for percentages"),
         (
             {"keypoint": np.random.default_rng(0).uniform(-0.1, 1.1, (2, 6, 17, 2))},
-            "values from 0 to 1, but must be in px",
+            "keypoint has values from 0 to 1, but must be in px: multiply by the image's width and height",
+        ),
+        (
+            {"keypoint": np.random.default_rng(0).uniform(-1, 1, (2, 6, 17, 2))},
+            r"values from -1 to 1, but must be in px: replace x by \(x \+ 1\) / 2 \* width and y by",
+        ),
+        (
+            {"keypoint": np.stack([np.full((6, 17, 2), 50.0), np.random.default_rng(0).uniform(0, 1, (6, 17, 2))])},
+            "keypoint of person 1 has values from 0 to 1, but must be in px",
         ),
         (
             {"keypoint": np.full((2, 6, 17, 2), 500.0)},
