@@ -25,7 +25,7 @@ def test_error_lists_all_problems_of_an_annotation_file(tmp_path: Path) -> None:
     event = {"frame": 3, "label": label}
     rallies = [
         {"video": "a", "num_frames": 9, "fps": 25, "events": [event, event]},
-        {"video": "b", "num_frames": 9, "events": [event]},
+        {"video": "b", "fps": 25, "events": [event]},
         {"video": "c", "num_frames": 9, "fps": 25, "events": [{"frame": 3, "label": ["a_b"]}]},
     ]
     (tmp_path / "bad.json").write_text(json.dumps(rallies))
@@ -35,7 +35,7 @@ def test_error_lists_all_problems_of_an_annotation_file(tmp_path: Path) -> None:
     for part in (
         "bad.json: 3 problems",
         "a, event 1: a duplicate",
-        "b: the key 'fps'",
+        "b: the key 'num_frames'",
         "c, event 0",
         "mmdistill check-data",
     ):

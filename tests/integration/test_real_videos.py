@@ -75,7 +75,7 @@ def test_interlaced_frames_are_neither_black_nor_frozen() -> None:
 def test_printed_check_runs_for_any_aspect_ratio(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     results = prepare({name: CORPUS / f"{name}.mp4"}, tmp_path, Settings(height=64))
     _print_next_commands(tmp_path, results)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("to check: "))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("to check: "))
     assert mmdistill([*shlex.split(line)[3:], "--workers", "1"]) == 0
     image = cv2.imread(str(tmp_path / f"vid_frames_224/{name}/000000.jpg"))
     assert (

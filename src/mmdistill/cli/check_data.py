@@ -69,18 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rallies = load_rallies(data, path)
     except InvalidEntriesError as error:
-        if not error.rallies:
-            raise
         rallies, problems = error.rallies, error.problems
     _print_annotations(path, rallies, problems)
+    report: dict[str, Any] = {"annotation_problems": problems}
+    if not rallies:
+        _write_report(options.json, report)
+        raise ConfigError(f"{path}: no rally is valid; correct the file")
     names = tuple(options.modalities or data.modalities)
     if options.write_clean and not options.present_only:
         folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in names)
         _write_clean(options.write_clean, rallies, f"the training also needs their files in {folders}", data)
-    if options.root is not None or options.overrides:
+    if _checks_files(options, data):
         _check_folders(options, data, names)
         readers = open_readers(data, names)
-    report: dict[str, Any] = {"annotation_problems": problems}
     if readers:
         with progress("rallies", len(rallies)) as advance:
             report |= check_all(
@@ -92,12 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             demo = "" if options.overrides else ", or add dataset=demo for the demo data"
             print(f"the expected size is {expected} px: set --frame-size to the size of the stored frames{demo}")
     else:
-        print("only the annotations were checked; add --root DIR to check the frame, flow and skeleton files in DIR")
+        absent = f"; there is no {data.target_data_dir}" if options.overrides else ""
+        add = "add --root DIR to check the frame, flow and skeleton files in DIR"
+        print(f"only the annotations were checked{absent}; {add}")
     if options.present_only:
         kept = [rally for rally in rallies if not _lacks_files(report["rallies_with_gaps"].get(rally.video, {}))]
         _write_clean(options.write_clean, kept, f"{len(rallies) - len(kept)} without all files excluded", data)
-    if options.json:
-        atomic_write_bytes(options.json, (json.dumps(report, indent=1) + "\n").encode())
+    _write_report(options.json, report)
     return 0 if report.get("complete", True) and not problems else 1
 
 
@@ -167,6 +169,17 @@ def _data_config(options: argparse.Namespace) -> DataModuleConfig:
     return dataclasses.replace(data, **{key: value for key, value in given.items() if value is not None})
 
 
+def _checks_files(options: argparse.Namespace, data: DataModuleConfig) -> bool:
+    """Whether there are files to check besides the annotation file.
+
+    A given annotation file is checked alone if the dataset's default folder does not exist.
+    """
+    is_default = not any("dir" in override.partition("=")[0] for override in options.overrides)
+    if options.root is None and options.annotations and is_default and not options.present_only:
+        return bool(options.overrides) and Path(data.target_data_dir).exists()
+    return True
+
+
 def _check_folders(options: argparse.Namespace, data: DataModuleConfig, names: Sequence[str]) -> None:
     """Raise `ConfigError` if a folder that the options select does not exist. It names the option and the fix."""
     if options.root is None:
@@ -194,6 +207,12 @@ def _write_clean(path: Path, rallies: list[Rally], note: str, data: DataModuleCo
     print(f"{path}: {format_count(len(rallies), 'valid rally')}; {note}{f3set}")
 
 
+def _write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write the report as JSON, if a file is given."""
+    if path is not None:
+        atomic_write_bytes(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
 def _lacks_files(gaps: dict[str, dict[str, Any]]) -> bool:
     """Whether a file of a rally is missing or cannot be used, in any modality."""
     keys = ("missing_frames", "unreadable_frames", "wrong_size_frames")
@@ -202,7 +221,7 @@ def _lacks_files(gaps: dict[str, dict[str, Any]]) -> bool:
 
 def _print_annotations(path: Path, rallies: list[Rally], problems: list[str]) -> None:
     print(f"{path}: {format_rally_counts(rallies)}")
-    _print_problems(problems)
+    _print_problems(problems, hint="; --json FILE writes all")
 
 
 def _print_problems(problems: Sequence[str], noun: str = "problem", hint: str = "") -> None:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import yaml
 
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.cli.video_classes import video_class_overrides
@@ -112,10 +115,15 @@ def _check_disk_space(videos: dict[str, Path], output: Path, settings: Settings)
     files, needed = estimate_output(videos, settings)
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
-    space = f"about {format_count(files, 'file')} and {needed / 1e9:.1f} GB in {output}, {free / 1e9:.1f} GB are free"
+    space = f"about {format_count(files, 'file')} and {_format_bytes(needed)} in {output}"
+    space = f"{space}, {_format_bytes(free)} are free"
     print(f"{format_count(len(videos), 'video')}: {space}", file=sys.stderr)
     if needed > free and not output.exists():
         raise InputError(f"{space}; choose another --output, a smaller --height, or --flow-dtype int8")
+
+
+def _format_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
 
 
 def format_result(result: PrepareResult) -> str:
@@ -160,7 +168,7 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     complete = [r.record for r in results if r.record]
     done = f"prepared {len(complete)} of {format_count(len(results), 'video')} in {output}"
     if not complete:
-        print(done, file=sys.stderr)
+        print(done)
         return
     num_reused = sum(result.reused for result in results)
     reused = f" ({num_reused} by an earlier run)" if num_reused else ""
@@ -182,8 +190,7 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
         absent = {kind for record in records for kind, part in record["parts"].items() if part.get("method") == "none"}
         modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
         lines += next_commands(output.resolve(), load_f3set(output / "unlabel.json"), next(iter(sizes)), modalities)
-    for line in lines:
-        print(line, file=sys.stderr)
+    print("\n".join(lines))
 
 
 def _format_videos(counts: Mapping[str, int]) -> str:
@@ -225,7 +232,8 @@ def next_commands(
     config_path = output / "dataset" / f"{_dataset_name(output)}.yaml"
     pretrain, distill = "--config-name=config_pretrain_tennis", "--config-name=config_mmdistill_tennis"
     dataset = [f"--config-dir={output}", f"dataset={config_path.stem}"]
-    statistics = ["compute-stats", pretrain, "--modalities", *modalities, "--output", str(config_path), *keys]
+    force = ["--force"] if _is_config_of(config_path, output) else []
+    statistics = ["compute-stats", pretrain, "--modalities", *modalities, "--output", str(config_path), *force, *keys]
     sweep = ["-m"] if len(modalities) > 1 else []
     names = ",".join(modalities)
     teachers = [f"trainer.teachers=[{names}]", f"trainer.ckpt_path=[{names.upper()}]"]
@@ -244,6 +252,15 @@ def next_commands(
 
 def _command_line(purpose: str, words: Sequence[str]) -> str:
     return f"to {purpose}: {shlex.join(['mmdistill', *words])}"
+
+
+def _is_config_of(path: Path, output: Path) -> bool:
+    """Whether `path` is the dataset config of the folder `output`, which `compute-stats` wrote earlier."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and content.get("target_data_dir") == str(output)
 
 
 def _dataset_name(output: Path) -> str:

@@ -319,7 +319,7 @@ def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> d
     header = read_header(path)
     return {
         "num_frames": len(seconds),
-        "container_frame_count": header.frames,
+        "container_frame_count": 0 if header.is_estimate else header.frames,
         "interlaced": is_interlaced,
         "hdr": header.hdr,
         "fps": fps or DEFAULT_FPS,

@@ -144,7 +144,8 @@ def _draw_skeletons(pixels: np.ndarray, rows: np.ndarray, title: str) -> np.ndar
         for a, b in LIMBS:
             if joints[a, 2] > 0 and joints[b, 2] > 0:
                 cv2.line(tile, points[a], points[b], color, 1, cv2.LINE_AA)
-    cv2.putText(tile, title, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
+    for color, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):  # white with a dark outline
+        cv2.putText(tile, title, (6, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, thickness, cv2.LINE_AA)
     return tile
 
 

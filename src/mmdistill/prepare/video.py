@@ -13,12 +13,18 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
-from mmdistill.errors import InputError, format_count
+from mmdistill.console import log_once
+from mmdistill.errors import InputError, format_count, format_first
 
 VIDEO_SUFFIXES = (
     ".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".3gp",
+    ".3g2", ".asf", ".divx", ".dv", ".f4v", ".flv", ".m2t", ".m2v", ".mod", ".mts2", ".mxf", ".ogm", ".ogv", ".qt",
+    ".rm", ".rmvb", ".tod", ".vob",
 )  # fmt: skip
-MACOS_PREFIX = "._"  # of files with the attributes of another file, which macOS writes on foreign disks
+MACOS_PREFIX, MACOS_FOLDER_FILE = (
+    "._",
+    ".DS_Store",
+)  # of files with the attributes of another file, which macOS writes on foreign disks
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics of HDR video (ITU-T H.273)
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
 TS_PACKET_BYTES = (188, 192, 204)  # MPEG transport streams declare no length, but consist of packets of one size
@@ -44,7 +50,8 @@ class Frame:
 class Header:
     """What a container declares about its video stream."""
 
-    frames: int = 0  # exact or an estimate; 0 if not declared
+    frames: int = 0  # 0 if not declared
+    is_estimate: bool = False  # whether `frames` is estimated from duration and frame rate
     seconds: float = 0.0  # 0 if not declared
     frame_size: tuple[int, int] = (0, 0)  # (height, width) in px, upright, with square pixels
     hdr: str = ""  # transfer function of high dynamic range, see `HDR_TRANSFERS`; empty: standard dynamic range
@@ -63,13 +70,13 @@ def decode_frames(path: Path) -> Iterator[Frame]:
             length, a cut that damages no frame and no packet is not detected.
     """
     number, start, seconds, size = 0, 0.0, 0.0, (0, 0)
-    declared, duration, failure, is_cut = 0, 0.0, None, False
+    declared, is_estimate, duration, failure, is_cut = 0, False, 0.0, None, False
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path}: contains no video stream; give a video file")
             stream = container.streams.video[0]
-            declared, duration = _declared_length(container)
+            declared, is_estimate, duration = _declared_length(container)
             splits_packet = container.format.name == "mpegts" and all(path.stat().st_size % n for n in TS_PACKET_BYTES)
             for frame, is_interlaced in _deinterlace(container.decode(stream)):
                 if number == 0:
@@ -90,14 +97,16 @@ def decode_frames(path: Path) -> Iterator[Frame]:
     end = seconds * number / max(1, number - 1)  # an edit list shortens the duration, but not the declared count
     is_short = number < declared * (1 - COUNT_TOLERANCE) - 1 and end < duration * (1 - COUNT_TOLERANCE)
     if is_short or is_cut or (failure and not 0 < declared <= number):
-        expected = f"but the container declares {format_count(declared, 'frame')}" if declared else str(failure)
+        about, source = ("about ", " (estimated from duration and frame rate)") if is_estimate else ("", "")
+        expected = f"but the container declares {about}{format_count(declared, 'frame')}{source}"
+        expected = expected if declared else str(failure)
         expected = "in the middle of a frame" if is_cut else expected
         message = f"{path}: truncated or broken, it ends after frame {number - 1}, {expected}; copy or encode it again"
         raise VideoError(message) from failure
 
 
-def _declared_length(container: InputContainer) -> tuple[int, float]:
-    """Frames and seconds that the container declares, exact or an estimate; 0 if it declares none."""
+def _declared_length(container: InputContainer) -> tuple[int, bool, float]:
+    """Frames that the container declares, whether they are an estimate, and seconds; 0 if it declares none."""
     stream = container.streams.video[0]
     if stream.frames and stream.average_rate and "mp4" not in container.format.name:
         duration = stream.frames / float(stream.average_rate)  # FFmpeg estimates that of a truncated .avi from its size
@@ -105,7 +114,9 @@ def _declared_length(container: InputContainer) -> tuple[int, float]:
         duration = float(stream.duration * stream.time_base)
     else:
         duration = (container.duration or 0) / av.time_base
-    return stream.frames or round(duration * float(stream.average_rate or 0)), duration
+    if stream.frames:
+        return stream.frames, False, duration
+    return round(duration * float(stream.average_rate or 0)), True, duration
 
 
 def _deinterlace(frames: Iterable[VideoFrame]) -> Iterator[tuple[VideoFrame, bool]]:
@@ -151,9 +162,9 @@ def read_header(path: Path) -> Header:
     """Read what the container declares; an empty header for a file that is no video."""
     with suppress(av.FFmpegError, OSError, IndexError), av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames, seconds = _declared_length(container)
+        frames, is_estimate, seconds = _declared_length(container)
         size = (stream.height, max(1, round(stream.width * (stream.sample_aspect_ratio or 1))))
-        return Header(frames, seconds, size, HDR_TRANSFERS.get(stream.codec_context.color_trc, ""))
+        return Header(frames, is_estimate, seconds, size, HDR_TRANSFERS.get(stream.codec_context.color_trc, ""))
     return Header()
 
 
@@ -196,7 +207,8 @@ def find_repeated_frames(differences: list[float]) -> list[int]:
 def find_videos(source: Path) -> dict[str, Path]:
     """Video files below a folder, or the single file `source`, by file name without suffix, sorted.
 
-    Linked folders are followed. Files of macOS with the attributes of another file (``._NAME``) are ignored.
+    The suffix decides (`VIDEO_SUFFIXES`). Linked folders are followed. The log counts the files of a folder that are no
+    videos, and the files that macOS writes (``._NAME``, ``.DS_Store``).
 
     Raises:
         VideoError: there is no video, or two videos have the same name.
@@ -206,12 +218,22 @@ def find_videos(source: Path) -> dict[str, Path]:
     if not source.is_dir():
         raise VideoError(f"{source}: no such file or folder")
     found: dict[str, Path] = {}
-    for path in sorted(p for p in _walk(source) if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()):
+    skipped: dict[str, list[str]] = {"of macOS": [], "without the suffix of a video": []}
+    for path in sorted(p for p in _walk(source) if p.is_file()):
+        if path.name.startswith(MACOS_PREFIX) or path.name == MACOS_FOLDER_FILE:
+            skipped["of macOS"].append(path.name)
+            continue
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
+            skipped["without the suffix of a video"].append(path.name)
+            continue
         if path.stem in found:
             raise VideoError(
                 f"{path} and {found[path.stem]} have the same name; rename one, because output files are named after it"
             )
         found[path.stem] = path
+    for kind, names in skipped.items():
+        if names:
+            log_once(f"{source}: skipping {format_count(len(names), 'file')} {kind} ({format_first(names, 3)})")
     if not found:
         raise VideoError(f"{source}: no video file ({', '.join(VIDEO_SUFFIXES)})")
     return found
@@ -226,4 +248,4 @@ def _walk(source: Path) -> Iterator[Path]:
             names.clear()
             continue
         visited.add(real)
-        yield from (Path(folder, name) for name in files if not name.startswith(MACOS_PREFIX))
+        yield from (Path(folder, name) for name in files)

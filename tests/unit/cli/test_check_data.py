@@ -186,3 +186,30 @@ def test_folder_is_reported_with_its_annotation_files(root: Path, capsys: pytest
 def test_clean_file_names_the_chosen_modalities(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(root / "a.json"), "--write-clean", str(root / "c.json"), "--modalities", "rgb"]) == 0
     assert "their files in vid_frames_224 (rgb)\n" in capsys.readouterr().out
+
+
+def test_annotations_of_a_dataset_without_its_folder_are_checked_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    clips = [{"clip_uid": "a", "clip_frame": k, "num_frames": 40, "action_idx": k % 2} for k in (4, 9, 90)]
+    Path("clips.json").write_text(json.dumps({"clips": clips}))
+    assert main(["dataset=meccano", "clips.json", "--write-clean", "clean.json"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith("clips.json: 1 rally, 2 events, 2 labels\n  a: frame 89 is out of range")
+    assert "only the annotations were checked; there is no data/MECCANO; add --root DIR" in shown.out
+    assert not shown.err
+    assert Path("clean.json").exists()
+    assert main(["dataset=meccano", "data_module.target_data_dir=absent", "clips.json"]) == 2
+    assert "absent/RGB_frames does not exist" in capsys.readouterr().err
+
+
+def test_all_problems_are_in_the_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if no rally is valid, which is an error without advice to write the valid ones."""
+    path, report = tmp_path / "a.json", tmp_path / "r.json"
+    path.write_text(json.dumps([{"video": f"v{k}", "num_frames": 0, "events": []} for k in range(10)]))
+    assert main([str(path), "--json", str(report), "--write-clean", str(tmp_path / "clean.json")]) == 2
+    shown = capsys.readouterr()
+    assert "and 2 more problems; --json FILE writes all\n" in shown.out
+    assert shown.err == f"mmdistill check-data: error: {path}: no rally is valid; correct the file\n"
+    assert len(json.loads(report.read_text())["annotation_problems"]) == 10

@@ -74,8 +74,10 @@ def test_exit_status_and_next_commands(tmp_path: Path, capsys: pytest.CaptureFix
     write_moving_square(tmp_path / "in.avi")
     out = tmp_path / "out"
     assert main([str(tmp_path / "in.avi"), "--output", str(out), "--height", "48", "--workers", "1"]) == 0
-    text = capsys.readouterr().err
-    assert "in: 20 frames at 25.00 fps, 48 x 80" in text
+    shown = capsys.readouterr()
+    assert "in: 20 frames at 25.00 fps, 48 x 80" in shown.err
+    text = shown.out
+    assert text.startswith(f"prepared 1 of 1 video in {out}; see {out}/provenance.json\nto check: ")
     assert f"prepared 1 of 1 video in {out}; see {out}/provenance.json" in text
     data_keys = f"data_module.target_data_dir={out} 'data_module.frame_size=[48,80]' 'data_module.crop_size=[48,80]'"
     assert f"--modalities rgb flow --output {out}/dataset/out.yaml {data_keys}\n" in text
@@ -83,14 +85,15 @@ def test_exit_status_and_next_commands(tmp_path: Path, capsys: pytest.CaptureFix
     assert "'trainer.teachers=[rgb,flow]' 'trainer.ckpt_path=[RGB,FLOW]' batch_size=1\n" in text
     assert "needs two videos of at least 33 frames" in text
     assert main([str(tmp_path / "in.avi"), "--output", str(out), "--height", "48", "--workers", "1"]) == 0
-    text = capsys.readouterr().err
-    assert "in: prepared by an earlier run: 20 frames" in text
+    shown = capsys.readouterr()
+    assert "in: prepared by an earlier run: 20 frames" in shown.err
+    text = shown.out
     assert f"prepared 1 of 1 video in {out} (1 by an earlier run); see" in text
     (tmp_path / "bad.avi").write_bytes(b"x")
     assert main([str(tmp_path / "bad.avi"), "--output", str(out), "--workers", "1"]) == 1
-    text = capsys.readouterr().err
-    assert "FAILED bad: " in text
-    assert text.endswith(f"prepared 0 of 1 video in {out}\n")
+    shown = capsys.readouterr()
+    assert "FAILED bad: " in shown.err
+    assert shown.out == f"prepared 0 of 1 video in {out}\n"
 
 
 def test_different_shapes_and_rates_are_reported_with_the_option(
@@ -101,16 +104,17 @@ def test_different_shapes_and_rates_are_reported_with_the_option(
         write_video(tmp_path / f"{name}.mp4", images, times_ms=[step * k for k in range(6)])
     common = [str(tmp_path), "--workers", "1", "--flow", "none"]
     assert main([*common, "--output", str(tmp_path / "o"), "--height", "32"]) == 0
-    shown = capsys.readouterr().err
-    assert "2 videos: about 12 files and 0.0 GB in" in shown
+    captured = capsys.readouterr()
+    assert "2 videos: about 12 files and 1 MB in" in captured.err
+    shown = captured.out
     assert "the stored sizes differ: 32 x 32 (1 video), 32 x 48 (1 video); use --size 224x384 with --fit " in shown
     assert "the frame rates differ (25.00, 50.00 fps): clips show different times; use --fps 25" in shown
     (tmp_path / "o").rename(tmp_path / "prepared")
     assert main([*common, "--output", str(tmp_path / "p"), "--size", "32x48", "--fps", "25"]) == 0
-    shown = capsys.readouterr().err
-    assert "sizes differ" not in shown
-    assert "rates differ" not in shown
-    assert "b: 3 frames at 25.00 fps, 32 x 48, the nearest of the video's frames at 25 fps" in shown
+    captured = capsys.readouterr()
+    assert "sizes differ" not in captured.out
+    assert "rates differ" not in captured.out
+    assert "b: 3 frames at 25.00 fps, 32 x 48, the nearest of the video's frames at 25 fps" in captured.err
 
 
 def test_a_full_disk_is_reported_before_any_work(
@@ -130,7 +134,7 @@ def test_mixed_sizes_and_flow_methods_are_reported(tmp_path: Path, capsys: pytes
     videos = {"a": record([48, 80], "dis"), "b": record([48, 64], "dis"), "c": record([48, 80], "farneback")}
     (tmp_path / "provenance.json").write_text(json.dumps({"videos": videos}))
     _print_next_commands(tmp_path, [PrepareResult("c", videos["c"], None)])
-    assert capsys.readouterr().err.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines()[1:] == [
         "the flow methods differ: dis (2 videos), farneback (1 video); repeat `prepare` for all videos with one --flow",
         "the stored sizes differ: 48 x 64 (1 video), 48 x 80 (2 videos); use --size 224x384 with --fit pad or --fit "
         "crop",
@@ -204,6 +208,22 @@ def test_commands_fit_short_videos_and_small_frames() -> None:
         _, small = next_commands(Path("/d"), [Rally("a", 40, 25.0, ())], size, ["rgb"])
         assert small.startswith(f"frames of {size[0]} x {size[1]} px are too small for a training (data_module.")
         assert small.endswith("; increase --height")
+
+
+def test_repeated_command_replaces_only_the_statistics_of_this_folder(tmp_path: Path) -> None:
+    def statistics() -> str:
+        return next_commands(tmp_path, [Rally("a", 40, 25.0, ())], (48, 80), ["rgb"])[1]
+
+    config = tmp_path / "dataset" / f"{tmp_path.name}.yaml"
+    config.parent.mkdir()
+    assert "--force" not in statistics()
+    for content, is_replaced in (
+        (f"# @package data_module\ntarget_data_dir: {tmp_path}\n", True),
+        ("target_data_dir: data/other\n", False),
+        ("a: [\n", False),
+    ):
+        config.write_text(content)
+        assert (f"--output {config} --force data_module." in statistics()) == is_replaced
 
 
 def test_dataset_config_has_another_name_than_those_in_configs() -> None:

@@ -65,6 +65,14 @@ def test_contact_sheet_shows_the_skeletons_in_two_colors(
             assert (blue - red)[part].max() > 100, tile
 
 
+def test_frame_number_is_visible_on_white_and_on_black() -> None:
+    for level in (0, 255):
+        image = np.full((270, 480, 3), level, np.uint8)
+        tile = pose._draw_skeletons(image, np.zeros((2, 17, 3), np.float32), "frame 7")
+        assert np.abs(tile.astype(int) - level).max() > 200
+        assert {tile.min() < 60, tile.max() > 200} == {True}
+
+
 @pytest.mark.parametrize("wrong", ["off center", "not finite"])
 def test_pose_of_another_person_is_discarded(
     two_players: TwoPlayers, found: PlayerBoxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str

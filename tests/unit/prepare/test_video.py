@@ -65,6 +65,15 @@ def test_variable_frame_rate_has_the_timestamps_of_presentation(tmp_path: Path, 
     assert gray_levels(path) == list(range(12))
 
 
+@pytest.mark.parametrize(("suffix", "is_estimate"), [(".mp4", False), (".mkv", True), (".webm", True)])
+def test_frame_count_of_a_container_without_one_is_an_estimate(tmp_path: Path, suffix: str, is_estimate: bool) -> None:
+    codec = "libvpx" if suffix == ".webm" else "libx264"
+    path = write_video(tmp_path / f"v{suffix}", gray_images(12), codec=codec)
+    header = read_header(path)
+    assert header.is_estimate == is_estimate
+    assert abs(header.frames - 12) <= 1
+
+
 def test_edit_list_cuts_the_frames_before_time_zero(tmp_path: Path) -> None:
     """A start at -120 ms is stored as an edit list. The container still declares the three frames that it cuts off."""
     path = write_video(tmp_path / "cut.mp4", gray_images(12), times_ms=[40 * k - 120 for k in range(12)])
@@ -206,14 +215,22 @@ def test_high_dynamic_range_is_declared_by_the_header(tmp_path: Path, transfer: 
     assert read_header(write_video(tmp_path / "hdr.mp4", gray_images(4), setup=setup)).hdr == name
 
 
-def test_linked_folders_are_followed_once_and_files_of_macos_are_ignored(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("new_command")
+def test_linked_folders_are_followed_once_and_skipped_files_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "disk").mkdir()
-    for name in ("rally.mp4", "._rally.mp4", "camcorder.MTS", "phone.3gp", "old.wmv", "disc.m2ts"):
+    names = ["rally.mp4", "camcorder.MTS", "phone.3gp", "old.wmv", "disc.m2ts", "web.flv", "VTS_01_1.VOB", "cam.mts2"]
+    for name in (*names, "._rally.mp4", "notes.txt", "rally.srt"):
         (tmp_path / "disk" / name).touch()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "linked").symlink_to(tmp_path / "disk")
     (tmp_path / "disk" / "loop").symlink_to(tmp_path / "videos")
-    assert sorted(find_videos(tmp_path / "videos")) == ["camcorder", "disc", "old", "phone", "rally"]
+    assert sorted(find_videos(tmp_path / "videos")) == sorted(Path(name).stem for name in names)
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'videos'}: skipping 1 file of macOS (._rally.mp4)",
+        f"{tmp_path / 'videos'}: skipping 2 files without the suffix of a video (notes.txt, rally.srt)",
+    ]
 
 
 def test_videos_are_found_by_name(tmp_path: Path) -> None:

@@ -28,17 +28,16 @@ class InvalidEntriesError(AnnotationError):
 
     Attributes:
         rallies: the valid rallies with their valid events.
-        problems: a text for each invalid rally or event.
+        problems: a text for each invalid rally or event. The message shows the first ones. If a rally is valid, it
+            also tells how to write the valid ones.
     """
 
     def __init__(self, path: Path | str, rallies: "list[Rally]", problems: list[str]) -> None:
         self.rallies, self.problems = rallies, problems
         shown = "\n  ".join(problems[:MAX_PROBLEMS_SHOWN])
         more = f"\n  and {len(problems) - MAX_PROBLEMS_SHOWN} more" if len(problems) > MAX_PROBLEMS_SHOWN else ""
-        super().__init__(
-            f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}\n"
-            "`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them"
-        )
+        hint = "\n`mmdistill check-data ANNOTATIONS --write-clean FILE` writes a copy without them" if rallies else ""
+        super().__init__(f"{path}: {format_count(len(problems), 'problem')}:\n  {shown}{more}{hint}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,9 @@ def is_safe_name(video: object) -> bool:
 
 
 def whole_number(value: object) -> int | None:
-    """A JSON value that is a whole number, such as 52 or 52.0; None if it is not."""
+    """A JSON value that is a whole number, such as 52, 52.0 or the text "52"; None if it is not."""
+    if isinstance(value, str):
+        return int(value) if value.isdecimal() else None
     is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return int(value) if is_whole and not isinstance(value, bool) else None  # type: ignore[call-overload]
 

@@ -61,6 +61,8 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     is_labeled = _has_labels(path, entries)
     rallies: dict[str, Rally] = {}
     problems: list[str] = []
+    if without_rate := sum(isinstance(entry, dict) and entry.get("fps") is None for entry in entries):
+        log_once(f"{path}: {format_count(without_rate, 'rally')} without fps, their frame rate is unknown")
     for number, entry in enumerate(entries):
         name = entry.get("video") if isinstance(entry, dict) else None
         name = name if isinstance(name, str) and name else f"rally {number}"
@@ -69,7 +71,7 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
             found.append(f"{name}: this video occurs twice")
         if not found:
             num_frames = whole_number(entry["num_frames"]) or 0
-            fps = entry["fps"]
+            fps = entry.get("fps")
             events, found = _parse_events(name, entry["events"], num_frames, is_labeled=is_labeled)
             rallies[name] = Rally(name, num_frames, UNKNOWN_FPS if fps is None else float(fps), events)
         problems += found
@@ -105,7 +107,7 @@ def _rally_problems(entry: Any) -> Iterator[str]:
     if not isinstance(entry, dict):
         yield f"expected a JSON object, got {type(entry).__name__}"
         return
-    missing = [key for key in ("video", "num_frames", "fps", "events") if key not in entry]
+    missing = [key for key in ("video", "num_frames", "events") if key not in entry]
     yield from (f"the key {key!r} is missing" for key in missing)
     if missing:
         return
@@ -113,7 +115,7 @@ def _rally_problems(entry: Any) -> Iterator[str]:
         yield f"video={entry['video']!r} is not a file name"
     if (whole_number(entry["num_frames"]) or 0) < 1:
         yield f"num_frames={entry['num_frames']!r} is not a count of frames"
-    fps = entry["fps"]
+    fps = entry.get("fps")
     is_number = isinstance(fps, int | float) and not isinstance(fps, bool) and math.isfinite(fps)
     if fps is not None and not (is_number and (fps > 0 or fps == UNKNOWN_FPS)):
         yield f"fps={fps!r} is not a frame rate; use -1 if it is unknown"

@@ -175,7 +175,7 @@ def _first_value(clip: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 def _parse_number(key: str, value: Any) -> int:
     """A count or class number from 0. Some files store them as text."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else whole_number(value)
+    number = whole_number(value)
     if number is None or number < 0:
         raise ValueError(f"{key}={value!r} is not a number from 0")
     return number

@@ -124,7 +124,7 @@ class KeypointReader(Reader):
         Raises:
             FrameError: the file cannot be read.
         """
-        return self.load_video(video).shape[1]
+        return int(self.load_video(video).shape[1])
 
 
 def outside_share(rows: np.ndarray, frame_size: tuple[int, int]) -> float:

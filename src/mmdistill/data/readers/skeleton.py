@@ -127,7 +127,7 @@ class SkeletonReader(KeypointReader):
         if share > MAX_OUTSIDE_SHARE:
             raise FrameError(f"{message}; correct img_shape, or data_module.skeleton_img_shape if the file has none")
         if share > REPORTED_OUTSIDE_SHARE:
-            text = f"{message}; further files are not reported, `mmdistill check-data` lists them"
+            text = f"{message}; only the first such file is logged, `mmdistill check-data` lists all"
             log_once(text, key=f"{self.root}: joints outside the image")
 
 

@@ -104,7 +104,8 @@ def test_written_entries_equal_the_read_ones(tmp_path: Path) -> None:
         (rally(events=[{"frame": 9, "class": "serve"}]), "no event has the key 'label', but the events have class;"),
         (rally(events=[{"label": LABEL}]), "m_1_40, event 0: the key 'frame' is missing"),
         (rally(events=["x"]), "m_1_40, event 0: expected a JSON object"),
-        (rally(num_frames="40"), "m_1_40: num_frames='40'"),
+        (rally(num_frames="40 s"), "m_1_40: num_frames='40 s'"),
+        (rally(num_frames="-40"), "m_1_40: num_frames='-40'"),
         (rally(fps=0), "m_1_40: fps=0"),
         (rally(fps=-25), "m_1_40: fps=-25"),
         (rally(video="../etc"), "is not a file name"),
@@ -162,6 +163,30 @@ def test_labels_are_any_text_and_the_frame_rate_may_be_unknown(tmp_path: Path) -
         assert to_json([read])[0]["fps"] == -1
     (read,) = load_f3set(write(tmp_path / "a.json", [rally(events=[{"frame": 1, "label": 7}])]))
     assert read.events == (Event(1, "7"),)
+
+
+@pytest.mark.usefixtures("new_command")
+def test_missing_frame_rate_is_unknown_and_numbers_may_be_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = [rally(video=name, num_frames="40", events=[{"frame": "9", "label": LABEL}]) for name in "abc"]
+    for entry in entries[:2]:
+        del entry["fps"]
+    rallies = load_f3set(write(tmp_path / "a.json", entries))
+    assert [(r.num_frames, r.fps, r.events) for r in rallies] == [
+        (40, fps, (Event(9, LABEL),)) for fps in (UNKNOWN_FPS, UNKNOWN_FPS, 25.0)
+    ]
+    load_f3set(tmp_path / "a.json")
+    (record,) = caplog.records
+    assert record.message == f"{tmp_path / 'a.json'}: 2 rallies without fps, their frame rate is unknown"
+
+
+def test_file_without_a_valid_rally_gets_no_advice_to_write_it(tmp_path: Path) -> None:
+    for count, is_given in ((2, True), (1, False)):
+        entries = [rally(num_frames=0), rally(video="b")][:count]
+        with pytest.raises(InvalidEntriesError) as caught:
+            load_f3set(write(tmp_path / "a.json", entries))
+        assert ("--write-clean" in str(caught.value)) == is_given
 
 
 def test_labels_with_another_number_of_fields_than_most_are_logged(
