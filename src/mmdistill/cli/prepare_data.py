@@ -32,7 +32,7 @@ from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
-from mmdistill.errors import InputError, format_count
+from mmdistill.errors import InputError, format_count, format_first
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
 from mmdistill.prepare.pipeline import SHEET_DIR, PrepareResult, Settings, estimate_output, prepare_all
@@ -157,6 +157,10 @@ def format_result(result: PrepareResult) -> str:
         )
         if found["camera_moves"]:
             details.append(f"camera motion in {format_count(found['camera_moves'], 'frame')}")
+        for name in ("near", "far"):
+            if changes := found.get(f"{name}_changes"):  # which earlier versions do not record
+                frames_shown = format_first(changes, 3)
+                details.append(f"the {name} player is probably another person from frame {frames_shown} on")
     if result.lacks_a_player:
         sheet = f"{SHEET_DIR}/{result.video}.jpg"
         details.append(f"a player is not found in most frames: look at {sheet}, cut other shots, or change --split")

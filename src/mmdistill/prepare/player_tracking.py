@@ -7,6 +7,7 @@ each player is the smooth track through the blobs with the largest area. A track
 A person who does not move is not found and is reported as absent, never guessed.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -61,10 +62,13 @@ class PlayerBoxes:
     Attributes:
         boxes: float64 (2, T, 4); near (0) and far (1); left, top, width, height in px of the source; NaN: not found.
         camera_moves: bool (T,); whether the camera moves at the frame.
+        person_changes: of the near and the far player, the frames from which on the boxes probably show another person,
+            because no player moves that fast. Cuts are not listed.
     """
 
     boxes: np.ndarray
     camera_moves: np.ndarray
+    person_changes: tuple[list[int], list[int]] = ([], [])
 
 
 def find_players(read: ReadFrames, *, split: float) -> PlayerBoxes:
@@ -85,7 +89,8 @@ def find_players(read: ReadFrames, *, split: float) -> PlayerBoxes:
     near_boxes = _track_player(near, lambda feet: feet > split * WORK_HEIGHT)
     others = [found[~_overlaps(found, box)] for found, box in zip(far, near_boxes, strict=True)]
     far_boxes = _track_player(others, lambda feet: feet <= split * WORK_HEIGHT)
-    return PlayerBoxes(np.stack([near_boxes, far_boxes]) * scale, motion.moves)
+    changes = (_find_person_changes(near_boxes, motion), _find_person_changes(far_boxes, motion))
+    return PlayerBoxes(np.stack([near_boxes, far_boxes]) * scale, motion.moves, changes)
 
 
 def _analyze(read: ReadFrames) -> tuple[np.ndarray, CameraMotion, float]:
@@ -238,6 +243,24 @@ def _track_player(candidates: list[np.ndarray], on_own_side: Callable[[float], b
             out[covered] = np.stack([np.interp(covered, frames, boxes[:, i]) for i in range(4)], axis=1)
         intervals += [(first, frames[0]), (frames[-1] + 1, last)]
     return out
+
+
+def _find_person_changes(boxes: np.ndarray, motion: CameraMotion) -> list[int]:
+    """Frames whose box (T, 4) is further from the previous box of the same shot than a step of a track may be.
+
+    Positions are those in the first frame of the shot, without the motion of the camera.
+    """
+    with_box = np.flatnonzero(~np.isnan(boxes[:, 0]))
+    centers = {
+        k: cv2.perspectiveTransform(_box_centers(boxes[k])[None, None], motion.to_reference[k])[0, 0]
+        for k in with_box.tolist()
+    }
+    changes = []
+    for a, b in itertools.pairwise(centers):
+        limit = 2 * STEP_SCALE * WORK_HEIGHT * (b - a) ** 0.5  # cost of 4, see `_find_best_track`
+        if motion.shot[a] == motion.shot[b] and np.hypot(*(centers[b] - centers[a])) > limit:
+            changes.append(b)
+    return changes
 
 
 def _find_best_track(candidates: list[np.ndarray], area_unit: float) -> list[tuple[int, int]]:

@@ -38,12 +38,17 @@ class PoseError(InputError):
 
 @dataclass(frozen=True)
 class SkeletonCounts:
-    """Number of frames, of frames in which the near and the far player have a skeleton, and of camera motion."""
+    """Number of frames, of frames in which the near and the far player have a skeleton, and of camera motion.
+
+    `near_changes` and `far_changes` are the `person_changes` of `PlayerBoxes`.
+    """
 
     frames: int
     near: int
     far: int
     camera_moves: int
+    near_changes: list[int]
+    far_changes: list[int]
 
 
 def import_mediapipe() -> Any:
@@ -132,7 +137,7 @@ def write_skeletons(
     lines = [np.hstack(tiles[k : k + SHEET_COLUMNS]) for k in range(0, len(tiles), SHEET_COLUMNS)]
     atomic_write_bytes(sheet, cv2.imencode(".jpg", np.vstack(lines))[1].tobytes())
     found = (rows[..., 2] > 0).any(axis=2).sum(axis=1)
-    return SkeletonCounts(total, int(found[0]), int(found[1]), int(players.camera_moves.sum()))
+    return SkeletonCounts(total, int(found[0]), int(found[1]), int(players.camera_moves.sum()), *players.person_changes)
 
 
 def _draw_skeletons(pixels: np.ndarray, rows: np.ndarray, title: str) -> np.ndarray:

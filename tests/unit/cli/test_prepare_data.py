@@ -52,6 +52,10 @@ RECORD: dict[str, Any] = {
             "near player found in 85 of 93 frames, far player in 50 of 93",
         ),
         (
+            {"skeleton_frames": {"frames": 93, "near": 85, "far": 50, "camera_moves": 0, "near_changes": [35]}},
+            "far player in 50 of 93, the near player is probably another person from frame 35 on",
+        ),
+        (
             {"skeleton_frames": {"frames": 93, "near": 85, "far": 40, "camera_moves": 12}},
             "far player in 40 of 93, camera motion in 12 frames, a player is not found in most frames: look at "
             "contact_sheets/clip.jpg, cut other shots, or change --split",

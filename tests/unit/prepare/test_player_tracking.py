@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.prepare.player_tracking import find_players, square_crops
+from mmdistill.prepare.player_tracking import CameraMotion, _find_person_changes, find_players, square_crops
 from mmdistill.prepare.video import decode_frames
 from tests.generated_video import BroadcastClip, write_pan
 from tests.unit.prepare.conftest import TwoPlayers, write_two_players
@@ -29,6 +29,23 @@ def test_near_and_far_player_are_kept_apart(two_players: TwoPlayers) -> None:
     first = two_players.far_start
     np.testing.assert_allclose(box_centers(far[first:]), two_players.far[first:], atol=5)
     assert np.isnan(far[:first]).all()
+
+
+def test_players_who_run_do_not_become_other_persons(two_players: TwoPlayers) -> None:
+    assert find_players(two_players.read, split=0.5).person_changes == ([], [])
+
+
+@pytest.mark.parametrize(("first", "cut", "expected"), [(35, 99, [35]), (35, 35, []), (99, 99, [])])
+def test_jump_to_another_person_is_reported_unless_there_is_a_cut(first: int, cut: int, expected: list[int]) -> None:
+    """A person at x = 160 px, from frame `first` on another one at 410 px; the camera pans by 8 px per frame."""
+    frames = np.arange(60)
+    matrices = np.tile(np.eye(3), (60, 1, 1))
+    matrices[:, 0, 2] = 8 * frames
+    motion = CameraMotion(matrices, (frames >= cut).astype(int), np.ones(60, bool), False)
+    boxes = np.tile([160.0, 200, 20, 50], (60, 1))
+    boxes[:, 0] += 250 * (frames >= first) - 8 * frames
+    boxes[20:33] = np.nan
+    assert _find_person_changes(boxes, motion) == expected
 
 
 def test_no_motion_gives_no_player(tmp_path: Path) -> None:
@@ -55,6 +72,7 @@ def test_players_of_a_generated_broadcast_are_found_until_the_cut(broadcast: Bro
     court = slice(0, broadcast.cut)
     found = find_players(partial(decode_frames, broadcast.path), split=0.4)
     assert not found.camera_moves[court].any()
+    assert not any(k < broadcast.cut for changes in found.person_changes for k in changes)
     for boxes, centers in zip(found.boxes, (broadcast.near, broadcast.far), strict=True):
         distance = np.hypot(*(box_centers(boxes[court]) - centers[court]).T)
         assert (distance < 15).mean() > 0.9
