@@ -207,7 +207,7 @@ def test_annotations_of_a_dataset_without_its_folder_are_checked_alone(
 def test_all_problems_are_in_the_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also if no rally is valid, which is an error without advice to write the valid ones."""
     path, report = tmp_path / "a.json", tmp_path / "r.json"
-    path.write_text(json.dumps([{"video": f"v{k}", "num_frames": 0, "events": []} for k in range(10)]))
+    path.write_text(json.dumps([{"video": f"v{k}", "num_frames": 0, "fps": 25, "events": []} for k in range(10)]))
     assert main([str(path), "--json", str(report), "--write-clean", str(tmp_path / "clean.json")]) == 2
     shown = capsys.readouterr()
     assert "and 2 more problems; --json FILE writes all\n" in shown.out
