@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rallies = load_rallies(data, path)
     except InvalidEntriesError as error:
+        if not error.rallies:
+            _write_report(options.json, {"annotation_problems": error.problems})
+            raise
         rallies, problems = error.rallies, error.problems
     _print_annotations(path, rallies, problems)
     report: dict[str, Any] = {"annotation_problems": problems}
-    if not rallies:
-        _write_report(options.json, report)
-        raise ConfigError(f"{path}: no rally is valid; correct the file")
     names = tuple(options.modalities or data.modalities)
     if options.write_clean and not options.present_only:
         folders = ", ".join(f"{modality_setting(data, name, 'dir')} ({name})" for name in names)

@@ -204,12 +204,19 @@ def test_annotations_of_a_dataset_without_its_folder_are_checked_alone(
     assert "absent/RGB_frames does not exist" in capsys.readouterr().err
 
 
-def test_all_problems_are_in_the_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("num_valid", "status"), [(0, 2), (1, 1)])
+def test_all_problems_are_in_the_json_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], num_valid: int, status: int
+) -> None:
     """Also if no rally is valid, which is an error without advice to write the valid ones."""
     path, report = tmp_path / "a.json", tmp_path / "r.json"
-    path.write_text(json.dumps([{"video": f"v{k}", "num_frames": 0, "fps": 25, "events": []} for k in range(10)]))
-    assert main([str(path), "--json", str(report), "--write-clean", str(tmp_path / "clean.json")]) == 2
+    rallies = [{"video": f"v{k}", "num_frames": int(k < num_valid), "fps": 25, "events": []} for k in range(10)]
+    path.write_text(json.dumps(rallies))
+    assert main([str(path), "--json", str(report), "--write-clean", str(tmp_path / "clean.json")]) == status
     shown = capsys.readouterr()
-    assert "and 2 more problems; --json FILE writes all\n" in shown.out
-    assert shown.err == f"mmdistill check-data: error: {path}: no rally is valid; correct the file\n"
-    assert len(json.loads(report.read_text())["annotation_problems"]) == 10
+    assert len(json.loads(report.read_text())["annotation_problems"]) == 10 - num_valid
+    if num_valid:
+        assert "and 1 more problem; --json FILE writes all\n" in shown.out
+    else:
+        assert f"error: {path}: 10 problems:\n  v0: num_frames=0 is not a count of frames" in shown.err
+        assert "--write-clean" not in shown.err
