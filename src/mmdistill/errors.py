@@ -42,6 +42,16 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}{'es' if re.search(r'(s|x|(?<!epo)ch|sh)$', noun) else 's'}"
 
 
+def format_size(num_bytes: int) -> str:
+    """A number of bytes with its unit: ``532 B``, ``1.2 GB``."""
+    value = float(num_bytes)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit in ("B", "KB") else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
 def format_first(items: Sequence[object], limit: int) -> str:
     """The first `limit` items: ``a, b, c and 4 more``."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""

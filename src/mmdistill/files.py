@@ -1,32 +1,139 @@
-"""Atomic file writes."""
+"""Atomic file writes, also on file systems that cannot rename over an existing file; errors of a full disk."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mmdistill.console import log_once
+from mmdistill.errors import InputError, format_size
+
+OLD_PREFIX = ".old-"  # name of a file or directory while another one takes its place
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # Windows has no EDQUOT
+# errno of a rename that the file system does not support, on mounted cloud drives also EMFILE, on overlays EXDEV
+_CANNOT_RENAME = (
+    *(errno.EEXIST, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EXDEV),
+    *(errno.ENOTSUP, errno.ENOSYS, errno.EMFILE, errno.ENOTEMPTY),
+)
+
+
+_NOT_WRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class WriteError(InputError, OSError):
+    """A file that cannot be written: the disk or a quota is full, or the folder is read-only."""
+
+
+def describe_write_error(error: OSError, num_bytes: int | None = None) -> str:
+    """Why a file was not written; if the disk, a quota or the file size is at its limit, with the space needed.
+
+    `num_bytes` is the size of the file, None if it is unknown.
+    """
+    reason = f"[Errno {error.errno}] {error.strerror}" if error.strerror else str(error)
+    return reason if num_bytes is None or error.errno not in _FULL else f"{reason}, {format_size(num_bytes)} needed"
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether the operating system refuses access, or the disk or a quota is full: no defect of this program."""
+    return isinstance(error, OSError) and error.errno in _NOT_WRITABLE
+
 
 @contextmanager
-def atomic_open(path: Path) -> Iterator[BinaryIO]:
+def write_errors(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Convert an error of the operating system to a `WriteError` about `path`; see `describe_write_error`."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{path}: not written ({describe_write_error(error, num_bytes)})") from error
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """Rename the file `source` to `target`, which may exist.
+
+    Some file systems (FUSE, SMB) do not rename over an existing file. It is then kept as ``.old-NAME`` until `source`
+    has its name.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in _CANNOT_RENAME or not target.exists():
+            raise
+        old = target.with_name(OLD_PREFIX + target.name)
+        old.unlink(missing_ok=True)
+        os.rename(target, old)
+        try:
+            os.rename(source, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        old.unlink()
+        log_once(
+            f"{target.parent}: this file system does not rename over an existing file; if the machine stops during a "
+            f"save, the previous file may be named {OLD_PREFIX}NAME"
+        )
+
+
+def rename_directory(source: Path, target: Path, *, last: Sequence[str] = ()) -> None:
+    """Rename the directory `source` to `target`, which must not exist.
+
+    Some mounted cloud drives do not rename a directory that contains files. The files are then renamed one by one,
+    those with a suffix of `last` at the end, in the order of `last`. After an error they are renamed back.
+    """
+    try:
+        os.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno not in _CANNOT_RENAME or not source.is_dir() or target.exists():
+            raise
+    files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+    files.sort(key=lambda path: next((i for i, suffix in enumerate(last) if path.name.endswith(suffix)), -1))
+    moved: list[tuple[Path, Path]] = []
+    try:
+        for file in files:
+            name = target / file.relative_to(source)
+            name.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(file, name)
+            moved.append((file, name))
+    except OSError:
+        for file, name in reversed(moved):
+            os.rename(name, file)
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    shutil.rmtree(source)
+    log_once(f"{target.parent}: this file system does not rename folders; the files of a checkpoint appear one by one")
+
+
+@contextmanager
+def atomic_open(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` and rename it to `path` at the end of the block.
 
     Other processes see the old or the complete new file. After an exception the old file is unchanged. The folder is
-    created if it does not exist.
+    created if it does not exist. `num_bytes` is the number of bytes that will be written, for the message.
+
+    Raises:
+        WriteError: the disk is full or not writable.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(path, num_bytes):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                yield file
+            replace_file(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):  # for example a read-only folder
+                temporary.unlink()
 
 
 def atomic_write_bytes(path: Path, data: bytes, *, fsync: bool = False) -> None:
     """Write `data` to `path` atomically; see `atomic_open`. With `fsync` it is on disk before the rename."""
-    with atomic_open(path) as file:
+    with atomic_open(path, num_bytes=len(data)) as file:
         file.write(data)
         if fsync:
             file.flush()

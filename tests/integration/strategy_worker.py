@@ -17,6 +17,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.convert import write_deepspeed
+from mmdistill.checkpoint.write import DirectFile
 from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.distill import callbacks
 from mmdistill.distill import strategy as strategies
@@ -134,7 +135,7 @@ def full_disk(rank: int, folder: Path, name: str, strategy: str) -> None:
         raise OSError(28, "No space left on device")
 
     strategies.SingleFileCheckpointMixin.save_checkpoint = timed
-    strategies.save_torch = fail
+    DirectFile.write = fail  # type: ignore[method-assign]
     message = None
     try:
         train(rank, folder, name, f"strategy={strategy}", "trainer.epochs=1")

@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 # From the lowest to the highest layer. Entries of one layer do not import each other.
 LAYERS = (
     ("errors",),
-    ("files", "console", "plugins", "randomness"),
+    ("console", "plugins", "randomness"),
+    ("files",),
     ("data", "models"),
     ("modalities",),
     ("config",),

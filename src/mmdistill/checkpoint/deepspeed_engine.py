@@ -35,7 +35,15 @@ from mmdistill.checkpoint.formats.names import (
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from mmdistill.checkpoint.locate import read_json
 from mmdistill.checkpoint.read import open_checkpoint
-from mmdistill.checkpoint.write import publish_directory, recover_interrupted_saves, remove_quietly, write_torch
+from mmdistill.checkpoint.write import (
+    disk_errors,
+    find_os_error,
+    publish_directory,
+    recover_interrupted_saves,
+    remove_quietly,
+    torch_file_size,
+    write_torch,
+)
 from mmdistill.distributed.collectives import get_rank, get_world_size, run_on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -53,15 +61,17 @@ class _CheckpointEngineShim:
         self._inner = engine.checkpoint_engine
         self.files: list[Path] = []
         self.error: Exception | None = None
+        self._num_bytes = 0  # of all files of this rank, also of those that were not written
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
     def report(self) -> list[Path]:
         """Return the files that were written, or raise the stored error."""
-        if self.error is not None:
+        if self.error is None:
+            return self.files
+        with disk_errors(self._num_bytes):
             raise self.error
-        return self.files
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Create a directory, like DeepSpeed's method."""
@@ -76,8 +86,11 @@ class _CheckpointEngineShim:
             if self.error is None:
                 write_torch(state_dict, Path(path))
                 self.files.append(Path(path))
+                self._num_bytes += Path(path).stat().st_size
         except Exception as error:  # `report` raises it after the barriers
             self.error = error
+        if self.error is not None and find_os_error(self.error):
+            self._num_bytes += torch_file_size(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read without executing code: DeepSpeed's own loader would unpickle any class."""
@@ -122,10 +135,11 @@ def _prepare_save(staged: Path, target: Path, meta: Mapping[str, Any], client: d
     """Check that the metadata can be saved and return this rank's client state; rank 0 creates the folder."""
     json.dumps(meta)  # an error must occur here, on all ranks, and not at the end
     if get_rank() == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        recover_interrupted_saves(target.parent)
-        remove_quietly(staged)
-        staged.mkdir()
+        with disk_errors():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            recover_interrupted_saves(target.parent)
+            remove_quietly(staged)
+            staged.mkdir()
     return client
 
 
@@ -167,8 +181,9 @@ def save_deepspeed(
 
         def publish() -> None:
             if rank == 0:
-                complete_directory(staged, files, meta, world_size=get_world_size(), stage=stage, step=step)
-                publish_directory(staged, target)
+                with disk_errors(sum(file.stat().st_size for file in files)):
+                    complete_directory(staged, files, meta, world_size=get_world_size(), stage=stage, step=step)
+                    publish_directory(staged, target)
 
         run_on_all_ranks(publish, error_class=CheckpointError, message=message)
     except CheckpointError:

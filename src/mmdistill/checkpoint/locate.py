@@ -15,13 +15,13 @@ from mmdistill.checkpoint.formats.names import (
     MANIFEST,
     META,
     MODEL_STATES,
-    OLD_PREFIX,
     OPTIM_STATES,
     SHARD_INDEX_SUFFIX,
     TAG,
     is_tag,
 )
 from mmdistill.errors import format_count
+from mmdistill.files import OLD_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def locate(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `CorruptCheckpointError` that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CorruptCheckpointError(f"{path}: unreadable ({error}); use another checkpoint") from error
     if not isinstance(content, dict):

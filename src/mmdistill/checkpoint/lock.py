@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from socket import gethostname
 
+import psutil
 from filelock import SoftFileLock, Timeout
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
+from mmdistill.files import write_errors
 
 log = logging.getLogger(__name__)
 LOCK_NAME = ".lock"
@@ -38,14 +40,16 @@ def directory_lock(directory: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         CheckpointError: another job holds the lock; the message names its process and host.
+        WriteError: the folder is read-only, or the disk is full.
     """
     folder = Path(directory).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    previous = _read_holder(path)
     lock = SoftFileLock(path)
-    with contextlib.suppress(Timeout):
-        lock.acquire(timeout=_TIMEOUT_S)  # also takes over the lock of a process that has ended
+    with write_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        previous = _read_holder(path)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=_TIMEOUT_S)  # also takes over the lock of a process that has ended
     if not lock.is_locked:  # not raised from Timeout, which is an OSError, whose text `run_on_all_ranks` would report
         holder = _read_holder(path)
         who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
@@ -91,12 +95,10 @@ def _read_holder(path: Path) -> tuple[int, str] | None:
 
 def _has_ended(pid: int, started: str | None) -> bool:
     """Whether a process of this host has ended. Process ids are reused, so its start (kernel ticks) is compared."""
-    try:
-        with contextlib.suppress(PermissionError):  # it runs as another user
-            os.kill(pid, 0)
-        current = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except ProcessLookupError:
+    if not psutil.pid_exists(pid):
         return True
-    except (OSError, IndexError):
+    try:
+        current = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # macOS and Windows have no /proc
         return False
     return started is not None and started != current

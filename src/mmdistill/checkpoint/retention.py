@@ -12,12 +12,14 @@ from typing import Any, NamedTuple, cast
 
 from mmdistill.checkpoint.errors import CheckpointError, name_setting
 from mmdistill.checkpoint.formats.manifest import read_manifest, verify_manifest
-from mmdistill.checkpoint.formats.names import TMP_PREFIX, TRASH_PREFIX
+from mmdistill.checkpoint.formats.names import MANIFEST, TMP_PREFIX, TRASH_PREFIX
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.write import fsync_path, recover_interrupted_saves, remove_quietly
+from mmdistill.console import log_once
 from mmdistill.distributed.collectives import get_rank, run_on_all_ranks
 from mmdistill.errors import suggest_nearest
+from mmdistill.files import describe_write_error, rename_directory, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +113,8 @@ def _prune_candidates(folder: Path) -> list[tuple[Checkpoint, dict[str, Any]]]:
 def _remove(path: Path) -> bool:
     trash = path.with_name(f"{TRASH_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
     try:
-        os.rename(path, trash)  # so that a partly deleted directory never looks like a checkpoint
+        # so that a partly deleted directory never looks like a checkpoint
+        rename_directory(path, trash, last=(MANIFEST,))
     except OSError as error:
         log.warning("%s: could not be removed (%s)", path, error)
         return False
@@ -180,17 +183,26 @@ def best_checkpoint(losses: Mapping[str, float]) -> Path | None:
 
 
 def link_or_copy(path: Path, name: Path) -> None:
-    """Hard-link the file `path` to `name`, replacing an existing file; copy it if the file system has no links."""
+    """Hard-link the file `path` to `name`, replacing an existing file; copy it if the file system has no links.
+
+    Raises:
+        CheckpointError: not writable. The previous file at `name` is unchanged.
+    """
     staged = name.with_name(TMP_PREFIX + uuid.uuid4().hex)
     try:
         try:
             os.link(path, staged)
         except OSError:
+            log_once(f"{name.parent}: this file system has no hard links, so {name.name} is a copy, not a link")
             shutil.copyfile(path, staged)
-        os.replace(staged, name)
+            fsync_path(staged)
+        replace_file(staged, name)
         fsync_path(name.parent)
+    except OSError as error:
+        reason = describe_write_error(error, path.stat().st_size)
+        raise CheckpointError(f"{name}: not written ({reason}); {path} is complete") from error
     finally:
-        staged.unlink(missing_ok=True)
+        remove_quietly(staged)
 
 
 def find_resume(resume: str | None, directory: Path) -> Path | None:

@@ -18,9 +18,10 @@ from typing import IO, Any, cast
 import torch
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.names import OLD_PREFIX, TMP_PREFIX
+from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, MODEL_STATES, TMP_PREFIX
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from mmdistill.checkpoint.locate import existing_path
+from mmdistill.files import OLD_PREFIX, describe_write_error, rename_directory, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def fsync_path(path: Path) -> bool:
         False for a directory that cannot be synced.
     """
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Windows syncs a file only if it is open for writing
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:
@@ -94,8 +96,10 @@ def warn_if_unsynced(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _stage(target: Path, staged: Path) -> Iterator[Path]:
+def _stage(target: Path, staged: Path, size: Callable[[], int] | None = None) -> Iterator[Path]:
     """Create the folder of `target`; if the block fails, remove `staged` and report errors of the disk.
+
+    `size` computes the number of bytes of the complete checkpoint, for the message.
 
     Raises:
         CheckpointError: the disk is full or not writable.
@@ -105,24 +109,44 @@ def _stage(target: Path, staged: Path) -> Iterator[Path]:
         yield staged
     except BaseException as error:
         remove_quietly(staged)
-        cause: BaseException | None = error if isinstance(error, (OSError, RuntimeError)) else None
-        while cause is not None and not isinstance(cause, OSError):  # torch raises a RuntimeError if a write fails
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if (cause := find_os_error(error)) is None:
             raise
-        raise CheckpointError(f"{target}: not saved ({cause}); the previous checkpoint is unchanged") from error
+        reason = describe_write_error(cause, size() if size else None)
+        raise CheckpointError(f"{target}: not saved ({reason}); the previous checkpoint is unchanged") from error
 
 
 @contextlib.contextmanager
-def stage_file(path: Path) -> Iterator[Path]:
+def disk_errors(num_bytes: int | None = None) -> Iterator[None]:
+    """Convert an error of the operating system to a `CheckpointError` that gives the space needed, `num_bytes`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if (cause := find_os_error(error)) is None:
+            raise
+        reason = describe_write_error(cause, num_bytes)
+        raise CheckpointError(f"{reason}; the previous checkpoint is unchanged") from error
+
+
+def find_os_error(error: BaseException) -> OSError | None:
+    """`error` or the `OSError` that caused it: torch raises a RuntimeError if a write fails."""
+    cause: BaseException | None = error if isinstance(error, (OSError, RuntimeError)) else None
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+@contextlib.contextmanager
+def stage_file(path: Path, size: Callable[[], int] | None = None) -> Iterator[Path]:
     """Name of a temporary file, which the block writes and syncs; after the block it is renamed to `path`.
+
+    `size` computes the number of bytes of the file. It is called if the disk is full.
 
     Raises:
         CheckpointError: not writable. The previous file at `path` is unchanged.
     """
-    with _stage(path, path.with_name(TMP_PREFIX + uuid.uuid4().hex + path.suffix)) as staged:
+    with _stage(path, path.with_name(TMP_PREFIX + uuid.uuid4().hex + path.suffix), size) as staged:
         yield staged
-        os.replace(staged, path)
+        replace_file(staged, path)
         fsync_path(path.parent)
 
 
@@ -154,6 +178,24 @@ def write_torch(obj: Any, path: Path) -> None:
         file.finish()
 
 
+class _ByteCounter(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        """Count the bytes of `data`."""
+        self.num_bytes += len(memoryview(data).cast("B"))
+        return len(memoryview(data).cast("B"))
+
+
+def torch_file_size(obj: Any) -> int:
+    """Number of bytes of the file that ``torch.save(obj)`` writes."""
+    counter = _ByteCounter()
+    torch.save(obj, cast(IO[bytes], counter))
+    return counter.num_bytes
+
+
 def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     """Write ``torch.save(obj)`` atomically.
 
@@ -163,7 +205,7 @@ def save_torch(obj: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: see `stage_file`.
     """
-    with stage_file(Path(path).expanduser()) as staged:
+    with stage_file(Path(path).expanduser(), lambda: torch_file_size(obj)) as staged:
         write_torch(obj, staged)
 
 
@@ -194,11 +236,17 @@ def publish_directory(staged: Path, target: Path) -> None:
     If the process is killed between the two renames, ``.old-NAME`` remains. Readers use it and
     `recover_interrupted_saves` restores it.
     """
+    last = (MODEL_STATES, LATEST, META, MANIFEST)  # without a model file, a directory is no checkpoint
     old = target.with_name(OLD_PREFIX + target.name)
     if target.exists():
         remove_quietly(old)
-        os.rename(target, old)
-    os.rename(staged, target)
+        rename_directory(target, old, last=last)
+    try:
+        rename_directory(staged, target, last=last)
+    except OSError:
+        if old.exists():
+            rename_directory(old, target, last=last)
+        raise
     fsync_path(target.parent)
     remove_quietly(old)
 
@@ -211,5 +259,5 @@ def recover_interrupted_saves(directory: Path) -> None:
             remove_quietly(old)
         else:
             with contextlib.suppress(FileNotFoundError):  # another rank did it first
-                os.rename(old, target)
+                rename_directory(old, target)
                 log.warning("%s: restored, because the save that replaces it was interrupted", target)

@@ -1,10 +1,12 @@
 """Turn a command line into one call with a valid config. Shared by the Hydra verbs. Imports no torch."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
 from mmdistill.cli.hydra_help import parse_options, render_help
-from mmdistill.cli.run_folder import restore_folders
+from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
 from mmdistill.config import ConfigError, explain, parse, register_schemas, to_plain
 from mmdistill.config.compose import T, configs_dir
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.console import exit_if_pipe_closed
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
+from mmdistill.files import WriteError, is_disk_error
 from mmdistill.workflows.sweep_results import objective
 
 
@@ -63,6 +66,8 @@ def run_entrypoint(
         overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir.name}", "hydra.sweep.subdir=${hydra:job.num}"]
         overrides += ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
         sys.argv[1:] = add_overrides(sys.argv[1:], overrides)
+    logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log of Hydra
+    threading.excepthook = _report_thread_error
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise, so that `explain` can add near matches
     register_schemas()
 
@@ -118,6 +123,12 @@ def run_entrypoint(
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent sends it as soon as one rank has ended
             launch.record_failure("stopped by a signal", launch.INTERRUPTED_EXIT_CODE)
         raise
+
+
+def _report_thread_error(error: threading.ExceptHookArgs) -> None:
+    """Print an exception of a thread, but not a full disk, which TensorBoard raises again in the main thread."""
+    if not is_disk_error(error.exc_value):
+        threading.__excepthook__(error)
 
 
 @contextlib.contextmanager
@@ -189,7 +200,10 @@ def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) 
     Raises:
         SystemExit: always, except for a defect in a single process, whose exception is raised again.
     """
-    is_expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException)
+    if is_disk_error(error) and error.filename is None:  # type: ignore[attr-defined]
+        folder = RunFolderCallback.RUN.folder if RunFolderCallback.RUN else "the run folder"
+        error = WriteError(f"{folder}: a file was not written ({error})")
+    is_expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException) or is_disk_error(error)
     if not is_expected and not launch.launched_externally():
         raise error  # a defect: Python prints the traceback
     status = error.exit_status if isinstance(error, MMDistillError) else InputError.exit_status if is_expected else 1

@@ -27,6 +27,7 @@ from mmdistill.config import ConfigError
 from mmdistill.config.compose import compose_config, configs_dir
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.errors import format_size
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_names
 
 HEADER = f"  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  {'saved':<18}{'files':<12}path"
@@ -45,16 +46,6 @@ UNUSED_DATA_KEYS: dict[str, tuple[str, ...]] = {
     "distill": ("mask_ratio",),
     "evaluate": ("train_clips", "val_json_path", "hflip_prob", "random_crop_min_scale"),
 }
-
-
-def format_size(num_bytes: int) -> str:
-    """Format a size with a unit."""
-    value = float(num_bytes)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit in ("B", "KB") else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def format_row(info: CheckpointInfo) -> str:
@@ -159,7 +150,7 @@ def missing_evaluation_file(run_dir: Path) -> Path | None:
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hydra's settings and `data_module` of a run, from ``.hydra``, else from the first record of ``run.json``."""
     if not (run_dir / ".hydra").is_dir():
-        record = json.loads((run_dir / "run.json").read_text())[0]
+        record = json.loads((run_dir / "run.json").read_bytes())[0]
         config, options = record["config"], parse_options(record["command"][1:])
         name = options.config_name or ("config_pretrain" if "modality" in config else "config_mmdistill")
         paths = (("main", options.config_path or str(configs_dir())), ("command-line", options.config_dir))
@@ -171,8 +162,8 @@ def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"job": {"config_name": name}, "runtime": runtime, "overrides": {"task": options.overrides}}, config[
             "data_module"
         ]
-    hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_text())["hydra"]
-    return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_text())["data_module"]
+    hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_bytes())["hydra"]
+    return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_bytes())["data_module"]
 
 
 def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path, Path]:
@@ -237,7 +228,7 @@ def _evaluation_dir(run_dir: Path) -> Path:
     reports = [path for path in run_dir.parent.glob(f"*/{RESULTS_FILE}") if (path.parent / ".hydra").is_dir()]
     for path in sorted(reports, key=lambda path: path.stat().st_mtime, reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if run_dir in Path(json.loads(path.read_text())["checkpoint"]).absolute().parents:
+            if run_dir in Path(json.loads(path.read_bytes())["checkpoint"]).absolute().parents:
                 return path.parent
     return run_dir
 

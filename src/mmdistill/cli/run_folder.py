@@ -31,13 +31,16 @@ class RunFolder:
         self._missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]  # innermost first
         self._other_files = self._list_other_files()
 
-    def _list_other_files(self) -> dict[str, int]:
-        """Time of change of all other files in the folder, and -1 for each folder in it, by name."""
+    def _list_other_files(self) -> dict[str, tuple[int, int] | None]:
+        """Time of change and size of all other files in the folder, and None for each folder in it, by name.
+
+        The size also changes within the resolution of the time, which is up to 2 s on some file systems.
+        """
         if not self.folder.is_dir():
             return {}
         paths = [path for path in self.folder.iterdir() if path not in self._records]
         own = (HYDRA_DIR, "checkpoints")  # the lock of a run creates the latter
-        return {p.name: p.stat().st_mtime_ns if p.is_file() else -1 for p in paths if p.name not in own}
+        return {p.name: _state(p) if p.is_file() else None for p in paths if p.name not in own}
 
     def restore(self) -> None:
         """Restore the records and remove new empty folders, unless the run has started and written other files.
@@ -55,6 +58,11 @@ class RunFolder:
         for path in (self.folder / HYDRA_DIR, self.folder / "checkpoints", *self._missing):
             with contextlib.suppress(OSError):  # not empty, or does not exist
                 path.rmdir()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
 
 
 class RunFolderCallback(Callback):

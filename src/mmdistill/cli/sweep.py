@@ -7,7 +7,6 @@ The folder of a job contains Hydra's ``.hydra/overrides.yaml``, the run's ``metr
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from omegaconf import DictConfig
 
 from mmdistill.console import program_name
 from mmdistill.errors import MMDistillError, format_count
+from mmdistill.files import is_disk_error
 from mmdistill.workflows.sweep_results import FAILED, objective
 
 FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
@@ -40,11 +40,12 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise
-        expected = isinstance(error, MMDistillError)
+        expected = isinstance(error, MMDistillError) or is_disk_error(error)
         line = explain(error) if expected else f"{type(error).__name__}: {error}"
         trace = "" if expected else traceback.format_exc()
         run_dir.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps({"error": line, "traceback": trace}, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps({"error": line, "traceback": trace}, indent=1, ensure_ascii=False)
+        record.write_text(text + "\n", encoding="utf-8")
         print(
             f"{trace}{program_name()}: job {run_dir.name} failed, the sweep continues: {line}",
             file=sys.stderr,
@@ -62,18 +63,26 @@ class SweepFailureCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._start_time = 0.0
+        self._earlier: dict[Path, tuple[int, int]] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Store the start time. Older records belong to another sweep."""
-        self._start_time = time.time()
+        """Store the existing records, which belong to another sweep."""
+        self._earlier = _failure_records(config)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""
-        records = sorted(Path(str(config.hydra.sweep.dir)).rglob(FAILED))
-        failed = [record for record in records if record.stat().st_mtime >= self._start_time - 1]
+        failed = [path for path, state in _failure_records(config).items() if self._earlier.get(path) != state]
         if failed:
-            lines = [f"  {record.parent}: {json.loads(record.read_text())['error']}" for record in failed]
+            lines = [f"  {record.parent}: {json.loads(record.read_bytes())['error']}" for record in failed]
             count = format_count(len(failed), "job")
             print(f"{program_name()}: error: {count} of the sweep failed:\n" + "\n".join(lines), file=sys.stderr)
             raise SystemExit(FAILED_EXIT_CODE)
+
+
+def _failure_records(config: DictConfig) -> dict[Path, tuple[int, int]]:
+    """Time of change and size of each ``failed.json`` of a sweep.
+
+    The times are compared only with each other: the clock of a file server may differ from that of this machine.
+    """
+    records = sorted(Path(str(config.hydra.sweep.dir)).rglob(FAILED))
+    return {path: ((status := path.stat()).st_mtime_ns, status.st_size) for path in records}

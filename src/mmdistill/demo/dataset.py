@@ -13,19 +13,21 @@ The class of a stroke is (type, side, technique, direction) of its F3Set label; 
 number depends only on `seed` and the rally, so rallies can be rendered in any order and in any process.
 """
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 
 from mmdistill.console import progress as show_progress
 from mmdistill.data.readers.flow_file import write_flow
@@ -40,7 +42,7 @@ from mmdistill.demo.scene import (
     render_rally,
 )
 from mmdistill.demo.strokes import STROKES
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, rename_directory, write_errors
 
 FORMAT = 5  # increase it when the same parameters produce different bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
@@ -92,7 +94,7 @@ def write_rally(root: Path, plan: RallyPlan, parameters: DemoParameters) -> str:
         previous = image
     for folder, kind in zip(folders, (FRAME_DIR, FLOW_DIR), strict=True):
         shutil.rmtree(root / kind / plan.video, ignore_errors=True)
-        os.replace(folder, root / kind / plan.video)
+        rename_directory(folder, root / kind / plan.video)
     heights = np.ptp(scene.keypoints[..., 1], axis=2).mean(axis=1)  # (2,) px
     scores = np.ones(scene.keypoints.shape[:3], np.float32)
     scores[1] = min(1.0, heights[1] / heights[0])
@@ -122,7 +124,7 @@ def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
             "dataset=NAME for this dataset, or another folder for the demo data (data_module.target_data_dir)"
         )
     for path in records:
-        found = json.loads(path.read_text(encoding="utf-8"))["parameters"]
+        found = json.loads(path.read_bytes())["parameters"]
         keys = sorted(key for key in {*found, *requested} if found.get(key) != requested.get(key))
         if keys:
             text = ", ".join(f"{key} is {found.get(key)}, requested {requested.get(key)}" for key in keys)
@@ -145,6 +147,18 @@ def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, 
                 advance(1)
 
 
+def _acquire_lock(root: Path) -> AbstractContextManager[object]:
+    """Wait for the lock of a dataset; on a file system without locks it is a file that is created exclusively."""
+    with write_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            return FileLock(root / ".demo.lock").acquire()
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        return SoftFileLock(root / ".demo.softlock").acquire()
+
+
 def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = None, progress: bool = True) -> None:
     """Create the demo dataset in `root`. Only missing rallies are rendered; a complete dataset is not changed.
 
@@ -154,13 +168,18 @@ def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = N
     Raises:
         DemoError: `root` contains a demo dataset with other parameters, or annotation files of another dataset.
     """
-    root.mkdir(parents=True, exist_ok=True)
     # A round trip through JSON turns tuples into lists, as in the file.
     requested = json.loads(json.dumps({"format": FORMAT, **asdict(parameters)}))
     plans = plan_rallies(parameters)
-    with FileLock(root / ".demo.lock"):  # other processes that create the same dataset wait
+
+    def missing_rallies() -> list[RallyPlan]:
         _check_parameters(root, requested)
-        missing = [plan for plan in plans if not is_complete(root, plan)]
+        return [plan for plan in plans if not is_complete(root, plan)]
+
+    if (root / "demo.json").is_file() and not missing_rallies():  # needs no lock, which a read-only folder cannot have
+        return
+    with _acquire_lock(root):  # other processes that create the same dataset wait
+        missing = missing_rallies()
         if not missing and (root / "demo.json").is_file():
             return
         atomic_write_bytes(root / "demo.partial.json", json.dumps({"parameters": requested}).encode())

@@ -97,7 +97,6 @@ class SingleFileCheckpointMixin:
         run_on_all_ranks(
             lambda: self.checkpoint_io.save_checkpoint(checkpoint, path) if self.is_global_zero else None,
             error_class=CheckpointError,
-            message=f"{path}: not saved; an existing file there is unchanged",
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mmdistill.errors import MMDistillError
+from mmdistill.files import WriteError
 
 
 def is_distributed() -> bool:
@@ -108,9 +109,11 @@ def run_on_all_ranks(
 
 
 def _describe(error: BaseException, error_class: type[MMDistillError]) -> str:
+    if isinstance(error, (error_class, WriteError)):
+        return str(error)
     cause: BaseException | None = error
     while cause is not None:  # torch reports a full disk as a RuntimeError of its zip writer
         if isinstance(cause, OSError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    return str(error) if isinstance(error, error_class) else f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
 """The log of a run: a progress bar (plain lines without a terminal), ``run.log``, metrics for the trackers."""
 
+import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
+from mmdistill.files import write_errors
 from mmdistill.training.loggers import TRACKERS, Csv, ResumePoint, Tracker
 
 LOG_FILE = "run.log"
@@ -42,7 +44,8 @@ class RunLog:
         if self.enabled:
             self._display.__exit__(kind, error, tb)
             for tracker in self._trackers:
-                tracker.close()
+                with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # `error` is the cause
+                    tracker.close()
 
     def open_trackers(self, names: Sequence[str], config: Mapping[str, Any], resume: ResumePoint | None = None) -> None:
         """Start to send metrics to these `TRACKERS`. `config` is the resolved config as builtin containers."""
@@ -62,8 +65,9 @@ class RunLog:
         """Print a line above the bar, on standard error, and append it to ``run.log``. An empty text is ignored."""
         if self.enabled and text:
             self._display.print(text)
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
+            with write_errors(self._file, len(line)), self._file.open("a", encoding="utf-8") as file:
+                file.write(line)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Send metrics after `step` optimizer steps to each tracker."""
@@ -116,5 +120,13 @@ def peak_memory() -> str:
     """The peak memory of this process, with its name: of the GPU if it uses one, else of the host."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+    return f"peak memory {_peak_host_memory() / 2**30:.1f} GiB"
+
+
+def _peak_host_memory() -> int:
+    """Bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return int(psutil.Process().memory_info().peak_wset)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.checkpoint import CheckpointError, directory_lock
+from mmdistill.checkpoint import CheckpointError, directory_lock, lock
 from mmdistill.checkpoint.lock import run_lock
+from mmdistill.files import WriteError
+from tests.disk_faults import failing_disk
 
 
 def test_second_job_is_rejected(tmp_path: Path) -> None:
@@ -83,3 +86,22 @@ def test_run_lock_is_held_by_rank_0_and_released_after_an_error(
     monkeypatch.setattr("mmdistill.checkpoint.lock.get_rank", lambda: 1)
     with run_lock(tmp_path / "other"):
         assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_read_only_folder_or_full_disk_is_one_line(tmp_path: Path, number: int) -> None:
+    with (
+        failing_disk(0, number),
+        pytest.raises(WriteError, match=rf"\.lock: not written \(\[Errno {number}\] "),
+        directory_lock(tmp_path / "new"),
+    ):
+        pytest.fail("locked")
+
+
+def test_end_of_a_process_where_the_system_has_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path, **_: object) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert not lock._has_ended(os.getpid(), "1")  # unknown, so the lock is kept
+    assert lock._has_ended(2**22 + 1, "1")  # more than the largest process id

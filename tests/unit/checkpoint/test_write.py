@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import logging
 import os
@@ -11,6 +12,7 @@ from mmdistill.checkpoint import save_safetensors, write
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.write import (
     DirectFile,
+    fsync_path,
     load_torch,
     publish_directory,
     recover_interrupted_saves,
@@ -20,6 +22,7 @@ from mmdistill.checkpoint.write import (
     write_bytes,
     write_directory,
 )
+from tests.disk_faults import failing_disk
 
 
 def test_direct_file_writes_in_pieces_and_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,3 +144,28 @@ def test_failure_to_remove_is_only_logged(tmp_path: Path, caplog: pytest.LogCapt
         assert not caplog.records
         remove_quietly(tmp_path / "file" / "below")
     assert not (tmp_path / "file").exists()
+
+
+def test_file_is_synced_through_a_handle_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows refuses to sync a file that is open for reading."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.write(handle, b"x")))
+    (tmp_path / "a").touch()
+    assert fsync_path(tmp_path / "a")
+    assert synced == [1]
+
+
+def test_failed_publication_restores_the_previous_directory(tmp_path: Path) -> None:
+    write_directory(tmp_path / "d", lambda staged: write_bytes(staged / "f", b"old"))
+    for at in range(20):
+        with failing_disk(at, errno.EDQUOT) as fault, contextlib.suppress(CheckpointError):
+            write_directory(tmp_path / "d", lambda staged: write_bytes(staged / "f", b"new"))
+        recover_interrupted_saves(tmp_path)
+        is_published = fault.calls.count("rename") == 2 and fault.calls[-1] != "rename"
+        assert (tmp_path / "d" / "f").read_bytes() == (b"new" if is_published else b"old")
+        assert [path.name for path in tmp_path.iterdir()] == ["d"]
+        if not fault.raised:
+            return
+        if is_published:
+            write_directory(tmp_path / "d", lambda staged: write_bytes(staged / "f", b"old"))
+    pytest.fail("no save succeeded")

@@ -1,7 +1,9 @@
 """Errors and ranks of the Hydra verbs."""
 
+import errno
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +62,34 @@ def test_expected_error_of_a_single_process_is_one_line(capsys: pytest.CaptureFi
         entrypoint.exit_with_error(ConfigError("seed: must be positive"), PretrainConfig, "pretrain")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "mmdistill pretrain: error: seed: must be positive\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/mnt/run"), "/mnt/run: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/run"), "/mnt/run: Read-only file system"),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            "/run: a file was not written ([Errno 122] Disk quota exceeded)",
+        ),
+    ],
+)
+def test_full_disk_and_read_only_folder_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: OSError, line: str
+) -> None:
+    """Errors of files that Hydra or another library writes."""
+    monkeypatch.setattr(entrypoint.RunFolderCallback, "RUN", SimpleNamespace(folder="/run"))
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.exit_with_error(error, PretrainConfig, "pretrain")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mmdistill pretrain: error: {line}\n"
+
+
+def test_full_disk_in_a_thread_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for error, is_printed in ((OSError(errno.ENOSPC, "No space left on device"), False), (ValueError("defect"), True)):
+        entrypoint._report_thread_error(threading.ExceptHookArgs((type(error), error, None, None)))
+        assert bool(capsys.readouterr().err) is is_printed
 
 
 def test_defect_of_a_single_process_is_raised() -> None:

@@ -60,3 +60,14 @@ def test_failed_jobs_of_this_sweep_end_it_with_status_1(
     assert capsys.readouterr().err == (
         f"mmdistill pretrain: error: 1 job of the sweep failed:\n  {tmp_path / 'new'}: new error\n"
     )
+
+
+def test_failed_jobs_are_found_if_the_clock_of_the_file_server_is_slow(tmp_path: Path) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    callback = sweep.SweepFailureCallback()
+    callback.on_multirun_start(config)
+    record = tmp_path / "failed.json"
+    record.write_text(json.dumps({"error": "an error"}))
+    os.utime(record, (record.stat().st_mtime - 3600, record.stat().st_mtime - 3600))
+    with pytest.raises(SystemExit):
+        callback.on_multirun_end(config)

@@ -1,7 +1,9 @@
 """The demo dataset: the layout of the real data, resumable, and files that agree with each other."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from filelock import SoftFileLock, Timeout
 
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.readers.flow_file import read_flow
@@ -97,6 +100,24 @@ def test_complete_dataset_is_not_changed(demo_root: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(dataset, "write_rally", lambda *_: pytest.fail("rendered again"))
     make_demo(demo_root, ONE_STROKE_PER_CLASS, workers=1, progress=False)
     assert before == modification_times(demo_root)
+
+
+def test_complete_dataset_can_be_read_only(demo_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "FileLock", lambda path: pytest.fail(f"{path} is created"))
+    make_demo(demo_root, ONE_STROKE_PER_CLASS, workers=1, progress=False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with dataset._acquire_lock(tmp_path):
+        assert (tmp_path / ".demo.softlock").exists()
+        with pytest.raises(Timeout):
+            SoftFileLock(tmp_path / ".demo.softlock").acquire(timeout=0)
+    assert not (tmp_path / ".demo.softlock").exists()
 
 
 @pytest.mark.parametrize("lost", ["vid_frames_224/{}/000003.jpg", "tennis_flows/{}", "skeletons/f3set-tennis/{}.pkl"])

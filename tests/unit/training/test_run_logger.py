@@ -1,18 +1,25 @@
 """The run log: progress lines, ``run.log``, metrics for all trackers."""
 
 import csv
+import errno
 import math
 import re
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.config import PretrainConfig, as_names
 from mmdistill.config.compose import load_config
-from mmdistill.training.loggers import ResumePoint
+from mmdistill.files import WriteError
+from mmdistill.training import run_logger
+from mmdistill.training.loggers import ResumePoint, Tracker
 from mmdistill.training.run_logger import RunLog, ThroughputMeter, baseline_ratio, peak_memory
+from tests.disk_faults import failing_disk
 
 
 def test_default_trackers_get_the_same_metrics(tmp_path: Path) -> None:
@@ -52,6 +59,43 @@ def test_plain_lines_show_memory_and_remaining_time(tmp_path: Path, capfd: pytes
     assert re.search(r"memory \d+\.\d GiB ETA \?$", lines[0])
     assert lines[1].endswith("ETA 0:00:00")
     assert (tmp_path / "run.log").read_text().count("7 clips/s") == 2
+
+
+def test_full_disk_of_a_tracker_does_not_hide_the_error_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tracker = Tracker(lambda *_: None, lambda *_: None, close, None)
+    monkeypatch.setitem(run_logger.TRACKERS, "csv", lambda *_: tracker)
+
+    def run(error: Exception | None) -> None:
+        with RunLog(tmp_path, total_steps=1, title="t") as log:
+            log.open_trackers(["csv"], {})
+            if error:
+                raise error
+
+    with pytest.raises(CheckpointError, match="not saved"):
+        run(CheckpointError("x: not saved"))
+    with pytest.raises(OSError, match="No space left"):
+        run(None)
+
+
+def test_full_disk_of_the_log_names_it(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_steps=1, title="t") as log:
+        with failing_disk(0), pytest.raises(WriteError, match=r"run.log: not written .*No space left .* needed"):
+            log.info("text")
+        log.info("later")
+    assert "later" in (tmp_path / "run.log").read_text()
+
+
+def test_peak_memory_without_the_module_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    usage = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 << 30))
+    monkeypatch.setattr(run_logger.psutil, "Process", lambda: usage)
+    assert run_logger._peak_host_memory() == 3 << 30
 
 
 def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

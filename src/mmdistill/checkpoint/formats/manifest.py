@@ -53,7 +53,9 @@ def complete_directory(staged: Path, files: Iterable[Path], meta: Mapping[str, A
     write_bytes(staged / LATEST, TAG.encode())
     write_bytes(staged / META, (json.dumps(dict(meta), indent=1, sort_keys=True) + "\n").encode())
     fsync_path(staged / TAG)
-    entries = {str(file.relative_to(staged)): manifest_entry(file) for file in (*files, staged / LATEST, staged / META)}
+    entries = {
+        file.relative_to(staged).as_posix(): manifest_entry(file) for file in (*files, staged / LATEST, staged / META)
+    }
     summary = {key: meta.get(key) for key in ("epoch", "kind", "modality", "loss")}
     if summary["loss"] is not None and not math.isfinite(summary["loss"]):
         summary["loss"] = None

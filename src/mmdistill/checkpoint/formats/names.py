@@ -17,7 +17,7 @@ HUGGINGFACE_WEIGHTS = (
 )
 METADATA_KEY = "mmdistill"  # key of the metadata in a file
 EXPORT_SUFFIXES = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
-TMP_PREFIX, OLD_PREFIX, TRASH_PREFIX = ".tmp-", ".old-", ".trash-"
+TMP_PREFIX, TRASH_PREFIX = ".tmp-", ".trash-"
 
 
 class CheckpointFormat(str, Enum):  # noqa: UP042 - prints as its value on every Python
