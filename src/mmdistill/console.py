@@ -101,10 +101,11 @@ def exit_if_pipe_closed() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        pipe = select.poll()
-        pipe.register(sys.stdout.fileno(), 0)  # reports errors only
-        if not pipe.poll(0):
-            raise  # another pipe, for example to a worker
+        if hasattr(select, "poll"):  # Windows has none
+            pipe = select.poll()
+            pipe.register(sys.stdout.fileno(), 0)  # reports errors only
+            if not pipe.poll(0):
+                raise  # another pipe, for example to a worker
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest at its exit
         raise SystemExit(1) from None
 

@@ -1,6 +1,7 @@
-"""Folders with ``=``, spaces, brackets, commas, ``~`` and letters beyond ASCII, on the command line."""
+"""Folders with ``=``, spaces, brackets, commas, quotes, ``~``, emoji and other letters, on the command line."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from tests.commands import run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-ODD = "a=b [1], c é ü~"
+ODD = "a=b [1], c é ü~ 'q' \"网球\" 🎾"
 
 
-def _run(script: str, *arguments: str, home: Path) -> None:
-    run_python(ROOT / script, *arguments, cwd=home, env={"HOME": str(home)})
+def _quoted(path: Path) -> str:
+    """Quoted for Hydra, because the path contains a comma."""
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def _run(script: str, *arguments: object, home: Path) -> str:
+    return run_python(ROOT / script if script != "-m" else script, *arguments, cwd=home, env={"HOME": str(home)}).stdout
 
 
 def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
@@ -24,10 +30,10 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     home.mkdir()
     (Path.home() / ".cache").mkdir(exist_ok=True)
     (home / ".cache").symlink_to(Path.home() / ".cache")  # DeepSpeed reuses its compiled extensions
-    data = overrides(make_tiny(home / "data", per_class=4))
-    data = ["data_module.target_data_dir=~/data" if "target_data_dir" in o else o for o in data]
+    data = overrides(make_tiny(home / "data = 'é' 🎾", per_class=4))
+    data = ["data_module.target_data_dir=~/data = 'é' 🎾" if "target_data_dir" in o else o for o in data]
     small = [*data, "trainer.epochs=1", "hydra.job.chdir=true"]
-    pretrain = ["modality=rgb", *small, *MODEL, f"hydra.run.dir='{home / 'pre=1'}'"]
+    pretrain = ["modality=rgb", *small, *MODEL, f"hydra.run.dir={_quoted(home / 'pre=1')}"]
     _run("pretrain_main.py", *pretrain, home=home)
     teacher = next((home / "pre=1" / "checkpoints").glob("epoch=00-*")).relative_to(home)
     _run("pretrain_main.py", *pretrain, "trainer.epochs=2", f"resume={teacher}", home=home)
@@ -36,14 +42,19 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
     _run(
         "lit_main_mmdistill.py", "trainer.teachers=[rgb]", f"trainer.ckpt_path=[{teacher}]", *small, *EVAL,
         "baselines=[random]", "feature_cache='~/cache, 1'",
-        f"hydra.run.dir='{run}'", home=home,
+        f"hydra.run.dir={_quoted(run)}", home=home,
     )  # fmt: skip
     assert json.loads((run / "fewshot.json").read_text())["network"] == "student_rgb"
     assert list((home / "cache, 1").iterdir())
+    printed = json.loads(_run("-m", "mmdistill", "find-checkpoints", home, "--json", home=home))
+    distill, evaluate = (shlex.split(printed[verb]) for verb in ("distill", "evaluate"))  # as a shell splits it
+    for command, value in ((distill, printed["ckpt_path"][:1]), (evaluate, str(run / "checkpoints" / "last.ckpt"))):
+        override = OverridesParser.create().parse_override(quote_overrides(command)[-1])
+        assert override.value() == value
     student = f"~/{run.name}/checkpoints/last.ckpt"
     _run(
-        "lit_main_mmdistill.py", "train=False", "test=True", f"ckpt_path={student}", *data, *EVAL, "baselines=[random]",
-        "feature_cache=null", "hydra.job.chdir=true", f"hydra.run.dir='{home / 'test é'}'", home=home,
+        "-m", *evaluate, f"ckpt_path={student}", "feature_cache=null", "hydra.job.chdir=true",
+        f"hydra.run.dir={_quoted(home / 'test é')}", home=home,
     )  # fmt: skip
     assert (home / "test é" / "report.html").is_file()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
 from mmdistill.config import PretrainConfig, modality_specs
+from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec, preprocess_clips
 from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip, set_figure_title
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
@@ -173,6 +174,6 @@ def render_rows(reconstruction: Reconstruction) -> dict[str, np.ndarray]:
 
 
 def write_png(image: np.ndarray, path: Path) -> None:
-    """Write `image`; creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, image)
+    """Write `image` atomically; creates the folder."""
+    with atomic_open(path) as file:
+        imsave(file, image, format="png")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -63,16 +64,27 @@ def plot_sweep(rows: Sequence[JobRow], path: Path) -> bool:
     if not metric or not keys or len(mean_over_seeds(rows, keys)) < 2:
         return False
     panels = 1 if len(keys) == 2 else len(keys)
-    figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
     title = _TITLES.get(metric, metric)
-    if len(keys) == 2:
-        _plot_heat_map(figure, axes[0], mean_over_seeds(rows, keys), keys, title)
-    else:
-        for ax, key in zip(axes, keys, strict=True):
-            _plot_line(ax, mean_over_seeds(rows, [key]), key, title, averaged=len(keys) > 1)
-    figure.savefig(path, dpi=120)
+    with rc_context({"font.family": _font_families(rows)}):
+        figure = Figure(figsize=(5.2 * panels, 3.8), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        if len(keys) == 2:
+            _plot_heat_map(figure, axes[0], mean_over_seeds(rows, keys), keys, title)
+        else:
+            for ax, key in zip(axes, keys, strict=True):
+                _plot_line(ax, mean_over_seeds(rows, [key]), key, title, averaged=len(keys) > 1)
+        figure.savefig(path, dpi=120)
     return True
+
+
+def _font_families(rows: Sequence[JobRow]) -> list[str]:
+    """Fonts with the letters of all values."""
+    text = "".join(value for row in rows for value in row.overrides.values())
+    if text.isascii():
+        return ["DejaVu Sans"]
+    from mmdistill.modalities.images import choose_fonts  # imports torch
+
+    return choose_fonts(text)[0]
 
 
 def _plot_line(

@@ -1,9 +1,11 @@
 """Points and plots of a sweep."""
 
+import warnings
 from pathlib import Path
 
 import pytest
 
+from mmdistill.modalities import images
 from mmdistill.workflows.sweep_plot import mean_over_seeds, plot_sweep, plotted_keys, sort_values, to_grid
 from mmdistill.workflows.sweep_results import read_sweep, swept_keys
 from tests.unit.workflows.sweep_jobs import write_job
@@ -34,3 +36,19 @@ def test_single_point_is_not_plotted(tmp_path: Path) -> None:
 def test_numbers_are_sorted_by_value_and_words_keep_their_order() -> None:
     assert sort_values(["10", "9", "10"]) == ["9", "10"]
     assert sort_values(["b", "a", "b"]) == ["b", "a"]
+
+
+def test_values_in_chinese_use_fonts_that_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+
+    def choose(text: str) -> tuple[list[str], frozenset[str]]:
+        texts.append(text)
+        return ["DejaVu Serif"], frozenset()
+
+    monkeypatch.setattr(images, "choose_fonts", choose)
+    for number, name in enumerate(("a", "网球")):
+        write_job(tmp_path, number, [f"data_module.name={name}"], loss=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the test machine may have no such font
+        assert plot_sweep(read_sweep(tmp_path), tmp_path / "sweep.png")
+    assert texts == ["a网球"]
