@@ -107,11 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="compare the page with the schema and write nothing")
     parser.add_argument("--output", type=Path, default=PAGE, help="file to write (default: docs/config.md)")
     options = parser.parse_args(argv)
-    text = render(Path(schema.__file__).read_text())
+    text = render(Path(schema.__file__).read_text(encoding="utf-8"))
     if not options.check:
         atomic_write_bytes(options.output, text.encode())
         return 0
-    if options.output.is_file() and options.output.read_text() == text:
+    if options.output.is_file() and options.output.read_text(encoding="utf-8") == text:
         return 0
     print(f"{options.output} is stale: run `make docs`", file=sys.stderr)
     return 1

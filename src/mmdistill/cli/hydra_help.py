@@ -51,7 +51,7 @@ def render_help(usage: str, schema_class: Schema, config_name: str, options: arg
     lines += [f"  {group}={' | '.join(names)}" for group, names in groups.items()]
     lines += ["", f"Keys (KEY=VALUE changes a value; these are the values of {name}):", ""]
     width = min(shutil.get_terminal_size().columns, 120)
-    comments = field_comments(Path(schema.__file__).read_text())
+    comments = field_comments(Path(schema.__file__).read_text(encoding="utf-8"))
     for key, meaning in _describe_keys(schema_class, values, comments):
         lines += [f"  {key}", *textwrap.wrap(meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     return "\n".join(lines)
@@ -65,7 +65,7 @@ def _accepted_groups(schema_class: Schema, config_name: str, folders: Mapping[st
     for group, path in [(g, path) for g in groups for root in roots for path in sorted(root.glob(f"{g}/*.yaml"))]:
         try:
             compose_config(config_name, [f"{group}={path.stem}"], **folders)
-            content = yaml.safe_load(path.read_text()) or {}
+            content = yaml.safe_load(path.read_bytes()) or {}
             swept = content.get("hydra", {}).get("sweeper", {}).get("params", {})
         except (HydraException, OmegaConfBaseException, ConfigError):
             continue

@@ -177,7 +177,7 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     num_reused = sum(result.reused for result in results)
     reused = f" ({num_reused} by an earlier run)" if num_reused else ""
     lines = [f"{done}{reused}; see {output}/provenance.json"]
-    records = list(json.loads((output / "provenance.json").read_text())["videos"].values())
+    records = list(json.loads((output / "provenance.json").read_bytes())["videos"].values())
     methods = Counter(record["parts"]["flow"]["method"] for record in records)
     if len(methods) > 1:
         fix = "repeat `prepare` for all videos with one --flow"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.cli.parser import make_parser, report_errors
+from mmdistill.files import atomic_write_bytes
 from mmdistill.workflows.results_table import (
     describe_order,
     read_results,
@@ -53,10 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = render_results_table(results, args.seeds)
     minutes = (time.monotonic() - start_time) / 60
     print(f"\n{text}\n{describe_order(results)} for seeds {args.seeds} ({minutes:.0f} min).")
-    (args.output / "results.md").write_text(text)
-    (args.output / "results.json").write_text(
-        json.dumps(
-            {"student_beats_baselines": student_beats_baselines(results), "seeds": args.seeds, "results": results}
-        )
-    )
+    content = {"student_beats_baselines": student_beats_baselines(results), "seeds": args.seeds, "results": results}
+    atomic_write_bytes(args.output / "results.md", text.encode())
+    atomic_write_bytes(args.output / "results.json", json.dumps(content).encode())
     return 0

@@ -49,7 +49,7 @@ def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> di
     if path is None:
         hint = "" if config_dir is not None else "; a config outside the repository needs --config-dir"
         raise ConfigError(f"dataset={name}: there is no {' and no '.join(map(str, paths))}{hint}")
-    settings = yaml.safe_load(path.read_text())
+    settings = yaml.safe_load(path.read_bytes())
     if not isinstance(settings, dict) or "defaults" in settings:
         raise ConfigError(f"{path}: expected a mapping of data_module keys without a defaults list")
     return settings

@@ -47,6 +47,7 @@ _ZERO_STAGES = {  # names of ZeRO stages in other programs -> value of `strategy
     for separator in ("", "_", "-")
     for stage in (1, 2, 3)
 }
+_STOP_SIGNALS = ["SIGTERM", "SIGINT", "SIGUSR1"]  # Windows has no SIGUSR1, which is then ignored
 _SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP")]
 
 
@@ -322,7 +323,7 @@ class CommonConfig(Sealable):
     # path of a checkpoint
     resume: str | None = None
     # signals that stop the training after the current step, with a complete checkpoint and exit status 85
-    stop_signals: list[str] = key(["SIGTERM", "SIGINT", "SIGUSR1"], one_of(*_SIGNALS))
+    stop_signals: list[str] = key(_STOP_SIGNALS, one_of(*dict.fromkeys(_SIGNALS + _STOP_SIGNALS)))
     # seconds that a rank waits for the other ranks before it exits with an error
     distributed_timeout_s: float = key(1800.0, at_least(1))
     # seconds that the training waits for a batch of a data loading process before it exits with an error; 0: no limit

@@ -3,7 +3,8 @@
 import atexit
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
 # its step and saves, for which it needs its workers, so the workers ignore these signals.
-PROTECTED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PROTECTED_SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")]
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
@@ -36,14 +37,26 @@ class ClipLoader(DataLoader[Any]):
         Raises:
             RuntimeError: a worker has exited; names its process and the signal or exit status.
         """
-        # workers inherit the mask: a signal during their start-up stays pending
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PROTECTED_SIGNALS)
-        try:
+        with blocked_signals(PROTECTED_SIGNALS):  # a signal during the start of the workers stays pending
             batches = super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
+
+
+@contextmanager
+def blocked_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """Block signals in this thread until the end of the block, and in processes that start meanwhile.
+
+    Windows cannot block signals; there this does nothing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class _WorkerInit:
     def __call__(self, worker_id: int) -> None:
         for number in PROTECTED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 

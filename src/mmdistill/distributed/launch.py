@@ -130,8 +130,9 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install `handler` for these signals; restore the previous handlers at the end."""
-    previous = {number: signal.signal(number, handler) for number in (signal.Signals[name] for name in names)}
+    """Install `handler` for those of these signals that the platform has; restore the previous handlers at the end."""
+    numbers = [number for number in signal.Signals if number.name in names]
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -245,7 +246,8 @@ def launcher_exited() -> bool:
 
 def reset_sigchld_handler() -> None:
     """Remove the handler of torch that raises an exception, at any line, when a loader worker dies."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def exit_after_timeout(status: int) -> None:

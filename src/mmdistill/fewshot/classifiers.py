@@ -7,10 +7,9 @@ A classifier is fitted to the support clips of an episode and predicts the queri
 Shapes: E episodes (a chunk: e), V views, N ways, K shots, Q queries per class, R references, D width.
 """
 
-import contextlib
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from joblib import Parallel, delayed  # type: ignore[import-untyped]
 from torch import Tensor
 
+from mmdistill.data.dataloader import blocked_signals
 from mmdistill.errors import InputError
 from mmdistill.fewshot.episodes import Episodes, FloatArray, IntArray
 from mmdistill.fewshot.errors import FewshotError
@@ -86,7 +86,8 @@ class LogisticClassifier(Classifier):
         workers = default_num_workers() if options.workers is None else options.workers
         # loky starts new interpreters. A fork would inherit the locks of the torch and DeepSpeed threads.
         parallel = Parallel(n_jobs=max(1, min(workers, len(tasks))), return_as="generator", backend="loky")
-        with _blocked_sigint():  # in the workers, which this process stops
+        resource_tracker.ensure_running()  # loky calls it, and its first call unblocks SIGINT
+        with blocked_signals([signal.SIGINT]):  # Ctrl-C would print a traceback in a worker that starts
             outputs = parallel(delayed(predict_logistic)(features, task, **settings) for task in tasks)
         predictions, num_not_converged = [], 0
         for predicted, count in outputs:
@@ -94,20 +95,6 @@ class LogisticClassifier(Classifier):
             num_not_converged += count
             options.advance(len(predicted))
         return np.concatenate(predictions), num_not_converged
-
-
-@contextlib.contextmanager
-def _blocked_sigint() -> Iterator[None]:
-    """Block SIGINT in new processes and, until the end of the block, in this thread.
-
-    Ctrl-C also reaches the workers. While one starts, it would print a traceback.
-    """
-    resource_tracker.ensure_running()  # loky calls it, and its first call unblocks SIGINT
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ def _remove_outdated(path: Path, files: _Outputs, new: dict[str, Any]) -> dict[s
     Returns:
         The record of the earlier run, empty if there is none.
     """
-    old: dict[str, Any] = json.loads(files.record.read_text()) if files.record.exists() else {}
+    old: dict[str, Any] = json.loads(files.record.read_bytes()) if files.record.exists() else {}
     targets = {"frames": files.frames, "flow": files.flow, "skeleton": files.skeleton}
     existing = [str(target) for target in targets.values() if target.exists()]
     if existing and not old:
@@ -342,7 +342,7 @@ def _write_jpeg(path: Path, image: np.ndarray, quality: int) -> None:
 
 def write_annotations(output: Path) -> list[Rally]:
     """Write `unlabel.json`, with each complete video in `output` as a rally without events, and `provenance.json`."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((output / RECORD_DIR).glob("*.json"))}
+    found = {path.stem: json.loads(path.read_bytes()) for path in sorted((output / RECORD_DIR).glob("*.json"))}
     records = {name: record for name, record in found.items() if record["complete"]}
     rallies = [Rally(name, r["num_frames"], r["fps"], ()) for name, r in records.items()]
     atomic_write_bytes(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())

@@ -107,7 +107,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV file; empty if it does not exist."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -120,14 +120,14 @@ def open_csv(run_dir: Path, config: Mapping[str, Any], resume: ResumePoint | Non
 def _load_run_id(tracker: str, run_dir: Path, resume: ResumePoint | None) -> tuple[str | None, str | None]:
     """The tracker's id of the run that wrote the checkpoint: (of the same run, of an earlier run in another folder)."""
     path = resume.run_dir / IDS_FILE if resume else None
-    run_id = json.loads(path.read_text()).get(tracker) if path and path.is_file() else None
+    run_id = json.loads(path.read_bytes()).get(tracker) if path and path.is_file() else None
     is_same_run = resume is not None and resume.run_dir == run_dir.absolute()
     return (run_id, None) if is_same_run else (None, run_id)
 
 
 def _save_run_id(tracker: str, run_dir: Path, run_id: str | None) -> None:
     path = run_dir / IDS_FILE
-    ids = json.loads(path.read_text()) if path.is_file() else {}
+    ids = json.loads(path.read_bytes()) if path.is_file() else {}
     atomic_write_bytes(path, json.dumps({**ids, tracker: run_id}, indent=1).encode() + b"\n")
 
 

@@ -27,7 +27,7 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
     are builtin containers, `processes` is the number of ranks. `accelerator` decides which device is recorded.
     """
     path = run_dir / RUN_FILE
-    records = json.loads(path.read_text()) if path.is_file() else []
+    records = json.loads(path.read_bytes()) if path.is_file() else []
     record = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -80,7 +80,7 @@ class Stage:
 
     def _read(self, name: str) -> Any:
         path = self.run_dir / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_bytes()) if path.is_file() else None
 
     def check_run_dir(self) -> None:
         """Raise `StageError` if a run in the folder has other settings or another version than this stage."""

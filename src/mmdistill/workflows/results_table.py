@@ -18,7 +18,7 @@ DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("stud
 
 def read_results(run: Path) -> dict[str, Any]:
     """Read ``fewshot.json`` of the run folder of an evaluation."""
-    results: dict[str, Any] = json.loads((run / "fewshot.json").read_text())
+    results: dict[str, Any] = json.loads((run / "fewshot.json").read_bytes())
     return results
 
 

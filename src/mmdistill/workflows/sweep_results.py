@@ -49,7 +49,7 @@ def read_sweep(folder: Path) -> list[JobRow]:
 def _is_single_run(run: Path) -> bool:
     """Whether Hydra's settings of a run state that it is no job of a sweep."""
     path = run / ".hydra" / "hydra.yaml"
-    return path.is_file() and yaml.safe_load(path.read_text())["hydra"].get("mode") == "RUN"
+    return path.is_file() and yaml.safe_load(path.read_bytes())["hydra"].get("mode") == "RUN"
 
 
 def _job_order(job: Path) -> tuple[int, str]:
@@ -60,9 +60,9 @@ def _job_order(job: Path) -> tuple[int, str]:
 def _job_rows(job: Path, name: str) -> list[JobRow]:
     overrides = _overrides(job / ".hydra" / "overrides.yaml")
     if (job / FAILED).is_file():
-        return [JobRow(name, overrides, error=json.loads((job / FAILED).read_text())["error"].splitlines()[0])]
+        return [JobRow(name, overrides, error=json.loads((job / FAILED).read_bytes())["error"].splitlines()[0])]
     if (job / "fewshot.json").is_file():
-        return _fewshot_rows(json.loads((job / "fewshot.json").read_text()), name, overrides)
+        return _fewshot_rows(json.loads((job / "fewshot.json").read_bytes()), name, overrides)
     last = last_metrics(job / "metrics.csv")
     for metric in ("loss", "train_loss"):
         if metric in last:
@@ -85,7 +85,7 @@ def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) 
 
 
 def _overrides(path: Path) -> dict[str, str]:
-    pairs = (str(text).partition("=") for text in yaml.safe_load(path.read_text()))
+    pairs = (str(text).partition("=") for text in yaml.safe_load(path.read_bytes()))
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
@@ -99,7 +99,7 @@ def write_table(rows: Sequence[JobRow], path: Path) -> None:
     """Write ``sweep.csv`` with the columns job, swept keys, results, error."""
     keys = swept_keys(rows)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["job", *keys, *names, "error"])
         for row in rows:
@@ -114,7 +114,7 @@ def objective(run_dir: Path) -> float:
     """
     accuracy = run_dir / "fewshot.json"
     if accuracy.is_file():
-        return float(json.loads(accuracy.read_text())["top1_action_ensemble"])
+        return float(json.loads(accuracy.read_bytes())["top1_action_ensemble"])
     last = last_metrics(run_dir / "metrics.csv")
     for name in ("loss", "train_loss"):
         if name in last:
@@ -126,7 +126,7 @@ def last_metrics(path: Path) -> dict[str, float]:
     """Last number of each column of a metrics.csv; empty if the file does not exist."""
     last: dict[str, float] = {}
     if path.is_file():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     try:
