@@ -129,7 +129,8 @@ def save_safetensors(state: Mapping[str, Tensor], path: str | PathLike[str], met
     metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(meta), sort_keys=True), TENSOR_CRCS: placeholder}
     head = json.dumps({**header, "__metadata__": metadata}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with stage_file(target) as staged, DirectFile(staged) as file, ThreadPoolExecutor(1) as executor:
+    size = 8 + len(head) + end
+    with stage_file(target, lambda: size) as staged, DirectFile(staged) as file, ThreadPoolExecutor(1) as executor:
         file.write(struct.pack("<Q", len(head)) + head)
         crcs = []
         for name in order:
