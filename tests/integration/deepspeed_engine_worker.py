@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import deepspeed
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from mmdistill.checkpoint import (
     CheckpointError,
@@ -29,15 +31,26 @@ from mmdistill.checkpoint import (
     save_deepspeed,
 )
 from mmdistill.checkpoint.formats import manifest
-from mmdistill.checkpoint.formats.deepspeed_zero import adam_step
+from mmdistill.checkpoint.formats.deepspeed_zero import adam_step, read_model_states
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.checkpoint.formats.zero_slices import MASTERS, read_zero_state
 from mmdistill.distributed.process import disable_shm_op
 from tests.ranks import fork_ranks, import_zero, wait_for
-from tests.unit.checkpoint.make_fixtures import cast_key_bias, engine_for, model, train
+from tests.unit.checkpoint.make_fixtures import cast_key_bias, config, engine_for, model, train
 
 KINDS = [(0, False), (1, False), (2, False), (0, True), (1, True), (2, True), (3, False), (3, True)]
+STAGES = {1: (0, 1, 2, 3), 2: (1, 2, 3)}  # number of processes -> stages of training states that are resliced
 META = {"kind": "pretrain", "epoch": 1, "loss": 0.5, "modality": "rgb"}
+
+
+def resliced_stages(world: int) -> list[tuple[int, int]]:
+    """Stages of directories of the other number of processes, and of the engines that load them.
+
+    Both directions together combine each stage of one process with each stage of two once.
+    """
+    sources, stages = STAGES[3 - world], STAGES[world]
+    return [(a, b) for a in sources for b in stages if (a + b) % 2 == (world == 2)]
 
 
 def launch(
@@ -109,18 +122,127 @@ def resume(rank: int, folder: Path, world: int) -> None:
         })  # fmt: skip
 
 
-def mismatch(rank: int, folder: Path) -> None:
-    """One process loads directories of two processes, other stages, another precision, and a missing one."""
+def in_order(rank: int, scenarios: list[tuple[Callable[..., None], tuple[object, ...]]]) -> None:
+    """Several scenarios in the same processes."""
+    for scenario, args in scenarios:
+        scenario(rank, *args)
+
+
+def train_on_two_clips(engine, steps: int, start: int, world: int) -> list[float]:
+    """Steps on two clips, which the ranks share; the mean losses over both clips."""
+    losses = []
+    for step in range(start, start + steps):
+        clips = torch.randn(2, 3, 2, 8, 8, generator=torch.Generator().manual_seed(step))
+        own = clips[torch.distributed.get_rank() :: world]
+        prediction, _ = engine(own, torch.tensor([[0, 1]]).expand(len(own), 2))
+        loss = prediction.square().mean()
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def write_states(rank: int, folder: Path, world: int) -> None:
+    """Save at each stage after four steps. One engine continues for ten: the losses do not depend on the stage."""
+    for stage in STAGES[world]:
+        engine = make_engine(stage, False)
+        train_on_two_clips(engine, 4, 0, world)
+        save_deepspeed(engine, folder / f"states-w{world}" / f"stage{stage}", META, {"position": rank})
+    save_result(folder, f"states-w{world}", rank, train_on_two_clips(engine, 10, 4, world))
+
+
+def is_same_state(a: Path, b: Path) -> bool:
+    """Whether two directories have the same bits in weights, masters, moments, step and hyperparameters."""
+    states = [read_zero_state(p / "checkpoint", read_model_states(p / "checkpoint")) for p in (a, b)]
+    one, other = ([state.merge(kind) for kind in (MASTERS, *state.moments)] for state in states)
+    one.append(read_checkpoint(a).state_dict)
+    other.append(read_checkpoint(b).state_dict)
+    scales = [{key: state.loss_scale.get(key) for key in ("cur_scale", "cur_iter", "dynamic")} for state in states]
+    return (
+        len(one) == 4
+        and all(
+            x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(one, other, strict=True)
+        )
+        and [list(group) for group in states[0].groups] == [list(group) for group in states[1].groups]
+        and torch.equal(states[0].step, states[1].step)
+        and (scales[0] == scales[1] or not scales[0]["dynamic"])
+    )
+
+
+def load_states(rank: int, folder: Path, world: int, other: int) -> None:
+    """Load directories of other processes at another stage, save them again, and continue for ten steps."""
+    for source, stage in resliced_stages(world):
+        path, engine = folder / f"states-w{other}" / f"stage{source}", make_engine(stage, False)
+        client = load_deepspeed(engine, path)
+        again = save_deepspeed(engine, folder / "again" / "last", META, client)
+        same = rank > 0 or is_same_state(path, again)
+        save_result(folder, f"elastic-stage{source}-w{world}-stage{stage}", rank, {
+            "losses": train_on_two_clips(engine, 10, 4, world), "same": same, "client": client,
+            "steps": engine.global_steps,
+        })  # fmt: skip
+
+
+def make_fp16_engine(stage: int):
+    """An engine with a dynamic loss scale; DeepSpeed's check that the CPU has fp16 is removed."""
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    net = model()
+    fp16 = {"enabled": True, "hysteresis": 1, "initial_scale_power": 7}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    settings = {**config(stage, False), "fp16": fp16}
+    settings.pop("optimizer")
+    return deepspeed.initialize(model=net, optimizer=optimizer, config=settings)[0]
+
+
+def write_fp16(rank: int, folder: Path) -> None:
+    """Save at stage 2 with a loss scale that is not the initial one."""
+    engine = make_fp16_engine(2)
+    engine.optimizer.loss_scaler.cur_iter = 7
+    engine.optimizer.loss_scale = 64.0
+    for name in ("one", "two"):  # a state without steps, too
+        save_deepspeed(engine, folder / "fp16" / name, META, {})
+        prediction, _ = engine(torch.ones(1, 3, 2, 8, 8).half(), torch.tensor([[0, 1]]))
+        engine.backward(prediction.float().square().mean())
+        engine.step()
+
+
+def load_low_precision(rank: int, folder: Path) -> None:
+    """One process loads bf16 and fp16 directories of two at other stages, and saves them again."""
     other = folder / "w2 [1], a=b é"
-    cases = {"world": (1, False, other / "stage1-fp32"), "stage": (0, False, other / "stage2-fp32"),
-             "up": (1, False, other / "stage0-fp32"), "precision": (1, True, other / "stage1-fp32"),
-             "absent": (0, False, other / "stage9"), "parent": (0, False, other)}  # fmt: skip
+    cases = [(3, 0), (1, 3), (0, 2), (2, 1)]
+    for source, stage in cases:
+        path, engine = other / f"stage{source}-bf16", make_engine(stage, True)
+        again = save_deepspeed(engine, folder / "again" / "last", META, load_deepspeed(engine, path))
+        save_result(folder, f"elastic-bf16-{source}-{stage}", rank, is_same_state(path, again))
+    path = folder / "fp16" / "two"
+    for stage in (0, 3, 1, 0):
+        engine = make_fp16_engine(stage)
+        again = save_deepspeed(engine, folder / "again" / f"fp16-{stage}", META, load_deepspeed(engine, path))
+        save_result(folder, f"elastic-fp16-{stage}", rank, [is_same_state(path, again), engine.optimizer.loss_scale])
+        path = again
+    engine = make_fp16_engine(0)
+    load_deepspeed(engine, folder / "fp16" / "one")
+    save_result(folder, "elastic-unstepped", rank, [engine.optimizer.loss_scale, len(engine.optimizer.optimizer.state)])
+
+
+def mismatch(rank: int, folder: Path) -> None:
+    """One process loads directories of another precision, another model, and a missing one."""
+    other = folder / "w2 [1], a=b é"
+    cases = {"precision": (1, True, other / "stage1-fp32"), "absent": (0, False, other / "stage9"),
+             "parent": (0, False, other)}  # fmt: skip
     for name, (stage, bf16, path) in cases.items():
         engine = make_engine(stage, bf16)
         before = [p.detach().clone() for p in engine.module.parameters()]
         result = run_action(lambda engine=engine, path=path: load_deepspeed(engine, path))
         result["unchanged"] = all(torch.equal(a, b) for a, b in zip(before, engine.module.parameters(), strict=True))
         save_result(folder, f"mismatch-{name}", rank, result)
+    for stage in (0, 1, 3):
+        net = model()
+        net.encoder_to_decoder.requires_grad_(False)
+        engine = engine_for(net, stage, False)
+        action = partial(load_deepspeed, engine, folder / "states-w2" / "stage2")
+        save_result(folder, f"mismatch-model{stage}", rank, run_action(action))
     engine = make_engine(0, False)  # a replicated optimizer loads with any number of processes
     save_result(folder, "mismatch-replicated", rank, run_action(lambda: load_deepspeed(engine, other / "stage0-fp32")))
 
@@ -204,9 +326,12 @@ def main(folder: Path) -> None:
     """Run all scenarios."""
     import_zero()
     results: dict = {"codes": {}}
-    for world in (1, 2):
-        results["codes"][f"resume{world}"] = launch(world, resume, folder, world)
-    results["codes"]["mismatch"] = launch(1, mismatch, folder)
+    one: list = [(resume, (folder, 1)), (write_states, (folder, 1))]
+    two: list = [(resume, (folder, 2)), (write_states, (folder, 2)), (load_states, (folder, 2, 1))]
+    results["codes"]["resume1"] = launch(1, in_order, one)
+    results["codes"]["resume2"] = launch(2, in_order, [*two, (write_fp16, (folder,))])
+    others: list = [(load_states, (folder, 1, 2)), (load_low_precision, (folder,)), (mismatch, (folder,))]
+    results["codes"]["others"] = launch(1, in_order, others)
     results["codes"]["full"] = launch(2, full_disk, folder)
     kills = []
     draw = random.Random(0)

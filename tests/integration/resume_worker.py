@@ -12,6 +12,7 @@ Each rank writes a line per step to ``RECORD.{rank}.jsonl``: epoch, clip numbers
 - ``record_states``, ``nan_at`` or ``inf_at``: write ``RECORD.{rank}.states.jsonl``, digests of weights, averages and
   moments before and after each batch.
 - ``fp16``: allow precision=16 on a CPU.
+- ``resume_newest``: the run folder whose newest checkpoint the run resumes from.
 - ``uncached``: run the teachers in every epoch, on the masks of trainer.cache_teacher_epochs.
 
 Exit codes go to PLAN.json.codes.
@@ -37,6 +38,7 @@ import mmdistill.distill.module as distill_module
 import mmdistill.distill.trainer as distill_run
 import mmdistill.pretrain.trainer as pretrain_loop
 import mmdistill.training.train_data as train_data
+from mmdistill.checkpoint import latest_valid_checkpoint
 from mmdistill.cli.distill import run_distillation
 from mmdistill.cli.entrypoint import exit_with_error
 from mmdistill.cli.pretrain import run_pretraining
@@ -186,6 +188,8 @@ def _disable_cache() -> None:
 def _entrypoint(run: dict[str, Any]) -> Callable[[], None]:
     """The training of a run, which exits like the entrypoint of ``run["script"]``."""
     arguments = run["arguments"]
+    if "resume_newest" in run:
+        arguments.append(f"resume={latest_valid_checkpoint(Path(run['resume_newest']) / 'checkpoints')}")
     if "-m" in arguments:
         sys.argv = [run["script"], *arguments]
         return lambda: runpy.run_path(str(ROOT / run["script"]), run_name="__main__") and None

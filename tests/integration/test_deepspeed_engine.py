@@ -43,21 +43,45 @@ def test_resume_is_bitwise(results: dict, kind: str, world: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "found", "requested"),
-    [
-        ("world", "ZeRO stage 1, 2 processes, fp32", "ZeRO stage 1, 1 process, fp32"),
-        ("stage", "ZeRO stage 2, 2 processes, fp32", "ZeRO stage 0, 1 process, fp32"),
-        ("up", "ZeRO stage 0, 2 processes, fp32", "ZeRO stage 1, 1 process, fp32"),
-        ("precision", "ZeRO stage 1, 2 processes, fp32", "ZeRO stage 1, 1 process, bf16"),
-    ],
-)
-def test_other_settings_are_one_error_that_names_both(results: dict, case: str, found: str, requested: str) -> None:
-    scenario = results[f"mismatch-{case}"]["0"]
+    ("world", "source", "stage"),
+    [(1, 1, 1), (1, 1, 3), (1, 2, 0), (1, 2, 2), (1, 3, 1), (1, 3, 3),
+     (2, 0, 1), (2, 0, 3), (2, 1, 2), (2, 2, 1), (2, 2, 3), (2, 3, 2)],
+)  # fmt: skip
+def test_another_world_size_and_stage_continue_the_training(results: dict, world: int, source: int, stage: int) -> None:
+    """The same two clips per step: the losses of the next ten steps are those of the original processes."""
+    expected = results[f"states-w{3 - world}"]["0"]
+    assert len(expected) == 10
+    scenario = results[f"elastic-stage{source}-w{world}-stage{stage}"]
+    assert len(scenario) == world
+    for rank, result in scenario.items():
+        assert result["losses"] == pytest.approx(expected, abs=1e-5, rel=0)
+        assert result["same"]  # each weight, master and moment, the step and the groups, bit by bit
+        assert result["steps"] == 14
+        assert result["client"] == {"position": 0 if world == 2 else int(rank)}
+
+
+def test_low_precision_masters_and_loss_scale_are_resliced(results: dict) -> None:
+    for source, stage in [(3, 0), (1, 3), (0, 2), (2, 1)]:
+        assert results[f"elastic-bf16-{source}-{stage}"] == {"0": True}
+    for stage in (0, 3, 1):
+        assert results[f"elastic-fp16-{stage}"] == {"0": [True, 64.0]}
+    assert results["elastic-unstepped"] == {"0": [64.0, 0]}
+
+
+def test_another_precision_is_one_error_that_names_both(results: dict) -> None:
+    scenario = results["mismatch-precision"]["0"]
     kind, text = scenario["raised"]
     assert kind == "ResumeMismatchError"
-    assert f"written with {found}, this run has {requested}; " in text
+    assert "written with ZeRO stage 1, 2 processes, fp32, this run has ZeRO stage 1, 1 process, bf16; " in text
     assert "mmdistill convert" in text
     assert scenario["unchanged"]
+
+
+def test_other_parameters_are_one_error_that_names_the_first(results: dict) -> None:
+    for stage in (0, 1, 3):
+        kind, text = results[f"mismatch-model{stage}"]["0"]["raised"]
+        assert kind == "ResumeMismatchError"
+        assert "(checkpoint / run): encoder_to_decoder.weight (4, 8) / None; " in text
 
 
 def test_missing_checkpoint_is_an_error(results: dict) -> None:

@@ -98,6 +98,9 @@ def _plan_native(runs: Runs, data: list[str]) -> None:
         runs.add(f"{name}_full", NATIVE, common, world=world)
         batches = {1: 9, 2: 4}[world]
         runs.add(f"{name}_first", NATIVE, common, world=world, stop_at=batches + 2, stop_rank=world - 1, into=name)
+        if (world, stage) == (2, 2):  # one process, another stage and the same clips per step
+            one = [*common, "strategy=deepspeed_stage_3", "batch_size=16"]
+            runs.add("elastic", NATIVE, one, resume_newest=str(runs.root / name))
         runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
 
 
@@ -245,6 +248,19 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     assert _same_tensors(read_checkpoint(full).state_dict, read_checkpoint(parts).state_dict)
     assert (verify_manifest(parts) or {})["stage"] == stage
     assert _rows(runs.root / f"{name}_full" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
+
+
+def test_pretraining_continues_inside_an_epoch_with_other_processes_and_another_stage(runs: Runs) -> None:
+    """From 2 processes at stage 2 to 1 at stage 3: the same clips per step, and the same losses to 1e-5."""
+    assert runs.codes["elastic"] == [0], runs.log("elastic")
+    both = list(zip(*(runs.steps("native22_full", rank) for rank in range(2)), strict=True))
+    first, rest = runs.steps("native22_first"), runs.steps("elastic")
+    assert len(first) + len(rest) == len(both)
+    for (one, other), (epoch, clips, loss) in zip(both[len(first) :], rest, strict=True):
+        assert epoch == one[0]
+        assert sorted(clips) == sorted(one[1] + other[1])
+        expected = (float.fromhex(one[2]) + float.fromhex(other[2])) / 2
+        assert float.fromhex(loss) == pytest.approx(expected, abs=1e-5, rel=0)
 
 
 def test_retention_keeps_the_newest_and_the_best(runs: Runs) -> None:

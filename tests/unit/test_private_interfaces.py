@@ -255,6 +255,8 @@ def test_deepspeed_engine_attribute(name: str) -> None:
         "set_gradient_accumulation_boundary",  # distill/strategy.py: Lightning decides when to step
         "zero_optimization_stage",  # checkpoint/deepspeed_engine.py
         "_copy_recovery_script",  # checkpoint/deepspeed_engine.py: replaced by a no-op
+        "_get_all_ckpt_names",  # checkpoint/deepspeed_engine.py: replaced if the contents are resliced
+        "_get_zero_param_shapes",  # checkpoint/deepspeed_engine.py: parameter groups of this run
         "destroy",  # distill/strategy.py: releases hooks and buffers
     ],
 )
@@ -280,6 +282,13 @@ def test_deepspeed_zero_1_and_2_optimizer(name: str) -> None:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     _source_mentions(DeepSpeedZeroOptimizer, name)
+
+
+def test_deepspeed_zero_3_optimizer() -> None:
+    """checkpoint/deepspeed_engine.py: sizes of the slices."""
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    _source_mentions(DeepSpeedZeroOptimizer_Stage3, "fp32_partitioned_groups_flat")
 
 
 def test_deepspeed_unfused_fp16_optimizer() -> None:

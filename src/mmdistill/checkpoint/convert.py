@@ -1,9 +1,13 @@
-"""Convert checkpoints between formats. Names are canonical in all formats and values are bit-identical."""
+"""Convert checkpoints between formats, and training states between ZeRO layouts. Values are bit-identical.
+
+Weights have canonical names in all formats; a training state keeps its own.
+"""
 
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,11 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from mmdistill import __version__
+from mmdistill.checkpoint.deepspeed_engine import make_loss_scaler
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.deepspeed_zero import read_model_states
 from mmdistill.checkpoint.formats.manifest import complete_directory
-from mmdistill.checkpoint.formats.names import METADATA_KEY, TAG
+from mmdistill.checkpoint.formats.names import METADATA_KEY, MODEL_STATES, OPTIM_STATES, TAG
 from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
-from mmdistill.checkpoint.read import read_checkpoint
+from mmdistill.checkpoint.formats.zero_slices import ZeroLayout, ZeroState, read_zero_state, slice_state
+from mmdistill.checkpoint.read import open_checkpoint, read_checkpoint
 from mmdistill.checkpoint.write import save_torch, write_directory, write_torch
 
 WEIGHTS_SUFFIXES = (".pt", ".pth")
@@ -59,13 +66,78 @@ def resolve_target(target: str | os.PathLike[str], *, force: bool) -> Path:
     return path
 
 
+def convert_layout(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    stage: int | None = None,
+    world_size: int | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the training state of a DeepSpeed directory for another ZeRO stage or number of ranks.
+
+    Args:
+        source: a DeepSpeed directory with its optimizer state.
+        target: the new directory, a name without suffix.
+        stage: ZeRO stage, 0 to 3; None: that of `source`.
+        world_size: number of ranks; None: that of `source`.
+        force: replace an existing `target`.
+
+    Returns:
+        `target` with ``~`` expanded.
+
+    Raises:
+        CheckpointError: see `read_zero_state`; or `target` exists, has a suffix, or cannot be written.
+    """
+    path = resolve_target(target, force=force)
+    if re.match(r"\.[A-Za-z]", path.suffix):
+        raise CheckpointError(f"{target}: a training state is a DeepSpeed directory; use a name without {path.suffix}")
+    if stage not in (None, 0, 1, 2, 3) or (world_size is not None and world_size < 1):
+        raise CheckpointError(f"stage={stage}, world_size={world_size}: use a stage of 0 to 3 and at least 1 process")
+    checkpoint = open_checkpoint(source)
+    if checkpoint.tag is None:
+        raise CheckpointError(f"{source}: a {checkpoint.format} file; only a DeepSpeed directory has a ZeRO stage")
+    checkpoint.verify()
+    model = read_model_states(checkpoint.tag, verify=False)
+    state = read_zero_state(checkpoint.tag, model, verify=False)
+    own = state.layout
+    layout = ZeroLayout(own.stage if stage is None else stage, world_size or own.world_size)
+    meta = {"mmdistill_version": __version__, **checkpoint.meta}
+    write_directory(path, lambda folder: _write_layout(folder, state, layout, meta))
+    return path
+
+
+def _write_layout(folder: Path, state: ZeroState, layout: ZeroLayout, meta: Mapping[str, Any]) -> None:
+    """Write the files of all ranks, under the names that DeepSpeed gives them."""
+    tag = folder / TAG
+    tag.mkdir()
+    scaler = make_loss_scaler(state.loss_scale) if layout.stage else None
+    config = state.models[0].get("ds_config") or {}
+    prefix = "bf16_" if (config.get("bf16") or {}).get("enabled") else ""
+    merge, files = cache(state.merge), []
+    for rank in range(layout.world_size):
+        model, shard = slice_state(state, layout, rank, merge=merge, loss_scaler=scaler)
+        contents = {f"{prefix}zero_pp_rank_{rank}_mp_rank_00{OPTIM_STATES}": shard}
+        if layout.stage == 3:
+            contents[f"zero_pp_rank_{rank}_mp_rank_00{MODEL_STATES}"] = model
+        elif rank == 0:
+            contents[f"mp_rank_00{MODEL_STATES}"] = model
+        for name, content in contents.items():
+            if content is not None:
+                write_torch(content, tag / name)
+                files.append(tag / name)
+    step = int(state.models[0]["global_steps"])
+    complete_directory(folder, files, meta, world_size=layout.world_size, stage=layout.stage, step=step)
+
+
 def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], *, force: bool = False) -> Path:
     """Write the weights and metadata of `source` in the format given by the name of `target`.
 
     Args:
         source: see `open_checkpoint`.
         target: ``X.safetensors``, ``X.ckpt`` (Lightning), ``X.pt``/``X.pth`` (under ``model``), or a name without
-            suffix for a DeepSpeed directory (``epoch=49-loss=0.6095`` has none). Optimizer states are not converted.
+            suffix for a DeepSpeed directory (``epoch=49-loss=0.6095`` has none). Optimizer states are not converted
+            (see `convert_layout`).
         force: replace an existing `target`.
 
     Returns:

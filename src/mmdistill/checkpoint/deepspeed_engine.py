@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from mmdistill.checkpoint.formats.manifest import complete_directory, verify_man
 from mmdistill.checkpoint.formats.names import (
     META,
     METADATA_KEY,
+    MODEL_STATES,
     OPTIM_STATES,
     TAG,
     TMP_PREFIX,
@@ -33,6 +35,7 @@ from mmdistill.checkpoint.formats.names import (
     state_files,
 )
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
+from mmdistill.checkpoint.formats.zero_slices import Shapes, ZeroLayout, read_zero_state, slice_sizes, slice_state
 from mmdistill.checkpoint.locate import read_json
 from mmdistill.checkpoint.read import open_checkpoint
 from mmdistill.checkpoint.write import (
@@ -57,8 +60,8 @@ class _CheckpointEngineShim:
     An exception in ``save_checkpoint`` would leave the other ranks waiting at its barriers.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self._inner = engine.checkpoint_engine
+    def __init__(self, engine: Any, contents: "_Contents | None") -> None:
+        self._inner, self._contents = engine.checkpoint_engine, contents
         self.files: list[Path] = []
         self.error: Exception | None = None
         self._num_bytes = 0  # of all files of this rank, also of those that were not written
@@ -93,7 +96,9 @@ class _CheckpointEngineShim:
             self._num_bytes += torch_file_size(state_dict)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read without executing code: DeepSpeed's own loader would unpickle any class."""
+        """Return the given contents or read a file without executing code: DeepSpeed would unpickle any class."""
+        if self._contents is not None:
+            return dict(self._contents.shard if path.endswith(OPTIM_STATES) else self._contents.model)
         return read_torch_file(Path(path), verify=False, mapped=False, real_classes=_real_classes())
 
 
@@ -106,27 +111,44 @@ def _real_classes() -> list[Any]:
     return [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What DeepSpeed loads instead of the files of a checkpoint: this rank's files in the layout of this run.
+
+    Attributes:
+        model, shard: contents of the model file and of the optimizer shard.
+        file: an existing model file, because DeepSpeed requires one.
+    """
+
+    model: Mapping[str, Any]
+    shard: Mapping[str, Any]
+    file: Path
+
+
 @contextlib.contextmanager
-def _shimmed(engine: Any) -> Iterator[_CheckpointEngineShim]:
-    shim, original = _CheckpointEngineShim(engine), engine.checkpoint_engine
+def _shimmed(engine: Any, contents: _Contents | None = None) -> Iterator[_CheckpointEngineShim]:
+    shim, original = _CheckpointEngineShim(engine, contents), engine.checkpoint_engine
     engine.checkpoint_engine = shim
     # DeepSpeed copies a conversion script into each checkpoint, and an error there would stop only rank 0
     engine._copy_recovery_script = lambda _path: None
+    if contents is not None:
+        engine._get_all_ckpt_names = lambda _folder, _tag: [str(contents.file)]
     try:
         yield shim
     finally:
         engine.checkpoint_engine = original
-        del engine._copy_recovery_script
+        vars(engine).pop("_copy_recovery_script")
+        vars(engine).pop("_get_all_ckpt_names", None)
 
 
-def _master_names(engine: Any) -> list[list[str]] | None:
-    """Names of stage-0 fp32 masters by parameter group, which DeepSpeed does not save; None if there are none."""
-    masters = getattr(engine.optimizer, "fp32_groups", None)
-    copies = getattr(engine.optimizer, "fp16_groups", None)
-    if engine.zero_optimization_stage() != 0 or not isinstance(masters, list) or not isinstance(copies, list):
+def _group_names(engine: Any) -> list[list[str]] | None:
+    """Names of the parameters of stage 0 by parameter group, which DeepSpeed does not save; None at other stages."""
+    if engine.zero_optimization_stage() != 0 or engine.optimizer is None:
         return None
+    # with bf16 and fp16 the parameters of torch's optimizer are the fp32 masters
+    groups = getattr(engine.optimizer, "fp16_groups", None) or [g["params"] for g in engine.optimizer.param_groups]
     try:
-        return [[str(engine.param_names[p]) for p in group] for group in copies]
+        return [[str(engine.param_names[p]) for p in group] for group in groups]
     except (KeyError, TypeError):
         return None
 
@@ -169,7 +191,7 @@ def save_deepspeed(
         lambda: _prepare_save(staged, target, meta, client_state), error_class=CheckpointError, message=message
     )
     extra = {METADATA_KEY: meta, CLIENT: clients}
-    if (names := _master_names(engine)) is not None:
+    if (names := _group_names(engine)) is not None:
         extra[GROUP_NAMES] = names
     rank = get_rank()
     try:
@@ -201,20 +223,79 @@ def _precision(config: Any) -> str:
     return "fp32"
 
 
-def _check_fit(engine: Any, path: Path, model: Mapping[str, Any]) -> None:
-    """Raise a clear error where DeepSpeed would raise an obscure one or load only part of the state."""
+def _must_reslice(engine: Any, path: Path, model: Mapping[str, Any]) -> bool:
+    """Whether the ZeRO stage or, from stage 1 on, the number of ranks differ. Raises if the precision differs."""
     config = model.get("ds_config")
-    saved = (stage_in_config(config), int(model.get("dp_world_size") or 1), _precision(config))
+    saved = (ZeroLayout(stage_in_config(config), int(model.get("dp_world_size") or 1)), _precision(config))
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    own = (int(engine.zero_optimization_stage()), int(engine.dp_world_size), precision)
-    same_layout = saved[0] == own[0] and saved[2] == own[2]
-    if same_layout and (saved[0] == 0 or saved[1] == own[1]):
-        return
-    settings = [f"ZeRO stage {s}, {w} process{'es' if w > 1 else ''}, {p}" for s, w, p in (saved, own)]
-    raise ResumeMismatchError(
-        f"{path}: written with {settings[0]}, this run has {settings[1]}; use the same settings, or "
-        "load only the weights (`mmdistill convert` writes them as .safetensors)"
+    own = (_layout(engine), precision)
+    if saved[1] != own[1]:
+        settings = [f"{layout}, {precision}" for layout, precision in (saved, own)]
+        raise ResumeMismatchError(
+            f"{path}: written with {settings[0]}, this run has {settings[1]}; use the same precision, or "
+            "load only the weights (`mmdistill convert` writes them as .safetensors)"
+        )
+    return saved[0] != own[0] and (saved[0].stage, own[0].stage) != (0, 0)
+
+
+def _layout(engine: Any) -> ZeroLayout:
+    return ZeroLayout(int(engine.zero_optimization_stage()), int(engine.dp_world_size))
+
+
+def make_loss_scaler(scale: Mapping[str, Any]) -> Any:
+    """DeepSpeed's loss scaler with the attributes `ZeroState.loss_scale`. Imports DeepSpeed."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    if not scale["dynamic"]:
+        return LossScaler(scale["cur_scale"])
+    scaler = DynamicLossScaler(
+        init_scale=scale["cur_scale"],
+        scale_window=scale["scale_window"],
+        min_scale=scale["min_scale"],
+        delayed_shift=scale["delayed_shift"],
+        consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,  # trainer.on_nonfinite handles such an overflow
     )
+    vars(scaler).update(scale)
+    return scaler
+
+
+def _own_groups(engine: Any) -> list[Shapes]:
+    """Shape of each trained parameter by name, per parameter group of the engine."""
+    if engine.zero_optimization_stage():
+        return [{name: tuple(shape) for name, shape in group.items()} for group in engine._get_zero_param_shapes()]
+    shapes = {name: tuple(parameter.shape) for parameter, name in engine.param_names.items()}
+    return [{name: shapes[name] for name in group} for group in _group_names(engine) or []]
+
+
+def _check_groups(path: Path, stored: Sequence[Shapes], own: Sequence[Shapes]) -> None:
+    """Raise unless the parameter groups have the same parameters, of the same shapes, in the same order."""
+    if [list(group.items()) for group in stored] == [list(group.items()) for group in own]:
+        return
+    a, b = ({name: shape for group in groups for name, shape in group.items()} for groups in (stored, own))
+    different = [f"{name} {a.get(name)} / {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
+    detail = different[0] if different else f"{len(stored)} groups / {len(own)} groups, in another order"
+    raise ResumeMismatchError(
+        f"{path}: its optimizer has other parameters than this run's (checkpoint / run): {detail}; use the same model "
+        "and trainer.layer_decay"
+    )
+
+
+def _reslice(engine: Any, path: Path, tag: Path, model: Mapping[str, Any], *, verify: bool) -> _Contents:
+    """This rank's part of a training state in the layout of this run."""
+    state, layout = read_zero_state(tag, model, verify=verify), _layout(engine)
+    _check_groups(path, state.groups, _own_groups(engine))
+    scaler = make_loss_scaler(state.loss_scale) if layout.stage else None
+    own_model, shard = slice_state(state, layout, get_rank(), merge=state.merge, loss_scaler=scaler)
+    if shard is not None:
+        attribute = "fp32_partitioned_groups_flat" if layout.stage == 3 else "single_partition_of_fp32_groups"
+        expected = [tensor.numel() for tensor in getattr(engine.optimizer, attribute)]
+        if (sizes := slice_sizes(state.groups, layout)) != expected:
+            raise ResumeMismatchError(
+                f"{path}: DeepSpeed has slices of {expected} values, not {sizes}; resume with {state.layout}"
+            )
+    log.info("%s: written with %s; its training state is sliced for %s", path, state.layout, layout)
+    return _Contents(own_model, shard or {}, rank_files(tag, MODEL_STATES)[0])
 
 
 def _check_steps(tag: Path, model: Mapping[str, Any]) -> None:
@@ -260,8 +341,11 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
     The ranks first verify the manifest, each a part of it, or the archives of a directory without manifest. Pickles
     are read without executing code.
 
+    With the ZeRO stage and the number of ranks of the run that saved, each rank reads its own files. Otherwise each
+    rank reads all files and takes its slices of masters and moments.
+
     Args:
-        engine: with the ZeRO stage and precision of the run that saved, and for stages 1-3 its world size.
+        engine: with the parameter groups and the precision of the run that saved.
         directory: path of the checkpoint at any level.
 
     Returns:
@@ -269,12 +353,14 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         programs, the client state that DeepSpeed returns).
 
     Raises:
-        ResumeMismatchError: another stage, precision or world size; names both and a way to continue.
+        ResumeMismatchError: another precision or other parameters; names both and a way to continue.
         CorruptCheckpointError, CheckpointError: the same on every rank.
     """
     rank, world_size = get_rank(), get_world_size()
+    contents: _Contents | None = None
 
     def check() -> Path:
+        nonlocal contents
         checkpoint = open_checkpoint(directory, verify=False)
         tag = checkpoint.tag
         if tag is None:
@@ -285,9 +371,11 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         if manifest is not None:
             read_json(checkpoint.root / META)
         model = read_model_states(tag, verify=manifest is None)
-        _check_fit(engine, checkpoint.path, model)
+        must_reslice = _must_reslice(engine, checkpoint.path, model)
         _check_steps(tag, model)
-        if manifest is None:
+        if must_reslice:
+            contents = _reslice(engine, checkpoint.path, tag, model, verify=manifest is None)
+        elif manifest is None:
             for file in state_files(tag)[rank::world_size]:
                 read_torch_file(file)
         return tag
@@ -295,7 +383,7 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
     tag: Path = run_on_all_ranks(check, error_class=CheckpointError)[rank]
 
     def restore() -> dict[str, Any]:
-        with _shimmed(engine), _glob_safe_path(tag.parent) as name:
+        with _shimmed(engine, contents), _glob_safe_path(tag.parent) as name:
             loaded, states = engine.load_checkpoint(name, tag=tag.name)
         if loaded is None:
             raise CheckpointError(f"{directory}: DeepSpeed found nothing to load in {tag}; use another checkpoint")

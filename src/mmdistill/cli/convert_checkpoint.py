@@ -1,8 +1,9 @@
-"""Write the weights of a checkpoint in another format, selected by the name of the target.
+"""Write the weights of a checkpoint in another format, selected by the name of the target, or its training state.
 
 mmdistill convert last.ckpt weights.safetensors
 mmdistill convert weights.safetensors model.ckpt     # a Lightning file
 mmdistill convert weights.safetensors epoch=49-loss=0.6095     # a DeepSpeed directory
+mmdistill convert epoch=49-loss=0.6095 resumable --stage 2 --world-size 4     # with the training state, for 4 processes
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "target", help="X.safetensors, X.ckpt, X.pt, X.pth, or a name without suffix for a DeepSpeed directory"
     )
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
+    parser.add_argument(
+        "--stage", type=int, choices=range(4), help="keep the training state, for this ZeRO stage (default: as before)"
+    )
+    parser.add_argument(
+        "--world-size", type=int, help="keep the training state, for this number of processes (default: as before)"
+    )
     args = parser.parse_args(argv)
-    from mmdistill.checkpoint.convert import convert_checkpoint  # imports torch, which --help must not
+    from mmdistill.checkpoint.convert import convert_checkpoint, convert_layout  # imports torch, which --help must not
 
-    written = convert_checkpoint(args.source, args.target, force=args.force)
+    if args.stage is None and args.world_size is None:
+        written = convert_checkpoint(args.source, args.target, force=args.force)
+    else:
+        layout = {"stage": args.stage, "world_size": args.world_size}
+        written = convert_layout(args.source, args.target, force=args.force, **layout)
     print(f"wrote {written}")
     return 0

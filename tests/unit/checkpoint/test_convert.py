@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmdistill.checkpoint import CheckpointError, read_checkpoint, save_safetensors, save_torch
-from mmdistill.checkpoint.convert import convert_checkpoint
+from mmdistill.checkpoint.convert import convert_checkpoint, convert_layout
+from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig, VideoMAE
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -61,6 +63,38 @@ def test_unknown_suffix_lists_the_formats(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"unknown suffix \.\w+; use \.safetensors, \.ckpt \(Lightning\)"):
             convert_checkpoint(FIXTURES / "plain" / "bare.pt", tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+def test_layout_of_a_training_state(tmp_path: Path) -> None:
+    source = FIXTURES / "zero1-w2-fp32" / "epoch=01-loss=0.5000"
+    target = convert_layout(source, tmp_path / "epoch=01-loss=0.5000", stage=3)
+    assert_identical(source, target)
+    assert sorted(path.name for path in (target / "checkpoint").iterdir()) == [
+        f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for rank in range(2) for kind in ("model", "optim")
+    ]
+    manifest = verify_manifest(target, full=True) or {}
+    assert [manifest[key] for key in ("stage", "world_size", "step", "epoch")] == [3, 2, 2, 1]
+    other = convert_layout(target, tmp_path / "other", world_size=3)  # the stage of the source
+    assert [(verify_manifest(other) or {})[key] for key in ("stage", "world_size")] == [3, 3]
+
+
+def test_layouts_that_do_not_exist_are_errors(tmp_path: Path) -> None:
+    source, target = FIXTURES / "zero1-w2-fp32" / "epoch=01-loss=0.5000", tmp_path / "t"
+    with pytest.raises(CheckpointError, match="use a stage of 0 to 3 and at least 1 process"):
+        convert_layout(source, target, world_size=0)
+    with pytest.raises(CheckpointError, match=r"is a DeepSpeed directory; use a name without \.pt"):
+        convert_layout(source, tmp_path / "x.pt", stage=1)
+    with pytest.raises(CheckpointError, match="a weights file; only a DeepSpeed directory has a ZeRO stage"):
+        convert_layout(FIXTURES / "plain" / "bare.pt", target, stage=1)
+    assert not list(tmp_path.iterdir())
+    target.mkdir()
+    with pytest.raises(CheckpointError, match="exists; choose another name"):
+        convert_layout(source, target, stage=1)
+    damaged = Path(shutil.copytree(source, tmp_path / "damaged"))
+    (damaged / "checkpoint" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match="of rank 1"):
+        convert_layout(damaged, target, stage=1, force=True)
+    assert list(target.iterdir()) == []
 
 
 def test_paths_with_special_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

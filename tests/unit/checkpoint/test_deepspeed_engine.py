@@ -8,9 +8,10 @@ import torch
 
 from mmdistill.checkpoint import deepspeed_engine
 from mmdistill.checkpoint.convert import write_deepspeed
-from mmdistill.checkpoint.deepspeed_engine import load_deepspeed, save_deepspeed
+from mmdistill.checkpoint.deepspeed_engine import load_deepspeed, make_loss_scaler, save_deepspeed
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError, ResumeMismatchError
 from mmdistill.checkpoint.formats import manifest
+from mmdistill.checkpoint.formats.deepspeed_zero import read_model_states
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from tests.unit.checkpoint.make_fixtures import FIXTURES, NAME
 
@@ -83,16 +84,67 @@ def test_metadata_that_is_not_json_serializable_fails_before_a_file_is_written(t
 @pytest.mark.parametrize(
     ("engine", "own"),
     [
-        (Engine(stage=1, world_size=1), "ZeRO stage 1, 1 process, fp32"),
-        (Engine(stage=0, world_size=2), "ZeRO stage 0, 2 processes, fp32"),
         (Engine(stage=1, world_size=2, bf16=True), "ZeRO stage 1, 2 processes, bf16"),
+        (Engine(stage=3, world_size=1, bf16=True), "ZeRO stage 3, 1 process, bf16"),
     ],
 )
-def test_other_settings_are_one_error_that_names_both(engine: Engine, own: str) -> None:
+def test_another_precision_is_one_error_that_names_both(engine: Engine, own: str) -> None:
     message = f"written with ZeRO stage 1, 2 processes, fp32, this run has {own}; "
     with pytest.raises(ResumeMismatchError, match=message):
         load_deepspeed(engine, FIXTURES / "zero1-w2-fp32" / NAME)
     assert engine.loaded == []
+
+
+class ZeroEngine(Engine):
+    """An engine of stage 1 with the parameters of a directory, whose slices have `sizes` values."""
+
+    def __init__(self, path: Path, sizes: list[int]) -> None:
+        super().__init__(stage=1, world_size=1)
+        self.shapes = [dict(group) for group in read_model_states(path / "checkpoint")["param_shapes"]]
+        self.optimizer = SimpleNamespace(single_partition_of_fp32_groups=[torch.zeros(size) for size in sizes])
+
+    def _get_zero_param_shapes(self) -> list[dict[str, Any]]:
+        return self.shapes
+
+    def load_checkpoint(self, folder: str, *, tag: str) -> tuple[str, dict[str, Any]]:
+        (name,) = self._get_all_ckpt_names(folder, tag)
+        self.contents = [self.checkpoint_engine.load(n) for n in (name, "zero_pp_rank_0_mp_rank_00_optim_states.pt")]
+        return folder, self.contents[0]
+
+
+@pytest.mark.parametrize("source", ["zero1-w2-fp32", "zero3-w2-fp32"])
+def test_engine_of_another_layout_loads_contents_instead_of_files(source: str) -> None:
+    path = FIXTURES / source / NAME
+    engine = ZeroEngine(path, [1828, 240])
+    assert load_deepspeed(engine, path)["epoch"] == 1
+    model, shard = engine.contents
+    assert (model["dp_world_size"], model["ds_config"]["zero_optimization"]["stage"]) == (1, 1)
+    assert [len(group) for group in shard["optimizer_state_dict"]["single_partition_of_fp32_groups"]] == [1828, 240]
+    assert not hasattr(engine, "_get_all_ckpt_names")
+
+
+def test_engine_with_other_parameters_or_slices_loads_nothing() -> None:
+    path = FIXTURES / "zero1-w2-fp32" / NAME
+    engine = ZeroEngine(path, [1828, 240])
+    del engine.shapes[0]["mask_token"]
+    with pytest.raises(ResumeMismatchError, match=r"\(checkpoint / run\): mask_token \(1, 1, 4\) / None; use the same"):
+        load_deepspeed(engine, path)
+    engine.shapes = [{**engine.shapes[0], "mask_token": (1, 1, 4)}, engine.shapes[1]]
+    with pytest.raises(ResumeMismatchError, match=r"2 groups / 2 groups, in another order"):
+        load_deepspeed(engine, path)
+    with pytest.raises(ResumeMismatchError, match=r"slices of \[1830, 240\] values, not \[1828, 240\]"):
+        load_deepspeed(ZeroEngine(path, [1830, 240]), path)
+
+
+@pytest.mark.parametrize(
+    "scale", [{"dynamic": False, "cur_scale": 1.0}, {"dynamic": True, "cur_scale": 8.0, "cur_iter": 5, "min_scale": 1,
+              "scale_window": 1000, "delayed_shift": 1, "last_overflow_iter": 3}]
+)  # fmt: skip
+def test_loss_scaler_has_all_stored_attributes(scale: dict[str, Any]) -> None:
+    scaler = make_loss_scaler(scale)
+    assert scale.items() <= vars(scaler).items()
+    assert scaler.loss_scale == scale["cur_scale"]
+    assert not getattr(scaler, "raise_error_at_min_scale", False)
 
 
 def test_stage_0_loads_with_any_number_of_processes() -> None:

@@ -10,8 +10,10 @@ those of directories that DeepSpeed 0.19 wrote. Per stage:
   of the world size. Frozen parameters are sliced in the same way, in the model files.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from mmdistill.errors import format_count
 
 GROUP_NAMES = "mmdistill_master_names"  # names of stage-0 masters, which `save_deepspeed` adds
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,23 @@ def adam_step(optim: Mapping[str, Any]) -> int | None:
     return next((int(entry["step"]) for entry in entries if isinstance(entry, Mapping) and "step" in entry), None)
 
 
+def _rank_of(file: Path) -> int:
+    """Rank in the name of an optimizer shard; -1 if it has none."""
+    found = re.search(r"zero_pp_rank_(\d+)_", file.name)
+    return int(found[1]) if found else -1
+
+
 def check_shards(tag: Path, shards: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> int:
     """Check that all shards exist and are of the same step, and return the world size."""
     count = shards[0]["optimizer_state_dict"].get("partition_count", len(shards))
     world_size = max(count) if isinstance(count, (list, tuple)) else int(count)
     if world_size != len(shards):
         names = ", ".join(f.name for f in files)
+        missing = sorted(set(range(world_size)) - {_rank_of(f) for f in files})
         raise CorruptCheckpointError(
             f"{tag}: written by {format_count(world_size, 'rank')} but "
-            f"{format_count(len(shards), 'optimizer shard')} found ({names}); copy the missing ones"
+            f"{format_count(len(shards), 'optimizer shard')} found ({names}); copy the missing ones, of "
+            f"rank {', '.join(map(str, missing))}"
         )
     steps = [adam_step(shard) for shard in shards]
     if len(set(steps)) > 1:
@@ -119,13 +129,21 @@ def _numel(shape: Sequence[int]) -> int:
     return math.prod(int(n) for n in shape)
 
 
-def _merge_flat(
-    tag: Path, shapes: Sequence[Mapping[str, Any]], shards: Sequence[Mapping[str, Any]]
+def merge_flat(
+    tag: Path,
+    shapes: Sequence[Mapping[str, Any]],
+    slices: Sequence[Sequence[Tensor]],
+    paddings: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
-    """Merge stages 1 and 2: slices of one vector per parameter group. Returns views of the joined vectors."""
-    states = [shard["optimizer_state_dict"] for shard in shards]
-    slices = [state["single_partition_of_fp32_groups"] for state in states]
-    paddings = states[0].get("param_alignment_paddings")
+    """Merge stages 1 and 2: slices of one vector per parameter group. Returns views of the joined vectors.
+
+    Args:
+        tag: for messages.
+        shapes: shape of each parameter by name, per group.
+        slices: per rank, the slice of each group.
+        paddings: per group, the number of values after each parameter that are no parameter.
+    """
+    world_size = len(slices)
     merged: dict[str, Tensor] = {}
     for group, names in enumerate(shapes):
         group_slices = [rank[group] for rank in slices]
@@ -141,7 +159,7 @@ def _merge_flat(
             merged[name] = flat.narrow(0, offset, count).view(tuple(shape))
             offset += count + (int(paddings[group][index]) if paddings else 0)
         # the end is padded to a multiple of 2 * world size, and further if gradients are aligned for NCCL
-        if flat.numel() - offset >= max(2 * len(shards), 1) + len(names) * 2 * len(shards):
+        if flat.numel() - offset >= max(2 * world_size, 1) + len(names) * 2 * world_size:
             raise CorruptCheckpointError(
                 f"{tag}: the shards contain {format_count(flat.numel(), 'value')} of parameter group {group}, "
                 f"expected {offset}; use another checkpoint"
@@ -154,30 +172,40 @@ def _join_slices(slices: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return flat[: _numel(shape)].view(tuple(shape))
 
 
-def _merge_sliced(
-    tag: Path, models: Sequence[Mapping[str, Any]], shards: Sequence[Mapping[str, Any]]
+def merge_sliced(
+    tag: Path, shapes: Sequence[Mapping[str, Any]], slices: Sequence[Sequence[Tensor]]
 ) -> dict[str, Tensor]:
-    """Merge stage 3: each rank has 1/world of each parameter; its flat groups are contiguous."""
-    world_size = len(shards)
-    if len(models) != world_size:
-        raise CorruptCheckpointError(
-            f"{tag}: {format_count(world_size, 'optimizer shard')} but {format_count(len(models), 'model file')}; copy "
-            "the missing ones"
-        )
-    groups = [shard["optimizer_state_dict"]["fp32_flat_groups"] for shard in shards]
-    flat = [torch.cat(list(rank)) if len(rank) > 1 else rank[0] for rank in groups]
+    """Merge stage 3: each rank has 1/world of each parameter; its flat groups are contiguous. Arguments as above."""
+    flat = [torch.cat(list(rank)) if len(rank) > 1 else rank[0] for rank in slices]
     merged: dict[str, Tensor] = {}
     offset = 0
-    for names in models[0]["param_shapes"]:
+    for names in shapes:
         for name, shape in names.items():
-            length = -(-_numel(shape) // world_size)
+            length = -(-_numel(shape) // len(slices))
             if offset + length > flat[0].numel():
                 raise CorruptCheckpointError(f"{tag}: the shards end before '{name}'; copy the checkpoint again")
             merged[name] = _join_slices([rank.narrow(0, offset, length) for rank in flat], shape)
             offset += length
-    for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
-        merged[name] = _join_slices([model["frozen_param_fragments"][name] for model in models], shape)
     return merged
+
+
+def merge_frozen(models: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Merge the frozen parameters of stage 3, of which each model file has a slice."""
+    return {
+        name: _join_slices([model["frozen_param_fragments"][name] for model in models], shape)
+        for name, shape in (models[0].get("frozen_param_shapes") or {}).items()
+    }
+
+
+def read_sliced_models(tag: Path, first: Mapping[str, Any], world_size: int, verify: bool) -> list[Mapping[str, Any]]:
+    """Read the model files of all ranks of stage 3; `first` is that of rank 0."""
+    files = rank_files(tag, MODEL_STATES)
+    if len(files) != world_size:
+        raise CorruptCheckpointError(
+            f"{tag}: {format_count(world_size, 'optimizer shard')} but {format_count(len(files), 'model file')}; copy "
+            "the missing ones"
+        )
+    return [first, *(_read_model_file(file, verify) for file in files[1:])]
 
 
 def _match_by_value(names: Sequence[str], module: Mapping[str, Tensor], masters: Sequence[Tensor]) -> list[str] | None:
@@ -202,7 +230,7 @@ def _unsharded_masters(model: Mapping[str, Any], notes: list[str]) -> dict[str, 
     optimizer = model.get("optimizer")
     groups = optimizer.get("fp32_groups") if isinstance(optimizer, Mapping) else None
     module: Mapping[str, Tensor] = model["module"]
-    low_precision = [k for k, v in module.items() if isinstance(v, Tensor) and v.dtype in _LOW_PRECISION]
+    low_precision = [k for k, v in module.items() if isinstance(v, Tensor) and v.dtype in LOW_PRECISION]
     if not groups or not low_precision:
         if low_precision:
             dtype = str(module[low_precision[0]].dtype).removeprefix("torch.")
@@ -245,8 +273,15 @@ def read_zero_checkpoint(tag: Path, model: Mapping[str, Any], *, verify: bool = 
         CheckpointError: a stage-3 file without its shards.
         CorruptCheckpointError: shards missing, of different steps, or damaged.
     """
-    try:
+    with layout_errors(tag):
         return _read_weights(tag, model, verify)
+
+
+@contextlib.contextmanager
+def layout_errors(tag: Path) -> Iterator[None]:
+    """Report entries that the files of a tag directory lack as a `CorruptCheckpointError`."""
+    try:
+        yield
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         reason = f"'{error.args[0]}' is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise CorruptCheckpointError(
@@ -258,7 +293,7 @@ def _read_weights(tag: Path, model: Mapping[str, Any], verify: bool) -> RawTenso
     model_files, optim_files = rank_files(tag, MODEL_STATES), rank_files(tag, OPTIM_STATES)
     module = {k: v for k, v in model["module"].items() if isinstance(v, Tensor)}
     sharded_weights = model_files[0].name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_"))
-    has_low_precision = any(v.dtype in _LOW_PRECISION for v in module.values())
+    has_low_precision = any(v.dtype in LOW_PRECISION for v in module.values())
     notes: list[str] = []
     shards: list[Mapping[str, Any]] = []
     if optim_files and (has_low_precision or sharded_weights):  # at stages 0-2 in fp32 the model file has the weights
@@ -274,10 +309,14 @@ def _read_weights(tag: Path, model: Mapping[str, Any], verify: bool) -> RawTenso
                 f"{model_files[0]}: ZeRO stage 3 stores the weights in *{OPTIM_STATES}, and {tag} has none; "
                 "copy these files"
             )
-        masters = _merge_sliced(tag, [model, *(_read_model_file(f, verify) for f in model_files[1:])], shards)
+        models = read_sliced_models(tag, model, world_size, verify)
+        groups = [shard["optimizer_state_dict"]["fp32_flat_groups"] for shard in shards]
+        masters = merge_sliced(tag, model["param_shapes"], groups) | merge_frozen(models)
         module = {k: v for k, v in module.items() if k in set(model.get("buffer_names") or ())}
     elif shards:
-        masters = _merge_flat(tag, model["param_shapes"], shards)
+        states = [shard["optimizer_state_dict"] for shard in shards]
+        slices = [state["single_partition_of_fp32_groups"] for state in states]
+        masters = merge_flat(tag, model["param_shapes"], slices, states[0].get("param_alignment_paddings"))
         _check_copies(tag, masters, module)
     elif stage in (1, 2) and has_low_precision:
         notes.append(
@@ -290,7 +329,7 @@ def _read_weights(tag: Path, model: Mapping[str, Any], verify: bool) -> RawTenso
         if name in weights:
             weights[alias] = weights[name]
     if masters and not sharded_weights:
-        num_frozen = sum(1 for k in module if k not in masters and module[k].dtype in _LOW_PRECISION)
+        num_frozen = sum(1 for k in module if k not in masters and module[k].dtype in LOW_PRECISION)
         frozen = f"; {format_count(num_frozen, 'frozen tensor')} without fp32 master weights" if num_frozen else ""
         notes.append(f"{len(masters)} fp32 master weights read{frozen}")
     return RawTensors(weights, stage, world_size, tuple(notes))
