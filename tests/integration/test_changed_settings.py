@@ -150,27 +150,40 @@ def test_pretraining_inside_an_epoch_rejects_another_batch_order(
     for changed in ("batch_size=4", "batch_size=16", "seed=1"):
         with pytest.raises(ConfigError, match="in the middle of epoch 0"):
             loop.pretrain(_pretrain(folder, changed, "resume=auto"), run_dir)
+    (stopped,) = (run_dir / "checkpoints").glob("*-step=5")
     loop.pretrain(_pretrain(folder, "resume=auto"), run_dir)
+    more = ["batch_size=4", "trainer.accumulate_grad_batches=2", "strategy=deepspeed_stage_1", f"resume={stopped}"]
+    loop.pretrain(_pretrain(folder, *more), tmp_path / "halves")
+    files = [sorted((d / "checkpoints").glob("epoch=*"))[-1] for d in (run_dir, tmp_path / "halves")]
+    whole, halves = (open_checkpoint(file) for file in files)
+    assert whole.meta["step"] == halves.meta["step"] == 18
+    assert halves.meta["loss"] == pytest.approx(
+        whole.meta["loss"], abs=1e-5
+    )  # of the same clips, with the same weights
 
 
-def test_resumed_pretraining_uses_the_configs_weight_decay(
+def test_resumed_pretraining_uses_the_configs_weight_decay_and_clipping(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     found: list[float] = []
+    clips: list[float] = []
     original = loop.PretrainTrainer.optimizer_step
 
     def record(self: Any, *, is_last: bool) -> None:
         found.append(max(g["weight_decay"] for g in self.engine.optimizer.param_groups))
+        clips.append(getattr(self.engine.optimizer, "clip_grad", self.engine.gradient_clipping()))
         original(self, is_last=is_last)
 
     monkeypatch.setattr(loop.PretrainTrainer, "optimizer_step", record)
     for stage in ("0", "1"):
-        fixed = [f"strategy=deepspeed_stage_{stage}", "trainer.weight_decay=0.2"]
+        fixed = [f"strategy=deepspeed_stage_{stage}", "trainer.weight_decay=0.2", "trainer.clip_grad=2.0"]
         loop.pretrain(_pretrain(folder, *fixed, "trainer.epochs=1"), tmp_path / stage)
         found.clear()
-        fixed[1] = "trainer.weight_decay=0.1"
+        clips.clear()
+        fixed[1:] = ["trainer.weight_decay=0.1", "trainer.clip_grad=0.5"]
         loop.pretrain(_pretrain(folder, *fixed, "trainer.epochs=2", "resume=auto"), tmp_path / stage)
         assert set(found) == {0.1}
+        assert set(clips) == {0.5}
 
 
 @pytest.mark.parametrize("changed", ["model.heads=4", "data_module.modalities.rgb.mean=[0.5]"])

@@ -28,6 +28,7 @@ from mmdistill.models.videomae import VideoMAE, masked_indices
 from mmdistill.pretrain.deepspeed import make_engine, skip_engine_step
 from mmdistill.pretrain.initialization import load_videomae
 from mmdistill.randomness import seed_step, seed_torch, seeded_rng
+from mmdistill.training.compatibility import convert_position
 from mmdistill.training.nonfinite import grad_norm, zero_loss
 from mmdistill.training.old_checkpoints import upgrade_pretrain_state
 from mmdistill.training.optim import StepSchedule
@@ -248,11 +249,17 @@ class PretrainTrainer:
         return path
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint directory. Learning rates, weight decay and betas are those of this run's config.
+        """Continue from a checkpoint directory. Learning rates, weight decay, betas and clipping are those of this run.
+
+        ZeRO stage and number of processes may be others, and inside an epoch also the number of accumulated batches, if
+        the clips of an optimizer step stay the same.
 
         Raises:
             ConfigError: see `check_compatible`.
         """
         stored = upgrade_pretrain_state(load_deepspeed(self.engine, path))
-        self.training.load_state_dict({"overflow_steps": self.engine.skipped_steps, **stored})
+        stored = convert_position({"overflow_steps": self.engine.skipped_steps, **stored}, self.data.order)
+        self.training.load_state_dict(stored)
         self.schedule.restore(self.data.schedule_step(self.state))
+        if hasattr(self.engine.optimizer, "clip_grad"):  # stages 1 and 2 have loaded that of the checkpoint
+            self.engine.optimizer.clip_grad = self.config.trainer.clip_grad or 0.0

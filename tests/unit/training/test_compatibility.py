@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmdistill.config import ConfigError
-from mmdistill.training.compatibility import check_compatible, diff_settings
+from mmdistill.training.compatibility import check_compatible, convert_position, diff_settings
 from mmdistill.training.state import TrainingState
 
 RECORD = {"weight_compat": {"heads": 2}, "data_order": {"seed": 0, "global_batch": 2}}
@@ -36,6 +36,17 @@ def test_another_batch_order_is_rejected_inside_an_epoch_only() -> None:
     with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*: global_batch 4 / 2; .*the end of an epoch"):
         check_compatible(stored, RECORD, TrainingState(epoch=1, batch=2), CHECKPOINT)
     check_compatible(stored, RECORD, TrainingState(epoch=1), CHECKPOINT)
+
+
+def test_position_is_converted_if_the_clips_per_step_are_the_same() -> None:
+    order = {"seed": 0, "num_clips": 70, "global_batch": 16, "accumulate_grad_batches": 1}
+    own = {**order, "global_batch": 4, "accumulate_grad_batches": 4}
+    stored = {"batch": 3, "epoch": 1, "data_order": {**order, "batches_per_epoch": 4}}
+    converted = convert_position(stored, own)
+    assert converted == {"batch": 12, "epoch": 1, "data_order": {**own, "batches_per_epoch": 16}}
+    assert convert_position(converted, order) == stored
+    for unchanged in (stored, {**stored, "data_order": {}}, {}):
+        assert convert_position(unchanged, {**own, "accumulate_grad_batches": 2}) == unchanged
 
 
 @pytest.mark.parametrize("stored", [RECORD, {}])
