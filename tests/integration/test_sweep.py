@@ -1,5 +1,6 @@
 """Sweeps as processes: failing jobs, launchers, Optuna, and equality with single runs."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,10 +98,11 @@ def _launcher(name: str) -> list[str]:
 
 
 def test_record_of_a_repaired_job_is_removed(toy: Path, tmp_path: Path) -> None:
-    common = [toy, "-m", "modality=rgb", f"hydra.sweep.dir={tmp_path}"]
+    common = [toy, "-m", "modality=rgb", "resume=auto", f"hydra.sweep.dir={tmp_path}"]
     run_python(*common, "seed=12,13", expect=1)
     assert [bool(r.error) for r in read_sweep(tmp_path)] == [False, True]
-    run_python(*common, "seed=12,15")
+    done = run_python(*common, "seed=12,15")
+    assert re.findall(r"job (\S+) is already finished, skipping it", done.stderr) == ["pretrain_rgb_0"]
     assert not any(r.error for r in read_sweep(tmp_path))
 
 
@@ -120,14 +122,19 @@ def test_failed_single_run_raises(toy: Path, tmp_path: Path) -> None:
 
 
 def test_optuna_minimizes_the_loss_despite_a_failed_trial(toy: Path, tmp_path: Path) -> None:
+    """With a storage, two starts into one folder are one study, and the table has the jobs of both."""
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    run_python(
-        toy, "-m", "modality=rgb", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1",
-        "hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=0", f"hydra.sweep.dir={tmp_path}",
-        "seed=choice(13,0)", "trainer.lr=interval(0.01,1.0)", expect=1,
-    )  # fmt: skip
+    for trials in (4, 2):
+        run_python(
+            toy, "-m", "modality=rgb", "hydra/sweeper=optuna", f"hydra.sweeper.n_trials={trials}",
+            "hydra.sweeper.n_jobs=1", "hydra.sweeper.direction=minimize", f"hydra.sweeper.sampler.seed={trials}",
+            f"hydra.sweeper.storage=sqlite:///{tmp_path}/study.db", "hydra.sweeper.study_name=s", "resume=auto",
+            f"hydra.sweep.dir={tmp_path}", "seed=choice(13,0)", "trainer.lr=interval(0.01,1.0)",
+            expect=1,
+        )  # fmt: skip
     rows = read_sweep(tmp_path)
-    assert len(rows) == 6
+    assert [row.job for row in rows] == [f"pretrain_rgb_{number}" for number in range(6)]
+    assert len({row.overrides["trainer.lr"] for row in rows}) == 6
     assert 0 < sum(bool(r.error) for r in rows) < 6
     best = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert best.best_value == min(r.values["loss"] for r in rows if not r.error)

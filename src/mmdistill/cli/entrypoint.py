@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
 from mmdistill.cli.hydra_help import parse_options, render_help
+from mmdistill.cli.job_names import shorten_subdirs
 from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
 from mmdistill.config import ConfigError, explain, parse, register_schemas, to_plain
 from mmdistill.config.compose import T, configs_dir
@@ -59,7 +60,8 @@ def run_entrypoint(
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
     given: Sequence[str] = sys.argv[1:] if argv is None else argv
-    sys.argv = [sys.argv[0] if argv is None else f"mmdistill {verb}", *quote_overrides(given)]
+    program = sys.argv[0] if argv is None else f"mmdistill {verb}"
+    sys.argv = [program, *shorten_subdirs(quote_overrides(given))]
     launch.set_env_from_slurm()
     if launch.is_nonzero_rank():
         unused_dir = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # for multirun.yaml; removed at exit
@@ -106,9 +108,12 @@ def run_entrypoint(
 
             # of rank 0, so that a sweeper chooses the same values on all ranks
             return float(broadcast_object(None if launch.is_nonzero_rank() else objective(run_dir)))
-        return sweep.run_job(
-            lambda: run_or_spawn_ranks(job, parse(cfg, schema)), run_dir, lambda error: explain(error, schema)
-        )
+
+        def run_parsed() -> None:
+            config = parse(cfg, schema)
+            sweep.run_unfinished(lambda: run_or_spawn_ranks(job, config), run_dir, to_plain(config))
+
+        return sweep.run_job(run_parsed, run_dir, lambda error: explain(error, schema))
 
     try:
         with exit_if_pipe_closed(), _restored_folders():

@@ -13,12 +13,13 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from mmdistill.cli.sweep import FINISHED
 from mmdistill.distributed import launch
 from mmdistill.files import atomic_write_bytes
 from mmdistill.workflows.sweep_results import FAILED
 
 HYDRA_DIR = ".hydra"
-RECORDS = (*(f"{HYDRA_DIR}/{name}.yaml" for name in ("config", "hydra", "overrides")), "run.json", FAILED)
+RECORDS = (*(f"{HYDRA_DIR}/{name}.yaml" for name in ("config", "hydra", "overrides")), "run.json", FAILED, FINISHED)
 
 
 class RunFolder:

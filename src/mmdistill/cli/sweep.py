@@ -8,18 +8,21 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from mmdistill import __version__
+from mmdistill.cli.job_names import FIRST_JOB
 from mmdistill.console import program_name
-from mmdistill.errors import MMDistillError, format_count
-from mmdistill.files import is_disk_error
-from mmdistill.workflows.sweep_results import FAILED, objective
+from mmdistill.errors import InputError, MMDistillError, format_count
+from mmdistill.files import atomic_write_bytes, is_disk_error
+from mmdistill.workflows.sweep_results import FAILED, next_job_number, objective
 
+FINISHED = "finished.json"  # record of a finished job in its folder
 FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
 
 
@@ -55,6 +58,38 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
     return objective(run_dir)
 
 
+def run_unfinished(job: Callable[[], None], run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Run a job and write ``finished.json``; with resume=auto skip it if an earlier sweep has finished it.
+
+    `config` is that of the job, as plain values. A job with another config, apart from `resume`, runs again.
+    """
+    record, content = run_dir / FINISHED, {key: value for key, value in config.items() if key != "resume"}
+    text = json.dumps({"mmdistill_version": __version__, "config": content}, indent=1, sort_keys=True, default=str)
+    if config.get("resume") == "auto" and record.is_file() and record.read_text(encoding="utf-8") == text:
+        print(f"{program_name()}: job {run_dir.name} is already finished, skipping it", file=sys.stderr, flush=True)
+        return
+    record.unlink(missing_ok=True)
+    job()
+    atomic_write_bytes(record, text.encode())
+
+
+def _create_optuna_tables(url: str) -> None:
+    """Create the tables of Optuna's storage. With SQLAlchemy 2, Optuna 2.10 does not commit their version itself.
+
+    Raises:
+        SystemExit: the storage cannot be opened. Hydra ignores other exceptions of a callback.
+    """
+    from optuna.storages import RDBStorage
+
+    try:
+        RDBStorage(url, engine_kwargs={"isolation_level": "AUTOCOMMIT"})
+    except Exception as error:  # of Optuna, SQLAlchemy or a database driver
+        reason = str(error).partition("\n")[0]
+        line = f"hydra.sweeper.storage={url}: {reason}; use a URL such as sqlite:///optuna.db"
+        print(f"{program_name()}: error: {line}", file=sys.stderr)
+        raise SystemExit(InputError.exit_status) from error
+
+
 class SweepFailureCallback(Callback):
     """Hydra callback that ends a sweep with failed jobs with a list of them and status 1 (main configs).
 
@@ -66,8 +101,17 @@ class SweepFailureCallback(Callback):
         self._earlier: dict[Path, tuple[int, int]] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Store the existing records, which belong to another sweep."""
+        """Store the existing records, which belong to another sweep, and the number of the first job.
+
+        A sweeper that chooses values, such as Optuna, continues after the earlier jobs in the folder: the job of the
+        same number has other values. Hydra's own sweeper has the same jobs again.
+        """
         self._earlier = _failure_records(config)
+        has_same_jobs = str(config.hydra.sweeper.get("_target_", "")).endswith(".BasicSweeper")
+        first = 0 if has_same_jobs else next_job_number(Path(str(config.hydra.sweep.dir)))
+        os.environ[FIRST_JOB] = str(first)
+        if isinstance(storage := config.hydra.sweeper.get("storage"), str):
+            _create_optuna_tables(storage)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """List the failed jobs and exit with `FAILED_EXIT_CODE`, if any job failed."""

@@ -52,6 +52,12 @@ def _is_single_run(run: Path) -> bool:
     return path.is_file() and yaml.safe_load(path.read_bytes())["hydra"].get("mode") == "RUN"
 
 
+def next_job_number(folder: Path) -> int:
+    """The lowest number that is above those of all jobs in a sweep folder; 0 without a job."""
+    numbers = [_job_order(path.parents[1])[0] for path in folder.rglob(".hydra/overrides.yaml")]
+    return max((number + 1 for number in numbers if number < sys.maxsize), default=0)
+
+
 def _job_order(job: Path) -> tuple[int, str]:
     number = job.name.rpartition("_")[2]
     return (int(number) if number.isdigit() else sys.maxsize, str(job))
@@ -86,7 +92,9 @@ def _fewshot_rows(report: dict[str, Any], name: str, overrides: dict[str, str]) 
 
 def _overrides(path: Path) -> dict[str, str]:
     pairs = (str(text).partition("=") for text in yaml.safe_load(path.read_bytes()))
-    return {key.lstrip("+"): value for key, _, value in pairs}
+    found = {key.lstrip("+"): value for key, _, value in pairs}
+    found.pop("resume", None)  # tells how the job was started, not what it computes
+    return found
 
 
 def swept_keys(rows: Sequence[JobRow]) -> list[str]:
