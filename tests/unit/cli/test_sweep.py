@@ -104,8 +104,12 @@ def test_failed_jobs_of_this_sweep_end_it_with_status_1(
     )
 
 
-def test_failed_jobs_are_found_if_the_clock_of_the_file_server_is_slow(tmp_path: Path) -> None:
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+def test_failed_jobs_are_found_if_the_clock_of_the_file_server_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FIRST_JOB, "")
+    sweeper = {"_target_": "x.BasicSweeper"}
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": sweeper}})
     callback = sweep.SweepFailureCallback()
     callback.on_multirun_start(config)
     record = tmp_path / "failed.json"
