@@ -33,29 +33,42 @@ EXIT_TIMEOUT_S = 20.0  # after an error, time for the exit handlers of libraries
 KILL_TIMEOUT_S = 30  # after a rank has failed, the elastic agent sends SIGTERM to the others, and SIGKILL 30 s later
 RUN_ID = "mmdistill"  # TORCHELASTIC_RUN_ID of ranks that `run_ranks` started
 _ANY_PORT = "0"  # MASTER_PORT of `set_single_process_env`; a launcher sets the port that it has chosen
+_RUN_ID_VARIABLE = "MMDISTILL_RUN_ID"
 _PARENT = os.getppid()
 
 
 def set_env_from_slurm() -> None:
     """Set the environment variables that torch reads from those of ``srun``, unless a launcher has set them.
 
-    ``MASTER_ADDR`` is the first host of the job step and ``MASTER_PORT`` is derived from the job ID, unless they are
-    set.
+    ``MASTER_ADDR`` is the first host of the job step, and ``MASTER_PORT`` is derived from the numbers of the job and of
+    the step, unless they are set. ``MMDISTILL_RUN_ID`` names job, step and restart.
     """
     env = os.environ
     if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2 or "SLURM_PROCID" not in env:
         return
+    job, step, restart = (env.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"]))
     env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))))
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.setdefault("MASTER_PORT", str(_slurm_port(int(job), int(step))))
+    env.setdefault(_RUN_ID_VARIABLE, f"SLURM job {job} step {step} restart {restart}")
     env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
     env.setdefault("LOCAL_WORLD_SIZE", per_node[0] if per_node else env["WORLD_SIZE"])
 
 
+def _slurm_port(job: int, step: int) -> int:
+    """A port below the range from which Linux gives ports to clients; jobs and steps near each other differ."""
+    return 10000 + (101 * job + step) % 20000
+
+
 def _first_host(nodes: str) -> str:
-    """First host of a SLURM node list: ``gpu[003-005,7],x`` -> ``gpu003``."""
-    first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    return first[1] + (first[2] or "") if first else "127.0.0.1"
+    """First host of a SLURM node list: ``gpu[003-005,7],x`` -> ``gpu003``, ``c[1-2]n[3,4].lab`` -> ``c1n3.lab``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else "") or "127.0.0.1"
+
+
+def get_run_id() -> str:
+    """Name of this start of the run, the same on all ranks; empty if the launcher (srun or torchrun) gives none."""
+    return os.environ.get(_RUN_ID_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def launched_externally() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.distributed import launch
+from mmdistill.distributed import launch, rendezvous
 from mmdistill.distributed.device import tune_malloc
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
 from mmdistill.randomness import seed_everything
@@ -50,7 +50,7 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
         timeout_s: seconds that a rank waits for the others in a collective before it raises.
 
     Raises:
-        ConfigError: ``accelerator="gpu"``, but torch finds no GPU.
+        ConfigError: ``accelerator="gpu"``, but torch finds no GPU. Or ranks of two runs have met, see `verify_ranks`.
     """
     torch.set_flush_denormal(True)  # denormals take 90 % of a pretraining step otherwise
     if accelerator == "gpu" and not torch.cuda.is_available():
@@ -65,12 +65,15 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     seed_everything(seed)
     if use_gpu:
+        local_rank %= torch.cuda.device_count()  # each task of srun may see its own GPU only
+        os.environ["LOCAL_RANK"] = str(local_rank)  # Lightning and DeepSpeed use the GPU of this number
         torch.cuda.set_device(local_rank)
     atexit.unregister(destroy_process_group_at_exit)
     atexit.register(destroy_process_group_at_exit)
     if world_size > 1 and not torch.distributed.is_initialized():
         backend, timeout = "nccl" if use_gpu else "gloo", timedelta(seconds=timeout_s)
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        gpu = rendezvous.gpu_id(local_rank) if use_gpu else ""
+        rendezvous.init_process_group(backend, timeout=timeout, gpu=gpu)
         for name in ("default_pg_timeout", "default_pg_nccl_timeout"):  # of groups that DeepSpeed creates itself
             setattr(torch.distributed.distributed_c10d, name, timeout)
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)

@@ -16,7 +16,8 @@ from mmdistill.config import ConfigError
 from mmdistill.distributed import launch
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE, resolve_devices, set_env_from_slurm
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                  "MMDISTILL_RUN_ID")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +59,41 @@ def set_slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(f"SLURM_{name}", value)
 
 
-SLURM = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)", "JOB_ID": "12345"}
+SLURM = {"PROCID": "5", "LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)", "JOB_ID": "12345",
+         "STEP_ID": "2"}  # fmt: skip
 
 
 def test_slurm_variables_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
     set_slurm(monkeypatch, **SLURM, STEP_NODELIST="gpu[003-004],login")
     set_env_from_slurm()
-    assert [os.environ[name] for name in RANK_VARIABLES] == ["5", "8", "1", "4", "gpu003", "32345"]
+    port = str(launch._slurm_port(12345, 2))
+    run_id = "SLURM job 12345 step 2 restart 0"
+    assert [os.environ[name] for name in RANK_VARIABLES] == ["5", "8", "1", "4", "gpu003", port, run_id]
+
+
+def test_steps_and_jobs_of_slurm_have_different_ports() -> None:
+    """Steps of one job, tasks of one array (neighboring job numbers), and special steps such as 4294967290."""
+    ports = {launch._slurm_port(job, step) for job in range(7_000_000, 7_000_020) for step in range(20)}
+    assert len(ports) == 400
+    assert all(1024 < port < 32768 for port in (*ports, launch._slurm_port(1, 4294967290)))
+
+
+def test_run_id_differs_between_steps_and_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for step, restart in (("0", "0"), ("1", "0"), ("0", "1")):
+        set_slurm(monkeypatch, **{**SLURM, "STEP_ID": step, "RESTART_COUNT": restart})
+        for name in RANK_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        set_env_from_slurm()
+        found.add(launch.get_run_id())
+    assert len(found) == 3
+
+
+def test_run_id_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert launch.get_run_id() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert launch.get_run_id() == "job7"
 
 
 def test_variables_of_a_launcher_are_kept(rank_one_of_two: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +109,12 @@ def test_single_task_of_slurm_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"), [("gpu[003-005,7],x", "gpu003"), ("a,b", "a"), ("n1", "n1"), ("n[7]", "n7"), ("", "127.0.0.1")]
-)
+    ("nodes", "first"),
+    [("gpu[003-005,7],x", "gpu003"), ("a,b", "a"), ("n1", "n1"), ("n[7]", "n7"), ("", "127.0.0.1"),
+     ("c1-[0-1]n[3,4]", "c1-0n3"), ("n[1-2].cluster", "n1.cluster"), ("[a,b]", "a"),
+     ("rack-[01-04]-n[10-12],x", "rack-01-n10"),
+     ("a.b.c,n[1-2]", "a.b.c")],
+)  # fmt: skip
 def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert launch._first_host(nodes) == first
 

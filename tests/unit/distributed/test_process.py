@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mmdistill.config import ConfigError
-from mmdistill.distributed import process
+from mmdistill.distributed import process, rendezvous
 from mmdistill.distributed.process import Process, disable_shm_op, set_deepspeed_accelerator, start_process
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
@@ -67,7 +67,9 @@ def test_timeout_applies_to_every_process_group(monkeypatch: pytest.MonkeyPatch)
     calls: list[tuple[str, timedelta]] = []
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(core, name, getattr(core, name))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: calls.append((backend, timeout)))
+    monkeypatch.setattr(
+        rendezvous, "init_process_group", lambda backend, timeout, gpu: calls.append((backend, timeout))
+    )
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
@@ -122,3 +124,31 @@ def test_disabled_shm_op_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "build_shm_op", lambda: "built")
     disable_shm_op()
     assert backend.build_shm_op() is None
+
+
+class FakeGpus:
+    """CUDA queries of a process that sees `count` GPUs."""
+
+    def __init__(self, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.used: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", self.used.append)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+        properties = SimpleNamespace(uuid="GPU-7")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+
+@pytest.mark.parametrize(("count", "local_rank", "used"), [(1, 3, 0), (2, 3, 1), (4, 3, 3)])
+def test_task_that_sees_fewer_gpus_than_ranks_uses_one_that_it_sees(
+    count: int, local_rank: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``srun --gpus-per-task=1``: every task sees one GPU, with number 0."""
+    gpus, joined = FakeGpus(count, monkeypatch), []
+    monkeypatch.setattr(rendezvous, "init_process_group", lambda backend, timeout, gpu: joined.append((backend, gpu)))
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": str(local_rank)}.items():
+        monkeypatch.setenv(name, value)
+    assert start_process(accelerator="auto", seed=0).device == torch.device("cuda", used)
+    assert gpus.used == [used]
+    assert os.environ["LOCAL_RANK"] == str(used)
+    assert joined == [("nccl", "GPU-7")]
