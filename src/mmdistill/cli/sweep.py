@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from mmdistill import __version__
 from mmdistill.cli.job_names import FIRST_JOB
+from mmdistill.cli.memory import release_memory
 from mmdistill.console import program_name
 from mmdistill.errors import InputError, MMDistillError, format_count
 from mmdistill.files import atomic_write_bytes, is_disk_error
@@ -29,6 +30,8 @@ FAILED_EXIT_CODE = 1  # exit status of a sweep with at least one failed job
 def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception], str]) -> float | None:
     """Run one job of a sweep. An exception is printed and written to ``failed.json``, and the sweep continues.
 
+    The memory of the previous job is released before the job starts.
+
     With several processes the exception is raised, because a rank that continues alone waits forever for the others.
     `SystemExit`, for example after a stop signal, ends the sweep too. `explain` turns an exception of this package into
     a message.
@@ -36,6 +39,7 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
     Returns:
         `objective` of the job; None after a failure, which Optuna counts as a failed trial.
     """
+    release_memory()
     record = run_dir / FAILED
     record.unlink(missing_ok=True)  # may exist from an earlier sweep into this folder
     try:

@@ -43,6 +43,8 @@ def strategy_kwargs(config: DistillConfig, precision: str) -> dict[str, Any]:
     """
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if config.accelerator != "cpu" and torch.cuda.is_available():  # a task of srun may see only a part of the GPUs
+        local_world_size = min(local_world_size, torch.cuda.device_count())
     strategy: Strategy | str = "auto"
     if config.strategy in DEEPSPEED_STAGES:
         if precision == "16":

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 import torch
 
 from mmdistill.config import ConfigError
+from mmdistill.console import log_once
+from mmdistill.distributed.collectives import get_rank
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # constants of malloc.h in glibc
 
@@ -27,8 +29,9 @@ def tune_malloc() -> None:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Precision of a run: ``32``, ``bf16`` or ``16``.
 
-    ``auto`` becomes ``bf16`` on a GPU that supports it and ``32`` otherwise: on a CPU without bf16 instructions bf16 is
-    several hundred times slower than fp32.
+    ``auto`` becomes ``bf16`` on a GPU that has bf16 instructions and ``32`` otherwise: on a CPU without bf16
+    instructions bf16 is several hundred times slower than fp32, and GPUs without them convert to fp32 and back. On such
+    a GPU rank 0 logs which setting is faster.
 
     Raises:
         ConfigError: ``16`` on a CPU, where DeepSpeed has no fp16 and Lightning would use bf16 instead.
@@ -37,7 +40,16 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise ConfigError("precision=16 needs a GPU, and this run is on a CPU; use precision=32 or precision=bf16")
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32"
+    if device.type != "cuda":
+        return "32"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    if get_rank() == 0:
+        log_once(
+            f"{torch.cuda.get_device_name(device)} has no bf16 instructions, so precision=auto selects 32; "
+            "precision=16 is faster and needs less memory"
+        )
+    return "32"
 
 
 def has_fp16(device: torch.device) -> bool:

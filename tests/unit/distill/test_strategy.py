@@ -29,6 +29,18 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(1, (1, 4)), (2, (2, 2)), (4, (4, 1)), (8, (4, 1))])
+def test_devices_are_those_that_the_rank_sees(
+    visible: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    kwargs = _kwargs("auto")
+    assert (kwargs["devices"], kwargs["num_nodes"]) == expected
+
+
 def test_one_process_uses_lightnings_default() -> None:
     kwargs = _kwargs("auto", "bf16")
     assert (kwargs["strategy"], kwargs["precision"]) == ("auto", "bf16-mixed")

@@ -1,11 +1,13 @@
 """Precision, autocast and memory allocation."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmdistill.config import ConfigError
+from mmdistill.console import log_once
 from mmdistill.distributed.device import autocast, has_fp16, resolve_precision, tune_malloc
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,11 +27,24 @@ def test_given_precision_is_kept(precision: str, device: torch.device) -> None:
     assert resolve_precision(precision, device) == precision
 
 
-@pytest.mark.parametrize("supported", [False, True])
-def test_auto_is_bf16_only_on_a_gpu_that_supports_it(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
+@pytest.mark.parametrize(("capability", "selected"), [(7, "32"), (8, "bf16"), (9, "bf16")])
+def test_auto_is_bf16_only_on_a_gpu_with_bf16_instructions(
+    capability: int, selected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU of compute capability 7 emulates bf16, which torch counts as supported by default."""
+    log_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert resolve_precision("auto", CPU) == "32"
-    assert resolve_precision("auto", GPU) == ("bf16" if supported else "32")
+    assert caplog.messages == []
+    assert resolve_precision("auto", GPU) == selected
+    line = (
+        "Tesla T4 has no bf16 instructions, so precision=auto selects 32; precision=16 is faster and needs less memory"
+    )
+    assert caplog.messages == ([line] if capability < 8 else [])
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32", torch.float32), ("bf16", torch.bfloat16)])

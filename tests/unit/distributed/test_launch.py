@@ -159,6 +159,10 @@ def test_visible_devices_index_those_of_the_parent(monkeypatch: pytest.MonkeyPat
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,4"
     with pytest.raises(ConfigError, match=r"^devices=\[2\], but CUDA_VISIBLE_DEVICES=7,4 has only 2 GPUs$"):
         launch.set_visible_devices([2])
+    for names in ("GPU-8a6b,GPU-17cd,GPU-93ef", "MIG-1a2b,MIG-3c4d"):  # UUIDs
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", names)
+        launch.set_visible_devices([1])
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == names.split(",")[1]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     launch.set_visible_devices([1, 3])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
