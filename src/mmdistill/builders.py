@@ -20,6 +20,7 @@ from mmdistill.config import (
 from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.data.annotations.base import Rally, load_annotations
 from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
+from mmdistill.data.cores import default_loader_workers
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
@@ -225,7 +226,7 @@ def make_clip_dataset(
 def make_clip_loader(
     dataset: Dataset[Any],
     *,
-    num_workers: int,
+    num_workers: int | None,
     pin_memory: bool,
     batch_sampler: Sampler[Any] | None = None,
     batch_size: int = 1,
@@ -234,9 +235,11 @@ def make_clip_loader(
 ) -> ClipLoader:
     """A loader over `batch_sampler`, or over batches of `batch_size` in order without one.
 
+    `num_workers` is the number of processes; 0: this process loads the data; None: see `default_loader_workers`.
     Workers persist between epochs. The loader raises an error if a worker dies or needs more than `timeout_s` for a
     batch (0: no limit).
     """
+    num_workers = default_loader_workers() if num_workers is None else num_workers
     return loader_class(
         dataset,
         batch_sampler=batch_sampler,

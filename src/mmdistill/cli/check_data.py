@@ -15,7 +15,6 @@ whose files all exist and can be read.
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mmdistill.config.overrides import is_override
 from mmdistill.console import progress
 from mmdistill.data.annotations.base import MAX_PROBLEMS_SHOWN, InvalidEntriesError, Rally, format_rally_counts
 from mmdistill.data.annotations.f3set import to_json
+from mmdistill.data.cores import available_cores
 from mmdistill.data.readers.base import Reader
 from mmdistill.errors import format_count, format_first
 from mmdistill.files import atomic_write_bytes
@@ -141,7 +141,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--every", type=int, default=1, help="open only every n-th file; missing files are always counted"
     )
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: all cores)"
+        "--workers", type=int, default=available_cores(), help="number of processes (default: all cores of this job)"
     )
     parser.add_argument("--json", type=Path, help="file for the full report (default: none)")
     parser.add_argument("--write-clean", type=Path, help="file for the valid rallies and events (default: none)")

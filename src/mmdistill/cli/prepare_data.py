@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -31,6 +30,7 @@ from mmdistill.console import ProgressDisplay
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
+from mmdistill.data.cores import available_cores
 from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import InputError, format_count, format_first
 from mmdistill.modalities import BUILTIN_MODALITIES
@@ -97,8 +97,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
-        help="number of processes; each prepares one video at a time (default: all cores)",
+        default=available_cores(),
+        help="number of processes; each prepares one video at a time (default: all cores of this job)",
     )
     return parser.parse_args(argv)
 

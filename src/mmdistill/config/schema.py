@@ -307,8 +307,9 @@ class CommonConfig(Sealable):
     seed: int = key(0, at_least(0))
     # number of clips per process and step
     batch_size: int = key(MISSING, at_least(1))
-    # number of data loading processes per rank; 0: the training process loads the data
-    num_workers: int = key(1, at_least(0))
+    # number of data loading processes per rank; 0: the training process loads the data; null: one for each core that
+    # the rank was given but its own, from 1 to 16
+    num_workers: int | None = key(None, at_least(0))
     # auto (GPU if there is one) | cpu | gpu
     accelerator: str = key("auto", one_of("auto", "cpu", "gpu"))
     # number of processes on this machine | auto or -1 (one per GPU) | list of GPU numbers. Under a launcher (torchrun,

@@ -1,9 +1,12 @@
 """A DataLoader whose workers survive stop signals, and which reports why a worker died."""
 
 import atexit
+import errno
+import os
+import shutil
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -12,9 +15,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from mmdistill.errors import MMDistillError
+
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
 # its step and saves, for which it needs its workers, so the workers ignore these signals.
 PROTECTED_SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")]
+_SHM = "/dev/shm"  # where Linux keeps shared memory and the semaphores of multiprocessing
+_SHM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSYS)
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
@@ -30,14 +37,22 @@ class ClipLoader(DataLoader[Any]):
 
     def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **options: Any) -> None:
         super().__init__(*args, worker_init_fn=_WorkerInit(worker_init_fn), **options)  # type: ignore[misc]
+        if self.num_workers > 0:
+            dataset = getattr(self.dataset, "dataset", self.dataset)  # of a `Subset`
+            with _explain_shared_memory_errors(self.num_workers):
+                getattr(dataset, "share_memory", lambda: None)()
 
     def __iter__(self) -> Any:
         """The batches. Workers start to fetch immediately.
 
         Raises:
             RuntimeError: a worker has exited; names its process and the signal or exit status.
+            SharedMemoryError: workers cannot use /dev/shm.
         """
-        with blocked_signals(PROTECTED_SIGNALS):  # a signal during the start of the workers stays pending
+        with (  # a signal during the start of the workers stays pending
+            blocked_signals(PROTECTED_SIGNALS),
+            _explain_shared_memory_errors(self.num_workers, errors=_SHM_ERRORS if self.num_workers else ()),
+        ):
             batches = super().__iter__()
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
@@ -57,6 +72,27 @@ def blocked_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+class SharedMemoryError(MMDistillError):
+    """Workers need more shared memory than there is."""
+
+
+@contextmanager
+def _explain_shared_memory_errors(num_workers: int, *, errors: Sequence[int] = ()) -> Iterator[None]:
+    """While open, errors about shared memory become a `SharedMemoryError`, and so does an `OSError` of `errors`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        text = str(error)
+        if getattr(error, "errno", None) not in errors and "shared memory" not in text:
+            raise
+        reason = next((os.strerror(n) for n in _SHM_ERRORS if os.strerror(n) in text), "Bus error")
+        size = f"{shutil.disk_usage(_SHM).total // 1024:,} kB" if os.path.isdir(_SHM) else "missing"
+        raise SharedMemoryError(
+            f"num_workers={num_workers}: data loading processes cannot use shared memory ({reason}; {_SHM}: {size}); "
+            "set num_workers=0, or give the container more, for example with docker run --shm-size=8g"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -91,7 +127,8 @@ def _kill_hung_workers() -> None:
 def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:
     workers = getattr(batches, "_workers", ())  # absent with num_workers=0
     try:
-        yield from batches
+        with _explain_shared_memory_errors(len(workers)):
+            yield from batches
     except (OSError, EOFError, RuntimeError) as error:
         # torch raises RuntimeError only after the worker has exited
         exited = wait([w.sentinel for w in workers], 0 if isinstance(error, RuntimeError) else _WORKER_EXIT_WAIT_S)

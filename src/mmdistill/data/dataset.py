@@ -111,10 +111,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if isinstance(self.index.clips, ClipTable):
             table = self.index.clips
             self.index = replace(self.index, clips=replace(table, rows=torch.as_tensor(table.rows)))
-        # Shared memory that workers write to: frames repeated per clip and modality; last column: clip was replaced. A
-        # cell always gets the same value, so no lock is needed.
-        stats = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16)
-        self._seen: torch.Tensor = stats.share_memory_()
+        # Frames repeated per clip and modality; last column: clip was replaced. Workers write to it (`share_memory`).
+        # A cell always gets the same value, so no lock is needed.
+        self._seen = torch.zeros(len(self.index.clips), len(self.readers) + 1, dtype=torch.int16)
+
+    def share_memory(self) -> None:
+        """Move the counts to shared memory, to which loader workers write. `ClipLoader` calls it if it has workers."""
+        self._seen.share_memory_()
 
     def __len__(self) -> int:
         return len(self.index.clips)

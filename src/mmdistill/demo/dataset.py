@@ -30,6 +30,7 @@ import numpy as np
 from filelock import FileLock, SoftFileLock
 
 from mmdistill.console import progress as show_progress
+from mmdistill.data.cores import available_cores
 from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.demo import render
 from mmdistill.demo.scene import (
@@ -184,8 +185,7 @@ def make_demo(root: Path, parameters: DemoParameters, *, workers: int | None = N
             return
         atomic_write_bytes(root / "demo.partial.json", json.dumps({"parameters": requested}).encode())
         (root / "demo.json").unlink(missing_ok=True)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        _render_all(root, missing, parameters, min(workers or cores, max(len(missing), 1)), progress)
+        _render_all(root, missing, parameters, min(workers or available_cores(), max(len(missing), 1)), progress)
         records = {split: [rally_record(p, parameters) for p in plans if p.split == split] for split in SPLITS}
         for name, split in ANNOTATION_FILES.items():
             atomic_write_bytes(root / name, json.dumps(records[split], indent=2).encode())

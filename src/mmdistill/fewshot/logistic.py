@@ -4,12 +4,12 @@ This module does not import torch, because every worker process imports it. Each
 its own episode, so the predictions do not depend on the number of workers.
 """
 
-import os
 import warnings
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdistill.data.cores import available_cores
 from mmdistill.fewshot.episodes import Episodes, FloatArray, IntArray
 
 MAX_ITERATIONS = 1000
@@ -17,7 +17,7 @@ MAX_ITERATIONS = 1000
 
 def default_num_workers() -> int:
     """Number of processors that this process may use, at most 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(16, available_cores())
 
 
 def predict_logistic(

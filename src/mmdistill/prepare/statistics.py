@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from sklearn.preprocessing import StandardScaler
 
+from mmdistill.data.cores import default_loader_workers
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, init_worker
 from mmdistill.modalities import ModalitySpec, preprocess_clips
@@ -17,15 +18,16 @@ def dataset_statistics(
     specs: Mapping[str, ModalitySpec],
     *,
     batch_size: int = 4,
-    num_workers: int = 0,
+    num_workers: int | None = 0,
     clips: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, StandardScaler]:
     """Statistics of each modality of `dataset` as model input: after cropping, resizing, flow scaling and heat-maps.
 
     The crops are those of epoch 0. Mean and std of `specs` are ignored. `clips` is the number of clips, evenly spaced
-    over the dataset; None: all. `progress` is called with the number of processed clips. The float64 results have one
-    feature per channel: ``mean_``, ``var_`` (division by the count), ``n_samples_seen_``.
+    over the dataset; None: all. `progress` is called with the number of processed clips. `num_workers` None: see
+    `default_loader_workers`. The float64 results have one feature per channel: ``mean_``, ``var_`` (division by the
+    count), ``n_samples_seen_``.
 
     Raises:
         ValueError: the dataset is empty.
@@ -37,6 +39,7 @@ def dataset_statistics(
     scalers = {name: StandardScaler() for name in raw}
     chosen = np.linspace(0, len(dataset) - 1, min(clips or len(dataset), len(dataset))).round().astype(int)
     batches = [[(0, int(i)) for i in batch] for batch in np.array_split(chosen, -(-len(chosen) // batch_size))]
+    num_workers = default_loader_workers() if num_workers is None else num_workers
     loader = ClipLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=init_worker)
     height, width = dataset.crop.crop_size
     done = 0

@@ -1,7 +1,6 @@
 """``run.json``: what is needed to repeat a run. One record per start, so a resumed run has several."""
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 from mmdistill import __version__
 from mmdistill.config.compose import SOURCE_ROOT
+from mmdistill.data.cores import available_cores
 from mmdistill.files import atomic_write_bytes
 
 RUN_FILE = "run.json"
@@ -72,7 +72,7 @@ def environment(accelerator: str) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "cuda": torch.version.cuda if gpu else None,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": available_cores(),
         "threads": torch.get_num_threads(),
         "packages": packages,
     }

@@ -15,6 +15,7 @@ from mmdistill import __version__
 from mmdistill.checkpoint import latest_valid_checkpoint
 from mmdistill.config import DistillConfig, PretrainConfig, to_plain
 from mmdistill.config.compose import SOURCE_ROOT, load_config
+from mmdistill.data.cores import available_cores
 from mmdistill.errors import MMDistillError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import BUILTIN_MODALITIES
@@ -167,7 +168,7 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
     Raises:
         StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // parallel))}
     completed = completed_stages(stages)
     waiting = [stage for stage in stages if stage not in completed]
