@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
 from mmdistill.cli.hydra_help import parse_options, render_help
+from mmdistill.cli.compiler import explain_compiler_errors
 from mmdistill.cli.job_names import shorten_subdirs
 from mmdistill.cli.memory import explain_memory_errors
 from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
@@ -185,7 +186,7 @@ def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | Non
 
             world_size = int(os.environ["WORLD_SIZE"]) if launch.launched_externally() else 1
             record_run(Path(run_dir), to_plain(config), processes=world_size, accelerator=config.accelerator)
-        with explain_memory_errors():
+        with explain_memory_errors(), explain_compiler_errors():
             job(config, run_dir)
         return
     if hydra_config.mode is RunMode.MULTIRUN:
