@@ -62,6 +62,8 @@ def test_fits_that_do_not_converge_are_counted(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_default_num_workers_is_the_number_of_processors_but_at_most_16(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(3)), raising=False)
     assert default_num_workers() == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
