@@ -20,8 +20,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
-from mmdistill.cli.hydra_help import parse_options, render_help
 from mmdistill.cli.compiler import explain_compiler_errors
+from mmdistill.cli.hydra_help import parse_options, render_help
 from mmdistill.cli.job_names import shorten_subdirs
 from mmdistill.cli.memory import explain_memory_errors
 from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
