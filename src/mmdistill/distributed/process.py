@@ -50,7 +50,8 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
         timeout_s: seconds that a rank waits for the others in a collective before it raises.
 
     Raises:
-        ConfigError: ``accelerator="gpu"``, but torch finds no GPU. Or ranks of two runs have met, see `verify_ranks`.
+        ConfigError: ``accelerator="gpu"``, but torch finds no GPU.
+        RendezvousError: the ranks cannot connect, or ranks of two runs have met.
     """
     torch.set_flush_denormal(True)  # denormals take 90 % of a pretraining step otherwise
     if accelerator == "gpu" and not torch.cuda.is_available():

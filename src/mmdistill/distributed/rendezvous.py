@@ -8,11 +8,15 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from mmdistill.config import ConfigError
 from mmdistill.distributed.launch import get_run_id
+from mmdistill.errors import InputError
 
 LATE_RANKS_S = 30.0  # after a mismatch, rank 0 keeps its store this long for ranks of its own run that arrive late
 _ACCEPTED = "accepted"
+
+
+class RendezvousError(InputError):
+    """The ranks of a run cannot connect, or ranks of two runs have met."""
 
 
 def init_process_group(backend: str, *, timeout: timedelta, gpu: str = "") -> None:
@@ -24,13 +28,13 @@ def init_process_group(backend: str, *, timeout: timedelta, gpu: str = "") -> No
         gpu: identifier of the GPU of this rank; no two ranks may have the same. Empty: no GPU, or an unknown one.
 
     Raises:
-        ConfigError: see `verify_ranks`; or ``MASTER_PORT`` is in use, or rank 0 does not answer.
+        RendezvousError: see `verify_ranks`; or ``MASTER_PORT`` is in use, or rank 0 does not answer.
     """
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistNetworkError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(
+        raise RendezvousError(
             f"rank {os.environ['RANK']} cannot use {_address()}: {reason}; set MASTER_ADDR to the machine of rank 0 "
             "and MASTER_PORT to a free port there, the same on all ranks"
         ) from error
@@ -48,7 +52,7 @@ def verify_ranks(
     reason as the result. Otherwise the last rank writes that the ranks are accepted. The first result counts.
 
     Raises:
-        ConfigError: the result is a reason; the same on all connected ranks. Or a rank has not connected in time.
+        RendezvousError: the result is a reason; the same on all connected ranks. Or a rank has not connected in time.
     """
     claims = {"run id": f"run {run_id or '(none)'}", f"rank {rank}": uuid.uuid4().hex}
     if gpu:
@@ -67,14 +71,16 @@ def verify_ranks(
         store.wait(["result"], timeout)
         result = store.get("result").decode()
     except dist.DistError:
-        raise ConfigError(
+        raise RendezvousError(
             f"not all of {world_size} ranks have connected to {_address()} within "
             f"distributed_timeout_s={timeout.total_seconds():g}; see the output of the other ranks"
         ) from None
     if rank == 0 and result != _ACCEPTED:
         _wait_for_late_ranks(store, world_size)
-    if problem or result != _ACCEPTED:
-        raise ConfigError(problem or result)
+    if result != _ACCEPTED:
+        raise RendezvousError(result).on_all_ranks()
+    if problem:  # the other ranks belong to a run that has started
+        raise RendezvousError(problem)
 
 
 def _describe(key: str, found: str, own: str, rank: int) -> str:

@@ -7,9 +7,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from mmdistill.config import ConfigError
 from mmdistill.distributed import rendezvous
-from mmdistill.distributed.rendezvous import verify_ranks
+from mmdistill.distributed.rendezvous import RendezvousError, verify_ranks
 from tests.ranks import free_port
 
 TIMEOUT = timedelta(seconds=20)
@@ -38,7 +37,7 @@ class Port:
 
 def problems(ranks: "list[Future[None]]") -> list[str]:
     errors = [rank.exception(20) for rank in ranks]
-    assert all(error is None or isinstance(error, ConfigError) for error in errors), errors
+    assert all(error is None or isinstance(error, RendezvousError) for error in errors), errors
     return [str(error or "") for error in errors]
 
 
@@ -94,6 +93,6 @@ def test_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, str(value))
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with pytest.raises(
-            ConfigError, match=rf"^rank 0 cannot use MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: .*EADDRINUSE"
+            RendezvousError, match=rf"^rank 0 cannot use MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: .*EADDRINUSE"
         ):
             rendezvous.init_process_group("gloo", timeout=timedelta(seconds=1))
