@@ -6,7 +6,10 @@ from contextlib import contextmanager
 
 from mmdistill.config import ConfigError
 
-_REASON = r"No working C\+\+ compiler|Failed to find C compiler|C\+\+ compile error|\[Errno \d+\] [^:\n]+(: '[^']+')?"
+_REASON = (
+    r"No working C\+\+ compiler|Compiler: \S+ is not found|Failed to find C compiler|C\+\+ compile error|"
+    r"\[Errno \d+\] [^:\n]+(: '[^']+')?"
+)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ FIX = (
     ],
 )  # fmt: skip
 def test_failure_of_the_machine_is_one_line(cause: Exception, reason: str) -> None:
-    for error in (InductorError(cause, None), BackendCompilerFailed(lambda: None, cause)):
+    for error in (InductorError(cause, None), BackendCompilerFailed(lambda: None, cause, None)):
         with pytest.raises(ConfigError) as raised, explain_compiler_errors():
             raise error
         assert str(raised.value) == f"compile=true: {reason}; {FIX}"
