@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.clips import ClipSpec, ClipTable, build_index
+from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError
@@ -184,7 +185,7 @@ def test_on_missing_repeat_counts_each_frame_once_over_all_workers(tmp_path: Pat
     ds = dataset(video, videos=("dot", "gap"), stride=8, on_missing="repeat")
     assert [c.id for c in ds.index.clips] == ["gap:000000", "gap:000008"]
     for _ in range(2):
-        list(DataLoader(ds, batch_size=1, num_workers=2))
+        list(ClipLoader(ds, batch_size=1, num_workers=2))
     report = ds.missing_report()
     assert report["frames_repeated"] == {"rgb": {"gap": 1}, "flow": {"gap": 1}}
     assert report["clips_skipped"] == {"skeleton": {"dot": 2}}

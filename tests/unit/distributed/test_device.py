@@ -1,13 +1,14 @@
 """Precision, autocast and memory allocation."""
 
 import ctypes
+import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmdistill.config import ConfigError
-from mmdistill.console import log_once
+from mmdistill.distributed import device
 from mmdistill.distributed.device import autocast, has_fp16, resolve_precision, tune_malloc
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +33,7 @@ def test_auto_is_bf16_only_on_a_gpu_with_bf16_instructions(
     capability: int, selected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A GPU of compute capability 7 emulates bf16, which torch counts as supported by default."""
-    log_once.cache_clear()
+    monkeypatch.setattr(device, "log_once", logging.getLogger("mmdistill").warning)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
