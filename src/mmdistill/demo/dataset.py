@@ -16,7 +16,6 @@ number depends only on `seed` and the rally, so rallies can be rendered in any o
 import errno
 import json
 import multiprocessing
-import os
 import pickle
 import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
