@@ -65,8 +65,8 @@ def write_output(root: Path) -> Path:
     return root
 
 
-def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG) -> Encoder:
-    """Write a small distilled Lightning file with metadata; its student."""
+def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG, **more: object) -> Encoder:
+    """Write a small distilled Lightning file with metadata, to which `more` is added; its student."""
     torch.manual_seed(0)
     student, teacher = Encoder(config), Encoder(config)
     for encoder in (student, teacher):
@@ -82,5 +82,5 @@ def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG) -> Encod
         "statistics": {"rgb": {"mean": [0.5], "std": [0.2]}, "flow": {"mean": [0.0], "std": [1.0]}},
     }
     content = {"state_dict": state, "pytorch-lightning_version": "2.6.6", "epoch": 3, "global_step": 40}
-    save_torch({**content, "mmdistill": meta}, path)
+    save_torch({**content, "mmdistill": meta | more}, path)
     return student

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.metadata import read_stored_meta
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
     HUGGINGFACE_WEIGHTS,
@@ -50,7 +51,7 @@ class CheckpointInfo:
         path: absolute.
         format: value of a `CheckpointFormat`.
         modality: ``rgb``, ``flow``, ``skeleton``, ``distilled`` or ``unknown``.
-        epoch, loss: from the manifest or the name; None if neither contains it.
+        epoch, loss: from the manifest, the name or the metadata; None if none of them contains it.
         size: bytes.
         complete: all files exist with their full length (`inspect_checkpoint` also reads the contents).
         problem: why the checkpoint is not complete.
@@ -180,8 +181,10 @@ def _check_safetensors(path: str) -> tuple[str, dict[str, Any], set[str]]:
         size = format_count(os.path.getsize(path), "byte")
         return f"{os.path.basename(path)} is truncated or damaged at {size} ({error})", {}, set()
     meta = meta if isinstance(meta, dict) else {}
-    is_distilled = any(name.startswith(("student_rgb.", "cmt.")) for name in names)
-    return "", {"kind": "distill", **meta} if is_distilled else meta, names
+    if any(name.startswith(("student_rgb.", "cmt.")) for name in names):
+        return "", {"kind": "distill", **meta}, names
+    is_export = str(meta.get("component")).startswith("student")  # of one student, which is no teacher
+    return "", {**meta, "kind": "distill"} if is_export else meta, names
 
 
 def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:
@@ -363,7 +366,8 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
     found = list(_iterate_checkpoints(str(top), unreadable if unreadable is not None else []))
     if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
         found = list({os.path.realpath(info.path): info for info in found}.values())
-    return sorted(_with_run_starts(_complete_last(found)), key=_age_key, reverse=True)
+    found = [_with_stored_loss(info) for info in _complete_last(found)]
+    return sorted(_with_run_starts(found), key=_age_key, reverse=True)
 
 
 def _complete_last(found: list[CheckpointInfo]) -> list[CheckpointInfo]:
@@ -371,6 +375,14 @@ def _complete_last(found: list[CheckpointInfo]) -> list[CheckpointInfo]:
     named = {(i.path.parent, i.size, i.modified): i for i in found if i.loss is not None}
     links = {i.path: named.get((i.path.parent, i.size, i.modified)) for i in found if i.path.stem == "last"}
     return [replace(i, epoch=twin.epoch, loss=twin.loss) if (twin := links.get(i.path)) else i for i in found]
+
+
+def _with_stored_loss(info: CheckpointInfo) -> CheckpointInfo:
+    """`info` with the loss in the metadata, for a complete file whose name has none, such as a renamed copy."""
+    if info.loss is not None or not info.complete or info.path.is_dir():
+        return info
+    loss = read_stored_meta(info.path).get("loss")
+    return replace(info, loss=loss) if isinstance(loss, float) and math.isfinite(loss) else info
 
 
 def _age_key(info: CheckpointInfo) -> tuple[float, int, float, bool]:

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.checkpoint.find import DISTILLED, UNKNOWN, CheckpointInfo, find_checkpoints, select_checkpoints
+from mmdistill.checkpoint.formats.metadata import read_stored_meta
 from mmdistill.cli.hydra_help import parse_options
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.cli.video_classes import video_class_overrides
-from mmdistill.config import ConfigError
-from mmdistill.config.compose import compose_config, configs_dir
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, to_plain
+from mmdistill.config.compose import compose_config, configs_dir, load_config
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.errors import format_size
@@ -32,7 +33,9 @@ from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, modality_
 
 HEADER = f"  {'format':<10}{'epoch':>6}{'loss':>10}{'size':>10}  {'saved':<18}{'files':<12}path"
 RESULTS_FILE = "fewshot.json"
-_UNREADABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError)  # the records of a run are not as expected
+_INVALID_CONFIG = (ConfigError, HydraException, OmegaConfBaseException)
+# the records of a run are not as expected
+_UNREADABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, *_INVALID_CONFIG)
 # verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`. A distillation has
 # its own `trainer`
 OTHER_KEYS: dict[str, tuple[str, ...]] = {
@@ -72,7 +75,7 @@ def format_ckpt_path(selected: dict[str, CheckpointInfo]) -> str:
                 [
                     "mmdistill",
                     "pretrain",
-                    *config_arguments(_run_dir(selected[found[0]]), "pretrain"),
+                    *config_arguments(_run_dir(selected[found[0]]), "pretrain", selected[found[0]].path),
                     f"modality={name}",
                 ]
             )
@@ -90,15 +93,15 @@ def _run_dir(info: CheckpointInfo) -> Path:
     return info.path.parent.parent
 
 
-def config_arguments(run_dir: Path, verb: str) -> list[str]:
+def config_arguments(run_dir: Path, verb: str, checkpoint: Path | None = None) -> list[str]:
     """Arguments of ``mmdistill VERB`` that select the config, the dataset and the overrides of a run that VERB uses.
 
-    They come from the ``.hydra`` folder of the run, else from its ``run.json``. Without both: the main config that has
-    the run's name, if there is one, else the placeholder NAME. A distillation uses the config of the pretraining with
-    ``mmdistill`` in its name, and the experiment of the pretraining if it fits.
+    They come from the ``.hydra`` folder of the run, else from its ``run.json``, else from the config in `checkpoint`.
+    Without these: the main config that has the run's name, if there is one, else the placeholder NAME. A distillation
+    uses the config of the pretraining with ``mmdistill`` in its name, and the experiment of the pretraining if it fits.
     """
     try:
-        hydra, data = _read_run(run_dir)
+        hydra, data = _read_run(run_dir, checkpoint)
         names = {"main": "--config-path", "command-line": "--config-dir"}
         sources = [
             (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
@@ -110,7 +113,7 @@ def config_arguments(run_dir: Path, verb: str) -> list[str]:
             overrides.insert(0, f"dataset={dataset}")
         if hydra.get("mode") == "MULTIRUN" and any(override.startswith("experiment=") for override in overrides):
             overrides.append("hydra.mode=RUN")  # one job of the sweep, whose values are among the overrides
-        more = _overrides_without_labels(run_dir, verb)
+        more = _overrides_without_labels(run_dir, verb, checkpoint)
         overrides = [o for o in overrides if o.partition("=")[0] not in {m.partition("=")[0] for m in more}] + more
         config_name = hydra["job"]["config_name"]
         if verb == "distill":
@@ -132,38 +135,75 @@ def _composes(config_name: str, sources: dict[str, str], overrides: list[str]) -
     folders = {"config_path": sources.get("--config-path"), "config_dir": sources.get("--config-dir")}
     try:
         compose_config(config_name, overrides, **folders)
-    except (ConfigError, HydraException, OmegaConfBaseException):
+    except _INVALID_CONFIG:
         return False
     return True
 
 
-def missing_evaluation_file(run_dir: Path) -> Path | None:
+def missing_evaluation_file(run_dir: Path, checkpoint: Path | None = None) -> Path | None:
     """The annotation file of a run's evaluation, if it does not exist, but that of the training exists; else None."""
     try:
-        hydra, data = _read_run(run_dir)
+        hydra, data = _read_run(run_dir, checkpoint)
         training, evaluation = _annotation_paths(hydra, data)
     except _UNREADABLE:
         return None
     return evaluation if training.is_file() and not evaluation.exists() else None
 
 
-def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's settings and `data_module` of a run, from ``.hydra``, else from the first record of ``run.json``."""
-    if not (run_dir / ".hydra").is_dir():
+def _read_run(run_dir: Path, checkpoint: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hydra's settings and `data_module` of a run, from the first of these that exists.
+
+    ``.hydra``, the first record of ``run.json``, the config in the metadata of `checkpoint`.
+    """
+    if (run_dir / ".hydra").is_dir():
+        hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_bytes())["hydra"]
+        return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_bytes())["data_module"]
+    paths: Sequence[tuple[str, str | None]]
+    if checkpoint is None or (run_dir / "run.json").is_file():
         record = json.loads((run_dir / "run.json").read_bytes())[0]
         config, options = record["config"], parse_options(record["command"][1:])
         name = options.config_name or ("config_pretrain" if "modality" in config else "config_mmdistill")
         paths = (("main", options.config_path or str(configs_dir())), ("command-line", options.config_dir))
-        runtime = {
-            "cwd": "",
-            "config_sources": [{"provider": provider, "path": path} for provider, path in paths if path],
-            "choices": {"dataset": None},
-        }
-        return {"job": {"config_name": name}, "runtime": runtime, "overrides": {"task": options.overrides}}, config[
-            "data_module"
-        ]
-    hydra = yaml.safe_load((run_dir / ".hydra" / "hydra.yaml").read_bytes())["hydra"]
-    return hydra, yaml.safe_load((run_dir / ".hydra" / "config.yaml").read_bytes())["data_module"]
+        overrides = options.overrides
+    else:
+        config, paths = read_stored_meta(checkpoint)["config"], (("main", str(configs_dir())),)
+        name, overrides = _nearest_config(config)
+    runtime = {
+        "cwd": "",
+        "config_sources": [{"provider": provider, "path": path} for provider, path in paths if path],
+        "choices": {"dataset": None},
+    }
+    hydra = {"job": {"config_name": name}, "runtime": runtime, "overrides": {"task": overrides}}
+    return hydra, config["data_module"]
+
+
+def _nearest_config(config: dict[str, Any]) -> tuple[str, list[str]]:
+    """The main config that needs the fewest overrides for `config`, a complete config, and these overrides."""
+    prefix = "config_pretrain" if "modality" in config else "config_mmdistill"
+    dataset = config["data_module"]["name"]
+    arguments = [f"dataset={dataset}"] if (configs_dir() / "dataset" / f"{dataset}.yaml").is_file() else []
+    found = {}
+    for path in sorted(configs_dir().glob(f"{prefix}*.yaml")):
+        base: PretrainConfig | DistillConfig
+        if "modality" in config:
+            base = load_config(PretrainConfig, path.stem, [*arguments, f"modality={config['modality']}"])
+        else:
+            base = load_config(DistillConfig, path.stem, [*arguments, "train=False", "test=False"])
+        found[path.stem] = [*arguments, *_differences(config, to_plain(base))]
+    name = min(found, key=lambda name: len(found[name]))
+    return name, found[name]
+
+
+def _differences(config: dict[str, Any], base: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Overrides that give the keys of `base` the values of `config`."""
+    for key, value in config.items():
+        if key not in base or value == base[key]:
+            continue
+        if isinstance(value, dict) and isinstance(base[key], dict):
+            yield from _differences(value, base[key], f"{prefix}{key}.")
+        else:
+            text = _hydra_value(value) if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+            yield f"{prefix}{key}={text}"
 
 
 def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path, Path]:
@@ -173,13 +213,13 @@ def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path
     return root / training, root / evaluation
 
 
-def _overrides_without_labels(run_dir: Path, verb: str) -> list[str]:
+def _overrides_without_labels(run_dir: Path, verb: str, checkpoint: Path | None) -> list[str]:
     """Overrides of `verb` without an evaluation file: no evaluation, or the video as class if possible."""
-    if verb == "pretrain" or missing_evaluation_file(run_dir) is None:
+    if verb == "pretrain" or missing_evaluation_file(run_dir, checkpoint) is None:
         return []
     if verb == "distill":
         return ["test=False"]
-    hydra, data = _read_run(run_dir)
+    hydra, data = _read_run(run_dir, checkpoint)
     if data["annotations"] != "f3set":
         return []
     spec = ClipSpec("windows", data["num_frames"], sampling_rate=data["sampling_rate"], stride=data["window_stride"])
@@ -219,7 +259,8 @@ def distillation_command(selected: dict[str, CheckpointInfo]) -> str | None:
         return None
     subset = [f"trainer.teachers=[{','.join(teachers)}]"] if teachers != list(BUILTIN_MODALITIES) else []
     paths = ",".join(_hydra_value(str(selected[name].path)) for name in teachers)
-    arguments = config_arguments(_run_dir(selected[STUDENT_MODALITY]), "distill")
+    teacher = selected[STUDENT_MODALITY]
+    arguments = config_arguments(_run_dir(teacher), "distill", teacher.path)
     return shlex.join(["mmdistill", "distill", *arguments, *subset, f"trainer.ckpt_path=[{paths}]"])
 
 
@@ -238,7 +279,7 @@ def evaluation_command_of_run(checkpoint: Path, run_dir: Path) -> str:
 
     It is quoted for the shell and for Hydra.
     """
-    arguments = config_arguments(run_dir, "evaluate")
+    arguments = config_arguments(run_dir, "evaluate", checkpoint)
     return shlex.join(["mmdistill", "evaluate", *arguments, f"ckpt_path={_hydra_value(str(checkpoint))}"])
 
 
@@ -279,7 +320,8 @@ def print_report(
         print(f"Distill these teachers (set trainer.* keys, such as trainer.epochs, if needed):\n\n{command}\n")
     if DISTILLED in selected:
         command = evaluation_command(selected[DISTILLED])
-        missing = missing_evaluation_file(_evaluation_dir(_run_dir(selected[DISTILLED])))
+        student = selected[DISTILLED].path
+        missing = missing_evaluation_file(_evaluation_dir(_run_dir(selected[DISTILLED])), student)
         fix = "the video is the class" if "label=video" in command else "the evaluation needs a file with labels"
         note = "" if missing is None else f"; {missing} does not exist: {fix}"
         print(f"Evaluate the student ({which}{note}):\n\n{command}\n")

@@ -208,7 +208,7 @@ def check_evaluation(config: DistillConfig) -> None:
     builders.make_demo_data(config.data_module)
     try:
         _check_clips(_make_protocol(config), builders.make_clip_index(config.data_module, training=False))
-    except (FewshotError, AnnotationError) as error:
+    except (FewshotError, AnnotationError, ConfigError) as error:
         raise ConfigError(
             f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
         ) from error

@@ -15,11 +15,12 @@ from mmdistill.cli.find_checkpoints import (
     format_size,
     main,
 )
-from mmdistill.config.compose import CONFIGS
+from mmdistill.config import DistillConfig, PretrainConfig, to_plain
+from mmdistill.config.compose import CONFIGS, load_config
 from mmdistill.config.overrides import quote_overrides
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import to_json
-from tests.checkpoint_files import write_lightning, write_native, write_output
+from tests.checkpoint_files import write_distilled, write_lightning, write_native, write_output
 
 
 @pytest.fixture
@@ -249,6 +250,27 @@ def test_commands_come_from_run_json_without_the_folder_of_hydra(output: Path) -
     assert words[2:-1] == ["--config-name=config_mmdistill_tennis", *expected]
     words = shlex.split(distillation_command(selected) or "")
     assert words[2:-1] == ["--config-name=config_mmdistill_tennis", *expected]
+
+
+def test_commands_come_from_the_config_in_a_copied_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``.hydra`` and ``run.json``. The data have no labels, so the distillation does not evaluate."""
+    monkeypatch.chdir(tmp_path)
+    data = ["data_module.target_data_dir=my data", "data_module.k_shot=[1,5]"]
+    pretraining = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb", "seed=3", *data])
+    distillation = load_config(DistillConfig, "config_mmdistill", [*data, "trainer.ckpt_path=[a,b,c]", "dataset=epic"])
+    write_native(tmp_path / "teachers/abc", modality="rgb", config=to_plain(pretraining))
+    write_distilled(tmp_path / "model.ckpt", config=to_plain(distillation))
+    selected = select_checkpoints(find_checkpoints(tmp_path))
+    keys = ['data_module.target_data_dir="my data"', "data_module.k_shot=[1,5]"]
+    teacher = ["--config-name=config_mmdistill_tennis", "dataset=tennis", "seed=3", *keys]
+    student = ["--config-name=config_mmdistill", "dataset=epic", *keys]
+    words = shlex.split(distillation_command(selected) or "")
+    assert sorted(words[2:-2]) == sorted(teacher)
+    assert sorted(shlex.split(evaluation_command(selected["distilled"]))[2:-1]) == sorted(student)
+    annotations = tmp_path / "my data" / pretraining.data_module.unlabel_json_path
+    annotations.parent.mkdir(parents=True)
+    annotations.write_text("[]")
+    assert "test=False" in shlex.split(distillation_command(selected) or "")
 
 
 @pytest.mark.parametrize(("mode", "more"), [("RUN", []), ("MULTIRUN", ["hydra.mode=RUN"])])

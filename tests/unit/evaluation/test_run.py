@@ -239,6 +239,7 @@ def test_a_pretraining_checkpoint_has_no_other_component(data: Path, tmp_path: P
     [
         ("data_module.q_sample=30", "classes that have them: 0 of 4"),
         ("data_module.eval_clips=windows", "no clip has a label"),
+        ("data_module.fewshot_eval_json_path=absent.json", r"absent\.json does not exist; .*; or set test=False"),
         ("eval_component=student_ema_rgb", "eval_component: the distilled checkpoint will have no student_ema_rgb"),
         ("baselines=[teacher_old_rgb]", "baselines: the distilled checkpoint will have no teacher_old_rgb"),
         ("baselines=[randm]", r"baselines: randm is .*, nor an existing path; did you mean random\?"),
