@@ -21,7 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.cli import sweep
 from mmdistill.cli.compiler import explain_compiler_errors
-from mmdistill.cli.hydra_help import parse_options, render_help
+from mmdistill.cli.hydra_help import (
+    describe_rejected_group,
+    is_trainer_of_other_phase,
+    parse_options,
+    render_help,
+)
 from mmdistill.cli.job_names import shorten_subdirs
 from mmdistill.cli.memory import explain_memory_errors
 from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
@@ -87,6 +92,8 @@ def run_entrypoint(
             with exit_if_pipe_closed():
                 print(render_help(usage, schema, config_name, options))
             return
+        if any(is_trainer_of_other_phase(override, schema) for override in options.overrides):
+            raise ConfigError(str(describe_rejected_group(schema, config_name, options)))
     except Exception as error:
         report(error)
 
@@ -123,6 +130,9 @@ def run_entrypoint(
                 run_composed()
             except KeyboardInterrupt:
                 exit_after_interrupt(verb)
+            except (HydraException, OmegaConfBaseException) as error:
+                rejected = describe_rejected_group(schema, config_name, options)
+                report(ConfigError(rejected) if rejected else error)
             except Exception as error:
                 report(error)
     except SystemExit as end:

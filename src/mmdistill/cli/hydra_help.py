@@ -1,6 +1,7 @@
 """Options and ``--help`` of the verbs with a Hydra config: each key with its value and meaning. Imports no torch."""
 
 import argparse
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,21 +58,54 @@ def render_help(usage: str, schema_class: Schema, config_name: str, options: arg
     return "\n".join(lines)
 
 
-def _accepted_groups(schema_class: Schema, config_name: str, folders: Mapping[str, str | None]) -> dict[str, list[str]]:
-    """Group -> names of its files with which the config of the verb composes and whose sweeps have keys of the verb."""
+def _accepted_groups(
+    schema_class: Schema, config_name: str, folders: Mapping[str, str | None], only: str = "*"
+) -> dict[str, list[str]]:
+    """Group -> names of its files with which the config of the verb composes and whose sweeps have keys of the verb.
+
+    `only`: name of a group; ``*``: all groups.
+    """
     keys, found = known_keys(schema_class), dict[str, list[str]]()
-    roots = [Path(folder) for folder in (folders["config_path"] or configs_dir(), folders["config_dir"]) if folder]
-    groups = sorted(folder.name for folder in configs_dir().iterdir() if folder.is_dir())
-    for group, path in [(g, path) for g in groups for root in roots for path in sorted(root.glob(f"{g}/*.yaml"))]:
+    groups = sorted(folder.name for folder in configs_dir().glob(only) if folder.is_dir())
+    for group, path in [(g, path) for g in groups for path in _group_files(f"{g}/*", folders)]:
         try:
             compose_config(config_name, [f"{group}={path.stem}"], **folders)
             content = yaml.safe_load(path.read_bytes()) or {}
             swept = content.get("hydra", {}).get("sweeper", {}).get("params", {})
         except (HydraException, OmegaConfBaseException, ConfigError):
             continue
-        if set(swept) <= set(keys) and path.stem not in found.setdefault(group, []):
+        is_other = is_trainer_of_other_phase(f"{group}={path.stem}", schema_class)
+        if set(swept) <= set(keys) and not is_other and path.stem not in found.setdefault(group, []):
             found[group].append(path.stem)
     return {group: names for group, names in found.items() if names}
+
+
+def _group_files(pattern: str, folders: Mapping[str, str | None]) -> list[Path]:
+    roots = [Path(folder) for folder in (folders["config_path"] or configs_dir(), folders["config_dir"]) if folder]
+    return [path for root in roots for path in sorted(root.glob(f"{pattern}.yaml"))]
+
+
+def is_trainer_of_other_phase(override: str, schema_class: Schema) -> bool:
+    """Whether an override selects a trainer config of the other phase, whose name has ``pretrain`` or ``distill``.
+
+    Both phases accept its keys, but its learning rate and number of epochs fit its own phase only.
+    """
+    group, _, name = override.partition("=")
+    return group == "trainer" and ("distill" if schema_class is PretrainConfig else "pretrain") in name
+
+
+def describe_rejected_group(schema_class: Schema, config_name: str, options: argparse.Namespace) -> str | None:
+    """The message about the first override that selects a file of a group for the other phase; None if none does."""
+    folders = {"config_path": options.config_path, "config_dir": options.config_dir}
+    for override in options.overrides:
+        group, _, choice = override.partition("=")
+        if not re.fullmatch(r"\w+=[\w-]+", override) or not _group_files(f"{group}/{choice}", folders):
+            continue
+        names = _accepted_groups(schema_class, options.config_name or config_name, folders, group).get(group, [])
+        if names and choice not in names:
+            verb = "pretrain" if schema_class is PretrainConfig else "distill"
+            return f"{override}: not a config for `mmdistill {verb}`; choose one of {', '.join(names)}"
+    return None
 
 
 def _describe_keys(

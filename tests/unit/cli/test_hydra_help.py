@@ -1,6 +1,7 @@
 """``--help`` and the options of the verbs with a Hydra config."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -15,12 +16,17 @@ from mmdistill.config.error_messages import known_keys
 @pytest.mark.parametrize(
     ("schema", "config_name", "offered", "rejected"),
     [
-        (PretrainConfig, "config_pretrain", ("model=", "pretrain_modalities"), ("teachers", "k_shot", "n_masks")),
+        (
+            PretrainConfig,
+            "config_pretrain",
+            ("model=", "pretrain_modalities"),
+            ("teachers", "k_shot", "n_masks", "trainer=mmdistill", "| mmdistill"),
+        ),
         (
             DistillConfig,
             "config_mmdistill",
             ("teachers", "k_shot", "mmdistill_demo"),
-            ("model=", "pretrain_modalities"),
+            ("model=", "pretrain_modalities", "trainer=pretrain", "| pretrain"),
         ),
     ],
 )
@@ -62,6 +68,32 @@ def test_wrong_option_is_one_sentence(
         main(arguments)  # type: ignore[operator]
     verb = main.__module__.rpartition(".")[2]
     assert capsys.readouterr().err == f"mmdistill {verb}: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (
+            pretrain,
+            ["modality=rgb", "trainer=mmdistill"],
+            "trainer=mmdistill: {}pretrain`; choose one of pretrain, pre",
+        ),
+        (pretrain, ["modality=rgb", "experiment=teachers"], "experiment=teachers: {}pretrain`; choose one of"),
+        (distill, ["trainer=pretrain"], "trainer=pretrain: {}distill`; choose one of mm_distill"),
+        (distill, ["model=small"], "model: distillation and evaluation use the model of the checkpoint; remove model"),
+        (
+            distill,
+            ["-m", "experiment=pretrain_modalities"],
+            "experiment=pretrain_modalities: {}distill`; choose one of",
+        ),
+    ],
+)
+def test_group_of_the_other_phase_is_one_sentence(
+    main: Callable[[list[str]], int], arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f" error: {message.format('not a config for `mmdistill ')}" in capfd.readouterr().err
 
 
 def test_help_of_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
