@@ -32,7 +32,7 @@ def encoder_config_from_meta(fields: Mapping[str, Any]) -> EncoderConfig:
         raise CheckpointError(f"the encoder config in the metadata is incomplete ({error})") from error
 
 
-def _infer_num_heads(dim: int, inner: int, heads: int | None = None) -> int:
+def _infer_num_heads(dim: int, inner: int, heads: int | None = None, part: str = "") -> int:
     if heads is not None:
         if inner % heads:
             raise CheckpointError(f"the attention width {inner} is not a multiple of heads={heads}")
@@ -43,7 +43,9 @@ def _infer_num_heads(dim: int, inner: int, heads: int | None = None) -> int:
         candidates = [count for count in _NUM_HEADS_CANDIDATES if dim // count * count == inner]
     if not candidates:
         raise CheckpointError(
-            f"the number of heads cannot be inferred from width {dim} and attention width {inner}; set heads="
+            f"the number of {part}heads cannot be inferred from width {dim} and attention width {inner}; write a file "
+            f"that states it: mmdistill convert FILE NEW.safetensors --{part.replace(' ', '-')}heads=N"
+            f"{'' if part else ' (Python: load_encoder(FILE, heads=N))'}"
         )
     return candidates[0]
 
@@ -168,7 +170,7 @@ def decoder_config_from_tensors(state: Mapping[str, Tensor], heads: int | None =
         return None
     rows, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
     inner = rows // 3
-    heads = _infer_num_heads(dim, inner, heads or _DECODER_NUM_HEADS_BY_WIDTH.get(dim))
+    heads = _infer_num_heads(dim, inner, heads or _DECODER_NUM_HEADS_BY_WIDTH.get(dim), "decoder ")
     mlp_dim = state["decoder.blocks.0.mlp.fc1.weight"].shape[0]
     return DecoderConfig(dim, count_blocks(state, "decoder.blocks."), heads, inner // heads, mlp_dim)
 

@@ -15,14 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from mmdistill import __version__
+from mmdistill.checkpoint.architecture import decoder_config_from_tensors
 from mmdistill.checkpoint.deepspeed_engine import make_loss_scaler
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.deepspeed_zero import read_model_states
 from mmdistill.checkpoint.formats.manifest import complete_directory
-from mmdistill.checkpoint.formats.names import METADATA_KEY, MODEL_STATES, OPTIM_STATES, TAG
+from mmdistill.checkpoint.formats.names import HEADS_KEY, METADATA_KEY, MODEL_STATES, OPTIM_STATES, TAG
 from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.formats.zero_slices import ZeroLayout, ZeroState, read_zero_state, slice_state
-from mmdistill.checkpoint.read import open_checkpoint, read_checkpoint
+from mmdistill.checkpoint.read import Checkpoint, open_checkpoint, read_checkpoint
 from mmdistill.checkpoint.write import save_torch, write_directory, write_torch
 
 WEIGHTS_SUFFIXES = (".pt", ".pth")
@@ -130,7 +131,27 @@ def _write_layout(folder: Path, state: ZeroState, layout: ZeroLayout, meta: Mapp
     complete_directory(folder, files, meta, world_size=layout.world_size, stage=layout.stage, step=step)
 
 
-def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], *, force: bool = False) -> Path:
+def _check_heads(checkpoint: Checkpoint, heads: int | None, decoder_heads: int | None) -> None:
+    """Raise `CheckpointError` if the numbers of heads do not fit the tensors, or if the checkpoint has its own."""
+    if checkpoint.meta.get("encoders") or checkpoint.settings.num_frames:
+        raise CheckpointError(f"{checkpoint.path}: states its number of heads; remove --heads and --decoder-heads")
+    try:
+        if heads:
+            checkpoint.find_encoder_config(None, heads=heads)
+        if decoder_heads:
+            decoder_config_from_tensors(checkpoint.state_dict, decoder_heads)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {str(error).removeprefix(f'{checkpoint.path}: ')}") from error
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+) -> Path:
     """Write the weights and metadata of `source` in the format given by the name of `target`.
 
     Args:
@@ -139,12 +160,15 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
             suffix for a DeepSpeed directory (``epoch=49-loss=0.6095`` has none). Optimizer states are not converted
             (see `convert_layout`).
         force: replace an existing `target`.
+        heads: number of attention heads, for files of other programs whose tensors do not determine it.
+        decoder_heads: the same of the decoder.
 
     Returns:
         `target` with ``~`` expanded.
 
     Raises:
-        CheckpointError: the suffix of `target` is unknown, or `target` exists, or it cannot be written.
+        CheckpointError: the number of heads is not possible or already known, the suffix of `target` is unknown, or
+            `target` exists, or it cannot be written.
     """
     path = resolve_target(target, force=force)
     if re.match(r"\.[A-Za-z]", path.suffix) and path.suffix not in (*WEIGHTS_SUFFIXES, ".safetensors", ".ckpt"):
@@ -154,7 +178,10 @@ def convert_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike
         )
     checkpoint = read_checkpoint(source)
     meta = {"mmdistill_version": __version__, **checkpoint.meta}
-    if checkpoint.settings.heads and not meta.get("encoders"):  # from a config.json, which is not copied
+    if heads or decoder_heads:
+        _check_heads(checkpoint, heads, decoder_heads)
+        meta[HEADS_KEY] = {"heads": heads, "decoder_heads": decoder_heads}
+    if checkpoint.settings.num_frames and not meta.get("encoders"):  # from a config.json, which is not copied
         decoder = checkpoint.find_decoder_config()
         meta["encoders"] = {name: asdict(checkpoint.find_encoder_config(name)[0]) for name in checkpoint.components}
         meta["decoder"] = asdict(decoder) if decoder else None

@@ -29,6 +29,7 @@ from mmdistill.checkpoint.formats.huggingface import ModelSettings, read_model_s
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
+    HEADS_KEY,
     HUGGINGFACE_WEIGHTS,
     META,
     METADATA_KEY,
@@ -93,9 +94,10 @@ class Checkpoint:
 
     @cached_property
     def settings(self) -> ModelSettings:
-        """Settings in the ``config.json`` of a Hugging Face folder; all None if there is none."""
+        """Settings in the ``config.json`` of a Hugging Face folder; else the heads given to `convert_checkpoint`."""
         is_folder = self.tag is None and self.root.name in HUGGINGFACE_WEIGHTS
-        return (read_model_settings(self.root.parent) if is_folder else None) or ModelSettings()
+        given = ModelSettings(**(self.stored_meta.get(HEADS_KEY) or {}))
+        return (read_model_settings(self.root.parent) if is_folder else None) or given
 
     @cached_property
     def _model_states(self) -> Mapping[str, Any]:
@@ -221,10 +223,12 @@ class Checkpoint:
         allow_missing: Sequence[str] = (),
         state_dict: Mapping[str, Tensor] | None = None,
         notes: Sequence[str] = (),
+        log_report: bool = True,
     ) -> LoadReport:
         """Load the tensors into a module, as `load_weights` does.
 
         `state_dict` replaces the tensors of the checkpoint, if they were adapted; `notes` are added to the report.
+        `log_report`: whether to log the report.
         """
         state = dict(self.state_dict if state_dict is None else state_dict)
         target = module.state_dict()
@@ -238,7 +242,7 @@ class Checkpoint:
                 check_hidden_hparams(self.path, stored, own)
             elif own and self.settings.heads not in (None, own.heads):
                 raise WeightMismatchError(
-                    f"{self.path}: does not fit the module, which was left unchanged (config.json / module): heads "
+                    f"{self.path}: does not fit the module, which was left unchanged (checkpoint / module): heads "
                     f"{self.settings.heads} / {own.heads}"
                 )
             note = adapt_positions(state, target.get("pos_embed"), own, stored)
@@ -253,7 +257,8 @@ class Checkpoint:
             ignored_keys=dict(ignored),
             notes=(*self.raw.notes, *notes, *([note] if note else [])),
         )
-        log.info("loaded %s", report)
+        if log_report:
+            log.info("loaded %s", report)
         return report
 
     def encoder(self, component: str | None = None, **size: int | None) -> Encoder:

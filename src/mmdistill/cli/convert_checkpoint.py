@@ -4,6 +4,7 @@ mmdistill convert last.ckpt weights.safetensors
 mmdistill convert weights.safetensors model.ckpt     # a Lightning file
 mmdistill convert weights.safetensors epoch=49-loss=0.6095     # a DeepSpeed directory
 mmdistill convert epoch=49-loss=0.6095 resumable --stage 2 --world-size 4     # with the training state, for 4 processes
+mmdistill convert other.pth weights.safetensors --heads 2     # state the number of attention heads
 """
 
 from collections.abc import Sequence
@@ -26,11 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--world-size", type=int, help="keep the training state, for this number of processes (default: as before)"
     )
+        "--heads", type=int, help="attention heads of an encoder of another program whose tensors do not determine them"
+    )
+    parser.add_argument("--decoder-heads", type=int, help="attention heads of its decoder (default: from its width)")
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.convert import convert_checkpoint, convert_layout  # imports torch, which --help must not
 
     if args.stage is None and args.world_size is None:
-        written = convert_checkpoint(args.source, args.target, force=args.force)
+        heads = {"heads": args.heads, "decoder_heads": args.decoder_heads}
+        written = convert_checkpoint(args.source, args.target, force=args.force, **heads)
     else:
         layout = {"stage": args.stage, "world_size": args.world_size}
         written = convert_layout(args.source, args.target, force=args.force, **layout)

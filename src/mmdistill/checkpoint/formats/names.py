@@ -16,6 +16,7 @@ HUGGINGFACE_WEIGHTS = (
     f"pytorch_model.bin{SHARD_INDEX_SUFFIX}",
 )
 METADATA_KEY = "mmdistill"  # key of the metadata in a file
+HEADS_KEY = "given_heads"  # key in the metadata: `heads` and `decoder_heads` of a model without other metadata
 EXPORT_SUFFIXES = {"safetensors": ".safetensors", "hf": "", "onnx": ".onnx", "torch_export": ".pt2"}
 TMP_PREFIX, TRASH_PREFIX = ".tmp-", ".trash-"
 
