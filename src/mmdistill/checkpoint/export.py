@@ -13,6 +13,7 @@ import torch
 from mmdistill import __version__
 from mmdistill.checkpoint.convert import resolve_target
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
 from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
@@ -214,6 +215,17 @@ _WRITERS = {
 }
 
 
+def _with_suffix(target: str | os.PathLike[str], to: str) -> Path:
+    """`target` with the suffix of the format. Raises `CheckpointError` for another suffix."""
+    path, suffix = Path(target), EXPORT_SUFFIXES[to]
+    if not path.suffix or path.suffix == suffix:
+        return path.with_suffix(suffix) if suffix else path
+    if suffix or path.suffix in EXPORT_SUFFIXES.values():
+        kind = f"a file that ends in {suffix}" if suffix else "a folder"
+        raise CheckpointError(f"{target}: --to {to} writes {kind}; choose another name")
+    return path
+
+
 def export_student(
     path: str | os.PathLike[str],
     target: str | os.PathLike[str],
@@ -226,7 +238,7 @@ def export_student(
 
     Args:
         path: a distilled (or pretrained) checkpoint in any format.
-        target: the file, or for ``hf`` the folder, to write.
+        target: the file, or for ``hf`` the folder, to write. A file name without suffix gets that of the format.
         to: ``safetensors`` (our names, with metadata), ``hf`` (``transformers.VideoMAEModel``, its processor and a
             README), ``onnx`` or ``torch_export`` (any batch size; input and output of `FeatureExtractor`, with mean
             and std inside).
@@ -234,15 +246,15 @@ def export_student(
         force: replace an existing `target`.
 
     Returns:
-        `target` with ``~`` expanded.
+        The path that was written, with ``~`` expanded.
 
     Raises:
-        CheckpointError: `target` exists, the format does not support the architecture, a package is missing, or mean
-            and std are unknown.
+        CheckpointError: `target` exists or has the suffix of another format, the format does not support the
+            architecture, a package is missing, or mean and std are unknown.
     """
     if to not in _WRITERS:
         raise CheckpointError(f"--to {to}: choose one of {', '.join(_WRITERS)}")
-    target_path = resolve_target(target, force=force)
+    target_path = resolve_target(_with_suffix(target, to), force=force)
     checkpoint = open_checkpoint(path)
     name = select_encoder(checkpoint.state_dict, component, checkpoint.path).component
     encoder = checkpoint.encoder(name).eval()

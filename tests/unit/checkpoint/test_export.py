@@ -6,6 +6,7 @@ import torch
 
 from mmdistill.checkpoint import CheckpointError, export, load_encoder, read_checkpoint
 from mmdistill.checkpoint.export import export_student, make_huggingface_config
+from mmdistill.checkpoint.formats.names import EXPORT_SUFFIXES
 from mmdistill.models.videomae import Encoder
 from tests.checkpoint_files import STUDENT_CONFIG, write_distilled
 from tests.unit.checkpoint.make_fixtures import FIXTURES
@@ -60,6 +61,24 @@ def test_onnx_file_of_two_gib_is_an_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1000)
     with pytest.raises(CheckpointError, match=r"s\.onnx: not written: one ONNX file holds less than 2 GiB; use --to"):
         export_student(tmp_path / "last.ckpt", tmp_path / "s.onnx", to="onnx")
+
+
+@pytest.mark.parametrize("to", list(EXPORT_SUFFIXES))
+@pytest.mark.parametrize("suffix", ["", *filter(None, EXPORT_SUFFIXES.values()), ".v2"])
+def test_suffix_is_added_or_that_of_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, suffix: str
+) -> None:
+    write_distilled(tmp_path / "last.ckpt")
+    monkeypatch.setitem(export._WRITERS, to, lambda _, target: target.touch())
+    own = EXPORT_SUFFIXES[to]
+    if suffix in ("", own) or (to == "hf" and suffix == ".v2"):
+        written = export_student(tmp_path / "last.ckpt", tmp_path / f"name{suffix}", to=to)
+        assert written == tmp_path / f"name{suffix if to == 'hf' else own}"
+        assert written.exists()
+        return
+    kind = "a folder" if to == "hf" else f"a file that ends in {own}"
+    with pytest.raises(CheckpointError, match=rf"name{suffix}: --to {to} writes {kind}; choose another name"):
+        export_student(tmp_path / "absent.ckpt", tmp_path / f"name{suffix}", to=to)
 
 
 def test_existing_targets_and_unknown_formats_are_errors(tmp_path: Path) -> None:
