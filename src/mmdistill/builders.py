@@ -24,7 +24,7 @@ from mmdistill.data.cores import default_loader_workers
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
-from mmdistill.data.readers.base import Reader
+from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
@@ -220,7 +220,33 @@ def make_clip_dataset(
             f"data_module.on_missing={data.on_missing} leaves none of {format_count(len(index.clips), 'clip')}: "
             f"{message}; check data_module.target_data_dir and its folders with `mmdistill check-data`"
         )
+    _check_frame_size(dataset)
     return dataset
+
+
+def _check_frame_size(dataset: ClipDataset, num_videos: int = 3) -> None:
+    """Raise `ConfigError` if the first files of the first videos have one other size than `data_module.frame_size`."""
+    first_clips = {clip.video: clip for clip in reversed(dataset.index.clips)}
+    sizes = set()
+    for clip in list(first_clips.values())[-num_videos:]:
+        for reader in dataset.readers.values():
+            if isinstance(reader, KeypointReader):
+                continue
+            try:
+                reader.read(clip.video, clip.frames[:1])
+            except FrameSizeError as error:
+                sizes.add((error.size, str(error).partition(": ")[0]))
+            except FrameError:  # reported when the clip is needed
+                continue
+            else:
+                return
+    if len({size for size, _ in sizes}) == 1:
+        size, path = min(sizes)
+        raise ConfigError(
+            f"data_module.frame_size is [{','.join(map(str, dataset.crop.frame_size))}], but the stored frames have "
+            f"{' x '.join(map(str, size))} px (height x width), for example {path}; set "
+            f"data_module.frame_size=[{','.join(map(str, size))}]"
+        )
 
 
 def make_clip_loader(

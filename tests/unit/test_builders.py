@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -67,6 +68,19 @@ def test_error_counts_the_missing_files_if_no_clip_is_left(tmp_path: Path) -> No
     data = _config(*overrides(root), "data_module.on_missing=skip").data_module
     with pytest.raises(ConfigError, match="on_missing=skip leaves none of 12 clips: 12 clips without flow files;"):
         make_clip_dataset(data, ("rgb", "flow"), training=True, seed=0)
+
+
+@pytest.mark.parametrize("modality", ["rgb", "flow"])
+def test_frame_size_of_all_files_is_named(tmp_path: Path, modality: str) -> None:
+    """One file of the configured size, or files of two sizes: the error is about a file, when it is read."""
+    root = make_tiny(tmp_path, per_class=1)
+    data = _config(*overrides(root), "data_module.frame_size=[40,40]").data_module
+    message = r"frame_size is \[40,40\], but the stored frames have 32 x 36 px .*; set data_module.frame_size=\[32,36\]"
+    with pytest.raises(ConfigError, match=message):
+        make_clip_dataset(data, (modality, "skeleton"), training=True, seed=0)
+    for path in (root / "frames" / "rally_CC_0").glob("*.jpg"):
+        cv2.imwrite(str(path), np.zeros((48, 48, 3), np.uint8))
+    assert len(make_clip_dataset(data, ("rgb",), training=True, seed=0))
 
 
 def test_other_modalities_are_not_required(tmp_path: Path) -> None:

@@ -31,7 +31,11 @@ class MissingFileError(FrameError):
 
 
 class FrameSizeError(FrameError):
-    """A frame of another size than that of the reader."""
+    """A frame of another size than that of the reader. `size`: its (height, width) in px; None: unknown."""
+
+    def __init__(self, message: str, size: tuple[int, ...] | None = None) -> None:
+        super().__init__(message)
+        self.size = size
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class FlowReader(FrameFileReader):
         out_tensor = torch.from_numpy(out)
         for position, (path, flow) in enumerate(self._read_in_px(video, frames)):
             if flow.shape != shape:
-                raise FrameSizeError(f"{path}: shape {flow.shape}, expected {shape} from data_module.frame_size")
+                expected = f"{shape} from data_module.frame_size"
+                raise FrameSizeError(f"{path}: shape {flow.shape}, expected {expected}", flow.shape[1:])
             out_tensor[position].copy_(torch.from_numpy(flow))  # 20 times faster than NumPy's conversion to float16
             if ((out[position].view(np.uint16) & 0x7C00) == 0x7C00).any():  # all exponent bits set: infinite or NaN
                 raise FrameError(f"{path}: NaN, infinite or too large for float16; write this flow file again")

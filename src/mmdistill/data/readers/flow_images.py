@@ -97,6 +97,7 @@ class _GrayReader(FrameFileReader):
                 raise FrameError(f"{path}: type {image.dtype}, expected 8 bits per pixel")
             if image.shape != self.frame_size:
                 found, expected = (" x ".join(map(str, size)) for size in (image.shape, self.frame_size))
-                raise FrameSizeError(f"{path}: {found} px, expected {expected} from data_module.frame_size")
+                message = f"{path}: {found} px, expected {expected} from data_module.frame_size"
+                raise FrameSizeError(message, image.shape)
             out[position] = image
         return out

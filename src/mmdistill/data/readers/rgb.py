@@ -23,6 +23,7 @@ class RgbReader(FrameFileReader):
             image = decode_image(path, data, ("JPEG",), cv2.IMREAD_COLOR)
             if image.shape != (height, width, 3):
                 found = f"{image.shape[0]} x {image.shape[1]}"
-                raise FrameSizeError(f"{path}: {found} px, expected {height} x {width} from data_module.frame_size")
+                expected = f"{height} x {width} from data_module.frame_size"
+                raise FrameSizeError(f"{path}: {found} px, expected {expected}", image.shape[:2])
             cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out[position])
         return out
