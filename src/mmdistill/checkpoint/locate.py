@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
@@ -125,10 +127,21 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
         return previous
     folder = next(parent for parent in resolved.absolute().parents if parent.is_dir())
     try:
-        names = sorted(n for n in os.listdir(folder) if not n.startswith("."))[:_MAX_LISTED]
+        paths = [path for path in folder.iterdir() if not path.name.startswith(".") and not _holds_only_this_run(path)]
+        names = sorted(path.name for path in paths)[:_MAX_LISTED]
     except OSError:
         names = []
     raise CheckpointError(f"{path}: does not exist; {folder} contains {', '.join(map(repr, names)) or 'nothing'}")
+
+
+def _holds_only_this_run(path: Path) -> bool:
+    """Whether a folder is, or contains nothing else than, the run folder that Hydra has made for this command."""
+    if not HydraConfig.initialized():
+        return False
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if path not in (run_dir, *run_dir.parents):
+        return False
+    return all(run_dir in file.parents for file in path.rglob("*") if not file.is_dir())
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:

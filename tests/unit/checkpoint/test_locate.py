@@ -1,10 +1,12 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import mmdistill.checkpoint.locate
 from mmdistill.checkpoint import detect_format
 from mmdistill.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from mmdistill.checkpoint.formats.names import rank_files
@@ -83,6 +85,21 @@ def test_missing_path_lists_the_closest_folder(tmp_path: Path) -> None:
     (tmp_path / "epoch=01").mkdir()
     with pytest.raises(CheckpointError, match=rf"absent/x\.ckpt: does not exist; {tmp_path} contains 'epoch=01'"):
         existing_path(tmp_path / "absent" / "x.ckpt")
+
+
+def test_missing_path_does_not_list_the_folder_of_this_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra has made it before the paths are checked."""
+    run_dir = tmp_path / "output/2026-01-01/run"
+    (run_dir / ".hydra").mkdir(parents=True)
+    (run_dir / "run.json").touch()
+    runtime = SimpleNamespace(output_dir=str(run_dir))
+    holder = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(mmdistill.checkpoint.locate, "HydraConfig", holder)
+    with pytest.raises(CheckpointError, match=f"does not exist; {tmp_path} contains nothing"):
+        existing_path(tmp_path / "x.ckpt")
+    (tmp_path / "output/other").touch()
+    with pytest.raises(CheckpointError, match=f"does not exist; {tmp_path} contains 'output'"):
+        existing_path(tmp_path / "x.ckpt")
 
 
 def test_previous_checkpoint_of_an_interrupted_save_is_used(root: Path, caplog: pytest.LogCaptureFixture) -> None:
