@@ -1,5 +1,9 @@
 """Stop signals to the whole process group, as schedulers send them, with loader workers of every start method."""
 
+import signal as signals
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import torch
 
 from mmdistill.checkpoint import latest_valid_checkpoint, read_checkpoint
 from mmdistill.distributed.launch import INTERRUPTED_EXIT_CODE
-from tests.commands import ROOT, run_python
+from tests.commands import ROOT, TIMEOUT, environment, run_python
 from tests.tiny_data import EVAL, MODEL, make_tiny, overrides, write_teacher
 
 SHIM = Path(__file__).with_name("signal_shim.py")
@@ -90,3 +94,20 @@ def test_evaluation_exits_with_the_documented_status(
     assert "Traceback" not in errors
     assert "stopped by a signal" in errors
     assert not (tmp_path / "test" / "fewshot.json").exists()
+
+
+def test_stop_while_demo_data_render_prints_no_warning(tmp_path: Path) -> None:
+    """A killed process would leave semaphores, which Python's resource tracker reports."""
+    code = (
+        "from pathlib import Path; from mmdistill.demo.dataset import make_demo; "
+        "from mmdistill.demo.scene import DemoParameters; make_demo(Path('data'), DemoParameters(), workers=2)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not list(tmp_path.glob("data/vid_frames_224/*/*.jpg")):
+        time.sleep(0.1)
+    process.terminate()
+    _, shown = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + signals.SIGTERM
+    assert "resource_tracker" not in shown

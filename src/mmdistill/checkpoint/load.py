@@ -55,7 +55,7 @@ class LoadReport:
         lines += [f"{format_count(count, 'tensor')} converted {kind}" for kind, count in self.conversions.items()]
         if self.missing:
             names = ", ".join(self.missing[:_MAX_LISTED])
-            lines.append(f"{len(self.missing)} missing, as allow_missing permits: {names}")
+            lines.append(f"{format_count(len(self.missing), 'tensor')} not in the file, not changed: {names}")
         if self.ignored_keys:
             lines.append("ignored: " + ", ".join(f"{name} ({count})" for name, count in self.ignored_keys.items()))
         return "; ".join([*lines, *self.notes])

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.output:
         is_small = len(dataset) < config.batch_size
         batch_size = len(dataset) if is_small else config.batch_size if _has_key(options, "batch_size") else None
-        print("\n".join(next_steps(options, list(plain["modalities"]), batch_size)), file=sys.stderr)
+        print("\n".join(next_steps(options, names, batch_size)), file=sys.stderr)
     return 0
 
 

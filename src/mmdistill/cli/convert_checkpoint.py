@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--world-size", type=int, help="keep the training state, for this number of processes (default: as before)"
     )
+    parser.add_argument(
         "--heads", type=int, help="attention heads of an encoder of another program whose tensors do not determine them"
     )
     parser.add_argument("--decoder-heads", type=int, help="attention heads of its decoder (default: from its width)")

@@ -14,6 +14,8 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     If the numbers of channels differ, the patch embedding becomes its mean over the source channels, repeated for each
     own channel and scaled by (source channels / own channels). A clip with equal channels then gives the same tokens.
 
+    The caller logs the report.
+
     Raises:
         CheckpointError: the weights do not fit. The message lists the tensors; the encoder is unchanged.
     """
@@ -37,7 +39,7 @@ def load_videomae(encoder: Encoder, path: str) -> LoadReport:
     if encoder.config.pos_embed == "sincos_separable" != config.pos_embed:
         notes.append(f"pos_embed is {config.pos_embed} in the file and sincos_separable here")
     allowed = () if config.final_norm else ("norm.weight", "norm.bias")
-    return checkpoint.load_into(encoder, state_dict=state, notes=notes, allow_missing=allowed)
+    return checkpoint.load_into(encoder, state_dict=state, notes=notes, allow_missing=allowed, log_report=False)
 
 
 def _check_sizes(encoder: Encoder, checkpoint: Checkpoint) -> None:

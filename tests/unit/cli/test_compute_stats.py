@@ -126,6 +126,11 @@ def test_next_command_has_a_batch_size_that_fits_the_clips(root: Path, capsys: p
     assert capsys.readouterr().err.rstrip().endswith("modality=rgb,flow data_module.mask_ratio=0.5 batch_size=4")
 
 
+def test_next_command_names_the_computed_modalities_only(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compute(root, "--clips", 1, "--modalities", "flow", "--output", root / "dataset/mine.yaml") == 0
+    assert " modality=flow " in capsys.readouterr().err
+
+
 def test_training_keys_are_those_of_the_datasets_own_config() -> None:
     overrides = ["modality=rgb", "data_module.window_stride=8", "data_module.mask_ratio=0.9"]
     data = load_config(PretrainConfig, "config_pretrain", overrides).data_module

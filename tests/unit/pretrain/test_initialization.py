@@ -25,7 +25,8 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "videomae.pth"
 
 
-def test_same_channels_give_the_same_features(weights: Path) -> None:
+def test_same_channels_give_the_same_features(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     source, encoder = _encoder(3), _encoder(3)
     with torch.no_grad():
         for p in encoder.parameters():
@@ -34,6 +35,7 @@ def test_same_channels_give_the_same_features(weights: Path) -> None:
     clip = torch.rand(2, 3, 4, 16, 16)
     assert torch.equal(encoder(clip), source(clip))
     assert "videomae.pth" in str(report)
+    assert caplog.messages == []  # the training logs the report once
 
 
 @pytest.mark.parametrize("channels", [2, 17])
