@@ -51,10 +51,16 @@ class Student:
     Attributes:
         extractor: its parameters do not require gradients.
         frame_size: (height, width) in px of the frames of the training, of which the input is the center crop.
+        num_frames: number of frames T of a clip.
+        width: number of values D of a feature.
     """
 
     def __init__(self, extractor: FeatureExtractor, frame_size: tuple[int, int]) -> None:
         self.extractor, self.frame_size = extractor, frame_size
+        self.num_frames, self.width = extractor.encoder.config.num_frames, extractor.encoder.config.dim
+
+    def __repr__(self) -> str:
+        return f"Student(num_frames={self.num_frames}, frame_size={self.frame_size}, width={self.width})"
 
     def __call__(self, frames: np.ndarray | Tensor) -> Tensor:
         """Features of one clip or of a batch.
@@ -72,7 +78,7 @@ class Student:
             ValueError: another dtype, shape or number of frames.
         """
         clips = torch.as_tensor(frames)
-        num_frames = self.extractor.encoder.config.num_frames
+        num_frames = self.num_frames
         if clips.dtype != torch.uint8 or clips.ndim not in (4, 5) or clips.shape[-1] != 3:
             raise ValueError(
                 f"expected uint8 frames (T, H, W, 3) or (B, T, H, W, 3), got {clips.dtype} {tuple(clips.shape)}"

@@ -50,6 +50,12 @@ def test_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
     torch.testing.assert_close(load(frames[:, :, 1:9, 2:14]), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_student_states_what_it_needs_and_returns(checkpoint: Path) -> None:
+    student = load_student(checkpoint)
+    assert (student.num_frames, student.frame_size, student.width) == (4, (8, 12), 16)
+    assert repr(student) == "Student(num_frames=4, frame_size=(8, 12), width=16)"
+
+
 def test_larger_frames_are_scaled_and_cropped(checkpoint: Path) -> None:
     """Also portrait frames; a scaled ramp is closer to the small ramp than to its mirror image."""
     load = load_student(checkpoint)
