@@ -1,7 +1,7 @@
 """Export the student of a distilled checkpoint for use without this project.
 
 mmdistill export last.ckpt --to hf            # a folder for transformers.VideoMAEModel
-mmdistill export last.ckpt --to onnx --out student.onnx
+mmdistill export last.ckpt --to onnx --output student.onnx
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("export", __doc__)
     parser.add_argument("checkpoint", help="distilled or pretraining checkpoint of any format")
     parser.add_argument("--to", required=True, choices=list(EXPORT_SUFFIXES), help="format of the export")
-    parser.add_argument("--out", help="output path (default: ./student-hf, ./student.safetensors, ...)")
+    parser.add_argument("--output", "--out", help="output path (default: ./student-hf, ./student.safetensors, ...)")
     parser.add_argument("--component", help="encoder to export, for example teacher_flow (default: the student)")
     parser.add_argument("--force", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.export import export_student  # imports torch, which --help must not
 
     target = Path(
-        args.out or (f"student{EXPORT_SUFFIXES[args.to]}" if EXPORT_SUFFIXES[args.to] else f"student-{args.to}")
+        args.output or (f"student{EXPORT_SUFFIXES[args.to]}" if EXPORT_SUFFIXES[args.to] else f"student-{args.to}")
     )
     with name_setting("--component", ComponentError):
         written = export_student(args.checkpoint, target, to=args.to, component=args.component, force=args.force)

@@ -1,9 +1,9 @@
 """Encode evaluation or training clips with a network of a checkpoint and write the features as .npz or .safetensors.
 
-mmdistill features PATH/TO/last.ckpt student.safetensors
-mmdistill features PATH/TO/last.ckpt teacher.npz --component teacher_flow --n-masks 2 --eval-masks per_clip
-mmdistill features PATH/TO/last.ckpt train.npz --split unlabel
-mmdistill features PATH o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
+mmdistill features PATH/TO/last.ckpt --output student.safetensors
+mmdistill features PATH/TO/last.ckpt --output teacher.npz --component teacher_flow --n-masks 2 --eval-masks per_clip
+mmdistill features PATH/TO/last.ckpt --output train.npz --split unlabel
+mmdistill features PATH --output o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
 
 The checkpoint may have any format, and any of its components can be selected. Further arguments are Hydra overrides of
 the dataset config.
@@ -18,6 +18,7 @@ from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import ConfigError, DistillConfig, modality_specs
 from mmdistill.config.compose import load_config
+from mmdistill.config.overrides import is_override
 from mmdistill.errors import format_count
 
 
@@ -25,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("features", __doc__)
     parser.add_argument("checkpoint", help="checkpoint file or directory")
-    parser.add_argument("out", type=Path, help="file to write, .npz or .safetensors")
+    parser.add_argument("--output", type=Path, help="file to write, .npz or .safetensors (required)")
     parser.add_argument(
         "--component", help="student_rgb, teacher_flow, encoder ... (default: the student, or the only encoder)"
     )
@@ -57,7 +58,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
     )
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.output is None and args.overrides and not is_override(args.overrides[0]):  # its place in earlier versions
+        args.output = Path(args.overrides.pop(0))
+    if args.output is None:
+        parser.error("the following arguments are required: --output")
+    return args
 
 
 def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
@@ -70,8 +76,8 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     from mmdistill.fewshot.encode import EvalMasks, encode_cached
     from mmdistill.fewshot.features import save_features
 
-    if args.out.suffix not in (".npz", ".safetensors"):
-        raise ConfigError(f"{args.out}: unsupported file type; use a name that ends in .npz or .safetensors")
+    if args.output.suffix not in (".npz", ".safetensors"):
+        raise ConfigError(f"{args.output}: unsupported file type; use a name that ends in .npz or .safetensors")
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
     with name_setting("--component", ComponentError):
@@ -100,7 +106,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         data=data_fingerprint(dataset, network.modality) if args.cache else "",
         cache=args.cache,
     )
-    path = save_features(features, args.out)
+    path = save_features(features, args.output)
     print(f"{path}: {features.network}, {features.input_mode}, features {list(features.features.shape)}")
     return path
 

@@ -1,6 +1,7 @@
 """The argument parser and the error messages of the verbs that do not use Hydra."""
 
 import argparse
+import copy
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -18,8 +19,24 @@ from mmdistill.errors import InputError, MMDistillError
 Main = Callable[[Sequence[str] | None], int]
 
 
+OLD_OPTIONS = ("--out", "--output-dir")  # earlier names of --output, which work, but are not in the help
+
+
+def current_names(action: argparse.Action) -> list[str]:
+    """The names of an option without its earlier ones."""
+    return [name for name in action.option_strings if name == action.option_strings[0] or name not in OLD_OPTIONS]
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description and appends ``(default: X)`` to each help text that does not state it."""
+    """Keeps the lines of the description and appends ``(default: X)`` to each help text that does not state it.
+
+    The names in `OLD_OPTIONS` are left out.
+    """
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = current_names(action)
+        return super()._format_action_invocation(shown)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help or "", action.default
@@ -63,7 +80,7 @@ class _Parser(argparse.ArgumentParser):
         """Print the error and exit with status 2."""
         _, _, names = message.partition("the following arguments are required: ")
         missing = [
-            f"{name} ({action.help})"
+            f"{'/'.join(current_names(action)) or name} ({action.help})"
             for action in self._actions
             if (name := "/".join(action.option_strings) or action.metavar or action.dest) in names.split(", ")
             and action.nargs != "*"  # argparse lists these too, although they may be omitted

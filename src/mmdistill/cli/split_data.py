@@ -1,7 +1,7 @@
 r"""Split an annotation file into files that share no match or no class.
 
-    mmdistill split-data all.json --output-dir splits --by match --fractions train=0.7 val=0.15 test=0.15
-    mmdistill split-data all.json --output-dir splits --by class --fractions base=0.6 novel=0.4 \
+    mmdistill split-data all.json --output splits --by match --fractions train=0.7 val=0.15 test=0.15
+    mmdistill split-data all.json --output splits --by class --fractions base=0.6 novel=0.4 \
         --label-fields type side technique direction
 
 The same seed gives the same files on every machine.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the split files. Returns the exit status."""
     parser = make_parser("split-data", __doc__)
     parser.add_argument("annotations", type=Path, help="F3Set JSON")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for one NAME.json per split")
+    parser.add_argument("--output", "--output-dir", type=Path, required=True, help="folder for one NAME.json per split")
     parser.add_argument("--by", choices=["match", "class"], required=True, help="what the files do not share")
     parser.add_argument(
         "--fractions",
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         limits = {"label_fields": options.label_fields, "min_events": options.min_events}
         parts = split_by_class(rallies, fractions, seed=seed, **limits)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
-        path = options.output_dir / f"{name}.json"
+        path = options.output / f"{name}.json"
         atomic_write_bytes(path, (json.dumps(to_json(part)) + "\n").encode())
         print(f"{path}: {format_rally_counts(part)}")
     return 0

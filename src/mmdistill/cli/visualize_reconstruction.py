@@ -51,7 +51,7 @@ def write_reconstructions(args: argparse.Namespace) -> None:
         augment=False,
         masked=True,
     )
-    out_dir = args.out or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
+    out_dir = args.output or Path("reconstructions") / f"{config.modality}-{Path(args.checkpoint).name}"
     for index in torch.linspace(0, len(dataset) - 1, min(args.clips, len(dataset))).long().tolist():
         clip = dataset.index.clips[index]
         result = reconstruct(model, default_collate([dataset[index]]), spec)
@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=4, help="number of clips, spread evenly over the split")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="training or evaluation clips")
     add_config_dir(parser)
-    parser.add_argument("--out", type=Path, help="output folder (default: reconstructions/MODALITY-CHECKPOINT)")
+    parser.add_argument(
+        "--output", "--out", type=Path, help="output folder (default: reconstructions/MODALITY-CHECKPOINT)"
+    )
     args = parser.parse_intermixed_args(argv)
     keys = [override.partition("=")[0] for override in args.overrides]
     unused = [key for key in keys if key not in ("dataset", "modality", "seed") and not key.startswith("data_module.")]

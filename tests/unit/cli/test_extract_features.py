@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdistill.cli.extract_features import main
+from mmdistill.cli.extract_features import main, parse_arguments
 from mmdistill.fewshot.features import load_features
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import make_tiny, overrides
@@ -49,6 +49,16 @@ def test_a_component_is_selected_and_clips_are_masked(tmp_path: Path, options: l
     assert flow.input_mode == "2 tube masks, 75% removed, shared"
     assert len(flow.classes) == 4
     assert flow.groups[0] == "rally_CC_0"
+
+
+@pytest.mark.parametrize("given", [["f.npz"], ["--output", "f.npz"], ["a=1", "--output=f.npz"]])
+def test_output_is_an_option_or_the_second_path(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    args = parse_arguments(["x.ckpt", *given, "b=2"])
+    assert args.output == Path("f.npz")
+    assert args.overrides[-1] == "b=2"
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments(["x.ckpt", "b=2"])
+    assert "missing argument: --output (file to write" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("weights")

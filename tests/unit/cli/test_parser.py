@@ -50,6 +50,17 @@ def test_missing_arguments_are_explained_with_an_example(capsys: pytest.CaptureF
     assert "error: missing arguments: checkpoint (checkpoint file), --to (format)\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["export", "visualize", "features", "split-data", "compute-stats", "prepare"])
+def test_help_names_output_only(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module(f"mmdistill.cli.{VERBS[verb][0]}").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--output OUTPUT " in shown
+    assert "--out " not in shown
+    assert "--output-dir" not in shown
+
+
 def test_overrides_and_paths_are_no_values_of_an_option(tmp_path: Path) -> None:
     made = make_parser("verb", "")
     made.add_argument("files", nargs="*")

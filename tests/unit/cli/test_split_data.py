@@ -22,7 +22,7 @@ def annotations(tmp_path: Path) -> str:
 
 
 def test_one_file_per_split_is_written(annotations: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [annotations, "--output-dir", str(tmp_path / "s"), "--by", "match"]
+    given = [annotations, "--output", str(tmp_path / "s"), "--by", "match"]
     assert main([*given, "--fractions", "train=0.8", "val=0.2"]) == 0
     assert len(load_f3set(tmp_path / "s/train.json")) == 32
     assert len(load_f3set(tmp_path / "s/val.json")) == 8
