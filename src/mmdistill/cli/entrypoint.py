@@ -92,8 +92,9 @@ def run_entrypoint(
             with exit_if_pipe_closed():
                 print(render_help(usage, schema, config_name, options))
             return
-        if any(is_trainer_of_other_phase(override, schema) for override in options.overrides):
-            raise ConfigError(str(describe_rejected_group(schema, config_name, options)))
+        is_other = any(is_trainer_of_other_phase(override, schema) for override in options.overrides)
+        if is_other and (rejected := describe_rejected_group(schema, config_name, options)):
+            raise ConfigError(rejected)
     except Exception as error:
         report(error)
 
