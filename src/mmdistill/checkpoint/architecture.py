@@ -43,8 +43,8 @@ def _infer_num_heads(dim: int, inner: int, heads: int | None = None, part: str =
         candidates = [count for count in _NUM_HEADS_CANDIDATES if dim // count * count == inner]
     if not candidates:
         raise CheckpointError(
-            f"the number of {part}heads cannot be inferred from width {dim} and attention width {inner}; write a file "
-            f"that states it: mmdistill convert FILE NEW.safetensors --{part.replace(' ', '-')}heads=N"
+            f"the number of heads cannot be inferred from width {dim} and attention width {inner}; write a file "
+            f"that states it: mmdistill convert FILE NEW.safetensors --{part}heads=N"
             f"{'' if part else ' (Python: load_encoder(FILE, heads=N))'}"
         )
     return candidates[0]
@@ -170,7 +170,7 @@ def decoder_config_from_tensors(state: Mapping[str, Tensor], heads: int | None =
         return None
     rows, dim = state["decoder.blocks.0.attn.qkv.weight"].shape
     inner = rows // 3
-    heads = _infer_num_heads(dim, inner, heads or _DECODER_NUM_HEADS_BY_WIDTH.get(dim), "decoder ")
+    heads = _infer_num_heads(dim, inner, heads or _DECODER_NUM_HEADS_BY_WIDTH.get(dim), "decoder-")
     mlp_dim = state["decoder.blocks.0.mlp.fc1.weight"].shape[0]
     return DecoderConfig(dim, count_blocks(state, "decoder.blocks."), heads, inner // heads, mlp_dim)
 

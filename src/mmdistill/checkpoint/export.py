@@ -216,14 +216,11 @@ _WRITERS = {
 
 
 def _with_suffix(target: str | os.PathLike[str], to: str) -> Path:
-    """`target` with the suffix of the format. Raises `CheckpointError` for another suffix."""
+    """`target` with the suffix of the format. Raises `CheckpointError` for another suffix. A folder has any name."""
     path, suffix = Path(target), EXPORT_SUFFIXES[to]
-    if not path.suffix or path.suffix == suffix:
-        return path.with_suffix(suffix) if suffix else path
-    if suffix or path.suffix in EXPORT_SUFFIXES.values():
-        kind = f"a file that ends in {suffix}" if suffix else "a folder"
-        raise CheckpointError(f"{target}: --to {to} writes {kind}; choose another name")
-    return path
+    if suffix and path.suffix not in ("", suffix):
+        raise CheckpointError(f"{target}: --to {to} writes a file that ends in {suffix}; choose another name")
+    return path.with_suffix(suffix) if suffix else path
 
 
 def export_student(

@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--world-size", type=int, help="keep the training state, for this number of processes (default: as before)"
     )
     parser.add_argument(
-        "--heads", type=int, help="attention heads of an encoder of another program whose tensors do not determine them"
+        "--heads", type=int, help="attention heads of an encoder of another program (default: from its tensors)"
     )
-    parser.add_argument("--decoder-heads", type=int, help="attention heads of its decoder (default: from its width)")
+    parser.add_argument("--decoder-heads", type=int, help="attention heads of its decoder (default: from its tensors)")
     args = parser.parse_args(argv)
     from mmdistill.checkpoint.convert import convert_checkpoint, convert_layout  # imports torch, which --help must not
 

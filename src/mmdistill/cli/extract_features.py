@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("features", __doc__)
     parser.add_argument("checkpoint", help="checkpoint file or directory")
-    parser.add_argument("--output", type=Path, help="file to write, .npz or .safetensors (required)")
+    parser.add_argument("--output", type=Path, help="file to write, .npz or .safetensors (no default)")
     parser.add_argument(
         "--component", help="student_rgb, teacher_flow, encoder ... (default: the student, or the only encoder)"
     )

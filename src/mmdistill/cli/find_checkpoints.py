@@ -188,7 +188,8 @@ def _nearest_config(config: dict[str, Any]) -> tuple[str, list[str]]:
         if "modality" in config:
             base = load_config(PretrainConfig, path.stem, [*arguments, f"modality={config['modality']}"])
         else:
-            base = load_config(DistillConfig, path.stem, [*arguments, "train=False", "test=False"])
+            teachers = f"trainer.teachers=[{','.join(config['trainer']['teachers'])}]"
+            base = load_config(DistillConfig, path.stem, [*arguments, "train=False", "test=False", teachers])
         found[path.stem] = [*arguments, *_differences(config, to_plain(base))]
     name = min(found, key=lambda name: len(found[name]))
     return name, found[name]

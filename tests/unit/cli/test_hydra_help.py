@@ -28,7 +28,7 @@ from mmdistill.config.error_messages import known_keys
             DistillConfig,
             "config_mmdistill",
             ("teachers", "k_shot", "mmdistill_demo"),
-            ("model=", "pretrain_modalities", "trainer=pretrain", "| pretrain"),
+            ("model=", "pretrain_modalities", "trainer=pretrain"),
         ),
     ],
 )
