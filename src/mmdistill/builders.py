@@ -227,7 +227,7 @@ def make_clip_dataset(
 def _check_frame_size(dataset: ClipDataset, num_videos: int = 3) -> None:
     """Raise `ConfigError` if the first files of the first videos have one other size than `data_module.frame_size`."""
     first_clips = {clip.video: clip for clip in reversed(dataset.index.clips)}
-    sizes = set()
+    sizes: set[tuple[tuple[int, ...], str]] = set()
     for clip in list(first_clips.values())[-num_videos:]:
         for reader in dataset.readers.values():
             if isinstance(reader, KeypointReader):
@@ -235,7 +235,7 @@ def _check_frame_size(dataset: ClipDataset, num_videos: int = 3) -> None:
             try:
                 reader.read(clip.video, clip.frames[:1])
             except FrameSizeError as error:
-                sizes.add((error.size, str(error).partition(": ")[0]))
+                sizes.add((error.size or (), str(error).partition(": ")[0]))
             except FrameError:  # reported when the clip is needed
                 continue
             else:
