@@ -2,6 +2,7 @@
 
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ def write_output(root: Path) -> Path:
     return root
 
 
-def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG, **more: object) -> Encoder:
+def write_distilled(
+    path: Path, config: EncoderConfig = STUDENT_CONFIG, more: Mapping[str, object] | None = None
+) -> Encoder:
     """Write a small distilled Lightning file with metadata, to which `more` is added; its student."""
     torch.manual_seed(0)
     student, teacher = Encoder(config), Encoder(config)
@@ -82,5 +85,5 @@ def write_distilled(path: Path, config: EncoderConfig = STUDENT_CONFIG, **more: 
         "statistics": {"rgb": {"mean": [0.5], "std": [0.2]}, "flow": {"mean": [0.0], "std": [1.0]}},
     }
     content = {"state_dict": state, "pytorch-lightning_version": "2.6.6", "epoch": 3, "global_step": 40}
-    save_torch({**content, "mmdistill": meta | more}, path)
+    save_torch({**content, "mmdistill": {**meta, **(more or {})}}, path)
     return student

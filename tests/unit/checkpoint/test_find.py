@@ -181,7 +181,7 @@ def test_content_decides_the_group_not_the_name_of_the_folder(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["student_rgb/last.ckpt", "model.ckpt", "abc/last.ckpt", "abc/checkpoints/copy.pt"])
 def test_renamed_copy_of_a_student_is_a_student_with_its_loss(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    write_distilled(tmp_path / name, loss=0.25)
+    write_distilled(tmp_path / name, more={"loss": 0.25})
     (info,) = find_checkpoints(tmp_path)
     assert (info.modality, info.epoch, info.loss) == ("distilled", 3, 0.25)
     assert list(select_checkpoints([info])) == ["distilled"]

@@ -260,7 +260,7 @@ def test_commands_come_from_the_config_in_a_copied_checkpoint(tmp_path: Path, mo
     teachers = ["trainer.ckpt_path=[a,b]", "trainer.teachers=[rgb,flow]"]
     distillation = load_config(DistillConfig, "config_mmdistill", [*data, *teachers, "dataset=epic"])
     write_native(tmp_path / "teachers/abc", modality="rgb", config=to_plain(pretraining))
-    write_distilled(tmp_path / "model.ckpt", config=to_plain(distillation))
+    write_distilled(tmp_path / "model.ckpt", more={"config": to_plain(distillation)})
     selected = select_checkpoints(find_checkpoints(tmp_path))
     keys = ['data_module.target_data_dir="my data"', "data_module.k_shot=[1,5]"]
     teacher = ["--config-name=config_mmdistill_tennis", "dataset=tennis", "seed=3", *keys]
