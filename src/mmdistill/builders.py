@@ -224,11 +224,11 @@ def make_clip_dataset(
     return dataset
 
 
-def _check_frame_size(dataset: ClipDataset, num_videos: int = 3) -> None:
-    """Raise `ConfigError` if the first files of the first videos have one other size than `data_module.frame_size`."""
-    first_clips = {clip.video: clip for clip in reversed(dataset.index.clips)}
+def _check_frame_size(dataset: ClipDataset) -> None:
+    """Raise `ConfigError` if the first files of three clips have one other size than `data_module.frame_size`."""
+    clips = dataset.index.clips
     sizes: set[tuple[tuple[int, ...], str]] = set()
-    for clip in list(first_clips.values())[-num_videos:]:
+    for clip in (clips[i] for i in (0, len(clips) // 2, len(clips) - 1)):
         for reader in dataset.readers.values():
             if isinstance(reader, KeypointReader):
                 continue
