@@ -3,10 +3,12 @@
 mmdistill features PATH/TO/last.ckpt --output student.safetensors
 mmdistill features PATH/TO/last.ckpt --output teacher.npz --component teacher_flow --n-masks 2 --eval-masks per_clip
 mmdistill features PATH/TO/last.ckpt --output train.npz --split unlabel
+mmdistill features PATH/TO/last.ckpt --output FOLDER --per-frame
 mmdistill features PATH --output o.npz --config-name config_mmdistill_tennis data_module.target_data_dir=DIR
 
 The checkpoint may have any format, and any of its components can be selected. Further arguments are Hydra overrides of
-the dataset config.
+the dataset config. --per-frame writes one file per rally instead, with one feature per frame: FOLDER/VIDEO.npy, float16
+[frames, D].
 """
 
 import argparse
@@ -26,7 +28,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("features", __doc__)
     parser.add_argument("checkpoint", help="checkpoint file or directory")
-    parser.add_argument("--output", type=Path, help="file to write, .npz or .safetensors (no default)")
+    parser.add_argument(
+        "--output", type=Path, help="file to write, .npz or .safetensors; with --per-frame a folder (no default)"
+    )
     parser.add_argument(
         "--component", help="student_rgb, teacher_flow, encoder ... (default: the student, or the only encoder)"
     )
@@ -37,6 +41,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="annotation file of the dataset config: training (clips without labels) or evaluation",
     )
     parser.add_argument("--modality", help="modality of the component (default: that of the checkpoint)")
+    parser.add_argument("--per-frame", action="store_true", help="encode whole rallies, one feature per frame")
+    parser.add_argument(
+        "--stride", type=int, default=3, help="with --per-frame: frames between the windows that are encoded"
+    )
     parser.add_argument(
         "--n-masks", type=int, help="masked views per clip; 0: whole clips (default: data_module.n_masks)"
     )
@@ -68,15 +76,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode the clips and write the file."""
-    from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
+    from mmdistill.builders import (
+        load_rallies,
+        make_clip_dataset,
+        make_clip_loader,
+        make_demo_data,
+        resolve_annotation_path,
+    )
     from mmdistill.data.fingerprint import data_fingerprint
     from mmdistill.distributed.device import resolve_precision
     from mmdistill.distributed.process import start_process
+    from mmdistill.evaluation.frame_features import FrameEncoder, write_frame_features
     from mmdistill.evaluation.networks import load_network
     from mmdistill.fewshot.encode import EvalMasks, encode_cached
     from mmdistill.fewshot.features import save_features
 
-    if args.output.suffix not in (".npz", ".safetensors"):
+    if not args.per_frame and args.output.suffix not in (".npz", ".safetensors"):
         raise ConfigError(f"{args.output}: unsupported file type; use a name that ends in .npz or .safetensors")
     data = config.data_module
     process = start_process(accelerator=config.accelerator, seed=config.seed)
@@ -84,6 +99,16 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
     make_demo_data(data)
     training = args.split == "unlabel"
+    precision = resolve_precision(config.precision, process.device)
+    if args.per_frame:
+        rallies = load_rallies(data, resolve_annotation_path(data, training=training))
+        encoder = FrameEncoder([network], rallies, data, stride=args.stride, device=process.device, precision=precision)
+        if line := encoder.describe_too_short():
+            print(line, file=sys.stderr)
+        count = write_frame_features(encoder, args.output, batch_size=config.batch_size, num_workers=config.num_workers)
+        rallies_text = format_count(len(encoder.videos), "rally")
+        print(f"{args.output}: {network.name}, {rallies_text}, {format_count(count, 'window')} encoded")
+        return Path(args.output)
     dataset = make_clip_dataset(
         data, (network.modality,), training=training, seed=config.seed, augment=False, masked=False
     )
@@ -96,7 +121,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         modality_specs(data)[network.modality],
         EvalMasks(n_masks, ratio, data.mask_type, shared, config.seed),
         device=process.device,
-        precision=resolve_precision(config.precision, process.device),
+        precision=precision,
     )
     pin = process.device.type == "cuda"
     (features,) = encode_cached(

@@ -246,6 +246,11 @@ class Encoder(nn.Module):
         """
         return F.layer_norm(self(x, visible).mean(dim=1), (self.config.dim,), eps=1e-6)
 
+    def embed_times(self, x: Tensor) -> Tensor:
+        """As `embed`, but with one feature per tubelet: the mean over the tokens of one time. (B, t, D)."""
+        tokens = self(x).unflatten(1, (self.config.grid[0], -1))  # (B, t, h * w, D)
+        return F.layer_norm(tokens.mean(dim=2), (self.config.dim,), eps=1e-6)
+
 
 class _Decoder(nn.Module):
     """VideoMAE's decoder and prediction head."""

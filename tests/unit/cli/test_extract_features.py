@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,3 +111,19 @@ def test_invalid_arguments_exit_with_status_2(
     error = capsys.readouterr().err
     assert error.startswith("mmdistill features: error: ")
     assert re.search(message, error)
+
+
+@pytest.mark.usefixtures("weights")
+def test_per_frame_features_are_one_file_per_rally(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "frames"
+    arguments = [tmp_path / "a=b.ckpt", folder, "--per-frame", "--stride", 2, *options]
+    assert run(*arguments) == 0
+    assert "student_rgb, 8 rallies, 40 windows encoded" in capsys.readouterr().out  # starts 0, 2, 4, 6, 8
+    assert np.load(folder / "rally_CC_0.npy").shape == (12, 64)
+    assert len(list(folder.glob("*.npy"))) == 8
+    assert run(*arguments) == 0
+    assert "0 windows encoded" in capsys.readouterr().out
+    assert run(tmp_path / "a=b.ckpt", folder, "--per-frame", "--stride", 5, *options) == 2
+    assert "stride=5 must lie between 1 and 4" in capsys.readouterr().err
