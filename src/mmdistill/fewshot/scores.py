@@ -105,7 +105,7 @@ def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeS
     return EpisodeScores(episodes, predictions, accuracy, parts[0].classifier, sum(p.num_not_converged for p in parts))
 
 
-def _mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
+def mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
     """Mean, standard deviation, standard error, half width of the 95 % interval (Student's t) of episode values."""
     if len(values) < 2:
         raise FewshotError(f"{len(values)} episode has no standard error; draw at least 2")
@@ -120,7 +120,7 @@ def summarize(scores: EpisodeScores) -> dict[str, Any]:
     `top1_action_ensemble` is the mean accuracy (a fraction), `..._std` the standard deviation over episodes,
     `..._std_error` that of the mean, `ci95` the half width of its 95 % interval.
     """
-    mean, std, error, ci95 = _mean_with_interval(scores.accuracy)
+    mean, std, error, ci95 = mean_with_interval(scores.accuracy)
     episodes = scores.episodes
     return {
         "top1_action_ensemble": mean,
@@ -148,7 +148,7 @@ def paired_difference(a: EpisodeScores, b: EpisodeScores) -> dict[str, float]:
     """
     if not a.episodes.has_same_clips(b.episodes):
         raise FewshotError("a paired difference needs the same episodes of the same clips on both sides")
-    mean, _, error, ci95 = _mean_with_interval(a.accuracy - b.accuracy)
+    mean, _, error, ci95 = mean_with_interval(a.accuracy - b.accuracy)
     return {"difference": mean, "std_error": error, "ci95": ci95, "low": mean - ci95, "high": mean + ci95}
 
 

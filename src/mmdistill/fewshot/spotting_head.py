@@ -1,0 +1,155 @@
+"""A small temporal network that finds labeled events in per-frame features of a frozen encoder.
+
+It is trained on a few labeled rallies in seconds on a CPU. Shapes: K rallies, T frames, D feature width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mmdistill.data.annotations.f3set import F3SET_FIELDS
+from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.spotting import EventLists, SpottedEvent, suppress_non_maxima
+from mmdistill.randomness import seed_torch
+
+FrameFeatures = Mapping[str, NDArray[np.floating]]
+"""(T, D) by video"""
+
+MIN_EVENT_SCORE = 0.01  # candidates below it are dropped
+# Chosen on the demo data: events are rare, and with plain cross-entropy many of them score below 0.5.
+EVENT_WEIGHT = 4.0  # of frames with an event in the loss
+NEIGHBOR_TARGET = 0.3  # target of the frames next to an event
+
+
+@dataclass(frozen=True)
+class LabelElements:
+    """The elements of labels, which are joined by ``_``.
+
+    Attributes:
+        names: one name per element: F3Set's eight fields, ``field_0`` ... for another number of fields, or ``label``
+            if the labels have different numbers of fields.
+    """
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> "LabelElements":
+        """The elements that all of these labels have."""
+        counts = {len(label.split("_")) for label in labels}
+        if len(counts) != 1:
+            return cls(("label",))
+        count = counts.pop()
+        return cls(F3SET_FIELDS if count == len(F3SET_FIELDS) else tuple(f"field_{i}" for i in range(count)))
+
+    def split(self, label: str) -> tuple[str, ...]:
+        """The values of a label, one per element."""
+        return (label,) if self.names == ("label",) else tuple(label.split("_"))
+
+
+class _TemporalNetwork(nn.Module):
+    """Residual dilated convolutions over time with a receptive field of 15 frames, and one linear output layer."""
+
+    def __init__(self, width: int, outputs: int, *, hidden: int = 128, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.reduce = nn.Conv1d(width, hidden, 1)
+        self.layers = nn.ModuleList(nn.Conv1d(hidden, hidden, 3, padding=d, dilation=d) for d in (1, 2, 4))
+        self.output = nn.Conv1d(hidden, outputs, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(K, D, T) -> (K, outputs, T)."""
+        x = self.reduce(self.dropout(x))
+        for layer in self.layers:
+            x = x + self.dropout(F.gelu(layer(x)))
+        out: Tensor = self.output(x)
+        return out
+
+
+class SpottingHead:
+    """Finds events and their labels in per-frame features.
+
+    Each element of the label has its own outputs; an element can only have a value that occurs in the labeled rallies.
+
+    Args:
+        features: (T, D) of each labeled rally.
+        events: its events; all have a label.
+        seed: seed of the initialization and the dropout.
+
+    Raises:
+        FewshotError: there is no event.
+    """
+
+    def __init__(self, features: FrameFeatures, events: EventLists, *, seed: int, steps: int = 200) -> None:
+        labels = [event.label for found in events.values() for event in found]
+        if not labels:
+            raise FewshotError("the labeled rallies contain no event; select other rallies")
+        self.elements = LabelElements.of(labels)
+        split = [self.elements.split(label) for label in labels]
+        self.values = [sorted(set(column)) for column in zip(*split, strict=True)]
+        stacked = np.concatenate([features[video] for video in events]).astype(np.float32)
+        self._mean, self._std = stacked.mean(axis=0), stacked.std(axis=0) + 1e-6
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(seed)
+            self._network = _TemporalNetwork(stacked.shape[1], 1 + sum(map(len, self.values)))
+            self._fit(features, events, steps)
+
+    def _normalize(self, features: NDArray[np.floating]) -> Tensor:
+        """(T, D) -> (D, T)."""
+        return torch.from_numpy((features.astype(np.float32) - self._mean) / self._std).T
+
+    def _fit(self, features: FrameFeatures, events: EventLists, steps: int) -> None:
+        inputs = [self._normalize(features[video]) for video in events]
+        length = max(x.shape[1] for x in inputs)
+        x = torch.stack([F.pad(clip, (0, length - clip.shape[1])) for clip in inputs])  # (K, D, T)
+        is_frame = torch.stack([torch.arange(length) < clip.shape[1] for clip in inputs])  # (K, T)
+        is_event = torch.zeros(len(inputs), length)
+        targets = torch.full((len(self.values), len(inputs), length), -1)  # -1: no event at this frame
+        for row, found in enumerate(events.values()):
+            for event in found:
+                is_event[row, event.frame] = 1
+                for frame in {max(event.frame - 1, 0), min(event.frame + 1, inputs[row].shape[1] - 1)} - {event.frame}:
+                    is_event[row, frame] = max(float(is_event[row, frame]), NEIGHBOR_TARGET)
+                for element, value in enumerate(self.elements.split(event.label)):
+                    targets[element, row, event.frame] = self.values[element].index(value)
+        optimizer = torch.optim.AdamW(self._network.parameters(), lr=3e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+        sizes = [len(values) for values in self.values]
+        self._network.train()
+        for _ in range(steps):
+            event_logits, *element_logits = self._network(x).split([1, *sizes], dim=1)
+            loss = F.binary_cross_entropy_with_logits(
+                event_logits[:, 0][is_frame], is_event[is_frame], pos_weight=torch.tensor(EVENT_WEIGHT)
+            )
+            for logits, target in zip(element_logits, targets, strict=True):
+                loss = loss + F.cross_entropy(logits, target, ignore_index=-1) / len(sizes)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        self._network.eval()
+
+    def predict(self, features: NDArray[np.floating]) -> list[SpottedEvent]:
+        """The candidates of a rally after non-maximum suppression: (T, D) -> events in the order of their frames."""
+        with torch.inference_mode():
+            out = self._network(self._normalize(features)[None])[0]  # (outputs, T)
+        event_logits, *element_logits = out.split([1, *map(len, self.values)])
+        scores = event_logits[0].sigmoid().double().numpy()
+        best = [logits.softmax(dim=0).max(dim=0) for logits in element_logits]
+        found = []
+        for frame in suppress_non_maxima(scores).tolist():
+            if scores[frame] < MIN_EVENT_SCORE:
+                continue
+            label = "_".join(values[int(b.indices[frame])] for values, b in zip(self.values, best, strict=True))
+            score = scores[frame] * float(torch.stack([b.values[frame] for b in best]).prod())
+            found.append(SpottedEvent(frame, label, float(scores[frame]), score))
+        return found
+
+
+def confident(events: Sequence[SpottedEvent], threshold: float = 0.5) -> list[SpottedEvent]:
+    """The events whose `event_score` is at least `threshold`."""
+    return [event for event in events if event.event_score >= threshold]
