@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -46,13 +47,16 @@ def log_once(message: str, key: str | None = None) -> None:
 
 
 def _remove_temporary_files() -> None:
+    """Remove the files of `log_once` of this command, and those of commands that were killed."""
     with suppress(OSError):
-        for path in Path(tempfile.gettempdir()).glob(f"{os.environ[COMMAND_ID]}-*"):
-            path.unlink(missing_ok=True)
+        for path in Path(tempfile.gettempdir()).glob("mmdistill-log-*"):
+            pid = path.name.split("-")[2]
+            if path.name.startswith(f"{os.environ[COMMAND_ID]}-") or not psutil.pid_exists(int(pid)):
+                path.unlink(missing_ok=True)
 
 
 if COMMAND_ID not in os.environ:
-    os.environ[COMMAND_ID] = f"mmdistill-{uuid.uuid4().hex}"
+    os.environ[COMMAND_ID] = f"mmdistill-log-{os.getpid()}-{uuid.uuid4().hex}"
     atexit.register(_remove_temporary_files)
 
 

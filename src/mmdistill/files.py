@@ -1,17 +1,29 @@
-"""Atomic file writes, also on file systems that cannot rename over an existing file; errors of a full disk."""
+"""Atomic file writes, also on file systems that cannot rename over an existing file; errors of a full disk.
+
+Temporary files and folders do not remain after a SIGKILL.
+"""
 
 import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import BinaryIO
 
 from mmdistill.console import log_once
 from mmdistill.errors import InputError, format_size
 
+try:
+    import fcntl
+except ImportError:  # Windows, where temporary folders of killed processes remain
+    fcntl = None  # type: ignore[assignment]
+
+_FOLDER_PREFIX = "mmdistill-"
+_IN_USE = ".in-use"  # a file that exists when a temporary folder is locked
 OLD_PREFIX = ".old-"  # name of a file or directory while another one takes its place
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # Windows has no EDQUOT
 # errno of a rename that the file system does not support, on mounted cloud drives also EMFILE, on overlays EXDEV
@@ -138,3 +150,56 @@ def atomic_write_bytes(path: Path, data: bytes, *, fsync: bool = False) -> None:
         if fsync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files in `folder` that `atomic_open` left because its process was killed."""
+    for path in folder.glob(".tmp-[0-9]*-*"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder(parent: str | None = None) -> Iterator[str]:
+    """Create a folder in `parent` (None: the folder for temporary files). It is removed at the end of the block.
+
+    If SIGKILL ends this process, a later command removes it: this process and its forks hold a lock (flock) on the
+    folder, which the kernel releases when the last of them has ended. Each call first removes the folders of this user
+    that no process holds.
+    """
+    parent = parent or tempfile.gettempdir()
+    remove_temporary_folders(Path(parent))
+    owner, folder = os.getpid(), tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=parent)
+    lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks, where the folder may remain
+            if lock is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(folder, _IN_USE).touch()
+        yield folder
+    finally:
+        if os.getpid() == owner:  # a fork may end the block too; it holds the lock until its exit
+            if lock is not None:
+                os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def temporary_folder_until_exit(parent: str | None = None) -> str:
+    """A `temporary_folder` that is removed at the exit of this process, after its daemonic children have ended."""
+    context = temporary_folder(parent)
+    folder = context.__enter__()
+    Finalize(None, context.__exit__, (None, None, None), exitpriority=-100)
+    return folder
+
+
+def remove_temporary_folders(parent: Path) -> None:
+    """Remove the folders in `parent` of `temporary_folder` whose processes were killed."""
+    for folder in parent.glob(f"{_FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError):  # in use, or removed by another process
+            if not fcntl or not (folder / _IN_USE).exists() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

@@ -136,6 +136,16 @@ def test_temporary_files_are_removed_at_the_end_of_the_command(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("new_command")
+def test_files_of_killed_commands_are_removed(tmp_path: Path):
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for pid in (killed.pid, os.getpid()):
+        (tmp_path / f"mmdistill-log-{pid}-a-b").touch()
+    console._remove_temporary_files()
+    assert os.listdir(tmp_path) == [f"mmdistill-log-{os.getpid()}-a-b"]
+
+
+@pytest.mark.usefixtures("new_command")
 def test_warnings_are_recorded_once_also_those_of_workers():
     log_once("before")
     log = logging.getLogger("mmdistill.data")

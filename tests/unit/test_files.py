@@ -1,13 +1,24 @@
 """Atomic writes: complete or not at all."""
 
 import errno
+import multiprocessing
 import os
+import signal
+import tempfile
+import time
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from mmdistill.files import WriteError, atomic_open, atomic_write_bytes, rename_directory
+from mmdistill.files import (
+    WriteError,
+    atomic_open,
+    atomic_write_bytes,
+    remove_temporary_files,
+    rename_directory,
+    temporary_folder,
+)
 from tests.disk_faults import failing_disk, mounted_drive
 
 
@@ -119,3 +130,81 @@ def test_full_disk_names_the_file_and_the_space(tmp_path: Path, number: int) -> 
             atomic_write_bytes(tmp_path / "file", bytes(2_500_000))
         assert (tmp_path / "file").read_bytes() == b"old"
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    for name in (".tmp-1234-metrics.csv", "metrics.csv", ".tmp-notes"):
+        (tmp_path / name).touch()
+    remove_temporary_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-notes", "metrics.csv"]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_folder_is_removed_at_the_end(root: Path) -> None:
+    with temporary_folder() as folder:
+        assert Path(folder).parent == root
+        Path(folder, "file").touch()
+    assert not Path(folder).exists()
+
+
+def test_folder_of_a_killed_process_is_removed_by_the_next_command(root: Path) -> None:
+    if os.fork() == 0:
+        with temporary_folder():
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    (left,) = root.iterdir()
+    with temporary_folder():
+        assert not left.exists()
+
+
+def test_folder_of_a_killed_process_stays_while_its_worker_uses_it(root: Path) -> None:
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        with temporary_folder():
+            os.close(write_end)
+            worker = multiprocessing.get_context("fork").Process(target=os.read, args=(read_end, 1))
+            worker.start()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    (left,) = root.iterdir()
+    with temporary_folder():
+        assert left.is_dir()
+    os.close(write_end)  # ends the worker
+    for _ in range(1000):
+        with temporary_folder():
+            if not left.exists():
+                return
+        time.sleep(0.01)
+    raise AssertionError(f"{left} remains")
+
+
+def test_folder_in_use_stays(root: Path) -> None:
+    with temporary_folder() as folder:
+        with temporary_folder() as other:
+            assert folder != other
+        assert Path(folder).is_dir()
+
+
+def test_fork_that_ends_the_block_does_not_remove_the_folder(root: Path) -> None:
+    with temporary_folder() as folder:
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+            assert Path(folder).is_dir()
+    if not pid:
+        os._exit(0)
+    assert not Path(folder).exists()
+
+
+def test_folders_of_other_programs_stay(root: Path) -> None:
+    (root / "mmdistill-other").mkdir()
+    (root / "mmdistill-file").touch()
+    with temporary_folder():
+        assert (root / "mmdistill-other").is_dir()
+        assert (root / "mmdistill-file").is_file()

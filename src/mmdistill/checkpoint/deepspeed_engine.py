@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,7 @@ from mmdistill.checkpoint.write import (
     write_torch,
 )
 from mmdistill.distributed.collectives import get_rank, get_world_size, run_on_all_ranks
+from mmdistill.files import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -321,7 +321,7 @@ def _glob_safe_path(path: Path) -> Iterator[str]:
     if not any(c in str(path) for c in "[]*?"):
         yield str(path)
         return
-    with tempfile.TemporaryDirectory(prefix="mmdistill-") as folder:
+    with temporary_folder() as folder:
         link = Path(folder) / "checkpoint"
         link.symlink_to(path.absolute(), target_is_directory=True)
         yield str(link)

@@ -110,6 +110,13 @@ def _prune_candidates(folder: Path) -> list[tuple[Checkpoint, dict[str, Any]]]:
     return sorted(found, key=lambda item: (float(item[1].get("step") or 0), item[0].path.name), reverse=True)
 
 
+def remove_interrupted_saves(folder: Path) -> None:
+    """Remove temporary files of interrupted saves, and repair those over a checkpoint."""
+    for temporary in [p for p in folder.iterdir() if p.name.startswith((TMP_PREFIX, TRASH_PREFIX))]:
+        remove_quietly(temporary)
+    recover_interrupted_saves(folder)
+
+
 def _remove(path: Path) -> bool:
     trash = path.with_name(f"{TRASH_PREFIX}{uuid.uuid4().hex[:8]}-{path.name}"[:250])
     try:
@@ -149,9 +156,7 @@ def prune(
         Paths of the removed checkpoints. A failure to delete is a warning.
     """
     folder = Path(directory).expanduser()
-    for temporary in [p for p in folder.iterdir() if p.name.startswith((TMP_PREFIX, TRASH_PREFIX))]:
-        remove_quietly(temporary)
-    recover_interrupted_saves(folder)
+    remove_interrupted_saves(folder)
     if (keep_last is None and save_top_k is None) or (save_top_k is not None and save_top_k < 0):
         return []
     complete = _prune_candidates(folder)

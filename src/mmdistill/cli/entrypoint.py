@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.console import exit_if_pipe_closed
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
-from mmdistill.files import WriteError, is_disk_error
+from mmdistill.files import WriteError, is_disk_error, temporary_folder_until_exit
 from mmdistill.workflows.sweep_results import objective
 
 
@@ -71,8 +70,8 @@ def run_entrypoint(
     sys.argv = [program, *shorten_subdirs(quote_overrides(given))]
     launch.set_env_from_slurm()
     if launch.is_nonzero_rank():
-        unused_dir = tempfile.TemporaryDirectory(prefix="mmdistill-rank-")  # for multirun.yaml; removed at exit
-        overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir.name}", "hydra.sweep.subdir=${hydra:job.num}"]
+        unused_dir = temporary_folder_until_exit()  # for multirun.yaml
+        overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir}", "hydra.sweep.subdir=${hydra:job.num}"]
         overrides += ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
         sys.argv[1:] = add_overrides(sys.argv[1:], overrides)
     logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log of Hydra

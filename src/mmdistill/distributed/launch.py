@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mmdistill.config import ConfigError
 from mmdistill.config.overrides import add_overrides
 from mmdistill.errors import format_count
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, temporary_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -187,7 +186,7 @@ def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     arguments = [*program, *add_overrides(sys.argv[1:], [f"hydra.run.dir='{escaped}'"])]
     with (
         signal_handler(("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"), forward_signal),
-        tempfile.TemporaryDirectory(prefix="mmdistill-ranks-") as error_dir,
+        temporary_folder() as error_dir,
     ):
         config = LaunchConfig(
             min_nodes=1,

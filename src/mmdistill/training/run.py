@@ -13,12 +13,13 @@ from mmdistill.checkpoint import prune
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.lock import run_lock
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
-from mmdistill.checkpoint.retention import find_resume
+from mmdistill.checkpoint.retention import find_resume, remove_interrupted_saves
 from mmdistill.checkpoint.write import warn_if_unsynced
 from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
 from mmdistill.distributed.collectives import all_reduce_any, broadcast_run_dir, run_on_all_ranks
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
+from mmdistill.files import remove_temporary_files
 from mmdistill.models.videomae import EncoderConfig
 from mmdistill.training.compatibility import check_compatible
 from mmdistill.training.data_report import DataReport
@@ -74,9 +75,39 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
     with run_lock(run_dir / "checkpoints"):
         if process.is_main:
             warn_if_unsynced(run_dir / "checkpoints")
+            _remove_left_files(run_dir)
         source = find_resume(config.resume, run_dir / "checkpoints")
         resumed = open_checkpoint(source, verify=False) if source else None  # verified when its tensors are loaded
         yield Run(run_dir, process, precision, resumed)
+
+
+def _remove_left_files(run_dir: Path) -> None:
+    """Remove what a start that was killed has left in the folder of the run."""
+    remove_interrupted_saves(run_dir / "checkpoints")
+    for folder in (run_dir, *run_dir.glob("teacher_features/*")):
+        remove_temporary_files(folder)
+
+
+def prune_checkpoints(
+    config: Config, run: Run, state: TrainingState, scores: Mapping[str, float] | None = None
+) -> None:
+    """Remove old checkpoints (`keep_last`, `save_top_k`), see `prune`. Collective.
+
+    With ``resume=auto`` the checkpoint that the run resumed from is one of them.
+    """
+
+    def prune_on_main() -> None:
+        if run.process.is_main:
+            prune(
+                run.checkpoints,
+                keep_last=config.trainer.keep_last,
+                save_top_k=config.trainer.save_top_k,
+                protect=[run.source] if run.source and config.resume != "auto" else [],
+                external_losses=state.losses,
+                scores=scores,
+            )
+
+    run_on_all_ranks(prune_on_main, error_class=CheckpointError)
 
 
 def complete_message(config: Config) -> str:
@@ -209,20 +240,7 @@ class Training:
 
         `scores` are by path, the lowest is the best; None: the losses.
         """
-        run, trainer = self.run, self.config.trainer
-
-        def prune_on_main() -> None:
-            if run.process.is_main:
-                prune(
-                    run.checkpoints,
-                    keep_last=trainer.keep_last,
-                    save_top_k=trainer.save_top_k,
-                    protect=[run.source] if run.source else [],
-                    external_losses=self.state.losses,
-                    scores=scores,
-                )
-
-        run_on_all_ranks(prune_on_main, error_class=CheckpointError)
+        prune_checkpoints(self.config, self.run, self.state, scores)
         self._report.write()
 
     def should_stop(self) -> bool:
