@@ -7,6 +7,7 @@ only in a running engine are looked up in the source of their class.
 import importlib
 import inspect
 import io
+import multiprocessing.util
 import pickle
 import re
 import zipfile
@@ -20,6 +21,7 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.launcher.api import LaunchConfig
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mmdistill.distributed.launch import KILL_TIMEOUT_S
 
@@ -37,6 +39,17 @@ def _source_mentions(owner: Any, *names: str) -> None:
 def test_torch_default_pg_timeout(name: str) -> None:
     """distributed/process.py: timeout of the groups that DeepSpeed creates."""
     assert hasattr(torch.distributed.distributed_c10d, name)
+
+
+def test_torch_loader_looks_at_its_workers() -> None:
+    """data/dataloader.py: how often the loader looks whether its workers live."""
+    _source_mentions(DataLoader.__iter__, "_get_iterator")
+    _source_mentions(_MultiProcessingDataLoaderIter._try_get_data, "timeout", "is_alive")
+
+
+def test_multiprocessing_temporary_folder() -> None:
+    """data/dataloader.py: the folder of the workers' sockets."""
+    _source_mentions(multiprocessing.util.get_temp_dir, "_config", "tempdir")
 
 
 def test_torch_elastic_agent_kills_after_its_timeout() -> None:

@@ -2,13 +2,17 @@
 
 import atexit
 import errno
+import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -16,12 +20,15 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from mmdistill.errors import MMDistillError
+from mmdistill.files import temporary_folder_until_exit
 
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
 # its step and saves, for which it needs its workers, so the workers ignore these signals.
 PROTECTED_SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")]
 _SHM = "/dev/shm"  # where Linux keeps shared memory and the semaphores of multiprocessing
 _SHM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSYS)
+_MAX_SOCKET_DIR_LENGTH = 60  # of at most 103 to 107 characters; 37 are for the names of folder and socket
+_CHECK_INTERVAL_S = 5.0  # between two looks at the workers
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
@@ -42,6 +49,17 @@ class ClipLoader(DataLoader[Any]):
             with _explain_shared_memory_errors(self.num_workers):
                 getattr(dataset, "share_memory", lambda: None)()
 
+    def _get_iterator(self) -> Any:
+        """Make torch look every few seconds whether the workers live.
+
+        With a `timeout`, it looks only at the end of that. Before, it relies on a handler of SIGCHLD, whose exception
+        is lost if a worker ends before the handler is set, or while Python ignores exceptions.
+        """
+        batches: Any = super()._get_iterator()
+        if self.num_workers:
+            batches._try_get_data = partial(_get_data_with_checks, batches._try_get_data)
+        return batches
+
     def __iter__(self) -> Any:
         """The batches. Workers start to fetch immediately.
 
@@ -49,6 +67,8 @@ class ClipLoader(DataLoader[Any]):
             RuntimeError: a worker has exited; names its process and the signal or exit status.
             SharedMemoryError: workers cannot use /dev/shm.
         """
+        if self.num_workers:
+            _share_temporary_folder()
         with (  # a signal during the start of the workers stays pending
             blocked_signals(PROTECTED_SIGNALS),
             _explain_shared_memory_errors(self.num_workers, errors=_SHM_ERRORS if self.num_workers else ()),
@@ -56,6 +76,15 @@ class ClipLoader(DataLoader[Any]):
             batches = super().__iter__()
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
+
+
+def _get_data_with_checks(get_data: Callable[[float], tuple[bool, Any]], timeout: float = 5.0) -> tuple[bool, Any]:
+    """``get_data(timeout)``, which raises a RuntimeError if a worker has ended, in parts of `_CHECK_INTERVAL_S`."""
+    end = time.monotonic() + timeout
+    while True:
+        is_done, data = get_data(min(timeout, _CHECK_INTERVAL_S))
+        if is_done or time.monotonic() >= end:
+            return is_done, data
 
 
 @contextmanager
@@ -108,6 +137,18 @@ class _WorkerInit:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
+
+
+def _share_temporary_folder() -> None:
+    """Give the processes that this one starts one folder for their sockets.
+
+    By default each worker creates its own, ``/tmp/pymp-*``, which remains if the worker is killed. In a long ``TMPDIR``
+    the path of a socket would be too long, and the first batch would never arrive.
+    """
+    config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" not in config:
+        is_long = len(tempfile.gettempdir()) > _MAX_SOCKET_DIR_LENGTH
+        config["tempdir"] = temporary_folder_until_exit("/tmp" if is_long else None)
 
 
 _WORKERS: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()

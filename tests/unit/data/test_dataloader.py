@@ -1,14 +1,19 @@
 """The error of a loader whose worker dies, without real workers."""
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from mmdistill.data import dataloader
 from mmdistill.data.dataloader import ClipLoader, _iterate_with_worker_check
 
 
@@ -50,3 +55,53 @@ def test_other_errors_are_not_changed() -> None:
 def test_batches_are_those_of_the_dataset() -> None:
     loader = ClipLoader(TensorDataset(torch.arange(5)), batch_size=2)  # type: ignore[arg-type]
     assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
+
+
+def test_killed_worker_leaves_no_socket_in_the_folder_for_temporary_files() -> None:
+    """All workers use one folder, which the main process removes."""
+    left = set(Path(tempfile.gettempdir()).glob("pymp-*"))
+    batches = iter(ClipLoader(TensorDataset(torch.zeros(8)), num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match=r"signal: Killed|SIGKILL"):
+        list(batches)
+    assert set(Path(tempfile.gettempdir()).glob("pymp-*")) == left
+    assert list(Path(multiprocessing.util.get_temp_dir()).glob("listener-*"))
+
+
+def test_workers_run_in_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
+    """A fork, because the folder of this process is in use."""
+    long = tmp_path / ("a" * 80)
+    long.mkdir()
+
+    def load() -> None:
+        tempfile.tempdir = str(long)
+        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+        assert len(list(ClipLoader(TensorDataset(torch.zeros(2)), num_workers=1, timeout=5))) == 2
+        os._exit(5)
+
+    process = multiprocessing.get_context("fork").Process(target=load)
+    process.start()
+    process.join()
+    assert process.exitcode == 5
+
+
+class _Blocked(torch.utils.data.Dataset[int]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60)
+        return index
+
+
+def test_killed_worker_is_noticed_without_its_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's handler of SIGCHLD raises an exception, which Python may ignore."""
+    monkeypatch.setattr(dataloader, "_CHECK_INTERVAL_S", 0.1)
+    batches = iter(ClipLoader(_Blocked(), num_workers=1, timeout=30))
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_error_if_any_worker_fails", lambda: None)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker exited: \d+ \(SIGKILL\)"):
+        next(batches)
