@@ -60,6 +60,18 @@ def test_finished_run_exits_with_0_and_prints_its_checkpoint(
     assert f"last checkpoint: {checkpoint}" in (run_dir / "run.log").read_text()
 
 
+def test_run_that_was_killed_after_its_last_checkpoint_is_completed(distilled: tuple[list[str], Path]) -> None:
+    """`last.ckpt` is linked to the checkpoint after it is written."""
+    arguments, run_dir = distilled
+    (checkpoint,), last = (run_dir / "checkpoints").glob("epoch=*"), run_dir / "checkpoints" / "last.ckpt"
+    last.unlink()
+    (run_dir / "checkpoints" / ".tmp-0").touch()
+    (run_dir / ".tmp-1-metrics.csv").touch()
+    run_python(*arguments, "resume=auto", f"hydra.run.dir={run_dir}")
+    assert last.samefile(checkpoint)
+    assert not list(run_dir.rglob(".tmp-*"))
+
+
 def test_finished_distillation_is_extended_by_more_epochs(distilled: tuple[list[str], Path], tmp_path: Path) -> None:
     arguments, run_dir = distilled
     resume = f"resume={run_dir / 'checkpoints' / 'last.ckpt'}"

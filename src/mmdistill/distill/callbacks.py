@@ -20,6 +20,7 @@ from mmdistill.training.nonfinite import grad_norm, skip_optimizer_step
 from mmdistill.training.optim import StepSchedule
 from mmdistill.training.run import Training
 from mmdistill.training.run_logger import baseline_ratio
+from mmdistill.training.state import TrainingState
 
 LAST = "last.ckpt"
 
@@ -155,6 +156,11 @@ def format_losses(means: Mapping[str, float]) -> str:
     return f"{total}: {', '.join(parts)}" if parts else total
 
 
+def pruning_scores(state: TrainingState, monitor: str) -> dict[str, float] | None:
+    """Score of each checkpoint by path, the lowest is the best; None: the losses."""
+    return None if monitor == "train_loss" else {path: -value for path, value in state.validations.items()}
+
+
 class EpochCheckpoints(Checkpoint):
     """``epoch=XX-train_loss=X.XXXX.ckpt`` every `save_ckpt_freq` epochs and at the end, and ``last.ckpt``.
 
@@ -224,7 +230,7 @@ class EpochCheckpoints(Checkpoint):
                 lambda: link_or_copy(path, self.last_path) if trainer.is_global_zero else None,
                 error_class=CheckpointError,
             )
-            self.training.finish_save(None if self.monitor == "train_loss" else self._scores)
+            self.training.finish_save(pruning_scores(self.state, self.monitor))
         elif must_stop:
             trainer.save_checkpoint(self.last_path, weights_only=False)
         if must_stop:  # unlike an exit here, this lets Lightning finish the epoch
@@ -242,4 +248,4 @@ class EpochCheckpoints(Checkpoint):
         """Score of each checkpoint by path; the lowest is the best."""
         if self.monitor == "train_loss":
             return self.state.losses
-        return {path: -value for path, value in self.state.validations.items()}
+        return pruning_scores(self.state, self.monitor) or {}

@@ -8,17 +8,28 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import DistillConfig, modality_specs
-from mmdistill.distill.callbacks import LAST, EpochCheckpoints, ResumableLoader, StepCallback, TrainingCallback
+from mmdistill.distill.callbacks import (
+    LAST,
+    EpochCheckpoints,
+    ResumableLoader,
+    StepCallback,
+    TrainingCallback,
+    pruning_scores,
+)
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
 from mmdistill.distill.teachers import load_teachers
 from mmdistill.distill.validation import Validation, make_validation, validation_summary
+from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.models.videomae import Encoder
-from mmdistill.training.run import Training, complete_message, open_run, start_training
+from mmdistill.training.run import Run, Training, complete_message, open_run, prune_checkpoints, start_training
 from mmdistill.training.run_logger import RunLog
+from mmdistill.training.state import TrainingState
 from mmdistill.training.train_data import make_train_data
 
 _NOISE = ("GPU available", "TPU available", "💡 Tip", "`Trainer.fit` stopped")  # start of Lightning's log lines
@@ -51,6 +62,7 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
     """
     with open_run(config, run_dir) as run:
         if run.resumed and _is_complete(run.resumed.stored_meta, config.trainer.epochs):
+            _finish_last_save(config, run, run.resumed.content)
             with RunLog(run.directory, title="distill", total_steps=0, enabled=run.process.is_main) as log:
                 log.info(f"{complete_message(config)}\nlast checkpoint: {run.resumed.path}")
             return run.resumed.path
@@ -65,6 +77,20 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
         )
         with start_training(config, run, data, title="distill") as training:
             return _fit(config, training, teachers, specs, sources)
+
+
+def _finish_last_save(config: DistillConfig, run: Run, content: Mapping[str, Any]) -> None:
+    """Link ``last.ckpt`` and remove old checkpoints, if the run was killed before that. Collective."""
+    source, last, state = run.source, run.checkpoints / LAST, TrainingState()
+    stored = content.get("callbacks", {}).get(EpochCheckpoints.__name__)
+    if not source or source.parent != run.checkpoints or not stored:
+        return
+    if source != last:
+        run_on_all_ranks(
+            lambda: link_or_copy(source, last) if run.process.is_main else None, error_class=CheckpointError
+        )
+    state.load_state_dict(stored)
+    prune_checkpoints(config, run, state, pruning_scores(state, config.trainer.monitor))
 
 
 def _is_complete(meta: Mapping[str, Any], epochs: int) -> bool:

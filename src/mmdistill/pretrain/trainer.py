@@ -92,6 +92,7 @@ class PretrainTrainer:
         checkpoint = self.run.source
         if checkpoint:
             self.resume(checkpoint)
+            self.training.finish_save()  # the save of this checkpoint may have been killed before its end
         self.log_start()
         while self.state.epoch < self.config.trainer.epochs:
             self.train_epoch()
