@@ -27,7 +27,8 @@ def explain_memory_errors() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if not isinstance(error, MemoryError) and not re.search(_MESSAGES, text):
+        explained = isinstance(error, MMDistillError)  # such as a killed worker: its message names the fix
+        if explained or (not isinstance(error, MemoryError) and not re.search(_MESSAGES, text)):
             raise
         traceback.clear_frames(error.__traceback__)
         amount = re.search(_AMOUNT, text, re.IGNORECASE)

@@ -103,6 +103,10 @@ def blocked_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+class WorkerExitError(MMDistillError, RuntimeError):
+    """A worker has ended before its work was done, such as by SIGKILL."""
+
+
 class SharedMemoryError(MMDistillError):
     """Workers need more shared memory than there is."""
 
@@ -177,7 +181,7 @@ def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:
         if not exited_workers:
             raise
         message = ", ".join(f"{w.pid} ({_worker_exit_reason(w)})" for w in exited_workers)
-        raise RuntimeError(
+        raise WorkerExitError(
             f"DataLoader worker exited: {message}. If the machine ran out of memory, lower num_workers or batch_size"
         ) from None
 

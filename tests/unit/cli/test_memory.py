@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmdistill.cli.memory import OutOfMemoryError, explain_memory_errors, release_memory
+from mmdistill.data.dataloader import WorkerExitError
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB of which 1.01 GiB is free."
@@ -35,6 +36,13 @@ def test_messages_of_torch_and_numpy_are_recognized(allocate: object) -> None:
     message = r"^this machine is out of memory while .+ were requested; lower"
     with pytest.raises(OutOfMemoryError, match=message), explain_memory_errors():
         allocate(2**58 // 8)  # type: ignore[operator]
+
+
+def test_a_killed_worker_is_not_reported_as_exhausted_memory() -> None:
+    """Its error says what happened, and that exhausted memory is one possible cause."""
+    text = "DataLoader worker exited: 7 (SIGKILL). If the machine ran out of memory, lower num_workers or batch_size"
+    with pytest.raises(WorkerExitError, match=r"^DataLoader worker exited"), explain_memory_errors():
+        raise WorkerExitError(text)
 
 
 def test_other_errors_are_unchanged() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from mmdistill.data import dataloader
-from mmdistill.data.dataloader import ClipLoader, _iterate_with_worker_check
+from mmdistill.data.dataloader import ClipLoader, WorkerExitError, _iterate_with_worker_check
 
 
 class FakeBatches:
@@ -41,7 +41,7 @@ def test_error_names_the_worker_and_its_signal_or_status() -> None:
     for error in (ConnectionResetError(), EOFError(), RuntimeError("worker exited")):
         batches = _iterate_with_worker_check(FakeBatches(error, killed, failed))  # type: ignore[arg-type]
         assert next(batches) == 1
-        with pytest.raises(RuntimeError, match=rf"exited: {killed.pid} \(SIGKILL\), {failed.pid} \(status 3\)\. If"):
+        with pytest.raises(WorkerExitError, match=rf"exited: {killed.pid} \(SIGKILL\), {failed.pid} \(status 3\)\. If"):
             next(batches)
 
 
