@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from mmdistill.distributed import launch
-from tests.commands import ROOT
+from tests.commands import ROOT, run_python
+from tests.tiny_data import MODEL, make_tiny, overrides
 
 # Records the variables and arguments of a rank. In a training the first start of a job is interrupted, as by SIGUSR1.
 PROGRAM = f"""
@@ -74,3 +76,15 @@ def test_ranks_of_one_start_meet_and_no_others(
     ids = [start[6] for start in found]
     assert {ids.count(name) for name in ids} == {2}  # each start has its own
     assert len({start[5] for start in found}) == len(starts)  # a requeued job uses its port again
+
+
+def test_ranks_of_the_example_train(starts: dict[str, list[dict[str, str]]], tmp_path: Path) -> None:
+    """The two ranks of one start meet and train, with the variables and arguments that the stand-in gave them."""
+    tiny = [*overrides(make_tiny(tmp_path / "data", per_class=2)), *MODEL, "trainer.epochs=1", "accelerator=cpu"]
+    own = [*tiny, f"hydra.run.dir={tmp_path / 'run'}"]
+    ranks = [s for s in starts["pretrain_flow"] if s["SLURM_RESTART_COUNT"] == "0"]
+    file = tmp_path / "starts.json"
+    file.write_text(json.dumps([{**rank, "arguments": [*rank["arguments"], *own]} for rank in ranks]))
+    done = run_python("tests/integration/slurm_ranks.py", "pretrain_main.py", file)
+    assert "24 clips, 1 batch of 8 per process and epoch (8 clips skipped" in done.stderr  # by two ranks
+    assert done.stderr.count("last checkpoint") == 1
