@@ -24,10 +24,14 @@ TIMEOUT = 2800.0  # seconds until a command counts as hung, also on a busy machi
 
 
 def environment(*, gpus: bool = False, **more: str) -> dict[str, str]:
-    """Environment of a user's shell: one thread, 160 columns, no rank; GPUs are hidden unless `gpus`."""
+    """Environment of a user's shell: one thread, 160 columns, no rank; GPUs are hidden unless `gpus`.
+
+    No command may compile an op of DeepSpeed: the build folder cannot be created.
+    """
     own = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return {**own, **hidden, "OMP_NUM_THREADS": "1", "COLUMNS": "160", **more}
+    common = {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "TORCH_EXTENSIONS_DIR": "/dev/null/build"}
+    return {**own, **hidden, **common, **more}
 
 
 def run_python(
