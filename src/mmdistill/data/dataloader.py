@@ -64,7 +64,7 @@ class ClipLoader(DataLoader[Any]):
         """The batches. Workers start to fetch immediately.
 
         Raises:
-            RuntimeError: a worker has exited; names its process and the signal or exit status.
+            WorkerExitError: a worker has exited; names its process and the signal or exit status.
             SharedMemoryError: workers cannot use /dev/shm.
         """
         if self.num_workers:
