@@ -35,6 +35,7 @@ from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import preprocess_clips
+from mmdistill.randomness import seeded_rng
 
 DEFAULT_STRIDE = 3  # odd, see above
 
@@ -159,7 +160,7 @@ class FrameEncoder:
         """
         (reader,) = builders.open_readers(self.data, (self.modality,)).values()
         crop = CropSpec(tuple(self.data.frame_size), tuple(self.data.crop_size))  # type: ignore[arg-type]
-        box = torch.from_numpy(crop.draw_box(np.random.default_rng(0)))[None]  # the center; nothing is drawn
+        box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None]  # the center; nothing is drawn
         specs = [network.spec(modality_specs(self.data)[self.modality]) for network in self.networks]
         for network in self.networks:
             network.encoder.to(self.device).eval()

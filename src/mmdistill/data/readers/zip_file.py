@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from mmdistill.errors import InputError
 from mmdistill.files import atomic_open
 
 ZIP_NAME = "frames.zip"  # in a folder: it contains the files of the folder
@@ -25,7 +26,7 @@ _END_SIZE, _END_64_DISTANCE, _MAX_COMMENT = 22, 76, 0xFFFF
 _LARGE = 0xFFFFFFFF  # the value is in a 64-bit field
 
 
-class ZipError(ValueError):
+class ZipError(InputError):
     """An archive that is truncated, damaged or compressed."""
 
 
