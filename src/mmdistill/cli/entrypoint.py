@@ -22,7 +22,8 @@ from mmdistill.cli import sweep
 from mmdistill.cli.compiler import explain_compiler_errors
 from mmdistill.cli.hydra_help import (
     describe_rejected_group,
-    is_trainer_of_other_phase,
+    is_experiment,
+    is_of_other_phase,
     parse_options,
     render_help,
 )
@@ -91,8 +92,8 @@ def run_entrypoint(
             with exit_if_pipe_closed():
                 print(render_help(usage, schema, config_name, options))
             return
-        is_other = any(is_trainer_of_other_phase(override, schema) for override in options.overrides)
-        if is_other and (rejected := describe_rejected_group(schema, config_name, options)):
+        is_suspect = any(is_experiment(text) or is_of_other_phase(text, schema) for text in options.overrides)
+        if is_suspect and (rejected := describe_rejected_group(schema, config_name, options)):
             raise ConfigError(rejected)
     except Exception as error:
         report(error)

@@ -21,6 +21,7 @@ from mmdistill.config.compose import compose_config, configs_dir
 from mmdistill.config.error_messages import known_keys
 from mmdistill.errors import suggest_nearest
 
+TRAINING_KEYS = ("trainer.", "data_module.mask_ratio", "data_module.hflip_prob", "data_module.random_crop_min_scale")
 Schema = type[PretrainConfig] | type[DistillConfig]
 
 
@@ -47,7 +48,7 @@ def render_help(usage: str, schema_class: Schema, config_name: str, options: arg
     name, folders = options.config_name or config_name, {"config_dir": options.config_dir}
     folders["config_path"] = options.config_path
     values: Any = OmegaConf.to_container(compose_config(name, options.overrides, **folders))
-    groups = _accepted_groups(schema_class, name, folders)
+    groups = _accepted_groups(schema_class, name, folders, options.overrides)
     lines = [usage, "", "Groups (GROUP=NAME selects a file of configs):", ""]
     lines += [f"  {group}={' | '.join(names)}" for group, names in groups.items()]
     lines += ["", f"Keys (KEY=VALUE changes a value; these are the values of {name}):", ""]
@@ -59,11 +60,12 @@ def render_help(usage: str, schema_class: Schema, config_name: str, options: arg
 
 
 def _accepted_groups(
-    schema_class: Schema, config_name: str, folders: Mapping[str, str | None], only: str = "*"
+    schema_class: Schema, config_name: str, folders: Mapping[str, str | None], overrides: Sequence[str], only: str = "*"
 ) -> dict[str, list[str]]:
     """Group -> names of its files with which the config of the verb composes and whose sweeps have keys of the verb.
 
-    `only`: name of a group; ``*``: all groups.
+    An evaluation (`overrides` contain ``train=False``) does not accept a sweep over a key of the training: all its jobs
+    would have the same result. `only`: name of a group; ``*``: all groups.
     """
     keys, found = known_keys(schema_class), dict[str, list[str]]()
     groups = sorted(folder.name for folder in configs_dir().glob(only) if folder.is_dir())
@@ -74,7 +76,9 @@ def _accepted_groups(
             swept = content.get("hydra", {}).get("sweeper", {}).get("params", {})
         except (HydraException, OmegaConfBaseException, ConfigError):
             continue
-        is_other = is_trainer_of_other_phase(f"{group}={path.stem}", schema_class)
+        is_other = is_of_other_phase(f"{group}={path.stem}", schema_class)
+        is_sweep = "hydra.mode=RUN" not in overrides
+        is_other |= _is_evaluation(overrides) and is_sweep and any(key.startswith(TRAINING_KEYS) for key in swept)
         if set(swept) <= set(keys) and not is_other and path.stem not in found.setdefault(group, []):
             found[group].append(path.stem)
     return {group: names for group, names in found.items() if names}
@@ -85,13 +89,22 @@ def _group_files(pattern: str, folders: Mapping[str, str | None]) -> list[Path]:
     return [path for root in roots for path in sorted(root.glob(f"{pattern}.yaml"))]
 
 
-def is_trainer_of_other_phase(override: str, schema_class: Schema) -> bool:
-    """Whether an override selects a trainer config of the other phase, whose name has ``pretrain`` or ``distill``.
+def is_of_other_phase(override: str, schema_class: Schema) -> bool:
+    """Whether an override selects a trainer or an experiment of the other phase, whose name has the name of the phase.
 
-    Both phases accept its keys, but its learning rate and number of epochs fit its own phase only.
+    Both phases accept the keys, but the values fit one phase only.
     """
     group, _, name = override.partition("=")
-    return group == "trainer" and ("distill" if schema_class is PretrainConfig else "pretrain") in name
+    return group in ("trainer", "experiment") and ("distill" if schema_class is PretrainConfig else "pretrain") in name
+
+
+def is_experiment(override: str) -> bool:
+    """Whether an override selects an experiment."""
+    return override.partition("=")[0] == "experiment"
+
+
+def _is_evaluation(overrides: Sequence[str]) -> bool:
+    return any(re.fullmatch(r"train=false", override, re.IGNORECASE) for override in overrides)
 
 
 def describe_rejected_group(schema_class: Schema, config_name: str, options: argparse.Namespace) -> str | None:
@@ -101,9 +114,11 @@ def describe_rejected_group(schema_class: Schema, config_name: str, options: arg
         group, _, choice = override.partition("=")
         if not re.fullmatch(r"\w+=[\w-]+", override) or not _group_files(f"{group}/{choice}", folders):
             continue
-        names = _accepted_groups(schema_class, options.config_name or config_name, folders, group).get(group, [])
+        name = options.config_name or config_name
+        names = _accepted_groups(schema_class, name, folders, options.overrides, group).get(group, [])
         if names and choice not in names:
-            verb = "pretrain" if schema_class is PretrainConfig else "distill"
+            training = "pretrain" if schema_class is PretrainConfig else "distill"
+            verb = "evaluate" if _is_evaluation(options.overrides) else training
             return f"{override}: not a config for `mmdistill {verb}`; choose one of {', '.join(names)}"
     return None
 

@@ -54,6 +54,28 @@ def test_help_explains_every_key_and_offers_accepted_groups_only(
         assert not is_key or following.startswith("      "), f"{line} has no description"
 
 
+def test_evaluation_offers_no_sweep_over_keys_of_the_training() -> None:
+    """All jobs of such a sweep would have the same result."""
+    shown = render_help("", DistillConfig, "config_mmdistill", parse_options(["train=False"]))
+    (experiments,) = [line for line in shown.splitlines() if line.startswith("  experiment=")]
+    assert experiments == "  experiment=k_shot | n_masks"
+
+
+@pytest.mark.parametrize("experiment", ["teachers", "mask_ratio", "pretrain_mask_ratio"])
+def test_evaluation_rejects_a_sweep_over_keys_of_the_training(
+    experiment: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        evaluate(["ckpt_path=x", f"experiment={experiment}"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        f"mmdistill evaluate: error: experiment={experiment}: not a config for `mmdistill evaluate`; choose one of "
+        "k_shot, n_masks\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("main", [pretrain, distill, evaluate])
 @pytest.mark.parametrize(
     ("arguments", "message"),
