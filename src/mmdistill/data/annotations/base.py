@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,26 @@ def is_safe_name(video: object) -> bool:
     return all(parts) and ".." not in parts and "\0" not in str(video)
 
 
+def _number(value: object) -> Fraction | None:
+    """A JSON value that is a finite number, also as text such as ``"29.97"`` or ``"30000/1001"``; None if it is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return Fraction(value)
+    except (ValueError, OverflowError, ZeroDivisionError):  # no number, infinite, a denominator of 0
+        return None
+
+
 def whole_number(value: object) -> int | None:
     """A JSON value that is a whole number, such as 52, 52.0 or the text "52"; None if it is not."""
-    if isinstance(value, str):
-        return int(value) if value.isdecimal() else None
-    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return int(value) if is_whole and not isinstance(value, bool) else None  # type: ignore[call-overload]
+    number = _number(value)
+    return int(number) if number is not None and number.denominator == 1 else None
+
+
+def frame_rate(value: object) -> float | None:
+    """A JSON value that is a frame rate in frames/s; `UNKNOWN_FPS` for null and -1; None if it is no frame rate."""
+    number = Fraction(UNKNOWN_FPS) if value is None else _number(value)
+    return float(number) if number is not None and (number > 0 or number == UNKNOWN_FPS) else None
 
 
 def keys_that_may_be_classes(entries: Sequence[Any]) -> list[str]:

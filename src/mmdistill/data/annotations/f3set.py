@@ -4,7 +4,6 @@ A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, 
 fields are joined by ``_``. Labels of F3Set's tennis data have eight fields. Frames are counted from 0.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mmdistill.data.annotations.base import (
     AnnotationError,
     Event,
     Rally,
+    frame_rate,
     is_safe_name,
     keys_that_may_be_classes,
     read_json,
@@ -56,7 +56,11 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     entries = read_json(path)
     if not isinstance(entries, list):
         clips = isinstance(entries, dict) and "clips" in entries
-        hint = "; set data_module.annotations=clips for a file with 'clips'" if clips else ""
+        hint = (
+            "; commands with a dataset config read a file with 'clips' if data_module.annotations=clips"
+            if clips
+            else ""
+        )
         raise AnnotationError(f"{path}: expected a JSON list of rallies, got {type(entries).__name__}{hint}")
     is_labeled = _has_labels(path, entries)
     rallies: dict[str, Rally] = {}
@@ -71,9 +75,9 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
             found.append(f"{name}: this video occurs twice")
         if not found:
             num_frames = whole_number(entry["num_frames"]) or 0
-            fps = entry.get("fps")
+            fps = frame_rate(entry.get("fps")) or UNKNOWN_FPS
             events, found = _parse_events(name, entry["events"], num_frames, is_labeled=is_labeled)
-            rallies[name] = Rally(name, num_frames, UNKNOWN_FPS if fps is None else float(fps), events)
+            rallies[name] = Rally(name, num_frames, fps, events)
         problems += found
     _report_other_labels(path, [event.label for rally in rallies.values() for event in rally.events])
     return list(rallies.values()), problems
@@ -115,10 +119,8 @@ def _rally_problems(entry: Any) -> Iterator[str]:
         yield f"video={entry['video']!r} is not a file name"
     if (whole_number(entry["num_frames"]) or 0) < 1:
         yield f"num_frames={entry['num_frames']!r} is not a count of frames"
-    fps = entry.get("fps")
-    is_number = isinstance(fps, int | float) and not isinstance(fps, bool) and math.isfinite(fps)
-    if fps is not None and not (is_number and (fps > 0 or fps == UNKNOWN_FPS)):
-        yield f"fps={fps!r} is not a frame rate; use -1 if it is unknown"
+    if frame_rate(entry.get("fps")) is None:
+        yield f"fps={entry['fps']!r} is not a frame rate; use a number, or -1 if it is unknown"
     if not isinstance(entry["events"], list):
         yield "events is not a list"
 

@@ -107,6 +107,7 @@ def test_written_entries_equal_the_read_ones(tmp_path: Path) -> None:
         (rally(num_frames="40 s"), "m_1_40: num_frames='40 s'"),
         (rally(num_frames="-40"), "m_1_40: num_frames='-40'"),
         (rally(fps=0), "m_1_40: fps=0"),
+        (rally(fps="29,97"), "m_1_40: fps='29,97' is not a frame rate; use a number, or -1"),
         (rally(fps=-25), "m_1_40: fps=-25"),
         (rally(video="../etc"), "is not a file name"),
         ({"video": "v", "num_frames": 3, "fps": 25.0}, "v: the key 'events' is missing"),
@@ -126,7 +127,7 @@ def test_duplicate_videos_empty_and_invalid_files_raise(tmp_path: Path) -> None:
         load_f3set(write(tmp_path / "a.json", []))
     with pytest.raises(AnnotationError, match="expected a JSON list"):
         load_f3set(write(tmp_path / "a.json", {}))
-    with pytest.raises(AnnotationError, match=r"set data_module\.annotations=clips"):
+    with pytest.raises(AnnotationError, match=r"if data_module\.annotations=clips"):
         load_f3set(write(tmp_path / "a.json", {"clips": []}))
     (tmp_path / "a.json").write_text("[{")
     with pytest.raises(AnnotationError, match="not JSON"):
@@ -254,3 +255,10 @@ def test_real_files_of_other_sources_are_read(name: str, caplog: pytest.LogCaptu
 def test_match_of_a_rally() -> None:
     assert match_name("20210909-W-US_Open-SF-A-B_170943_171285") == "20210909-W-US_Open-SF-A-B"
     assert match_name("holiday_video") == "holiday_video"
+
+
+@pytest.mark.parametrize(("text", "fps"), [("25", 25.0), ("29.97", 29.97), ("30000/1001", 30000 / 1001), ("-1", -1.0)])
+def test_numbers_may_be_text(tmp_path: Path, text: str, fps: float) -> None:
+    path = write(tmp_path / "a.json", [rally(fps=text, num_frames="40.0", events=[{"frame": " 3 ", "label": "a"}])])
+    (found,) = load_f3set(path)
+    assert (found.fps, found.num_frames, found.events[0].frame) == (fps, 40, 3)
