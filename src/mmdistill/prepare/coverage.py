@@ -19,6 +19,8 @@ from mmdistill.modalities import get_modality
 MAX_MESSAGES = 5  # about files that cannot be used, per rally and modality
 PLAYERS = ("near", "far")
 MAX_FILES_SHOWN = 3  # missing files, per rally and modality
+MAX_PERSON_OUTSIDE_SHARE = 0.1  # of the joints of a person; a person at the border of the image has fewer outside
+MIN_FRAME_SHARE = 0.02  # of the height or the width of the image, of a person in a frame
 # Smallest parts of the height and the width of the image that joints occupy in all frames of a video together. The
 # joints of a far player of a broadcast, who stands still, occupy 6.5 % of the height.
 MIN_FILE_SHARE, MIN_PERSON_SHARE = 0.06, 0.03
@@ -35,7 +37,7 @@ class ModalityCoverage:
     # frames after the last annotated one. Of modalities with one file per frame, only the first such frame is
     # looked up, so the value is 0 or 1
     extra_frames: int = 0
-    has_wrong_scale: bool = False  # whether the joints of all persons occupy less than `MIN_FILE_SHARE` of the image
+    has_wrong_scale: bool = False  # whether the joints occupy too small a part of the image, or lie outside of it
     messages: list[str] = field(default_factory=list)  # text of each problem
 
     def try_to_read(self, reader: Reader, video: str, frame: int) -> None:
@@ -114,6 +116,13 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
         coverage.try_to_read(reader, rally.video, int(frame))
     if share := outside_share(rows, reader.frame_size):
         coverage.messages.append(f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image")
+    for person in range(rows.shape[1]):
+        if (share := outside_share(rows[:, person], reader.frame_size)) > MAX_PERSON_OUTSIDE_SHARE:
+            coverage.messages.append(
+                f"{path}: {100 * share:.1f} % of the joints of person {person} lie outside the image; correct "
+                "img_shape, or the scale of keypoint"
+            )
+            coverage.has_wrong_scale = True
     _check_scale(path, rows, reader.frame_size, coverage)
     if (persons := reader.num_persons(rally.video)) > reader.max_persons:
         result.unused_persons = f"{path}: {persons} persons, {reader.max_persons} used"
@@ -139,8 +148,16 @@ def _check_scale(path: str, rows: np.ndarray, frame_size: tuple[int, int], cover
                 f"{path}: {name} lie within {100 * height:.1f} % of the height and {100 * width:.1f} % of the width of "
                 "the image in all frames; correct img_shape, or the scale of keypoint"
             )
-            coverage.has_wrong_scale = name not in persons
-            break
+            coverage.has_wrong_scale |= name not in persons
+            return
+    joints = np.where(rows[..., 2:] > 0, rows[..., :2], np.nan)[is_whole]  # (n, J, 2)
+    sizes = (np.nanmax(joints, axis=1) - np.nanmin(joints, axis=1)) / frame_size[::-1]  # (n, 2)
+    if count := int((sizes.max(axis=1, initial=0) < MIN_FRAME_SHARE).sum()):
+        coverage.messages.append(
+            f"{path}: {format_count(count, 'skeleton')} smaller than {MIN_FRAME_SHARE:.0%} of the image; correct the "
+            "scale of keypoint in these frames"
+        )
+        coverage.has_wrong_scale = True
 
 
 def check_all(

@@ -63,11 +63,14 @@ def write_skeleton(root: Path, video: str, *, frames: int = FRAMES, has_nan: boo
 def test_joints_outside_the_image_are_reported(root: Path) -> None:
     path = root / "skeletons/f3set-tennis/m_1_10.pkl"
     entry = pickle.loads(path.read_bytes())
-    entry["keypoint"][1] += 500
+    entry["keypoint"][1, :, 0] += 500  # 1 of 17 joints of a person at the border
     path.write_bytes(pickle.dumps(entry))
     report = check_all(RALLIES, open_readers(root), workers=1)
     assert report["complete"]
-    assert report["messages"] == [f"{path}: 33.3 % of the joints with a score lie outside the image"]
+    assert report["messages"] == [f"{path}: 2.0 % of the joints with a score lie outside the image"]
+    entry["keypoint"][1, :, 1:] += 500
+    path.write_bytes(pickle.dumps(entry))
+    assert not check_all(RALLIES, open_readers(root), workers=1)["complete"]
     entry["keypoint"][0] += 500
     path.write_bytes(pickle.dumps(entry))
     report = check_all(RALLIES, open_readers(root), workers=1)
@@ -126,6 +129,25 @@ def test_one_person_in_another_scale_is_reported(root: Path) -> None:
         assert not report["complete"]
         (message,) = report["messages"]
         assert message.startswith(f"{path}: {name} has values from 0 to 1")
+
+
+def test_person_outside_the_image_is_a_gap(root: Path) -> None:
+    joints = spread_joints(FRAMES)
+    joints[1, :, :3] += 1000  # 3 of 17 joints of one person, which are 12 % of all found ones
+    path = write_keypoints(root, joints)
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert report["rallies_with_gaps"]["m_1_10"]["skeleton"]["wrong_scale"]
+    assert f"{path}: 17.6 % of the joints of person 1 lie outside the image; correct img_shape" in report["messages"][1]
+
+
+def test_frames_in_another_scale_are_a_gap(root: Path) -> None:
+    joints = spread_joints(FRAMES)
+    joints[0, 6:] /= 100
+    path = write_keypoints(root, joints)
+    report = check_all(RALLIES, open_readers(root), workers=1)
+    assert report["rallies_with_gaps"]["m_1_10"]["skeleton"]["wrong_scale"]
+    (message,) = report["messages"]
+    assert message.startswith(f"{path}: 4 skeletons smaller than 2% of the image")
 
 
 @pytest.mark.parametrize("num_persons", [1, 2])
