@@ -164,6 +164,8 @@ def _kill_hung_workers() -> None:
 
     Registered before torch registers its own cleanup, so it runs after that.
     """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of torch would raise in any exit handler
     for worker in list(_WORKERS):
         if worker.is_alive():
             worker.kill()
