@@ -209,7 +209,7 @@ def test_module_with_another_number_of_heads_is_an_error(tmp_path: Path) -> None
     folder = write_one_file(make_model("model"), tmp_path / "hf")
     encoder = load_encoder(folder)
     wrong = Encoder(type(encoder.config)(**{**vars(encoder.config), "heads": 2, "head_dim": 16}))
-    with pytest.raises(WeightMismatchError, match=r"\(config\.json / module\): heads 4 / 2"):
+    with pytest.raises(WeightMismatchError, match=r"\(checkpoint / module\): heads 4 / 2"):
         load_weights(wrong, folder)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from mmdistill.checkpoint import read_checkpoint
 from mmdistill.data.annotations.base import load_annotations
 from mmdistill.data.readers.flow_file import read_flow, write_flow
-from mmdistill.data.readers.image_file import read_image
+from mmdistill.data.readers.image_file import decode_image
 from mmdistill.data.readers.safe_pickle import load_pickle
 from mmdistill.errors import MMDistillError
 from mmdistill.fewshot.features import load_features
@@ -62,11 +62,11 @@ FORMATS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
     },
     ".jpg": (
         lambda path: path.write_bytes(_encode(".jpg")),
-        lambda path: read_image(str(path), "rgb", ("JPEG",), cv2.IMREAD_COLOR),
+        lambda path: decode_image(str(path), path.read_bytes(), ("JPEG",), cv2.IMREAD_COLOR),
     ),
     ".png": (
         lambda path: path.write_bytes(_encode(".png")),
-        lambda path: read_image(str(path), "flow", ("PNG",), cv2.IMREAD_COLOR),
+        lambda path: decode_image(str(path), path.read_bytes(), ("PNG",), cv2.IMREAD_COLOR),
     ),
     ".npy": (lambda path: write_flow(path, RNG.normal(size=(2, 8, 8)).astype(np.float32)), read_flow),
     ".npz": (_save_npz, load_features),

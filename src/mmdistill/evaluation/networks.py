@@ -235,6 +235,11 @@ def _distinct_names(paths: Sequence[str], taken: Collection[str]) -> list[str]:
 
 
 def _run_name(path: str) -> str:
-    """Name of the run folder: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``."""
+    """Name of the run folder: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``.
+
+    Of a Hugging Face folder its own name.
+    """
+    if (Path(path) / "config.json").is_file():
+        return Path(path).resolve().name
     parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "checkpoint")]
     return parts[-2] if len(parts) > 2 else Path(path).name
