@@ -152,7 +152,8 @@ def _check_scale(path: str, rows: np.ndarray, frame_size: tuple[int, int], cover
             return
     joints = np.where(rows[..., 2:] > 0, rows[..., :2], np.nan)[is_whole]  # (n, J, 2)
     sizes = (np.nanmax(joints, axis=1) - np.nanmin(joints, axis=1)) / frame_size[::-1]  # (n, 2)
-    if count := int((sizes.max(axis=1, initial=0) < MIN_FRAME_SHARE).sum()):
+    count = int((sizes.max(axis=1, initial=0) < MIN_FRAME_SHARE).sum())
+    if 0 < count < len(sizes):  # a part of the frames has another scale
         coverage.messages.append(
             f"{path}: {format_count(count, 'skeleton')} smaller than {MIN_FRAME_SHARE:.0%} of the image; correct the "
             "scale of keypoint in these frames"
