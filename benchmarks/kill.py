@@ -257,7 +257,12 @@ class Campaign:
         wait_until(lambda: not session_members(self.sessions), ORPHANS_S, 0.1)
         members = session_members(self.sessions)
         self.report.check(not members, f"processes that did not end: {members}")
-        remove_temporary_folders(self.temporary)  # as the next command does
+
+        def has_no_files() -> bool:
+            remove_temporary_folders(self.temporary)  # as the next command does
+            return not any(self.temporary.iterdir())
+
+        wait_until(has_no_files, ORPHANS_S, 0.1)  # a lock is released shortly after its process has ended
         left = sorted(str(path.relative_to(self.temporary)) for path in self.temporary.rglob("*"))
         self.report.check(not left, f"temporary files: {Counter(re.sub(r'[0-9a-f_-]{6,}.*', '*', n) for n in left)}")
         shutil.rmtree(self.temporary)
