@@ -22,8 +22,7 @@ from mmdistill.cli import sweep
 from mmdistill.cli.compiler import explain_compiler_errors
 from mmdistill.cli.hydra_help import (
     describe_rejected_group,
-    is_experiment,
-    is_of_other_phase,
+    has_misfit,
     parse_options,
     render_help,
 )
@@ -66,15 +65,7 @@ def run_entrypoint(
         verb: verb of ``mmdistill`` that starts this job; errors name it.
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
-    given: Sequence[str] = sys.argv[1:] if argv is None else argv
-    program = sys.argv[0] if argv is None else f"mmdistill {verb}"
-    sys.argv = [program, *shorten_subdirs(quote_overrides(given))]
-    launch.set_env_from_slurm()
-    if launch.is_nonzero_rank():
-        unused_dir = temporary_folder_until_exit()  # for multirun.yaml
-        overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir}", "hydra.sweep.subdir=${hydra:job.num}"]
-        overrides += ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
-        sys.argv[1:] = add_overrides(sys.argv[1:], overrides)
+    _set_arguments(argv, verb)
     logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log of Hydra
     threading.excepthook = _report_thread_error
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise, so that `explain` can add near matches
@@ -92,8 +83,7 @@ def run_entrypoint(
             with exit_if_pipe_closed():
                 print(render_help(usage, schema, config_name, options))
             return
-        is_suspect = any(is_experiment(text) or is_of_other_phase(text, schema) for text in options.overrides)
-        if is_suspect and (rejected := describe_rejected_group(schema, config_name, options)):
+        if has_misfit(schema, options) and (rejected := describe_rejected_group(schema, config_name, options)):
             raise ConfigError(rejected)
     except Exception as error:
         report(error)
@@ -141,6 +131,19 @@ def run_entrypoint(
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the agent sends it as soon as one rank has ended
             launch.record_failure("stopped by a signal", launch.INTERRUPTED_EXIT_CODE)
         raise
+
+
+def _set_arguments(argv: Sequence[str] | None, verb: str | None) -> None:
+    """Write the arguments as Hydra reads them to `sys.argv`. A rank other than 0 gets no folder and no log."""
+    given: Sequence[str] = sys.argv[1:] if argv is None else argv
+    program = sys.argv[0] if argv is None else f"mmdistill {verb}"
+    sys.argv = [program, *shorten_subdirs(quote_overrides(given))]
+    launch.set_env_from_slurm()
+    if launch.is_nonzero_rank():
+        unused_dir = temporary_folder_until_exit()  # for multirun.yaml
+        overrides = ["hydra.run.dir=.", f"hydra.sweep.dir={unused_dir}", "hydra.sweep.subdir=${hydra:job.num}"]
+        overrides += ["hydra.output_subdir=null", "hydra/job_logging=disabled"]
+        sys.argv[1:] = add_overrides(sys.argv[1:], overrides)
 
 
 def _report_thread_error(error: threading.ExceptHookArgs) -> None:

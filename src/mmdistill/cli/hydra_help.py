@@ -72,14 +72,11 @@ def _accepted_groups(
     for group, path in [(g, path) for g in groups for path in _group_files(f"{g}/*", folders)]:
         try:
             compose_config(config_name, [f"{group}={path.stem}"], **folders)
-            content = yaml.safe_load(path.read_bytes()) or {}
-            swept = content.get("hydra", {}).get("sweeper", {}).get("params", {})
+            swept = _swept_keys(path)
         except (HydraException, OmegaConfBaseException, ConfigError):
             continue
-        is_other = is_of_other_phase(f"{group}={path.stem}", schema_class)
-        is_sweep = "hydra.mode=RUN" not in overrides
-        is_other |= _is_evaluation(overrides) and is_sweep and any(key.startswith(TRAINING_KEYS) for key in swept)
-        if set(swept) <= set(keys) and not is_other and path.stem not in found.setdefault(group, []):
+        is_other = _is_of_other_phase(group, path.stem, schema_class) or _sweeps_in_vain(path, overrides)
+        if swept <= set(keys) and not is_other and path.stem not in found.setdefault(group, []):
             found[group].append(path.stem)
     return {group: names for group, names in found.items() if names}
 
@@ -89,37 +86,58 @@ def _group_files(pattern: str, folders: Mapping[str, str | None]) -> list[Path]:
     return [path for root in roots for path in sorted(root.glob(f"{pattern}.yaml"))]
 
 
-def is_of_other_phase(override: str, schema_class: Schema) -> bool:
-    """Whether an override selects a trainer or an experiment of the other phase, whose name has the name of the phase.
+def _swept_keys(path: Path) -> set[str]:
+    """Keys that a file of a group sweeps."""
+    content = yaml.safe_load(path.read_bytes()) or {}
+    return set(content.get("hydra", {}).get("sweeper", {}).get("params", {}))
+
+
+def _is_of_other_phase(group: str, name: str, schema_class: Schema) -> bool:
+    """Whether a file is a trainer or an experiment of the other phase, whose name has the name of the phase.
 
     Both phases accept the keys, but the values fit one phase only.
     """
-    group, _, name = override.partition("=")
     return group in ("trainer", "experiment") and ("distill" if schema_class is PretrainConfig else "pretrain") in name
 
 
-def is_experiment(override: str) -> bool:
-    """Whether an override selects an experiment."""
-    return override.partition("=")[0] == "experiment"
+def _sweeps_in_vain(path: Path, overrides: Sequence[str]) -> bool:
+    """Whether `overrides` are those of an evaluation, and the file sweeps a key of the training."""
+    is_sweep = "hydra.mode=RUN" not in overrides
+    return _is_evaluation(overrides) and is_sweep and any(key.startswith(TRAINING_KEYS) for key in _swept_keys(path))
 
 
 def _is_evaluation(overrides: Sequence[str]) -> bool:
     return any(re.fullmatch(r"train=false", override, re.IGNORECASE) for override in overrides)
 
 
-def describe_rejected_group(schema_class: Schema, config_name: str, options: argparse.Namespace) -> str | None:
-    """The message about the first override that selects a file of a group for the other phase; None if none does."""
+def has_misfit(schema_class: Schema, options: argparse.Namespace) -> bool:
+    """Whether an override selects a file that composes, but whose values fit another verb. Composes no config."""
+    return any(
+        _is_of_other_phase(group, choice, schema_class)
+        or any(_sweeps_in_vain(path, options.overrides) for path in paths)
+        for group, choice, paths in _selected_files(options)
+    )
+
+
+def _selected_files(options: argparse.Namespace) -> Iterator[tuple[str, str, list[Path]]]:
+    """(group, name, files) of each override that selects an existing file of a group."""
     folders = {"config_path": options.config_path, "config_dir": options.config_dir}
     for override in options.overrides:
         group, _, choice = override.partition("=")
-        if not re.fullmatch(r"\w+=[\w-]+", override) or not _group_files(f"{group}/{choice}", folders):
-            continue
-        name = options.config_name or config_name
+        if re.fullmatch(r"\w+=[\w-]+", override) and (paths := _group_files(f"{group}/{choice}", folders)):
+            yield group, choice, paths
+
+
+def describe_rejected_group(schema_class: Schema, config_name: str, options: argparse.Namespace) -> str | None:
+    """The message about the first override that selects a file of a group for the other phase; None if none does."""
+    folders = {"config_path": options.config_path, "config_dir": options.config_dir}
+    name = options.config_name or config_name
+    for group, choice, _ in _selected_files(options):
         names = _accepted_groups(schema_class, name, folders, options.overrides, group).get(group, [])
         if names and choice not in names:
             training = "pretrain" if schema_class is PretrainConfig else "distill"
             verb = "evaluate" if _is_evaluation(options.overrides) else training
-            return f"{override}: not a config for `mmdistill {verb}`; choose one of {', '.join(names)}"
+            return f"{group}={choice}: not a config for `mmdistill {verb}`; choose one of {', '.join(names)}"
     return None
 
 
