@@ -113,7 +113,7 @@ def config_arguments(run_dir: Path, verb: str, checkpoint: Path | None = None) -
             overrides.insert(0, f"dataset={dataset}")
         if hydra.get("mode") == "MULTIRUN" and any(override.startswith("experiment=") for override in overrides):
             overrides.append("hydra.mode=RUN")  # one job of the sweep, whose values are among the overrides
-        more = _overrides_without_labels(run_dir, verb, checkpoint)
+        more = _overrides_without_labels(hydra, data, verb)
         overrides = [o for o in overrides if o.partition("=")[0] not in {m.partition("=")[0] for m in more}] + more
         config_name = hydra["job"]["config_name"]
         if verb == "distill":
@@ -143,7 +143,13 @@ def _composes(config_name: str, sources: dict[str, str], overrides: list[str]) -
 def missing_evaluation_file(run_dir: Path, checkpoint: Path | None = None) -> Path | None:
     """The annotation file of a run's evaluation, if it does not exist, but that of the training exists; else None."""
     try:
-        hydra, data = _read_run(run_dir, checkpoint)
+        return _missing_evaluation_file(*_read_run(run_dir, checkpoint))
+    except _UNREADABLE:
+        return None
+
+
+def _missing_evaluation_file(hydra: dict[str, Any], data: dict[str, Any]) -> Path | None:
+    try:
         training, evaluation = _annotation_paths(hydra, data)
     except _UNREADABLE:
         return None
@@ -214,13 +220,12 @@ def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path
     return root / training, root / evaluation
 
 
-def _overrides_without_labels(run_dir: Path, verb: str, checkpoint: Path | None) -> list[str]:
+def _overrides_without_labels(hydra: dict[str, Any], data: dict[str, Any], verb: str) -> list[str]:
     """Overrides of `verb` without an evaluation file: no evaluation, or the video as class if possible."""
-    if verb == "pretrain" or missing_evaluation_file(run_dir, checkpoint) is None:
+    if verb == "pretrain" or _missing_evaluation_file(hydra, data) is None:
         return []
     if verb == "distill":
         return ["test=False"]
-    hydra, data = _read_run(run_dir, checkpoint)
     if data["annotations"] != "f3set":
         return []
     spec = ClipSpec("windows", data["num_frames"], sampling_rate=data["sampling_rate"], stride=data["window_stride"])
