@@ -4,16 +4,12 @@ Each draw selects K labeled rallies. The head of every network is trained on the
 rallies; see `mmdistill.fewshot.spotting` for the metrics.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import rich.table
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
 
 from mmdistill import builders
 from mmdistill.checkpoint import open_checkpoint
@@ -26,6 +22,7 @@ from mmdistill.distributed.process import start_process
 from mmdistill.errors import format_count, suggest_nearest
 from mmdistill.evaluation.frame_features import FrameEncoder
 from mmdistill.evaluation.networks import load_networks
+from mmdistill.evaluation.report.tables import Table, table_console
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.scores import mean_with_interval
 from mmdistill.fewshot.spotting import (
@@ -55,7 +52,6 @@ NOTES = (
     "strict: a wrong label is a false positive. published: only if no event is near, as F3Set's code counts.",
     "± is half of the 95 % confidence interval over draws. Δ is the scored network minus this one, paired over draws.",
 )
-_FILE_WIDTH = 160  # characters, if the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -281,15 +277,15 @@ def print_results(results: SpottingResults) -> None:
     summary = results.summary()
     draws = format_count(len(results.labeled), "draw")
     title = f"event spotting: {format_count(len(results.labeled[0]), 'labeled rally')}, {draws}"
-    table = rich.table.Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("network", *COLUMNS):
-        table.add_column(column, justify="left" if column == "network" else "right", no_wrap=True)
-    for network, metrics in summary.items():
-        table.add_row(network, *(_cell(metrics[name], "mean", "ci95") for name in COLUMNS.values()))
-    for network, metrics in list(summary.items())[1:]:
-        cells = [_cell(metrics[name], "difference", "difference_ci95") for name in COLUMNS.values()]
-        table.add_row(f"Δ {network}", *cells)
-    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(table)
+    rows = [
+        (network, *(_cell(metrics[name], "mean", "ci95") for name in COLUMNS.values()))
+        for network, metrics in summary.items()
+    ]
+    rows += [
+        (f"Δ {network}", *(_cell(metrics[name], "difference", "difference_ci95") for name in COLUMNS.values()))
+        for network, metrics in list(summary.items())[1:]
+    ]
+    table_console().print(Table(title, ("network", *COLUMNS), rows, num_names=1).as_rich())
     for note in NOTES:
         print(note)
 

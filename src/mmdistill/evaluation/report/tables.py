@@ -1,7 +1,12 @@
 """Tables of the results: accuracies in percent with their 95 % intervals, for the terminal and the page."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import rich.table
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 
 from mmdistill.errors import format_count
 from mmdistill.fewshot.protocol import Results, Row, Setting, describe_eligibility
@@ -22,18 +27,37 @@ FOOTNOTES = (
     "Encoding time covers preprocessing and forward passes of all clips. It excludes the warm-up and the reading of "
     "files. For cached features it is the time of their encoding. – means that it is unknown.",
 )
+_FILE_WIDTH = 160  # characters, if the output is not a terminal
 REFERENCE = "reference"  # in the column of the differences, in the row of the scored network
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as text; the first two columns are names, the others numbers."""
+    """A table as text; the first `num_names` columns are names, the others numbers."""
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     networks: tuple[str, ...] = ()  # the network of each row
+    num_names: int = 2
+
+    def as_rich(self) -> rich.table.Table:
+        """The table for a terminal."""
+        found = rich.table.Table(title=self.title, title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
+        for number, name in enumerate(self.columns):
+            if number < self.num_names:
+                found.add_column(name, overflow="fold")  # a name is never truncated
+            else:
+                found.add_column(name, justify="right", no_wrap=True)
+        for cells in self.rows:
+            found.add_row(*cells)
+        return found
+
+
+def table_console() -> Console:
+    """Standard output for tables; wide enough for them if it is not a terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
 
 
 def result_tables(results: Results) -> list[Table]:

@@ -4,25 +4,20 @@ The JSON contains fractions in [0, 1]; tables and page contain percent.
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-import rich.table
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 
 from mmdistill.evaluation.report.figures import network_label
 from mmdistill.evaluation.report.html_page import ReadFrame, render_page
-from mmdistill.evaluation.report.tables import FOOTNOTES, Table, below_chance_note, probe_tables, result_tables
+from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, probe_tables, result_tables, table_console
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import paired_difference, per_class_accuracy
 from mmdistill.files import atomic_write_bytes
-
-_FILE_WIDTH = 140  # characters, if the output is not a terminal
 
 
 def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -69,26 +64,14 @@ def _excluded(row: Row, names: Sequence[str]) -> dict[str, int]:
 def print_tables(results: Results, *, console: Console | None = None) -> None:
     """Print the tables to standard output."""
     if console is None:
-        console = Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)
+        console = table_console()
     for table in (*result_tables(results), *probe_tables(results)):
-        console.print(_rich_table(table))
+        console.print(table.as_rich())
     for footnote in filter(None, (*FOOTNOTES, below_chance_note(results))):
         console.print(footnote, highlight=False, markup=False, soft_wrap=True)
     scored = results.features[0]
     source = f", checkpoint {scored.info['checkpoint']}" if scored.info.get("checkpoint") else ""
     console.print(f"scored network: {scored.network}{source}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _rich_table(table: Table) -> rich.table.Table:
-    found = rich.table.Table(title=table.title, title_justify="left", box=SIMPLE_HEAD)  # fits in 80 characters
-    for number, name in enumerate(table.columns):
-        if number < 2:
-            found.add_column(name, overflow="fold")  # a name is never truncated
-        else:
-            found.add_column(name, justify="right", no_wrap=True)
-    for cells in table.rows:
-        found.add_row(*cells)
-    return found
 
 
 def write_report(
