@@ -160,7 +160,7 @@ class FrameEncoder:
         """
         (reader,) = builders.open_readers(self.data, (self.modality,)).values()
         crop = CropSpec(tuple(self.data.frame_size), tuple(self.data.crop_size))  # type: ignore[arg-type]
-        box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None]  # the center; nothing is drawn
+        box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None].to(self.device)  # the center; nothing is drawn
         specs = [network.spec(modality_specs(self.data)[self.modality]) for network in self.networks]
         for network in self.networks:
             network.encoder.to(self.device).eval()
@@ -179,10 +179,10 @@ class FrameEncoder:
                 block = blocks[number]
                 video = videos[block.rally]
                 means = means or [_Mean(self.lengths[video], self.windows) for _ in self.networks]
+                frames = item["frames"].to(self.device)
                 for network, spec, mean in zip(self.networks, specs, means, strict=True):
                     size = (network.encoder.config.height, network.encoder.config.width)
-                    frames = item["frames"].to(self.device)
-                    x = preprocess_clips(frames, box.to(self.device), spec, size)[0]  # (C, n, h, w)
+                    x = preprocess_clips(frames, box, spec, size)[0]  # (C, n, h, w)
                     mean.add(self._encode_windows(network, x, block), block, video, network)
                 advance(len(block.starts))
                 if number + 1 == len(blocks) or blocks[number + 1].rally != block.rally:

@@ -112,10 +112,10 @@ class SpottingHead:
         for row, found in enumerate(events.values()):
             for event in found:
                 is_event[row, event.frame] = 1
-                for frame in {max(event.frame - 1, 0), min(event.frame + 1, inputs[row].shape[1] - 1)} - {event.frame}:
-                    is_event[row, frame] = max(float(is_event[row, frame]), NEIGHBOR_TARGET)
                 for element, value in enumerate(self.elements.split(event.label)):
                     targets[element, row, event.frame] = self.values[element].index(value)
+        next_to_event = F.max_pool1d(is_event[:, None], 3, stride=1, padding=1)[:, 0]
+        is_event = torch.maximum(is_event, NEIGHBOR_TARGET * next_to_event)
         optimizer = torch.optim.AdamW(self._network.parameters(), lr=3e-3, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
         sizes = [len(values) for values in self.values]
