@@ -107,7 +107,10 @@ class ZeroState:
 
     def _merge(self, kind: str) -> dict[str, Tensor]:
         if self.layout.stage == 0:
-            return dict(zip(self.names, self._unsharded_values(kind), strict=False))
+            values = self._unsharded_values(kind)
+            if len(values) > len(self.names):
+                raise LookupError(f"{kind} of {len(values)} parameters, but {len(self.names)} names")
+            return dict(zip(self.names, values, strict=False))  # `merge` reports names without a value
         key = "fp32_flat_groups" if self.layout.stage == 3 else "single_partition_of_fp32_groups"
         slices = [o[key] if kind == MASTERS else _moment_values(_adam_state(o), kind) for o in self.optimizers]
         shapes = self.models[0]["param_shapes"]
