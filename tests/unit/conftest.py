@@ -23,3 +23,11 @@ def make(tiny_clips: Path, tmp_path: Path) -> "MakeTraining":
     from tests.tiny_training import make_training  # imports torch, which the controller of pytest-xdist does not need
 
     return lambda *more, **options: make_training(tiny_clips, tmp_path / "run", *more, **options)
+
+
+@pytest.fixture
+def single_process_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`start_process` sets these variables if they are missing; other tests must not see them."""
+    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    for name, value in {**world, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)

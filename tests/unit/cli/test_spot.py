@@ -11,13 +11,7 @@ from mmdistill.data.annotations import load_annotations
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import make_tiny, overrides
 
-
-@pytest.fixture(autouse=True)
-def single_process_env(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`start_process` sets these variables if they are missing; other tests must not see them."""
-    world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    for name, value in {**world, "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("single_process_env")
 
 
 @pytest.fixture
