@@ -6,8 +6,10 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ class FakeBatches:
         raise self.error
 
 
-def _exited(action: object) -> multiprocessing.Process:
+def _exited(action: Callable[[], None]) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=action)
     process.start()
     process.join()
@@ -57,34 +59,55 @@ def test_batches_are_those_of_the_dataset() -> None:
     assert [batch[0].tolist() for batch in loader] == [[0, 1], [2, 3], [4]]
 
 
+def _in_fork(folder: Path, function: Callable[[], None]) -> None:
+    """Run a function in a fork whose folder for temporary files is ``folder``: that of this process is in use."""
+
+    def run() -> None:
+        tempfile.tempdir = str(folder)
+        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+        function()
+        os._exit(5)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 5
+
+
+def _one_worker(loader: ClipLoader) -> tuple[Iterator[Any], BaseProcess]:
+    """The batches of a loader and its only worker; a child of an earlier test may still run."""
+    earlier = set(multiprocessing.active_children())
+    batches = iter(loader)
+    (worker,) = set(multiprocessing.active_children()) - earlier
+    return batches, worker
+
+
 def test_killed_worker_leaves_no_socket_in_the_folder_for_temporary_files() -> None:
-    """All workers use one folder, which the main process removes."""
-    left = set(Path(tempfile.gettempdir()).glob("pymp-*"))
-    batches = iter(ClipLoader(TensorDataset(torch.zeros(8)), num_workers=1))
-    next(batches)
-    (worker,) = multiprocessing.active_children()
-    worker.kill()
-    with pytest.raises(RuntimeError, match=r"signal: Killed|SIGKILL"):
-        list(batches)
-    assert set(Path(tempfile.gettempdir()).glob("pymp-*")) == left
-    assert list(Path(multiprocessing.util.get_temp_dir()).glob("listener-*"))
+    """All workers use one folder, which the main process removes. pytest's folders are too long for sockets."""
+
+    def load() -> None:
+        batches, worker = _one_worker(ClipLoader(TensorDataset(torch.zeros(8)), num_workers=1))
+        next(batches)
+        worker.kill()
+        with pytest.raises(RuntimeError, match=r"signal: Killed|SIGKILL"):
+            list(batches)
+        folder = Path(multiprocessing.util.get_temp_dir())
+        assert list(short.iterdir()) == [folder]
+        assert list(folder.glob("listener-*"))
+
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="short") as name:
+        short = Path(name)
+        _in_fork(short, load)
 
 
 def test_workers_run_in_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
-    """A fork, because the folder of this process is in use."""
     long = tmp_path / ("a" * 80)
     long.mkdir()
 
     def load() -> None:
-        tempfile.tempdir = str(long)
-        multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
         assert len(list(ClipLoader(TensorDataset(torch.zeros(2)), num_workers=1, timeout=5))) == 2
-        os._exit(5)
 
-    process = multiprocessing.get_context("fork").Process(target=load)
-    process.start()
-    process.join()
-    assert process.exitcode == 5
+    _in_fork(long, load)
 
 
 class _Blocked(torch.utils.data.Dataset[int]):
@@ -99,9 +122,8 @@ class _Blocked(torch.utils.data.Dataset[int]):
 def test_killed_worker_is_noticed_without_its_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's handler of SIGCHLD raises an exception, which Python may ignore."""
     monkeypatch.setattr(dataloader, "_CHECK_INTERVAL_S", 0.1)
-    batches = iter(ClipLoader(_Blocked(), num_workers=1, timeout=30))
+    batches, worker = _one_worker(ClipLoader(_Blocked(), num_workers=1, timeout=30))
     monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_error_if_any_worker_fails", lambda: None)
-    (worker,) = multiprocessing.active_children()
     worker.kill()
     with pytest.raises(RuntimeError, match=r"DataLoader worker exited: \d+ \(SIGKILL\)"):
         next(batches)
