@@ -1,12 +1,19 @@
-"""Memory and open files of a training over many short epochs, for the main process and the loader workers.
+"""Memory, open files and threads of a training over many short epochs, for the main process and the loader workers.
 
-    python benchmarks/endurance.py [--training pretrain|distill] [--minutes 60] [--workers 1] [--json] [KEY=VALUE ...]
+    python benchmarks/endurance.py [--training pretrain|distill] [--minutes 60] [--workers 1] [KEY=VALUE ...]
 
-A process trains on a tiny dataset, saves a checkpoint in each epoch, and keeps one. Every second the script reads the
-anonymous memory (RssAnon) and the number of open files of the process and of its workers. Pages of mapped files are not
-counted, because the kernel drops and reads them at any time. A process that fills its caches grows at first, so the
-slope of the memory is that of the last two thirds of the time. Batches in shared memory are open files too, so the
-growth of the files is the difference between the medians of the last two thirds. The training is stopped with SIGTERM.
+A process trains on a tiny dataset, saves a checkpoint in each epoch, and keeps one. Every second the script reads these
+numbers of the process and of its workers:
+
+- anonymous memory: what the process has allocated. A leak is here;
+- mapped memory: pages of files and of shared memory. The kernel drops and reads pages of files at any time;
+- open files, to which batches in shared memory belong, and threads.
+
+A process that fills its caches and the free lists of the allocator grows at first. The slope of the memory is therefore
+that of the least-squares line through the last two thirds of the time. The growth of open files and of threads is the
+difference between the medians of the two halves of this time. Flat means: the anonymous memory of no process grows
+faster than ``--max-mb-per-hour``, its open files grow by at most ``--max-files`` and its threads by at most
+``--max-threads``. Mapped memory is only reported. The training is stopped with SIGTERM.
 """
 
 import argparse
@@ -21,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -39,18 +46,45 @@ def slope_per_hour(times_s: Sequence[float], values: Sequence[float]) -> float:
     return 3600 * statistics.linear_regression(times_s, values).slope if len(set(times_s)) > 1 else 0.0
 
 
-def anonymous_memory(process: psutil.Process) -> float:
-    """RssAnon in MB."""
-    (line,) = [s for s in Path(f"/proc/{process.pid}/status").read_text().splitlines() if s.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024 / 1e6
+class Sample(NamedTuple):
+    """Numbers of one process; memory in MB."""
+
+    time_s: float
+    anonymous: float
+    mapped: float
+    files: int
+    threads: int
 
 
-def sample_processes(process: psutil.Process) -> dict[str, tuple[float, int]]:
-    """Anonymous memory in MB and number of open files of a training and of its workers, by name."""
-    found = {"main": (anonymous_memory(process), process.num_fds())}
-    for number, child in enumerate(sorted(process.children(), key=lambda child: child.pid)):
-        found[f"worker {number}"] = (anonymous_memory(child), child.num_fds())
-    return found
+def sample_process(process: psutil.Process, time_s: float) -> Sample:
+    """The numbers of one process at a time."""
+    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {name: int(value.split()[0]) * 1024 / 1e6 for name, _, value in (line.partition(":") for line in lines)}
+    mapped = sizes["Rss"] - sizes["Anonymous"]
+    return Sample(time_s, sizes["Anonymous"], mapped, process.num_fds(), process.num_threads())
+
+
+def sample_processes(process: psutil.Process, time_s: float) -> dict[str, Sample]:
+    """The numbers of a training and of its workers, by name."""
+    workers = sorted(process.children(), key=lambda child: child.pid)
+    names = {"main": process, **{f"worker {number}": child for number, child in enumerate(workers)}}
+    return {name: sample_process(each, time_s) for name, each in names.items()}
+
+
+def summarize(samples: Sequence[Sample], seconds: float) -> dict[str, float]:
+    """First and last values, and the growth in the last two thirds of `seconds`."""
+    late = [sample for sample in samples if sample.time_s >= seconds / 3]
+    halves = late[: len(late) // 2], late[len(late) // 2 :]
+    times, result = [sample.time_s for sample in late], {}
+    for name in ("anonymous", "mapped"):
+        values = [getattr(sample, name) for sample in late]
+        result[f"{name}_first"] = getattr(samples[0], name)
+        result |= {f"{name}_after_third": values[0], f"{name}_last": values[-1]}
+        result[f"{name}_per_hour"] = slope_per_hour(times, values)
+    for name in ("files", "threads"):
+        before, after = (statistics.median(getattr(sample, name) for sample in half) for half in halves)
+        result |= {name: after, f"{name}_growth": after - before}
+    return result
 
 
 def count_epochs(run_dir: Path) -> int:
@@ -63,11 +97,12 @@ def count_epochs(run_dir: Path) -> int:
 
 
 def measure(training: str, root: Path, *more: str, seconds: float, workers: int = 1) -> dict[str, Any]:
-    """Train for `seconds` after the first epoch; slopes, first and last values by process."""
+    """Train for `seconds` after the first epoch; see `summarize` for the numbers of each process."""
     run_dir = root / f"run_{training}"
     arguments = [f"num_workers={workers}", "trainer.epochs=1000000", "trainer.keep_last=1", *more]
     arguments += [f"hydra.run.dir={run_dir}"]
-    log, samples = root / f"{training}.log", {}
+    log = root / f"{training}.log"
+    samples: dict[str, list[Sample]] = {}
     (pid,) = start_training(training_command(training, root, *arguments), ranks=1, log=log, temporary=root)
     process = psutil.Process(pid)
     try:
@@ -77,28 +112,19 @@ def measure(training: str, root: Path, *more: str, seconds: float, workers: int 
             time.sleep(0.1)
         start = time.monotonic()
         while (elapsed := time.monotonic() - start) < seconds:
-            for name, (rss, files) in sample_processes(process).items():
-                samples.setdefault(name, []).append((elapsed, rss, files))
+            for name, sample in sample_processes(process, elapsed).items():
+                samples.setdefault(name, []).append(sample)
             time.sleep(min(1.0, seconds / 20))
         epochs = count_epochs(run_dir)
     finally:
         os.kill(pid, signal.SIGTERM)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    result: dict[str, Any] = {"seconds": round(seconds), "epochs": epochs, "status": status, "processes": {}}
-    for name, rows in samples.items():
-        late = [row for row in rows if row[0] >= seconds / 3]
-        times, sizes, files = zip(*late, strict=True)
-        result["processes"][name] = {
-            "mb_first": rows[0][1], "mb_after_third": sizes[0], "mb_last": sizes[-1],
-            "mb_per_hour": slope_per_hour(times, sizes),
-            "files": statistics.median(row[2] for row in rows if row[0] < seconds / 3),
-            "files_growth": statistics.median(files[len(files) // 2 :]) - statistics.median(files[: len(files) // 2]),
-        }  # fmt: skip
-    return result
+    processes = {name: summarize(values, seconds) for name, values in samples.items()}
+    return {"seconds": round(seconds), "epochs": epochs, "status": status, "processes": processes}
 
 
 def main() -> int:
-    """Run the command; 1 if memory or open files grow."""
+    """Run the command; 1 if anonymous memory, open files or threads grow."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training", choices=SCRIPTS, action="append", help="default: both")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the training")
@@ -106,7 +132,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--max-mb-per-hour", type=float, default=16, help="a larger slope is a leak")
     parser.add_argument("--max-files", type=int, default=5, help="a larger growth is a leak")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--max-threads", type=int, default=0, help="a larger growth is a leak")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp())  # a fork would remove a TemporaryDirectory at its exit
     try:
@@ -117,18 +144,20 @@ def main() -> int:
     finally:
         shutil.rmtree(folder)
     if args.json:
-        print(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
     is_flat = True
     for training, result in results.items():
-        if not args.json:
-            print(f"{training}: {result['epochs']} epochs in {result['seconds']} s, exit status {result['status']}")
-            print(f"{'':<10}{'MB':>8}{'after 1/3':>11}{'end':>8}{'MB/h':>8}{'files':>7}{'growth':>8}")
+        print(f"{training}: {result['epochs']} epochs in {result['seconds']} s, exit status {result['status']}")
         for name, row in result["processes"].items():
-            is_flat &= row["mb_per_hour"] <= args.max_mb_per_hour and row["files_growth"] <= args.max_files
-            if not args.json:
-                sizes = f"{row['mb_first']:>8.1f}{row['mb_after_third']:>11.1f}{row['mb_last']:>8.1f}"
-                files = f"{row['files']:>7.0f}{row['files_growth']:>8.0f}"
-                print(f"{name:<10}{sizes}{row['mb_per_hour']:>8.1f}{files}")
+            for kind in ("anonymous", "mapped"):
+                sizes = [row[f"{kind}_{when}"] for when in ("first", "after_third", "last")]
+                text = " -> ".join(f"{size:.1f}" for size in sizes)
+                print(f"  {name}: {kind} memory {text} MB, {row[f'{kind}_per_hour']:+.1f} MB/h")
+            counts = [f"{row[kind]:.0f} {kind} ({row[f'{kind}_growth']:+.0f})" for kind in ("files", "threads")]
+            print(f"  {name}: {', '.join(counts)}")
+            is_flat &= row["anonymous_per_hour"] <= args.max_mb_per_hour
+            is_flat &= row["files_growth"] <= args.max_files and row["threads_growth"] <= args.max_threads
+    print("flat" if is_flat else "not flat")
     return 0 if is_flat else 1
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import psutil
 from rich.console import Console
@@ -69,22 +70,27 @@ def record_warnings() -> Iterator[Callable[[], list[str]]]:
     command_id = os.environ[COMMAND_ID]
     os.environ[COMMAND_ID] = f"{command_id}-{uuid.uuid4().hex}"
     logger = logging.getLogger(__name__.partition(".")[0])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "warnings.txt"
-        handler = logging.FileHandler(path, encoding="utf-8")  # processes append to one file
-        handler.setLevel(logging.WARNING)
-        handlers: list[logging.Handler] = [handler]
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:  # without a name, so none remains after SIGKILL
+        handlers: list[logging.Handler] = [logging.StreamHandler(file)]  # forked processes share its position
+        handlers[0].setLevel(logging.WARNING)
         if not logger.hasHandlers() and logging.lastResort:  # which logs only without any other handler
             handlers.append(logging.lastResort)
         for added in handlers:
             logger.addHandler(added)
         try:
-            yield lambda: list(dict.fromkeys(path.read_text(encoding="utf-8").splitlines()))
+            yield lambda: list(dict.fromkeys(_read_all(file).splitlines()))
         finally:
             for added in handlers:
                 logger.removeHandler(added)
-            handler.close()
             os.environ[COMMAND_ID] = command_id
+
+
+def _read_all(file: TextIO) -> str:
+    """The content of a file; the position of the file, at which processes write, stays at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
+    file.seek(0)  # Windows, which has no forks
+    return file.read()
 
 
 def program_name() -> str:

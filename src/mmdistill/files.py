@@ -23,7 +23,7 @@ except ImportError:  # Windows, where temporary folders of killed processes rema
     fcntl = None  # type: ignore[assignment]
 
 _FOLDER_PREFIX = "mmdistill-"
-_IN_USE = ".in-use"  # a file that exists when a temporary folder is locked
+_LOCK_SUFFIX = ".lock"  # a file next to a temporary folder, which its processes lock
 OLD_PREFIX = ".old-"  # name of a file or directory while another one takes its place
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # Windows has no EDQUOT
 # errno of a rename that the file system does not support, on mounted cloud drives also EMFILE, on overlays EXDEV
@@ -162,25 +162,41 @@ def remove_temporary_files(folder: Path) -> None:
 def temporary_folder(parent: str | None = None) -> Iterator[str]:
     """Create a folder in `parent` (None: the folder for temporary files). It is removed at the end of the block.
 
-    If SIGKILL ends this process, a later command removes it: this process and its forks hold a lock (flock) on the
-    folder, which the kernel releases when the last of them has ended. Each call first removes the folders of this user
-    that no process holds.
+    If SIGKILL ends this process, a later command removes it: this process and its forks hold a lock (flock) on the file
+    ``NAME.lock``, which the kernel releases when the last of them has ended. The lock exists before the folder. Each
+    call first removes the folders of this user that no process holds.
     """
     parent = parent or tempfile.gettempdir()
     remove_temporary_folders(Path(parent))
-    owner, folder = os.getpid(), tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=parent)
-    lock = os.open(folder, os.O_RDONLY) if fcntl else None
+    owner, (lock, lock_path) = os.getpid(), _create_lock(parent)
+    folder = lock_path.removesuffix(_LOCK_SUFFIX)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks, where the folder may remain
-            if lock is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                Path(folder, _IN_USE).touch()
+        os.mkdir(folder, 0o700)
         yield folder
     finally:
         if os.getpid() == owner:  # a fork may end the block too; it holds the lock until its exit
-            if lock is not None:
-                os.close(lock)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_temporary_folder(lock_path)
+            os.close(lock)
+
+
+def _create_lock(parent: str) -> tuple[int, str]:
+    """Create and lock a file in `parent`; its descriptor and path. A file system without locks leaves it unlocked."""
+    while True:
+        lock, path = tempfile.mkstemp(_LOCK_SUFFIX, _FOLDER_PREFIX, parent)
+        with contextlib.suppress(OSError):
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(path):
+            return lock, path
+        os.close(lock)  # another process has removed the file before it was locked
+
+
+def _remove_temporary_folder(lock_path: str) -> None:
+    folder = lock_path.removesuffix(_LOCK_SUFFIX)
+    shutil.rmtree(folder, ignore_errors=True)
+    if not os.path.exists(folder):  # otherwise the next command tries again
+        with contextlib.suppress(OSError):
+            os.unlink(lock_path)
 
 
 def temporary_folder_until_exit(parent: str | None = None) -> str:
@@ -193,13 +209,12 @@ def temporary_folder_until_exit(parent: str | None = None) -> str:
 
 def remove_temporary_folders(parent: Path) -> None:
     """Remove the folders in `parent` of `temporary_folder` whose processes were killed."""
-    for folder in parent.glob(f"{_FOLDER_PREFIX}*"):
+    for path in parent.glob(f"{_FOLDER_PREFIX}*{_LOCK_SUFFIX}") if fcntl else ():
         with contextlib.suppress(OSError):  # in use, or removed by another process
-            if not fcntl or not (folder / _IN_USE).exists() or folder.stat().st_uid != os.getuid():
-                continue
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if os.fstat(lock).st_uid == os.getuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove_temporary_folder(str(path))
             finally:
                 os.close(lock)

@@ -12,9 +12,11 @@ def test_killed_training_is_completed_exactly(tmp_path: Path) -> None:
     assert ", 0 failures" in run_python("benchmarks/kill.py", *options, "--kinds", "save", "worker").stdout
 
 
-def test_endurance_samples_the_process_and_its_worker() -> None:
-    options = ["--training", "pretrain", "--minutes", "0.01", "--max-mb-per-hour", "inf", "--max-files", "100"]
-    result = json.loads(run_python("benchmarks/endurance.py", *options, "--json").stdout)["pretrain"]
+def test_endurance_samples_the_process_and_its_worker(tmp_path: Path) -> None:
+    result_path = tmp_path / "result.json"
+    limits = ["--max-mb-per-hour", "inf", "--max-files", "100", "--max-threads", "100"]
+    run_python("benchmarks/endurance.py", "--training", "pretrain", "--minutes", "0.01", *limits, "--json", result_path)
+    result = json.loads(result_path.read_text())["pretrain"]
     assert result["status"] == INTERRUPTED_EXIT_CODE
     assert result["epochs"] >= 1
     assert result["processes"].keys() == {"main", "worker 0"}

@@ -164,6 +164,15 @@ def test_warnings_are_recorded_once_also_those_of_workers():
     assert logging.getLogger("mmdistill").handlers == []
 
 
+def test_recorded_warnings_are_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that none remains after SIGKILL."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with record_warnings() as warnings:
+        logging.getLogger("mmdistill.data").warning("joints outside")
+        assert warnings() == ["joints outside"]
+        assert not list(tmp_path.iterdir())
+
+
 def test_recorded_warnings_are_shown_without_any_other_handler(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

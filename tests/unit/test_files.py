@@ -1,12 +1,15 @@
 """Atomic writes: complete or not at all."""
 
 import errno
+import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,6 +19,7 @@ from mmdistill.files import (
     atomic_open,
     atomic_write_bytes,
     remove_temporary_files,
+    remove_temporary_folders,
     rename_directory,
     temporary_folder,
 )
@@ -158,9 +162,36 @@ def test_folder_of_a_killed_process_is_removed_by_the_next_command(root: Path) -
         with temporary_folder():
             os.kill(os.getpid(), signal.SIGKILL)
     os.wait()
-    (left,) = root.iterdir()
-    with temporary_folder():
-        assert not left.exists()
+    assert len(list(root.iterdir())) == 2  # the folder and its lock
+    with temporary_folder() as folder:
+        assert {str(path) for path in root.iterdir()} == {folder, f"{folder}.lock"}
+    assert not list(root.iterdir())
+
+
+@pytest.mark.parametrize(("module", "function"), [(fcntl, "flock"), (os, "mkdir"), (shutil, "rmtree"), (os, "unlink")])
+def test_nothing_remains_of_a_process_that_is_killed_at_any_moment(root: Path, module: Any, function: str) -> None:
+    if os.fork() == 0:
+        with patch.object(module, function, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)), temporary_folder():
+            pass
+        os._exit(0)
+    assert os.wait()[1] == signal.SIGKILL
+    assert list(root.iterdir())
+    remove_temporary_folders(root)
+    assert not list(root.iterdir())
+
+
+def test_lock_that_another_process_removes_before_it_is_locked_is_replaced(root: Path) -> None:
+    flock, calls = fcntl.flock, []
+
+    def remove_first(lock: int, operation: int) -> None:
+        calls.append(lock)
+        if len(calls) == 1:
+            remove_temporary_folders(root)
+        flock(lock, operation)
+
+    with patch.object(fcntl, "flock", remove_first), temporary_folder() as folder:
+        remove_temporary_folders(root)
+        assert {str(path) for path in root.iterdir()} == {folder, f"{folder}.lock"}
 
 
 def test_folder_of_a_killed_process_stays_while_its_worker_uses_it(root: Path) -> None:
@@ -172,7 +203,7 @@ def test_folder_of_a_killed_process_stays_while_its_worker_uses_it(root: Path) -
             worker.start()
             os.kill(os.getpid(), signal.SIGKILL)
     os.wait()
-    (left,) = root.iterdir()
+    (left,) = [path for path in root.iterdir() if path.is_dir()]
     with temporary_folder():
         assert left.is_dir()
     os.close(write_end)  # ends the worker

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import weakref
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -28,7 +30,7 @@ PROTECTED_SIGNALS = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGINT"
 _SHM = "/dev/shm"  # where Linux keeps shared memory and the semaphores of multiprocessing
 _SHM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSYS)
 _MAX_SOCKET_DIR_LENGTH = 60  # of at most 103 to 107 characters; 37 are for the names of folder and socket
-_CHECK_INTERVAL_S = 5.0  # between two looks at the workers
+_CHECK_INTERVAL_S = 1.0  # between two looks at the workers
 _WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
 
 
@@ -50,12 +52,13 @@ class ClipLoader(DataLoader[Any]):
                 getattr(dataset, "share_memory", lambda: None)()
 
     def _get_iterator(self) -> Any:
-        """Make torch look every few seconds whether the workers live.
+        """Make torch look every second whether the workers live, also within a `timeout`.
 
-        With a `timeout`, it looks only at the end of that. Before, it relies on a handler of SIGCHLD, whose exception
-        is lost if a worker ends before the handler is set, or while Python ignores exceptions.
+        Its handler of SIGCHLD is removed: it raises an exception at any line, for example while checkpoints are
+        pruned, and is too late for a worker that ends before it is set.
         """
-        batches: Any = super()._get_iterator()
+        with _unchanged_sigchld_handler():
+            batches: Any = super()._get_iterator()
         if self.num_workers:
             batches._try_get_data = partial(_get_data_with_checks, batches._try_get_data)
         return batches
@@ -72,10 +75,23 @@ class ClipLoader(DataLoader[Any]):
         with (  # a signal during the start of the workers stays pending
             blocked_signals(PROTECTED_SIGNALS),
             _explain_shared_memory_errors(self.num_workers, errors=_SHM_ERRORS if self.num_workers else ()),
+            _explain_worker_exits(getattr(self._iterator, "_workers", ())),  # those of the last epoch
         ):
             batches = super().__iter__()
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
+
+
+@contextmanager
+def _unchanged_sigchld_handler() -> Iterator[None]:
+    """Restore the handler of SIGCHLD that is changed in the block. Windows has no SIGCHLD."""
+    number = getattr(signal, "SIGCHLD", None)
+    handler = signal.getsignal(number) if number else None
+    try:
+        yield
+    finally:
+        if number and signal.getsignal(number) is not handler:
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _get_data_with_checks(get_data: Callable[[float], tuple[bool, Any]], timeout: float = 5.0) -> tuple[bool, Any]:
@@ -139,8 +155,15 @@ class _WorkerInit:
             signal.signal(number, signal.SIG_IGN)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
+        sys.excepthook = _print_unless_connection_lost
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
+
+
+def _print_unless_connection_lost(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+    """For a worker's thread that sends batches: it loses its connection if the main process is killed."""
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, tb)
 
 
 def _share_temporary_folder() -> None:
@@ -173,9 +196,15 @@ def _kill_hung_workers() -> None:
 
 def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:
     workers = getattr(batches, "_workers", ())  # absent with num_workers=0
+    with _explain_worker_exits(workers), _explain_shared_memory_errors(len(workers)):
+        yield from batches
+
+
+@contextmanager
+def _explain_worker_exits(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """While open, an error that occurs because one of these processes has exited becomes a `WorkerExitError`."""
     try:
-        with _explain_shared_memory_errors(len(workers)):
-            yield from batches
+        yield
     except (OSError, EOFError, RuntimeError) as error:
         # torch raises RuntimeError only after the worker has exited
         exited = wait([w.sentinel for w in workers], 0 if isinstance(error, RuntimeError) else _WORKER_EXIT_WAIT_S)

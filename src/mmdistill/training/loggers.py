@@ -8,15 +8,17 @@ import csv
 import io
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_open, atomic_write_bytes
 
 IDS_FILE = "trackers.json"  # run ids by tracker
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Csv:
 
     def __init__(self, run_dir: Path, resume: ResumePoint | None) -> None:
         self.path, self.num_copied = run_dir / "metrics.csv", 0
+        self._last_step = math.inf  # of the rows that this process has written; inf: none yet
         if resume and not self.path.exists():
             rows = _read_rows(resume.run_dir / "metrics.csv")
             rows = [row for row in rows if str(row.get("step")).isdecimal() and int(row["step"]) <= resume.step]
@@ -92,15 +95,42 @@ class Csv:
             has_same_metrics = all(row.get(name) not in (None, "") for name in values)
             return int(row["step"]) < step or (int(row["step"]) == step and not has_same_metrics)
 
-        self._write([*filter(is_kept, _read_rows(self.path)), {"step": step, **values}])
+        row = {"step": step, **values}
+        is_next, self._last_step = step > self._last_step, step
+        if not is_next or not self._append(row):
+            self._write([*filter(is_kept, _read_rows(self.path)), row])
+
+    def _append(self, row: Mapping[str, Any]) -> bool:
+        """Write the row after the older ones, which are copied and not parsed. False if the file lacks its columns."""
+        columns = _read_columns(self.path)
+        if not row.keys() <= set(columns):
+            return False
+        with atomic_open(self.path) as file:
+            with self.path.open("rb") as old:
+                shutil.copyfileobj(old, file)
+            file.write(_format_rows([row], columns))
+        return True
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if rows:
-            file, columns = io.StringIO(newline=""), dict.fromkeys(name for row in rows for name in row if name)
-            writer = csv.DictWriter(file, list(columns), restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-            atomic_write_bytes(self.path, file.getvalue().encode())
+            columns = list(dict.fromkeys(name for row in rows for name in row if name))
+            header = dict(zip(columns, columns, strict=True))
+            atomic_write_bytes(self.path, _format_rows([header, *rows], columns))
+
+
+def _format_rows(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    """Lines of a CSV file, without a header."""
+    file = io.StringIO(newline="")
+    csv.DictWriter(file, columns, restval="", extrasaction="ignore").writerows(rows)
+    return file.getvalue().encode()
+
+
+def _read_columns(path: Path) -> list[str]:
+    """The header of a CSV file; empty if it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -84,30 +84,32 @@ def open_run(config: Config, run_dir: Path) -> Iterator[Run]:
 def _remove_left_files(run_dir: Path) -> None:
     """Remove what a start that was killed has left in the folder of the run."""
     remove_interrupted_saves(run_dir / "checkpoints")
-    for folder in (run_dir, *run_dir.glob("teacher_features/*")):
+    for folder in (run_dir, run_dir / "images", *run_dir.glob("teacher_features/*")):
         remove_temporary_files(folder)
 
 
 def prune_checkpoints(
     config: Config, run: Run, state: TrainingState, scores: Mapping[str, float] | None = None
 ) -> None:
-    """Remove old checkpoints (`keep_last`, `save_top_k`), see `prune`. Collective.
+    """Remove old checkpoints (`keep_last`, `save_top_k`), see `prune`, and their losses in `state`. Collective.
 
     With ``resume=auto`` the checkpoint that the run resumed from is one of them.
     """
 
-    def prune_on_main() -> None:
-        if run.process.is_main:
-            prune(
-                run.checkpoints,
-                keep_last=config.trainer.keep_last,
-                save_top_k=config.trainer.save_top_k,
-                protect=[run.source] if run.source and config.resume != "auto" else [],
-                external_losses=state.losses,
-                scores=scores,
-            )
+    def prune_on_main() -> list[str]:
+        if not run.process.is_main:
+            return []
+        prune(
+            run.checkpoints,
+            keep_last=config.trainer.keep_last,
+            save_top_k=config.trainer.save_top_k,
+            protect=[run.source] if run.source and config.resume != "auto" else [],
+            external_losses=state.losses,
+            scores=scores,
+        )
+        return [path for path in state.losses if not Path(path).exists()]
 
-    run_on_all_ranks(prune_on_main, error_class=CheckpointError)
+    state.forget_checkpoints(run_on_all_ranks(prune_on_main, error_class=CheckpointError)[0])
 
 
 def complete_message(config: Config) -> str:

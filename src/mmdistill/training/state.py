@@ -1,6 +1,6 @@
 """The position and the sums of a training, which are saved with its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ class TrainingState:
         step: optimizer steps done.
         sums: by name, the sum of each loss of the current epoch times the clips of its batch, over all ranks.
         num_clips: clips in `sums`; those of batches with a finite loss.
-        losses, validations: mean loss and ``val_top1_action`` of the checkpoints of this training at the end of an
-            epoch, by absolute path.
+        losses, validations: mean loss and ``val_top1_action`` of the existing checkpoints of this training at the
+            end of an epoch, by absolute path.
         skipped_steps, overflow_steps: see `NonFiniteGuard`; of the whole training.
     """
 
@@ -44,6 +44,12 @@ class TrainingState:
     def start_epoch(self, epoch: int) -> None:
         """Move to the first batch of an epoch."""
         self.epoch, self.batch, self.sums, self.num_clips = epoch, 0, {}, 0
+
+    def forget_checkpoints(self, paths: Iterable[str]) -> None:
+        """Remove the loss and the validation of checkpoints that no longer exist."""
+        for path in paths:
+            self.losses.pop(path, None)
+            self.validations.pop(path, None)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all attributes."""

@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmdistill.config import ConfigError, PretrainConfig, to_plain
+from mmdistill.training import loggers
 from mmdistill.training.loggers import TRACKERS, Csv, ResumePoint, open_csv, open_tensorboard, open_wandb
 from mmdistill.training.run_logger import RunLog
 from tests.configs import pretrain_config
@@ -54,6 +55,27 @@ def test_csv_rows_of_repeated_steps_replace_older_ones(tmp_path: Path) -> None:
     log.log_metrics(20, {"top1": 0.5})  # other metrics of the same step are kept
     with (tmp_path / "metrics.csv").open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20, 20]
+
+
+def test_csv_of_a_long_run_is_read_once_per_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of an epoch must not grow with the number of epochs."""
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,0.5\n9,0.1\n")
+    reads, read = [], loggers._read_rows
+    monkeypatch.setattr(loggers, "_read_rows", lambda path: (reads.append(path), read(path))[1])
+    log = open_csv(tmp_path, {}, None)
+    for step in (2, 3, 4):
+        log.log_metrics(step, {"loss": step / 4})
+    assert len(reads) == 1
+    log.log_metrics(5, {"loss": 0.25, "top1": 0.5})  # a new column
+    log.log_metrics(6, {"loss": 0.125})
+    log.log_metrics(7, {"top1": 0.75, "loss": 0.125})
+    assert len(reads) == 2
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == [
+        "step,loss,top1", "1,0.5,", "2,0.5,", "3,0.75,", "4,1.0,", "5,0.25,0.5", "6,0.125,", "7,0.125,0.75",
+    ]  # fmt: skip
+    (tmp_path / "metrics.csv").unlink()
+    log.log_metrics(8, {"loss": 0.5})
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "8,0.5"]
 
 
 @pytest.mark.parametrize("is_killed", [False, True])

@@ -10,6 +10,7 @@ from torch import nn
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.training import run
 from mmdistill.training.state import TrainingState
 from tests.tiny_training import MakeTraining
 
@@ -31,6 +32,25 @@ def test_checkpoint_of_an_epochs_end_continues_with_the_next_epoch(make: MakeTra
     rest = make("batch_size=2")  # of 6 batches
     rest.load_state_dict(stored)
     assert rest.state == TrainingState(epoch=2, losses={"a": 0.5})
+
+
+def test_only_the_losses_of_existing_checkpoints_are_saved(make: MakeTraining) -> None:
+    """Otherwise each checkpoint of a long run stores the losses of all epochs."""
+    training = make()
+    kept, removed = training.run.checkpoints / "epoch=01", training.run.checkpoints / "epoch=00"
+    kept.mkdir(parents=True)
+    for path in (kept, removed):
+        training.state.losses[str(path)] = training.state.validations[str(path)] = 0.5
+    training.finish_save()
+    assert training.state.losses == training.state.validations == {str(kept): 0.5}
+
+
+def test_start_removes_temporary_files_of_killed_ones(tmp_path: Path) -> None:
+    for folder in ("", "images", "checkpoints", "teacher_features/key"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / ".tmp-123-file").touch()
+    run._remove_left_files(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_another_order_inside_an_epoch_is_rejected(make: MakeTraining) -> None:
