@@ -5,14 +5,19 @@ Temporary files and folders do not remain after a SIGKILL.
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.util import Finalize
 from pathlib import Path
+from socket import gethostname
 from typing import BinaryIO
+
+import psutil
 
 from mmdistill.console import log_once
 from mmdistill.errors import InputError, format_size
@@ -33,6 +38,7 @@ _CANNOT_RENAME = (
 )
 
 
+_cleaned_folders: set[Path] = set()  # see `temporary_path`
 _NOT_WRITABLE = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -121,6 +127,28 @@ def rename_directory(source: Path, target: Path, *, last: Sequence[str] = ()) ->
     log_once(f"{target.parent}: this file system does not rename folders; the files of a checkpoint appear one by one")
 
 
+@cache
+def _machine_id() -> str:
+    """Hash of the host and of the container on it: what makes process ids unique."""
+    with contextlib.suppress(OSError):
+        return hashlib.sha256((gethostname() + os.readlink("/proc/self/ns/pid")).encode()).hexdigest()[:6]
+    return hashlib.sha256(gethostname().encode()).hexdigest()[:6]
+
+
+def temporary_path(path: Path) -> Path:
+    """Name in the folder of `path` for a file of this process that is then renamed to `path`.
+
+    The first call for a folder removes such files of processes of this machine that have ended.
+    """
+    if path.parent not in _cleaned_folders:
+        _cleaned_folders.add(path.parent)
+        for left in path.parent.glob(f".tmp-[0-9]*-{_machine_id()}-*"):
+            with contextlib.suppress(ValueError, OverflowError, OSError):  # another file, or a read-only folder
+                if not psutil.pid_exists(int(left.name.split("-")[1])):
+                    left.unlink(missing_ok=True)
+    return path.with_name(f".tmp-{os.getpid()}-{_machine_id()}-{path.name}")
+
+
 @contextmanager
 def atomic_open(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file in the folder of `path` and rename it to `path` at the end of the block.
@@ -131,7 +159,7 @@ def atomic_open(path: Path, *, num_bytes: int | None = None) -> Iterator[BinaryI
     Raises:
         WriteError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     with write_errors(path, num_bytes):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +181,7 @@ def atomic_write_bytes(path: Path, data: bytes, *, fsync: bool = False) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files in `folder` that `atomic_open` left because its process was killed."""
+    """Remove all files of `temporary_path` in a folder that no other process uses, also those of other machines."""
     for path in folder.glob(".tmp-[0-9]*-*"):
         path.unlink(missing_ok=True)
 

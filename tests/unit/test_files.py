@@ -143,6 +143,25 @@ def test_temporary_files_of_killed_processes_are_removed(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-notes", "metrics.csv"]
 
 
+def test_next_write_to_a_folder_removes_the_file_of_a_killed_process(tmp_path: Path) -> None:
+    def write_and_kill() -> None:
+        with atomic_open(tmp_path / "report.html"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.fork() == 0:
+        write_and_kill()
+    os.wait()
+    (left,) = tmp_path.iterdir()
+    of_another_machine = tmp_path / ".tmp-0-000000-report.html"
+    for path in (of_another_machine, tmp_path / ".tmp-notes", tmp_path / left.name.replace("tmp-", "tmp-x")):
+        path.touch()
+    with atomic_open(tmp_path / "of_this_process"):
+        atomic_write_bytes(tmp_path / "report.html", b"")
+    assert not left.exists()
+    assert of_another_machine.exists()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for temporary files."""

@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -21,7 +20,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.names import LATEST, MANIFEST, META, MODEL_STATES, TMP_PREFIX
 from mmdistill.checkpoint.formats.torch_zip import read_torch_file
 from mmdistill.checkpoint.locate import existing_path
-from mmdistill.files import OLD_PREFIX, describe_write_error, rename_directory, replace_file
+from mmdistill.files import OLD_PREFIX, describe_write_error, rename_directory, replace_file, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ def stage_file(path: Path, size: Callable[[], int] | None = None) -> Iterator[Pa
     Raises:
         CheckpointError: not writable. The previous file at `path` is unchanged.
     """
-    with _stage(path, path.with_name(TMP_PREFIX + uuid.uuid4().hex + path.suffix), size) as staged:
+    with _stage(path, temporary_path(path), size) as staged:
         yield staged
         replace_file(staged, path)
         fsync_path(path.parent)
