@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
@@ -60,7 +61,9 @@ class ClipLoader(DataLoader[Any]):
         with _unchanged_sigchld_handler():
             batches: Any = super()._get_iterator()
         if self.num_workers:
-            batches._try_get_data = partial(_get_data_with_checks, batches._try_get_data)
+            get_data = type(batches)._try_get_data
+            # a strong reference would be a cycle, which keeps the workers until a garbage collection
+            batches._try_get_data = partial(_get_data_with_checks, partial(get_data, weakref.proxy(batches)))
         return batches
 
     def __iter__(self) -> Any:
@@ -151,6 +154,7 @@ class _WorkerInit:
     worker_init_fn: Callable[[int], None] | None
 
     def __call__(self, worker_id: int) -> None:
+        gc.freeze()  # a fork must not finalize inherited garbage: queues of another loader would close their files
         for number in PROTECTED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if hasattr(signal, "pthread_sigmask"):

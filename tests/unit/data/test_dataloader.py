@@ -1,5 +1,6 @@
 """The error of a loader whose worker dies, without real workers."""
 
+import gc
 import multiprocessing
 import multiprocessing.util
 import os
@@ -150,3 +151,46 @@ def test_worker_prints_no_traceback_if_the_main_process_is_killed(capsys: pytest
     assert capsys.readouterr().err == ""
     _print_unless_connection_lost(ValueError, ValueError("a defect"), None)
     assert "a defect" in capsys.readouterr().err
+
+
+def test_workers_end_with_their_loader_and_not_at_a_garbage_collection() -> None:
+    gc.disable()
+    try:
+        loader = ClipLoader(TensorDataset(torch.zeros(2)), num_workers=1, persistent_workers=True)
+        batches, worker = _one_worker(loader)
+        assert len(list(batches)) == 2
+        assert worker.is_alive(), "workers persist between epochs"
+        del batches, loader
+        worker.join(5)
+        assert not worker.is_alive()
+    finally:
+        gc.enable()
+
+
+class _Garbage:
+    """A cycle that reports its finalization."""
+
+    def __init__(self, report: Path) -> None:
+        self.me, self.report = self, report
+
+    def __del__(self) -> None:
+        with self.report.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class _Collecting(TensorDataset):
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        gc.collect()
+        return super().__getitem__(index)
+
+
+def test_workers_do_not_finalize_garbage_of_the_main_process(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        _Garbage(tmp_path / "finalized")
+        assert len(list(ClipLoader(_Collecting(torch.zeros(2)), num_workers=1))) == 2
+        assert not (tmp_path / "finalized").exists()
+        gc.collect()
+        assert (tmp_path / "finalized").read_text() == f"{os.getpid()}\n"
+    finally:
+        gc.enable()
