@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import io
 import logging
 import os
 import select
@@ -102,9 +103,14 @@ def program_name() -> str:
 def exit_if_pipe_closed() -> Iterator[None]:
     """Exit with status 1, without a traceback, if the reader of standard output has ended, for example `head`.
 
+    Letters that the terminal cannot show, and bytes of file names that are no text, are printed as escapes.
+
     Raises:
         SystemExit: standard output is closed.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             yield

@@ -6,6 +6,7 @@ Temporary files and folders do not remain after a SIGKILL.
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -178,6 +179,20 @@ def atomic_write_bytes(path: Path, data: bytes, *, fsync: bool = False) -> None:
         if fsync:
             file.flush()
             os.fsync(file.fileno())
+
+
+def require_utf8_name(path: Path) -> None:
+    """Raise an `InputError` if a checkpoint cannot be at `path`: torch cannot open it there."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not UTF-8, and torch cannot open such files; rename it") from None
+
+
+def encode_json(content: object, *, allow_nan: bool = True) -> bytes:
+    """Indented JSON as UTF-8. Bytes of file names that are not UTF-8 become escapes, which `json.loads` reads back."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def remove_temporary_files(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Folders with ``=``, spaces, brackets, commas, quotes, ``~``, emoji and other letters, on the command line."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_every_phase_with_odd_and_relative_paths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     ["/p/a=b/x.ckpt", "/p/a b/x", "/p/a [1]/x", "/p/x[1].ckpt", "/p/é/x", "~/x.ckpt", "../o=1/x (2) [3].ckpt",
-     "/p/it's/x", "/p/a{1}#&/x"],
+     "/p/it's/x", "/p/a{1}#&/x", "'2' é/x", '"a" b/x'],
 )  # fmt: skip
 def test_special_characters_need_no_quotes(path: str) -> None:
     """Alone, in a list and in a mapping."""
@@ -81,3 +82,14 @@ def test_sweep_values_are_not_quoted(value: str) -> None:
 def test_unquoted_comma_is_explained(tmp_path: Path) -> None:
     done = run_python(ROOT / "pretrain_main.py", "modality=rgb", "resume=/p/a, b/x", cwd=tmp_path, expect=2)
     assert "a comma outside quotes makes a sweep" in done.stderr
+
+
+def test_run_folder_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
+    data = overrides(make_tiny(tmp_path / "data", per_class=1))
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    done = run_python(
+        ROOT / "pretrain_main.py", "modality=rgb", *data, f"hydra.run.dir={folder}", cwd=tmp_path, expect=2
+    )
+    assert "\\udce9: the name is not UTF-8, and torch cannot open such files; rename it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not folder.exists()

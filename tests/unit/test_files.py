@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,13 +15,16 @@ from unittest.mock import patch
 
 import pytest
 
+from mmdistill.errors import InputError
 from mmdistill.files import (
     WriteError,
     atomic_open,
     atomic_write_bytes,
+    encode_json,
     remove_temporary_files,
     remove_temporary_folders,
     rename_directory,
+    require_utf8_name,
     temporary_folder,
 )
 from tests.disk_faults import failing_disk, mounted_drive
@@ -258,3 +262,18 @@ def test_folders_of_other_programs_stay(root: Path) -> None:
     with temporary_folder():
         assert (root / "mmdistill-other").is_dir()
         assert (root / "mmdistill-file").is_file()
+
+
+def test_json_keeps_bytes_of_names_that_are_not_utf8() -> None:
+    content = {"command": [os.fsdecode(b"caf\xe9"), "网球"], "loss": float("inf")}
+    data = encode_json(content)
+    assert json.loads(data) == content
+    assert "网球".encode() in data
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        encode_json(content, allow_nan=False)
+
+
+def test_names_that_are_not_utf8_are_rejected(tmp_path: Path) -> None:
+    require_utf8_name(tmp_path / "网球")
+    with pytest.raises(InputError, match="the name is not UTF-8"):
+        require_utf8_name(tmp_path / os.fsdecode(b"caf\xe9") / "last.ckpt")

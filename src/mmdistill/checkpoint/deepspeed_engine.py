@@ -47,6 +47,7 @@ from mmdistill.checkpoint.write import (
     write_torch,
 )
 from mmdistill.distributed.collectives import get_rank, get_world_size, run_on_all_ranks
+from mmdistill.distributed.process import prepare_deepspeed_import
 from mmdistill.files import temporary_folder
 
 log = logging.getLogger(__name__)
@@ -244,6 +245,7 @@ def _layout(engine: Any) -> ZeroLayout:
 
 def make_loss_scaler(scale: Mapping[str, Any]) -> Any:
     """DeepSpeed's loss scaler with the attributes `ZeroState.loss_scale`. Imports DeepSpeed."""
+    prepare_deepspeed_import()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     if not scale["dynamic"]:

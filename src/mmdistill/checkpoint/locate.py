@@ -23,7 +23,7 @@ from mmdistill.checkpoint.formats.names import (
     is_tag,
 )
 from mmdistill.errors import format_count
-from mmdistill.files import OLD_PREFIX
+from mmdistill.files import OLD_PREFIX, require_utf8_name
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,10 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
 
     Raises:
         CheckpointError: the path does not exist; the message lists the closest existing folder.
+        InputError: the path is not UTF-8.
     """
     resolved = Path(path).expanduser()
+    require_utf8_name(resolved)
     if resolved.exists():
         return resolved
     previous = resolved.with_name(f"{OLD_PREFIX}{resolved.name}")

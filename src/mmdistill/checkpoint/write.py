@@ -111,7 +111,7 @@ def _stage(target: Path, staged: Path, size: Callable[[], int] | None = None) ->
         if (cause := find_os_error(error)) is None:
             raise
         reason = describe_write_error(cause, size() if size else None)
-        raise CheckpointError(f"{target}: not saved ({reason}); the previous checkpoint is unchanged") from error
+        raise CheckpointError(f"{target}: not saved ({reason}); earlier checkpoints are unchanged") from error
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def disk_errors(num_bytes: int | None = None) -> Iterator[None]:
         if (cause := find_os_error(error)) is None:
             raise
         reason = describe_write_error(cause, num_bytes)
-        raise CheckpointError(f"{reason}; the previous checkpoint is unchanged") from error
+        raise CheckpointError(f"{reason}; earlier checkpoints are unchanged") from error
 
 
 def find_os_error(error: BaseException) -> OSError | None:

@@ -35,7 +35,7 @@ from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.console import exit_if_pipe_closed
 from mmdistill.distributed import launch
 from mmdistill.errors import InputError, MMDistillError
-from mmdistill.files import WriteError, is_disk_error, temporary_folder_until_exit
+from mmdistill.files import WriteError, is_disk_error, require_utf8_name, temporary_folder_until_exit
 from mmdistill.workflows.sweep_results import objective
 
 
@@ -191,6 +191,7 @@ def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | Non
     """Run the job in this process, or start `devices` ranks of ``mmdistill VERB`` or the script in ``sys.argv[0]``."""
     hydra_config = HydraConfig.get()
     run_dir = hydra_config.runtime.output_dir
+    require_utf8_name(Path(run_dir))
     count, gpus = launch.resolve_devices(config.devices, config.accelerator)
     if gpus is not None:
         launch.set_visible_devices(gpus)
@@ -222,9 +223,7 @@ def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) 
     Raises:
         SystemExit: always, except for a defect in a single process, whose exception is raised again.
     """
-    if is_disk_error(error) and error.filename is None:  # type: ignore[attr-defined]
-        folder = RunFolderCallback.RUN.folder if RunFolderCallback.RUN else "the run folder"
-        error = WriteError(f"{folder}: a file was not written ({error})")
+    error = _describe_folder_error(error)
     is_expected = isinstance(error, MMDistillError | HydraException | OmegaConfBaseException) or is_disk_error(error)
     if not is_expected and not launch.launched_externally():
         raise error  # a defect: Python prints the traceback
@@ -240,6 +239,18 @@ def exit_with_error(error: Exception, schema: type[T], verb: str | None = None) 
             text = f"mmdistill: rank {os.environ['RANK']} failed:\n{text}"
     print(text, file=sys.stderr, flush=True)
     raise SystemExit(status)
+
+
+def _describe_folder_error(error: Exception) -> Exception:
+    """The error to report for one of Hydra, which creates the run folder and writes to it."""
+    folder = RunFolderCallback.RUN.folder if RunFolderCallback.RUN else None
+    if is_disk_error(error) and error.filename is None:  # type: ignore[attr-defined]
+        return WriteError(f"{folder or 'the run folder'}: a file was not written ({error})")
+    if folder and isinstance(error, FileExistsError | NotADirectoryError):
+        for path in (folder, *folder.parents):
+            if os.path.lexists(path) and not path.is_dir():
+                return ConfigError(f"hydra.run.dir={folder}: {path} is not a folder; choose another hydra.run.dir")
+    return error
 
 
 def _is_on_all_ranks(error: Exception) -> bool:

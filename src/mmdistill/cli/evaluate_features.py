@@ -8,7 +8,6 @@ file is the scored network.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.console import record_warnings
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 from mmdistill.plugins import entry_point_names
 
 if TYPE_CHECKING:  # --help answers without torch
@@ -120,8 +119,7 @@ def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> in
     print_tables(results)
     extra = {"files": [str(file) for file in args.file]}
     if args.json:
-        text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-        atomic_write_bytes(args.json, text.encode() + b"\n")
+        atomic_write_bytes(args.json, encode_json(to_json(results, extra=extra), allow_nan=False))
     if args.report:
         print(f"report: {write_report(results, args.report, extra=extra, caveats=warnings())}")
     return 0

@@ -10,14 +10,13 @@ draw, as F3Set annotations. Further arguments are Hydra overrides.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
 from mmdistill.config import DistillConfig
 from mmdistill.config.compose import load_config
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,6 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_results(results)
     for name, content in (("spotting", results_json(results)), ("predictions", predictions_json(results))):
         path = args.output / f"{name}.json"
-        atomic_write_bytes(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+        atomic_write_bytes(path, encode_json(content))
         print(f"{name}: {path}")
     return 0

@@ -20,7 +20,7 @@ from mmdistill.cli.job_names import FIRST_JOB
 from mmdistill.cli.memory import release_memory
 from mmdistill.console import program_name
 from mmdistill.errors import InputError, MMDistillError, format_count
-from mmdistill.files import atomic_write_bytes, is_disk_error
+from mmdistill.files import atomic_write_bytes, encode_json, is_disk_error
 from mmdistill.workflows.sweep_results import FAILED, next_job_number, objective
 
 FINISHED = "finished.json"  # record of a finished job in its folder
@@ -51,8 +51,7 @@ def run_job(job: Callable[[], None], run_dir: Path, explain: Callable[[Exception
         line = explain(error) if expected else f"{type(error).__name__}: {error}"
         trace = "" if expected else traceback.format_exc()
         run_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"error": line, "traceback": trace}, indent=1, ensure_ascii=False)
-        record.write_text(text + "\n", encoding="utf-8")
+        record.write_bytes(encode_json({"error": line, "traceback": trace}))
         print(
             f"{trace}{program_name()}: job {run_dir.name} failed, the sweep continues: {line}",
             file=sys.stderr,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 
 _BARE = re.compile(r"[\w\s/+.$%*@?|:\\-]*", re.ASCII)  # accepted by Hydra without quotes
+_QUOTED = re.compile(r"""(['"])(\\.|(?!\1).)*\1""", re.DOTALL)
 _CALL = re.compile(r"[A-Za-z_]\w*\(.*\)", re.DOTALL)  # range(1,5), choice(a,b)
 _OVERRIDE = re.compile(r"^(\+{0,2}|~)([A-Za-z_][\w./@-]*)=(.*)$", re.DOTALL)
 
@@ -47,7 +48,7 @@ def add_overrides(argv: Sequence[str], more: Sequence[str]) -> list[str]:
 
 def _quote_value(value: str) -> str:
     value = value.strip()
-    if value[:1] in "'\"":
+    if _QUOTED.fullmatch(value):
         return value
     parts = _split_at_commas(value)
     if len(parts) > 1:

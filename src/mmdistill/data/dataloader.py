@@ -22,7 +22,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from mmdistill.errors import MMDistillError
+from mmdistill.errors import InputError, MMDistillError
 from mmdistill.files import temporary_folder_until_exit
 
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
@@ -128,6 +128,8 @@ class WorkerExitError(MMDistillError, RuntimeError):
 
 class SharedMemoryError(MMDistillError):
     """Workers need more shared memory than there is."""
+
+    exit_status = InputError.exit_status
 
 
 @contextmanager

@@ -80,6 +80,12 @@ def start_process(*, accelerator: str, seed: int, timeout_s: float = 1800.0) -> 
     return Process(torch.device("cuda", local_rank) if use_gpu else torch.device("cpu"), rank, world_size)
 
 
+def prepare_deepspeed_import() -> None:
+    """Without a GPU, select the CPU before DeepSpeed is imported, which otherwise logs that it finds no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def set_deepspeed_accelerator(name: str) -> None:
     """Set the accelerator of DeepSpeed, ``cuda`` or ``cpu``. By default it takes a GPU even for a CPU run."""
     os.environ["DS_ACCELERATOR"] = name

@@ -1,23 +1,21 @@
 """The DeepSpeed side of pretraining: process group, config and engine."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-if not torch.cuda.is_available():  # without the variable DeepSpeed logs a warning that it finds no GPU
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-import deepspeed
-from deepspeed.runtime.engine import DeepSpeedEngine
-
 from mmdistill.config import PretrainConfig, has_offload, zero_stage
-from mmdistill.distributed.process import disable_shm_op
+from mmdistill.distributed.process import disable_shm_op, prepare_deepspeed_import
 from mmdistill.models.videomae import VideoMAE
 from mmdistill.training.nonfinite import skip_optimizer_step
 from mmdistill.training.optim import Optimization, make_optimizer
 from mmdistill.training.run import Run
+
+prepare_deepspeed_import()
+import deepspeed  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 
 
 def init_process_group(device: torch.device, world_size: int) -> None:

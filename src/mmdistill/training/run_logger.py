@@ -66,7 +66,10 @@ class RunLog:
         if self.enabled and text:
             self._display.print(text)
             line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n"
-            with write_errors(self._file, len(line)), self._file.open("a", encoding="utf-8") as file:
+            with (
+                write_errors(self._file, len(line)),
+                self._file.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            ):
                 file.write(line)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:

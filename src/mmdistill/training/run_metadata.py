@@ -15,7 +15,7 @@ from typing import Any
 from mmdistill import __version__
 from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.data.cores import available_cores
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 
 RUN_FILE = "run.json"
 
@@ -36,7 +36,7 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
         "config": dict(config),
     }
     run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(path, json.dumps([*records, record], indent=1, ensure_ascii=False).encode() + b"\n")
+    atomic_write_bytes(path, encode_json([*records, record]))
     return record
 
 

@@ -12,6 +12,7 @@ from hydra.types import RunMode
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.cli import entrypoint
+from mmdistill.cli.run_folder import RunFolder
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.distributed import launch
@@ -83,6 +84,26 @@ def test_full_disk_and_read_only_folder_are_one_line(
     with pytest.raises(SystemExit) as ended:
         entrypoint.exit_with_error(error, PretrainConfig, "pretrain")
     assert ended.value.code == 2
+    assert capsys.readouterr().err == f"mmdistill pretrain: error: {line}\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "dangling link"])
+def test_run_folder_that_is_no_folder_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    found = tmp_path / "found"
+    if kind == "dangling link":
+        found.symlink_to(tmp_path / "not mounted")
+    else:
+        found.touch()
+    folder = found / "x" if kind == "below a file" else found
+    monkeypatch.setattr(entrypoint.RunFolderCallback, "RUN", RunFolder(folder, []))
+    with pytest.raises(OSError, match=r"exists|Not a directory") as raised:
+        folder.mkdir(parents=True, exist_ok=True)  # as Hydra does
+    with pytest.raises(SystemExit) as ended:
+        entrypoint.exit_with_error(raised.value, PretrainConfig, "pretrain")
+    assert ended.value.code == 2
+    line = f"hydra.run.dir={folder}: {found} is not a folder; choose another hydra.run.dir"
     assert capsys.readouterr().err == f"mmdistill pretrain: error: {line}\n"
 
 

@@ -3,7 +3,6 @@
 The JSON contains fractions in [0, 1]; tables and page contain percent.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, pro
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import paired_difference, per_class_accuracy
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 
 
 def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -96,9 +95,9 @@ def write_report(
         facts: sentences in the headline of the page about the data and the training.
     """
     folder = Path(folder)
-    text = json.dumps(to_json(results, extra=extra), indent=1, allow_nan=False, ensure_ascii=False)
-    atomic_write_bytes(folder / "fewshot.json", text.encode() + b"\n", fsync=True)
+    content = encode_json(to_json(results, extra=extra), allow_nan=False)
+    atomic_write_bytes(folder / "fewshot.json", content, fsync=True)
     settings = (extra or {}) if settings is None else settings
     text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings, facts=facts)
-    atomic_write_bytes(folder / "report.html", text.encode(), fsync=True)
+    atomic_write_bytes(folder / "report.html", text.encode("utf-8", "backslashreplace"), fsync=True)
     return folder / "report.html"
