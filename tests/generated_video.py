@@ -51,6 +51,21 @@ def write_video(
     return path
 
 
+def gray_images(count: int) -> list[np.ndarray]:
+    """Flat images; image k has the level 20 k."""
+    return [np.full((64, 96, 3), 20 * k, np.uint8) for k in range(count)]
+
+
+def write_frame_folder(
+    folder: Path, images: Sequence[np.ndarray], *, first: int = 0, pattern: str = "{:06d}.jpg"
+) -> Path:
+    """A folder of numbered JPEGs of BGR images; `first` is the number of the first file."""
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images, first):
+        cv2.imwrite(str(folder / pattern.format(number)), image)
+    return folder
+
+
 def write_moving_square(path: Path, *, frames: int = 20, fps: float = 25.0, seed: int = 0) -> Path:
     """A textured square that moves 4 px right and 2 px down per frame on a textured background, as Motion JPEG."""
     rng = np.random.default_rng(seed)

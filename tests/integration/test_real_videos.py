@@ -12,7 +12,8 @@ import pytest
 from mmdistill.cli.main import main as mmdistill
 from mmdistill.cli.prepare_data import _print_next_commands, format_result
 from mmdistill.prepare.pipeline import PrepareResult, Settings, prepare_video, write_annotations
-from mmdistill.prepare.video import VideoError, decode_frames, find_videos
+from mmdistill.prepare.sources import find_videos
+from mmdistill.prepare.video import VideoError, decode_frames
 from tests.commands import ROOT
 
 CORPUS = ROOT.parent / "shared" / "data" / "world" / "videos"

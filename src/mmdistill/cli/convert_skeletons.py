@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="size in px of OpenPose images (default: none)",
     )
     options = parser.parse_args(argv)
-    from mmdistill.prepare.pipeline import SKELETON_DIR  # imports OpenCV and PyAV, which --help must not
+    from mmdistill.prepare.outputs import SKELETON_DIR  # imports OpenCV and PyAV, which --help must not
     from mmdistill.prepare.skeleton_files import convert_skeletons
 
     size = options.image_size

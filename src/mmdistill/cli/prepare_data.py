@@ -2,6 +2,10 @@
 
     mmdistill prepare my_videos --output data/mine
     mmdistill prepare match.mp4 --output data/mine --skeleton mediapipe --flow farneback
+    mmdistill prepare matches --annotations val.json --output data/f3set
+
+A folder of numbered JPEGs is a video too. With --annotations the rallies MATCH_START_END of an F3Set file are cut out
+of the videos MATCH: frame k of a rally is frame START + k of the match, and END is the first frame after the rally.
 
 An interrupted run can be repeated; it computes only what is missing. The exit status is 1 if a video failed, or if a
 player is found in less than half of its frames.
@@ -27,7 +31,7 @@ from mmdistill.cli.video_classes import video_class_overrides
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.compose import configs_dir, load_config
 from mmdistill.console import ProgressDisplay
-from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.base import UNKNOWN_FPS, Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipSpec, build_index
 from mmdistill.data.cores import available_cores
@@ -35,9 +39,11 @@ from mmdistill.data.readers.flow_file import FLOW_DTYPES
 from mmdistill.errors import InputError, format_count, format_first
 from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.flow import FLOW_METHODS
-from mmdistill.prepare.pipeline import SHEET_DIR, PrepareResult, Settings, estimate_output, prepare_all
+from mmdistill.prepare.outputs import SHEET_DIR
+from mmdistill.prepare.pipeline import PrepareResult, Settings, estimate_output, prepare_all
 from mmdistill.prepare.placement import FITS
-from mmdistill.prepare.video import find_videos
+from mmdistill.prepare.rallies import RallySpan, spans_by_match
+from mmdistill.prepare.sources import find_videos
 
 
 @report_errors("prepare", ValueError, continues=True)
@@ -46,23 +52,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     settings = Settings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)})
     videos = find_videos(options.source)
-    _check_disk_space(videos, options.output, settings)
+    rallies = None
+    if options.annotations:
+        if settings.fps is not None:
+            raise InputError("--fps changes frame numbers, and --annotations contains frame numbers; omit --fps")
+        rallies = spans_by_match(load_f3set(options.annotations), videos, options.annotations)
+        videos = {name: videos[name] for name in rallies}
+    _check_disk_space(videos, options.output, settings, rallies)
     done = itertools.count(1)
     with ProgressDisplay("videos", len(videos)) as display:
 
-        def progress(result: PrepareResult) -> None:
+        def progress(results: list[PrepareResult]) -> None:
             display.update(next(done))
-            display.print(format_result(result))
+            for line in format_results(results):
+                display.print(line)
 
-        results = prepare_all(videos, options.output, settings, workers=options.workers, progress=progress)
-    _print_next_commands(options.output, results)
+        results = prepare_all(
+            videos, options.output, settings, workers=options.workers, progress=progress, rallies=rallies
+        )
+    _print_next_commands(options.output, results, options.annotations)
     return 1 if any(r.error or r.lacks_a_player for r in results) else 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("prepare", __doc__)
-    parser.add_argument("source", type=Path, help="a video file, or a folder with video files")
+    parser.add_argument("source", type=Path, help="a video file, or a folder with video files or folders of JPEGs")
     parser.add_argument("--output", type=Path, required=True, help="output folder")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="F3Set JSON file: cut its rallies MATCH_START_END out of the videos MATCH (default: prepare whole videos)",
+    )
     parser.add_argument(
         "--height", type=int, default=224, help="height of the stored frames in px; the width keeps the aspect ratio"
     )
@@ -110,20 +131,32 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _check_disk_space(videos: dict[str, Path], output: Path, settings: Settings) -> None:
+def _check_disk_space(
+    videos: dict[str, Path], output: Path, settings: Settings, rallies: dict[str, list[RallySpan]] | None
+) -> None:
     """Print the number of files and bytes that the videos need. Raises `InputError` if the disk has less space."""
-    files, needed = estimate_output(videos, settings)
+    files, needed = estimate_output(videos, settings, rallies)
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     space = f"about {format_count(files, 'file')} and {_format_bytes(needed)} in {output}"
     space = f"{space}, {_format_bytes(free)} are free"
-    print(f"{format_count(len(videos), 'video')}: {space}", file=sys.stderr)
+    cuts = f"{format_count(sum(map(len, rallies.values())), 'rally')} of " if rallies else ""
+    print(f"{cuts}{format_count(len(videos), 'video')}: {space}", file=sys.stderr)
     if needed > free and not output.exists():
         raise InputError(f"{space}; choose another --output, a smaller --height, or --flow-dtype int8")
 
 
 def _format_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+
+
+def format_results(results: Sequence[PrepareResult]) -> list[str]:
+    """The log lines of the rallies of a video: one line for each, or one line if all have the same error."""
+    errors = {result.error for result in results}
+    if len(results) > 1 and len(errors) == 1 and None not in errors:
+        names = format_first([result.video for result in results], 1)
+        return [f"FAILED {names}: {results[0].error}"]
+    return [format_result(result) for result in results]
 
 
 def format_result(result: PrepareResult) -> str:
@@ -133,7 +166,8 @@ def format_result(result: PrepareResult) -> str:
     record = result.record
     frames = record["num_frames"]
     height, width = record["stored_size"]
-    details = [f"{format_count(frames, 'frame')} at {record['fps']:.2f} fps", f"{height} x {width}"]
+    rate = "an unknown frame rate" if record["fps"] == UNKNOWN_FPS else f"{record['fps']:.2f} fps"
+    details = [f"{format_count(frames, 'frame')} at {rate}", f"{height} x {width}"]
     declared = record.get("container_frame_count", 0)
     if (fps := record.get("parts", {}).get("frames", {}).get("fps")) is not None:
         details.append(f"the nearest of the video's frames at {fps:g} fps")
@@ -168,9 +202,9 @@ def format_result(result: PrepareResult) -> str:
     return f"{result.video}: {reused}{', '.join(details)}"
 
 
-def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
+def _print_next_commands(output: Path, results: list[PrepareResult], annotations: Path | None = None) -> None:
     complete = [r.record for r in results if r.record]
-    done = f"prepared {len(complete)} of {format_count(len(results), 'video')} in {output}"
+    done = f"prepared {len(complete)} of {format_count(len(results), 'rally' if annotations else 'video')} in {output}"
     if not complete:
         print(done)
         return
@@ -186,14 +220,15 @@ def _print_next_commands(output: Path, results: list[PrepareResult]) -> None:
     if len(sizes) > 1:
         counts = _format_videos({f"{height} x {width}": count for (height, width), count in sizes.items()})
         lines.append(f"the stored sizes differ: {counts}; use --size 224x384 with --fit pad or --fit crop")
-    rates = sorted({round(record["fps"], 2) for record in records})
+    rates = sorted({round(record["fps"], 2) for record in records} - {UNKNOWN_FPS})
     if len(rates) > 1 and rates[-1] > 1.01 * rates[0]:
         shown = ", ".join(f"{rate:.2f}" for rate in rates)
         lines.append(f"the frame rates differ ({shown} fps): clips show different times; use --fps {rates[0]:g}")
     if len(sizes) == 1:
         absent = {kind for record in records for kind, part in record["parts"].items() if part.get("method") == "none"}
         modalities = [name for name in BUILTIN_MODALITIES if name not in absent]
-        lines += next_commands(output.resolve(), load_f3set(output / "unlabel.json"), next(iter(sizes)), modalities)
+        rallies = load_f3set(output / "unlabel.json")
+        lines += next_commands(output.resolve(), rallies, next(iter(sizes)), modalities, annotations)
     print("\n".join(lines))
 
 
@@ -202,7 +237,11 @@ def _format_videos(counts: Mapping[str, int]) -> str:
 
 
 def next_commands(
-    output: Path, rallies: Sequence[Rally], frame_size: tuple[int, int], modalities: Sequence[str]
+    output: Path,
+    rallies: Sequence[Rally],
+    frame_size: tuple[int, int],
+    modalities: Sequence[str],
+    annotations: Path | None = None,
 ) -> list[str]:
     """The commands that check, compute statistics, pretrain, distill and evaluate, with values that fit these videos.
 
@@ -211,10 +250,12 @@ def next_commands(
         rallies: the prepared videos.
         frame_size: (height, width) of the stored frames in px.
         modalities: the prepared ones.
+        annotations: the labeled file of the rallies; None: the class of the evaluation is the video.
     """
     config = load_config(PretrainConfig, "config_pretrain_tennis", ["modality=rgb"])
     data = config.data_module
-    check = ["check-data", f"{output}/unlabel.json", "--root", str(output), "--modalities", *modalities]
+    checked = annotations.resolve() if annotations else output / "unlabel.json"
+    check = ["check-data", str(checked), "--root", str(output), "--modalities", *modalities]
     lines = [_command_line("check", [*check, "--frame-size", *map(str, frame_size)])]
     longest = max(rally.num_frames for rally in rallies)
     num_frames = min(data.num_frames, (longest - 1) // data.tubelet * data.tubelet)
@@ -246,6 +287,9 @@ def next_commands(
         _command_line("pretrain", ["pretrain", *sweep, pretrain, *dataset, f"modality={names}", *batch_size]),
         _command_line("distill", ["distill", distill, *dataset, "test=False", *teachers, *batch_size]),
     ]
+    if annotations:
+        labeled = ["ckpt_path=PATH", f"data_module.fewshot_eval_json_path={annotations.resolve()}"]
+        return [*lines, _command_line("evaluate", ["evaluate", distill, *dataset, *labeled])]
     classes = video_class_overrides(index.clips, "unlabel.json", data.n_way, data.q_sample)
     if classes is None:
         needed = f"two videos of at least {2 * num_frames + 1} frames"

@@ -9,14 +9,14 @@ With `Settings.pack` the files of a video are packed when all of them are writte
 OUTPUT/vid_frames_224/{video}/frames.zip             OUTPUT/tennis_flows/{video}/flow.npy
 """
 
-import hashlib
 import json
 import multiprocessing
-import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,20 @@ import cv2
 import numpy as np
 
 from mmdistill import __version__
-from mmdistill.data.annotations.base import Rally
+from mmdistill.data.annotations.base import UNKNOWN_FPS, Rally
 from mmdistill.data.annotations.f3set import to_json
-from mmdistill.data.readers.flow_file import FLOW_DTYPES, PACKED_FLOW, open_packed_flow, pack_flow, write_flow
-from mmdistill.data.readers.zip_file import ZIP_NAME, write_zip, zip_names
-from mmdistill.files import atomic_write_bytes
+from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
+from mmdistill.errors import format_count
+from mmdistill.files import atomic_write_bytes, temporary_folder
 from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
+from mmdistill.prepare.outputs import RECORD_DIR, SHEET_DIR, Outputs, remove_outdated
 from mmdistill.prepare.placement import FITS, Placement, fit_into, scale_to_height
+from mmdistill.prepare.player_tracking import ReadFrames
 from mmdistill.prepare.pose import import_mediapipe, load_mediapipe_pose, write_skeletons
-from mmdistill.prepare.video import find_repeated_frames, mean_frame_rate, read_frames, read_header
+from mmdistill.prepare.rallies import FrameSpool, RallySpan, check_frame_rate
+from mmdistill.prepare.sources import decode_frames, fingerprint, list_frames, read_frames, read_header
+from mmdistill.prepare.video import Frame, VideoError, find_repeated_frames, mean_frame_rate
 
-FRAME_DIR, FLOW_DIR, SKELETON_DIR, RECORD_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis", ".prepared"
-SHEET_DIR = "contact_sheets"
-FINGERPRINT_BYTES = 1 << 20  # read from the start and from the end of a video
 TRACKING_VERSION = 2  # of `find_players`: 1 has no compensation of camera motion
 JPEG_BYTES_PER_PX = 0.5  # a rough upper estimate for quality 95
 DEFAULT_FPS = 25.0  # of a video with a single frame: the annotation requires a frame rate
@@ -89,27 +90,35 @@ class Settings:
         }
 
 
-def estimate_output(videos: dict[str, Path], settings: Settings) -> tuple[int, int]:
-    """Number of files and of bytes that all videos need, from what their containers declare.
+def estimate_output(
+    videos: Mapping[str, Path], settings: Settings, rallies: Mapping[str, Sequence[RallySpan]] | None = None
+) -> tuple[int, int]:
+    """Number of files and of bytes that all videos, or the rallies of each match, need.
 
-    With ``settings.pack`` the bytes include the separate files of the largest video, which exist while it is packed.
+    The lengths are those that containers declare or rallies have. With ``settings.pack`` the bytes include the separate
+    files of the largest video, which exist while it is packed. With skeletons of rallies they include the frames of the
+    largest rally of each match at source resolution, which exist during the estimation.
     """
-    files = num_bytes = largest = 0
-    for path in videos.values():
+    files = num_bytes = largest = spooled = 0
+    for name, path in videos.items():
         header = read_header(path)
-        if not header.frames:
+        if 0 in header.frame_size:
             continue
-        count = header.frames if settings.fps is None else round(header.seconds * settings.fps)
+        declared = header.frames if settings.fps is None else round(header.seconds * settings.fps)
+        counts = [declared] if rallies is None else [span.stop - span.start for span in rallies[name]]
         height, width = settings.placement(header.frame_size).stored
-        per_kind = 1 if settings.pack else count
-        files += per_kind
-        size = round(count * height * width * JPEG_BYTES_PER_PX)
-        if settings.flow != "none":
+        for count in filter(None, counts):
+            per_kind = 1 if settings.pack else count
             files += per_kind
-            size += count * 2 * height * width * np.dtype(settings.flow_dtype).itemsize
-        num_bytes += size
-        largest = max(largest, size)
-    return files, num_bytes + (largest if settings.pack else 0)
+            size = round(count * height * width * JPEG_BYTES_PER_PX)
+            if settings.flow != "none":
+                files += per_kind
+                size += count * 2 * height * width * np.dtype(settings.flow_dtype).itemsize
+            num_bytes += size
+            largest = max(largest, size)
+        if rallies is not None and settings.skeleton != "none":
+            spooled += max(counts) * 3 * header.frame_size[0] * header.frame_size[1]
+    return files, num_bytes + spooled + (largest if settings.pack else 0)
 
 
 @dataclass(frozen=True)
@@ -128,79 +137,20 @@ class PrepareResult:
         return found is not None and 2 * min(found["near"], found["far"]) < found["frames"]
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """Paths of the files of one video."""
-
-    record: Path
-    frames: Path
-    flow: Path
-    skeleton: Path
-
-    @classmethod
-    def of(cls, name: str, output: Path) -> "_Outputs":
-        record, skeleton = output / RECORD_DIR / f"{name}.json", output / SKELETON_DIR / f"{name}.pkl"
-        return cls(record, output / FRAME_DIR / name, output / FLOW_DIR / name, skeleton)
-
-    def are_complete(self, record: dict[str, Any]) -> bool:
-        """Whether the files of a completed video still exist; they are counted, not opened."""
-        count, parts = record["num_frames"], record["parts"]
-        return (
-            (self.frames_zip.exists() or len(self.images()) == count)
-            and (parts["flow"]["method"] == "none" or self.packed_flow.exists() or len(self.pairs()) == count - 1)
-            and (parts["skeleton"]["method"] == "none" or self.skeleton.exists())
-        )
-
-    @property
-    def frames_zip(self) -> Path:
-        """The packed frames."""
-        return self.frames / ZIP_NAME
-
-    @property
-    def packed_flow(self) -> Path:
-        """The packed flow."""
-        return self.flow / PACKED_FLOW
-
-    def images(self) -> list[Path]:
-        """The frames that are separate files."""
-        return list(self.frames.glob("*.jpg"))
-
-    def pairs(self) -> list[Path]:
-        """The flow that is in separate files."""
-        return list(self.flow.glob("pair_*.npy"))
-
-    def pack(self) -> None:
-        """Replace the separate files by the packed ones. It may be interrupted at any time and repeated."""
-        for target, files, write in (
-            (self.frames_zip, self.images(), write_zip),
-            (self.packed_flow, self.pairs(), pack_flow),
-        ):
-            if files and not target.exists():
-                write(target, files)
-            for file in files:
-                file.unlink()
-
-    def remove_damaged(self) -> None:
-        """Remove packed files that are truncated or damaged. They are then written again."""
-        for target, check in ((self.frames_zip, zip_names), (self.packed_flow, open_packed_flow)):
-            try:
-                if target.exists():
-                    check(str(target))
-            except ValueError:
-                target.unlink()
-
-
 def prepare_all(
-    videos: dict[str, Path],
+    videos: Mapping[str, Path],
     output: Path,
     settings: Settings,
     *,
     workers: int,
-    progress: Callable[[PrepareResult], None],
+    progress: Callable[[list[PrepareResult]], None],
+    rallies: Mapping[str, Sequence[RallySpan]] | None = None,
 ) -> list[PrepareResult]:
     """Prepare every video, then write `unlabel.json` and `provenance.json` for all complete videos in `output`.
 
-    A video that cannot be prepared gets an error in its `PrepareResult`; the other videos are still prepared.
+    With `rallies`, the rallies of each match, sorted by their start, are cut out of the match's video. A video that
+    cannot be prepared gets an error in its `PrepareResult`; the other videos are still prepared. `progress` gets the
+    results of a video or match.
 
     Raises:
         PoseError: skeletons are requested and MediaPipe is not installed.
@@ -211,138 +161,258 @@ def prepare_all(
     results = []
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
     with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
-        jobs = {pool.submit(prepare_video, name, path, output, settings): name for name, path in videos.items()}
+        jobs = {
+            pool.submit(_prepare, name, path, output, settings, None if rallies is None else rallies[name]): name
+            for name, path in videos.items()
+        }
         for job in as_completed(jobs):
             try:
-                results.append(job.result())
+                found = job.result()
             except BrokenProcessPool:  # killed from outside, out of memory, or a decoder that crashed
+                name = jobs[job]
+                names = [name] if rallies is None else [span.name for span in rallies[name]]
                 message = "a worker process exited; rerun with --workers 1 to find the video that causes it"
-                results.append(PrepareResult(jobs[job], None, message))
-            progress(results[-1])
+                found = [PrepareResult(name, None, message) for name in names]
+            results += found
+            progress(found)
     write_annotations(output)
     return sorted(results, key=lambda r: r.video)
+
+
+def _prepare(
+    name: str, path: Path, output: Path, settings: Settings, spans: Sequence[RallySpan] | None
+) -> list[PrepareResult]:
+    if spans is None:
+        return [prepare_video(name, path, output, settings)]
+    return prepare_match(path, spans, output, settings)
+
+
+class _Preparation:
+    """Preparation of one video or rally: `start`, then `add` for each frame in order, then `finish`.
+
+    `result` is None until the preparation has ended.
+    """
+
+    def __init__(self, name: str, source: Path, output: Path, settings: Settings) -> None:
+        self.name = name
+        self.result: PrepareResult | None = None
+        self._source, self._settings = source, settings
+        self._files, self._sheet = Outputs.of(name, output), output / SHEET_DIR / f"{name}.jpg"
+        self._seconds: list[float] = []
+        self._differences: list[float] = []
+        self._previous: np.ndarray | None = None
+        self._size, self._is_interlaced = (0, 0), False
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Convert an exception to the result."""
+        try:
+            yield
+        except (ValueError, OSError, cv2.error) as error:
+            self.fail(str(error))
+
+    def fail(self, message: str) -> None:
+        """End with an error."""
+        self.result = PrepareResult(self.name, None, message)
+
+    def start(self, record: dict[str, Any]) -> None:
+        """Remove outdated files. If an earlier run completed the video, its record is the result."""
+        files = self._files
+        self._record = record | {"parts": self._settings.by_output()}
+        self._uses_own_frames = files.frames.is_dir() and files.frames.samefile(self._source)
+        if self._uses_own_frames:
+            _check_own_frames(self._source, self._settings)
+        old = remove_outdated(self._source, files, self._record, keep_frames=self._uses_own_frames)
+        files.remove_damaged()
+        if old.get("complete") and old["parts"] == self._record["parts"] and files.are_complete(old):
+            if self._settings.pack:
+                files.pack()
+            self.result = PrepareResult(self.name, old, None, reused=True)
+            return
+        files.frames.mkdir(parents=True, exist_ok=True)
+        self._has_images = files.frames_zip.exists()
+        has_flow = self._settings.flow == "none" or files.packed_flow.exists()
+        self._compute_flow = None if has_flow else make_flow_function(self._settings.flow)
+
+    def add(self, frame: Frame) -> None:
+        """Write the frame and the flow from the previous frame, if they do not exist."""
+        self._size, self._is_interlaced = frame.pixels.shape[:2], frame.is_interlaced
+        image = self._settings.placement(self._size).place(frame.pixels)
+        is_unchanged = bool(frame.jpeg) and np.array_equal(image, frame.pixels)
+        if self._uses_own_frames and not is_unchanged:
+            raise VideoError(f"{self._source}: frames of this size are not stored as they are; choose another --output")
+        if not self._has_images:
+            path = self._files.frames / f"{frame.number:06d}.jpg"
+            _write_jpeg(path, image, self._settings.quality, frame.jpeg if is_unchanged else b"")
+        gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+        if self._previous is not None:
+            self._differences.append(float(cv2.absdiff(self._previous, gray).mean()))
+            flow_path = self._files.flow / f"pair_{frame.number - 1:05d}.npy"
+            if self._compute_flow is not None and not flow_path.exists():
+                write_flow(flow_path, self._compute_flow(self._previous, gray), dtype=self._settings.flow_dtype)
+        self._previous = gray
+        self._seconds.append(frame.seconds)
+
+    def finish(self, read: ReadFrames, fps: float) -> None:
+        """Write the skeletons, pack, and complete the record.
+
+        `read` yields the frames again, for the skeletons. `fps` is recorded if the frames have no timestamps.
+        """
+        settings, record = self._settings, self._record | self._measurements(fps)
+        if settings.skeleton == "mediapipe":
+            counts = write_skeletons(
+                read,
+                self._files.skeleton,
+                self._sheet,
+                split=settings.split,
+                pose=load_mediapipe_pose(),
+                place=settings.placement(self._size) if settings.size else None,
+            )
+            record["skeleton_frames"] = asdict(counts)
+        if settings.pack:
+            self._files.pack()
+        record["complete"] = True
+        atomic_write_bytes(self._files.record, json.dumps(record).encode())
+        self.result = PrepareResult(self.name, record, None)
+
+    def _measurements(self, fps: float) -> dict[str, Any]:
+        seconds = self._seconds
+        measured = mean_frame_rate(seconds)
+        deviation = max((abs(s - k / measured) for k, s in enumerate(seconds)), default=0.0) if measured else 0.0
+        is_irregular = deviation * measured > 0.5  # frames
+        return {
+            "num_frames": len(seconds),
+            "interlaced": self._is_interlaced,
+            "fps": measured or fps,
+            "largest_timestamp_deviation_s": round(deviation, 6),
+            **({"timestamps_s": [round(s, 6) for s in seconds]} if is_irregular else {}),
+            "repeated_frames": find_repeated_frames(self._differences),
+            "source_size": list(self._size),
+            "stored_size": list(self._settings.placement(self._size).stored),
+        }
+
+    def invalidate(self) -> None:
+        """Mark the record as incomplete, so that the video is in no annotation file."""
+        if self._files.record.exists():
+            record = json.loads(self._files.record.read_bytes())
+            atomic_write_bytes(self._files.record, json.dumps({**record, "complete": False}).encode())
 
 
 def prepare_video(name: str, path: Path, output: Path, settings: Settings) -> PrepareResult:
     """Prepare one video. Existing files from the same source and settings are kept."""
     cv2.setNumThreads(1)  # the parallelism is over videos
-    files = _Outputs.of(name, output)
+    video = _Preparation(name, path, output, settings)
+    with video.errors():
+        header = read_header(path)
+        video.start(
+            {
+                "source": path.name,
+                "fingerprint": fingerprint(path),
+                "container_frame_count": 0 if header.is_estimate else header.frames,
+                "hdr": header.hdr,
+            }
+        )
+        if video.result is None:
+            for frame in read_frames(path, settings.fps):
+                video.add(frame)
+            video.finish(lambda: read_frames(path, settings.fps), UNKNOWN_FPS if path.is_dir() else DEFAULT_FPS)
+    assert video.result is not None
+    return video.result
+
+
+def prepare_match(path: Path, spans: Sequence[RallySpan], output: Path, settings: Settings) -> list[PrepareResult]:
+    """Prepare the rallies of a match, sorted by their start, in one pass over its video.
+
+    The video is decoded from its first to its last frame, unless all rallies are complete. If it cannot be decoded to
+    its end, or has another frame rate than annotated, no rally of it is complete.
+    """
+    cv2.setNumThreads(1)  # the parallelism is over matches
+    rallies = {span: _Preparation(span.name, path, output, settings) for span in spans}
     try:
-        record: dict[str, Any] = {"source": path.name, "fingerprint": _fingerprint(path), "parts": settings.by_output()}
-        old = _remove_outdated(path, files, record)
-        files.remove_damaged()
-        if old.get("complete") and old["parts"] == record["parts"] and files.are_complete(old):
-            if settings.pack:
-                files.pack()
-            return PrepareResult(name, old, None, reused=True)
-        record |= _write_frames_and_flow(path, files, settings)
-        if settings.skeleton == "mediapipe":
-            sheet = output / SHEET_DIR / f"{name}.jpg"
-            place = settings.placement(tuple(record["source_size"])) if settings.size else None
-            counts = write_skeletons(
-                lambda: read_frames(path, settings.fps),
-                files.skeleton,
-                sheet,
-                split=settings.split,
-                pose=load_mediapipe_pose(),
-                place=place,
-            )
-            record["skeleton_frames"] = asdict(counts)
-        if settings.pack:
-            files.pack()
-        record["complete"] = True
-        atomic_write_bytes(files.record, json.dumps(record).encode())
-    except (ValueError, OSError, cv2.error) as error:
-        return PrepareResult(name, None, str(error))
-    return PrepareResult(name, record, None)
+        header = read_header(path)
+        if not header.is_estimate:
+            check_frame_rate(path, spans, header.fps)
+        record = {"source": path.name, "fingerprint": fingerprint(path), "hdr": header.hdr}
+        for span, rally in rallies.items():
+            with rally.errors():
+                rally.start({**record, "match_frames": [span.start, span.stop]})
+        pending = {span: rally for span, rally in rallies.items() if rally.result is None}
+        if pending:
+            output.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(str(output)) as folder:
+                measured = _cut_rallies(path, pending, Path(folder), needs_spool=settings.skeleton != "none")
+            if header.is_estimate:
+                check_frame_rate(path, spans, header.fps, measured)
+    except (ValueError, OSError) as error:
+        for rally in rallies.values():
+            rally.fail(str(error))
+            rally.invalidate()
+    return [rally.result for rally in rallies.values() if rally.result is not None]
 
 
-def _remove_outdated(path: Path, files: _Outputs, new: dict[str, Any]) -> dict[str, Any]:
-    """Remove the files that another source or other settings produced, and mark the record as incomplete.
+def _cut_rallies(path: Path, rallies: Mapping[RallySpan, _Preparation], folder: Path, *, needs_spool: bool) -> float:
+    """Decode a match and give each rally its frames. A rally beyond the end of the match fails.
 
     Returns:
-        The record of the earlier run, empty if there is none.
+        The mean frame rate of the match.
     """
-    old: dict[str, Any] = json.loads(files.record.read_bytes()) if files.record.exists() else {}
-    targets = {"frames": files.frames, "flow": files.flow, "skeleton": files.skeleton}
-    existing = [str(target) for target in targets.values() if target.exists()]
-    if existing and not old:
-        raise ValueError(f"{path}: {existing[0]} exists and was not written by mmdistill; choose another --output")
-    for kind, target in targets.items():
-        if old and (old["fingerprint"] != new["fingerprint"] or old["parts"].get(kind) != new["parts"][kind]):
-            old["complete"] = False
-            remove = shutil.rmtree if target.is_dir() else Path.unlink
-            if target.exists():
-                remove(target)
-        for temporary in target.glob(".tmp-*"):  # left by a run that was killed during a write
-            temporary.unlink()
-    if not old.get("complete"):
-        atomic_write_bytes(files.record, json.dumps({**new, "complete": False}).encode())
-    return old
+    needed = {number for span in rallies for number in range(span.start, span.stop)}
+    spools = {span: FrameSpool(folder / f"{number}.raw") for number, span in enumerate(rallies)}
+    waiting, count = deque(rallies), 0
+    times: list[float] = []
+    active: list[RallySpan] = []
+    starts: dict[RallySpan, float] = {}  # seconds
+    for frame in decode_frames(path, needed.__contains__):
+        count = frame.number + 1
+        times.append(frame.seconds)
+        while waiting and waiting[0].start <= frame.number:
+            active.append(waiting.popleft())
+            starts[active[-1]] = frame.seconds
+        for span in active:
+            rally = rallies[span]
+            with rally.errors():
+                rally.add(replace(frame, number=frame.number - span.start, seconds=frame.seconds - starts[span]))
+                if needs_spool:
+                    spools[span].add(frame.pixels)
+                if count == span.stop:
+                    rally.finish(spools[span].read, span.fps)
+            if rally.result is not None:
+                spools[span].remove()
+        active = [span for span in active if rallies[span].result is None]
+    for span in [*active, *waiting]:
+        rallies[span].fail(
+            f"{path}: {span.name} ends at frame {span.stop}, but the video has {format_count(count, 'frame')}; get the "
+            "video that was annotated, or correct the annotation"
+        )
+    return mean_frame_rate(times)
 
 
-def _fingerprint(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return f"{size}:{digest.hexdigest()}"
+def _check_own_frames(folder: Path, settings: Settings) -> None:
+    """Raise `VideoError` if `folder`, the source and the output folder of the frames, cannot stay as it is."""
+    if any(path.name != f"{number:06d}.jpg" for number, path in enumerate(list_frames(folder))):
+        raise VideoError(f"{folder}: the files are not named 000000.jpg, 000001.jpg, ...; choose another --output")
+    if settings.pack:
+        raise VideoError(f"{folder}: --pack would remove these files; omit it, or choose another --output")
 
 
-def _write_frames_and_flow(path: Path, files: _Outputs, settings: Settings) -> dict[str, Any]:
-    """Write the missing frames and flow files of a video and return what was measured on it."""
-    files.frames.mkdir(parents=True, exist_ok=True)
-    has_flow = settings.flow == "none" or files.packed_flow.exists()
-    compute_flow = None if has_flow else make_flow_function(settings.flow)
-    has_images = files.frames_zip.exists()
-    seconds: list[float] = []
-    differences: list[float] = []
-    source, is_interlaced = (0, 0), False
-    previous: np.ndarray | None = None
-    for frame in read_frames(path, settings.fps):
-        source, is_interlaced = frame.pixels.shape[:2], frame.is_interlaced
-        image = settings.placement(source).place(frame.pixels)
-        if not has_images:
-            _write_jpeg(files.frames / f"{frame.number:06d}.jpg", image, settings.quality)
-        gray = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-        if previous is not None:
-            differences.append(float(cv2.absdiff(previous, gray).mean()))
-            flow_path = files.flow / f"pair_{frame.number - 1:05d}.npy"
-            if compute_flow is not None and not flow_path.exists():
-                write_flow(flow_path, compute_flow(previous, gray), dtype=settings.flow_dtype)
-        previous = gray
-        seconds.append(frame.seconds)
-    fps = mean_frame_rate(seconds)
-    deviation = max((abs(s - k / fps) for k, s in enumerate(seconds)), default=0.0) if fps else 0.0
-    is_irregular = deviation * fps > 0.5  # frames
-    header = read_header(path)
-    return {
-        "num_frames": len(seconds),
-        "container_frame_count": 0 if header.is_estimate else header.frames,
-        "interlaced": is_interlaced,
-        "hdr": header.hdr,
-        "fps": fps or DEFAULT_FPS,
-        "largest_timestamp_deviation_s": round(deviation, 6),
-        **({"timestamps_s": [round(s, 6) for s in seconds]} if is_irregular else {}),
-        "repeated_frames": find_repeated_frames(differences),
-        "source_size": list(source),
-        "stored_size": list(settings.placement(source).stored),
-    }
-
-
-def _write_jpeg(path: Path, image: np.ndarray, quality: int) -> None:
+def _write_jpeg(path: Path, image: np.ndarray, quality: int, data: bytes) -> None:
+    """Write an image, or the file `data` that contains it."""
     if path.exists():
         return
-    success, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if data:
+        atomic_write_bytes(path, data)
+        return
+    success, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not success:
         raise ValueError(f"{path}: OpenCV cannot encode this image as JPEG")
-    atomic_write_bytes(path, data.tobytes())
+    atomic_write_bytes(path, encoded.tobytes())
 
 
 def write_annotations(output: Path) -> list[Rally]:
     """Write `unlabel.json`, with each complete video in `output` as a rally without events, and `provenance.json`."""
-    found = {path.stem: json.loads(path.read_bytes()) for path in sorted((output / RECORD_DIR).glob("*.json"))}
+    folder = output / RECORD_DIR
+    paths = sorted(folder.rglob("*.json"))
+    found = {path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_bytes()) for path in paths}
     records = {name: record for name, record in found.items() if record["complete"]}
     rallies = [Rally(name, r["num_frames"], r["fps"], ()) for name, r in records.items()]
     atomic_write_bytes(output / "unlabel.json", (json.dumps(to_json(rallies), indent=1) + "\n").encode())
@@ -354,6 +424,7 @@ def write_annotations(output: Path) -> list[Rally]:
         "frames": "numbered from 0 in the order of presentation; upright, progressive, square pixels; INTER_AREA",
         "packed": "frames.zip contains the frames of a video, row k of flow.npy is pair k",
         "fps": "if set: the frames nearest to the multiples of 1 / fps; else all frames",
+        "match_frames": "of a rally: frame k is frame match_frames[0] + k of the source",
         "flow": {
             "methods": {m: FLOW_METHODS.get(m, "no flow") for m in methods},
             "pair": "pair k is the flow from frame k to frame k + 1",

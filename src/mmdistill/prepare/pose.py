@@ -3,6 +3,7 @@
 MediaPipe is an optional extra. It is imported only when skeletons are requested.
 """
 
+import functools
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def import_mediapipe() -> Any:
     return Pose
 
 
+@functools.cache  # a match has hundreds of rallies
 def load_mediapipe_pose() -> PoseFunction:
     """A function that estimates the pose in an RGB crop, uint8 (S, S, 3).
 

@@ -18,7 +18,7 @@ from mmdistill.data.readers.safe_pickle import load_pickle
 from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import InputError, format_count
 from mmdistill.files import atomic_write_bytes
-from mmdistill.prepare.pipeline import SKELETON_DIR
+from mmdistill.prepare.outputs import SKELETON_DIR
 
 ANNOTATION_FILE = "annotations.json"
 _FILE_KEYS = ("keypoint", "keypoint_score", "total_frames", "img_shape")

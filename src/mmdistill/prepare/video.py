@@ -1,9 +1,8 @@
 """Decoding of video files with PyAV (FFmpeg): upright, progressive frames with square pixels and their timestamps."""
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -13,23 +12,14 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
-from mmdistill.console import log_once
-from mmdistill.errors import InputError, format_count, format_first
+from mmdistill.errors import InputError, format_count
 
-VIDEO_SUFFIXES = (
-    ".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".3gp",
-    ".3g2", ".asf", ".divx", ".dv", ".f4v", ".flv", ".m2t", ".m2v", ".mod", ".mts2", ".mxf", ".ogm", ".ogv", ".qt",
-    ".rm", ".rmvb", ".tod", ".vob",
-)  # fmt: skip
-MACOS_PREFIX, MACOS_FOLDER_FILE = (
-    "._",
-    ".DS_Store",
-)  # of files with the attributes of another file, which macOS writes on foreign disks
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # transfer characteristics of HDR video (ITU-T H.273)
 COUNT_TOLERANCE = 0.02  # containers without an index only estimate their number of frames
 TS_PACKET_BYTES = (188, 192, 204)  # MPEG transport streams declare no length, but consist of packets of one size
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 HD_HEIGHT = 720  # px; players assume BT.709 for unspecified videos from this height on, else BT.601
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # of a frame that is not needed
 
 
 class VideoError(InputError):
@@ -41,9 +31,10 @@ class Frame:
     """Frame `number`, counted from 0, shown `seconds` after the first; `pixels` is uint8 (H, W, 3) BGR."""
 
     number: int
-    seconds: float
+    seconds: float  # 0 for all frames of a folder of JPEGs
     pixels: np.ndarray
     is_interlaced: bool = False  # in the file; `pixels` are progressive
+    jpeg: bytes = b""  # content of the file, if the frame is a file of a folder of JPEGs
 
 
 @dataclass(frozen=True)
@@ -53,12 +44,15 @@ class Header:
     frames: int = 0  # 0 if not declared
     is_estimate: bool = False  # whether `frames` is estimated from duration and frame rate
     seconds: float = 0.0  # 0 if not declared
+    fps: float = 0.0  # mean frame rate; 0 if not declared
     frame_size: tuple[int, int] = (0, 0)  # (height, width) in px, upright, with square pixels
     hdr: str = ""  # transfer function of high dynamic range, see `HDR_TRANSFERS`; empty: standard dynamic range
 
 
-def decode_frames(path: Path) -> Iterator[Frame]:
+def decode_frames(path: Path, needs_pixels: Callable[[int], bool] = lambda _: True) -> Iterator[Frame]:
     """Yield every frame of a video in the order of presentation, at any frame rate, without repeating or skipping one.
+
+    All frames are decoded. Those for whose number `needs_pixels` is false are not converted and have `NO_PIXELS`.
 
     Frames that an edit list cuts off are not presented. Frames are rotated as the file requests, widened to square
     pixels, deinterlaced (one frame per coded frame) and converted to full-range BGR with the matrix and range of the
@@ -84,7 +78,8 @@ def decode_frames(path: Path) -> Iterator[Frame]:
                 elif (frame.width, frame.height) != size:
                     raise VideoError(f"{path}: the frame size changes at frame {number}; cut the video there")
                 seconds = seconds if frame.time is None else frame.time - start
-                yield Frame(number, seconds, _to_pixels(frame, stream), is_interlaced)
+                pixels = _to_pixels(frame, stream) if needs_pixels(number) else NO_PIXELS
+                yield Frame(number, seconds, pixels, is_interlaced)
                 number += 1
                 is_cut = splits_packet or frame.is_corrupt
     except (av.FFmpegError, OSError) as error:
@@ -164,27 +159,9 @@ def read_header(path: Path) -> Header:
         stream = container.streams.video[0]
         frames, is_estimate, seconds = _declared_length(container)
         size = (stream.height, max(1, round(stream.width * (stream.sample_aspect_ratio or 1))))
-        return Header(frames, is_estimate, seconds, size, HDR_TRANSFERS.get(stream.codec_context.color_trc, ""))
+        fps, hdr = float(stream.average_rate or 0), HDR_TRANSFERS.get(stream.codec_context.color_trc, "")
+        return Header(frames, is_estimate, seconds, fps, size, hdr)
     return Header()
-
-
-def read_frames(path: Path, fps: float | None = None) -> Iterator[Frame]:
-    """Yield the frames of `decode_frames`, or with `fps` the nearest frame to each multiple of 1 / fps seconds.
-
-    Raises the errors of `decode_frames`.
-    """
-    if fps is None:
-        yield from decode_frames(path)
-        return
-    number, previous = 0, None
-    for frame in decode_frames(path):
-        while previous is not None and number / fps < (previous.seconds + frame.seconds) / 2:
-            yield replace(previous, number=number, seconds=number / fps)
-            number += 1
-        previous = frame
-    while previous is not None and number / fps <= previous.seconds + 1e-6:
-        yield replace(previous, number=number, seconds=number / fps)
-        number += 1
 
 
 def mean_frame_rate(seconds: list[float]) -> float:
@@ -202,50 +179,3 @@ def find_repeated_frames(differences: list[float]) -> list[int]:
     """
     medians = [float(np.median(differences[max(0, k - 3) : k + 4])) for k in range(len(differences))]
     return [k + 1 for k, median in enumerate(medians) if differences[k] < 0.4 * median]
-
-
-def find_videos(source: Path) -> dict[str, Path]:
-    """Video files below a folder, or the single file `source`, by file name without suffix, sorted.
-
-    The suffix decides (`VIDEO_SUFFIXES`). Linked folders are followed. The log counts the files of a folder that are no
-    videos, and the files that macOS writes (``._NAME``, ``.DS_Store``).
-
-    Raises:
-        VideoError: there is no video, or two videos have the same name.
-    """
-    if source.is_file():
-        return {source.stem: source}
-    if not source.is_dir():
-        raise VideoError(f"{source}: no such file or folder")
-    found: dict[str, Path] = {}
-    skipped: dict[str, list[str]] = {"of macOS": [], "without the suffix of a video": []}
-    for path in sorted(p for p in _walk(source) if p.is_file()):
-        if path.name.startswith(MACOS_PREFIX) or path.name == MACOS_FOLDER_FILE:
-            skipped["of macOS"].append(path.name)
-            continue
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            skipped["without the suffix of a video"].append(path.name)
-            continue
-        if path.stem in found:
-            raise VideoError(
-                f"{path} and {found[path.stem]} have the same name; rename one, because output files are named after it"
-            )
-        found[path.stem] = path
-    for kind, names in skipped.items():
-        if names:
-            log_once(f"{source}: skipping {format_count(len(names), 'file')} {kind} ({format_first(names, 3)})")
-    if not found:
-        raise VideoError(f"{source}: no video file ({', '.join(VIDEO_SUFFIXES)})")
-    return found
-
-
-def _walk(source: Path) -> Iterator[Path]:
-    """All files below a folder, also in linked folders; each folder once."""
-    visited = set()
-    for folder, names, files in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            names.clear()
-            continue
-        visited.add(real)
-        yield from (Path(folder, name) for name in files)

@@ -17,10 +17,11 @@ from mmdistill.data.readers import flow_file
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import read_flow
 from mmdistill.data.readers.rgb import RgbReader
-from mmdistill.prepare import pipeline
+from mmdistill.prepare import outputs, pipeline
 from mmdistill.prepare.pipeline import Settings, estimate_output, prepare_all, prepare_video
-from mmdistill.prepare.video import decode_frames, find_videos
-from tests.generated_video import BroadcastClip, write_moving_square, write_video
+from mmdistill.prepare.sources import find_videos
+from mmdistill.prepare.video import decode_frames
+from tests.generated_video import BroadcastClip, write_frame_folder, write_moving_square, write_video
 
 SMALL = Settings(height=48, flow_dtype="float32")
 
@@ -203,9 +204,9 @@ def test_packed_files_give_identical_samples(tmp_path: Path) -> None:
     ("owner", "name", "calls"),
     [
         (pipeline, "write_flow", 12),
-        (pipeline, "write_zip", 0),
+        (outputs, "write_zip", 0),
         (zipfile.ZipFile, "writestr", 5),
-        (pipeline, "pack_flow", 0),
+        (outputs, "pack_flow", 0),
         (flow_file, "_load", 9),
         (Path, "unlink", 3),  # while the separate frames are removed
         (Path, "unlink", 25),  # while the separate flow is removed
@@ -327,3 +328,39 @@ def test_fewer_frames_than_declared_are_recorded(tmp_path: Path) -> None:
     assert result.record is not None
     assert 97 <= result.record["num_frames"] < 100
     assert result.record["container_frame_count"] == 100
+
+
+def test_frames_of_another_dataset_are_copied_and_get_flow(tmp_path: Path) -> None:
+    images = [np.full((48, 80, 3), 10 * k, np.uint8) for k in range(5)]
+    folder = write_frame_folder(tmp_path / "frames/P01/P01_01", images, first=1, pattern="frame_{:010d}.jpg")
+    out, videos = tmp_path / "out", find_videos(tmp_path / "frames")
+    (result,) = prepare_all(videos, out, SMALL, workers=1, progress=lambda _: None)
+    assert result.record is not None, result.error
+    assert result.record["fps"] == -1
+    for k in range(5):
+        source = folder / f"frame_{k + 1:010d}.jpg"
+        assert (out / f"vid_frames_224/P01/P01_01/{k:06d}.jpg").read_bytes() == source.read_bytes()
+    assert len(list((out / "tennis_flows/P01/P01_01").iterdir())) == 4
+    assert [(r.video, r.num_frames, r.fps) for r in load_f3set(out / "unlabel.json")] == [("P01/P01_01", 5, -1)]
+    assert prepare_video("P01/P01_01", folder, out, SMALL).reused
+    (folder / "frame_0000000003.jpg").unlink()
+    assert "1 frame missing (3)" in str(prepare_video("P01/P01_01", folder, out, SMALL).error)
+
+
+def test_flow_is_computed_next_to_existing_frames(tmp_path: Path) -> None:
+    """The frames of F3Set may lie in the output folder. They are neither copied nor removed."""
+    images = [np.full((48, 80, 3), 10 * k, np.uint8) for k in range(5)]
+    folder = write_frame_folder(tmp_path / "vid_frames_224/a", images)
+    before = file_contents(folder)
+    assert "--pack would remove these files" in str(prepare_video("a", folder, tmp_path, PACKED).error)
+    assert "choose another --output" in str(prepare_video("a", folder, tmp_path, replace(SMALL, height=32)).error)
+    for settings in (SMALL, replace(SMALL, flow="farneback", quality=50)):
+        assert prepare_video("a", folder, tmp_path, settings).error is None
+        assert prepare_video("a", folder, tmp_path, settings).reused
+    assert file_contents(folder) == before
+    assert len(list((tmp_path / "tennis_flows/a").iterdir())) == 4
+    other = write_moving_square(tmp_path / "a.avi")
+    assert "was not written by mmdistill" in str(prepare_video("a", other, tmp_path, SMALL).error)
+    assert file_contents(folder) == before
+    shifted = write_frame_folder(tmp_path / "vid_frames_224/b", images, first=1)
+    assert "not named 000000.jpg, 000001.jpg" in str(prepare_video("b", shifted, tmp_path, SMALL).error)

@@ -15,12 +15,10 @@ from mmdistill.prepare.video import (
     VideoError,
     decode_frames,
     find_repeated_frames,
-    find_videos,
     mean_frame_rate,
-    read_frames,
     read_header,
 )
-from tests.generated_video import BroadcastClip, write_moving_square, write_video
+from tests.generated_video import BroadcastClip, gray_images, write_moving_square, write_video
 
 
 def test_every_frame_is_decoded_once_with_its_timestamp(broadcast: BroadcastClip) -> None:
@@ -44,11 +42,6 @@ def test_file_that_is_no_video_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"d\.mp4: not a video that FFmpeg can decode \([^/]*\); copy it again, or"):
         list(decode_frames(tmp_path / "d.mp4"))
     assert read_header(tmp_path / "d.mp4") == Header()
-
-
-def gray_images(count: int) -> list[np.ndarray]:
-    """Flat images; image k has the level 20 k."""
-    return [np.full((64, 96, 3), 20 * k, np.uint8) for k in range(count)]
 
 
 def gray_levels(path: Path) -> list[int]:
@@ -186,27 +179,6 @@ def test_frame_rate_is_the_mean_over_all_timestamps() -> None:
     assert mean_frame_rate([0.0]) == 0
 
 
-@pytest.mark.parametrize(
-    ("times_ms", "fps", "count"),
-    [
-        ([40 * k for k in range(10)], 25, 10),
-        ([40 * k for k in range(10)], 12.5, 5),
-        ([40 * k for k in range(4)], 50, 7),
-        ([0, 40, 80, 400, 440], 25, 12),
-    ],
-)
-def test_frames_at_another_rate_are_the_nearest_ones(
-    tmp_path: Path, times_ms: list[int], fps: float, count: int
-) -> None:
-    path = write_video(tmp_path / "v.mp4", gray_images(len(times_ms)), times_ms=times_ms)
-    frames = list(read_frames(path, fps))
-    assert [f.number for f in frames] == list(range(count))
-    assert [f.seconds for f in frames] == pytest.approx([k / fps for k in range(count)])
-    for frame in frames:
-        distances = [abs(frame.seconds - ms / 1000) for ms in times_ms]
-        assert distances[round(float(frame.pixels.mean()) / 20)] == pytest.approx(min(distances), abs=1e-3)
-
-
 @pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG"), (1, "")])
 def test_high_dynamic_range_is_declared_by_the_header(tmp_path: Path, transfer: int, name: str) -> None:
     def setup(stream: VideoStream) -> None:
@@ -216,36 +188,6 @@ def test_high_dynamic_range_is_declared_by_the_header(tmp_path: Path, transfer: 
 
 
 @pytest.mark.usefixtures("new_command")
-def test_linked_folders_are_followed_once_and_skipped_files_are_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "disk").mkdir()
-    names = ["rally.mp4", "camcorder.MTS", "phone.3gp", "old.wmv", "disc.m2ts", "web.flv", "VTS_01_1.VOB", "cam.mts2"]
-    for name in (*names, "._rally.mp4", "notes.txt", "rally.srt"):
-        (tmp_path / "disk" / name).touch()
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "linked").symlink_to(tmp_path / "disk")
-    (tmp_path / "disk" / "loop").symlink_to(tmp_path / "videos")
-    assert sorted(find_videos(tmp_path / "videos")) == sorted(Path(name).stem for name in names)
-    assert [record.message for record in caplog.records] == [
-        f"{tmp_path / 'videos'}: skipping 1 file of macOS (._rally.mp4)",
-        f"{tmp_path / 'videos'}: skipping 2 files without the suffix of a video (notes.txt, rally.srt)",
-    ]
-
-
-def test_videos_are_found_by_name(tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.MP4").touch()
-    (tmp_path / "b.mkv").touch()
-    (tmp_path / "note.txt").touch()
-    assert sorted(find_videos(tmp_path)) == ["a", "b"]
-    (tmp_path / "a.avi").touch()
-    with pytest.raises(VideoError, match="have the same name"):
-        find_videos(tmp_path)
-    with pytest.raises(VideoError, match="no such file or folder"):
-        find_videos(tmp_path / "nothing")
-
-
 def test_repeated_frames_are_found() -> None:
     """25 fps content stored at 30 fps repeats every sixth frame."""
     differences = [0.3 + 0.02 * (k % 4) for k in range(24)]
