@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import yaml
 
+from mmdistill.cli import check_data
 from mmdistill.cli.compute_stats import dataset_keys
 from mmdistill.cli.prepare_data import _print_next_commands, format_result, main, next_commands
 from mmdistill.config import DistillConfig, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.prepare.pipeline import PrepareResult
-from tests.generated_video import write_moving_square, write_video
+from mmdistill.pretrain.trainer import pretrain
+from tests.configs import pretrain_config
+from tests.generated_video import write_frame_folder, write_moving_square, write_video
+from tests.tiny_data import MODEL
 
 RECORD: dict[str, Any] = {
     "num_frames": 93,
@@ -234,3 +238,86 @@ def test_dataset_config_has_another_name_than_those_in_configs() -> None:
     for folder, name in (("/d/my data", "my_data"), ("/d/tennis", "my_tennis"), ("/d/mine", "mine")):
         lines = next_commands(Path(folder), [Rally("a", 40, 25.0, ())], (48, 80), ["rgb"])
         assert f"dataset={name} " in lines[2]
+
+
+def _write_matches(folder: Path) -> Path:
+    """Two matches of 20 frames at 25 fps with two rallies each, and their annotations; one match in a subfolder."""
+    matches = {"2014-W_F-A_B-C_D": folder / "a", "2015-X": folder / "a/deeper"}
+    rallies = []
+    for seed, (name, parent) in enumerate(matches.items()):
+        parent.mkdir()
+        write_moving_square(parent / f"{name}.avi", seed=seed)
+        for start, stop in ((0, 12), (8, 19)):
+            video, events = f"{name}_{start}_{stop}", [{"frame": 5, "label": f"stroke_{start}"}]
+            rallies.append({"video": video, "num_frames": stop - start, "fps": 25.0, "events": events})
+    (folder / "val.json").write_text(json.dumps(rallies))
+    return folder / "val.json"
+
+
+def test_rallies_of_matches_are_data_for_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations, out = _write_matches(tmp_path), tmp_path / "out"
+    command = [str(tmp_path / "a"), "--annotations", str(annotations), "--output", str(out), "--height", "48"]
+    assert main([*command, "--workers", "1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("4 rallies of 2 videos: about 92 files and 1 MB in")
+    assert "2014-W_F-A_B-C_D_8_19: 11 frames at 25.00 fps, 48 x 80" in shown.err
+    assert shown.out.startswith(f"prepared 4 of 4 rallies in {out}; see ")
+    check, *_, evaluate = shown.out.splitlines()[1:]
+    assert check.startswith(f"to check: mmdistill check-data {annotations} --root {out} --modalities rgb flow ")
+    assert evaluate.startswith("to evaluate: ")
+    assert evaluate.endswith(f"ckpt_path=PATH data_module.fewshot_eval_json_path={annotations}")
+    assert check_data.main(shlex.split(check)[4:]) == 0
+    assert "complete" in capsys.readouterr().out
+    data = [
+        "name=mine",
+        f"target_data_dir={out}",
+        "frame_size=[48,80]",
+        "crop_size=[48,80]",
+        "num_frames=4",
+        "patch_size=8",
+    ]
+    names = ["frames_dir=vid_frames_224", "flow_dir=tennis_flows", "unlabel_json_path=unlabel.json"]
+    keys = [f"data_module.{key}" for key in (*data, *names)]
+    training = ["modality=flow", "batch_size=4", "num_workers=0", "logger=csv", "trainer.epochs=1", "accelerator=cpu"]
+    checkpoint = pretrain(pretrain_config(*training, *MODEL, *keys, "trainer.warmup_epochs=0"), tmp_path / "run")
+    assert checkpoint.is_dir()
+    assert "8 clips of 4 rallies" in (tmp_path / "run/run.log").read_text()
+    assert main(command) == 0
+    assert "prepared 4 of 4 rallies in" in capsys.readouterr().out
+
+
+def test_matches_that_cannot_be_cut_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = _write_matches(tmp_path)
+    (tmp_path / "a/deeper/2015-X.avi").rename(tmp_path / "a/2015-Y.avi")
+    command = [str(tmp_path / "a"), "--annotations", str(annotations), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "1 match without a video" in (error := capsys.readouterr().err)
+    assert error.endswith("\n  2015-X; did you mean 2015-Y?\n")
+    assert main([*command, "--fps", "25"]) == 2
+    assert "--fps changes frame numbers" in capsys.readouterr().err
+    rallies = json.loads(annotations.read_text())
+    annotations.write_text(json.dumps([*rallies, rallies[0]]))
+    assert main(command) == 2
+    assert "2014-W_F-A_B-C_D_0_12: this video occurs twice" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_match_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations, video = _write_matches(tmp_path), tmp_path / "a/deeper/2015-X.avi"
+    video.write_bytes(video.read_bytes()[:9000])
+    command = [str(tmp_path / "a"), "--annotations", str(annotations), "--output", str(tmp_path / "out")]
+    assert main([*command, "--flow", "none", "--workers", "1"]) == 1
+    shown = capsys.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("FAILED")]
+    assert line.startswith(f"FAILED 2015-X_0_12 and 1 more: {video}: ")
+    assert shown.out.startswith("prepared 2 of 4 rallies in")
+
+
+def test_folder_of_jpegs_has_an_unknown_frame_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_frame_folder(tmp_path / "v/clip_1", [np.full((32, 48, 3), 20 * k, np.uint8) for k in range(6)], first=1)
+    write_moving_square(tmp_path / "v/b.avi")
+    command = [str(tmp_path / "v"), "--output", str(tmp_path / "out"), "--size", "32x48", "--flow", "none"]
+    assert main([*command, "--workers", "1"]) == 0
+    shown = capsys.readouterr()
+    assert "clip_1: 6 frames at an unknown frame rate, 32 x 48\n" in shown.err
+    assert "rates differ" not in shown.out
