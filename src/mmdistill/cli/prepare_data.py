@@ -42,7 +42,7 @@ from mmdistill.prepare.flow import FLOW_METHODS
 from mmdistill.prepare.outputs import SHEET_DIR
 from mmdistill.prepare.pipeline import PrepareResult, Settings, estimate_output, prepare_all
 from mmdistill.prepare.placement import FITS
-from mmdistill.prepare.rallies import RallySpan, spans_by_match
+from mmdistill.prepare.rallies import spans_by_match
 from mmdistill.prepare.sources import find_videos
 
 
@@ -56,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.annotations:
         if settings.fps is not None:
             raise InputError("--fps changes frame numbers, and --annotations contains frame numbers; omit --fps")
-        rallies = spans_by_match(load_f3set(options.annotations), videos, options.annotations)
+        is_file = options.source.is_file()  # of one match, in an annotation file of many
+        rallies = spans_by_match(load_f3set(options.annotations), videos, options.annotations, skip_missing=is_file)
         videos = {name: videos[name] for name in rallies}
-    _check_disk_space(videos, options.output, settings, rallies)
+    needed = estimate_output(videos, settings, rallies, workers=options.workers)
+    names = f"{format_count(sum(map(len, rallies.values())), 'rally')} of " if rallies else ""
+    _check_disk_space(f"{names}{format_count(len(videos), 'video')}", needed, options.output)
     done = itertools.count(1)
     with ProgressDisplay("videos", len(videos)) as display:
 
@@ -131,17 +134,14 @@ def _parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _check_disk_space(
-    videos: dict[str, Path], output: Path, settings: Settings, rallies: dict[str, list[RallySpan]] | None
-) -> None:
-    """Print the number of files and bytes that the videos need. Raises `InputError` if the disk has less space."""
-    files, needed = estimate_output(videos, settings, rallies)
+def _check_disk_space(videos: str, estimate: tuple[int, int], output: Path) -> None:
+    """Print the files and bytes that the videos need. Raises `InputError` if the disk has less space."""
+    files, needed = estimate
     folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     space = f"about {format_count(files, 'file')} and {_format_bytes(needed)} in {output}"
     space = f"{space}, {_format_bytes(free)} are free"
-    cuts = f"{format_count(sum(map(len, rallies.values())), 'rally')} of " if rallies else ""
-    print(f"{cuts}{format_count(len(videos), 'video')}: {space}", file=sys.stderr)
+    print(f"{videos}: {space}", file=sys.stderr)
     if needed > free and not output.exists():
         raise InputError(f"{space}; choose another --output, a smaller --height, or --flow-dtype int8")
 

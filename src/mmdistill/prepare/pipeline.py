@@ -91,15 +91,20 @@ class Settings:
 
 
 def estimate_output(
-    videos: Mapping[str, Path], settings: Settings, rallies: Mapping[str, Sequence[RallySpan]] | None = None
+    videos: Mapping[str, Path],
+    settings: Settings,
+    rallies: Mapping[str, Sequence[RallySpan]] | None = None,
+    *,
+    workers: int = 1,
 ) -> tuple[int, int]:
     """Number of files and of bytes that all videos, or the rallies of each match, need.
 
     The lengths are those that containers declare or rallies have. With ``settings.pack`` the bytes include the separate
-    files of the largest video, which exist while it is packed. With skeletons of rallies they include the frames of the
-    largest rally of each match at source resolution, which exist during the estimation.
+    files of the largest video, which exist while it is packed. With skeletons of rallies they include the frames of
+    one rally per worker at source resolution, which exist during the estimation.
     """
-    files = num_bytes = largest = spooled = 0
+    files = num_bytes = largest = 0
+    spooled = [0]
     for name, path in videos.items():
         header = read_header(path)
         if 0 in header.frame_size:
@@ -117,8 +122,8 @@ def estimate_output(
             num_bytes += size
             largest = max(largest, size)
         if rallies is not None and settings.skeleton != "none":
-            spooled += max(counts) * 3 * header.frame_size[0] * header.frame_size[1]
-    return files, num_bytes + spooled + (largest if settings.pack else 0)
+            spooled.append(max(counts) * 3 * header.frame_size[0] * header.frame_size[1])
+    return files, num_bytes + sum(sorted(spooled)[-workers:]) + (largest if settings.pack else 0)
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def prepare_match(path: Path, spans: Sequence[RallySpan], output: Path, settings
                 measured = _cut_rallies(path, pending, Path(folder), needs_spool=settings.skeleton != "none")
             if header.is_estimate:
                 check_frame_rate(path, spans, header.fps, measured)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, cv2.error) as error:
         for rally in rallies.values():
             rally.fail(str(error))
             rally.invalidate()

@@ -27,18 +27,19 @@ class RallySpan:
 
 
 def spans_by_match(
-    rallies: Sequence[Rally], videos: Mapping[str, Path], annotations: Path
+    rallies: Sequence[Rally], videos: Mapping[str, Path], annotations: Path, *, skip_missing: bool = False
 ) -> dict[str, list[RallySpan]]:
-    """The rallies of each match, sorted by their first frame. The log counts the videos without a rally.
+    """The rallies of each match, sorted by their first frame. The log counts what `rallies` and `videos` lack.
 
     Args:
         rallies: named ``MATCH_START_END``, with ``num_frames`` = END - START.
         videos: the videos by the name of their match.
         annotations: the file of the rallies, for messages.
+        skip_missing: skip the matches without a video.
 
     Raises:
         AnnotationError: a rally has another name or length.
-        VideoError: a match has no video; names all of them.
+        VideoError: matches have no video; names all of them. With `skip_missing`: no match has a video.
     """
     spans: dict[str, list[RallySpan]] = {}
     problems = []
@@ -57,7 +58,12 @@ def spans_by_match(
             f"{format_first(problems, 3)}; prepare videos of single rallies without --annotations"
         )
     unused = sorted(set(videos) - set(spans))
-    if missing := sorted(set(spans) - set(videos)):
+    missing = sorted(set(spans) - set(videos))
+    if missing and skip_missing and len(missing) < len(spans):
+        num_skipped = sum(len(spans.pop(match)) for match in missing)
+        others = f"{format_count(num_skipped, 'rally')} of {format_count(len(missing), 'other match')}"
+        log_once(f"{annotations}: skipping {others}, because the source is one video")
+    elif missing:
         lines = "".join(f"\n  {match}{suggest_nearest(match, unused)}" for match in missing)
         raise VideoError(
             f"{annotations}: {format_count(len(missing), 'match')} without a video; a video is named MATCH.mp4 or with "

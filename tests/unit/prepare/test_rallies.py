@@ -42,11 +42,18 @@ def test_rallies_are_grouped_by_match_and_sorted(caplog: pytest.LogCaptureFixtur
 def test_all_matches_without_a_video_are_named() -> None:
     rallies = [Rally(f"{match}_0_5", 5, 25.0, ()) for match in ("b", "Wimbledon_F", "a")]
     videos = {"b": Path("b.mp4"), "Wimbledon-F": Path("Wimbledon-F.mp4")}
-    with pytest.raises(
-        VideoError, match=r"(?s)val\.json: 2 matches without a video.*\n  Wimbledon_F; did you mean "
-    ) as e:
+    with pytest.raises(VideoError, match=r"val\.json: 2 matches without a video") as error:
         spans_by_match(rallies, videos, FILE)
-    assert str(e.value).endswith("did you mean Wimbledon-F?\n  a")
+    assert str(error.value).endswith(":\n  Wimbledon_F; did you mean Wimbledon-F?\n  a")
+
+
+def test_matches_other_than_the_given_one_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    rallies = [Rally(f"{match}_{start}_9", 9 - start, 25.0, ()) for match in "abc" for start in (0, 4)]
+    spans = spans_by_match(rallies, {"b": Path("b.mp4")}, FILE, skip_missing=True)
+    assert list(spans) == ["b"]
+    assert caplog.messages == ["val.json: skipping 4 rallies of 2 other matches, because the source is one video"]
+    with pytest.raises(VideoError, match="3 matches without a video"):
+        spans_by_match(rallies, {"d": Path("d.mp4")}, FILE, skip_missing=True)
 
 
 def test_wrong_name_and_length_are_named() -> None:
