@@ -25,6 +25,7 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "export": ("export_student", "Export the student without its teachers"),
     "features": ("extract_features", "Write the features of clips, or of each frame"),
     "evaluate-features": ("evaluate_features", "Evaluate features of any model few-shot"),
+    "select-rallies": ("select_rallies", "Select the rallies to label next"),
     "spot": ("spot", "Find labeled events in rallies, with a few labeled rallies as examples"),
     "visualize": ("visualize_reconstruction", "Render the reconstructions of a pretraining checkpoint"),
     "sweep-summary": ("summarize_sweep", "Write a table and a plot of a sweep"),
