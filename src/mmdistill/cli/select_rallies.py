@@ -12,7 +12,6 @@ or at random: curve.json and curve.png. Further arguments are Hydra overrides.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
 from mmdistill.errors import format_count
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 
 if TYPE_CHECKING:
     from mmdistill.evaluation.rally_selection import RallyFeatures
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_json(path: Path, content: object) -> None:
-    atomic_write_bytes(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+    atomic_write_bytes(path, encode_json(content))
 
 
 def _write_curve(args: argparse.Namespace, config: DistillConfig, source: "RallyFeatures") -> None:
