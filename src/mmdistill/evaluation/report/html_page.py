@@ -1,23 +1,20 @@
-"""`report.html`: one self-contained file. Its content security policy forbids scripts and requests."""
+"""`report.html`: one self-contained file, see `mmdistill.evaluation.report.templates`."""
 
-import base64
 import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import cv2
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from mmdistill.config.compose import CONFIGS
-from mmdistill.errors import format_count
 from mmdistill.evaluation.report import figures
+from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, resize_to_width
 from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_caveats, result_tables, table_title
+from mmdistill.evaluation.report.templates import render_template
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import per_class_accuracy
 from mmdistill.modalities.images import choose_fonts
@@ -57,15 +54,8 @@ def render_page(
         for f in results.features
     ]
     blocks = {"Protocol": vars(results.protocol), "Networks": networks, **(settings or {})}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["count"] = format_count
-    return environment.get_template("report.html.jinja").render(
+    return render_template(
+        "report.html.jinja",
         row=row,
         num_clips=len(scored.ids),
         title=table_title(row),
@@ -118,13 +108,8 @@ def _example_episode(row: Row, classes: Sequence[str], read_frame: ReadFrame) ->
 
 
 def _svg_uri(svg: str) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+    return data_uri(svg.encode(), "image/svg+xml")
 
 
 def _jpeg_uri(frame: NDArray[np.uint8]) -> str:
-    height = max(1, round(frame.shape[0] * _THUMBNAIL_WIDTH / frame.shape[1]))
-    small = cv2.resize(frame, (_THUMBNAIL_WIDTH, height), interpolation=cv2.INTER_AREA)
-    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])
-    if not encoded:
-        raise ValueError("OpenCV could not encode a JPEG")
-    return f"data:image/jpeg;base64,{base64.b64encode(data.tobytes()).decode()}"
+    return data_uri(encode_jpeg(resize_to_width(frame, _THUMBNAIL_WIDTH)))

@@ -1,0 +1,21 @@
+"""The templates of the pages."""
+
+from pathlib import Path
+
+import jinja2
+import pytest
+
+from mmdistill.evaluation.report import templates
+
+FOLDER = Path(templates.__file__).parent
+
+
+def test_an_undefined_value_is_an_error():
+    with pytest.raises(jinja2.UndefinedError, match="row"):
+        templates.render_template("report.html.jinja")
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.jinja")), ids=lambda path: path.name)
+def test_every_page_has_the_policy_of_the_base(path: Path):
+    text = path.read_text()
+    assert "default-src 'none'" in text or '{% extends "base.html.jinja" %}' in text
