@@ -33,12 +33,14 @@ class SpottedEvent(Event):
     """A predicted event.
 
     Attributes:
-        event_score: probability of an event of any label at this frame, in [0, 1].
         score: probability of an event with this label, in [0, 1].
+        event_score: probability of an event of any label at this frame, in [0, 1].
+        alternatives: the most probable labels with their probabilities, which are like `score`; the first is `label`.
     """
 
-    event_score: float = 1.0
     score: float = 1.0
+    event_score: float = 1.0
+    alternatives: tuple[tuple[str, float], ...] = ()
 
 
 EventLists = Mapping[str, Sequence[Event]]  # by video

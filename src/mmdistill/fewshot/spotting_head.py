@@ -24,6 +24,9 @@ MIN_EVENT_SCORE = 0.01  # candidates below it are dropped
 # Chosen on the demo data: events are rare, and with plain cross-entropy many of them score below 0.5.
 EVENT_WEIGHT = 4.0  # of frames with an event in the loss
 NEIGHBOR_TARGET = 0.3  # target of the frames next to an event
+CONTEXT_FRAMES = 7  # on each side of a frame, on which the outputs at this frame depend
+CHUNK_FRAMES = 8192  # of a long video that are predicted at once
+NUM_ALTERNATIVES = 3  # labels of a predicted event
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class LabelElements:
 
 
 class _TemporalNetwork(nn.Module):
-    """Residual dilated convolutions over time with a receptive field of 15 frames, and one linear output layer."""
+    """Residual dilated convolutions over time, see `CONTEXT_FRAMES`, and one linear output layer."""
 
     def __init__(self, width: int, outputs: int, *, hidden: int = 128, dropout: float = 0.5) -> None:
         super().__init__()
@@ -79,12 +82,22 @@ class SpottingHead:
         features: (T, D) of each labeled rally.
         events: its events; all have a label.
         seed: seed of the initialization and the dropout.
+        known: bool (T,) of each labeled rally: the frames for which it is known whether an event is there. Only these
+            are trained on. None: all frames.
 
     Raises:
         FewshotError: there is no event.
     """
 
-    def __init__(self, features: FrameFeatures, events: EventLists, *, seed: int, steps: int = 200) -> None:
+    def __init__(
+        self,
+        features: FrameFeatures,
+        events: EventLists,
+        *,
+        seed: int,
+        steps: int = 200,
+        known: Mapping[str, NDArray[np.bool_]] | None = None,
+    ) -> None:
         labels = [event.label for found in events.values() for event in found]
         if not labels:
             raise FewshotError("the labeled rallies contain no event; select other rallies")
@@ -96,17 +109,27 @@ class SpottingHead:
         with torch.random.fork_rng(devices=[]):
             seed_torch(seed)
             self._network = _TemporalNetwork(stacked.shape[1], 1 + sum(map(len, self.values)))
-            self._fit(features, events, steps)
+            self._fit(features, events, steps, known)
 
-    def _normalize(self, features: NDArray[np.floating]) -> Tensor:
-        """(T, D) -> (D, T)."""
-        return torch.from_numpy((features.astype(np.float32) - self._mean) / self._std).T
+    def normalize(self, features: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Features with mean 0 and standard deviation 1 over the frames of the labeled rallies: (T, D) -> (T, D)."""
+        normalized: NDArray[np.float32] = (features.astype(np.float32) - self._mean) / self._std
+        return normalized
 
-    def _fit(self, features: FrameFeatures, events: EventLists, steps: int) -> None:
-        inputs = [self._normalize(features[video]) for video in events]
+    def _fit(
+        self,
+        features: FrameFeatures,
+        events: EventLists,
+        steps: int,
+        known: Mapping[str, NDArray[np.bool_]] | None,
+    ) -> None:
+        inputs = [torch.from_numpy(self.normalize(features[video])).T for video in events]  # (D, T) each
         length = max(x.shape[1] for x in inputs)
         x = torch.stack([F.pad(clip, (0, length - clip.shape[1])) for clip in inputs])  # (K, D, T)
         is_frame = torch.stack([torch.arange(length) < clip.shape[1] for clip in inputs])  # (K, T)
+        if known is not None:
+            for row, video in enumerate(events):
+                is_frame[row, : len(known[video])] = torch.from_numpy(known[video])
         is_event = torch.zeros(len(inputs), length)
         targets = torch.full((len(self.values), len(inputs), length), -1)  # -1: no event at this frame
         for row, found in enumerate(events.values()):
@@ -135,19 +158,34 @@ class SpottingHead:
 
     def predict(self, features: NDArray[np.floating]) -> list[SpottedEvent]:
         """The candidates of a rally after non-maximum suppression: (T, D) -> events in the order of their frames."""
-        with torch.inference_mode():
-            out = self._network(self._normalize(features)[None])[0]  # (outputs, T)
-        event_logits, *element_logits = out.split([1, *map(len, self.values)])
+        event_logits, *element_logits = self._outputs(features).split([1, *map(len, self.values)])
         scores = event_logits[0].sigmoid().double().numpy()
-        best = [logits.softmax(dim=0).max(dim=0) for logits in element_logits]
         found = []
         for frame in suppress_non_maxima(scores).tolist():
             if scores[frame] < MIN_EVENT_SCORE:
                 continue
-            label = "_".join(values[int(b.indices[frame])] for values, b in zip(self.values, best, strict=True))
-            score = scores[frame] * float(torch.stack([b.values[frame] for b in best]).prod())
-            found.append(SpottedEvent(frame, label, float(scores[frame]), score))
+            labels = self._most_probable([logits[:, frame].softmax(dim=0).tolist() for logits in element_logits])
+            alternatives = tuple((label, scores[frame] * probability) for label, probability in labels)
+            found.append(SpottedEvent(frame, *alternatives[0], float(scores[frame]), alternatives))
         return found
+
+    def _outputs(self, features: NDArray[np.floating]) -> Tensor:
+        """(T, D) -> (outputs, T), in chunks, with the frames around each chunk on which it depends."""
+        parts = []
+        for start in range(0, len(features), CHUNK_FRAMES):
+            first = max(0, start - CONTEXT_FRAMES)
+            x = torch.from_numpy(self.normalize(features[first : start + CHUNK_FRAMES + CONTEXT_FRAMES])).T
+            with torch.inference_mode():
+                parts.append(self._network(x[None])[0, :, start - first :][:, :CHUNK_FRAMES])
+        return torch.cat(parts, dim=1)
+
+    def _most_probable(self, probabilities: Sequence[Sequence[float]]) -> list[tuple[str, float]]:
+        """The most probable labels, given the probabilities of the values of each element, which are independent."""
+        labels: list[tuple[tuple[str, ...], float]] = [((), 1.0)]
+        for values, ps in zip(self.values, probabilities, strict=True):
+            extended = [((*label, v), q * p) for label, q in labels for v, p in zip(values, ps, strict=True)]
+            labels = sorted(extended, key=lambda item: -item[1])[:NUM_ALTERNATIVES]
+        return [("_".join(label), probability) for label, probability in labels]
 
 
 def confident(events: Sequence[SpottedEvent], threshold: float = 0.5) -> list[SpottedEvent]:

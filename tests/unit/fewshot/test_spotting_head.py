@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mmdistill.data.annotations.base import Event
+from mmdistill.fewshot import spotting_head
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.spotting_head import LabelElements, SpottingHead, confident
 
@@ -65,3 +66,35 @@ def test_elements_of_labels(labels, names):
     elements = LabelElements.of(labels)
     assert elements.names == names
     assert all("_".join(elements.split(label)) == label for label in labels)
+
+
+def test_only_known_frames_are_trained_on():
+    """Events at frames that are not known are no background: without the mask the head learns to ignore them."""
+    features, events = rallies(6)
+    partial = {video: found[::2] for video, found in events.items()}
+    known = {video: np.zeros(len(features[video]), dtype=bool) for video in events}
+    for video, found in partial.items():
+        for event in found:
+            known[video][max(0, event.frame - 4) : event.frame + 5] = True
+    head = SpottingHead(features, partial, seed=0, known=known)
+    found = [event.frame for event in confident(head.predict(features["r0"]))]
+    assert found == [event.frame for event in events["r0"]]
+
+
+def test_alternatives_are_the_most_probable_labels():
+    features, events = rallies(4)
+    head = SpottingHead(features, events, seed=0, steps=3)
+    for event in head.predict(features["r0"]):
+        labels, scores = zip(*event.alternatives, strict=True)
+        assert (labels[0], scores[0]) == (event.label, event.score)
+        assert list(scores) == sorted(scores, reverse=True)
+        assert len(set(labels)) == 3
+        assert sum(scores) <= event.event_score + 1e-9
+
+
+def test_a_long_video_is_predicted_in_chunks_with_the_same_result(monkeypatch: pytest.MonkeyPatch):
+    features, events = rallies(5)
+    head = SpottingHead(features, events, seed=0, steps=10)
+    whole = [(e.frame, e.label, pytest.approx(e.score, abs=1e-6)) for e in head.predict(features["r0"])]
+    monkeypatch.setattr(spotting_head, "CHUNK_FRAMES", 13)
+    assert [(e.frame, e.label, e.score) for e in head.predict(features["r0"])] == whole
