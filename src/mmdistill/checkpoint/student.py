@@ -170,7 +170,8 @@ def load_student(
     modality = find_modality(checkpoint, component)
     if modality != "rgb":
         raise CheckpointError(
-            f"{path}: {component} has the modality {modality}; load_student needs rgb, use load_encoder"
+            f"{path}: {component} has the modality {modality}, but frames need rgb; give an rgb checkpoint, or use "
+            "load_encoder (Python)"
         )
     mean, std = find_statistics(checkpoint, modality)
     encoder = checkpoint.encoder(component).to(device).eval().requires_grad_(False)

@@ -35,6 +35,7 @@ from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import preprocess_clips
+from mmdistill.models.videomae import Encoder
 from mmdistill.randomness import seeded_rng
 
 DEFAULT_STRIDE = 3  # odd, see above
@@ -171,23 +172,24 @@ class FrameEncoder:
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        means: list[_Mean] = []
+        means: list[FrameMean] = []
         names = ", ".join(network.name for network in self.networks)
         with torch.inference_mode(), progress(f"encoding {names}", self.num_windows(videos)) as advance:
             for item in loader:
                 number = int(item["block"])
                 block = blocks[number]
                 video = videos[block.rally]
-                means = means or [_Mean(self.lengths[video], self.windows) for _ in self.networks]
+                means = means or [FrameMean(self.windows, n.name, video) for n in self.networks]
                 frames = item["frames"].to(self.device)
                 for network, spec, mean in zip(self.networks, specs, means, strict=True):
                     size = (network.encoder.config.height, network.encoder.config.width)
                     x = preprocess_clips(frames, box, spec, size)[0]  # (C, n, h, w)
-                    mean.add(self._encode_windows(network, x, block), block, video, network)
+                    windows = encode_windows(network.encoder, x, block.starts, self.windows, self.precision)
+                    mean.add(windows, block.first_frame + block.starts)
                 advance(len(block.starts))
                 if number + 1 == len(blocks) or blocks[number + 1].rally != block.rally:
                     padding = ((0, self._without_file), (0, 0))
-                    yield video, [np.pad(mean.value(), padding, mode="edge") for mean in means]
+                    yield video, [np.pad(mean.pop(self.lengths[video]), padding, mode="edge") for mean in means]
                     means = []
 
     def _blocks(self, videos: Sequence[str], size: int) -> list[_Block]:
@@ -198,41 +200,59 @@ class FrameEncoder:
                 blocks.append(_Block(rally, int(part[0]), part - part[0]))
         return blocks
 
-    def _encode_windows(self, network: Network, x: Tensor, block: _Block) -> NDArray[np.float32]:
-        """(C, n, h, w) -> (W, t, D)."""
-        offsets = torch.arange(0, self.windows.span, self.windows.sampling_rate)
-        windows = x[:, torch.from_numpy(block.starts)[:, None] + offsets].transpose(0, 1)  # (W, C, T, h, w)
-        with autocast(self.precision, self.device):
-            features: NDArray[np.float32] = network.encoder.embed_times(windows).float().cpu().numpy()
-        return features
+
+def encode_windows(
+    encoder: Encoder, x: Tensor, starts: NDArray[np.int64], spec: WindowSpec, precision: str
+) -> NDArray[np.float32]:
+    """The features of the windows of a block: (C, n, h, w), first frames (W,) in the block -> (W, t, D)."""
+    offsets = torch.arange(0, spec.span, spec.sampling_rate)
+    windows = x[:, torch.from_numpy(starts)[:, None] + offsets].transpose(0, 1)  # (W, C, T, h, w)
+    with autocast(precision, x.device):
+        features: NDArray[np.float32] = encoder.embed_times(windows).float().cpu().numpy()
+    return features
 
 
-class _Mean:
-    """The mean over windows of the features of each frame of one rally."""
+class FrameMean:
+    """The mean over windows of the features of each frame of one video. Windows arrive in the order of their starts.
 
-    def __init__(self, length: int, spec: WindowSpec) -> None:
-        self._spec = spec
-        self._sum: NDArray[np.float64] | float = 0.0
-        self._count = np.zeros(length, dtype=np.int64)
+    Args:
+        spec: the windows.
+        network, video: names, for messages.
+        first: the first frame.
+    """
 
-    def add(self, features: NDArray[np.float32], block: _Block, video: str, network: Network) -> None:
-        """Add the features (W, t, D) of a block."""
+    def __init__(self, spec: WindowSpec, network: str, video: str, first: int = 0) -> None:
+        self._spec, self._network, self._video = spec, network, video
+        self._first = first  # frame of row 0
+        self._sum = np.zeros((0, 0))
+        self._count = np.zeros(0, dtype=np.int64)
+
+    def add(self, features: NDArray[np.float32], starts: NDArray[np.int64]) -> None:
+        """Add the features (W, t, D) of windows with these first frames (W,).
+
+        Raises:
+            FewshotError: a feature is NaN or infinite.
+        """
         if not np.isfinite(features).all():
             raise FewshotError(
-                f"{network.name}: NaN or infinite features of {quote_name(video)}; its frames or the weights are bad"
+                f"{self._network}: NaN or infinite features of {quote_name(self._video)}; its frames or the weights "
+                "are bad"
             )
-        if isinstance(self._sum, float):
-            self._sum = np.zeros((len(self._count), features.shape[2]))
         repeats = self._spec.num_frames * self._spec.sampling_rate // features.shape[1]
-        for start, window in zip(block.first_frame + block.starts, features, strict=True):
-            frames = slice(start, start + repeats * len(window))
-            count = len(self._count[frames])
-            self._sum[frames] += np.repeat(window, repeats, axis=0)[:count]
-            self._count[frames] += 1
+        num_rows = int(starts[-1]) - self._first + repeats * features.shape[1]
+        missing = max(0, num_rows - len(self._count))
+        self._sum = np.concatenate([self._sum.reshape(-1, features.shape[2]), np.zeros((missing, features.shape[2]))])
+        self._count = np.concatenate([self._count, np.zeros(missing, dtype=np.int64)])
+        for start, window in zip(starts - self._first, features, strict=True):
+            rows = slice(start, start + repeats * len(window))
+            self._sum[rows] += np.repeat(window, repeats, axis=0)
+            self._count[rows] += 1
 
-    def value(self) -> NDArray[np.float32]:
-        """(N, D)."""
-        mean: NDArray[np.float32] = (self._sum / self._count[:, None]).astype(np.float32)
+    def pop(self, end: int) -> NDArray[np.float32]:
+        """The features of the frames before `end` that were not returned yet: (n, D)."""
+        num_rows = end - self._first
+        mean: NDArray[np.float32] = (self._sum[:num_rows] / self._count[:num_rows, None]).astype(np.float32)
+        self._sum, self._count, self._first = self._sum[num_rows:], self._count[num_rows:], end
         return mean
 
 

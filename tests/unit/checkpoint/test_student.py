@@ -96,7 +96,7 @@ def test_encoders_of_other_modalities_and_unknown_statistics(tmp_path: Path, cap
     encoder = make_encoder(0)
     save_torch({"model": state_of(encoder), "mmdistill": {**META, "modality": "flow"}}, tmp_path / "flow.pt")
     with pytest.raises(
-        CheckpointError, match=r"flow\.pt: encoder has the modality flow; load_student needs rgb, use load_encoder"
+        CheckpointError, match=r"flow\.pt: encoder has the modality flow, but frames need rgb; give an rgb checkpoint"
     ):
         load_student(tmp_path / "flow.pt")
     save_torch({"model": state_of(encoder), "mmdistill": {"encoders": META["encoders"]}}, tmp_path / "rgb.pt")
