@@ -27,6 +27,7 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "evaluate-features": ("evaluate_features", "Evaluate features of any model few-shot"),
     "select-rallies": ("select_rallies", "Select the rallies to label next"),
     "spot": ("spot", "Find labeled events in rallies, with a few labeled rallies as examples"),
+    "label": ("label", "Propose labels for the strokes of a new video, with a few examples"),
     "visualize": ("visualize_reconstruction", "Render the reconstructions of a pretraining checkpoint"),
     "sweep-summary": ("summarize_sweep", "Write a table and a plot of a sweep"),
     "results-table": ("results_table", "Repeat the demo with several seeds and write a table of results"),

@@ -5,11 +5,14 @@ stroke. All images are uint8 (H, W, 3), RGB.
 """
 
 import base64
+import tempfile
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from mmdistill.data.readers.image_file import decode_image
 
 MARK_COLOR = (230, 159, 0)  # RGB, #E69F00: orange of Okabe and Ito's palette
 _BORDER = 2  # px around each frame of a strip; white, or `MARK_COLOR`
@@ -43,3 +46,26 @@ def encode_jpeg(image: NDArray[np.uint8], *, quality: int = 80) -> bytes:
 def data_uri(data: bytes, media_type: str = "image/jpeg") -> str:
     """The content of a file as a data URI."""
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+class FrameStore:
+    """Small images of the frames of one video, as JPEG in one temporary file, which ends with this object."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it is needed as long as this object
+        self._ends = [0]  # of each image in the file
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def append(self, image: NDArray[np.uint8]) -> None:
+        """Store the image of the next frame."""
+        self._file.seek(self._ends[-1])
+        self._ends.append(self._ends[-1] + self._file.write(encode_jpeg(image)))
+
+    def __getitem__(self, frame: int) -> NDArray[np.uint8]:
+        """The image of a frame."""
+        self._file.seek(self._ends[frame])
+        data = self._file.read(self._ends[frame + 1] - self._ends[frame])
+        image = decode_image(f"frame {frame}", data, ("JPEG",), cv2.IMREAD_COLOR)
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)

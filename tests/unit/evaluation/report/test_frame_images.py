@@ -5,7 +5,14 @@ import base64
 import cv2
 import numpy as np
 
-from mmdistill.evaluation.report.frame_images import MARK_COLOR, data_uri, encode_jpeg, film_strip, resize_to_width
+from mmdistill.evaluation.report.frame_images import (
+    MARK_COLOR,
+    FrameStore,
+    data_uri,
+    encode_jpeg,
+    film_strip,
+    resize_to_width,
+)
 
 RED, BLUE = (np.full((30, 40, 3), color, np.uint8) for color in ((200, 0, 0), (0, 0, 200)))
 
@@ -29,3 +36,14 @@ def test_a_data_uri_is_the_jpeg_of_the_resized_frame():
     content = base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))
     shown = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert np.abs(shown.astype(int) - small).max() <= 4
+
+
+def test_stored_frames_are_read_in_any_order():
+    store = FrameStore()
+    store.append(RED)
+    store.append(BLUE)
+    found = [store[frame].astype(int) for frame in (1, 0)]
+    store.append(RED)  # after a read
+    assert len(store) == 3
+    for image, expected in zip([*found, store[2].astype(int)], (BLUE, RED, RED), strict=True):
+        assert np.abs(image - expected).max() <= 4
