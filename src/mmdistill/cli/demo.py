@@ -1,13 +1,23 @@
 """Run the whole method on generated data: pretrain rgb, flow and skeleton, distill, evaluate. `make demo` calls this.
 
-A second call runs only the missing stages.
+At the end the student proposes labels for the strokes of one rally, with other rallies as examples. A second call runs
+only the missing stages.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mmdistill.cli import label
 from mmdistill.cli.parser import make_parser, report_errors
+from mmdistill.config import DistillConfig
+from mmdistill.config.compose import load_config
+from mmdistill.data.annotations.f3set import select_fields, to_json
+from mmdistill.files import atomic_write_bytes
 from mmdistill.workflows.results_table import describe_order, read_results, render_results_table
+
+NUM_EXAMPLE_RALLIES = 10  # for the labels of another rally
 
 
 @report_errors("demo", continues=True)
@@ -37,5 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{describe_order([results])} in this run.")
     if args.short:
         print("One epoch per stage is too short to learn; this run only checks that the pipeline works.")
-    print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}")
-    return 0
+    print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}\n", flush=True)
+    return label_rally(args.output)
+
+
+def label_rally(output: Path) -> int:
+    """Propose labels for the first evaluation rally, with the next ones as examples. Returns the exit status."""
+    from mmdistill.builders import load_rallies, resolve_annotation_path, resolve_data_path
+
+    data = load_config(DistillConfig, "config_mmdistill", ["train=False", "test=False"]).data_module
+    frames = resolve_data_path(data, data.modalities["rgb"].dir, "modalities.rgb.dir")
+    rally, *others = load_rallies(data, resolve_annotation_path(data, training=False))[: NUM_EXAMPLE_RALLIES + 1]
+    labeled = [
+        replace(r, events=tuple(replace(e, label=select_fields(e.label, data.label_fields)) for e in r.events))
+        for r in others
+    ]
+    examples = output / "label" / "examples.json"
+    atomic_write_bytes(examples, json.dumps(to_json(labeled), indent=1).encode())
+    student = output / "mmdistill" / "checkpoints" / "last.ckpt"
+    arguments = [str(frames / rally.video), "--checkpoint", str(student), "--examples", str(examples), "--complete"]
+    arguments += ["--fps", f"{rally.fps:g}", "--output", str(examples.parent)]
+    print(f"mmdistill label {' '.join(arguments)}", flush=True)
+    return label.main(arguments)

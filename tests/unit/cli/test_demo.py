@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from mmdistill.cli import demo
+from mmdistill.data.annotations import load_annotations
 from mmdistill.workflows import pipeline
+from tests.tiny_data import make_tiny
 from tests.unit.workflows.test_results_table import make_results
 
 
@@ -26,6 +28,7 @@ def test_final_lines_state_the_result_and_the_report(
 ) -> None:
     stages: list[pipeline.Stage] = []
     monkeypatch.setattr(pipeline, "run_stages", _stages_that_write(make_results(70, 60, 25, low=low), stages))
+    monkeypatch.setattr(demo, "label_rally", lambda output: 0 if output == tmp_path else 1)
     assert demo.main(["--output", str(tmp_path), "--short"]) == 0
     out = capsys.readouterr().out
     assert verdict in out
@@ -56,3 +59,20 @@ def test_failure_has_a_status_and_a_message(
     monkeypatch.setattr(pipeline, "run_stages", fail)
     assert demo.main(["--output", str(tmp_path)]) == status
     assert message in capsys.readouterr().err
+
+
+def test_one_rally_is_labeled_with_the_next_ones_as_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = make_tiny(tmp_path / "data", per_class=3)  # 12 rallies
+    (root / "frames").rename(root / "vid_frames_224")
+    load = demo.load_config
+    more = [f"data_module.target_data_dir={root}", "data_module.label_fields=[type,direction]"]
+    monkeypatch.setattr(demo, "load_config", lambda schema, name, overrides: load(schema, name, [*overrides, *more]))
+    received: list[str] = []
+    monkeypatch.setattr(demo.label, "main", lambda arguments: received.extend(arguments) or 0)
+    assert demo.label_rally(tmp_path / "out") == 0
+    examples = load_annotations(tmp_path / "out" / "label" / "examples.json")
+    assert received[0] == str(root / "vid_frames_224" / "rally_CC_0")
+    assert received[2] == str(tmp_path / "out" / "mmdistill" / "checkpoints" / "last.ckpt")
+    assert len(examples) == 10
+    assert "rally_CC_0" not in [rally.video for rally in examples]
+    assert examples[0].events[0].label == "stroke_CC"
