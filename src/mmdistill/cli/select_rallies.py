@@ -13,6 +13,7 @@ or at random: curve.json and curve.png. Further arguments are Hydra overrides.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     features = source.read([*labeled, *candidates])
     selected = select_rallies(features, args.budget, labeled=[r.video for r in labeled if r.video in features])
     by_name = {rally.video: rally for rally in candidates}
-    _write_json(args.output / "selected.json", to_json([by_name[video] for video in selected]))
+    _write_json(args.output / "selected.json", to_json([replace(by_name[video], events=()) for video in selected]))
     print(f"{format_count(len(selected), 'rally')} of {len(candidates)} to label: {args.output / 'selected.json'}")
     for video in selected:
         print(f"  {video}")
