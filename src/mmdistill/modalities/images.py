@@ -4,9 +4,11 @@ Shapes: C channels, T frames, H x W pixels.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from mmdistill.console import log_once
 from mmdistill.modalities.base import ModalitySpec, get_modality
 
 _GRAY = 0.5  # of hidden pixels
+_HIGHLIGHT = (1.0, 0.85, 0.0)  # RGB of a modality without colors that is drawn over frames
 
 
 def display_scale(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False) -> float:
@@ -35,6 +38,44 @@ def render_clip(clip: Tensor, spec: ModalitySpec, *, is_energy: bool = False, sc
     modality = get_modality(spec.name)
     image = modality.energy_to_image(shown) if is_energy else modality.to_image(shown)
     return np.where(hidden, _GRAY, np.clip(image, 0, 1)).astype(np.float32)
+
+
+def hide_removed_tokens(clip: Tensor, visible: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """The clip with NaN in the tokens that a mask removes.
+
+    Args:
+        clip: (C, T, H, W) float.
+        visible: int64 (L_vis,), indices of the visible tokens (t major, then h, then w).
+        grid: number of tokens along (t, h, w), which divide T, H and W.
+    """
+    is_visible = torch.zeros(math.prod(grid), dtype=torch.bool, device=clip.device)
+    is_visible[visible] = True
+    shown = is_visible.view(grid)
+    for axis, (size, tokens) in enumerate(zip(clip.shape[1:], grid, strict=True)):
+        shown = shown.repeat_interleave(size // tokens, dim=axis)
+    return torch.where(shown, clip, torch.nan)
+
+
+def draw_over_frames(frames: np.ndarray, clip: Tensor, spec: ModalitySpec) -> np.ndarray:
+    """Frames with a clip of another modality drawn over them, for example joints or flow.
+
+    Args:
+        frames: float32 (T, H, W, 3) in [0, 1].
+        clip: (C, T, h, w), normalized values, as in `render_clip`. It is resized to the frames.
+        spec: of the clip.
+
+    Returns:
+        float32 (T, H, W, 3). The opacity of a pixel is the difference of its color from the color of the value 0 (no
+        motion, no joint). A modality that is displayed in gray is drawn in yellow.
+    """
+    zero = (-torch.tensor(spec.mean) / torch.tensor(spec.std)).view(-1, 1, 1, 1)
+    images, background = render_clip(clip, spec), render_clip(zero, spec, scale=1.0)
+    opacity = np.abs(images - background).max(axis=3, keepdims=True)
+    is_gray = np.ptp(images, axis=3).max() == 0
+    colors = np.broadcast_to(np.float32(_HIGHLIGHT), images.shape) if is_gray else images
+    layers = np.concatenate((colors, opacity), axis=3)
+    layers = np.stack([cv2.resize(layer, frames.shape[2:0:-1], interpolation=cv2.INTER_LINEAR) for layer in layers])
+    return frames * (1 - layers[..., 3:]) + layers[..., :3] * layers[..., 3:]
 
 
 def _to_units(clip: Tensor, spec: ModalitySpec, *, is_energy: bool) -> Tensor:

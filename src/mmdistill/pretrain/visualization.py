@@ -25,7 +25,13 @@ from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_c
 from mmdistill.config import PretrainConfig, modality_specs
 from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec, preprocess_clips
-from mmdistill.modalities.images import display_scale, draw_image_grid, render_clip, set_figure_title
+from mmdistill.modalities.images import (
+    display_scale,
+    draw_image_grid,
+    hide_removed_tokens,
+    render_clip,
+    set_figure_title,
+)
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, gather_patches
 from mmdistill.training.run_logger import baseline_ratio
@@ -108,7 +114,7 @@ def _rows(
         """Unbiased std and mean of each token and channel, (1, N, C, 1) each."""
         return torch.std_mean(gather_patches(x, index, grid).flatten(3), dim=3, keepdim=True)
 
-    rows = {INPUT: x[0], MASKED_INPUT: replace_removed(torch.full_like(prediction, float("nan")), x)}
+    rows = {INPUT: x[0], MASKED_INPUT: hide_removed_tokens(x[0], visible[0], grid)}
     if kind == "motion_energy":
         all_tokens = torch.arange(math.prod(grid), device=x.device)[None]
         energy = scatter_patches(patch_targets(x, all_tokens, grid, target=kind), all_tokens, grid, torch.empty_like(x))

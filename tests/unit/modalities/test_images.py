@@ -9,7 +9,15 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from mmdistill.modalities import ModalitySpec
-from mmdistill.modalities.images import choose_fonts, display_scale, draw_image_grid, render_clip, set_figure_title
+from mmdistill.modalities.images import (
+    choose_fonts,
+    display_scale,
+    draw_image_grid,
+    draw_over_frames,
+    hide_removed_tokens,
+    render_clip,
+    set_figure_title,
+)
 
 FLOW = ModalitySpec("flow", 2, 1, (0.0,), (1.0,), "pixel")
 RGB = ModalitySpec("rgb", 3, 1, (0.5,), (0.5,), "pixel")
@@ -33,6 +41,30 @@ def test_scale_is_the_value_at_full_brightness() -> None:
     assert display_scale(torch.zeros(2, 1, 1, 1), FLOW) == pytest.approx(1e-6)  # never 0
     np.testing.assert_allclose(render_clip(clip, spec)[0, 0, :, 0], [0.2, 1.0])
     np.testing.assert_allclose(render_clip(clip, spec, scale=5.0)[0, 0, :, 0], [0.1, 0.5])
+
+
+def test_removed_tokens_are_hidden() -> None:
+    clip = torch.arange(4 * 4 * 6.0).view(1, 4, 4, 6)
+    shown = hide_removed_tokens(clip, torch.tensor([0, 11]), (2, 2, 3))  # tokens of 2 x 2 x 2
+    expected = torch.full_like(clip, torch.nan)
+    expected[:, :2, :2, :2], expected[:, 2:, 2:, 4:] = clip[:, :2, :2, :2], clip[:, 2:, 2:, 4:]
+    torch.testing.assert_close(shown, expected, equal_nan=True)
+
+
+def test_flow_and_joints_are_drawn_over_frames() -> None:
+    frames = np.full((1, 4, 4, 3), 0.25, np.float32)
+    flow = torch.zeros(2, 1, 4, 4)
+    flow[0, 0, 1, 2], flow[0, 0, 3, 3] = 2.0, 1.0  # to the right: red
+    drawn = draw_over_frames(frames, flow, FLOW)
+    assert drawn[0, 0, 0].tolist() == [0.25] * 3  # no motion: the frame
+    np.testing.assert_allclose(drawn[0, 1, 2], [1, 0, 0])
+    np.testing.assert_allclose(drawn[0, 3, 3], 0.5 * np.array([1, 0.5, 0.5]) + 0.125)
+    heat_maps = ModalitySpec("skeleton", 17, 2, (0.5,), (0.25,), "pixel", sigma=1.0)
+    joints = torch.full((17, 1, 2, 2), -2.0)  # the normalized 0
+    joints[5, 0, 0, 0] = 2.0  # the normalized 1
+    drawn = draw_over_frames(frames, joints, heat_maps)
+    np.testing.assert_allclose(drawn[0, 0, 0], [1, 0.85, 0], rtol=1e-6)
+    np.testing.assert_allclose(drawn[0, 3, 3], [0.25] * 3)
 
 
 def test_grid_has_a_row_per_entry_and_a_column_per_title() -> None:
