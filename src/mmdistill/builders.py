@@ -154,7 +154,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
                 raise
             raise ConfigError(
                 f"{error}; to work without {modality}, set trainer.teachers=[{','.join(others)}] (distillation) or "
-                f"--modalities {' '.join(others)} (check-data, compute-stats)"
+                f"--modalities {' '.join(others)} (check-data, browse, compute-stats)"
             ) from error
         with raise_as_config_error(pattern_key):
             readers[modality] = get_modality(modality).open_reader(root, options)

@@ -16,6 +16,7 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "prepare": ("prepare_data", "Convert videos to frames, optical flow and skeletons"),
     "convert-skeletons": ("convert_skeletons", "Convert skeletons of other programs to one file per video"),
     "check-data": ("check_data", "Check that the files of a dataset exist and can be read"),
+    "browse": ("browse", "Write a page with the clips of a dataset, and the errors of an evaluation"),
     "compute-stats": ("compute_stats", "Compute mean and standard deviation of the training data"),
     "split-data": ("split_data", "Split an annotation file by match or by class"),
     "make-unlabel": ("make_unlabel", "Write an annotation file without labels for training"),

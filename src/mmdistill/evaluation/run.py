@@ -37,7 +37,7 @@ from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
 from mmdistill.fewshot.errors import FewshotError
-from mmdistill.fewshot.features import Features
+from mmdistill.fewshot.features import Features, cache_path
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
@@ -101,6 +101,8 @@ def _evaluate(
     if process.is_main:
         print("\n".join([*lines, *caveats]), flush=True)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
+    cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
+    fingerprints = {m: data_fingerprint(dataset, m) for m in modalities} if cache else ""
     features = encode_cached(
         jobs,
         lambda: builders.make_clip_loader(
@@ -111,8 +113,8 @@ def _evaluate(
             timeout_s=config.loader_timeout_s,
         ),
         dataset.index,
-        data={m: data_fingerprint(dataset, m) for m in modalities} if config.feature_cache else "",
-        cache=Path(config.feature_cache).expanduser() if config.feature_cache else None,
+        data=fingerprints,
+        cache=cache,
         show_progress=process.is_main,
         collect_info=lambda: {"frames_repeated": report.collect()["missing"]["frames_repeated"]},
     )
@@ -124,6 +126,7 @@ def _evaluate(
         "missing": {**dataset.missing_report(), "frames_repeated": _repeated_frames(features)},
         "overlapping_clips": num_overlapping,
         "rallies_in_training": rallies_in_training,
+        "files": [feature_file(job, fingerprints, cache) for job in jobs],
     }
     if process.is_main:
         print_tables(results)
@@ -144,6 +147,13 @@ def _evaluate(
         )
         print(f"report: {page}\nnumbers: {page.with_name('fewshot.json')}")
     return to_json(results, extra=extra)
+
+
+def feature_file(job: EncodingJob, data: str | Mapping[str, str], cache: Path | None) -> str | None:
+    """The absolute path of the features of a job in the cache; None if they are not cached. See `encode_cached`."""
+    if cache is None or not job.weights:
+        return None
+    return str(cache_path(cache, job.cache_key(data)).absolute())
 
 
 def run_folder_lines(config: DistillConfig, run_dir: Path) -> list[str]:
