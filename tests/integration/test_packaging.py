@@ -53,6 +53,7 @@ def test_wheel_contains_all_modules_and_configs(wheel: Path) -> None:
     sources = (
         (ROOT / "src", "*.py", ""),
         (ROOT / "src", "*.jinja", ""),
+        (ROOT / "src", "*.js", ""),
         (ROOT / "src", "*.yaml", ""),  # the key poses of the demo
         (ROOT / "configs", "*.yaml", "mmdistill/configs/"),
         (ROOT / "docs", "glossary.md", "mmdistill/docs/"),

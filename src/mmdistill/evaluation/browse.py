@@ -187,13 +187,10 @@ class BrowsePage:
             ]
             true, predicted = (features.classes[value] for value in (error.true_class, error.predicted_class))
             predicted_elements = mark_differences(predicted, true)
-            cards.append(
-                {"error": error, "query": query, "true": true, "predicted": predicted_elements, "support": support}
-            )
+            cards.append({"error": error, "query": query, "predicted": predicted_elements, "support": support})
         elements = class_elements(features.classes, self.config.data_module)
         return {
             "network": features.network,
-            "summary": scores.episodes,
             "content": repeated.content,
             "path": self.options.evaluation,
             "cards": cards,

@@ -1,4 +1,4 @@
-"""Pictures of clips as the model sees them, for pages: a row per modality, drawn over the frames, a column per frame."""
+"""Pictures of clips as the model sees them: a row per modality, drawn over the frames, and a column per frame."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,14 +11,13 @@ from mmdistill.data.clips import Clip, ClipTable
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.readers.base import FrameError
 from mmdistill.errors import format_first, quote_name
-from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, film_strip, resize_to_width
+from mmdistill.evaluation.report.frame_images import data_uri, encode_webp, film_strip, resize_to_width
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
 from mmdistill.modalities.images import draw_over_frames, hide_removed_tokens, render_clip
 from mmdistill.randomness import seeded_rng
 
 _COLUMNS = 4  # frames of a clip that a picture shows
 _FRAME_WIDTH = 112  # px
-_QUALITY = 75  # of the JPEGs
 
 
 class ClipPictures:
@@ -38,7 +37,7 @@ class ClipPictures:
         self.rows = ("input", *self.others, "mask")
 
     def draw(self, i: int, *, only_input: bool = False) -> str:
-        """The picture of clip `i`, a JPEG as a data URI. The frame of the event has an orange border.
+        """The picture of clip `i`, as a data URI. The frame of the event has an orange border.
 
         The rows are the RGB input; every other modality, drawn over the RGB input; and the RGB input without the tokens
         that the mask removes. `only_input` draws the first row only.
@@ -70,7 +69,7 @@ class ClipPictures:
         numbers = [clip.frames[k] for k in positions]
         marked = numbers.index(event) if event in numbers else None
         image = np.concatenate([film_strip(row, marked=marked) for row in rows])
-        return data_uri(encode_jpeg(image, quality=_QUALITY))
+        return data_uri(encode_webp(image), "image/webp")
 
     def _render_rgb(self, clip: Tensor, positions: Sequence[int]) -> list[NDArray[np.uint8]]:
         """These frames of a (3, T, h, w) clip, resized."""

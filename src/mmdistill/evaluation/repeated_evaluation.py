@@ -61,8 +61,8 @@ def repeat_evaluation(path: Path) -> RepeatedEvaluation:
     accuracy, stored = float(scores.accuracy.mean()), float(content["top1_action_ensemble"])
     if abs(accuracy - stored) > _TOLERANCE:
         raise FewshotError(
-            f"{path}: the accuracy is {100 * stored:.2f} %, but its features {files[0]} give {100 * accuracy:.2f} %, so "
-            f"they are those of another evaluation; {again}"
+            f"{path}: the accuracy is {100 * stored:.2f} %, but its features {files[0]} give {100 * accuracy:.2f} %, "
+            f"so they are those of another evaluation; {again}"
         )
     return RepeatedEvaluation(features, scores, content)
 

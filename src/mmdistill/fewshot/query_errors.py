@@ -1,4 +1,4 @@
-"""The errors of an evaluation: wrongly classified query clips, their nearest support clips, and the elements that differ.
+"""The errors of an evaluation: wrongly classified query clips, their nearest support clips, differing elements.
 
 Shapes: E episodes, N ways, K shots, Q queries per class, V views, D width.
 """
@@ -46,7 +46,7 @@ class QueryError:
 
 
 def find_query_errors(features: FloatArray, scores: EpisodeScores, *, num_neighbors: int = 3) -> list[QueryError]:
-    """All clips that were wrong as a query, those with the most wrong predictions first. `features` are (clips, V, D)."""
+    """All clips that were wrong as a query, the most wrong predictions first. `features` are (clips, V, D)."""
     episodes = scores.episodes
     query = episodes.query.reshape(len(episodes), -1)  # (E, N * Q)
     true, predicted = _true_and_predicted(scores)
@@ -104,9 +104,7 @@ class ElementErrors:
 def count_element_errors(scores: EpisodeScores, classes: Sequence[str], elements: LabelElements) -> list[ElementErrors]:
     """The elements in the order of the label; empty if no prediction is wrong. `classes` are names of label values."""
     parts = [elements.split(name) for name in classes]
-    codes = np.stack(
-        [np.unique(values, return_inverse=True)[1] for values in zip(*parts, strict=True)]
-    )  # (elements, C)
+    codes = np.stack([np.unique(values, return_inverse=True)[1] for values in zip(*parts, strict=True)])
     true, predicted = _true_and_predicted(scores)
     episode, position = np.nonzero(true != predicted)
     if not len(episode):

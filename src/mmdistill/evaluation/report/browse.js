@@ -8,7 +8,7 @@ index.rows.forEach((row, video) => {
     clips.push({ number: clips.length, video, frame: row[k], label: row[k + 1], start: row[k + 2] });
   }
 });
-const elements = new Set(index.labels.flatMap((label) => label.split("_")));
+const elements = new Set(index.labels.flatMap((label) => label.toLowerCase().split("_")));
 const output = document.getElementById("result");
 const [byLabel, byFrame] = document.forms;
 
@@ -52,15 +52,17 @@ function more(parent, count) {
 // An element of a label must match as a whole, any other word as a part of the label.
 function matches(label, words) {
   const text = `_${label}_`.toLowerCase();
-  return words.every((word) => text.includes(elements.has(word) || elements.has(word.toUpperCase()) ? `_${word.toLowerCase()}_` : word.toLowerCase()));
+  return words.every((word) => text.includes(elements.has(word) ? `_${word}_` : word));
 }
 
 function showLabel(query) {
-  const words = query.split(/\s+/).filter(Boolean);
+  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   const exact = index.labels.indexOf(query);
-  const chosen = exact >= 0 ? [exact] : [...index.labels.keys()].filter((number) => matches(index.labels[number], words));
-  const found = clips.filter((clip) => chosen.includes(clip.label));
-  add(output, "h3", `${found.length} clips with ${chosen.length} labels match “${query}”`);
+  const all = [...index.labels.keys()];
+  const chosen = exact >= 0 ? [exact] : all.filter((number) => matches(index.labels[number], words));
+  const selected = new Set(chosen);
+  const found = clips.filter((clip) => selected.has(clip.label));
+  add(output, "h3", `${query}: ${found.length} clip(s) of ${chosen.length} label(s)`);
   const counts = new Map(chosen.map((number) => [number, 0]));
   found.forEach((clip) => counts.set(clip.label, counts.get(clip.label) + 1));
   if (chosen.length > 1) {
@@ -99,8 +101,8 @@ function showFrame(name, frame) {
   const distance = (clip) => Math.abs(clip.frame - frame);
   const nearest = own.reduce((a, b) => (distance(b) < distance(a) ? b : a));
   const found = own.filter((clip) => clip.start <= frame && frame < clip.start + index.span);
-  const title = `${name}, frame ${frame}: ` + (found.length ? `${found.length} clips contain it` : "no clip contains it");
-  add(output, "h3", title);
+  const count = found.length === 1 ? "1 clip contains" : `${found.length || "no"} clips contain`;
+  add(output, "h3", `${name}, frame ${frame}: ${count} it`);
   const answer = add(output, "p", "The nearest event is ");
   labelLink(answer, nearest.label);
   answer.append(` at frame ${nearest.frame}.`);

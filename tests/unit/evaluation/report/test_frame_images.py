@@ -10,6 +10,7 @@ from mmdistill.evaluation.report.frame_images import (
     FrameStore,
     data_uri,
     encode_jpeg,
+    encode_webp,
     film_strip,
     resize_to_width,
 )
@@ -47,3 +48,10 @@ def test_stored_frames_are_read_in_any_order():
     assert len(store) == 3
     for image, expected in zip([*found, store[2].astype(int)], (BLUE, RED, RED), strict=True):
         assert np.abs(image - expected).max() <= 4
+
+
+def test_a_webp_image_has_the_colors_of_the_frame():
+    content = np.frombuffer(encode_webp(BLUE), np.uint8)
+    shown = cv2.imdecode(content, cv2.IMREAD_COLOR)[..., ::-1]
+    assert bytes(content[8:12]) == b"WEBP"
+    assert np.abs(shown.astype(int) - BLUE).max() <= 8
