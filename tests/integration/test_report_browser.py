@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mmdistill.evaluation.browse import BrowseOptions, BrowsePage
 from mmdistill.evaluation.report.label_page import write_labels
 from mmdistill.evaluation.report.write import write_report
+from tests.browse_data import browse_config, write_evaluation
 from tests.labeled_videos import make_labeled_video
 from tests.synthetic_features import make_results, read_gray_frame
+from tests.tiny_data import make_tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -29,22 +32,30 @@ BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=
 NO_REQUESTS = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
 
 
-def open_page(page: Path, profile: Path, *options: str) -> str:
-    """Open a page. Returns the log of the browser."""
-    command = [str(CHROMIUM), *BROWSER, *NO_REQUESTS, f"--user-data-dir={profile}", *options, page.as_uri()]
+def open_page(page: Path, profile: Path, *options: str, fragment: str = "") -> "subprocess.CompletedProcess[str]":
+    """Open a page. Standard error of the result is the log of the browser."""
+    url = f"{page.as_uri()}#{fragment}" if fragment else page.as_uri()
+    command = [str(CHROMIUM), *BROWSER, *NO_REQUESTS, f"--user-data-dir={profile}", *options, url]
     env = {**os.environ, "TMPDIR": str(profile)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env).stderr
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
+
+
+def open_silently(page: Path, profile: Path, folder: Path, *options: str, fragment: str = "") -> str:
+    """Open a page, and check that there are no messages in the console and no requests. Returns standard output."""
+    log = folder / "net.json"
+    run = open_page(page, profile, f"--log-net-log={log}", *options, fragment=fragment)
+    assert [line for line in run.stderr.splitlines() if "CONSOLE" in line] == []
+    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
+    outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # not the browser's
+    assert outside == set()
+    return run.stdout
 
 
 def check_page(page: Path, profile: Path, folder: Path) -> None:
     """Check that the browser shows the page without messages in its console and without requests."""
-    log, shot = folder / "net.json", folder / "shot.png"
-    output = (f"--log-net-log={log}", "--window-size=1150,3000", f"--screenshot={shot}")
-    assert [line for line in open_page(page, profile, *output).splitlines() if "CONSOLE" in line] == []
+    shot = folder / "shot.png"
+    open_silently(page, profile, folder, "--window-size=1150,3000", f"--screenshot={shot}")
     assert shot.stat().st_size > 20_000
-    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
-    outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # not the browser's
-    assert outside == set()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -54,10 +65,32 @@ def test_a_real_browser_shows_the_page_without_errors_or_requests(tmp_path: Path
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
     # the page's policy blocks the image, and this test detects it
-    assert "CONSOLE" in open_page(broken, profile, "--dump-dom")
+    assert "CONSOLE" in open_page(broken, profile, "--dump-dom").stderr
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_real_browser_shows_the_page_of_labels(tmp_path: Path, profile: Path):
     page = write_labels(make_labeled_video(), tmp_path)[-1]
     check_page(page, profile, tmp_path)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_browser_finds_clips_by_label_and_labels_by_frame(tmp_path: Path, profile: Path):
+    config = browse_config(make_tiny(tmp_path / "data", per_class=5), "data_module.label_fields=[direction]")
+    evaluation = write_evaluation(config, tmp_path)
+    page = tmp_path / "browse.html"
+    page.write_text(BrowsePage(config, BrowseOptions(evaluation=evaluation, clips=4, modalities=("rgb",))).render()[0])
+
+    def result(fragment: str) -> str:
+        text = open_silently(page, profile, tmp_path, "--dump-dom", fragment=fragment)
+        found = re.search(r'<div id="result">(.*?)</section>', text, re.DOTALL)
+        assert found is not None
+        return found[1]
+
+    by_label = result("label=DL+fh")
+    assert "5 clip(s) of 1 label(s)" in by_label
+    assert re.findall(r">(rally_\w+), frame (\d+)</a></li>", by_label) == [(f"rally_DL_{n}", "6") for n in range(5)]
+    assert by_label.count("<figure") == 1
+    by_frame = result("video=rally_T_1&frame=5")
+    assert "rally_T_1, frame 5: 1 clip contains it" in by_frame
+    assert re.search(r"nearest event is <a[^>]*>near_deuce_stroke_fh_gs_T_-_in</a> at frame 6\.", by_frame)
