@@ -83,7 +83,7 @@ def test_errors_show_the_query_the_support_clips_and_the_elements(page: tuple[st
     cards = text[text.index('<section id="errors">') :].split('<div class="card">')[1:]
     assert len(cards) == 2
     for card in cards:
-        assert re.search(r"wrong in \d+ of\n\d+ episodes?; predicted: \nstroke_<mark>\w+</mark>", card)
+        assert re.search(r"wrong in \d+ of\s+\d+ episodes?; predicted:\s+stroke_<mark>\w+</mark>", card)
         assert card.count('alt="support clip') in (3, 4)
         assert ", true class" in card
     assert re.search(r"<td>direction</td><td>100.0</td><td>100.0</td>", text)

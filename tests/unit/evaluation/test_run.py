@@ -100,6 +100,7 @@ def test_all_three_input_modes_are_evaluated_by_default(data: Path, checkpoint: 
     out = _evaluate(data, checkpoint, tmp_path)
     assert json.loads((tmp_path / "fewshot.json").read_text()) == out
     assert (out["network"], out["input_mode"]) == ("student_rgb", "whole clips")
+    assert [load_features(file).network for file in out["files"]] == ["student_rgb"] * 3 + ["random", "teacher_rgb"]
     masked = [f"student_rgb ({SHARED})", f"student_rgb ({PER_CLIP})"]
     for setting in out["settings"]:
         assert list(setting["rows"]) == ["student_rgb", *masked, "random", "teacher_rgb"]
@@ -180,7 +181,9 @@ def test_compile_is_ignored(
 
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
     common = ("feature_cache=null", "data_module.input_modes=configured", "baselines=[]")
-    plain = _evaluate(data, checkpoint, tmp_path, *common)["settings"][0]["rows"]["student_rgb"]
+    without_cache = _evaluate(data, checkpoint, tmp_path, *common)
+    assert without_cache["files"] == [None]
+    plain = without_cache["settings"][0]["rows"]["student_rgb"]
     assert "compile=true" not in capsys.readouterr().out
     compiled = _evaluate(data, checkpoint, tmp_path, *common, "compile=true")["settings"][0]["rows"]["student_rgb"]
     assert "ignoring compile=true" in capsys.readouterr().out

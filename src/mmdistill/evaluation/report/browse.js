@@ -20,6 +20,10 @@ function add(parent, tag, text, attributes = {}) {
   return node;
 }
 
+function plural(count, noun) {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 function labelText(number) {
   return number < 0 ? "no label" : index.labels[number];
 }
@@ -62,7 +66,7 @@ function showLabel(query) {
   const chosen = exact >= 0 ? [exact] : all.filter((number) => matches(index.labels[number], words));
   const selected = new Set(chosen);
   const found = clips.filter((clip) => selected.has(clip.label));
-  add(output, "h3", `${query}: ${found.length} clip(s) of ${chosen.length} label(s)`);
+  add(output, "h3", `${query}: ${plural(found.length, "clip")} of ${plural(chosen.length, "label")}`);
   const counts = new Map(chosen.map((number) => [number, 0]));
   found.forEach((clip) => counts.set(clip.label, counts.get(clip.label) + 1));
   if (chosen.length > 1) {
