@@ -16,6 +16,7 @@ from mmdistill.config import DistillConfig, PretrainConfig
 from mmdistill.config.compose import load_config
 from mmdistill.data.readers.base import FrameError, FrameFileReader, Reader
 from mmdistill.distill import distill
+from mmdistill.evaluation.browse import BrowseOptions, BrowsePage
 from mmdistill.evaluation.run import evaluate_checkpoint
 from mmdistill.modalities import MODALITIES, Modality, ModalitySpec, ReaderOptions, register_modality
 from mmdistill.models.preprocessing import crop_resize_flip, normalize
@@ -121,6 +122,13 @@ def test_pretraining_stores_the_modality(teachers: dict[str, Path]) -> None:
     assert meta["modality"] == "edges"
     assert load_encoder(teachers["edges"]).config.channels == 2
     assert (teachers["edges"].parents[1] / "images").is_dir()
+
+
+def test_modality_is_drawn_over_the_frames(folder: Path) -> None:
+    config = _compose(DistillConfig, "config_mmdistill", folder, "train=False", "test=False")
+    text, _ = BrowsePage(config, BrowseOptions(clips=1)).render()
+    assert "Rows of a picture: input, flow, skeleton, edges, mask." in text
+    assert text.count('<figure id="clip-') == 1
 
 
 def test_modality_is_a_teacher_and_a_baseline(folder: Path, teachers: dict[str, Path], tmp_path: Path) -> None:

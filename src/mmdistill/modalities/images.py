@@ -72,10 +72,11 @@ def draw_over_frames(frames: np.ndarray, clip: Tensor, spec: ModalitySpec) -> np
     images, background = render_clip(clip, spec), render_clip(zero, spec, scale=1.0)
     opacity = np.abs(images - background).max(axis=3, keepdims=True)
     is_gray = np.ptp(images, axis=3).max() == 0
-    colors = np.broadcast_to(np.float32(_HIGHLIGHT), images.shape) if is_gray else images
+    colors = np.broadcast_to(np.array(_HIGHLIGHT, np.float32), images.shape) if is_gray else images
     layers = np.concatenate((colors, opacity), axis=3)
     layers = np.stack([cv2.resize(layer, frames.shape[2:0:-1], interpolation=cv2.INTER_LINEAR) for layer in layers])
-    return frames * (1 - layers[..., 3:]) + layers[..., :3] * layers[..., 3:]
+    drawn: np.ndarray = frames * (1 - layers[..., 3:]) + layers[..., :3] * layers[..., 3:]
+    return drawn
 
 
 def _to_units(clip: Tensor, spec: ModalitySpec, *, is_energy: bool) -> Tensor:

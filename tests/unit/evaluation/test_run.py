@@ -27,6 +27,7 @@ from mmdistill.evaluation.run import (
     run_folder_lines,
     training_facts,
 )
+from mmdistill.fewshot.features import load_features
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.configs import distill_config
 from tests.tiny_data import EVAL, make_tiny, overrides
