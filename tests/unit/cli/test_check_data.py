@@ -10,7 +10,7 @@ import pytest
 
 from mmdistill.cli import check_data
 from mmdistill.cli.check_data import main
-from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.base import Event, Player, Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
 from mmdistill.data.readers.flow_file import write_flow
 
@@ -116,6 +116,7 @@ def test_check_without_a_root_states_that_no_file_was_read(root: Path, capsys: p
 def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = to_json(RALLIES)[0]
     entry["events"] = [{"frame": f, "label": LABEL} for f in (5, 3, 3, 99)]
+    entry["near_name"], entry["near_hand"] = "Ana B", "LH"
     (tmp_path / "a.json").write_text(json.dumps([entry, {"video": "x"}]))
     clean = tmp_path / "clean.json"
     assert main([str(tmp_path / "a.json"), "--write-clean", str(clean)]) == 1
@@ -125,6 +126,7 @@ def test_annotation_errors_are_listed_and_can_be_removed(tmp_path: Path, capsys:
     folders = "vid_frames_224 (rgb), tennis_flows (flow), skeletons/f3set-tennis (skeleton)"
     assert f"{clean}: 1 valid rally; the training also needs their files in {folders}" in text
     assert [e.frame for e in load_f3set(clean)[0].events] == [3, 5]
+    assert load_f3set(clean)[0].near == Player("Ana B", "LH")
 
 
 def test_only_rallies_with_all_files_are_written(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

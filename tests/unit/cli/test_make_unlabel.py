@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from mmdistill.cli.make_unlabel import main
-from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.base import Event, Player, Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
 
-RALLIES = [Rally(name, 10, 25.0, (Event(3, "near_deuce_serve_-_-_T_-_in"),)) for name in ("m_1_10", "m_20_30")]
+PLAYERS = (Player("Ana B", "LH"), Player("Eva D", "RH"))
+RALLIES = [
+    Rally(name, 10, 25.0, (Event(3, "near_deuce_serve_-_-_T_-_in"),), *PLAYERS) for name in ("m_1_10", "m_20_30")
+]
 OTHERS = [Rally("m_50_60", 10, 25.0, ()), Rally("other_1_2", 10, 25.0, ())]
 
 
@@ -27,6 +30,7 @@ def test_rallies_are_merged_without_labels(files: tuple[str, str, str], capsys: 
     rallies = load_f3set(out)
     assert len(rallies) == 4
     assert all(rally.events == () for rally in rallies)
+    assert [(r.near, r.far) for r in rallies] == [PLAYERS, PLAYERS, (Player(), Player()), (Player(), Player())]
     assert "serve" not in Path(out).read_text()
     assert f"{out}: 4 rallies, 0 excluded" in capsys.readouterr().out
 

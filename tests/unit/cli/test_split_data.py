@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmdistill.cli.split_data import main
-from mmdistill.data.annotations.base import Event, Rally
+from mmdistill.data.annotations.base import Event, Player, Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
 
 
@@ -16,7 +16,9 @@ def annotations(tmp_path: Path) -> str:
     events = tuple(
         Event(5 * i, f"near_ad_{kind}_fh_gs_CC_-_in") for i, kind in enumerate(("serve", "return", "stroke"))
     )
-    rallies = [Rally(f"match{m}_{100 * r}_{100 * r + 50}", 51, 25.0, events) for m in range(10) for r in range(4)]
+    players = (Player("Ana B", "LH"), Player("Eva D", "RH"))
+    names = [f"match{m}_{100 * r}_{100 * r + 50}" for m in range(10) for r in range(4)]
+    rallies = [Rally(name, 51, 25.0, events, *players) for name in names]
     (tmp_path / "all.json").write_text(json.dumps(to_json(rallies)))
     return str(tmp_path / "all.json")
 
@@ -25,6 +27,7 @@ def test_one_file_per_split_is_written(annotations: str, tmp_path: Path, capsys:
     given = [annotations, "--output", str(tmp_path / "s"), "--by", "match"]
     assert main([*given, "--fractions", "train=0.8", "val=0.2"]) == 0
     assert len(load_f3set(tmp_path / "s/train.json")) == 32
+    assert {r.near for r in load_f3set(tmp_path / "s/train.json")} == {Player("Ana B", "LH")}
     assert len(load_f3set(tmp_path / "s/val.json")) == 8
     assert f"{tmp_path / 's/train.json'}: 32 rallies, 96 events, 3 labels" in capsys.readouterr().out
 
@@ -35,6 +38,7 @@ def test_classes_are_split_by_the_given_fields(annotations: str, tmp_path: Path)
     types = [
         {e.label.split("_")[2] for r in load_f3set(tmp_path / f"{n}.json") for e in r.events} for n in ("base", "novel")
     ]
+    assert {r.far.hand for r in load_f3set(tmp_path / "novel.json")} == {"RH"}
     assert types[0] | types[1] == {"serve", "return", "stroke"}
     assert not types[0] & types[1]
 

@@ -50,13 +50,26 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Player:
+    """A player of a rally: name and hand (F3Set: RH or LH) as in the file; "" if unknown."""
+
+    name: str = ""
+    hand: str = ""
+
+
+@dataclass(frozen=True)
 class Rally:
-    """One video of `num_frames` frames. `video` is its name in the files of every modality. `fps` is in frames/s."""
+    """One video of `num_frames` frames. `video` is its name in the files of every modality. `fps` is in frames/s.
+
+    `near` and `far` are the players at the near and the far side of the court.
+    """
 
     video: str
     num_frames: int
     fps: float
     events: tuple[Event, ...]
+    near: Player = Player()
+    far: Player = Player()
 
 
 def format_rally_counts(rallies: Sequence[Rally]) -> str:

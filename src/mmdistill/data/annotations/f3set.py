@@ -1,7 +1,8 @@
 """The annotation format of F3Set (ICLR 2025, arXiv 2504.08222).
 
 A JSON list of rallies with `video`, `num_frames`, `fps` and `events` (`frame`, `label`). A label is any text; its
-fields are joined by ``_``. Labels of F3Set's tennis data have eight fields. Frames are counted from 0.
+fields are joined by ``_``. Labels of F3Set's tennis data have eight fields. Frames are counted from 0. Optional keys
+are the names and hands of the players: `near_name`, `near_hand`, `far_name`, `far_hand`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from mmdistill.data.annotations.base import (
     UNKNOWN_FPS,
     AnnotationError,
     Event,
+    Player,
     Rally,
     frame_rate,
     is_safe_name,
@@ -27,6 +29,8 @@ from mmdistill.errors import format_count, format_first
 F3SET_FIELDS: tuple[str, ...] = ("player", "court", "type", "side", "technique", "direction", "approach", "outcome")
 # Values of `label_fields`: names, for labels with these eight fields, and positions from 0, for any label.
 LABEL_FIELDS: tuple[str, ...] = (*F3SET_FIELDS, *map(str, range(12)))
+_SIDES = ("far", "near")  # of the court; keys SIDE_name and SIDE_hand, and fields of `Rally`
+_PLAYER_KEYS = tuple(f"{side}_{key}" for side in _SIDES for key in ("name", "hand"))
 
 
 def load_f3set(path: Path | str) -> list[Rally]:
@@ -67,6 +71,7 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     problems: list[str] = []
     if without_rate := sum(isinstance(entry, dict) and entry.get("fps") is None for entry in entries):
         log_once(f"{path}: {format_count(without_rate, 'rally')} without fps, their frame rate is unknown")
+    _report_other_players(path, entries)
     for number, entry in enumerate(entries):
         name = entry.get("video") if isinstance(entry, dict) else None
         name = name if isinstance(name, str) and name else f"rally {number}"
@@ -77,10 +82,35 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
             num_frames = whole_number(entry["num_frames"]) or 0
             fps = frame_rate(entry.get("fps")) or UNKNOWN_FPS
             events, found = _parse_events(name, entry["events"], num_frames, is_labeled=is_labeled)
-            rallies[name] = Rally(name, num_frames, fps, events)
+            rallies[name] = Rally(name, num_frames, fps, events, **_players(entry))
         problems += found
     _report_other_labels(path, [event.label for rally in rallies.values() for event in rally.events])
     return list(rallies.values()), problems
+
+
+def _players(entry: dict[str, Any]) -> dict[str, Player]:
+    """The players of a rally, by side of the court. Spaces around names are removed."""
+    texts = {key: str(entry[key]).strip() if _is_text(entry.get(key)) else "" for key in _PLAYER_KEYS}
+    return {side: Player(texts[f"{side}_name"], texts[f"{side}_hand"]) for side in _SIDES}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _report_other_players(path: Path | str, entries: list[Any]) -> None:
+    """Log the rallies whose players are neither text nor absent, such as lists of names."""
+    found = [
+        key
+        for entry in entries
+        if isinstance(entry, dict)
+        for key in _PLAYER_KEYS
+        if entry.get(key) is not None and not _is_text(entry[key])
+    ]
+    if found:
+        log_once(
+            f"{path}: {format_count(len(found), 'value')} of {found[0]} or a similar key are no text: unknown player"
+        )
 
 
 def _report_other_labels(path: Path | str, labels: list[str]) -> None:
@@ -199,12 +229,16 @@ def match_name(video: str) -> str:
 
 
 def to_json(rallies: Sequence[Rally]) -> list[dict[str, Any]]:
-    """Rallies as F3Set JSON entries with the keys that this package reads; `label` only of events that have one."""
+    """Rallies as F3Set JSON entries with the keys that this package reads.
+
+    `label` only of events that have one, and names and hands of players only if they are known.
+    """
     return [
         {
             "video": r.video,
             "num_frames": r.num_frames,
             "fps": r.fps,
+            **{f"{side}_{key}": text for side in _SIDES for key, text in vars(getattr(r, side)).items() if text},
             "events": [{"frame": e.frame, **({"label": e.label} if e.label else {})} for e in r.events],
         }
         for r in rallies

@@ -12,6 +12,7 @@ from mmdistill.data.annotations.base import (
     AnnotationError,
     Event,
     InvalidEntriesError,
+    Player,
     format_rally_counts,
     load_annotations,
 )
@@ -85,6 +86,23 @@ def test_file_with_all_keys_of_f3set_is_read_completely(tmp_path: Path) -> None:
 def test_written_entries_equal_the_read_ones(tmp_path: Path) -> None:
     entries = [rally(), rally(video="m_50_90", events=[])]
     assert to_json(load_f3set(write(tmp_path / "a.json", entries))) == entries
+
+
+PLAYERS = {"far_name": "Ana B", "far_hand": "LH", "near_name": "Çe D", "near_hand": "RH"}
+
+
+def test_names_and_hands_of_players_are_read_and_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entries = [rally(**PLAYERS), rally(video="m_50_90", near_name="E")]
+    found = load_f3set(write(tmp_path / "a.json", entries))
+    assert (found[0].near, found[0].far) == (Player("Çe D", "RH"), Player("Ana B", "LH"))
+    assert (found[1].near, found[1].far) == (Player("E"), Player())
+    assert to_json(found) == entries
+    assert not caplog.messages
+    (other,) = load_f3set(
+        write(tmp_path / "b.json", [rally(near_name=" E\n", near_hand=None, far_name=["A", "B"], far_hand=7)])
+    )
+    assert (other.near, other.far) == (Player("E"), Player("", "7"))
+    assert "b.json: 1 value of far_name or a similar key" in caplog.text
 
 
 @pytest.mark.parametrize(
