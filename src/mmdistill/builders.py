@@ -19,7 +19,7 @@ from mmdistill.config import (
 )
 from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.data.annotations.base import Rally, load_annotations
-from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
+from mmdistill.data.clips import ClipIndex, ClipSource, ClipSpec, build_index, clip_sources
 from mmdistill.data.cores import default_loader_workers
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
@@ -125,6 +125,11 @@ def make_clip_index(data: DataModuleConfig, *, training: bool) -> ClipIndex:
             f"Lower these keys, or give annotations with {'longer rallies' if training else 'events'}"
         )
     return index
+
+
+def load_clip_sources(data: DataModuleConfig, index: ClipIndex, *, training: bool) -> tuple[ClipSource, ...]:
+    """Match, label and player of each clip of `make_clip_index`."""
+    return clip_sources(index.clips, load_rallies(data, resolve_annotation_path(data, training=training)))
 
 
 def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[str, Reader]:

@@ -3,8 +3,9 @@
 mmdistill evaluate-features features.npz --k-shot 1 5 --classifier logistic centroid --json result.json
 
 An .npz file contains `features` [clips, D] or [clips, views, D], `labels` [clips] (integers or names) and, optionally,
-`groups` [clips] (the video of each clip). Several files of the same clips are evaluated on the same episodes. The first
-file is the scored network.
+`groups` [clips] (the video of each clip), `matches`, `players`, `hands` and `event_labels` [clips] (of the match, the
+player and the stroke; `mmdistill features` writes them). Several files of the same clips are evaluated on the same
+episodes. The first file is the scored network.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.console import record_warnings
+from mmdistill.data.clips import DISJOINT
 from mmdistill.fewshot.errors import EpisodeError, FewshotError
 from mmdistill.files import atomic_write_bytes, encode_json
 from mmdistill.plugins import entry_point_names
@@ -44,7 +46,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the episodes")
     parser.add_argument(
-        "--disjoint", choices=["video"], help="take support and query clips from different groups (default: from any)"
+        "--disjoint",
+        choices=DISJOINT,
+        help="take support and query clips from different videos, matches, or matches and players (default: from any)",
     )
     parser.add_argument(
         "--support-views",
@@ -53,6 +57,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="each: one classifier per masked view of the support clips; first: one classifier, on the first view",
     )
     parser.add_argument("--probe", action="store_true", help="also run a linear probe and k-NN on the full label set")
+    parser.add_argument("--report-card", action="store_true", help="also score each element of the labels")
+    parser.add_argument(
+        "--shortcut-audit", action="store_true", help="also score episodes disjoint by video, match and player"
+    )
     parser.add_argument("--workers", type=int, help="processes of the logistic regression (default: all processors)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file (default: none)")
     parser.add_argument(
@@ -103,14 +111,17 @@ def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> in
         disjoint=args.disjoint,
         support_views=args.support_views,
         probe=args.probe,
+        report_card=args.report_card,
+        shortcut_audit=args.shortcut_audit,
     )
     found = make_names_distinct([load_features(file) for file in args.file], args.file)
-    if (args.disjoint or args.probe) and found[0].info.get("has_groups") is False:
+    if (args.disjoint or args.probe or args.shortcut_audit) and found[0].info.get("has_groups") is False:
         raise FewshotError(
-            f"{args.file[0]}: no array `groups`, which --disjoint and --probe need; add it, or omit these options"
+            f"{args.file[0]}: no array `groups`, which --disjoint and --probe need, and --shortcut-audit; add it, or "
+            "omit these options"
         )
     try:
-        lines = protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes)
+        lines = protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes, found[0].sources)
     except EpisodeError as error:
         raise EpisodeError(name_options(str(error))) from error
     for line in lines:

@@ -14,6 +14,7 @@ the dataset config. --per-frame writes one file per rally instead, with one feat
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import ComponentError, name_setting
@@ -77,6 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     """Encode the clips and write the file."""
     from mmdistill.builders import (
+        load_clip_sources,
         load_rallies,
         make_clip_dataset,
         make_clip_loader,
@@ -131,7 +133,8 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         data=data_fingerprint(dataset, network.modality) if args.cache else "",
         cache=args.cache,
     )
-    path = save_features(features, args.output)
+    sources = load_clip_sources(data, dataset.index, training=training)
+    path = save_features(replace(features, sources=sources), args.output)
     print(f"{path}: {features.network}, {features.input_mode}, features {list(features.features.shape)}")
     return path
 

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, within
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import LABEL_FIELDS
+from mmdistill.data.clips import DISJOINT
 from mmdistill.modalities import modality_names
 from mmdistill.models import TARGETS
 from mmdistill.plugins import entry_point_names
@@ -215,8 +216,9 @@ class DataModuleConfig(Sealable):
     q_sample: int = key(15, at_least(1))
     # number of few-shot episodes per setting
     episodes: int = key(600, at_least(2))
-    # video: support and query clips of an episode come from different videos; null: from any
-    disjoint: str | None = key(None, one_of("video"))
+    # support and query clips of an episode come from: video (different videos) | match (different matches) | player
+    # (different matches, and strokes of different players) | null (any clips)
+    disjoint: str | None = key(None, one_of(*DISJOINT, synonyms={"rally": "video"}))
     # settings of each modality, by name: see data_module.modalities.NAME
     modalities: dict[str, ModalityConfig] = key({}, one_of(more=modality_names))
 
@@ -376,6 +378,10 @@ class DistillConfig(CommonConfig):
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))
     # whether to train a linear probe and k-NN on all labels as well
     probe: bool = False
+    # whether to also score each element of the labels, by player, hand, serve and court side (docs/label_elements.md)
+    report_card: bool = False
+    # whether to also score episodes that are disjoint by rally, match and player (docs/label_elements.md)
+    shortcut_audit: bool = False
     # folder of encoded clips, which later evaluations reuse; null: no cache
     feature_cache: str | None = "output/features"
     trainer: DistillTrainerConfig = field(default_factory=DistillTrainerConfig)

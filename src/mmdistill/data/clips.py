@@ -1,6 +1,7 @@
 """Clips: the frames and the label of each sample, from rallies."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -8,12 +9,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from mmdistill.data.annotations.base import Rally
-from mmdistill.data.annotations.f3set import check_label_fields, select_fields
+from mmdistill.data.annotations.base import Player, Rally
+from mmdistill.data.annotations.f3set import check_label_fields, match_name, select_fields
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+DISJOINT = ("video", "match", "player")  # values of ``data_module.disjoint``, from the weakest to the strictest
 _CHOICES = {"clips": ("events", "windows", "first"), "anchor": ("center", "start"), "label": ("event", "video")}
 
 
@@ -77,6 +79,29 @@ def select_clips(clips: Sequence[Clip], positions: Sequence[int]) -> Sequence[Cl
     if isinstance(clips, ClipTable):
         return replace(clips, rows=clips.rows[np.asarray(positions, dtype=np.int64)])
     return tuple(clips[i] for i in positions)
+
+
+@dataclass(frozen=True)
+class ClipSource:
+    """What the annotations tell about a clip. A text is "" if it is unknown."""
+
+    match: str  # name of the match; the name of the video if it contains no match
+    label: str = ""  # the whole label of the event, also if `label_fields` selects a part of it as the class
+    player: str = ""  # name of the player of the event: of near_name if the label begins with near
+    hand: str = ""  # of this player
+
+
+def clip_sources(clips: Iterable[Clip], rallies: Iterable[Rally]) -> tuple[ClipSource, ...]:
+    """The source of each clip of an index that was built from these rallies. Windows have no event and no player."""
+    by_video = {rally.video: rally for rally in rallies}
+    found = []
+    for clip in clips:
+        rally, label = by_video[clip.video], ""
+        if event := re.search(r"#(\d+)@\d+$", clip.id):  # the id of a clip with an event, see `ClipTable`
+            label = rally.events[int(event[1])].label
+        player = {"near": rally.near, "far": rally.far}.get(label.split("_")[0], Player())
+        found.append(ClipSource(match_name(clip.video), label, player.name, player.hand))
+    return tuple(found)
 
 
 def required_frames(clips: Iterable[Clip]) -> list[int]:

@@ -17,13 +17,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from mmdistill.builders import make_clip_dataset, make_clip_loader
+from mmdistill.builders import load_clip_sources, make_clip_dataset, make_clip_loader
 from mmdistill.config import DistillConfig, as_ints
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
 from mmdistill.errors import format_count
-from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, FloatArray, sample_episodes
+from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, FloatArray, disjoint_groups, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import STUDENT_MODALITY
 
@@ -111,12 +111,13 @@ def make_validation(config: DistillConfig, process: Process, log: Callable[[str]
     dataset = make_clip_dataset(val_data, (STUDENT_MODALITY,), training=False, seed=config.seed)
     clips = dataset.index.clips
     n_way, k_shot = as_ints("data_module.n_way", data.n_way)[0], as_ints("data_module.k_shot", data.k_shot)[0]
+    labels, sources = [c.label for c in clips], load_clip_sources(val_data, dataset.index, training=False)
     episodes = sample_episodes(
-        [c.label for c in clips],
+        labels,
         EpisodeSpec(n_way, k_shot, data.q_sample, data.disjoint),
         episodes=trainer.val_episodes,
         seed=config.seed,
-        groups=[c.group for c in clips],
+        groups=disjoint_groups(data.disjoint, [c.group for c in clips], sources, labels),
         names=dataset.index.classes,
     )
     make_loader = partial(

@@ -1,6 +1,7 @@
 """The few-shot evaluation of a checkpoint: its networks, clips, input modes and log. Scoring is in `fewshot`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mmdistill.config import (
 )
 from mmdistill.console import record_warnings
 from mmdistill.data.annotations.base import AnnotationError
-from mmdistill.data.clips import ClipIndex, count_overlapping_clips
+from mmdistill.data.clips import ClipIndex, ClipSource, count_overlapping_clips
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
@@ -84,7 +85,8 @@ def _evaluate(
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
     dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
     protocol = _make_protocol(config)
-    lines = _check_clips(protocol, dataset.index)
+    sources = builders.load_clip_sources(config.data_module, dataset.index, training=False)
+    lines = _check_clips(protocol, dataset.index, sources)
     unused = lines[:1] if any(dataset.index.report[key] for key in _UNUSED_RALLIES) else []
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
@@ -118,6 +120,7 @@ def _evaluate(
         show_progress=process.is_main,
         collect_info=lambda: {"frames_repeated": report.collect()["missing"]["frames_repeated"]},
     )
+    features = [replace(f, sources=sources) for f in features]
     results = run_protocol(features, protocol, show_progress=process.is_main)
     extra: dict[str, Any] = {
         "config": to_plain(config),
@@ -217,17 +220,19 @@ def check_evaluation(config: DistillConfig) -> None:
             raise unknown_baseline(entry, components)
     builders.make_demo_data(config.data_module)
     try:
-        _check_clips(_make_protocol(config), builders.make_clip_index(config.data_module, training=False))
+        index = builders.make_clip_index(config.data_module, training=False)
+        sources = builders.load_clip_sources(config.data_module, index, training=False)
+        _check_clips(_make_protocol(config), index, sources)
     except (FewshotError, AnnotationError, ConfigError) as error:
         raise ConfigError(
             f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"
         ) from error
 
 
-def _check_clips(protocol: Protocol, index: ClipIndex) -> list[str]:
+def _check_clips(protocol: Protocol, index: ClipIndex, sources: Sequence[ClipSource]) -> list[str]:
     """Log lines about the evaluation clips. Raises `FewshotError` if their labels do not supply the episodes."""
     clips = index.clips
-    lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes)
+    lines = protocol.check([c.label for c in clips], [c.group for c in clips], index.classes, sources)
     unused = [
         f"{format_count(len(index.report[key]), 'rally')} {name}"
         for key, name in _UNUSED_RALLIES.items()
@@ -284,6 +289,8 @@ def _make_protocol(config: DistillConfig) -> Protocol:
         classifiers=tuple(as_names("classifier", config.classifier)),
         disjoint=data.disjoint,
         probe=config.probe,
+        report_card=config.report_card,
+        shortcut_audit=config.shortcut_audit,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mmdistill.data.clips import DISJOINT, ClipSource
 from mmdistill.errors import format_count, format_first
 from mmdistill.fewshot.errors import EpisodeError
 from mmdistill.randomness import integer_rng
@@ -32,7 +33,8 @@ class EpisodeSpec:
         k_shot: K, at least 1.
         q_sample: Q, at least 1.
         disjoint: "video": no group supplies both support and query clips of an episode, over all of its classes (a
-            query from the video of another class's support clip would be biased towards that class). None: any clips.
+            query from the video of another class's support clip would be biased towards that class). "match" and
+            "player": the same for the groups of `disjoint_groups`. None: any clips.
     """
 
     n_way: int = 5
@@ -44,8 +46,47 @@ class EpisodeSpec:
         for name, least in (("n_way", 2), ("k_shot", 1), ("q_sample", 1)):
             if getattr(self, name) < least:
                 raise EpisodeError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.disjoint not in (None, "video"):
-            raise EpisodeError(f"disjoint={self.disjoint} is not one of none, video")
+        if self.disjoint not in (None, *DISJOINT):
+            raise EpisodeError(f"disjoint={self.disjoint} is not one of none, {', '.join(DISJOINT)}")
+
+    @property
+    def where(self) -> str:
+        """Where the clips of a class come from, for messages: ``in different videos``, ``from different players``."""
+        if self.disjoint is None:
+            return ""
+        return f" {'from' if self.disjoint == 'player' else 'in'} different {format_count(2, self.disjoint)[2:]}"
+
+
+def disjoint_groups(
+    disjoint: str | None, videos: Sequence[str], sources: Sequence[ClipSource], labels: Sequence[int] | IntArray
+) -> Sequence[object]:
+    """The groups of the clips for `sample_episodes`: videos, matches, or pairs of match and player.
+
+    The player is the one who plays the stroke. With "player", support and query clips of an episode have neither a
+    player nor a match in common. `sources` is empty if nothing is known; `labels` are those of `eligible_classes`.
+
+    Raises:
+        EpisodeError: the match or the player of a labeled clip is unknown.
+    """
+    if disjoint in (None, "video"):
+        return videos
+    if not sources:
+        plural = format_count(2, str(disjoint))[2:]
+        raise EpisodeError(
+            f"disjoint={disjoint}: the features have no {plural}; write them again with `mmdistill features`, or add "
+            f"the array {plural} to the .npz file"
+        )
+    if disjoint == "match":
+        return [source.match for source in sources]
+    labeled = [source for source, label in zip(sources, labels, strict=True) if label >= 0]
+    unknown = sum(not source.player for source in labeled)
+    if unknown:
+        raise EpisodeError(
+            f"disjoint=player: the player is unknown in {unknown} of {format_count(len(labeled), 'clip')}; the "
+            "annotation file needs near_name and far_name in each rally, and labels that begin with near or far; or "
+            "use disjoint=match"
+        )
+    return [(source.match, source.player) for source in sources]
 
 
 @dataclass(frozen=True)
@@ -56,20 +97,24 @@ class Eligibility:
         classes: label values with enough clips, ascending.
         excluded: label value -> number of clips, for all other classes.
         disjoint: see `EpisodeSpec`. With "video" a class can have enough clips, but too few in different videos.
+        num_groups: label value -> number of videos, matches or players.
     """
 
     classes: tuple[int, ...]
     excluded: Mapping[int, int]
     disjoint: str | None = None
+    num_groups: Mapping[int, int] = field(default_factory=dict)
 
     def describe(self, names: Sequence[str] | None = None, *, limit: int = 10) -> str:
         """Excluded classes and their numbers of clips, fewest first; at most `limit` names. "" if there is none."""
         if not self.excluded:
             return ""
         order = sorted(self.excluded.items(), key=lambda item: (item[1], item[0]))
-        shown = format_first([f"{class_name(label, names)} ({count})" for label, count in order], limit)
-        where = " in different videos" if self.disjoint else ""
-        return f"excluded classes, too few clips{where}: {shown}"
+        sizes = {label: str(count) for label, count in order}
+        if self.disjoint in ("match", "player"):
+            sizes = {n: _format_size(count, self.disjoint, self.num_groups[n]) for n, count in order}
+        shown = format_first([f"{class_name(label, names)} ({size})" for label, size in sizes.items()], limit)
+        return f"excluded classes, too few clips{EpisodeSpec(disjoint=self.disjoint).where}: {shown}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +177,11 @@ class Episodes:
         return all(np.array_equal(getattr(self, n), getattr(other, n)) for n in ("support", "query", "classes"))
 
 
+def _format_size(num_clips: int, disjoint: str, num_groups: int) -> str:
+    """``24 clips, 1 player``."""
+    return f"{format_count(num_clips, 'clip')}, {format_count(num_groups, disjoint)}"
+
+
 def class_name(label: int, names: Sequence[str] | None) -> str:
     """The name of a label value, or the number itself."""
     return names[label] if names is not None and 0 <= label < len(names) else str(label)
@@ -146,8 +196,9 @@ def eligible_classes(
 ) -> Eligibility:
     """Classes that can supply K support and Q query clips.
 
-    `labels` are integers (clips,); clips with a negative value are never drawn. `groups` are the videos of the clips,
-    needed for ``disjoint="video"``. `names` are those of the label values, for messages.
+    `labels` are integers (clips,); clips with a negative value are never drawn. `groups` are the groups of the clips,
+    which `spec.disjoint` needs: for each clip the name of a group, or a tuple of names; support and query clips have no
+    name in common. `names` are those of the label values, for messages.
 
     Raises:
         EpisodeError: fewer than N classes remain; the message lists the counts.
@@ -159,24 +210,25 @@ def eligible_classes(
             "(set data_module.eval_clips=events or data_module.label=video)"
         )
     needed = spec.k_shot + spec.q_sample
-    eligible, excluded = [], {}
+    eligible, excluded, num_groups = [], {}, {}
     for label, clips in by_class.items():
         num_clips = len(clips)
-        if group_of is not None:
-            _, sizes = np.unique(group_of[clips], return_counts=True)
+        for column in () if group_of is None else group_of[clips].T:
+            sizes = np.unique(column, return_counts=True)[1]
+            num_groups[label] = len(sizes)
             num_support = _smallest_sum(sizes.tolist(), spec.k_shot)
-            num_clips = 0 if num_support is None else spec.k_shot + num_clips - num_support
+            available = 0 if num_support is None else spec.k_shot + len(clips) - num_support
+            num_clips = min(num_clips, available)
         if num_clips >= needed:
             eligible.append(label)
         else:
             excluded[label] = len(clips)
-    result = Eligibility(tuple(eligible), excluded, spec.disjoint)
+    result = Eligibility(tuple(eligible), excluded, spec.disjoint, num_groups)
     if len(eligible) < spec.n_way:
-        where = " in different videos" if spec.disjoint else ""
         listed = f" ({result.describe(names)})" if excluded else ""
         raise EpisodeError(
             f"{spec.n_way}-way {spec.k_shot}-shot episodes with {format_count(spec.q_sample, 'query')} need "
-            f"{spec.n_way} classes with at least {needed} clips{where}; classes that have them: "
+            f"{spec.n_way} classes with at least {needed} clips{spec.where}; classes that have them: "
             f"{len(eligible)} of {len(by_class)}{listed}; {_fix(spec, len(eligible), len(by_class))}"
         )
     return result
@@ -221,10 +273,15 @@ def sample_episodes(
         clips = [by_class[label] for label in classes.tolist()]
         found = _draw(clips, spec, rng) if group_of is None else _draw_disjoint(clips, group_of, spec, rng)
         if found is None:
-            listed = ", ".join(class_name(label, names) for label in classes.tolist())
+            sizes = [len(np.unique(group_of[c, -1])) for c in clips] if group_of is not None else []
+            listed = ", ".join(
+                f"{class_name(label, names)} ({_format_size(len(own), str(spec.disjoint), size)})"
+                for label, own, size in zip(classes.tolist(), clips, sizes, strict=True)
+            )
             raise EpisodeError(
-                f"episode {e}: no draw of {spec.k_shot} support and {format_count(spec.q_sample, 'query clip')} from "
-                f"different videos was found for the classes {listed}; lower q_sample or k_shot, or unset disjoint"
+                f"episode {e}: no draw of {spec.k_shot} support and {format_count(spec.q_sample, 'query clip')}"
+                f"{spec.where.replace(' in ', ' from ')} was found for the classes {listed}; lower q_sample or k_shot, "
+                "or unset disjoint"
             )
         drawn.append((*found, classes))
     support, query, all_classes = (np.stack(parts) for parts in zip(*drawn, strict=True))
@@ -234,7 +291,7 @@ def sample_episodes(
 def _clips_by_class(
     labels: ArrayLike, groups: Sequence[object] | None, spec: EpisodeSpec
 ) -> tuple[dict[int, IntArray], IntArray | None]:
-    """Clips of each label value, and the group of every clip as an integer; None if groups do not matter."""
+    """Clips of each label value, and the groups of every clip, int64 (clips, groups); None if groups do not matter."""
     values = np.asarray(labels)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise EpisodeError(f"labels must be a vector of integers, got {values.dtype} of shape {values.shape}")
@@ -242,8 +299,13 @@ def _clips_by_class(
     if spec.disjoint is None:
         return clips, None
     if groups is None or len(groups) != len(values):
-        raise EpisodeError("disjoint=video needs `groups`, the video of every clip")
-    return clips, np.unique(np.asarray(groups), return_inverse=True)[1].astype(np.int64)
+        raise EpisodeError(f"disjoint={spec.disjoint} needs `groups`, the {spec.disjoint} of every clip")
+    columns, first = [], 0
+    for names in np.asarray(groups).reshape(len(values), -1).T:
+        distinct, numbers = np.unique(names, return_inverse=True)
+        columns.append(numbers.astype(np.int64) + first)
+        first += len(distinct)
+    return clips, np.stack(columns, axis=1)
 
 
 def _smallest_sum(sizes: Sequence[int], least: int) -> int | None:
@@ -276,10 +338,11 @@ def _draw_disjoint(
             order = rng.permutation(clips[n])
             if attempt >= _UNIFORM_TRIES:
                 keys = rng.permutation(len(used))[group_of[order]]  # keeps the clips of a group together
-                order = order[np.lexsort((keys, ~used[group_of[order]]))]
+                num_unused = (~used[group_of[order]]).sum(axis=1)
+                order = order[np.lexsort((*keys.T, num_unused))]
             support[n] = order[: spec.k_shot]
             used[group_of[support[n]]] = True
-        unused = [c[~used[group_of[c]]] for c in clips]
+        unused = [c[~used[group_of[c]].any(axis=1)] for c in clips]
         if min(len(c) for c in unused) >= spec.q_sample:
             return support, np.stack([rng.permutation(c)[: spec.q_sample] for c in unused])
     return None

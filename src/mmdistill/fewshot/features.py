@@ -9,7 +9,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
+from mmdistill.data.annotations.f3set import match_name
+from mmdistill.data.clips import ClipSource
 from mmdistill.errors import format_count
 from mmdistill.fewshot.episodes import FloatArray, IntArray
 from mmdistill.fewshot.errors import FeatureError
@@ -26,6 +28,7 @@ from mmdistill.files import atomic_write_bytes
 
 log = logging.getLogger(__name__)
 
+_SOURCE_ARRAYS = {"matches": "match", "event_labels": "label", "players": "player", "hands": "hand"}  # in .npz files
 _WRITE_FEATURES = "`mmdistill features` writes the features of a checkpoint to a file"
 
 
@@ -40,6 +43,7 @@ class Features:
         groups: N names of the videos (rallies) of the clips.
         classes: names of the label values.
         info: plain values that describe their origin: network, checkpoint, modality, input_mode, seconds ...
+        sources: N sources of the clips; empty: unknown.
     """
 
     features: FloatArray
@@ -48,6 +52,7 @@ class Features:
     groups: tuple[str, ...]
     classes: tuple[str, ...]
     info: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[ClipSource, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.features)
@@ -57,6 +62,10 @@ class Features:
             counts = {"feature": n, "label": len(self.labels), "id": len(self.ids), "group": len(self.groups)}
             sizes = ", ".join(format_count(count, noun) for noun, count in counts.items())
             raise FeatureError(f"the arrays differ in length: {sizes}")
+        if self.sources and len(self.sources) != n:
+            raise FeatureError(
+                f"{format_count(n, 'feature')}, but {format_count(len(self.sources), 'source')} of clips"
+            )
         if len(set(self.ids)) != n:
             raise FeatureError("ids: two clips have the same id")
         if n and not -1 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
@@ -83,17 +92,21 @@ class Features:
 def save_features(features: Features, path: str | Path) -> Path:
     """Write a `.safetensors` or `.npz` file atomically. Raises `FeatureError` for another suffix.
 
-    ids, groups, classes and info are string arrays in the `.npz` and JSON in the metadata of the `.safetensors`, which
-    also has a checksum.
+    ids, groups, classes, info and sources are string arrays in the `.npz` and JSON in the metadata of the
+    `.safetensors`, which also has a checksum.
     """
     path = Path(path)
     texts = {"ids": features.ids, "groups": features.groups, "classes": features.classes}
     arrays: dict[str, NDArray[Any]] = {"features": np.ascontiguousarray(features.features), "labels": features.labels}
     if path.suffix == ".safetensors":
         metadata = {name: json.dumps(values) for name, values in {**texts, "info": features.info}.items()}
+        if features.sources:
+            metadata["sources"] = json.dumps([astuple(source) for source in features.sources])
         metadata["sha256"] = _checksum(arrays["features"], arrays["labels"], metadata)
         data = safetensors_bytes(arrays, metadata)
     elif path.suffix == ".npz":
+        if features.sources:
+            texts |= {k: tuple(getattr(s, name) for s in features.sources) for k, name in _SOURCE_ARRAYS.items()}
         text_arrays = {name: np.array(values, dtype=np.str_) for name, values in texts.items()}
         buffer = io.BytesIO()
         np.savez(buffer, **arrays, **text_arrays, info=np.array(json.dumps(features.info)))  # type: ignore[arg-type]
@@ -107,8 +120,8 @@ def save_features(features: Features, path: str | Path) -> Path:
 def load_features(path: str | Path) -> Features:
     """Read features that `save_features` or another program wrote.
 
-    An `.npz` needs `features` (N, D) or (N, V, D) and `labels` (N,) of integers or names; `groups`, `ids`, `classes`
-    are optional. Nothing in it is unpickled.
+    An `.npz` needs `features` (N, D) or (N, V, D) and `labels` (N,) of integers or names; `groups`, `ids`, `classes`,
+    `matches`, `players`, `hands` and `event_labels` are optional. Nothing in it is unpickled.
 
     Raises:
         FeatureError: an array is missing, not finite or of another shape, or the file is corrupt.
@@ -143,7 +156,9 @@ def _load_safetensors(path: Path) -> Features:
     if expected is not None and expected != _checksum(x, labels, metadata):
         raise FeatureError("corrupt: the checksum does not match; copy it again")
     ids, groups, classes = (tuple(json.loads(metadata[name])) for name in ("ids", "groups", "classes"))
-    return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, json.loads(metadata.get("info", "{}")))
+    sources = tuple(ClipSource(*texts) for texts in json.loads(metadata.get("sources", "[]")))
+    info = json.loads(metadata.get("info", "{}"))
+    return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, info, sources)
 
 
 def _load_npz(path: Path) -> Features:
@@ -164,7 +179,22 @@ def _load_npz(path: Path) -> Features:
     if not isinstance(info, dict):
         raise FeatureError("info is not a JSON object")
     info.setdefault("has_groups", "groups" in found)
-    return Features(x, labels, tuple(map(str, ids)), tuple(map(str, groups)), classes, info)
+    videos = tuple(map(str, groups))
+    return Features(x, labels, tuple(map(str, ids)), videos, classes, info, _parse_sources(found, videos))
+
+
+def _parse_sources(arrays: Mapping[str, NDArray[Any]], videos: Sequence[str]) -> tuple[ClipSource, ...]:
+    """The sources of the clips; without an array `matches` from the names of their videos; () without any array."""
+    texts: dict[str, list[str]] = {}
+    for key, name in _SOURCE_ARRAYS.items():
+        if key in arrays:
+            if arrays[key].shape != (len(videos),):
+                raise FeatureError(f"{key}: expected one text for each of {format_count(len(videos), 'clip')}")
+            texts[name] = arrays[key].astype(np.str_).tolist()
+    if not texts:
+        return ()
+    texts.setdefault("match", [match_name(video) for video in videos])
+    return tuple(ClipSource(**dict(zip(texts, row, strict=True))) for row in zip(*texts.values(), strict=True))
 
 
 def _parse_labels(labels: NDArray[Any], names: NDArray[Any] | None) -> tuple[IntArray, tuple[str, ...]]:

@@ -82,3 +82,36 @@ def test_features_of_the_same_network_are_named_by_their_files():
     first, other = make_features("student_rgb", 1.0), make_features("random", 1.0)
     named = make_names_distinct([first, other, first], [Path("a.npz"), Path("b.npz"), Path("c.npz")])
     assert [f.network for f in named] == ["student_rgb (a)", "random", "student_rgb (c)"]
+
+
+def test_disjoint_players_the_card_and_the_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Features of a file with one-hot players: the score with disjoint players is at chance."""
+    players = 2 * LABELS + np.arange(len(LABELS)) % 2
+    arrays = {"features": np.eye(12)[players], "labels": LABELS, "groups": np.arange(len(LABELS))}
+    labels = [f"near_ad_stroke_fh_gs_{label}_-_in" for label in LABELS]
+    np.savez(tmp_path / "f.npz", **arrays, players=players.astype(str), event_labels=labels)
+    sizes = [
+        "--k-shot",
+        5,
+        "--q-sample",
+        5,
+        "--episodes",
+        30,
+        "--classifier",
+        "centroid",
+        "--json",
+        tmp_path / "r.json",
+    ]
+    assert run(tmp_path / "f.npz", *sizes, "--disjoint", "player", "--report-card", "--shortcut-audit") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["top1_action_ensemble"] == pytest.approx(0.2, abs=0.01)
+    assert found["shortcut_audit"]["levels"]["video"]["f"]["top1_action_ensemble"] > 0.9
+    assert found["report_card"]["direction"]["networks"]["f"]["n_way"] == 5
+    assert "explain +" in capsys.readouterr().out
+    np.savez(tmp_path / "g.npz", **arrays)
+    for option, message in (
+        (["--disjoint", "player"], "--disjoint player: the features have no players; write them again"),
+        (["--report-card"], "the report card needs clips of labeled events, and no clip has a label"),
+    ):
+        assert run(tmp_path / "g.npz", *sizes, *option) == 2
+        assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmdistill.cli.extract_features import main, parse_arguments
+from mmdistill.data.clips import ClipSource
 from mmdistill.fewshot.features import load_features
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.tiny_data import make_tiny, overrides
@@ -44,6 +45,7 @@ def test_a_component_is_selected_and_clips_are_masked(tmp_path: Path, options: l
     assert flow.input_mode == "2 tube masks, 75% removed, shared"
     assert len(flow.classes) == 4
     assert flow.groups[0] == "rally_CC_0"
+    assert flow.sources[0] == ClipSource("rally_CC_0", "near_deuce_stroke_fh_gs_CC_-_in")
 
 
 @pytest.mark.parametrize("given", [["f.npz"], ["--output", "f.npz"], ["a=1", "--output=f.npz"]])

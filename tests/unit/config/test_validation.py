@@ -75,7 +75,7 @@ COMMON = [
     (D + "annotations=clip", D + "annotations=clip is not one of f3set, clips; did you mean clips?"),
     (D + "label_fields=[court,foo]", f"{D}label_fields=foo is not one of {FIELDS}, 0, 1, 2, ..."),
     (D + "label_fields=[]", f"{D}label_fields=[] selects no field; use null for all of {FIELDS}"),
-    (D + "disjoint=vidoe", D + "disjoint=vidoe is not one of video; did you mean video?"),
+    (D + "disjoint=vidoe", D + "disjoint=vidoe is not one of video, match, player; did you mean video?"),
     (D + "mask_ratio=1", D + "mask_ratio=1.0 must lie in [0, 1)"),
     (D + "eval_mask_ratio=1", D + "eval_mask_ratio=1.0 must lie in [0, 1)"),
     (D + "hflip_prob=1.5", D + "hflip_prob=1.5 must lie in [0, 1]"),

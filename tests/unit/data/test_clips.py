@@ -6,8 +6,16 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmdistill.data.annotations.base import Event, Rally
-from mmdistill.data.clips import ClipSpec, ClipTable, build_index, count_overlapping_clips, select_clips
+from mmdistill.data.annotations.base import Event, Player, Rally
+from mmdistill.data.clips import (
+    ClipSource,
+    ClipSpec,
+    ClipTable,
+    build_index,
+    clip_sources,
+    count_overlapping_clips,
+    select_clips,
+)
 
 A = "near_deuce_serve_-_-_T_-_in"
 B = "far_ad_return_bh_gs_CC_-_in"
@@ -107,3 +115,19 @@ def test_selected_clips_are_stored_as_before() -> None:
     selected = select_clips(clips, [1, 6])
     assert isinstance(selected, ClipTable)
     assert list(selected) == list(select_clips(tuple(clips), [1, 6])) == [clips[1], clips[6]]
+
+
+def test_sources_have_the_player_of_the_event() -> None:
+    """Two events at one frame, a video without a match in its name, and a label without a side of the court."""
+    near, far = Player("Ana B", "LH"), Player("Eva D", "RH")
+    events = (Event(20, A), Event(20, B), Event(30, "serve"))
+    rallies = [Rally("open-f_100_160", 60, 25.0, events, near, far), Rally("own", 60, 25.0, (Event(20, A),))]
+    index = build_index(rallies, ClipSpec("events", 8, label_fields=["0"]))
+    assert clip_sources(index.clips, rallies) == (
+        ClipSource("open-f", A, "Ana B", "LH"),
+        ClipSource("open-f", B, "Eva D", "RH"),
+        ClipSource("open-f", "serve"),
+        ClipSource("own", A),
+    )
+    windows = build_index(rallies, ClipSpec("windows", 8, stride=30))
+    assert set(clip_sources(windows.clips, rallies)) == {ClipSource("open-f"), ClipSource("own")}

@@ -9,6 +9,7 @@ import torch
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.distill.validation import make_validation, validation_summary
 from mmdistill.distributed.process import Process
+from mmdistill.fewshot.errors import EpisodeError
 from tests.configs import distill_config
 from tests.tiny_data import EVAL, make_tiny, overrides
 
@@ -71,3 +72,17 @@ def test_summary_names_the_clips(folder: Path) -> None:
     assert line.startswith(
         f"val_top1_action every 2 epochs on {len(validation.clips)} clips of val.json (the test clips"
     )
+
+
+def test_episodes_of_the_validation_are_disjoint_by_match(folder: Path) -> None:
+    """The rallies of the tiny data are matches of their own. They have no names of players."""
+    fixed = ["trainer.check_val_every_n_epoch=1", "trainer.val_episodes=3"]
+    validation = make_validation(
+        _config(folder, *fixed, "data_module.disjoint=match"), Process(torch.device("cpu"), 0, 1), print
+    )
+    assert validation is not None
+    assert validation.episodes.eligibility.disjoint == "match"
+    with pytest.raises(EpisodeError, match="the player is unknown in 24 of 24 clips"):
+        make_validation(
+            _config(folder, *fixed, "data_module.disjoint=player"), Process(torch.device("cpu"), 0, 1), print
+        )

@@ -27,6 +27,7 @@ from mmdistill.evaluation.run import (
     run_folder_lines,
     training_facts,
 )
+from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import load_features
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.configs import distill_config
@@ -371,3 +372,54 @@ def test_only_rank_zero_prints(
     monkeypatch.setattr(Process, "is_main", property(lambda self: False))
     _evaluate(data, tmp_path / "rgb.pt", tmp_path, *options)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("no_page")
+def test_report_card_and_audit_need_no_further_encoding(
+    own_data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rallies = json.loads((own_data / "val.json").read_text())
+    for number, rally in enumerate(rallies):
+        rally |= {"near_name": f"Player {number % 3}", "near_hand": "LH" if number % 3 else "RH"}
+    (own_data / "val.json").write_text(json.dumps(rallies))
+    calls = []
+    encode = run.encode_cached
+    monkeypatch.setattr(run, "encode_cached", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    options = ("data_module.input_modes=configured", "report_card=true", "shortcut_audit=true")
+    out = _evaluate(own_data, checkpoint, tmp_path, *options)
+    assert calls == [1]
+    assert json.loads((tmp_path / "fewshot.json").read_text()) == out
+    card = out["report_card"]
+    assert card["technique"] == {"clips": {"gs": 24}, "not_scored": "not scored: 1 class (gs)"}
+    direction = card["direction"]["networks"]["student_rgb"]
+    assert direction["top1_action_ensemble"] == out["top1_action_ensemble"]  # the only element with several classes
+    assert set(direction["parts"]) == {"near player", "hand LH", "hand RH", "no serve", "court deuce"}
+    assert list(out["shortcut_audit"]["levels"]) == ["any", "video", "player"]
+    assert "24 of 24 videos count as matches of their own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["data_module.disjoint=player"],
+            "the player is unknown in 24 of 24 clips; the annotation file needs near_name",
+        ),
+        (
+            ["data_module.disjoint=match", "data_module.q_sample=6"],
+            "need 3 classes with at least 7 clips in different m",
+        ),
+        (["report_card=true", "data_module.eval_clips=windows", "data_module.label=video"], "no clip has a label"),
+    ],
+)
+def test_impossible_episodes_are_rejected_before_the_encoding(
+    data: Path, checkpoint: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(FewshotError, match=message):
+        _evaluate(data, checkpoint, tmp_path, *options)
+    with pytest.raises(ConfigError, match=message):
+        check_evaluation(_config(data, *options))

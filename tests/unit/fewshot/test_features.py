@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mmdistill.data.clips import ClipSource
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.features import Features, load_features, merge_features, save_features
 
@@ -23,6 +25,25 @@ def test_a_written_file_is_read_back(tmp_path: Path, name: str):
     assert found.groups == example().groups
     assert found.network == "teacher_flow"
     assert not list((tmp_path / "new").glob(".tmp*"))
+
+
+@pytest.mark.parametrize("name", ["f.npz", "f.safetensors"])
+def test_sources_of_clips_are_written_and_read(tmp_path: Path, name: str):
+    sources = tuple(ClipSource(f"m{i // 3}", "near_ad_serve", f"Ä {i}", "LH") for i in range(6))
+    assert load_features(save_features(replace(example(), sources=sources), tmp_path / name)).sources == sources
+    assert load_features(save_features(example(), tmp_path / f"none-{name}")).sources == ()
+    with pytest.raises(FeatureError, match="6 features, but 5 sources of clips"):
+        replace(example(), sources=sources[1:])
+
+
+def test_players_of_other_programs_have_the_match_of_their_video(tmp_path: Path):
+    arrays = {"features": np.eye(3), "labels": np.arange(3), "groups": ["m_1_2", "m_3_4", "x"], "players": [7, 7, 8]}
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    sources = load_features(tmp_path / "theirs.npz").sources
+    assert sources == (ClipSource("m", "", "7"), ClipSource("m", "", "7"), ClipSource("x", "", "8"))
+    np.savez(tmp_path / "wrong.npz", **{**arrays, "players": ["a", "b"]})
+    with pytest.raises(FeatureError, match=r"wrong\.npz: players: expected one text for each of 3 clips"):
+        load_features(tmp_path / "wrong.npz")
 
 
 def test_features_of_other_programs(tmp_path: Path):

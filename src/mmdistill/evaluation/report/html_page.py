@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdistill.config.compose import CONFIGS
-from mmdistill.evaluation.report import figures
+from mmdistill.evaluation.report import breakdown_tables, figures
 from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, resize_to_width
 from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_caveats, result_tables, table_title
 from mmdistill.evaluation.report.templates import render_template
@@ -66,6 +66,10 @@ def render_page(
         tables=result_tables(results),
         footnotes=FOOTNOTES,
         probes=probe_tables(results),
+        card_tables=breakdown_tables.report_card_tables(results),
+        card_lines=breakdown_tables.report_card_lines(results),
+        audit_tables=breakdown_tables.shortcut_audit_tables(results),
+        audit_lines=breakdown_tables.shortcut_audit_lines(results),
         shots_figure=_svg_uri(figures.accuracy_by_shots(results)),
         episodes_figure=_svg_uri(figures.episode_histogram(results.settings[0].rows)),
         confusion_figure=_svg_uri(confusion),

@@ -10,6 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from mmdistill.evaluation.report.breakdown_tables import (
+    report_card_lines,
+    report_card_tables,
+    shortcut_audit_lines,
+    shortcut_audit_tables,
+)
 from mmdistill.evaluation.report.figures import network_label
 from mmdistill.evaluation.report.html_page import ReadFrame, render_page
 from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, probe_tables, result_tables, table_console
@@ -24,8 +30,8 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
 
     The top level has the keys of the headline row (see `scores.summarize`) and those of `extra`. `settings` has one
     entry per combination and classifier, with `rows` by network and paired `differences` by "first - second" (a key
-    contains the input mode if it is not the headline's). Further keys: `probes`, `per_class` (by class name) and
-    `excluded_classes` (number of clips by class name).
+    contains the input mode if it is not the headline's). Further keys: `probes`, `per_class` (by class name),
+    `excluded_classes` (number of clips by class name) and, if they were computed, `report_card` and `shortcut_audit`.
     """
     names, headline = results.features[0].classes, results.headline
     settings = []
@@ -51,6 +57,8 @@ def to_json(results: Results, *, extra: Mapping[str, Any] | None = None) -> dict
         "probes": list(results.probes),
         "per_class": per_class_accuracy(headline.scores, names),
         "excluded_classes": _excluded(headline, names),
+        **({"report_card": results.report_card.to_json()} if results.report_card else {}),
+        **({"shortcut_audit": results.shortcut_audit.to_json()} if results.shortcut_audit else {}),
     }
 
 
@@ -68,6 +76,14 @@ def print_tables(results: Results, *, console: Console | None = None) -> None:
         console.print(table.as_rich())
     for footnote in filter(None, (*FOOTNOTES, below_chance_note(results))):
         console.print(footnote, highlight=False, markup=False, soft_wrap=True)
+    for tables, lines in (
+        (report_card_tables(results), report_card_lines(results)),
+        (shortcut_audit_tables(results), shortcut_audit_lines(results)),
+    ):
+        for table in tables:
+            console.print(table.as_rich())
+        for line in lines:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     scored = results.features[0]
     source = f", checkpoint {scored.info['checkpoint']}" if scored.info.get("checkpoint") else ""
     console.print(f"scored network: {scored.network}{source}", highlight=False, markup=False, soft_wrap=True)
