@@ -1,4 +1,4 @@
-"""The report in a real browser."""
+"""The report and the page of ``mmdistill browse`` in a real browser."""
 
 import os
 import re
@@ -32,29 +32,31 @@ BROWSER = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=
 NO_REQUESTS = ["--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
 
 
-def open_page(page: Path, profile: Path, *options: str, fragment: str = "") -> "subprocess.CompletedProcess[str]":
-    """Open a page. Standard error of the result is the log of the browser."""
-    url = f"{page.as_uri()}#{fragment}" if fragment else page.as_uri()
-    command = [str(CHROMIUM), *BROWSER, *NO_REQUESTS, f"--user-data-dir={profile}", *options, url]
+def run_browser(address: str, profile: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open an address. The standard error is the log of the browser."""
+    command = [str(CHROMIUM), *BROWSER, *NO_REQUESTS, f"--user-data-dir={profile}", *options, address]
     env = {**os.environ, "TMPDIR": str(profile)}
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=env)
 
 
-def open_silently(page: Path, profile: Path, folder: Path, *options: str, fragment: str = "") -> str:
-    """Open a page, and check that there are no messages in the console and no requests. Returns standard output."""
-    log = folder / "net.json"
-    run = open_page(page, profile, f"--log-net-log={log}", *options, fragment=fragment)
-    assert [line for line in run.stderr.splitlines() if "CONSOLE" in line] == []
-    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text()))
+def open_page(page: Path, profile: Path, *options: str) -> str:
+    """Open a page. Returns the log of the browser."""
+    return run_browser(page.as_uri(), profile, *options).stderr
+
+
+def check_log(text: str, net_log: Path) -> None:
+    """Check that there are no messages in the console and no requests."""
+    assert [line for line in text.splitlines() if "CONSOLE" in line] == []
+    urls = set(re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', net_log.read_text()))
     outside = {url for url in urls if not re.search(r"://[\w.-]*(google|gvt1|chrome)", url)}  # not the browser's
     assert outside == set()
-    return run.stdout
 
 
 def check_page(page: Path, profile: Path, folder: Path) -> None:
     """Check that the browser shows the page without messages in its console and without requests."""
-    shot = folder / "shot.png"
-    open_silently(page, profile, folder, "--window-size=1150,3000", f"--screenshot={shot}")
+    log, shot = folder / "net.json", folder / "shot.png"
+    output = (f"--log-net-log={log}", "--window-size=1150,3000", f"--screenshot={shot}")
+    check_log(open_page(page, profile, *output), log)
     assert shot.stat().st_size > 20_000
 
 
@@ -65,7 +67,7 @@ def test_a_real_browser_shows_the_page_without_errors_or_requests(tmp_path: Path
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</header>", '</header><img src="https://example.org/a.png" alt="x">'))
     # the page's policy blocks the image, and this test detects it
-    assert "CONSOLE" in open_page(broken, profile, "--dump-dom").stderr
+    assert "CONSOLE" in open_page(broken, profile, "--dump-dom")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -80,10 +82,12 @@ def test_the_browser_finds_clips_by_label_and_labels_by_frame(tmp_path: Path, pr
     evaluation = write_evaluation(config, tmp_path)
     page = tmp_path / "browse.html"
     page.write_text(BrowsePage(config, BrowseOptions(evaluation=evaluation, clips=4, modalities=("rgb",))).render()[0])
+    log = tmp_path / "net.json"
 
     def result(fragment: str) -> str:
-        text = open_silently(page, profile, tmp_path, "--dump-dom", fragment=fragment)
-        found = re.search(r'<div id="result">(.*?)</section>', text, re.DOTALL)
+        run = run_browser(f"{page.as_uri()}#{fragment}", profile, f"--log-net-log={log}", "--dump-dom")
+        check_log(run.stderr, log)
+        found = re.search(r'<div id="result">(.*?)</section>', run.stdout, re.DOTALL)
         assert found is not None
         return found[1]
 

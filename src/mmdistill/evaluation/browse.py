@@ -28,7 +28,7 @@ from mmdistill.fewshot.query_errors import count_element_errors, find_query_erro
 from mmdistill.fewshot.spotting_head import LabelElements
 from mmdistill.modalities import STUDENT_MODALITY
 
-MAX_INDEX_BYTES = 3_000_000  # of the index as JSON; enough for about 150,000 clips
+MAX_INDEX_BYTES = 3_000_000  # of the index as JSON; enough for 200,000 clips of 20,000 videos
 MAX_PICTURE_BYTES = 6_000_000  # of all pictures; those of the errors use at most half of it
 WHOLE_LABEL, CLASSES = "whole label", "classes of this config"  # titles of granularities
 _SCRIPT = Path(__file__).with_name("report") / "browse.js"
