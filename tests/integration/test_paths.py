@@ -86,7 +86,7 @@ def test_unquoted_comma_is_explained(tmp_path: Path) -> None:
 
 def test_run_folder_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     data = overrides(make_tiny(tmp_path / "data", per_class=1))
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder = tmp_path / os.fsdecode(b"\xe9t\xe9")
     done = run_python(
         ROOT / "pretrain_main.py", "modality=rgb", *data, f"hydra.run.dir={folder}", cwd=tmp_path, expect=2
     )
