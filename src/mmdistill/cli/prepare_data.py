@@ -2,6 +2,7 @@
 
     mmdistill prepare my_videos --output data/mine
     mmdistill prepare match.mp4 --output data/mine --skeleton mediapipe --flow farneback
+    mmdistill prepare my_videos --output data/mine --skeleton vitpose --pose-model models/vitpose
     mmdistill prepare matches --annotations val.json --output data/f3set
 
 A folder of numbered JPEGs is a video too. With --annotations the rallies MATCH_START_END of an F3Set file are cut out
@@ -44,6 +45,7 @@ from mmdistill.prepare.pipeline import PrepareResult, Settings, estimate_output,
 from mmdistill.prepare.placement import FITS
 from mmdistill.prepare.rallies import spans_by_match
 from mmdistill.prepare.sources import find_videos
+from mmdistill.prepare.vitpose import DETECTOR_MODEL, POSE_MODEL
 
 
 @report_errors("prepare", ValueError, continues=True)
@@ -103,9 +105,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flow-dtype", choices=FLOW_DTYPES, default="float16", help="number format of the flow files")
     parser.add_argument(
         "--skeleton",
-        choices=["mediapipe", "none"],
         default="none",
-        help="keypoint detector; docs/own_data.md describes how to install mediapipe",
+        metavar="{mediapipe,vitpose,none,DIR}",
+        help="pose network, whose installation docs/own_data.md describes, or a folder with a skeleton file VIDEO.pkl "
+        "of each video, which is checked and drawn (default: none)",
+    )
+    model = "a folder that transformers wrote, or a name on the Hugging Face Hub, which is downloaded once"
+    parser.add_argument(
+        "--pose-model",
+        default=POSE_MODEL,
+        metavar="DIR_OR_HUB_ID",
+        help=f"ViTPose of --skeleton vitpose: {model} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--detector-model",
+        default=DETECTOR_MODEL,
+        metavar="DIR_OR_HUB_ID",
+        help="person detector of --skeleton vitpose, for example RT-DETR, given as --pose-model (default: %(default)s)",
     )
     parser.add_argument(
         "--split",
@@ -124,7 +140,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=available_cores(),
         help="number of processes; each prepares one video at a time (default: all cores of this job)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    models = (options.pose_model, options.detector_model)
+    if options.skeleton != "vitpose" and models != (POSE_MODEL, DETECTOR_MODEL):
+        parser.error("--pose-model and --detector-model need --skeleton vitpose")
+    return options
 
 
 def _parse_size(text: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ With `Settings.pack` the files of a video are packed when all of them are writte
 OUTPUT/vid_frames_224/{video}/frames.zip             OUTPUT/tennis_flows/{video}/flow.npy
 """
 
+import functools
 import json
 import multiprocessing
 from collections import deque
@@ -34,10 +35,11 @@ from mmdistill.prepare.flow import FLOW_METHODS, make_flow_function
 from mmdistill.prepare.outputs import RECORD_DIR, SHEET_DIR, Outputs, remove_outdated
 from mmdistill.prepare.placement import FITS, Placement, fit_into, scale_to_height
 from mmdistill.prepare.player_tracking import ReadFrames
-from mmdistill.prepare.pose import import_mediapipe, load_mediapipe_pose, write_skeletons
 from mmdistill.prepare.rallies import FrameSpool, RallySpan, check_frame_rate
+from mmdistill.prepare.skeleton_sources import SkeletonSource
 from mmdistill.prepare.sources import decode_frames, fingerprint, list_frames, read_frames, read_header
 from mmdistill.prepare.video import Frame, VideoError, find_repeated_frames, mean_frame_rate
+from mmdistill.prepare.vitpose import DETECTOR_MODEL, POSE_MODEL
 
 TRACKING_VERSION = 2  # of `find_players`: 1 has no compensation of camera motion
 JPEG_BYTES_PER_PX = 0.5  # a rough upper estimate for quality 95
@@ -56,7 +58,9 @@ class Settings:
     quality: int = 95  # JPEG quality, 1 to 100
     flow: str = "dis"  # ``dis``, ``farneback`` or ``none``
     flow_dtype: str = "float16"  # number format of the flow files, see `write_flow`
-    skeleton: str = "none"  # ``mediapipe`` or ``none``
+    skeleton: str = "none"  # ``mediapipe``, ``vitpose``, ``none``, or a folder with {video}.pkl
+    pose_model: str = POSE_MODEL  # of ``vitpose``: folder, or name on the Hugging Face Hub
+    detector_model: str = DETECTOR_MODEL  # the same of its person detector
     split: float = 0.4  # image height that separates the near from the far player, as a fraction from the top
     pack: bool = False  # one file of frames and one of flow per video
 
@@ -64,7 +68,6 @@ class Settings:
         for name, value, allowed in (
             ("flow", self.flow, (*FLOW_METHODS, "none")),
             ("flow_dtype", self.flow_dtype, FLOW_DTYPES),
-            ("skeleton", self.skeleton, ("mediapipe", "none")),
             ("fit", self.fit, FITS),
         ):
             if value not in allowed:
@@ -73,6 +76,12 @@ class Settings:
             raise ValueError(f"height, quality or split is out of range: {self}")
         if (self.size is not None and min(self.size) < 16) or (self.fps is not None and self.fps <= 0):
             raise ValueError(f"size={self.size} must be at least 16 x 16 px, and fps={self.fps} must be positive")
+        self.skeleton_source  # noqa: B018, it checks the method
+
+    @property
+    def skeleton_source(self) -> SkeletonSource:
+        """Where the skeletons come from."""
+        return SkeletonSource(self.skeleton, self.pose_model, self.detector_model, self.split)
 
     def placement(self, source: tuple[int, int]) -> Placement:
         """Placement of a video of (height, width) px in the stored frames."""
@@ -82,7 +91,7 @@ class Settings:
         """The settings that each kind of output file depends on."""
         shape: dict[str, Any] = {"size": list(self.size), "fit": self.fit} if self.size else {"height": self.height}
         rate = {} if self.fps is None else {"fps": self.fps}
-        found = {"method": self.skeleton, "split": self.split, "tracking": TRACKING_VERSION}
+        found = {**self.skeleton_source.settings(), "tracking": TRACKING_VERSION}
         return {
             "frames": {**shape, **rate, "quality": self.quality},
             "flow": {**shape, **rate, "method": self.flow, "dtype": self.flow_dtype},
@@ -158,14 +167,15 @@ def prepare_all(
     results of a video or match.
 
     Raises:
-        PoseError: skeletons are requested and MediaPipe is not installed.
+        PoseError: the pose network is not installed or cannot be loaded.
     """
-    if settings.skeleton == "mediapipe":
-        import_mediapipe()  # raises here once, instead of in the worker of each video
+    source = settings.skeleton_source
+    source.check()  # raises here once, instead of in the worker of each video
+    start = functools.partial(source.start_worker, min(workers, len(videos)))
     output.mkdir(parents=True, exist_ok=True)
     results = []
     context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=start) as pool:
         jobs = {
             pool.submit(_prepare, name, path, output, settings, None if rallies is None else rallies[name]): name
             for name, path in videos.items()
@@ -224,6 +234,8 @@ class _Preparation:
         """Remove outdated files. If an earlier run completed the video, its record is the result."""
         files = self._files
         self._record = record | {"parts": self._settings.by_output()}
+        source = self._settings.skeleton_source
+        self._record["parts"]["skeleton"] |= source.file_settings(self.name, files.skeleton)
         self._uses_own_frames = files.frames.is_dir() and files.frames.samefile(self._source)
         if self._uses_own_frames:
             _check_own_frames(self._source, self._settings)
@@ -264,15 +276,9 @@ class _Preparation:
         `read` yields the frames again, for the skeletons. `fps` is recorded if the frames have no timestamps.
         """
         settings, record = self._settings, self._record | self._measurements(fps)
-        if settings.skeleton == "mediapipe":
-            counts = write_skeletons(
-                read,
-                self._files.skeleton,
-                self._sheet,
-                split=settings.split,
-                pose=load_mediapipe_pose(),
-                place=settings.placement(self._size) if settings.size else None,
-            )
+        if settings.skeleton != "none":
+            place = settings.placement(self._size) if settings.size else None
+            counts = settings.skeleton_source.write(self.name, read, self._files.skeleton, self._sheet, place)
             record["skeleton_frames"] = asdict(counts)
         if settings.pack:
             self._files.pack()

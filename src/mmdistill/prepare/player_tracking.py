@@ -315,3 +315,30 @@ def square_crops(boxes: np.ndarray, *, margin: float = 2.0) -> np.ndarray:
         side = margin * np.nanmedian(longer[max(0, nearest - SMOOTHING_RADIUS) : nearest + SMOOTHING_RADIUS + 1])
         out[k] = *(_box_centers(boxes[nearest]) - side / 2), side
     return out
+
+
+def select_people(people: Sequence[np.ndarray], crops: np.ndarray, *, max_offset: float) -> list[int | None]:
+    """Select the person in each crop who is nearest to its center; None: there is none.
+
+    Two crops never select the same person: of two boxes that contain the center of each other, the one nearer to its
+    crop center is selected.
+
+    Args:
+        people: per crop, boxes (n, 4) left, top, width, height of all persons in it.
+        crops: (len(people), 3) left, top, side. Boxes and crops are in the same px.
+        max_offset: crop sides between the centers of the crop and of a selected box, vertical and horizontal.
+    """
+    offsets = []
+    for boxes, (left, top, side) in zip(people, crops, strict=True):
+        distance = np.abs(_box_centers(boxes) - (left + side / 2, top + side / 2)).max(axis=1) / side
+        offsets.append(np.where(distance <= max_offset, distance, np.inf))
+    selected: list[int | None] = [None] * len(people)
+    for crop in sorted(range(len(people)), key=lambda k: offsets[k].min(initial=np.inf)):
+        taken = [people[k][i] for k, i in enumerate(selected) if i is not None]
+        for i in np.argsort(offsets[crop], kind="stable").tolist():
+            box = people[crop][i]
+            is_taken = any(_overlaps(box[None], other)[0] and _overlaps(other[None], box)[0] for other in taken)
+            if np.isfinite(offsets[crop][i]) and not is_taken:
+                selected[crop] = i
+                break
+    return selected

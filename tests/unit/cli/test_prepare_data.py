@@ -162,6 +162,22 @@ def test_missing_mediapipe_is_reported_once(
     assert not out.exists()
 
 
+def test_wrong_source_of_skeletons_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_moving_square(tmp_path / "a.avi")
+    common = [str(tmp_path / "a.avi"), "--output", str(tmp_path / "out"), "--skeleton"]
+    assert main([*common, "openpose"]) == 2
+    assert "skeleton='openpose' is not one of mediapipe, vitpose, none, and not a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main([*common, "mediapipe", "--pose-model", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "--pose-model and --detector-model need --skeleton vitpose" in capsys.readouterr().err
+    assert main([*common, "vitpose", "--pose-model", str(tmp_path), "--detector-model", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert f"--detector-model {tmp_path}: cannot be loaded (" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_source_and_wrong_setting_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
     assert "none: no such file or folder" in capsys.readouterr().err

@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdistill.prepare.player_tracking import PlayerBoxes
 from mmdistill.prepare.video import Frame, decode_frames
 from tests.generated_video import BroadcastClip, write_broadcast_clip
+from tests.tiny_pose import write_detector, write_vitpose
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +64,21 @@ def two_players(tmp_path_factory: pytest.TempPathFactory) -> TwoPlayers:
     near = np.array([(120 + 6 * k, 260) for k in range(40)])
     far = np.array([(500 - 4 * k, 60) for k in range(40)])
     return write_two_players(tmp_path_factory.mktemp("pose") / "v.avi", near, far, far_start=10)
+
+
+@pytest.fixture
+def tracked(two_players: TwoPlayers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the tracking, which takes seconds, by boxes around the true centers."""
+    size = np.full((2, len(two_players.near), 2), 60.0)
+    boxes = np.concatenate([np.stack([two_players.near, two_players.far]) - 27.0, size], axis=2)
+    boxes[1, : two_players.far_start] = np.nan
+    players = PlayerBoxes(boxes, np.zeros(len(two_players.near), bool))
+    monkeypatch.setattr("mmdistill.prepare.pose.find_players", lambda *_, **__: players)
+
+
+@pytest.fixture(scope="session")
+def pose_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Folders of a small detector and a small ViTPose."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("models")
+    return str(write_detector(root / "detector")), str(write_vitpose(root / "vitpose"))

@@ -7,7 +7,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdistill.prepare.player_tracking import CameraMotion, _find_person_changes, find_players, square_crops
+from mmdistill.prepare.player_tracking import (
+    CameraMotion,
+    _find_person_changes,
+    find_players,
+    select_people,
+    square_crops,
+)
 from mmdistill.prepare.video import decode_frames
 from tests.generated_video import BroadcastClip, write_pan
 from tests.unit.prepare.conftest import TwoPlayers, write_two_players
@@ -120,3 +126,29 @@ def test_split_assigns_players_to_near_and_far(two_players: TwoPlayers, split: f
     empty, filled = (far, near) if split == 0 else (near, far)
     assert np.isnan(empty).all()
     assert not np.isnan(filled).all()
+
+
+NO_PEOPLE = np.empty((0, 4))
+
+
+def test_person_nearest_to_the_center_of_the_crop_is_selected() -> None:
+    people = np.array([(0, 0, 10, 20), (42, 38, 10, 20), (50, 40, 10, 20)], float)
+    crop = np.array([(0, 0, 100)], float)
+    assert select_people([people], crop, max_offset=0.3) == [1]
+    assert select_people([people[:1]], crop, max_offset=0.3) == [None]
+    assert select_people([people[:1]], crop, max_offset=0.5) == [0]
+    assert select_people([NO_PEOPLE], crop, max_offset=0.3) == [None]
+    assert select_people([], np.empty((0, 3)), max_offset=0.3) == []
+
+
+def test_two_crops_never_select_the_same_person() -> None:
+    """Both crops show the same two persons, whose boxes differ by the rounding of the detector."""
+    first, second = np.array((45, 40, 10, 20), float), np.array((70, 40, 10, 20), float)
+    crops = np.array([(2, 0, 100), (20, 0, 100)], float)
+    assert select_people([np.stack([first, second]), np.stack([second + 0.4, first + 0.4])], crops, max_offset=0.4) == [
+        0,
+        0,
+    ]
+    only = [first[None], first[None] + 0.4]
+    assert select_people(only, crops, max_offset=0.4) == [0, None]
+    assert select_people(only[::-1], crops[::-1], max_offset=0.4) == [None, 0]

@@ -12,10 +12,10 @@ import pytest
 
 from mmdistill.data.annotations.base import UNKNOWN_FPS, AnnotationError, Rally
 from mmdistill.files import atomic_write_bytes
-from mmdistill.prepare import pipeline
+from mmdistill.prepare import pipeline, skeleton_sources
 from mmdistill.prepare.pipeline import Settings, estimate_output, prepare_match, prepare_video, write_annotations
 from mmdistill.prepare.player_tracking import ReadFrames
-from mmdistill.prepare.pose import SkeletonCounts, write_skeletons
+from mmdistill.prepare.pose import SkeletonCounts, estimate_in_crops, write_skeletons
 from mmdistill.prepare.rallies import FrameSpool, RallySpan, check_frame_rate, spans_by_match
 from mmdistill.prepare.sources import decode_frames
 from mmdistill.prepare.video import VideoError
@@ -184,16 +184,16 @@ def fake_pose(crop: np.ndarray) -> np.ndarray:
 def test_skeletons_are_those_of_the_frames_of_a_rally(
     two_players: TwoPlayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_mediapipe_pose", lambda: fake_pose)
+    monkeypatch.setattr(skeleton_sources, "load_mediapipe", lambda: estimate_in_crops(fake_pose))
     spans = [RallySpan("v_0_14", 0, 14, UNKNOWN_FPS), RallySpan("v_10_24", 10, 24, 25.0)]
     results = prepare_match(two_players.path, spans, tmp_path, replace(SMALL, flow="none", skeleton="mediapipe"))
     assert [result.error for result in results] == [None, None]
     assert all(result.record and result.record["skeleton_frames"]["near"] > 10 for result in results)
-    frames = list(two_players.read())
+    frames, pose = list(two_players.read()), estimate_in_crops(fake_pose)
     for span in spans:
         rally = [replace(frame, number=k) for k, frame in enumerate(frames[span.start : span.stop])]
         expected = tmp_path / f"{span.name}.pkl"
-        write_skeletons(lambda rally=rally: rally, expected, tmp_path / "sheet.jpg", split=0.4, pose=fake_pose)
+        write_skeletons(lambda rally=rally: rally, expected, tmp_path / "sheet.jpg", split=0.4, pose=pose)
         written = tmp_path / f"skeletons/f3set-tennis/{span.name}.pkl"
         assert written.read_bytes() == expected.read_bytes()
         assert pickle.loads(written.read_bytes())["keypoint"].shape == (2, span.stop - span.start, 17, 2)
@@ -218,11 +218,12 @@ def write_hash(read: ReadFrames, target: Path, sheet: Path, **_: object) -> Skel
 def test_interrupted_match_resumes_to_an_identical_folder(
     match: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int, pack: bool
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_mediapipe_pose", lambda: fake_pose)
-    monkeypatch.setattr(pipeline, "write_skeletons", write_hash)
+    monkeypatch.setattr(skeleton_sources, "load_mediapipe", lambda: estimate_in_crops(fake_pose))
+    monkeypatch.setattr(skeleton_sources, "write_skeletons", write_hash)
+    module = skeleton_sources if name == "write_skeletons" else pipeline
     settings = replace(SMALL, skeleton="mediapipe", pack=pack)
     prepare_match(match, SPANS, tmp_path / "expected", settings)
-    original, count = getattr(pipeline, name), itertools.count()
+    original, count = getattr(module, name), itertools.count()
 
     def stop(*args: object, **options: object) -> object:
         if next(count) == calls:
@@ -230,7 +231,7 @@ def test_interrupted_match_resumes_to_an_identical_folder(
         return original(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, name, stop)
+        patch.setattr(module, name, stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_match(match, SPANS, tmp_path / "out", settings)
     assert file_contents(tmp_path / "out") != file_contents(tmp_path / "expected")
