@@ -34,6 +34,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THR
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 import mmdistill.distill  # noqa: E402
@@ -123,9 +124,9 @@ def kill_sometime(kind: str, pids: list[int], checkpoints: Path, rng: random.Ran
 
 
 def epochs_saved(checkpoints: Path) -> int:
-    """Epochs done in the newest checkpoint, by its name; 0 without one."""
+    """Complete epochs in the newest checkpoint; 0 without one. Inside an epoch its name contains ``-step=``."""
     names = [path.name for path in checkpoints.glob("epoch=*")] if checkpoints.is_dir() else []
-    return max((int(name[6:].partition("-")[0]) + 1 for name in names), default=0)
+    return max((int(name[6:].partition("-")[0]) + ("-step=" not in name) for name in names), default=0)
 
 
 def metrics(run_dir: Path) -> list[dict[str, str]]:
@@ -157,8 +158,9 @@ def is_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]])
 
 
 def shared_memory() -> set[str]:
-    """Segments that torch and multiprocessing have created."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("torch_", "sem.mp-", "psm_", "pymp-"))}
+    """Segments that torch, DeepSpeed and multiprocessing have created, except those of torch of living processes."""
+    names = [n for n in os.listdir("/dev/shm") if n.startswith(("torch_", "deepspeed_", "sem.mp-", "psm_", "pymp-"))]
+    return {name for name in names if name[:6] != "torch_" or not psutil.pid_exists(int(name.split("_")[1]))}
 
 
 class Campaign:

@@ -44,7 +44,8 @@ def start_training(command: list[str], *, ranks: int, log: Path, temporary: Path
         os.dup2(output, 2)
         os.chdir(ROOT)
         faulthandler.enable()  # prints where the process is if SIGABRT ends it
-        os.environ["TMPDIR"], tempfile.tempdir = str(temporary), None
+        # Python would look for the folder with a test file, which remains if SIGKILL ends the process meanwhile
+        os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
         os.environ[COMMAND_ID] = f"mmdistill-log-{os.getpid()}-{uuid.uuid4().hex}"
         sys.argv = command
         status = 0

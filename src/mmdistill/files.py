@@ -30,6 +30,8 @@ except ImportError:  # Windows, where temporary folders of killed processes rema
 
 _FOLDER_PREFIX = "mmdistill-"
 _LOCK_SUFFIX = ".lock"  # a file next to a temporary folder, which its processes lock
+_PROCESS_PREFIX = "process-"  # see `record_process`
+_SHARED_MEMORY = Path("/dev/shm")
 OLD_PREFIX = ".old-"  # name of a file or directory while another one takes its place
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # Windows has no EDQUOT
 # errno of a rename that the file system does not support, on mounted cloud drives also EMFILE, on overlays EXDEV
@@ -236,10 +238,22 @@ def _create_lock(parent: str) -> tuple[int, str]:
 
 def _remove_temporary_folder(lock_path: str) -> None:
     folder = lock_path.removesuffix(_LOCK_SUFFIX)
+    for record in Path(folder).glob(f"{_PROCESS_PREFIX}*"):
+        pid = record.name.removeprefix(_PROCESS_PREFIX)
+        for left in () if psutil.pid_exists(int(pid)) else _SHARED_MEMORY.glob(f"torch_{pid}_*"):
+            left.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     if not os.path.exists(folder):  # otherwise the next command tries again
         with contextlib.suppress(OSError):
             os.unlink(lock_path)
+
+
+def record_process(folder: Path) -> None:
+    """Record in a temporary folder that this process creates tensors in shared memory.
+
+    torch removes the name of a tensor at once. If SIGKILL ends the process before, the name is removed with the folder.
+    """
+    (folder / f"{_PROCESS_PREFIX}{os.getpid()}").touch()
 
 
 def temporary_folder_until_exit(parent: str | None = None) -> str:

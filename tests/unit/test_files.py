@@ -15,12 +15,14 @@ from unittest.mock import patch
 
 import pytest
 
+from mmdistill import files
 from mmdistill.errors import InputError
 from mmdistill.files import (
     WriteError,
     atomic_open,
     atomic_write_bytes,
     encode_json,
+    record_process,
     remove_temporary_files,
     remove_temporary_folders,
     rename_directory,
@@ -200,6 +202,27 @@ def test_nothing_remains_of_a_process_that_is_killed_at_any_moment(root: Path, m
     assert os.wait()[1] == signal.SIGKILL
     assert list(root.iterdir())
     remove_temporary_folders(root)
+    assert not list(root.iterdir())
+
+
+def test_shared_memory_of_a_killed_process_is_removed_with_its_folder(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL between torch's creation of a name and its removal."""
+    memory = tmp_path_factory.mktemp("shm")
+    monkeypatch.setattr(files, "_SHARED_MEMORY", memory)
+    if (pid := os.fork()) == 0:
+        with temporary_folder() as folder:
+            record_process(Path(folder))
+            (memory / f"torch_{os.getpid()}_1_2").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.wait()
+    for other in (f"torch_{os.getpid()}_1_2", f"torch_{pid}0_1_2"):
+        (memory / other).touch()
+    assert len(list(memory.iterdir())) == 3
+    with temporary_folder() as folder:
+        record_process(Path(folder))
+    assert {path.name for path in memory.iterdir()} == {f"torch_{os.getpid()}_1_2", f"torch_{pid}0_1_2"}
     assert not list(root.iterdir())
 
 

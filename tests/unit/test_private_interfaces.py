@@ -44,7 +44,7 @@ def test_torch_default_pg_timeout(name: str) -> None:
 def test_torch_loader_looks_at_its_workers() -> None:
     """data/dataloader.py: how often the loader looks whether its workers live."""
     _source_mentions(DataLoader.__iter__, "_get_iterator")
-    _source_mentions(_MultiProcessingDataLoaderIter._try_get_data, "timeout", "is_alive")
+    _source_mentions(_MultiProcessingDataLoaderIter._try_get_data, "_data_queue", "timeout", "is_alive")
 
 
 def test_multiprocessing_temporary_folder() -> None:

@@ -4,6 +4,7 @@ import atexit
 import errno
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -17,13 +18,14 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from mmdistill.errors import InputError, MMDistillError
-from mmdistill.files import temporary_folder_until_exit
+from mmdistill.files import record_process, temporary_folder_until_exit
 
 # Schedulers, container runtimes and terminals send a stop signal to every process of a job. The main process finishes
 # its step and saves, for which it needs its workers, so the workers ignore these signals.
@@ -61,9 +63,11 @@ class ClipLoader(DataLoader[Any]):
         with _unchanged_sigchld_handler():
             batches: Any = super()._get_iterator()
         if self.num_workers:
-            get_data = type(batches)._try_get_data
-            # a strong reference would be a cycle, which keeps the workers until a garbage collection
+            get_data, queue = type(batches)._try_get_data, batches._data_queue
+            # strong references would be cycles, which keep the workers until a garbage collection
             batches._try_get_data = partial(_get_data_with_checks, partial(get_data, weakref.proxy(batches)))
+            get = partial(type(queue).get, weakref.proxy(queue))
+            queue.get = partial(_get_or_wait_for_exit, get, batches._workers)
         return batches
 
     def __iter__(self) -> Any:
@@ -104,6 +108,18 @@ def _get_data_with_checks(get_data: Callable[[float], tuple[bool, Any]], timeout
         is_done, data = get_data(min(timeout, _CHECK_INTERVAL_S))
         if is_done or time.monotonic() >= end:
             return is_done, data
+
+
+def _get_or_wait_for_exit(get: Callable[..., Any], workers: Sequence[BaseProcess], **options: Any) -> Any:
+    """``get()``. A worker that is killed breaks its connection first, so an error is raised after the worker has ended.
+
+    For an error while all workers live, torch creates temporary files, to look for the limit of open files.
+    """
+    try:
+        return get(**options)
+    except (OSError, EOFError):
+        wait([worker.sentinel for worker in workers], _WORKER_EXIT_WAIT_S)
+        raise
 
 
 @contextmanager
@@ -162,6 +178,7 @@ class _WorkerInit:
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PROTECTED_SIGNALS)
         sys.excepthook = _print_unless_connection_lost
+        record_process(Path(multiprocessing.util.get_temp_dir()))
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
 
@@ -182,6 +199,7 @@ def _share_temporary_folder() -> None:
     if "tempdir" not in config:
         is_long = len(tempfile.gettempdir()) > _MAX_SOCKET_DIR_LENGTH
         config["tempdir"] = temporary_folder_until_exit("/tmp" if is_long else None)
+        record_process(Path(config["tempdir"]))
 
 
 _WORKERS: "weakref.WeakSet[BaseProcess]" = weakref.WeakSet()

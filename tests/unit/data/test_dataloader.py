@@ -6,6 +6,7 @@ import multiprocessing.util
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,7 @@ from torch.utils.data import TensorDataset
 from mmdistill.data.dataloader import (
     ClipLoader,
     WorkerExitError,
+    _get_or_wait_for_exit,
     _iterate_with_worker_check,
     _print_unless_connection_lost,
 )
@@ -99,6 +101,8 @@ def test_killed_worker_leaves_no_socket_in_the_folder_for_temporary_files() -> N
         folder = Path(multiprocessing.util.get_temp_dir())
         assert set(short.iterdir()) == {folder, folder.with_name(f"{folder.name}.lock")}
         assert list(folder.glob("listener-*"))
+        processes = {path.name for path in folder.glob("process-*")}
+        assert processes == {f"process-{os.getpid()}", f"process-{worker.pid}"}
 
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="short") as name:
         short = Path(name)
@@ -143,6 +147,20 @@ def test_worker_that_is_killed_between_two_epochs_is_named() -> None:
     worker.join()
     with pytest.raises(WorkerExitError, match=r"DataLoader worker exited: \d+ \(SIGKILL\)"):
         list(loader)
+
+
+def test_torch_creates_no_temporary_files_if_a_worker_dies() -> None:
+    """A broken connection is noticed before the worker has ended; torch then looks for the limit of open files."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+
+    def get(timeout: float) -> None:
+        threading.Timer(0.1, process.kill).start()
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        _get_or_wait_for_exit(get, [process], timeout=1.0)
+    assert not process.is_alive()
 
 
 def test_worker_prints_no_traceback_if_the_main_process_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
