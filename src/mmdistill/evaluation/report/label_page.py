@@ -44,7 +44,7 @@ def write_labels(video: LabeledVideo, folder: Path) -> list[Path]:
         "strokes.html": render_label_page(video),
     }
     for name, text in content.items():
-        atomic_write_bytes(folder / name, text.encode())
+        atomic_write_bytes(folder / name, text.encode(errors="backslashreplace"))
     return [folder / name for name in content]
 
 

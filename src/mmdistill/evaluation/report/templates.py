@@ -15,6 +15,8 @@ from mmdistill.errors import format_count
 def render_template(name: str, **values: Any) -> str:
     """The page of a template of this folder. Text is escaped, and an undefined value is an error.
 
+    Bytes of file names that are not UTF-8 are shown as escapes.
+
     The filter ``count`` is `format_count`.
     """
     environment = jinja2.Environment(
@@ -25,4 +27,5 @@ def render_template(name: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["count"] = format_count
-    return environment.get_template(name).render(values)
+    text = environment.get_template(name).render(values)
+    return text.encode(errors="backslashreplace").decode()

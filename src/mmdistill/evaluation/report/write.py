@@ -115,5 +115,5 @@ def write_report(
     atomic_write_bytes(folder / "fewshot.json", content, fsync=True)
     settings = (extra or {}) if settings is None else settings
     text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings, facts=facts)
-    atomic_write_bytes(folder / "report.html", text.encode("utf-8", "backslashreplace"), fsync=True)
+    atomic_write_bytes(folder / "report.html", text.encode(), fsync=True)
     return folder / "report.html"
