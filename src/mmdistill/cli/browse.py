@@ -14,9 +14,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.cli.parser import add_evaluation_config, load_evaluation_config, make_parser, report_errors
 from mmdistill.config import ConfigError, DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.errors import format_size
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import modality_names
@@ -45,11 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fewshot.json of `mmdistill evaluate`, whose errors are shown (default: none)",
     )
     parser.add_argument("--errors", type=int, default=24, help="largest number of errors")
-    parser.add_argument("--config-name", default="config_mmdistill", help="main config in configs/")
-    add_config_dir(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
-    )
+    add_evaluation_config(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -60,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("clips", "errors"):
         if getattr(args, name) < 0:
             raise ConfigError(f"--{name} {getattr(args, name)} must be at least 0")
-    overrides = [*args.overrides, "train=False", "test=False"]
-    config = load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir)
+    config = load_evaluation_config(args)
     from mmdistill.evaluation.browse import BrowseOptions, BrowsePage  # imports torch, which --help must not
 
     modalities = tuple(args.modalities) if args.modalities else None

@@ -18,9 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmdistill.checkpoint.errors import ComponentError, name_setting
-from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.cli.parser import add_evaluation_config, load_evaluation_config, make_parser, report_errors
 from mmdistill.config import ConfigError, DistillConfig, modality_specs
-from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
 from mmdistill.errors import format_count
 
@@ -59,14 +58,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=["shared", "per_clip"],
         help="masks of all clips or of each clip (default: data_module.eval_masks)",
     )
-    parser.add_argument(
-        "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
-    )
-    add_config_dir(parser)
+    add_evaluation_config(parser)
     parser.add_argument("--cache", type=Path, help="folder of the feature cache (default: no cache)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
-    )
     args = parser.parse_intermixed_args(argv)
     if args.output is None and args.overrides and not is_override(args.overrides[0]):  # its place in earlier versions
         args.output = Path(args.overrides.pop(0))
@@ -143,6 +136,5 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the arguments, the checkpoint or the data are invalid."""
     args = parse_arguments(argv)
-    overrides = [*args.overrides, "train=False", "test=False"]
-    extract_features(args, load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir))
+    extract_features(args, load_evaluation_config(args))
     return 0

@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config import DistillConfig, PretrainConfig, explain
+from mmdistill.config.compose import load_config
 from mmdistill.config.overrides import is_override
 from mmdistill.console import exit_if_pipe_closed
 from mmdistill.errors import InputError, MMDistillError
@@ -109,6 +110,23 @@ def add_config_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-dir", type=Path, help="additional folder of configs, such as dataset/NAME.yaml (default: none)"
     )
+
+
+def add_evaluation_config(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config-name``, ``--config-dir`` and Hydra overrides; see `load_evaluation_config`."""
+    parser.add_argument(
+        "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
+    )
+    add_config_dir(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
+    )
+
+
+def load_evaluation_config(args: argparse.Namespace) -> DistillConfig:
+    """The config that the arguments of `add_evaluation_config` select, for a command that neither trains nor tests."""
+    overrides = [*args.overrides, "train=False", "test=False"]
+    return load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir)
 
 
 def report_errors(

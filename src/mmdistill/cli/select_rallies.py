@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmdistill.checkpoint.errors import ComponentError, name_setting
-from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.cli.parser import add_evaluation_config, load_evaluation_config, make_parser, report_errors
 from mmdistill.config import DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set, to_json
 from mmdistill.errors import format_count
@@ -49,13 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--curve", action="store_true", help="compare with a random selection")
     parser.add_argument("--draws", type=int, default=10, help="with --curve: divisions into two halves")
     parser.add_argument("--output", type=Path, default=Path("output/selected_rallies"), help="folder of the results")
-    parser.add_argument(
-        "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
-    )
-    add_config_dir(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
-    )
+    add_evaluation_config(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -63,8 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the arguments, the checkpoint or the data are invalid."""
     args = parse_arguments(argv)
-    overrides = [*args.overrides, "train=False", "test=False"]
-    config = load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir)
+    config = load_evaluation_config(args)
     from mmdistill.evaluation.rally_selection import RallyFeatures, unlabeled_rallies
     from mmdistill.fewshot.rally_selection import select_rallies
 

@@ -13,9 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
+from mmdistill.cli.parser import add_evaluation_config, load_evaluation_config, make_parser, report_errors
 from mmdistill.config import DistillConfig
-from mmdistill.config.compose import load_config
 from mmdistill.files import atomic_write_bytes, encode_json
 
 
@@ -32,13 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stride", type=int, default=3, help="frames between the windows that are encoded")
     parser.add_argument("--output", type=Path, default=Path("output/spotting"), help="folder of the results")
-    parser.add_argument(
-        "--config-name", default="config_mmdistill", help="main config in configs/; use that of the training"
-    )
-    add_config_dir(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of the config, such as dataset=NAME"
-    )
+    add_evaluation_config(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -46,8 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the arguments, the checkpoint or the data are invalid."""
     args = parse_arguments(argv)
-    overrides = [*args.overrides, "train=False", "test=False"]
-    config = load_config(DistillConfig, args.config_name, overrides, config_dir=args.config_dir)
+    config = load_evaluation_config(args)
     from mmdistill.evaluation.spotting import SpottingProtocol, predictions_json, print_results, results_json, spot
 
     named = tuple(dict.fromkeys(args.rallies)) if args.rallies else None
