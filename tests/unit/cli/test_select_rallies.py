@@ -4,29 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmdistill.cli.select_rallies import main
 from mmdistill.data.annotations import load_annotations
-from mmdistill.models.videomae import Encoder, EncoderConfig
-from tests.tiny_data import make_tiny, overrides
+from tests.tiny_data import make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.usefixtures("single_process_env")
 
 
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
-    """A student checkpoint, eight training rallies, and four of them for the evaluation."""
-    torch.manual_seed(0)
-    config = EncoderConfig(3, 4, 32, 32, 8, 2, dim=64, depth=1, heads=1, head_dim=64, mlp_dim=64)
-    state = {f"student_rgb.encoder.{k}": v for k, v in Encoder(config).state_dict().items()}
-    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    """A checkpoint, eight training rallies, and four of them for the evaluation."""
     root = make_tiny(tmp_path / "data", per_class=2)
     rallies = json.loads((root / "val.json").read_text())
     (root / "val.json").write_text(json.dumps(rallies[::2]))
     (tmp_path / "labeled.json").write_text(json.dumps(rallies[1:2]))
     options = [o for o in overrides(root) if not o.startswith("trainer")]
-    return [str(tmp_path / "last.ckpt"), "--output", str(tmp_path / "out"), *options]
+    return [str(write_teacher(tmp_path / "rgb", "rgb", seed=0)), "--output", str(tmp_path / "out"), *options]
 
 
 def test_rallies_that_are_neither_labeled_nor_evaluated_are_selected(
