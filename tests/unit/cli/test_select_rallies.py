@@ -1,12 +1,14 @@
 """The command ``mmdistill select-rallies``."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from mmdistill.cli.select_rallies import main
 from mmdistill.data.annotations import load_annotations
+from mmdistill.evaluation import rally_selection
 from tests.tiny_data import make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.usefixtures("single_process_env")
@@ -36,8 +38,9 @@ def test_rallies_that_are_neither_labeled_nor_evaluated_are_selected(
 
 
 def test_the_curve_uses_the_evaluation_rallies(
-    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(rally_selection, "SpottingHead", partial(rally_selection.SpottingHead, steps=10))
     assert main([*arguments, "--budget", "1", "--curve", "--draws", "2"]) == 0
     assert "2 evaluated rallies, 2 draws" in capsys.readouterr().out
     curve = json.loads((tmp_path / "out" / "curve.json").read_text())

@@ -32,7 +32,7 @@ def make_groups(*, common: int, rare: int) -> tuple[list[Rally], dict[str, np.nd
 def test_k_center_is_better_than_random_where_most_rallies_look_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(rally_selection, "SpottingHead", partial(rally_selection.SpottingHead, steps=60))
+    monkeypatch.setattr(rally_selection, "SpottingHead", partial(rally_selection.SpottingHead, steps=30))
     rallies, features = make_groups(common=11, rare=3)
     curve = label_curve(features, rallies, draws=2, seed=0)
     rows = {int(row["rallies"]): row for row in curve.rows()}
