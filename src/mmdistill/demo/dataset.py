@@ -13,17 +13,11 @@ The class of a stroke is (type, side, technique, direction) of its F3Set label; 
 number depends only on `seed` and the rally, so rallies can be rendered in any order and in any process.
 """
 
-import contextlib
 import errno
 import json
-import multiprocessing
 import pickle
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +29,7 @@ from filelock import FileLock, SoftFileLock
 
 from mmdistill.console import progress as show_progress
 from mmdistill.data.cores import available_cores
+from mmdistill.data.process_pool import process_pool
 from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.demo import render
 from mmdistill.demo.scene import (
@@ -138,20 +133,6 @@ def _check_parameters(root: Path, requested: dict[str, Any]) -> None:
             )
 
 
-@contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM instead of dying, so that the semaphores of the processes are removed. Main thread only."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, workers: int, progress: bool) -> None:
     with show_progress("demo data, rallies", len(plans), enabled=progress, show_ends=True) as advance:
         if workers == 1:
@@ -159,16 +140,10 @@ def _render_all(root: Path, plans: list[RallyPlan], parameters: DemoParameters, 
                 write_rally(root, plan, parameters)
                 advance(1)
             return
-        spawn = multiprocessing.get_context("spawn")
-        with _exit_on_sigterm(), ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-            jobs = [pool.submit(write_rally, root, plan, parameters) for plan in plans]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    advance(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with process_pool(workers) as pool:
+            for job in as_completed([pool.submit(write_rally, root, plan, parameters) for plan in plans]):
+                job.result()
+                advance(1)
 
 
 def _acquire_lock(root: Path) -> AbstractContextManager[object]:

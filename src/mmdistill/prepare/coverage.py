@@ -1,10 +1,9 @@
 """Check of prepared data before training: read every file of every rally in the way the training reads it."""
 
 import itertools
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 
 from mmdistill.data.annotations.base import Rally
+from mmdistill.data.process_pool import process_pool
 from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader, outside_share
 from mmdistill.errors import format_count, format_first
 from mmdistill.modalities import get_modality
@@ -176,7 +176,7 @@ def check_all(
             results.append(check_rally(rally, readers, every=every))
             progress(results[-1])
     else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with process_pool(workers) as pool:
             for job in as_completed([pool.submit(check_rally, rally, readers, every=every) for rally in rallies]):
                 results.append(job.result())
                 progress(results[-1])

@@ -11,10 +11,9 @@ OUTPUT/vid_frames_224/{video}/frames.zip             OUTPUT/tennis_flows/{video}
 
 import functools
 import json
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ import numpy as np
 from mmdistill import __version__
 from mmdistill.data.annotations.base import UNKNOWN_FPS, Rally
 from mmdistill.data.annotations.f3set import to_json
+from mmdistill.data.process_pool import process_pool
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes, temporary_folder
@@ -174,8 +174,7 @@ def prepare_all(
     start = functools.partial(source.start_worker, min(workers, len(videos)))
     output.mkdir(parents=True, exist_ok=True)
     results = []
-    context = multiprocessing.get_context("spawn")  # OpenCV's threads do not survive a fork
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=start) as pool:
+    with process_pool(workers, initializer=start) as pool:
         jobs = {
             pool.submit(_prepare, name, path, output, settings, None if rallies is None else rallies[name]): name
             for name, path in videos.items()
