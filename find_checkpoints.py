@@ -1,6 +1,6 @@
 """List the checkpoints below a folder: ``python find_checkpoints.py output``."""
 
-from mmdistill.cli.find_checkpoints import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("find-checkpoints"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill browse``."""
 
-from mmdistill.cli.browse import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("browse"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill compute-stats``."""
 
-from mmdistill.cli.compute_stats import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("compute-stats"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill convert``."""
 
-from mmdistill.cli.convert_checkpoint import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("convert"))

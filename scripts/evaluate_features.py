@@ -1,6 +1,6 @@
 """The command ``mmdistill evaluate-features``."""
 
-from mmdistill.cli.evaluate_features import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("evaluate-features"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill results-table``."""
 
-from mmdistill.cli.results_table import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("results-table"))

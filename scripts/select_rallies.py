@@ -1,6 +1,6 @@
 """The command ``mmdistill select-rallies``."""
 
-from mmdistill.cli.select_rallies import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("select-rallies"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill spot``."""
 
-from mmdistill.cli.spot import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("spot"))

@@ -1,6 +1,6 @@
 """The command ``mmdistill sweep-summary``."""
 
-from mmdistill.cli.summarize_sweep import main
+from mmdistill.cli.main import run_verb
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_verb("sweep-summary"))

@@ -96,6 +96,27 @@ def test_evaluation_exits_with_the_documented_status(
     assert not (tmp_path / "test" / "fewshot.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("signal", "status", "line"), [("SIGUSR1", 85, "stopped by a signal"), ("SIGINT", 130, "inter")]
+)
+def test_signal_before_the_training_leaves_no_folder(
+    signal: str, status: int, line: str, command: Command, tmp_path: Path
+) -> None:
+    """Schedulers start a job again that ends with 85."""
+    run_dir = tmp_path / "run"
+    arguments = [sys.executable, *command(PRETRAIN, run_dir)]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + TIMEOUT
+    while not (run_dir / ".hydra").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signals.Signals[signal])
+    errors = process.communicate(timeout=TIMEOUT)[1].splitlines()
+    assert process.returncode == status
+    assert len([text for text in errors if line in text]) == 1
+    assert not any("Traceback" in text for text in errors)
+    assert not run_dir.exists()
+
+
 def test_stop_while_demo_data_render_prints_no_warning(tmp_path: Path) -> None:
     """A killed process would leave semaphores, which Python's resource tracker reports."""
     code = (

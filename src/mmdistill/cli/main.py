@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from mmdistill import __version__
+from mmdistill.distributed.stop_signals import KEYBOARD_INTERRUPT_EXIT_CODE, exit_on_stop_signal
 from mmdistill.errors import InputError, suggest_nearest
 
 VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status``, line in the list of verbs)
@@ -33,6 +34,9 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "sweep-summary": ("summarize_sweep", "Write a table and a plot of a sweep"),
     "results-table": ("results_table", "Repeat the demo with several seeds and write a table of results"),
 }
+
+RUNS = ("pretrain", "distill", "evaluate")  # verbs that schedulers stop and start again
+EARLY_SIGNALS = ("SIGTERM", "SIGUSR1")  # with which schedulers stop a run
 
 
 def usage() -> str:
@@ -65,10 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mmdistill: error: unknown verb {name!r}; {hint}", file=sys.stderr)
         return InputError.exit_status
     sys.argv = [f"mmdistill {name}", *rest]  # argparse and Hydra print the first item in their help
+    return run_verb(name, rest)
+
+
+def run_verb(name: str, argv: Sequence[str] | None = None) -> int:
+    """Call a verb. A stop signal during its start ends it with one line.
+
+    Args:
+        name: a key of `VERBS`.
+        argv: its arguments; None: a script was started with the arguments in `sys.argv`.
+
+    Returns:
+        exit status of the process.
+    """
+    names = EARLY_SIGNALS if name in RUNS else ()
     try:
-        status: int = importlib.import_module(f"mmdistill.cli.{VERBS[name][0]}").main(rest)
+        with exit_on_stop_signal(names):
+            status: int = importlib.import_module(f"mmdistill.cli.{VERBS[name][0]}").main(argv)
     except KeyboardInterrupt:  # during the imports of the verb
         if os.environ.get("RANK", "0") == "0":
             print(f"mmdistill {name}: interrupted", file=sys.stderr)
-        return 130
+        return KEYBOARD_INTERRUPT_EXIT_CODE
     return status

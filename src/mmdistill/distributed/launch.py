@@ -13,21 +13,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from mmdistill.config import ConfigError
 from mmdistill.config.overrides import add_overrides
+from mmdistill.console import program_name
+from mmdistill.distributed.stop_signals import INTERRUPTED_EXIT_CODE as INTERRUPTED_EXIT_CODE
+from mmdistill.distributed.stop_signals import KEYBOARD_INTERRUPT_EXIT_CODE as KEYBOARD_INTERRUPT_EXIT_CODE
+from mmdistill.distributed.stop_signals import signal_handler
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_write_bytes, temporary_folder
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-INTERRUPTED_EXIT_CODE = 85  # a complete checkpoint was saved after a stop signal; `resume=auto` continues from it
-KEYBOARD_INTERRUPT_EXIT_CODE = 130  # Ctrl-C while no stop signal is recorded, for example during the imports
 EXIT_TIMEOUT_S = 20.0  # after an error, time for the exit handlers of libraries before the process is ended
 KILL_TIMEOUT_S = 30  # after a rank has failed, the elastic agent sends SIGTERM to the others, and SIGKILL 30 s later
 RUN_ID = "mmdistill"  # TORCHELASTIC_RUN_ID of ranks that `run_ranks` started
@@ -140,18 +142,6 @@ def set_visible_devices(gpus: Sequence[int]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[g] if visible else str(g) for g in gpus)
 
 
-@contextlib.contextmanager
-def signal_handler(names: Sequence[str], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install `handler` for those of these signals that the platform has; restore the previous handlers at the end."""
-    numbers = [number for number in signal.Signals if number.name in names]
-    previous = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in previous.items():
-            signal.signal(number, earlier)
-
-
 def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
     """Run `program` with the arguments of the current command as `count` ranks, and wait for them.
 
@@ -176,7 +166,8 @@ def run_ranks(count: int, run_dir: str, *, program: Sequence[str]) -> int:
         if not ranks and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not ranks:
-            raise SystemExit(128 + number)
+            print(f"{program_name()}: stopped by a signal; run the same command again", file=sys.stderr, flush=True)
+            raise SystemExit(INTERRUPTED_EXIT_CODE)
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)

@@ -32,6 +32,7 @@ from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import start_process
+from mmdistill.distributed.stop_signals import exit_on_stop_signal
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
 from mmdistill.evaluation.report.html_page import ReadFrame
@@ -42,7 +43,6 @@ from mmdistill.fewshot.features import Features, cache_path
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
-from mmdistill.training.signals import exit_on_stop_signal
 
 # Keys of the config that the page shows, because the numbers depend on them. The protocol, the masks, the precision and
 # the statistics in use are in other blocks of the page.

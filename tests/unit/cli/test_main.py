@@ -2,13 +2,16 @@
 
 import ast
 import importlib
+import os
+import re
+import signal
 import sys
 from types import ModuleType
 
 import pytest
 
 from mmdistill import __version__, cli
-from mmdistill.cli.main import VERBS, main, usage
+from mmdistill.cli.main import VERBS, main, run_verb, usage
 from tests.commands import ROOT
 
 
@@ -67,15 +70,22 @@ def test_module_of_each_verb_has_main(verb: str) -> None:
     assert functions["main"].args.args[0].arg == "argv"
 
 
-def test_every_script_calls_the_module_of_its_verb() -> None:
-    modules = {module for module, _ in VERBS.values()}
+def test_every_script_calls_its_verb() -> None:
     scripts = [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    imported = {
-        node.module.removeprefix("mmdistill.cli.")
-        for script in scripts
-        for node in ast.parse(script.read_text()).body
-        if isinstance(node, ast.ImportFrom) and node.module
-    }
-    assert imported == modules - {"evaluate"}
+    called = {verb for script in scripts for verb in re.findall(r'run_verb\("([\w-]+)"\)', script.read_text())}
+    assert called == set(VERBS) - {"evaluate"}
     assert (ROOT / "find_checkpoints.py").is_file()
     assert cli.__doc__
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_during_the_imports_of_a_run_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmdistill pretrain"])
+    monkeypatch.setattr(importlib, "import_module", lambda _: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        run_verb("pretrain", [])
+    assert ended.value.code == 85
+    assert capsys.readouterr().err == "mmdistill pretrain: stopped by a signal; run the same command again\n"
+    assert signal.getsignal(number) is signal.SIG_DFL

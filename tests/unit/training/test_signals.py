@@ -2,8 +2,6 @@
 
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +9,8 @@ import pytest
 from hydra.types import RunMode
 
 from mmdistill.distributed import launch
-from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.training import signals
-from mmdistill.training.signals import exit_on_stop_signal, stop_message, stop_signals
+from mmdistill.training.signals import stop_message, stop_signals
 
 
 def test_signal_is_recorded_and_handlers_are_restored() -> None:
@@ -38,31 +35,6 @@ def test_exited_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(launch, "launcher_exited", lambda: True)
     with stop_signals(("SIGUSR1",)) as received:
         assert received() == signal.SIGTERM
-
-
-class _SignalInFinalizer:
-    def __del__(self) -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-
-
-def test_signal_during_a_callback_also_ends_the_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Python ignores the exception of a handler that runs in a finalizer."""
-    monkeypatch.setattr(sys, "argv", ["mmdistill evaluate", "x=1"])
-
-    def signal_and_wait() -> None:
-        _SignalInFinalizer()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    hook, handler = sys.unraisablehook, signal.getsignal(signal.SIGUSR1)
-    with pytest.raises(SystemExit) as ended, exit_on_stop_signal(["SIGUSR1"], hint="to evaluate: x"):
-        signal_and_wait()
-    assert ended.value.code == INTERRUPTED_EXIT_CODE
-    assert "mmdistill evaluate: stopped by a signal; to evaluate: x" in capsys.readouterr().err
-    assert (sys.unraisablehook, signal.getsignal(signal.SIGUSR1)) == (hook, handler)
 
 
 def test_message_contains_the_resume_keys() -> None:
