@@ -270,6 +270,18 @@ def _own_groups(engine: Any) -> list[Shapes]:
     return [{name: shapes[name] for name in group} for group in _group_names(engine) or []]
 
 
+def _check_shapes(engine: Any, path: Path, model: Mapping[str, Any]) -> None:
+    """Raise unless a state in the layout of this run has the parameters of this run."""
+    if groups := model.get("param_shapes"):
+        stored = [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+        _check_groups(path, stored, _own_groups(engine))
+        return
+    own = {name: tuple(parameter.shape) for name, parameter in engine.module.named_parameters()}
+    buffers = {name for name, _ in engine.module.named_buffers()}
+    shapes = {name: tuple(x.shape) for name, x in model["module"].items() if name not in buffers}
+    _check_groups(path, [dict(sorted(shapes.items()))], [dict(sorted(own.items()))])
+
+
 def _check_groups(path: Path, stored: Sequence[Shapes], own: Sequence[Shapes]) -> None:
     """Raise unless the parameter groups have the same parameters, of the same shapes, in the same order."""
     if [list(group.items()) for group in stored] == [list(group.items()) for group in own]:
@@ -377,7 +389,9 @@ def load_deepspeed(engine: Any, directory: str | os.PathLike[str]) -> dict[str, 
         _check_steps(tag, model)
         if must_reslice:
             contents = _reslice(engine, checkpoint.path, tag, model, verify=manifest is None)
-        elif manifest is None:
+            return tag
+        _check_shapes(engine, checkpoint.path, model)
+        if manifest is None:
             for file in state_files(tag)[rank::world_size]:
                 read_torch_file(file)
         return tag

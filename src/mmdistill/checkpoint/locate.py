@@ -119,8 +119,11 @@ def existing_path(path: str | os.PathLike[str]) -> Path:
     """
     resolved = Path(path).expanduser()
     require_utf8_name(resolved)
-    if resolved.exists():
-        return resolved
+    try:
+        if resolved.exists():
+            return resolved
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{path}: {error.strerror}; give the path of a checkpoint") from error
     previous = resolved.with_name(f"{OLD_PREFIX}{resolved.name}")
     if resolved.name and previous.exists():
         log.warning(

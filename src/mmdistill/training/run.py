@@ -170,7 +170,7 @@ class Training:
     def log_start(self, title: str, module: nn.Module, more: str = "") -> None:
         """Log `title`, the settings and `more`, the data and the checkpoint to resume from; open the trackers."""
         config, run, info = self.config, self.run, self.log.info
-        num_parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        num_parameters = count_trainable(module)
         factors = f"trainer.lr {config.trainer.lr:g} x {self._clips_per_step} clips per step / 256"
         info(
             f"{title}: {self.data.summary}, {num_parameters:,} trainable parameters, learning rate "
@@ -259,3 +259,8 @@ class Training:
         """Log the end of a complete training with its last checkpoint. Collective."""
         self.log.info(self._report.end_summary())
         self.log.info(f"last checkpoint: {checkpoint}")
+
+
+def count_trainable(module: nn.Module) -> int:
+    """Number of trained values. ZeRO stage 3 keeps the size of a parameter in `ds_numel`: the parameter is empty."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)

@@ -26,6 +26,8 @@ class Engine:
         self.dp_world_size = world_size
         self.stage, self.bf16 = stage, bf16
         self.loaded: list[tuple[str, str]] = []
+        self.parameters = {"a": torch.ones(2)}
+        self.module = SimpleNamespace(named_parameters=lambda: self.parameters.items(), named_buffers=dict)
 
     def zero_optimization_stage(self) -> int:
         return self.stage
@@ -148,9 +150,23 @@ def test_loss_scaler_has_all_stored_attributes(scale: dict[str, Any]) -> None:
 
 
 def test_stage_0_loads_with_any_number_of_processes() -> None:
+    path = FIXTURES / "zero0-w2-fp32" / NAME
     engine = Engine(world_size=8)
-    assert load_deepspeed(engine, FIXTURES / "zero0-w2-fp32" / NAME)["epoch"] == 1
+    engine.parameters = dict(read_model_states(path / "checkpoint")["module"])
+    assert load_deepspeed(engine, path)["epoch"] == 1
     assert len(engine.loaded) == 1
+    engine.parameters["mask_token"] = torch.ones(1, 1, 8)
+    with pytest.raises(ResumeMismatchError, match=r"run\): mask_token \(1, 1, 4\) / \(1, 1, 8\); use the same model"):
+        load_deepspeed(engine, path)
+    assert len(engine.loaded) == 1
+
+
+def test_engine_of_the_same_layout_with_other_parameters_loads_nothing() -> None:
+    path = FIXTURES / "zero1-w1-fp32" / NAME
+    engine = ZeroEngine(path, [])
+    engine.shapes[0]["mask_token"] = (1, 1, 8)
+    with pytest.raises(ResumeMismatchError, match=r"run\): mask_token \(1, 1, 4\) / \(1, 1, 8\); use the same model"):
+        load_deepspeed(engine, path)
 
 
 def test_files_of_two_saves_and_other_formats_are_errors(tmp_path: Path) -> None:

@@ -113,3 +113,8 @@ def test_invalid_json_is_an_error_that_names_the_file(tmp_path: Path) -> None:
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(CorruptCheckpointError, match=rf"meta\.json: {message}"):
             read_json(tmp_path / "meta.json")
+
+
+def test_a_name_that_is_too_long_is_one_error() -> None:
+    with pytest.raises(CheckpointError, match=r"nnn: File name too long; give the path of a checkpoint"):
+        existing_path("n" * 300)

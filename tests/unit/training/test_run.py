@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from mmdistill.config import ConfigError
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.training import run
+from mmdistill.training.run import count_trainable
 from mmdistill.training.state import TrainingState
 from tests.tiny_training import MakeTraining
 
@@ -146,3 +148,12 @@ def test_complete_training_is_logged(make: MakeTraining) -> None:
     training.load_state_dict({**training.state_dict(), "batch": 4})
     training.log_start("distill", MODULE)
     assert "training is already complete: trainer.epochs=1" in (training.run.directory / "run.log").read_text()
+
+
+def test_parameters_that_zero_stage_3_has_emptied_are_counted() -> None:
+    module = torch.nn.Linear(3, 2)
+    assert count_trainable(module) == 8
+    module.weight.ds_numel = 6  # type: ignore[assignment]
+    module.weight.data = torch.empty(0)
+    module.bias.requires_grad_(False)
+    assert count_trainable(module) == 6
