@@ -25,7 +25,7 @@ def process_pool(workers: int, *, initializer: Callable[[], None] | None = None)
         except BaseException:
             for process in set(multiprocessing.active_children()) - earlier:
                 process.kill()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # it waits for nothing but its own thread now
             raise
         pool.shutdown()
 
