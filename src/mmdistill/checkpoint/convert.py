@@ -94,7 +94,8 @@ def convert_layout(
     if re.match(r"\.[A-Za-z]", path.suffix):
         raise CheckpointError(f"{target}: a training state is a DeepSpeed directory; use a name without {path.suffix}")
     if stage not in (None, 0, 1, 2, 3) or (world_size is not None and world_size < 1):
-        raise CheckpointError(f"stage={stage}, world_size={world_size}: use a stage of 0 to 3 and at least 1 process")
+        given = f"stage {stage}" if world_size is None or world_size > 0 else f"world size {world_size}"
+        raise CheckpointError(f"ZeRO {given}: use a stage of 0 to 3 and a world size of at least 1")
     checkpoint = open_checkpoint(source)
     if checkpoint.tag is None:
         raise CheckpointError(f"{source}: a {checkpoint.format} file; only a DeepSpeed directory has a ZeRO stage")

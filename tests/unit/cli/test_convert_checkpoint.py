@@ -43,6 +43,7 @@ def test_training_state_for_other_processes(tmp_path: Path, capsys: pytest.Captu
     assert main([source, str(target), "--stage", "1", "--world-size", "3"]) == 0
     assert capsys.readouterr().out == f"wrote {target}\n"
     assert len(list((target / "checkpoint").glob("zero_pp_rank_*_optim_states.pt"))) == 3
-    assert main([source, str(target), "--world-size", "0"]) == 2
+    assert main([source, f"{target}0", "--world-size", "0"]) == 2
+    assert "ZeRO world size 0: use a stage of 0 to 3 and a world size of at least 1" in capsys.readouterr().err
     assert main([source, str(tmp_path / "w.safetensors"), "--stage", "0"]) == 2
     assert "use a name without .safetensors" in capsys.readouterr().err
