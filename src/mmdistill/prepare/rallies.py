@@ -49,7 +49,9 @@ def spans_by_match(
             problems.append(f"{rally.video}: the name is not MATCH_START_END")
             continue
         start, stop = map(int, rally.video[len(match) + 1 :].split("_"))
-        if stop - start != rally.num_frames:
+        if stop < start:
+            problems.append(f"{rally.video}: END = {stop} lies before START = {start}")
+        elif stop - start != rally.num_frames:
             problems.append(f"{rally.video}: num_frames={rally.num_frames} is not END - START = {stop - start}")
         spans.setdefault(match, []).append(RallySpan(rally.video, start, stop, rally.fps))
     if problems:

@@ -9,7 +9,7 @@ enough for it. ViTPose then estimates the joints in the box of the person who is
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,12 @@ class VitPose:
         pose_model: the same of a ViTPose with the 17 joints of COCO.
 
     Raises:
-        PoseError: transformers is missing, or a model cannot be loaded completely or does not fit.
+        PoseError: transformers is missing, a folder does not exist, or a model cannot be loaded completely or does not
+            fit.
     """
 
     def __init__(self, detector_model: str, pose_model: str) -> None:
+        _check_folders({"--detector-model": detector_model, "--pose-model": pose_model})
         transformers = _import_transformers()
         import torch
 
@@ -66,7 +68,8 @@ class VitPose:
             (model, loaded), processor = _load_or_download(model_class, name)
         except Exception as error:  # of transformers, huggingface_hub or safetensors, which share no base class
             reason = str(error).strip().partition("\n")[0]
-            fix = "give a folder that save_pretrained of transformers wrote, or run the command once while online"
+            online = "" if Path(name).is_dir() else ", or run the command once while online"
+            fix = f"give a folder that save_pretrained of transformers wrote{online}"
             raise PoseError(f"{option} {name}: cannot be loaded ({type(error).__name__}: {reason}); {fix}") from error
         absent = [key for key in loaded["missing_keys"] if not any(part in key for part in TRAINING_TENSORS)]
         if absent:
@@ -169,6 +172,14 @@ def describe_model(name: str) -> str:
             file.seek(max(0, size - FINGERPRINT_BYTES))
             digest.update(file.read(FINGERPRINT_BYTES))
     return f"{folder.resolve().name}:{digest.hexdigest()[:16]}"
+
+
+def _check_folders(models: Mapping[str, str]) -> None:
+    """Raise `PoseError` if a model looks like a path and is no folder. A name on the Hub is NAME or OWNER/NAME."""
+    for option, name in models.items():
+        is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+        if is_path and not Path(name).is_dir():
+            raise PoseError(f"{option} {name}: no such folder; give a folder, or a name on the Hugging Face Hub")
 
 
 def _load_or_download(model_class: Any, name: str) -> tuple[Any, Any]:

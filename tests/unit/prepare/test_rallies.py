@@ -61,6 +61,8 @@ def test_wrong_name_and_length_are_named() -> None:
     with pytest.raises(AnnotationError, match="2 rallies cannot be cut out of a match: clip: the name is not") as error:
         spans_by_match(rallies, {"m": Path("m.mp4")}, FILE)
     assert "m_10_20: num_frames=11 is not END - START = 10" in str(error.value)
+    with pytest.raises(AnnotationError, match=r"cut out of a match: m_50_20: END = 20 lies before START = 50; prepare"):
+        spans_by_match([Rally("m_50_20", 30, 25.0, ())], {"m": Path("m.mp4")}, FILE)
 
 
 @pytest.mark.parametrize(

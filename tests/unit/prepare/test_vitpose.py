@@ -255,6 +255,7 @@ def test_incomplete_folder_is_one_error(
         VitPose(pose_models[0], str(tmp_path / "pose"))
     assert str(caught.value).startswith(f"--pose-model {tmp_path}/pose: ")
     assert "\n" not in str(caught.value)
+    assert "online" not in str(caught.value)
 
 
 def test_model_that_does_not_fit_is_one_error(pose_models: tuple[str, str], tmp_path: Path) -> None:
@@ -274,6 +275,14 @@ def test_model_that_is_not_downloaded_is_one_error(
     with pytest.raises(PoseError, match="run the command once while online") as caught:
         VitPose("nobody/no-such-model", pose_models[1])
     assert str(caught.value).startswith("--detector-model nobody/no-such-model: cannot be loaded (")
+
+
+@pytest.mark.parametrize("name", ["/no/such/dir", "./pose", "~/pose", "models/of/pose"])
+def test_path_that_is_no_folder_is_found_before_a_model_is_loaded(name: str) -> None:
+    with pytest.raises(PoseError, match=f"^--pose-model {name}: no such folder"):
+        VitPose("nobody/no-such-model", name)
+    with pytest.raises(PoseError, match=f"^--detector-model {name}: no such folder"):
+        VitPose(name, "nobody/no-such-model")
 
 
 def test_missing_transformers_is_reported_with_the_installation_command(

@@ -57,7 +57,10 @@ def read_f3set(path: Path | str) -> tuple[list[Rally], list[str]]:
     Raises:
         AnnotationError: the file is not a JSON list, or its events have other keys instead of ``label``.
     """
-    entries = read_json(path)
+    try:
+        entries = read_json(path)
+    except AnnotationError as error:
+        raise AnnotationError(f"{error}; F3Set JSON is needed, a list of rallies") from error
     if not isinstance(entries, list):
         clips = isinstance(entries, dict) and "clips" in entries
         hint = (

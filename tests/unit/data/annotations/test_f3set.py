@@ -150,6 +150,9 @@ def test_duplicate_videos_empty_and_invalid_files_raise(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[{")
     with pytest.raises(AnnotationError, match="not JSON"):
         load_f3set(tmp_path / "a.json")
+    (tmp_path / "a.csv").write_text("video,frame,label\na,1,x\n")
+    with pytest.raises(AnnotationError, match=r"a\.csv: not JSON .*; F3Set JSON is needed, a list of rallies"):
+        load_f3set(tmp_path / "a.csv")
 
 
 def test_valid_events_of_an_invalid_file_are_sorted_and_unique(tmp_path: Path) -> None:
