@@ -2,13 +2,14 @@
 
 mmdistill label NEW.mp4 --checkpoint last.ckpt --examples examples.json
 mmdistill label NEW.mp4 --checkpoint last.ckpt --examples examples.csv --videos DIR --output output/label/NEW
+mmdistill label NEW.mp4 --checkpoint last.ckpt --examples old.json --examples corrected.csv
 mmdistill label FRAMES --checkpoint last.ckpt --examples val.json --complete
 
 The video is a file or a folder of numbered JPEG files. Only its RGB frames are read. The examples are F3Set JSON, or
-CSV with the columns video, frame and label. A video of the examples is NEW.mp4 itself, or the file or folder of its
-name in --videos, next to the examples or next to NEW.mp4. Three files are written: strokes.json (F3Set annotations with
-scores), strokes.csv (which can be corrected and given as --examples), and strokes.html (timeline, film strips, labels
-with probabilities, nearest examples; uncertain strokes first).
+CSV with the columns video, frame and label. Strokes of several files are joined. A video of the examples is NEW.mp4
+itself, or the file or folder of its name in --videos, next to the examples or next to NEW.mp4. Three files are written:
+strokes.json (F3Set annotations with scores), strokes.csv (which can be corrected and given as a further --examples),
+and strokes.html (timeline, film strips, labels with probabilities, nearest examples; uncertain strokes first).
 """
 
 import argparse
@@ -26,8 +27,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", required=True, help="checkpoint with an RGB encoder, such as last.ckpt of a distillation"
     )
-    parser.add_argument("--examples", required=True, type=Path, help="labeled strokes: F3Set JSON, or CSV")
-    parser.add_argument("--videos", type=Path, help="further folder with the videos of the examples (default: none)")
+    parser.add_argument(
+        "--examples",
+        required=True,
+        action="append",
+        type=Path,
+        help="labeled strokes: F3Set JSON, or CSV; several files: repeat the option",
+    )
+    parser.add_argument(
+        "--videos",
+        default=[],
+        action="append",
+        type=Path,
+        help="further folder with the videos of the examples; several folders: repeat the option (default: none)",
+    )
     parser.add_argument(
         "--complete",
         action="store_true",
@@ -53,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns 0, or 2 if the arguments, the checkpoint or a video are invalid."""
     args = parse_arguments(argv)
-    for path in (args.video, args.examples, *([args.videos] if args.videos else [])):
+    for path in (args.video, *args.examples, *args.videos):
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
     from mmdistill.data.annotations.base import UNKNOWN_FPS  # the following import torch, which --help must not
@@ -65,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mmdistill.evaluation.report.label_page import write_labels
     from mmdistill.evaluation.video_features import load_video_encoder
 
-    rallies = load_examples(args.examples)
+    rallies = load_examples(*args.examples)
     device = start_process(accelerator="auto", seed=args.seed).device
     precision = resolve_precision("auto", device)
     encoder = load_video_encoder(args.checkpoint, stride=args.stride, device=device, precision=precision)
-    folders = dict.fromkeys([*([args.videos] if args.videos else []), args.examples.parent, args.video.parent])
+    folders = dict.fromkeys([*args.videos, *(path.parent for path in args.examples), args.video.parent])
     options = LabelingOptions(tuple(folders), args.complete, args.threshold, args.fps or UNKNOWN_FPS, args.seed)
     video = label_video(args.video, encoder, rallies, options)
     paths = write_labels(video, args.output or Path("output/label") / video_name(args.video))

@@ -32,6 +32,7 @@ class LabeledFile:
         events: labeled strokes; frames are those of the file.
         names: the video and the frame of each stroke as in the examples.
         complete: ranges of frames in which every stroke is labeled.
+        without_stroke: rallies of the examples that show no stroke.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class LabeledFile:
     events: list[Event] = field(default_factory=list)
     names: list[tuple[str, int]] = field(default_factory=list)
     complete: list[Range] = field(default_factory=list)
+    without_stroke: list[str] = field(default_factory=list)
 
     def known_ranges(self, fps: float) -> list[Range]:
         """The frames of which it is known whether they show a stroke: ranges in order, without overlaps.
@@ -65,7 +67,8 @@ def locate_examples(
     there is none, and the name is MATCH_START_END as in F3Set, its frame k is frame START + k of the video MATCH.
 
     Args:
-        rallies: the examples; those without a stroke show that there is none.
+        rallies: the examples; those without a stroke show that there is none. A video may occur several times, with its
+            length in one place only.
         new: the video that gets labels.
         folders: where the videos are searched for.
         complete: whether every stroke of the rallies is labeled. Otherwise it is known for frames near a stroke only.
@@ -75,6 +78,8 @@ def locate_examples(
         AnnotationError: two strokes are at one frame.
     """
     files: dict[Path, LabeledFile] = {}
+    labeled = {rally.video for rally in rallies if rally.events}
+    lengths = {rally.video: rally.num_frames for rally in sorted(rallies, key=lambda rally: rally.num_frames)}
     for rally in rallies:
         path, offset = _locate(rally.video, new, folders)
         file = files.setdefault(path, LabeledFile(path, rally.fps))
@@ -85,8 +90,11 @@ def locate_examples(
                 f"{rally.video}: fps={rally.fps}, but another rally of {path} has {file.fps}; correct it"
             )
         is_new = rally.video in (new.name, video_name(new))  # without a stroke it is not labeled yet
-        if complete or (not rally.events and not is_new):
-            file.complete.append((offset, offset + rally.num_frames if rally.num_frames else TO_END))
+        is_empty = rally.video not in labeled
+        if complete or (is_empty and not is_new):
+            length = lengths[rally.video]
+            file.complete.append((offset, offset + length if length else TO_END))
+            file.without_stroke += [rally.video] if is_empty and rally.video not in file.without_stroke else []
         for event in rally.events:
             frame = offset + event.frame
             if other := next((e for e in file.events if e.frame == frame and e.label != event.label), None):

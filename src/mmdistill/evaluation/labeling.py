@@ -8,7 +8,7 @@ Shapes: N frames, D width.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +16,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdistill.console import progress
+from mmdistill.console import log_once, progress
 from mmdistill.data.annotations.base import UNKNOWN_FPS, AnnotationError, Event, Rally
 from mmdistill.errors import InputError, format_count, format_first
-from mmdistill.evaluation.labeled_frames import KNOWN_SECONDS, LabeledFile, locate_examples, video_name
+from mmdistill.evaluation.labeled_frames import KNOWN_FRAMES, KNOWN_SECONDS, LabeledFile, locate_examples, video_name
 from mmdistill.evaluation.report.frame_images import FrameStore, resize_to_width
 from mmdistill.evaluation.video_features import TO_END, Range, VideoEncoder
 from mmdistill.fewshot.spotting import SpottedEvent
-from mmdistill.fewshot.spotting_head import CONTEXT_FRAMES, SpottingHead, confident
+from mmdistill.fewshot.spotting_head import CONTEXT_FRAMES, MIN_EVENT_SCORE, SpottingHead, confident
 from mmdistill.prepare.placement import fit_into
 from mmdistill.prepare.rallies import RallySpan, check_frame_rate
 from mmdistill.prepare.sources import decode_frames, list_frames, read_header
@@ -204,17 +204,17 @@ def label_video(path: Path, encoder: VideoEncoder, rallies: Sequence[Rally], opt
         training.add(file, _read_video(encoder, file, _keep_examples(file, kept)), kept)
     video = _read_video(encoder, own, lambda _, image: images.append(image), is_whole=True)
     training.add(own, video, images)
-    is_known = np.zeros(video.num_frames, dtype=bool)
-    for first, end in video.known:
-        is_known[first:end] = True
+    is_known = _covered(video.known, video.num_frames)
     if is_known.all():
-        raise InputError(
-            f"{path}: the examples leave no frame of this video to label; with --complete, do not give it as an example"
-        )
+        cause = _why_all_is_known(own, video, complete=options.complete)
+        raise InputError(f"{path}: the examples leave no frame of this video to label; {cause}")
     head = SpottingHead(training.features, training.events, seed=options.seed, known=training.known)
     proposed = [e for e in head.predict(video.features(0, video.num_frames)) if not is_known[e.frame]]
     given = [SpottedEvent(e.frame, e.label, alternatives=((e.label, 1.0),)) for e in own.events]
     events = sorted([*confident(proposed, options.threshold), *given], key=lambda event: event.frame)
+    warnings = _warnings([name for file in (*files.values(), own) for name in file.without_stroke], proposed, options)
+    for line in warnings:
+        log_once(line)
     return LabeledVideo(
         video_name(path),
         path,
@@ -223,8 +223,30 @@ def label_video(path: Path, encoder: VideoEncoder, rallies: Sequence[Rally], opt
         _make_strokes(events, given, video, head, training),
         training.examples,
         training.num_background,
-        _caveats(head, training, video.fps, complete=options.complete),
+        [*warnings, *_caveats(head, training, video.fps, complete=options.complete)],
         images,
+    )
+
+
+def _covered(ranges: Sequence[Range], num_frames: int) -> NDArray[np.bool_]:
+    """Whether a frame is in one of the ranges, (num_frames,)."""
+    is_covered = np.zeros(num_frames, dtype=bool)
+    for first, end in ranges:
+        is_covered[first:end] = True
+    return is_covered
+
+
+def _why_all_is_known(file: LabeledFile, video: _Video, *, complete: bool) -> str:
+    """The end of the message for a video without a frame that needs a label."""
+    near = replace(file, complete=[]).known_ranges(video.fps)
+    if _covered(near, video.num_frames).all():
+        distance = f"{KNOWN_SECONDS} s" if video.fps > 0 else f"{KNOWN_FRAMES} frames"
+        return f"each frame is within {distance} of an example, where no other stroke is searched"
+    if complete:
+        return "with --complete, do not give it as an example"
+    return (
+        f"the examples have {format_count(len(file.without_stroke), 'rally')} of it without a stroke "
+        f"({format_first(file.without_stroke, 3)}); remove those that are not labeled yet"
     )
 
 
@@ -335,6 +357,24 @@ def _unit(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of length 1."""
     unit: NDArray[np.float32] = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
     return unit
+
+
+def _warnings(without_stroke: Sequence[str], proposed: Sequence[SpottedEvent], options: LabelingOptions) -> list[str]:
+    """Sentences about examples that may be a mistake, and about a result without proposals."""
+    lines = []
+    if without_stroke:
+        lines.append(
+            f"{format_count(len(without_stroke), 'rally')} with an empty list of events used as examples without a "
+            f"stroke: {format_first(without_stroke, 3)}. Remove those that are not labeled yet."
+        )
+    if not confident(proposed, options.threshold):
+        highest = max((event.event_score for event in proposed), default=0)
+        found = f"the highest event_score is {highest:.4f}" if proposed else f"no event_score reaches {MIN_EVENT_SCORE}"
+        lines.append(
+            f"No stroke is proposed: {found}, and --threshold is {options.threshold}. Give more examples, or a lower "
+            "--threshold."
+        )
+    return lines
 
 
 def _caveats(head: SpottingHead, training: _TrainingSet, fps: float, *, complete: bool) -> list[str]:

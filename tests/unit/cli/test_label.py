@@ -4,6 +4,7 @@ import csv
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -36,6 +37,12 @@ def strokes(output: Path) -> list[dict]:
     (rally,) = json.loads((output / "strokes.json").read_text())
     assert (rally["video"], rally["num_frames"], round(rally["fps"])) == ("new", NUM_FRAMES, 25)
     return rally["events"]
+
+
+def with_examples(arguments: list[str], *paths: Path) -> list[str]:
+    """The arguments with other files of examples."""
+    first = arguments.index("--examples")
+    return [*arguments[:first], *arguments[first + 2 :], *(text for p in paths for text in ("--examples", str(p)))]
 
 
 def text_of(part: str) -> str:
@@ -115,6 +122,24 @@ def test_a_folder_of_frames_gives_the_same_strokes_without_times(
     assert "new: 3 proposed strokes in 100 frames, with 6 examples" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("new_command")
+def test_files_of_examples_in_several_folders_are_joined(
+    arguments: list[str], output: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    for name, text in (("one", "old,10,fh_CC\nold,26,bh_DL"), ("two", "old,26,bh_DL\nold2,10,fh_CC")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "examples.csv").write_text(f"video,frame,label\n{text}\n")
+    old = Path(arguments[0]).parent / "old.mp4"
+    shutil.copy(old, tmp_path / "two" / "old2.mp4")  # next to the second file
+    (tmp_path / "none").mkdir()
+    files = [tmp_path / "one" / "examples.csv", tmp_path / "two" / "examples.csv", output / "strokes.csv"]
+    more = ["--videos", str(old.parent), "--videos", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
+    assert main([*with_examples(arguments, *files), *more]) == 0
+    page = text_of((tmp_path / "out" / "strokes.html").read_text())
+    assert "trained on 7 examples from 3 videos" in page  # 2 + 1 new one + 4 strokes of the earlier call
+    assert f"{files[2]}: 3 proposals of an earlier call (source=proposal) used as labels" in caplog.text
+
+
 def rally(**changes: object) -> dict[str, object]:
     return {"video": "old", "num_frames": 100, "fps": 25, "events": [{"frame": 10, "label": "a"}]} | changes
 
@@ -125,7 +150,7 @@ def rally(**changes: object) -> dict[str, object]:
         ([rally(num_frames=200, events=[{"frame": 150, "label": "a"}])], [], "a stroke at frame 150 of old, but"),
         ([rally(fps=50)], [], "old.mp4: has 25.00 fps, but its rallies are annotated at 50 fps"),
         ([rally(video="gone")], [], "name the video gone, but there is no video file"),
-        ([rally(events=[])], [], "contains no labeled stroke"),
+        ([rally(events=[])], [], "there is no labeled stroke"),
         ([rally(video="new")], ["--complete"], "leave no frame of this video to label"),
         ([rally()], ["--stride", "9"], "stride=9 must lie between 1 and 4"),
         ([rally()], ["--videos", "nowhere"], "nowhere: no such file or folder"),
@@ -141,7 +166,7 @@ def test_a_mistake_is_one_line_that_names_it(
 ):
     path = tmp_path / "examples.json"
     path.write_text(json.dumps(examples))
-    assert main([*arguments, "--examples", str(path), "--videos", str(Path(arguments[0]).parent), *more]) == 2
+    assert main([*with_examples(arguments, path), "--videos", str(Path(arguments[0]).parent), *more]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

@@ -64,6 +64,21 @@ def test_known_frames_are_near_strokes_or_in_complete_rallies(folder: Path):
     assert locate(folder, Rally("new_0_50", 50, 25.0, ()))["new.mp4"].known_ranges(10.0) == [(0, 50)]
 
 
+def test_a_video_in_two_files_has_the_length_and_the_strokes_of_both(folder: Path):
+    rallies = (
+        Rally("match_100_160", 60, 25.0, ()),
+        Rally("match_300_350", 50, 25.0, ()),
+        Rally("match_300_350", 50, 25.0, ()),
+    )
+    corrected = Rally("match_100_160", 0, UNKNOWN_FPS, EVENTS)
+    file = locate(folder, *rallies, corrected, corrected)["match.mp4"]
+    assert [event.frame for event in file.events] == [120, 140]  # equal strokes count once
+    assert file.without_stroke == ["match_300_350"]
+    assert file.known_ranges(10.0) == [(115, 126), (135, 146), (300, 350)]
+    file = locate(folder, *rallies, corrected, complete=True)["match.mp4"]
+    assert (file.fps, file.known_ranges(10.0)) == (25.0, [(100, 160), (300, 350)])
+
+
 def test_an_unknown_or_ambiguous_name_is_an_error(folder: Path):
     with pytest.raises(
         VideoError, match=r"no video file and no folder of frames gone_1_2 or gone in .*; give its folder"
@@ -77,6 +92,8 @@ def test_an_unknown_or_ambiguous_name_is_an_error(folder: Path):
 def test_contradicting_examples_are_an_error(folder: Path):
     with pytest.raises(AnnotationError, match="old: frame 20 has two labels, a and c; remove one"):
         locate(folder, Rally("old", 60, 25.0, (*EVENTS, Event(20, "c"))))
+    with pytest.raises(AnnotationError, match="old: frame 20 has two labels, a and c; remove one"):
+        locate(folder, Rally("old", 60, 25.0, EVENTS), Rally("old", 0, UNKNOWN_FPS, (Event(20, "c"),)))  # of two files
     with pytest.raises(AnnotationError, match=r"match_100_160: fps=30.0, but another rally of .* has 25.0"):
         locate(folder, Rally("match", 0, 25.0, EVENTS), Rally("match_100_160", 60, 30.0, EVENTS))
 

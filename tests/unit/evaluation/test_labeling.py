@@ -1,5 +1,6 @@
 """What a head that is trained on a few labeled strokes proposes, and what is stated about it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,25 @@ def test_background_and_caveats_of_partly_labeled_rallies(folder: Path, encoder:
     assert "All examples have the same value of field_0 near, so every proposal has it." in text
 
 
-def test_complete_rallies_have_all_other_frames_as_background(folder: Path, encoder: VideoEncoder):
-    rally = Rally("old", 90, 25.0, events(OLD))
-    video = run(folder, encoder, rally, complete=True, threshold=0.9999999)
+@pytest.mark.usefixtures("new_command")
+def test_complete_rallies_have_all_other_frames_as_background(
+    folder: Path, encoder: VideoEncoder, caplog: pytest.LogCaptureFixture
+):
+    rally, empty = Rally("old", 90, 25.0, events(OLD)), [Rally(f"old_{k}_{k + 2}", 2, 25.0, ()) for k in (1, 3, 5, 7)]
+    video = run(folder, encoder, rally, *empty, complete=True, threshold=0.9999999)
     assert video.num_background == 93 - 5  # the rally, and the frames within 12 of the stroke at frame 80
     assert "Frames within" not in " ".join(video.caveats)
     assert video.strokes == []  # of this threshold
+    assert video.caveats[:2] == caplog.messages
+    assert caplog.messages[0] == (
+        "4 rallies with an empty list of events used as examples without a stroke: old_1_3, old_3_5, old_5_7 and 1 "
+        "more. Remove those that are not labeled yet."
+    )
+    assert re.fullmatch(
+        r"No stroke is proposed: the highest event_score is [01]\.\d{4}, and --threshold is 0\.9999999\. Give more "
+        r"examples, or a lower --threshold\.",
+        caplog.messages[1],
+    )
 
 
 def test_an_example_of_the_video_is_kept_and_is_not_its_own_neighbor(folder: Path, encoder: VideoEncoder):
@@ -82,6 +96,24 @@ def test_an_example_beyond_the_end_is_found_before_a_video_is_encoded(
         run(folder, encoder, Rally("old", 0, UNKNOWN_FPS, (Event(100, "x"),)))
 
 
-def test_a_folder_of_frames_without_labels_left_is_rejected(folder: Path, encoder: VideoEncoder):
-    with pytest.raises(InputError, match="leave no frame of this video to label"):
-        run(folder, encoder, Rally("new", NUM_FRAMES, 25.0, events(NEW)), complete=True)
+@pytest.mark.parametrize(
+    ("rallies", "complete", "cause"),
+    [
+        ([Rally("new", NUM_FRAMES, 25.0, events(NEW))], True, "with --complete, do not give it as an example"),
+        (
+            [Rally("new", NUM_FRAMES, 25.0, tuple(Event(frame, "a") for frame in range(10, NUM_FRAMES, 20)))],
+            False,
+            "each frame is within 0.5 s of an example",
+        ),
+        (
+            [Rally("new", NUM_FRAMES, 25.0, events(NEW)), Rally(f"new_0_{NUM_FRAMES}", NUM_FRAMES, 25.0, ())],
+            False,
+            r"the examples have 1 rally of it without a stroke \(new_0_100\); remove those that are not labeled yet",
+        ),
+    ],
+)
+def test_a_video_without_frames_left_to_label_is_rejected_with_the_cause(
+    folder: Path, encoder: VideoEncoder, rallies: list[Rally], complete: bool, cause: str
+):
+    with pytest.raises(InputError, match=f"leave no frame of this video to label; {cause}"):
+        run(folder, encoder, *rallies, complete=complete)

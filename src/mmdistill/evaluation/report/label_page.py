@@ -60,7 +60,7 @@ def strokes_json(video: LabeledVideo) -> list[dict[str, Any]]:
 
 
 def strokes_csv(video: LabeledVideo) -> str:
-    """One line per stroke. The file can be corrected and given as ``--examples``."""
+    """One line per stroke. The file can be corrected and given as a further ``--examples``."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)

@@ -40,6 +40,44 @@ def test_further_columns_and_repeated_lines_are_counted(tmp_path: Path, caplog: 
     assert "1 repeated line" in caplog.text
 
 
+def test_files_are_joined_and_one_of_them_needs_a_stroke(tmp_path: Path):
+    without = [{"video": "c", "num_frames": 9, "fps": 25, "events": []}]
+    (tmp_path / "a.json").write_text(json.dumps(without))
+    (tmp_path / "b.csv").write_text("\n".join(LINES))
+    assert load_examples(tmp_path / "a.json", tmp_path / "b.csv") == [Rally("c", 9, 25.0, ()), *EXPECTED]
+    with pytest.raises(AnnotationError, match=r"a\.json, .*a\.json: there is no labeled stroke"):
+        load_examples(tmp_path / "a.json", tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "video,frame,label,source\na,3,x,example\na,9,x,proposal\nb,1,x,proposal\n"),
+        (
+            "a.json",
+            json.dumps(
+                [
+                    {
+                        "video": "a",
+                        "num_frames": 9,
+                        "fps": 25,
+                        "events": [{"frame": k, "label": "x", "source": "proposal"} for k in (1, 3)],
+                    }
+                ]
+            ),
+        ),
+    ],
+)
+def test_proposals_of_an_earlier_call_are_counted(
+    tmp_path: Path, name: str, text: str, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / name
+    path.write_text(text)
+    load_examples(path)
+    expected = f"{path}: 2 proposals of an earlier call (source=proposal) used as labels; check them first"
+    assert caplog.messages == [expected]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -49,8 +87,8 @@ def test_further_columns_and_repeated_lines_are_counted(tmp_path: Path, caplog: 
         ("video,frame,label\na,-1,x\n", "line 2: frame='-1' is not a frame number"),
         ("video,frame,label\na,1,\n", "line 2: the label is empty"),
         ("video,frame,label\n../a,1,x\n", "line 2: video='../a' is not a file name"),
-        ("video,frame,label\n", "contains no labeled stroke"),
-        (json.dumps([{"video": "a", "num_frames": 9, "fps": 25, "events": []}]), "contains no labeled stroke"),
+        ("video,frame,label\n", "there is no labeled stroke"),
+        (json.dumps([{"video": "a", "num_frames": 9, "fps": 25, "events": []}]), "there is no labeled stroke"),
         (
             json.dumps([{"video": "a", "num_frames": 9, "fps": 25, "events": [{"frame": 1}]}]),
             "a has a stroke without a",
