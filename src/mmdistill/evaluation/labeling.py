@@ -364,8 +364,8 @@ def _warnings(without_stroke: Sequence[str], proposed: Sequence[SpottedEvent], o
     lines = []
     if without_stroke:
         lines.append(
-            f"{format_count(len(without_stroke), 'rally')} with an empty list of events used as examples without a "
-            f"stroke: {format_first(without_stroke, 3)}. Remove those that are not labeled yet."
+            f"The examples without a stroke include {format_count(len(without_stroke), 'rally')} with an empty list of "
+            f"events: {format_first(without_stroke, 3)}. Remove those that are not labeled yet."
         )
     if not confident(proposed, options.threshold):
         highest = max((event.event_score for event in proposed), default=0)

@@ -137,7 +137,7 @@ def test_files_of_examples_in_several_folders_are_joined(
     assert main([*with_examples(arguments, *files), *more]) == 0
     page = text_of((tmp_path / "out" / "strokes.html").read_text())
     assert "trained on 7 examples from 3 videos" in page  # 2 + 1 new one + 4 strokes of the earlier call
-    assert f"{files[2]}: 3 proposals of an earlier call (source=proposal) used as labels" in caplog.text
+    assert f"{files[2]}: the labels include 3 proposals of an earlier call (source=proposal)" in caplog.text
 
 
 def rally(**changes: object) -> dict[str, object]:

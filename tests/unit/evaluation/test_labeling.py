@@ -68,7 +68,7 @@ def test_complete_rallies_have_all_other_frames_as_background(
     assert video.strokes == []  # of this threshold
     assert video.caveats[:2] == caplog.messages
     assert caplog.messages[0] == (
-        "4 rallies with an empty list of events used as examples without a stroke: old_1_3, old_3_5, old_5_7 and 1 "
+        "The examples without a stroke include 4 rallies with an empty list of events: old_1_3, old_3_5, old_5_7 and 1 "
         "more. Remove those that are not labeled yet."
     )
     assert re.fullmatch(

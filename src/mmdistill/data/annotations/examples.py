@@ -49,7 +49,7 @@ def load_examples(*paths: Path | str) -> list[Rally]:
 def _report_proposals(path: Path | str, sources: Iterable[object]) -> None:
     if count := sum(source == "proposal" for source in sources):
         counted = format_count(count, "proposal")
-        log_once(f"{path}: {counted} of an earlier call (source=proposal) used as labels; check them first")
+        log_once(f"{path}: the labels include {counted} of an earlier call (source=proposal); check them first")
 
 
 def _load_json(path: Path | str) -> list[Rally]:

@@ -74,7 +74,7 @@ def test_proposals_of_an_earlier_call_are_counted(
     path = tmp_path / name
     path.write_text(text)
     load_examples(path)
-    expected = f"{path}: 2 proposals of an earlier call (source=proposal) used as labels; check them first"
+    expected = f"{path}: the labels include 2 proposals of an earlier call (source=proposal); check them first"
     assert caplog.messages == [expected]
 
 
