@@ -80,7 +80,7 @@ def test_layout_of_a_training_state(tmp_path: Path) -> None:
 
 def test_layouts_that_do_not_exist_are_errors(tmp_path: Path) -> None:
     source, target = FIXTURES / "zero1-w2-fp32" / "epoch=01-loss=0.5000", tmp_path / "t"
-    with pytest.raises(CheckpointError, match="ZeRO world size 0: use a stage of 0 to 3 and a world size of at least 1"):
+    with pytest.raises(CheckpointError, match="ZeRO world size 0: use a stage of 0 to 3 and"):
         convert_layout(source, target, world_size=0)
     with pytest.raises(CheckpointError, match=r"is a DeepSpeed directory; use a name without \.pt"):
         convert_layout(source, tmp_path / "x.pt", stage=1)
