@@ -66,13 +66,14 @@ def new_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Script:
-    """``script(NAME, arguments...)`` calls ``main`` of scripts/NAME in this process, which saves seconds."""
+    """``script(NAME, arguments...)`` runs scripts/NAME in this process, which saves seconds."""
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(name: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capfd.readouterr()
-        status = runpy.run_path(str(ROOT / "scripts" / name))["main"]()
-        return subprocess.CompletedProcess(sys.argv, int(status), *capfd.readouterr())
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        return subprocess.CompletedProcess(sys.argv, int(ended.value.code or 0), *capfd.readouterr())
 
     return run

@@ -105,7 +105,10 @@ def test_signal_before_the_training_leaves_no_folder(
     """Schedulers start a job again that ends with 85."""
     run_dir = tmp_path / "run"
     arguments = [sys.executable, *command(PRETRAIN, run_dir)]
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signals.signal(signals.SIGINT, signals.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + TIMEOUT
     while not (run_dir / ".hydra").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
