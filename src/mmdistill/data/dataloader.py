@@ -34,7 +34,8 @@ _SHM = "/dev/shm"  # where Linux keeps shared memory and the semaphores of multi
 _SHM_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT, errno.ENOSYS)
 _MAX_SOCKET_DIR_LENGTH = 60  # of at most 103 to 107 characters; 37 are for the names of folder and socket
 _CHECK_INTERVAL_S = 1.0  # between two looks at the workers
-_WORKER_EXIT_WAIT_S = 1.0  # a broken connection is noticed before the process of the worker has exited
+_WORKER_EXIT_WAIT_S = 1.0  # an error of a connection is noticed before the process of the worker has exited
+_BROKEN_CONNECTION_WAIT_S = 10.0  # a connection to a worker only breaks if the worker exits, slowly on a busy machine
 
 
 class ClipLoader(DataLoader[Any]):
@@ -118,7 +119,7 @@ def _get_or_wait_for_exit(get: Callable[..., Any], workers: Sequence[BaseProcess
     try:
         return get(**options)
     except (OSError, EOFError):
-        wait([worker.sentinel for worker in workers], _WORKER_EXIT_WAIT_S)
+        wait([worker.sentinel for worker in workers], _BROKEN_CONNECTION_WAIT_S)
         raise
 
 

@@ -114,7 +114,7 @@ def test_workers_run_in_a_long_folder_for_temporary_files(tmp_path: Path) -> Non
     long.mkdir()
 
     def load() -> None:
-        assert len(list(ClipLoader(TensorDataset(torch.zeros(2)), num_workers=1, timeout=5))) == 2
+        assert len(list(ClipLoader(TensorDataset(torch.zeros(2)), num_workers=1, timeout=30))) == 2
 
     _in_fork(long, load)
 
@@ -179,7 +179,7 @@ def test_workers_end_with_their_loader_and_not_at_a_garbage_collection() -> None
         assert len(list(batches)) == 2
         assert worker.is_alive(), "workers persist between epochs"
         del batches, loader
-        worker.join(5)
+        worker.join(30)
         assert not worker.is_alive()
     finally:
         gc.enable()
