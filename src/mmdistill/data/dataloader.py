@@ -119,7 +119,10 @@ def _get_or_wait_for_exit(get: Callable[..., Any], workers: Sequence[BaseProcess
     try:
         return get(**options)
     except (OSError, EOFError):
-        wait([worker.sentinel for worker in workers], _BROKEN_CONNECTION_WAIT_S)
+        ended = wait([worker.sentinel for worker in workers], _BROKEN_CONNECTION_WAIT_S)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join()  # its files are closed shortly before it has ended
         raise
 
 
