@@ -5,7 +5,6 @@ All three show the strokes of one `LabeledVideo` with the same frames, labels an
 
 import csv
 import io
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mmdistill.errors import format_count
 from mmdistill.evaluation.labeling import LabeledVideo, Stroke
 from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, film_strip, resize_to_width
 from mmdistill.evaluation.report.templates import render_template
-from mmdistill.files import atomic_write_bytes
+from mmdistill.files import atomic_write_bytes, encode_json
 
 CSV_COLUMNS = ("video", "time", "frame", "label", "probability", "source")
 MAX_PAGE_BYTES = 10_000_000
@@ -39,12 +38,12 @@ _IMAGE_SIZES = (_ImageSize(160, 80), _ImageSize(112, 65), _ImageSize(80, 55))  #
 def write_labels(video: LabeledVideo, folder: Path) -> list[Path]:
     """Write ``strokes.json``, ``strokes.csv`` and ``strokes.html``; returns their paths."""
     content = {
-        "strokes.json": json.dumps(strokes_json(video), indent=1, ensure_ascii=False) + "\n",
-        "strokes.csv": strokes_csv(video),
-        "strokes.html": render_label_page(video),
+        "strokes.json": encode_json(strokes_json(video)),
+        "strokes.csv": strokes_csv(video).encode(errors="backslashreplace"),
+        "strokes.html": render_label_page(video).encode(),
     }
-    for name, text in content.items():
-        atomic_write_bytes(folder / name, text.encode(errors="backslashreplace"))
+    for name, data in content.items():
+        atomic_write_bytes(folder / name, data)
     return [folder / name for name in content]
 
 
