@@ -160,7 +160,7 @@ def is_equal(a: list[dict[str, torch.Tensor]], b: list[dict[str, torch.Tensor]])
 def shared_memory() -> set[str]:
     """Segments that torch, DeepSpeed and multiprocessing have created, except those of torch of living processes.
 
-    Semaphores are left out: only those of spawned processes have names, and these trainings fork their workers.
+    Semaphores are not listed: only those of spawned processes have names, and these trainings fork their workers.
     """
     names = [n for n in os.listdir("/dev/shm") if n.startswith(("torch_", "deepspeed_", "psm_", "pymp-"))]
     return {name for name in names if name[:6] != "torch_" or not psutil.pid_exists(int(name.split("_")[1]))}

@@ -19,7 +19,7 @@ JPEG_QUALITY = 75
 
 
 class ContactSheet:
-    """Every n-th frame of a video with its skeletons, and each player enlarged beside it.
+    """Every n-th frame of a video with its skeletons, and an enlarged image of each player next to it.
 
     Args:
         num_frames: frames of the video; n is such that `COLUMNS` x `ROWS` frames are shown.
@@ -43,7 +43,7 @@ class ContactSheet:
 
 
 def draw_tile(pixels: np.ndarray, rows: np.ndarray, title: str) -> np.ndarray:
-    """A frame of height `TILE_HEIGHT` with its skeletons (2, 17, 3); beside it the far and the near player enlarged."""
+    """A frame of height `TILE_HEIGHT` with its skeletons (2, 17, 3), and both players enlarged, far and near."""
     scale = TILE_HEIGHT / pixels.shape[0]
     size = (round(pixels.shape[1] * scale), TILE_HEIGHT)
     frame: np.ndarray = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

@@ -37,17 +37,18 @@ def film_strip(frames: Sequence[NDArray[np.uint8]], *, marked: int | None = None
 
 def encode_jpeg(image: NDArray[np.uint8], *, quality: int = 80) -> bytes:
     """The image as the content of a JPEG file."""
-    encoded, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not encoded:
-        raise ValueError("OpenCV could not encode a JPEG")
-    return data.tobytes()
+    return _encode(image, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
 def encode_webp(image: NDArray[np.uint8], *, quality: int = 75) -> bytes:
     """The image as the content of a WebP file, about half as large as a JPEG file."""
-    encoded, data = cv2.imencode(".webp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality])
+    return _encode(image, ".webp", [cv2.IMWRITE_WEBP_QUALITY, quality])
+
+
+def _encode(image: NDArray[np.uint8], suffix: str, options: Sequence[int]) -> bytes:
+    encoded, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     if not encoded:
-        raise ValueError("OpenCV could not encode a WebP image")
+        raise ValueError(f"OpenCV could not encode a {suffix} image")
     return data.tobytes()
 
 

@@ -76,7 +76,7 @@ def _source(stroke: Stroke) -> str:
 def render_label_page(video: LabeledVideo) -> str:
     """The page as text, with images that are small enough for `MAX_PAGE_BYTES`.
 
-    If the page is still larger, the strokes with the highest probabilities have no film strip, and the page says so.
+    If the page is still larger, the most probable strokes have no film strip, and the page states this.
     """
     strokes = sorted(video.strokes, key=lambda s: (s.is_example, s.probability, s.frame))
     for size in _IMAGE_SIZES:
