@@ -86,6 +86,13 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
     runs.add("zero_full", DISTILL, zero, world=2)
     runs.add("zero_first", DISTILL, zero, world=2, stop_at=6, into="zero")
     runs.add("zero_rest", DISTILL, [*zero, "resume=auto"], world=2, into="zero")
+    phi_s = [given, *common, "trainer.standardize_targets=phi_s", "trainer.teacher_weights.flow=2"]
+    phi_s += ["trainer.epochs=2"]
+    runs.add("phi_s_one", DISTILL, [*phi_s, "batch_size=16"])
+    two = [*phi_s, "strategy=ddp", "devices=2"]
+    runs.add("phi_s_full", DISTILL, two, world=2)
+    runs.add("phi_s_first", DISTILL, two, world=2, stop_at=2, into="phi_s")  # in the epoch of the statistics
+    runs.add("phi_s_rest", DISTILL, [*two, "resume=auto"], world=2, into="phi_s")
     runs.add("end_first", DISTILL, [given, *common, "num_workers=1"], stop_at=9)  # an epoch's last batch
     runs.add("end_rest", DISTILL, [given, *common, "num_workers=1", "resume=auto"], into="end_first")
     runs.add("end_full", DISTILL, [given, *common])
@@ -160,6 +167,7 @@ def _same_moments(a: Path, b: Path) -> bool:
         ("student_only", "student_only_rest", "student_only", 1),
         ("ddp", "ddp_rest", "ddp_rest", 2),
         ("zero", "zero_rest", "zero", 2),
+        ("phi_s", "phi_s_rest", "phi_s", 2),
         ("end", "end_rest", "end_first", 1),
     ],
 )
@@ -189,6 +197,20 @@ def test_epoch_means_equal_those_of_an_uninterrupted_run(runs: Runs, name: str, 
     names = [sorted(p.name for p in (runs.root / f / "checkpoints").glob("epoch=*")) for f in (f"{name}_full", folder)]
     if name != "ddp":  # where only the newest and the best of the new folder were kept
         assert names[0] == names[1]
+
+
+def test_standardized_training_of_two_ranks_equals_one(runs: Runs) -> None:
+    one, two = (
+        load_torch(runs.root / f"phi_s_{n}" / "checkpoints" / "last.ckpt")["state_dict"] for n in ("one", "full")
+    )
+    names = [name for name in one if name.startswith("target_statistics.")]
+    assert len(names) == 12  # count, mean, scatter and rotation of three teachers
+    for name in names:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    losses = [[float.fromhex(loss) for *_, loss in runs.steps(name)] for name in ("phi_s_one", "phi_s_full")]
+    other_half = [float.fromhex(loss) for *_, loss in runs.steps("phi_s_full", 1)]
+    means = [(a + b) / 2 for a, b in zip(losses[1], other_half, strict=True)]
+    assert losses[0] == pytest.approx(means, rel=1e-3)
 
 
 def test_student_only_checkpoints_reference_their_teachers(runs: Runs) -> None:

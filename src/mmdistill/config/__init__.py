@@ -7,7 +7,7 @@ invalid key is reported at once.
 
 from mmdistill.config.error_messages import explain
 from mmdistill.config.parsing import parse, stored_config, to_plain
-from mmdistill.config.rules import ConfigError, as_ints, as_names
+from mmdistill.config.rules import ConfigError, as_ints, as_names, standardization
 from mmdistill.config.schema import (
     CLASSIFIER_NAMES,
     DEEPSPEED_STAGES,
@@ -27,6 +27,7 @@ from mmdistill.config.validation import (
     modality_specs,
     skeleton_format,
     teacher_paths,
+    teacher_weights,
     zero_stage,
 )
 
@@ -51,8 +52,10 @@ __all__ = [
     "parse",
     "register_schemas",
     "skeleton_format",
+    "standardization",
     "stored_config",
     "teacher_paths",
+    "teacher_weights",
     "to_plain",
     "zero_stage",
 ]

@@ -84,6 +84,14 @@ def positive(*, null: str) -> Rule:
     return check
 
 
+def standardization(name: str, value: Any) -> str | None:
+    """The method of `trainer.standardize_targets`: ``standard``, ``phi_s``, or None for false."""
+    methods = {False: None, True: "standard", "standard": "standard", "phi_s": "phi_s"}
+    if not isinstance(value, bool | str) or value not in methods:
+        raise ConfigError(f"{name}={value} is not one of false, true, standard, phi_s")
+    return methods[value]
+
+
 def as_ints(name: str, value: Any) -> list[int]:
     """A value that is a whole number or a list of them, as a list. Raises `ConfigError`, naming the key, for others."""
     values = value if isinstance(value, list | tuple) else [value]

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, within
+from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, standardization, within
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import LABEL_FIELDS
 from mmdistill.data.clips import DISJOINT
@@ -293,6 +293,13 @@ class DistillTrainerConfig(TrainerConfig):
     # decay per step of an exponential moving average of the student, stored in checkpoints as student_ema_rgb; null:
     # none
     ema: float | None = key(None, within("[0, 1)", null="no average"))
+    # how each teacher's features are standardized with statistics of the first epoch (docs/runs.md): false (not at
+    # all, as in the paper) | true or standard (each dimension by its own mean and standard deviation) | phi_s (one
+    # scale for all dimensions, after a rotation that gives all of them the same variance)
+    standardize_targets: Any = key(False, standardization)
+    # factor of each teacher's loss in the sum: a mapping by teacher, for example {flow: 2}, in which a teacher that is
+    # absent has factor 1; null: all factors are 1
+    teacher_weights: Any = None
     # number of mask draws per clip whose teacher features are cached; from this epoch on, the training reads rgb frames
     # only; 0: no cache
     cache_teacher_epochs: int = key(0, at_least(0))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -120,6 +121,7 @@ def _validate_distill(config: DistillConfig) -> None:
         )
     if STUDENT_MODALITY not in trainer.teachers:
         raise ConfigError("trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher")
+    teacher_weights(trainer)
     if config.test:
         _validate_components(config)
     if config.train:
@@ -287,3 +289,24 @@ def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
         examples = " or ".join(f"trainer.teachers=[{','.join(subset)}]" for subset in subsets)
         fewer = f" For {format_count(len(given), 'teacher')} set {examples}."
     raise ConfigError(f"{rule}; got {given!r}.{fewer} `mmdistill find-checkpoints output` prints a list to copy")
+
+
+def teacher_weights(trainer: DistillTrainerConfig) -> dict[str, float]:
+    """The factor of each teacher's loss, by teacher.
+
+    Raises:
+        ConfigError: `trainer.teacher_weights` is no mapping from teachers to finite numbers of at least 0, or all
+            weights are 0.
+    """
+    key, given = "trainer.teacher_weights", trainer.teacher_weights or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{key}={given} must be a mapping from teachers to numbers, for example {{flow: 2}}")
+    for name, weight in given.items():
+        if name not in trainer.teachers:
+            raise ConfigError(f"{key}.{name}: there is no teacher {name}, only {', '.join(trainer.teachers)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ConfigError(f"{key}.{name}={weight} must be a finite number of at least 0")
+    weights = {name: float(given.get(name, 1.0)) for name in trainer.teachers}
+    if not any(weights.values()):
+        raise ConfigError(f"{key}={given}: all weights are 0, so the student learns nothing; raise one")
+    return weights

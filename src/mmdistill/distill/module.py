@@ -2,11 +2,12 @@
 
 MM-CDFSL (Hatano et al., ECCV 2024, arXiv 2405.19917, section 3.3): student and teachers get the same visible tokens of
 the same clip. The loss is the sum over teachers of the mean squared error between the transfer head's output and the
-teacher's feature.
+teacher's feature, which is standardized if `trainer.standardize_targets` is set, times the teacher's weight.
 """
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmdistill.checkpoint import CheckpointError
+from mmdistill.config import standardization
 from mmdistill.distill.parallel_encoders import MAX_TOKENS_FOR_THREADING, run_in_parallel
+from mmdistill.distill.standardization import TargetStandardizer, make_standardizers
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teacher_digests
 from mmdistill.distributed.collectives import all_reduce_mean
@@ -28,6 +31,21 @@ from mmdistill.training.nonfinite import NonFiniteGuard, zero_loss
 from mmdistill.training.optim import Optimization, StepSchedule, make_optimizer
 
 
+@dataclass(frozen=True)
+class TargetOptions:
+    """What the student learns from the teachers' features.
+
+    Attributes:
+        standardize: ``standard``, ``phi_s`` or None, see `TargetStandardizer`.
+        weights: factor of each teacher's loss, by teacher; 1 for the others.
+        cache: features that replace the teachers.
+    """
+
+    standardize: str | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    cache: TeacherCache | None = None
+
+
 class MMDistill(pl.LightningModule):
     """Student, teachers and transfer head; keys ``student_rgb.encoder.*``, ``teacher_flow.encoder.*``, ``cmt.*`` ....
 
@@ -36,7 +54,7 @@ class MMDistill(pl.LightningModule):
         specs: preprocessing of each modality's raw clips.
         optimization: hyperparameters of AdamW and its schedule.
         guard: policy for a loss that is not finite; None: such a loss is used.
-        cache: features that replace the teachers.
+        targets: standardization, weights and cache.
         sources: path and sha256 of each teacher by component, see `load_teachers`.
         save_teachers: False: checkpoints do not contain the teachers.
         ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
@@ -49,14 +67,15 @@ class MMDistill(pl.LightningModule):
         optimization: Optimization,
         *,
         guard: NonFiniteGuard | None = None,
-        cache: TeacherCache | None = None,
+        targets: TargetOptions | None = None,
         sources: Mapping[str, Any] | None = None,
         save_teachers: bool = True,
         ema: float | None = None,
     ) -> None:
         super().__init__()
         self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
-        self.guard, self.cache, self.ema = guard, cache, ema
+        self.target_options = targets or TargetOptions()
+        self.guard, self.cache, self.ema = guard, self.target_options.cache, ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
         self._is_compiled = False
         self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers[STUDENT_MODALITY])})
@@ -70,9 +89,9 @@ class MMDistill(pl.LightningModule):
             self.student_ema_rgb = average.module.requires_grad_(False).eval()
             # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
             self._update_average = average.update_parameters
-        self.cmt = CrossModalTransfer(
-            teachers[STUDENT_MODALITY].config.dim, {m: encoder.config.dim for m, encoder in teachers.items()}
-        )
+        widths = {m: encoder.config.dim for m, encoder in teachers.items()}
+        self.cmt = CrossModalTransfer(self.student.config.dim, widths)
+        self.target_statistics = make_standardizers(widths, self.target_options.standardize)
 
     def train(self, mode: bool = True) -> "MMDistill":
         """Set the mode of the student and the transfer head; teachers and average stay in eval mode."""
@@ -101,11 +120,11 @@ class MMDistill(pl.LightningModule):
         """Forward pass of one batch.
 
         Returns:
-            ``loss``, the sum of the teachers' losses; ``values``, the means over all ranks of this sum, each loss and
-            its constant baseline, which are empty if the loss is not finite.
+            ``loss``, the weighted sum of the teachers' losses; ``values``, the means over all ranks of this sum, each
+            loss without its weight and its constant baseline, which are empty if the loss is not finite.
         """
-        losses = self.losses(batch)
-        total = torch.stack([loss for loss, _ in losses.values()]).sum()
+        losses, weights = self.losses(batch), self.target_options.weights
+        total = torch.stack([loss * weights.get(m, 1.0) for m, (loss, _) in losses.items()]).sum()
         values = {"train_loss": total}
         for modality, (loss, constant_baseline) in losses.items():
             values[f"train_loss_{modality}"] = loss
@@ -138,8 +157,8 @@ class MMDistill(pl.LightningModule):
                 self.cache.add(self.current_epoch, batch["index"], targets)
         predictions = self.cmt(feature)
         return {
-            m: (F.mse_loss(predictions[m].float(), targets[m]), targets[m].var(dim=0, unbiased=False).mean())
-            for m in self.modalities
+            m: (F.mse_loss(predictions[m].float(), target), target.var(dim=0, unbiased=False).mean())
+            for m, target in self._standardize(targets).items()
         }
 
     def input(self, modality: str, batch: Mapping[str, Tensor]) -> Tensor:
@@ -157,6 +176,25 @@ class MMDistill(pl.LightningModule):
         jobs = [*self._teacher_jobs(batch, self.input(STUDENT_MODALITY, batch)), lambda: visible]
         *teacher_features, _ = self._run_jobs(jobs, visible)
         return dict(zip(self.modalities, teacher_features, strict=True))
+
+    def _standardize(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The targets of a batch; in the first epoch of a training its features are added to the statistics before."""
+        if not self.target_statistics:
+            return features
+        if self.training and self.current_epoch == 0:
+            for name, feature in features.items():
+                self.standardizer(name).update(feature)
+        return {name: self.standardizer(name)(feature) for name, feature in features.items()}
+
+    def standardizer(self, teacher: str) -> TargetStandardizer:
+        """The statistics of a teacher's features. They exist with `trainer.standardize_targets` only."""
+        return cast(TargetStandardizer, self.target_statistics[teacher])
+
+    def on_train_epoch_end(self) -> None:
+        """After the first epoch, complete the statistics. Lightning saves checkpoints after this call. Collective."""
+        if self.current_epoch == 0:
+            for name in self.target_statistics:
+                self.standardizer(name).finish()
 
     def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
         """One job per teacher, in the order of `modalities`, that computes its feature. `rgb` is preprocessed."""
@@ -203,10 +241,12 @@ class MMDistill(pl.LightningModule):
         """Add this module's teachers to a student-only checkpoint, if their digests match.
 
         Raises:
-            CheckpointError: the digests differ; or only one of checkpoint and run has an average of the student.
+            CheckpointError: the digests differ; only one of checkpoint and run has an average of the student; or the
+                targets differ.
         """
         state, stored = checkpoint.get("state_dict"), checkpoint.get("mmdistill") or {}
         checkpoint["lr_schedulers"] = []  # the schedule follows from config and position, see `StepSchedule.restore`
+        _check_same_targets((stored.get("config") or {}).get("trainer") or {}, self.target_options)
         if state is None:  # a directory of Lightning's own DeepSpeed strategy: the engine has loaded the weights
             return
         has_average = any(k.startswith("student_ema_rgb.") for k in state)
@@ -220,3 +260,20 @@ class MMDistill(pl.LightningModule):
         check_teacher_digests(stored.get("teachers") or {}, self.sources, missing)
         own_teachers = {k: v for k, v in self.state_dict().items() if k.partition(".")[0] in missing}
         checkpoint["state_dict"] = {**state, **own_teachers}
+
+
+def _check_same_targets(stored: Mapping[str, Any], own: TargetOptions) -> None:
+    """Raise `CheckpointError` unless a run with the trainer config `stored` had the same targets and weights."""
+    method = standardization("trainer.standardize_targets", stored.get("standardize_targets", False))
+    given = stored.get("teacher_weights") or {}
+    weights = {m: float(given.get(m, 1.0)) for m in {*given, *own.weights}}
+    own_weights = {m: float(own.weights.get(m, 1.0)) for m in weights}
+    for key, found, expected in (
+        ("standardize_targets", method or "false", own.standardize or "false"),
+        ("teacher_weights", weights, own_weights),
+    ):
+        if found != expected:
+            raise CheckpointError(
+                f"the checkpoint was trained with trainer.{key}={found}, this run has {expected}; use the same "
+                "setting, or resume=null"
+            )

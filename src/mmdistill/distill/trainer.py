@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.retention import link_or_copy
-from mmdistill.config import DistillConfig, modality_specs
+from mmdistill.config import ConfigError, DistillConfig, modality_specs, standardization, teacher_weights
 from mmdistill.distill.callbacks import (
     LAST,
     EpochCheckpoints,
@@ -19,7 +19,7 @@ from mmdistill.distill.callbacks import (
     TrainingCallback,
     pruning_scores,
 )
-from mmdistill.distill.module import MMDistill
+from mmdistill.distill.module import MMDistill, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
 from mmdistill.distill.teachers import load_teachers
@@ -157,16 +157,24 @@ def _make_module(
             widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
             key=cache_key(dataset, sources, specs, training.run.precision),
         )
-    module = MMDistill(
-        teachers,
-        specs,
-        training.optimization,
-        guard=training.guard,
-        cache=cache,
-        sources=sources,
-        save_teachers=trainer_config.save_teachers,
-        ema=trainer_config.ema,
+    targets = TargetOptions(
+        standardization("trainer.standardize_targets", trainer_config.standardize_targets),
+        teacher_weights(trainer_config),
+        cache,
     )
+    try:
+        module = MMDistill(
+            teachers,
+            specs,
+            training.optimization,
+            guard=training.guard,
+            targets=targets,
+            sources=sources,
+            save_teachers=trainer_config.save_teachers,
+            ema=trainer_config.ema,
+        )
+    except ValueError as error:
+        raise ConfigError(f"trainer.standardize_targets: {error}") from error
     module.student.set_activation_checkpointing(trainer_config.activation_checkpointing)
     if config.compile:
         module.compile_encoders()

@@ -44,6 +44,16 @@ def all_reduce_mean(values: Sequence[torch.Tensor]) -> list[float]:
     return [float(v) for v in stacked.tolist()]
 
 
+def all_reduce_sum(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Sum of each tensor over all ranks, in its own dtype. Without other ranks the tensors are returned."""
+    if get_world_size() == 1:
+        return list(values)
+    sums = [value.detach().clone() for value in values]
+    for value in sums:
+        dist.all_reduce(value)
+    return sums
+
+
 def all_reduce_any(flag: bool, device: torch.device) -> bool:
     """True on every rank if `flag` is true on at least one."""
     if get_world_size() == 1:

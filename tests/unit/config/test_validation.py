@@ -20,6 +20,7 @@ from mmdistill.config import (
     modality_specs,
     schema,
     teacher_paths,
+    teacher_weights,
     zero_stage,
 )
 from mmdistill.config.compose import load_config
@@ -344,3 +345,24 @@ def test_specs_have_the_values_of_the_dataset() -> None:
     assert list(specs) == ["rgb", "flow", "skeleton"]
     assert (specs["flow"].mean, specs["flow"].std, specs["flow"].target) == ((1.0, 2.0), (1.0, 1.0), "pixel")
     assert (specs["skeleton"].sigma, specs["skeleton"].input_stride) == (0.6, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.teacher_weights={flw: 2}", r"teacher_weights\.flw: there is no teacher flw, only rgb, flow"),
+        ("trainer.teacher_weights={flow: -1}", r"teacher_weights\.flow=-1 must be a finite number of at least 0"),
+        ("trainer.teacher_weights={flow: much}", r"teacher_weights\.flow=much must be a finite number"),
+        ("trainer.teacher_weights=2", r"teacher_weights=2 must be a mapping from teachers to numbers"),
+        ("trainer.teacher_weights={rgb: 0, flow: 0, skeleton: 0}", "all weights are 0"),
+        ("trainer.standardize_targets=phis", "standardize_targets=phis is not one of false, true, standard, phi_s"),
+    ],
+)
+def test_invalid_targets_raise(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        distill_config(override)
+
+
+def test_weights_default_to_one() -> None:
+    weights = teacher_weights(distill_config("trainer.teacher_weights={flow: 2}").trainer)
+    assert weights == {"rgb": 1.0, "flow": 2.0, "skeleton": 1.0}

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.distill import module
-from mmdistill.distill.module import MMDistill
+from mmdistill.distill.module import MMDistill, TargetOptions
 from mmdistill.distill.parallel_encoders import run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
@@ -40,15 +40,15 @@ def _encoder_config(spec: ModalitySpec) -> EncoderConfig:
     return EncoderConfig(spec.channels, 4, size, size, patch, 2, 16, 2, 2, 8, 32)
 
 
-def _batch() -> dict[str, torch.Tensor]:
+def _batch(clips: int = 2) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     return {
-        "rgb": torch.randint(0, 256, (2, 4, 36, 40, 3), dtype=torch.uint8),
-        "flow": torch.randn(2, 4, 2, 36, 40).half(),
-        "skeleton": torch.rand(2, 4, 1, 17, 3) * 32,
-        "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(2)]),
-        "crop_box": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]),
-        "index": torch.arange(2),
+        "rgb": torch.randint(0, 256, (clips, 4, 36, 40, 3), dtype=torch.uint8),
+        "flow": torch.randn(clips, 4, 2, 36, 40).half(),
+        "skeleton": torch.rand(clips, 4, 1, 17, 3) * 32,
+        "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(clips)]),
+        "crop_box": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]).repeat(clips, 1)[:clips],
+        "index": torch.arange(clips),
     }
 
 
@@ -90,6 +90,85 @@ def test_losses_are_those_of_the_formula() -> None:
         torch.testing.assert_close(net.targets(batch)[name], target)
 
 
+def _train(net: MMDistill, *, num_steps: int = 3) -> dict[str, torch.Tensor]:
+    """The state of student and transfer head after steps of AdamW; the first epoch ends after the second step."""
+    optimizer = net.configure_optimizers()["optimizer"]
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        net.training_step(_batch(5), step)["loss"].backward()
+        optimizer.step()
+        if step == 1:
+            net.on_train_epoch_end()
+    return {k: v for k, v in net.state_dict().items() if k.startswith(("student_", "cmt."))}
+
+
+def _scale_teacher(net: MMDistill, modality: str, factor: float) -> MMDistill:
+    teacher = net.teacher(modality)
+    embed = teacher.embed
+    teacher.embed = lambda *inputs: embed(*inputs) * factor  # type: ignore[method-assign]
+    return net
+
+
+@pytest.mark.parametrize("method", ["standard", "phi_s"])
+def test_scale_of_a_teacher_does_not_change_the_standardized_training(method: str) -> None:
+    own, scaled = (_module(targets=TargetOptions(method)) for _ in range(2))
+    assert all(
+        torch.equal(value, other)
+        for value, other in zip(
+            _train(own).values(), _train(_scale_teacher(scaled, "flow", 1024.0)).values(), strict=True
+        )
+    )
+    plain = _module(), _scale_teacher(_module(), "flow", 1024.0)
+    assert not torch.equal(*(_train(net)["cmt.mlp_to_flow.2.weight"] for net in plain))
+
+
+def test_standardized_losses_are_those_of_the_formula() -> None:
+    net, batch = _module(targets=TargetOptions("standard")), _batch(5)
+    losses = net.losses(batch)
+    prediction = net.cmt(net.student.embed(net.input("rgb", batch), batch["visible"]))["flow"]
+    raw = net.teacher("flow").embed(net.input("flow", batch), batch["visible"]).detach()
+    target = (raw - raw.mean(dim=0)) / raw.std(dim=0, unbiased=False)
+    torch.testing.assert_close(losses["flow"][0], mse_loss(prediction, target), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses["flow"][1], torch.tensor(1.0))  # the variance of the targets
+
+
+def test_statistics_are_those_of_the_first_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = _module(targets=TargetOptions("standard"))
+    net.losses(_batch())
+    assert net.standardizer("rgb").count == 2
+    net.eval()
+    net.losses(_batch())
+    monkeypatch.setattr(MMDistill, "current_epoch", 1)
+    net.train()
+    net.losses(_batch())
+    assert net.standardizer("rgb").count == 2
+
+
+def test_weights_multiply_the_losses() -> None:
+    net = _module(targets=TargetOptions(weights={"flow": 3.0, "rgb": 0.0}))
+    found = net.training_step(_batch(), 0)
+    losses = {name: loss for name, (loss, _) in net.losses(_batch()).items()}
+    torch.testing.assert_close(found["loss"], 3 * losses["flow"] + losses["skeleton"])
+    assert found["values"]["train_loss_rgb"] == pytest.approx(losses["rgb"].item())  # without its weight
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"standardize_targets": True}, r"trainer\.standardize_targets=standard, this run has phi_s"),
+        ({}, r"trainer\.standardize_targets=false, this run has phi_s"),
+        (
+            {"standardize_targets": "phi_s", "teacher_weights": {"rgb": 2}},
+            r"teacher_weights=\{'rgb': 2.0\}, this run has \{'rgb': 1.0\}",
+        ),
+    ],
+)
+def test_resume_needs_the_same_targets(stored: dict[str, Any], message: str) -> None:
+    net = _module(targets=TargetOptions("phi_s"))
+    with pytest.raises(CheckpointError, match=message):
+        net.on_load_checkpoint({"state_dict": net.state_dict(), "mmdistill": {"config": {"trainer": stored}}})
+
+
 def test_student_starts_as_a_copy_of_the_rgb_teacher() -> None:
     net = _module()
     for own, teacher in zip(net.student.parameters(), net.teacher("rgb").parameters(), strict=True):
@@ -119,7 +198,7 @@ def test_average_moves_towards_the_student() -> None:
 
 def test_cached_epoch_reads_only_rgb(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path, num_draws=1, num_clips=2, widths=dict.fromkeys(BUILTIN_MODALITIES, 16), key={})
-    net, batch = _module(cache=cache), _batch()
+    net, batch = _module(targets=TargetOptions(cache=cache)), _batch()
     expected = {name: loss.item() for name, (loss, _) in net.losses(batch).items()}  # epoch 0 fills the cache
     cache.write(0)
     cache.open(0)
