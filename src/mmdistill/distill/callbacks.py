@@ -12,6 +12,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.retention import best_checkpoint, link_or_copy
 from mmdistill.data.dataloader import ClipLoader
+from mmdistill.distill.ledger import Ledger
 from mmdistill.distill.validation import METRIC
 from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.models.videomae import EncoderConfig
@@ -174,6 +175,7 @@ class EpochCheckpoints(Checkpoint):
         statistics: of each modality.
         sources: path and sha256 of each teacher by component.
         monitor: metric that decides the best: ``train_loss`` or ``val_top1_action``.
+        ledger: of the teachers; None: no ledger is stored.
     """
 
     def __init__(
@@ -184,10 +186,11 @@ class EpochCheckpoints(Checkpoint):
         statistics: Mapping[str, Any],
         sources: Mapping[str, Any],
         monitor: str,
+        ledger: Ledger | None = None,
     ) -> None:
         self.training, self.state = training, training.state
         self.encoders, self.statistics, self.sources = encoders, statistics, sources
-        self.monitor = monitor
+        self.monitor, self.ledger = monitor, ledger
         self.last_path = training.run.checkpoints / LAST
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,7 +207,10 @@ class EpochCheckpoints(Checkpoint):
         """Add the metadata. ``loss`` is None inside an epoch."""
         meta = self.training.meta("distill", self.encoders, self.statistics)
         loss = None if meta["batch"] else self.state.means.get("train_loss")
-        checkpoint["mmdistill"] = {**meta, "decoder": None, "teachers": dict(self.sources), "loss": loss}
+        meta |= {"decoder": None, "teachers": dict(self.sources), "loss": loss}
+        if self.ledger is not None and self.ledger.current is not None:
+            meta["ledger"] = self.ledger.current
+        checkpoint["mmdistill"] = meta
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Inside an epoch, save and exit after a stop signal, when the optimizer step is complete. Collective."""

@@ -74,6 +74,7 @@ class MMDistill(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
+        self.names = self.modalities
         self.target_options = targets or TargetOptions()
         self.guard, self.cache, self.ema = guard, self.target_options.cache, ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
@@ -151,7 +152,9 @@ class MMDistill(pl.LightningModule):
         if self.cache is not None and self.cache.is_cached(self.current_epoch):
             targets, feature = self.cache.features(self.current_epoch, batch["index"]), encode_student()
         else:
-            *teacher_features, feature = self._run_jobs([*self._teacher_jobs(batch, rgb), encode_student], visible)
+            *teacher_features, feature = self._run_jobs(
+                [*self._teacher_jobs(batch, rgb, self.modalities), encode_student], visible
+            )
             targets = dict(zip(self.modalities, teacher_features, strict=True))
             if self.cache is not None:
                 self.cache.add(self.current_epoch, batch["index"], targets)
@@ -166,25 +169,28 @@ class MMDistill(pl.LightningModule):
         g = self.teacher(modality).config
         return preprocess_clips(batch[modality], batch["crop_box"], self.specs[modality], (g.height, g.width))
 
-    def targets(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The teachers' features by modality, (B, D) float32 each.
+    def targets(self, batch: Mapping[str, Tensor], modalities: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The teachers' features by modality, (B, D) float32 each; `modalities`: of these teachers only.
 
         A placeholder job replaces the student's: with the same number of jobs each job gets the same number of threads,
         so the features are bit-identical to those of a training step.
         """
         visible = batch["visible"]
-        jobs = [*self._teacher_jobs(batch, self.input(STUDENT_MODALITY, batch)), lambda: visible]
+        modalities = self.modalities if modalities is None else modalities
+        jobs = [*self._teacher_jobs(batch, self.input(STUDENT_MODALITY, batch), modalities), lambda: visible]
         *teacher_features, _ = self._run_jobs(jobs, visible)
-        return dict(zip(self.modalities, teacher_features, strict=True))
+        return dict(zip(modalities, teacher_features, strict=True))
 
     def _standardize(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The targets of a batch; in the first epoch of a training its features are added to the statistics before."""
-        if not self.target_statistics:
-            return features
-        if self.training and self.current_epoch == 0:
+        if self.target_statistics and self.training and self.current_epoch == 0:
             for name, feature in features.items():
                 self.standardizer(name).update(feature)
-        return {name: self.standardizer(name)(feature) for name, feature in features.items()}
+        return {name: self.target(name, feature) for name, feature in features.items()}
+
+    def target(self, teacher: str, features: Tensor) -> Tensor:
+        """What the student learns to predict: a teacher's features (B, D), standardized if this is configured."""
+        return self.standardizer(teacher)(features) if self.target_statistics else features
 
     def standardizer(self, teacher: str) -> TargetStandardizer:
         """The statistics of a teacher's features. They exist with `trainer.standardize_targets` only."""
@@ -196,7 +202,9 @@ class MMDistill(pl.LightningModule):
             for name in self.target_statistics:
                 self.standardizer(name).finish()
 
-    def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
+    def _teacher_jobs(
+        self, batch: Mapping[str, Tensor], rgb: Tensor, modalities: Sequence[str]
+    ) -> list[Callable[[], Tensor]]:
         """One job per teacher, in the order of `modalities`, that computes its feature. `rgb` is preprocessed."""
 
         @torch.no_grad()
@@ -204,7 +212,7 @@ class MMDistill(pl.LightningModule):
             x = rgb if modality == STUDENT_MODALITY else self.input(modality, batch)
             return self.teacher(modality).embed(x, batch["visible"]).float()
 
-        return [partial(encode_teacher, modality) for modality in self.modalities]
+        return [partial(encode_teacher, modality) for modality in modalities]
 
     def _run_jobs(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
         """The results of independent `jobs` that encode the tokens `visible`; in parallel if that is faster."""

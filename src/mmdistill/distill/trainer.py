@@ -19,6 +19,7 @@ from mmdistill.distill.callbacks import (
     TrainingCallback,
     pruning_scores,
 )
+from mmdistill.distill.ledger import Ledger
 from mmdistill.distill.module import MMDistill, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
@@ -113,9 +114,11 @@ def _fit(
     students = ["student_rgb"] if trainer_config.ema is None else ["student_rgb", "student_ema_rgb"]
     encoders = dict.fromkeys(students, teachers[STUDENT_MODALITY].config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.items()}
+    ledger = Ledger(training)
     callbacks = [
         *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
+        ledger,
         TrainingCallback(training, f"distill {', '.join(teachers)} into student_rgb", validation_line),
         EpochCheckpoints(
             training,
@@ -123,6 +126,7 @@ def _fit(
             statistics={m: specs[m].statistics for m in teachers},
             sources=sources,
             monitor=trainer_config.monitor,
+            ledger=ledger,
         ),
         *([validation] if validation else []),
     ]

@@ -129,6 +129,7 @@ def _evaluate(
         "missing": {**dataset.missing_report(), "frames_repeated": _repeated_frames(features)},
         "overlapping_clips": num_overlapping,
         "rallies_in_training": rallies_in_training,
+        **({"ledger": source.meta["ledger"]} if source.meta.get("ledger") else {}),
         "files": [feature_file(job, fingerprints, cache) for job in jobs],
     }
     if process.is_main:

@@ -138,6 +138,7 @@ class Training:
         guard: policy for non-finite values.
         optimization: hyperparameters of the optimizer and its schedule.
         throughput: of the current epoch.
+        extra_metrics: further metrics of the current epoch; `log_epoch` sends and removes them.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Training:
         self._record = {"weight_compat": weight_compat, "data_order": data.order}
         self._report = DataReport(data.dataset, run.directory, is_main=run.process.is_main)
         self.state, self.throughput = TrainingState(), ThroughputMeter()
+        self.extra_metrics: dict[str, float] = {}
         trainer, clips = config.trainer, data.dataset.index.clips
         self.guard = NonFiniteGuard(
             trainer.on_nonfinite,
@@ -199,7 +201,8 @@ class Training:
         """Send the metrics of the epoch to the trackers, and log `text`."""
         state, speed = self.state, self.throughput.metrics
         metrics = {"epoch": state.epoch, **means, "lr": lr, **speed}
-        metrics |= {"grad_norm": self.guard.grad_norm, "skipped_steps": state.skipped_steps}
+        metrics |= {"grad_norm": self.guard.grad_norm, "skipped_steps": state.skipped_steps, **self.extra_metrics}
+        self.extra_metrics = {}
         if loss_scale is not None:
             metrics |= {"loss_scale": loss_scale, "overflow_steps": state.overflow_steps}
         self.log.log_metrics(state.step, metrics)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdistill.config.compose import CONFIGS
-from mmdistill.evaluation.report import breakdown_tables, figures
+from mmdistill.evaluation.report import breakdown_tables, figures, ledger_tables
 from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, resize_to_width
 from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_caveats, result_tables, table_title
 from mmdistill.evaluation.report.templates import render_template
@@ -41,8 +41,12 @@ def render_page(
     caveats: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     facts: Sequence[str] = (),
+    ledger: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page as text; arguments as in `write_report`. The texts are in ``report.html.jinja``."""
+    """The page as text; arguments as in `write_report`. The texts are in ``report.html.jinja``.
+
+    `ledger` is that of the teachers, see `mmdistill.distill.ledger`.
+    """
     row, scored = results.headline, results.features[0]
     confusion, num_confused = figures.confusion_matrix(row, scored.classes)
     families, missing = choose_fonts("".join(scored.classes))
@@ -70,6 +74,8 @@ def render_page(
         card_lines=breakdown_tables.report_card_lines(results),
         audit_tables=breakdown_tables.shortcut_audit_tables(results),
         audit_lines=breakdown_tables.shortcut_audit_lines(results),
+        ledger_tables=ledger_tables.ledger_tables(ledger),
+        ledger_lines=ledger_tables.ledger_lines(ledger),
         shots_figure=_svg_uri(figures.accuracy_by_shots(results)),
         episodes_figure=_svg_uri(figures.episode_histogram(results.settings[0].rows)),
         confusion_figure=_svg_uri(confusion),

@@ -105,7 +105,7 @@ def write_report(
         results: the result of `run_protocol`.
         folder: created if it does not exist.
         read_frame: reads a frame of a clip, for the example episode; None: no example episode.
-        extra: further top-level keys of the JSON.
+        extra: further top-level keys of the JSON. The page shows ``ledger``, that of the teachers, as tables.
         caveats: sentences at the top of the page, such as the number of clips that overlap. `result_caveats` follow.
         settings: values in the section Settings of the page, by the title of their block; None: those of `extra`.
         facts: sentences in the headline of the page about the data and the training.
@@ -114,6 +114,7 @@ def write_report(
     content = encode_json(to_json(results, extra=extra), allow_nan=False)
     atomic_write_bytes(folder / "fewshot.json", content, fsync=True)
     settings = (extra or {}) if settings is None else settings
-    text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings, facts=facts)
+    ledger = (extra or {}).get("ledger")
+    text = render_page(results, read_frame=read_frame, caveats=caveats, settings=settings, facts=facts, ledger=ledger)
     atomic_write_bytes(folder / "report.html", text.encode(), fsync=True)
     return folder / "report.html"

@@ -1,0 +1,306 @@
+"""What each teacher contributes: variance of its features, R² of the student's predictions, share of the gradient.
+
+`Ledger` computes it at the end of the last epoch, and every `trainer.check_val_every_n_epoch` epochs. It reads at most
+`NUM_CLIPS` training clips and as many held-out clips, with masks, and runs each encoder forward once per clip. It
+changes nothing in the training.
+
+Shapes: N clips, D width of a feature.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Subset
+
+from mmdistill.builders import make_clip_dataset, make_clip_loader, open_readers
+from mmdistill.config import ConfigError, DataModuleConfig
+from mmdistill.data.annotations.base import AnnotationError
+from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.readers.base import FrameError
+from mmdistill.distill.module import MMDistill
+from mmdistill.distill.standardization import RELATIVE_STD_OF_CONSTANT
+from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
+from mmdistill.errors import MMDistillError, format_count
+from mmdistill.modalities import STUDENT_MODALITY
+from mmdistill.training.run import Training
+
+NUM_CLIPS = 256
+
+
+@dataclass(frozen=True)
+class ClipFeatures:
+    """Features of N clips: of the student (N, D), and of each teacher (N, D of the teacher), float32 on the CPU."""
+
+    student: Tensor
+    teachers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Clips that the student is not trained on.
+
+    Attributes:
+        dataset: the clips; None: there are none.
+        positions: those that are read.
+        source: their annotation file.
+        problems: why a teacher's features are not computed, by teacher; under "" for all teachers.
+    """
+
+    dataset: ClipDataset | None
+    positions: Sequence[int]
+    source: str
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def select_positions(num_clips: int) -> list[int]:
+    """At most `NUM_CLIPS` of the clips, at equal distances."""
+    positions: list[int] = np.linspace(0, num_clips - 1, min(num_clips, NUM_CLIPS)).round().astype(int).tolist()
+    return positions
+
+
+def is_constant(features: Tensor) -> bool:
+    """Whether features (N, D) are the same for all clips, up to rounding of float32 values."""
+    x = features.double()
+    return bool((x.std(dim=0, unbiased=False) <= RELATIVE_STD_OF_CONSTANT * x.mean(dim=0).abs()).all())
+
+
+def r_squared(
+    targets: Tensor, predictions: Tensor, labels: Sequence[str]
+) -> tuple[float | None, dict[str, float | None]]:
+    """R² of predictions (N, D), overall and by label; None if the targets do not vary, or a value is not finite.
+
+    ``1 - sum of squared errors / sum of squared deviations of the targets from their mean``, both over clips and
+    dimensions. The mean is that of all clips, also for a label. A clip with the label "" has no class.
+    """
+    y, prediction = targets.double(), predictions.double()
+    errors = (y - prediction).square().sum(dim=1)
+    deviations = (y - y.mean(dim=0)).square().sum(dim=1)
+
+    def ratio(rows: Sequence[int]) -> float | None:
+        total = float(deviations[rows].sum())
+        value = 1 - float(errors[rows].sum()) / total if total else math.nan
+        return value if math.isfinite(value) else None
+
+    rows_by_label: dict[str, list[int]] = {}
+    for row, label in enumerate(labels):
+        rows_by_label.setdefault(label, []).append(row)
+    by_class = {label: ratio(rows) for label, rows in sorted(rows_by_label.items()) if label}
+    return ratio(range(len(y))), by_class
+
+
+def gradient_shares(module: MMDistill, features: ClipFeatures) -> dict[str, float]:
+    """Norm of the gradient of each teacher's weighted loss for the student's features, divided by the sum of all norms.
+
+    0 for all teachers if no loss has a gradient.
+    """
+    device, weights = module.device, module.target_options.weights
+    norms = {}
+    for name, raw in features.teachers.items():
+        feature = features.student.to(device).requires_grad_(True)
+        target = module.target(name, raw.to(device))
+        loss = weights.get(name, 1.0) * F.mse_loss(module.cmt(feature)[name].float(), target)
+        (gradient,) = torch.autograd.grad(loss, feature)
+        norms[name] = float(gradient.double().norm())
+    total = sum(norms.values())
+    return {name: norm / total if total and math.isfinite(total) else 0.0 for name, norm in norms.items()}
+
+
+class Ledger(pl.Callback):
+    """Compute the ledger, log it, and keep it for the checkpoint of the same epoch. It comes before `TrainingCallback`.
+
+    Attributes:
+        current: the ledger of this epoch as plain containers, see `compute`; None in other epochs.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.current: dict[str, Any] | None = None
+        self._held_out: HeldOut | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the ledger of the last epoch."""
+        self.current = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Compute and log the ledger in the epochs that have one. Collective."""
+        every, epoch = self.training.config.trainer.check_val_every_n_epoch, trainer.current_epoch  # type: ignore[union-attr]
+        if epoch + 1 != trainer.max_epochs and not (every and (epoch + 1) % every == 0):
+            return
+        pl_module.eval()
+        with trainer.precision_plugin.train_step_context():
+            self.current = self.compute(pl_module, epoch)
+        pl_module.train()
+        self.training.extra_metrics |= ledger_metrics(self.current)
+        self.training.log.info("\n".join(ledger_lines(self.current)))
+
+    def compute(self, module: MMDistill, epoch: int) -> dict[str, Any]:
+        """The ledger, the same on all ranks. Collective.
+
+        Returns:
+            ``epoch``; ``train_clips`` and ``held_out_clips``, numbers of clips; ``held_out``, their annotation file;
+            ``problems``, see `HeldOut`; ``teachers``: by teacher ``variance``, ``is_constant``, ``gradient_share``,
+            ``r2`` and ``r2_by_class`` (by name of the class).
+        """
+        dataset = self.training.data.dataset
+        positions = select_positions(len(dataset))
+        held_out = self._held_out = self._held_out or find_held_out(self.training, module)
+        about = {
+            "epoch": epoch,
+            "train_clips": len(positions),
+            "held_out_clips": len(held_out.positions),
+            "held_out": held_out.source,
+        }
+        train = self._encode(module, dataset, positions, module.names)
+        if isinstance(train, str):  # with a teacher cache, these files may be gone
+            return {**about, "problems": {"": train}, "teachers": {}}
+        shares = gradient_shares(module, train)
+        teachers: dict[str, dict[str, Any]] = {
+            name: {
+                "variance": float(x.double().var(dim=0, unbiased=False).mean()),
+                "is_constant": is_constant(x),
+                "gradient_share": shares[name],
+                "r2": None,
+                "r2_by_class": {},
+            }
+            for name, x in train.teachers.items()
+        }
+        problems = dict(held_out.problems)
+        if held_out.dataset is not None:
+            names = [name for name in module.names if name not in problems]
+            found = self._encode(module, held_out.dataset, held_out.positions, names)
+            if isinstance(found, str):
+                problems[""] = found
+            else:
+                index = held_out.dataset.index
+                numbers = [index.clips[i].label for i in held_out.positions]
+                labels = [index.classes[number] if number >= 0 else "" for number in numbers]
+                for name, (overall, by_class) in _all_r_squared(module, found, labels).items():
+                    teachers[name] |= {"r2": overall, "r2_by_class": by_class}
+        return {**about, "problems": problems, "teachers": teachers}
+
+    def _encode(
+        self, module: MMDistill, dataset: ClipDataset, positions: Sequence[int], names: Iterable[str]
+    ) -> ClipFeatures | str:
+        """The features of the clips at `positions`, or why they cannot be read. Each rank encodes its share."""
+        own = positions[get_rank() :: get_world_size()]
+        rows: dict[int, list[Tensor]] = {}
+        error, names = "", list(names)
+        loader = make_clip_loader(
+            Subset(dataset, own), num_workers=0, pin_memory=False, batch_size=self.training.config.batch_size
+        )
+        try:
+            with torch.no_grad():
+                for numbers, batch in zip(_chunks(own, self.training.config.batch_size), loader, strict=True):
+                    batch = {key: value.to(module.device) for key, value in batch.items()}
+                    student = module.student.embed(module.input(STUDENT_MODALITY, batch), batch["visible"])
+                    found = module.targets(batch, names)
+                    columns = [x.float().cpu() for x in (student, *(found[name] for name in names))]
+                    rows |= {number: [c[i] for c in columns] for i, number in enumerate(numbers)}
+        except MMDistillError as problem:  # a file cannot be read; the training itself does not need it
+            error = str(problem)
+        parts = all_gather_objects((rows, error))
+        for _, problem_text in parts:
+            if problem_text:
+                return str(problem_text)
+        merged = {number: columns for part, _ in parts for number, columns in part.items()}
+        student, *teachers = (torch.stack(column) for column in zip(*(merged[i] for i in positions), strict=True))
+        return ClipFeatures(student, dict(zip(names, teachers, strict=True)))
+
+
+def _chunks(values: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def _all_r_squared(
+    module: MMDistill, features: ClipFeatures, labels: Sequence[str]
+) -> dict[str, tuple[float | None, dict[str, float | None]]]:
+    """`r_squared` of each teacher, in the units of the loss."""
+    with torch.no_grad():
+        predictions = module.cmt(features.student.to(module.device))
+        return {
+            name: r_squared(module.target(name, raw.to(module.device)).cpu(), predictions[name].float().cpu(), labels)
+            for name, raw in features.teachers.items()
+        }
+
+
+def find_held_out(training: Training, module: MMDistill) -> HeldOut:
+    """The clips of `val_json_path`, else of `fewshot_eval_json_path`, and the teachers that lack files for them."""
+    config = training.config
+    data: DataModuleConfig = config.data_module
+    source = data.val_json_path or data.fewshot_eval_json_path
+    data = replace(data, fewshot_eval_json_path=source)
+    problems: dict[str, str] = {}
+    for modality in module.modalities:
+        try:
+            open_readers(data, (modality,))
+        except ConfigError as error:
+            problems[modality] = str(error)
+    try:
+        dataset = _make_dataset(data, [m for m in module.modalities if m not in problems], config.seed)
+        positions = select_positions(len(dataset))
+        if lacking := _lacking_files(dataset, positions):
+            problems |= lacking
+            dataset = _make_dataset(data, [m for m in module.modalities if m not in problems], config.seed)
+            positions = select_positions(len(dataset))
+    except (ConfigError, AnnotationError, FrameError) as error:
+        return HeldOut(None, (), source, {"": str(error)})
+    return HeldOut(dataset, positions, source, problems)
+
+
+def _make_dataset(data: DataModuleConfig, modalities: Sequence[str], seed: int) -> ClipDataset:
+    """Held-out clips with one fixed mask each, of these modalities and that of the student."""
+    names = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
+    return make_clip_dataset(data, names, training=False, masked=True, seed=seed)
+
+
+def _lacking_files(dataset: ClipDataset, positions: Sequence[int]) -> dict[str, str]:
+    """The number of clips without all their files, as a sentence by modality, but not of the student's modality."""
+    problems = {}
+    clips = [dataset.index.clips[i] for i in positions]
+    for name, reader in dataset.readers.items():
+        count = sum(bool(reader.missing_frames(clip.video, list(clip.frames))) for clip in clips)
+        if count and name != STUDENT_MODALITY:
+            problems[name] = f"{count} of {format_count(len(clips), 'held-out clip')} lack {name} files"
+    return problems
+
+
+def ledger_metrics(ledger: Mapping[str, Any]) -> dict[str, float]:
+    """``variance_TEACHER``, ``gradient_share_TEACHER`` and ``r2_TEACHER``, for the trackers."""
+    return {
+        f"{key}_{name}": values[key]
+        for name, values in ledger["teachers"].items()
+        for key in ("variance", "gradient_share", "r2")
+        if values[key] is not None
+    }
+
+
+def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
+    """The ledger for the log: a line per teacher, then a line per problem."""
+    lines = [
+        f"teachers after epoch {ledger['epoch']}: variance and share of the gradient norm on "
+        f"{format_count(ledger['train_clips'], 'training clip')}, R2 of the student on "
+        f"{format_count(ledger['held_out_clips'], 'held-out clip')} of {ledger['held_out']}"
+    ]
+    for name, values in ledger["teachers"].items():
+        r2, by_class = values["r2"], [v for v in values["r2_by_class"].values() if v is not None]
+        classes = f" (classes {min(by_class):.2f} to {max(by_class):.2f})" if len(by_class) > 1 else ""
+        lines.append(
+            f"  {name}: variance {values['variance']:.3g}, gradient {100 * values['gradient_share']:.1f} %, R2 "
+            f"{'unknown' if r2 is None else f'{r2:.3f}'}{classes}"
+        )
+    lines += [
+        f"teacher {name} contributes nothing: its features are constant; remove it from trainer.teachers, or use "
+        "another checkpoint"
+        for name, values in ledger["teachers"].items()
+        if values["is_constant"]
+    ]
+    for name, problem in ledger["problems"].items():
+        lines.append(f"R2 of {name or 'all teachers'} is unknown: {problem}")
+    return lines
