@@ -64,7 +64,9 @@ def _list_missing(checkpoint: Checkpoint) -> list[str]:
     elif "encoders" not in checkpoint.meta:
         lines.append("metadata (architecture and statistics)")
     for component, reference in (checkpoint.meta.get("teachers") or {}).items():
-        if component not in checkpoint.components:
+        if reference.get("kind") == "file":
+            lines.append(f"{component} (a file of features: {reference['path']}, sha256 {reference['sha256']})")
+        elif component not in checkpoint.components:
             lines.append(
                 f"{component} (a student-only checkpoint references it: {reference['path']}, sha256 of its encoder "
                 f"{reference['sha256']})"

@@ -21,6 +21,7 @@ from mmdistill.config.schema import (
 from mmdistill.config.validation import (
     COMPONENT_PREFIXES,
     SHORT_KEYS,
+    feature_files,
     has_offload,
     modality_setting,
     modality_setting_key,
@@ -45,6 +46,7 @@ __all__ = [
     "as_ints",
     "as_names",
     "explain",
+    "feature_files",
     "has_offload",
     "modality_setting",
     "modality_setting_key",

@@ -8,7 +8,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, parse, register_schemas
+from mmdistill.config import ConfigError, DistillConfig, ModelConfig, PretrainConfig, parse, register_schemas
 from mmdistill.config.overrides import quote_overrides
 
 T = TypeVar("T", PretrainConfig, DistillConfig)
@@ -53,6 +53,20 @@ def load_dataset_settings(name: str, config_dir: Path | str | None = None) -> di
     if not isinstance(settings, dict) or "defaults" in settings:
         raise ConfigError(f"{path}: expected a mapping of data_module keys without a defaults list")
     return settings
+
+
+def model_presets() -> list[str]:
+    """Names of the model presets in the configs of this package."""
+    return sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml"))
+
+
+def load_model_preset(name: str) -> ModelConfig:
+    """The sizes of ``model/NAME.yaml`` in the configs of this package. Raises `ConfigError` for an unknown key."""
+    path = configs_dir() / "model" / f"{name}.yaml"
+    try:
+        return ModelConfig(**yaml.safe_load(path.read_bytes()))
+    except TypeError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def compose_config(

@@ -278,11 +278,12 @@ class PretrainTrainerConfig(TrainerConfig):
 class DistillTrainerConfig(TrainerConfig):
     """Optimization of the distillation, and its teachers."""
 
-    # pretrained checkpoints of the teachers: a list in the order rgb, flow, skeleton or a mapping by modality; null:
-    # the teachers of the checkpoint that is resumed
+    # pretrained checkpoints of the teachers: a list in the order rgb, flow, skeleton or a mapping by teacher. An entry
+    # {file: PATH} of the mapping is a file of features of any program, by the id of the clip (docs/runs.md). null: the
+    # teachers of the checkpoint that is resumed
     ckpt_path: Any = None
-    # modalities of the teachers; must contain rgb
-    teachers: list[str] = key(["rgb", "flow", "skeleton"], one_of(more=modality_names))
+    # modalities of the teachers, and names of files of features; must contain rgb if student is null
+    teachers: list[str] = key(["rgb", "flow", "skeleton"])
     # epochs between few-shot validations, whose result is val_top1_action; null or 0: none
     check_val_every_n_epoch: int | None = key(None, at_least(0))
     # metric by which save_top_k selects checkpoints: train_loss (lowest) | val_top1_action (highest; only checkpoints
@@ -373,6 +374,9 @@ class DistillConfig(CommonConfig):
     # auto | ddp | deepspeed (the same as deepspeed_stage_2) | deepspeed_stage_0 | deepspeed_stage_N or
     # deepspeed_stage_N_offload with N = 1 or 2. offload keeps the optimizer state in host memory
     strategy: str = key("auto", one_of("auto", "ddp", *DEEPSPEED_STAGES, synonyms=_ZERO_STAGES))
+    # initial student: a model preset with random weights (tiny | small | base | large) | path of a checkpoint, whose
+    # encoder is copied | null: a copy of the RGB teacher
+    student: str | None = None
     # name of the run folder
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated

@@ -3,10 +3,11 @@
 import importlib.util
 import itertools
 import math
+import re
 from dataclasses import fields
 from typing import Any
 
-from mmdistill.config.rules import ConfigError, as_names
+from mmdistill.config.rules import ConfigError, as_names, one_of
 from mmdistill.config.schema import (
     PRETRAIN_STAGES,
     DataModuleConfig,
@@ -119,19 +120,42 @@ def _validate_distill(config: DistillConfig) -> None:
             f"trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
             f"trainer.check_val_every_n_epoch={every} must divide trainer.save_ckpt_freq={saved}"
         )
-    if STUDENT_MODALITY not in trainer.teachers:
-        raise ConfigError("trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher")
+    if STUDENT_MODALITY not in trainer.teachers and config.student is None and config.resume is None:
+        raise ConfigError(
+            "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher; or set student"
+        )
     teacher_weights(trainer)
     if config.test:
         _validate_components(config)
     if config.train:
+        _validate_teacher_names(config)
         fix = f"set trainer.teachers=[{','.join(teacher for teacher in trainer.teachers if teacher in modalities)}]"
-        for teacher in trainer.teachers:
+        for teacher in set(trainer.teachers).intersection(modality_names()):
             _validate_modality("trainer.teachers", teacher, config.data_module, fix)
         if config.resume is None or trainer.ckpt_path is not None:  # a resumed checkpoint may contain the teachers
             teacher_paths(trainer)
     elif config.test and config.ckpt_path is None:
         raise ConfigError("train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate")
+
+
+def _validate_teacher_names(config: DistillConfig) -> None:
+    """Raise unless each teacher is a modality or a file of features, which a resumed checkpoint may name."""
+    trainer, key = config.trainer, "trainer.teachers"
+    if not trainer.teachers or len(set(trainer.teachers)) != len(trainer.teachers):
+        raise ConfigError(f"{key}={trainer.teachers} must contain at least one teacher, and each of them once")
+    files = feature_files(trainer)
+    for name in files:
+        if name in modality_names():
+            raise ConfigError(
+                f"trainer.ckpt_path.{name}: {name} is a modality; choose another name for a file of features"
+            )
+        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+            raise ConfigError(f"trainer.ckpt_path.{name}: use letters, digits and _ for the name of a teacher")
+        if name not in trainer.teachers:
+            raise ConfigError(f"trainer.ckpt_path.{name}: add {name} to {key}={trainer.teachers}, or remove the file")
+    is_stored = config.resume is not None and trainer.ckpt_path is None
+    for name in trainer.teachers if not is_stored else ():
+        one_of(*files, more=modality_names)(key, name)
 
 
 def _validate_components(config: DistillConfig) -> None:
@@ -260,21 +284,39 @@ def modality_setting_key(data: DataModuleConfig, modality: str, key: str) -> str
     return f"modalities.{modality}.{key}"
 
 
+def feature_files(trainer: DistillTrainerConfig) -> dict[str, str]:
+    """Path of each file of features, by the name of the teacher.
+
+    Raises:
+        ConfigError: an entry of `trainer.ckpt_path` is a mapping without the only key ``file``.
+    """
+    given, files = trainer.ckpt_path, {}
+    for name, entry in given.items() if isinstance(given, dict) else ():
+        if isinstance(entry, dict):
+            if set(entry) != {"file"} or not isinstance(entry["file"], str):
+                raise ConfigError(
+                    f"trainer.ckpt_path.{name}={entry} must be the path of a checkpoint, or {{file: PATH}} for a file "
+                    "of features"
+                )
+            files[str(name)] = entry["file"]
+    return files
+
+
 def teacher_paths(trainer: DistillTrainerConfig) -> dict[str, str]:
-    """Checkpoint of each teacher, by modality.
+    """Checkpoint of each teacher that is a network, by modality.
 
     Raises:
         ConfigError: `trainer.ckpt_path` is neither a mapping with an entry for each teacher, nor a list of one path per
             teacher or per modality, in the order of `modality_names`.
     """
-    given, names = trainer.ckpt_path, modality_names()
+    given, names, files = trainer.ckpt_path, modality_names(), feature_files(trainer)
     required = [m for m in names if m in trainer.teachers]
     rule = (
         f"trainer.ckpt_path must name a checkpoint for each of {', '.join(required)}: "
         "a list in this order, or a mapping"
     )
     if isinstance(given, dict):
-        unknown = set(given) - set(names)
+        unknown = set(given) - set(names) - set(files)
         if unknown or any(m not in given for m in required):
             raise ConfigError(f"{rule}; got the keys {', '.join(map(str, given))}")
         return {m: str(given[m]) for m in required}

@@ -24,6 +24,7 @@ from mmdistill.config import ConfigError, DataModuleConfig
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.readers.base import FrameError
+from mmdistill.distill.feature_file import FeatureFile
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.standardization import RELATIVE_STD_OF_CONSTANT
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
@@ -119,8 +120,8 @@ class Ledger(pl.Callback):
         current: the ledger of this epoch as plain containers, see `compute`; None in other epochs.
     """
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
+    def __init__(self, training: Training, files: Mapping[str, FeatureFile]) -> None:
+        self.training, self.files = training, dict(files)
         self.current: dict[str, Any] | None = None
         self._held_out: HeldOut | None = None
 
@@ -150,7 +151,7 @@ class Ledger(pl.Callback):
         """
         dataset = self.training.data.dataset
         positions = select_positions(len(dataset))
-        held_out = self._held_out = self._held_out or find_held_out(self.training, module)
+        held_out = self._held_out = self._held_out or find_held_out(self.training, module, self.files)
         about = {
             "epoch": epoch,
             "train_clips": len(positions),
@@ -200,7 +201,9 @@ class Ledger(pl.Callback):
                 for numbers, batch in zip(_chunks(own, self.training.config.batch_size), loader, strict=True):
                     batch = {key: value.to(module.device) for key, value in batch.items()}
                     student = module.student.embed(module.input(STUDENT_MODALITY, batch), batch["visible"])
-                    found = module.targets(batch, names)
+                    found = module.targets(batch, [name for name in names if name not in self.files])
+                    clips = [dataset.index.clips[i].id for i in batch["index"].tolist()]
+                    found |= {name: self.files[name].select(clips) for name in names if name in self.files}
                     columns = [x.float().cpu() for x in (student, *(found[name] for name in names))]
                     rows |= {number: [c[i] for c in columns] for i, number in enumerate(numbers)}
         except MMDistillError as problem:  # a file cannot be read; the training itself does not need it
@@ -230,7 +233,7 @@ def _all_r_squared(
         }
 
 
-def find_held_out(training: Training, module: MMDistill) -> HeldOut:
+def find_held_out(training: Training, module: MMDistill, files: Mapping[str, FeatureFile]) -> HeldOut:
     """The clips of `val_json_path`, else of `fewshot_eval_json_path`, and the teachers that lack files for them."""
     config = training.config
     data: DataModuleConfig = config.data_module
@@ -251,6 +254,12 @@ def find_held_out(training: Training, module: MMDistill) -> HeldOut:
             positions = select_positions(len(dataset))
     except (ConfigError, AnnotationError, FrameError) as error:
         return HeldOut(None, (), source, {"": str(error)})
+    ids = [dataset.index.clips[i].id for i in positions]
+    for name, file in files.items():
+        if missing := file.missing(ids):
+            problems[name] = (
+                f"{len(missing)} of {format_count(len(ids), 'held-out clip')} have no feature in {file.path}"
+            )
     return HeldOut(dataset, positions, source, problems)
 
 

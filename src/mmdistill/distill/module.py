@@ -39,25 +39,40 @@ class TargetOptions:
         standardize: ``standard``, ``phi_s`` or None, see `TargetStandardizer`.
         weights: factor of each teacher's loss, by teacher; 1 for the others.
         cache: features that replace the teachers.
+        files: features of the training clips, float32 (clips, D), of each teacher that is a file, by its name.
     """
 
     standardize: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     cache: TeacherCache | None = None
+    files: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudentOptions:
+    """The student's start and its average.
+
+    Attributes:
+        encoder: with the initial weights; None: a copy of the RGB teacher.
+        ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
+    """
+
+    encoder: Encoder | None = None
+    ema: float | None = None
 
 
 class MMDistill(pl.LightningModule):
     """Student, teachers and transfer head; keys ``student_rgb.encoder.*``, ``teacher_flow.encoder.*``, ``cmt.*`` ....
 
     Args:
-        teachers: frozen encoders by modality. ``rgb`` is required: the student is initialized as its copy.
+        teachers: frozen encoders by modality. ``rgb`` is required if the student is initialized as its copy.
         specs: preprocessing of each modality's raw clips.
         optimization: hyperparameters of AdamW and its schedule.
         guard: policy for a loss that is not finite; None: such a loss is used.
-        targets: standardization, weights and cache.
+        targets: standardization, weights, cache and files of features.
         sources: path and sha256 of each teacher by component, see `load_teachers`.
         save_teachers: False: checkpoints do not contain the teachers.
-        ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
+        student: its start and its average.
     """
 
     def __init__(
@@ -70,27 +85,28 @@ class MMDistill(pl.LightningModule):
         targets: TargetOptions | None = None,
         sources: Mapping[str, Any] | None = None,
         save_teachers: bool = True,
-        ema: float | None = None,
+        student: StudentOptions | None = None,
     ) -> None:
         super().__init__()
         self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
-        self.names = self.modalities
-        self.target_options = targets or TargetOptions()
-        self.guard, self.cache, self.ema = guard, self.target_options.cache, ema
+        self.names = (*self.modalities, *(targets.files if targets else ()))
+        self.target_options, student = targets or TargetOptions(), student or StudentOptions()
+        self.guard, self.cache, self.ema = guard, self.target_options.cache, student.ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
         self._is_compiled = False
-        self.student_rgb = nn.ModuleDict({"encoder": copy.deepcopy(teachers[STUDENT_MODALITY])})
+        self.student_rgb = nn.ModuleDict({"encoder": student.encoder or copy.deepcopy(teachers[STUDENT_MODALITY])})
         self.student_rgb.requires_grad_(True)
         for modality, encoder in teachers.items():
             teacher = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
             self.add_module(f"teacher_{modality}", teacher)
-        if ema is not None:
-            average = AveragedModel(self.student_rgb, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        if self.ema is not None:
+            average = AveragedModel(self.student_rgb, multi_avg_fn=get_ema_multi_avg_fn(self.ema))
             average.update_parameters(self.student_rgb)  # the first update copies
             self.student_ema_rgb = average.module.requires_grad_(False).eval()
             # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
             self._update_average = average.update_parameters
         widths = {m: encoder.config.dim for m, encoder in teachers.items()}
+        widths |= {name: rows.shape[1] for name, rows in self.target_options.files.items()}
         self.cmt = CrossModalTransfer(self.student.config.dim, widths)
         self.target_statistics = make_standardizers(widths, self.target_options.standardize)
 
@@ -158,6 +174,8 @@ class MMDistill(pl.LightningModule):
             targets = dict(zip(self.modalities, teacher_features, strict=True))
             if self.cache is not None:
                 self.cache.add(self.current_epoch, batch["index"], targets)
+        for name, rows in self.target_options.files.items():
+            targets[name] = rows[batch["index"].cpu()].to(feature.device)
         predictions = self.cmt(feature)
         return {
             m: (F.mse_loss(predictions[m].float(), target), target.var(dim=0, unbiased=False).mean())
@@ -166,7 +184,7 @@ class MMDistill(pl.LightningModule):
 
     def input(self, modality: str, batch: Mapping[str, Tensor]) -> Tensor:
         """The preprocessed clips of a modality, (B, C, T, h, w)."""
-        g = self.teacher(modality).config
+        g = (self.student if modality == STUDENT_MODALITY else self.teacher(modality)).config
         return preprocess_clips(batch[modality], batch["crop_box"], self.specs[modality], (g.height, g.width))
 
     def targets(self, batch: Mapping[str, Tensor], modalities: Sequence[str] | None = None) -> dict[str, Tensor]:

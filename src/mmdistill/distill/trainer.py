@@ -19,15 +19,16 @@ from mmdistill.distill.callbacks import (
     TrainingCallback,
     pruning_scores,
 )
+from mmdistill.distill.feature_file import FeatureFile
 from mmdistill.distill.ledger import Ledger
-from mmdistill.distill.module import MMDistill, TargetOptions
+from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
-from mmdistill.distill.teachers import load_teachers
+from mmdistill.distill.teachers import Teachers, load_all_teachers
 from mmdistill.distill.validation import Validation, make_validation, validation_summary
 from mmdistill.distributed.collectives import run_on_all_ranks
+from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
-from mmdistill.models.videomae import Encoder
 from mmdistill.training.run import Run, Training, complete_message, open_run, prune_checkpoints, start_training
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.state import TrainingState
@@ -68,16 +69,16 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
                 log.info(f"{complete_message(config)}\nlast checkpoint: {run.resumed.path}")
             return run.resumed.path
         specs = modality_specs(config.data_module)
-        teachers, sources = load_teachers(config, specs, run.resumed)
+        teachers = load_all_teachers(config, specs, run.resumed)
         data = make_train_data(
             config,
-            tuple(teachers),
+            tuple(dict.fromkeys((STUDENT_MODALITY, *teachers.encoders))),
             run.process,
             cached_epochs=config.trainer.cache_teacher_epochs,
             loader_class=ResumableLoader,
         )
         with start_training(config, run, data, title="distill") as training:
-            return _fit(config, training, teachers, specs, sources)
+            return _fit(config, training, teachers, specs)
 
 
 def _finish_last_save(config: DistillConfig, run: Run, content: Mapping[str, Any]) -> None:
@@ -99,32 +100,27 @@ def _is_complete(meta: Mapping[str, Any], epochs: int) -> bool:
     return meta.get("kind") == "distill" and not meta.get("batch") and int(meta.get("epoch", -1)) + 1 >= epochs
 
 
-def _fit(
-    config: DistillConfig,
-    training: Training,
-    teachers: Mapping[str, Encoder],
-    specs: Mapping[str, ModalitySpec],
-    sources: Mapping[str, Any],
-) -> Path:
+def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: Mapping[str, ModalitySpec]) -> Path:
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
-    module = _make_module(config, training, teachers, specs, sources)
+    module = _make_module(config, training, teachers, specs)
     validation = make_validation(config, run.process, training.log.info)
     validation_line = f"\n{validation_summary(validation, config)}" if validation else ""
     students = ["student_rgb"] if trainer_config.ema is None else ["student_rgb", "student_ema_rgb"]
-    encoders = dict.fromkeys(students, teachers[STUDENT_MODALITY].config)
-    encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.items()}
-    ledger = Ledger(training)
+    encoders = dict.fromkeys(students, module.student.config)
+    encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.encoders.items()}
+    ledger = Ledger(training, teachers.files)
+    more_lines = f"{validation_line}{_feature_file_lines(config, training, teachers.files)}"
     callbacks = [
         *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
         ledger,
-        TrainingCallback(training, f"distill {', '.join(teachers)} into student_rgb", validation_line),
+        TrainingCallback(training, f"distill {', '.join(module.names)} into student_rgb", more_lines),
         EpochCheckpoints(
             training,
             encoders=encoders,
-            statistics={m: specs[m].statistics for m in teachers},
-            sources=sources,
+            statistics={m: specs[m].statistics for m in (STUDENT_MODALITY, *teachers.encoders)},
+            sources=teachers.sources,
             monitor=trainer_config.monitor,
             ledger=ledger,
         ),
@@ -145,37 +141,54 @@ def _fit(
     return last_checkpoint
 
 
+def _feature_file_lines(config: DistillConfig, training: Training, files: Mapping[str, FeatureFile]) -> str:
+    """A log line for each teacher that is a file, and one if an augmentation changes the clips."""
+    data, lines = config.data_module, []
+    num_clips = len(training.data.dataset)
+    for name, file in files.items():
+        unused = len(file.positions) - num_clips
+        lines.append(
+            f"teacher {name}: features of width {file.width} of {format_count(num_clips, 'clip')} from {file.path}"
+            + (f"; {format_count(unused, 'other clip')} in it not used" if unused else "")
+        )
+    if files and (data.hflip_prob or data.random_crop_min_scale < 1):
+        lines.append(
+            f"the features of {', '.join(files)} belong to clips without augmentation, but data_module.hflip_prob="
+            f"{data.hflip_prob:g} and data_module.random_crop_min_scale={data.random_crop_min_scale:g} change the clips"
+        )
+    return "".join(f"\n{line}" for line in lines)
+
+
 def _make_module(
-    config: DistillConfig,
-    training: Training,
-    teachers: Mapping[str, Encoder],
-    specs: Mapping[str, ModalitySpec],
-    sources: Mapping[str, Any],
+    config: DistillConfig, training: Training, teachers: Teachers, specs: Mapping[str, ModalitySpec]
 ) -> MMDistill:
     dataset, trainer_config, cache = training.data.dataset, config.trainer, None
-    if trainer_config.cache_teacher_epochs:
+    network_sources = {name: teachers.sources[name] for name in (f"teacher_{m}" for m in teachers.encoders)}
+    if trainer_config.cache_teacher_epochs and teachers.encoders:
         cache = TeacherCache(
             training.run.directory,
             num_draws=trainer_config.cache_teacher_epochs,
             num_clips=len(dataset),
-            widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
-            key=cache_key(dataset, sources, specs, training.run.precision),
+            widths={modality: encoder.config.dim for modality, encoder in teachers.encoders.items()},
+            key=cache_key(dataset, network_sources, specs, training.run.precision),
         )
+    ids = [clip.id for clip in dataset.index.clips] if teachers.files else []
     targets = TargetOptions(
         standardization("trainer.standardize_targets", trainer_config.standardize_targets),
         teacher_weights(trainer_config),
         cache,
+        {name: file.select(ids) for name, file in teachers.files.items()},
     )
     try:
         module = MMDistill(
-            teachers,
+            teachers.encoders,
             specs,
             training.optimization,
             guard=training.guard,
             targets=targets,
-            sources=sources,
+            sources=teachers.sources,
             save_teachers=trainer_config.save_teachers,
-            ema=trainer_config.ema,
+            student=StudentOptions(teachers.student, trainer_config.ema),
         )
     except ValueError as error:
         raise ConfigError(f"trainer.standardize_targets: {error}") from error

@@ -210,7 +210,7 @@ def training_facts(meta: Mapping[str, Any]) -> list[str]:
 
 def check_evaluation(config: DistillConfig) -> None:
     """Raise `ConfigError` on every rank if the evaluation after a training will fail: labels, components, baselines."""
-    teachers = [f"teacher_{m}" for m in config.trainer.teachers]
+    teachers = [f"teacher_{m}" for m in config.trainer.teachers if m in modality_names()]  # others are files
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
     for key, component in [("eval_component", config.eval_component), *(("baselines", entry) for entry in named)]:

@@ -188,7 +188,7 @@ DISTILL = [
     ("trainer.teachers=[rgb,flwo]", "trainer.teachers=flwo is not one of rgb, flow, skeleton; did you mean flow?"),
     (
         "trainer.teachers=[flow]",
-        "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher",
+        "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher; or set student",
     ),
     (
         "trainer.ckpt_path=[a]",

@@ -11,7 +11,7 @@ from torch.nn.functional import mse_loss
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.distill import module
-from mmdistill.distill.module import MMDistill, TargetOptions
+from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.parallel_encoders import run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
@@ -28,10 +28,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def _module(**more: Any) -> MMDistill:
+def _module(*, ema: float | None = None, **more: Any) -> MMDistill:
     torch.manual_seed(0)
     specs = {name: get_modality(name).spec() for name in BUILTIN_MODALITIES}
     teachers = {name: Encoder(_encoder_config(spec)) for name, spec in specs.items()}
+    more.setdefault("student", StudentOptions(ema=ema))
     return MMDistill(teachers, specs, Optimization(1e-3), **more).train()
 
 

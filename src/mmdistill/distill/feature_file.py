@@ -1,0 +1,121 @@
+"""Teachers that are files of features, from any program: ``trainer.ckpt_path.NAME.file``.
+
+A `.safetensors` file contains either one tensor (D,) per clip, named by the clip's id, or a tensor ``features`` (N, D)
+with the ids as a JSON list in the metadata entry ``ids``. The files that `mmdistill features` writes are of the second
+kind, with one view: (N, 1, D).
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mmdistill.checkpoint import CheckpointError
+from mmdistill.errors import format_count, format_first, quote_name
+
+_MAX_LISTED = 3
+
+
+class FeatureFileError(CheckpointError):
+    """A file of features that cannot be a teacher. The message names the file and the fix."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """Features of clips.
+
+    Attributes:
+        path: of the file, absolute.
+        sha256: of its bytes.
+        rows: float32 (N, D), finite.
+        positions: row of each clip, by its id.
+    """
+
+    path: Path
+    sha256: str
+    rows: Tensor
+    positions: dict[str, int]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows.shape[1]
+
+    def missing(self, ids: Sequence[str]) -> list[str]:
+        """The clips without features."""
+        return [clip for clip in ids if clip not in self.positions]
+
+    def select(self, ids: Sequence[str]) -> Tensor:
+        """The features of clips, float32 (len(ids), D).
+
+        Raises:
+            FeatureFileError: a clip has none; gives their number and the first ones.
+        """
+        if missing := self.missing(ids):
+            raise FeatureFileError(
+                f"{self.path}: no feature of {len(missing)} of {format_count(len(ids), 'clip')}: "
+                f"{format_first([quote_name(clip) for clip in missing], _MAX_LISTED)}; compute them, or train on the "
+                "clips that the file has (data_module.unlabel_json_path, train_clips, window_stride)"
+            )
+        return self.rows[[self.positions[clip] for clip in ids]]
+
+
+def read_feature_file(path: str | Path) -> FeatureFile:
+    """Read and check a file.
+
+    Raises:
+        FeatureFileError: it does not exist, is of another format, repeats an id, or has a feature of another shape, or
+            one that is not finite.
+    """
+    file = Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise FeatureFileError(f"{path}: there is no such file of features")
+    try:
+        ids, rows = _read_rows(file)
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise FeatureFileError(f"{path}: not a readable .safetensors file ({error}); write it again") from error
+    except FeatureFileError as error:
+        raise FeatureFileError(f"{path}: {error}") from error
+    finite = torch.isfinite(rows).all(dim=1).tolist()
+    if invalid := [clip for clip, is_finite in zip(ids, finite, strict=True) if not is_finite]:
+        raise FeatureFileError(
+            f"{path}: the features of {format_count(len(invalid), 'clip')} are not finite: "
+            f"{format_first([quote_name(clip) for clip in invalid], _MAX_LISTED)}; compute them again"
+        )
+    positions = {clip: row for row, clip in enumerate(ids)}
+    if len(positions) != len(ids):
+        raise FeatureFileError(f"{path}: {len(ids) - len(positions)} of the ids are repeated; write each clip once")
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return FeatureFile(file, digest, rows, positions)
+
+
+def _read_rows(path: Path) -> tuple[list[str], Tensor]:
+    """Ids and float32 features (N, D), in the order of the file."""
+    with safe_open(str(path), framework="pt") as file:
+        names, metadata = list(file.keys()), file.metadata() or {}
+        if "features" in names and "ids" in metadata:
+            ids, found = json.loads(metadata["ids"]), file.get_tensor("features")
+            rows = found[:, 0] if found.ndim == 3 and found.shape[1] == 1 else found
+            if not isinstance(ids, list) or rows.ndim != 2 or len(ids) != len(rows):
+                count = format_count(len(ids), "id") if isinstance(ids, list) else "no list of ids"
+                raise FeatureFileError(
+                    f"features has shape {list(found.shape)}, and there is {count}; expected one feature (D,) per id"
+                )
+            return [str(clip) for clip in ids], rows.float()
+        tensors = [file.get_tensor(name) for name in names]
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        sizes = format_first([list(shape) for shape in sorted(shapes)], _MAX_LISTED) or "no tensor"
+        raise FeatureFileError(
+            f"expected one tensor (D,) per clip, named by its id, or a tensor features (N, D) with the metadata entry "
+            f"ids; found {format_count(len(names), 'tensor')} of the shapes {sizes}"
+        )
+    return names, torch.stack(tensors).float()
