@@ -1,8 +1,8 @@
 """Teachers that are files of features, from any program: ``trainer.ckpt_path.NAME.file``.
 
 A `.safetensors` file contains either one tensor (D,) per clip, named by the clip's id, or a tensor ``features`` (N, D)
-with the ids as a JSON list in the metadata entry ``ids``. The files that `mmdistill features` writes are of the second
-kind, with one view: (N, 1, D).
+with the ids as a JSON list in the metadata entry ``ids``. The `.safetensors` files of `mmdistill features` are of the
+second kind, with one view: (N, 1, D). Its `.npz` files are read as well.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.errors import format_count, format_first, quote_name
+from mmdistill.fewshot.errors import FeatureError
+from mmdistill.fewshot.features import load_features
 
 _MAX_LISTED = 3
 
@@ -83,6 +85,8 @@ def read_feature_file(path: str | Path) -> FeatureFile:
         raise FeatureFileError(f"{path}: not a readable .safetensors file ({error}); write it again") from error
     except FeatureFileError as error:
         raise FeatureFileError(f"{path}: {error}") from error
+    except FeatureError as error:  # it names the file
+        raise FeatureFileError(str(error)) from error
     finite = torch.isfinite(rows).all(dim=1).tolist()
     if invalid := [clip for clip, is_finite in zip(ids, finite, strict=True) if not is_finite]:
         raise FeatureFileError(
@@ -99,17 +103,16 @@ def read_feature_file(path: str | Path) -> FeatureFile:
 
 def _read_rows(path: Path) -> tuple[list[str], Tensor]:
     """Ids and float32 features (N, D), in the order of the file."""
+    if path.suffix == ".npz":
+        features = load_features(path)
+        return list(features.ids), _as_rows(torch.from_numpy(features.features), list(features.ids))
     with safe_open(str(path), framework="pt") as file:
         names, metadata = list(file.keys()), file.metadata() or {}
         if "features" in names and "ids" in metadata:
-            ids, found = json.loads(metadata["ids"]), file.get_tensor("features")
-            rows = found[:, 0] if found.ndim == 3 and found.shape[1] == 1 else found
-            if not isinstance(ids, list) or rows.ndim != 2 or len(ids) != len(rows):
-                count = format_count(len(ids), "id") if isinstance(ids, list) else "no list of ids"
-                raise FeatureFileError(
-                    f"features has shape {list(found.shape)}, and there is {count}; expected one feature (D,) per id"
-                )
-            return [str(clip) for clip in ids], rows.float()
+            ids = json.loads(metadata["ids"])
+            if not isinstance(ids, list):
+                raise FeatureFileError("the metadata entry ids is no JSON list")
+            return [str(clip) for clip in ids], _as_rows(file.get_tensor("features"), ids)
         tensors = [file.get_tensor(name) for name in names]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
@@ -119,3 +122,14 @@ def _read_rows(path: Path) -> tuple[list[str], Tensor]:
             f"ids; found {format_count(len(names), 'tensor')} of the shapes {sizes}"
         )
     return names, torch.stack(tensors).float()
+
+
+def _as_rows(features: Tensor, ids: Sequence[object]) -> Tensor:
+    """(N, D) or (N, 1, D) -> float32 (N, D). Raises `FeatureFileError` for another shape or number of ids."""
+    rows = features[:, 0] if features.ndim == 3 and features.shape[1] == 1 else features
+    if rows.ndim != 2 or len(ids) != len(rows):
+        raise FeatureFileError(
+            f"features has shape {list(features.shape)} for {format_count(len(ids), 'id')}; expected one feature (D,) "
+            "per id"
+        )
+    return rows.float()

@@ -38,12 +38,13 @@ def test_both_layouts_give_the_same_features(tmp_path: Path) -> None:
     save_file({"features": ROWS.half()}, tmp_path / "two.safetensors", {"ids": json.dumps(IDS)})
     labels = np.zeros(3, np.int64)
     features = Features(ROWS[:, None].numpy(), labels, tuple(IDS), ("a", "a", "b"), ("x",))
-    save_features(features, tmp_path / "own.safetensors")  # as `mmdistill features` does
-    for name in ("one", "two", "own"):
-        file = read_feature_file(tmp_path / f"{name}.safetensors")
+    for suffix in ("safetensors", "npz"):
+        save_features(features, tmp_path / f"own.{suffix}")  # as `mmdistill features` does
+    for name in ("one.safetensors", "two.safetensors", "own.safetensors", "own.npz"):
+        file = read_feature_file(tmp_path / name)
         assert torch.equal(file.select([IDS[2], IDS[0]]), ROWS[[2, 0]])
         assert (file.width, file.rows.dtype) == (4, torch.float32)
-        assert file.sha256 == hashlib.sha256((tmp_path / f"{name}.safetensors").read_bytes()).hexdigest()
+        assert file.sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
 
 def test_missing_clips_are_counted_and_the_first_three_are_named(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_missing_clips_are_counted_and_the_first_three_are_named(tmp_path: Path)
     [
         ({"a": ROWS[0], "b": ROWS[0, :3]}, None, r"2 tensors of the shapes \[3\], \[4\]"),
         ({"a": ROWS}, None, r"1 tensor of the shapes \[3, 4\]"),
-        ({"features": ROWS}, IDS[:2], r"shape \[3, 4\], and there is 2 ids"),
+        ({"features": ROWS}, IDS[:2], r"shape \[3, 4\] for 2 ids"),
         ({"features": torch.zeros(3, 2, 4)}, IDS, r"shape \[3, 2, 4\]"),
         ({"features": ROWS}, ["a", "b", "a"], "1 of the ids are repeated"),
         ({"features": ROWS.where(ROWS != 5, torch.nan)}, IDS, "features of 1 clip are not finite: a:000003"),
@@ -110,8 +111,8 @@ def test_rgb_teacher_may_be_absent_only_with_a_student() -> None:
 
 
 def test_unknown_student_raises() -> None:
-    with pytest.raises(ConfigError, match=r"student=smal is neither one of base, .* nor a checkpoint.*mean small\?"):
-        check_paths(distill_config("student=smal"))
+    with pytest.raises(ConfigError, match=r"student=smull is neither one of base, .* nor a checkpoint.*mean small\?"):
+        check_paths(distill_config("student=smull"))
 
 
 def _config(root: Path, *more: str) -> DistillConfig:
