@@ -1,5 +1,6 @@
 """Configs for tests: composed once by Hydra, then changed by dotted overrides, which takes milliseconds."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -27,3 +28,8 @@ def pretrain_config(*overrides: str) -> PretrainConfig:
 def distill_config(*overrides: str) -> DistillConfig:
     """The distillation on the demo data, with ``key=value`` overrides."""
     return stored_config(_distill_defaults(), DistillConfig, overrides)
+
+
+def source_override(*overrides: str) -> str:
+    """The override that makes the data of a pretraining with these overrides the source of another."""
+    return f"source={json.dumps(to_plain(pretrain_config(*overrides).data_module))}"

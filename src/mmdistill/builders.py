@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ from mmdistill.config import (
 )
 from mmdistill.config.compose import SOURCE_ROOT
 from mmdistill.data.annotations.base import Rally, load_annotations
-from mmdistill.data.clips import ClipIndex, ClipSource, ClipSpec, build_index, clip_sources
+from mmdistill.data.clips import ClipIndex, ClipSource, ClipSpec, build_index, clip_sources, select_clips
 from mmdistill.data.cores import default_loader_workers
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
-from mmdistill.errors import format_count
+from mmdistill.errors import format_count, rename_key
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
@@ -175,6 +176,7 @@ def make_clip_dataset(
     augment: bool | None = None,
     masked: bool | None = None,
     cached_epochs: int = 0,
+    index: ClipIndex | None = None,
 ) -> ClipDataset:
     """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
 
@@ -186,6 +188,7 @@ def make_clip_dataset(
         augment: whether crops are random, with flips, and unreadable clips are replaced; None: as `training`.
         masked: whether ``data.mask_ratio`` applies; None: as `training`.
         cached_epochs: see `ClipDataset`.
+        index: the clips; None: those of `make_clip_index`.
 
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
@@ -196,7 +199,7 @@ def make_clip_dataset(
             raise ConfigError(
                 f"data_module.modalities has no entry {modality}, only {', '.join(specs)}; add it, or use one of these"
             )
-    index = make_clip_index(data, training=training)
+    index = make_clip_index(data, training=training) if index is None else index
     with raise_as_config_error():
         dataset = ClipDataset(
             index,
@@ -227,6 +230,29 @@ def make_clip_dataset(
         )
     _check_frame_size(dataset)
     return dataset
+
+
+def make_source_dataset(source: DataModuleConfig, modality: str, *, seed: int) -> ClipDataset:
+    """The labeled clips of the source of a joint pretraining, without a mask.
+
+    `eval_clips` selects the clips in the training file, `unlabel_json_path`. Clips without a label are left out and
+    counted as ``without_label`` in the report of the index.
+
+    Raises:
+        ConfigError: there are fewer than two classes, or see `make_clip_dataset`; names the keys of `source`.
+    """
+    with rename_key("data_module.", "source."):
+        index = make_clip_index(replace(source, train_clips=source.eval_clips), training=True)
+        labeled = [i for i, clip in enumerate(index.clips) if clip.label >= 0]
+        if len(index.classes) < 2:
+            raise ConfigError(
+                f"{resolve_annotation_path(source, training=True)}: its {format_count(len(index.clips), 'clip')} have "
+                f"{format_count(len(index.classes), 'class')}, and a source needs at least two; set "
+                "source.unlabel_json_path to an annotation file with labels, and source.eval_clips=events"
+            )
+        report = {**index.report, "clips": len(labeled), "without_label": len(index.clips) - len(labeled)}
+        index = ClipIndex(select_clips(index.clips, labeled), index.classes, report)
+        return make_clip_dataset(source, (modality,), training=True, seed=seed, masked=False, index=index)
 
 
 def _check_frame_size(dataset: ClipDataset) -> None:

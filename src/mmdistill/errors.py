@@ -6,7 +6,8 @@ is printed with its traceback.
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -31,6 +32,16 @@ class InputError(MMDistillError, ValueError):
     """A file, config value or argument that cannot be used as it is."""
 
     exit_status = 2
+
+
+@contextmanager
+def rename_key(old: str, new: str) -> Iterator[None]:
+    """While open, the messages of input errors contain `new` instead of `old`: another key has the same settings."""
+    try:
+        yield
+    except InputError as error:
+        error.args = (str(error).replace(old, new),)
+        raise
 
 
 def format_count(count: int, noun: str) -> str:

@@ -22,6 +22,7 @@ from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.formats.manifest import verify_manifest
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from tests.commands import run_python
+from tests.configs import source_override
 from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
@@ -111,6 +112,16 @@ def _plan_native(runs: Runs, data: list[str]) -> None:
         runs.add(f"{name}_rest", NATIVE, [*common, "resume=auto"], world=world, into=name)
 
 
+def _plan_joint(runs: Runs) -> None:
+    """A source, with two ranks; stopped in the second of three batches of the second epoch."""
+    target, source = (overrides(make_tiny(runs.root / name, per_class=1)) for name in ("target", "source"))
+    common = ["modality=flow", *target, source_override(*source, "data_module.name=labeled"), *MODEL, "batch_size=2"]
+    common += ["strategy=deepspeed_stage_2", "trainer.classifier_dropout=0.5"]
+    runs.add("joint_full", NATIVE, common, world=2)
+    runs.add("joint_first", NATIVE, common, world=2, stop_at=5, stop_rank=1, into="joint")
+    runs.add("joint_rest", NATIVE, [*common, "resume=auto"], world=2, into="joint")
+
+
 def _plan_folders(runs: Runs, data: list[str]) -> None:
     """Rows 20 and 21 of the fault matrix: what is kept, used folders, locks; and data with a hole."""
     common = ["modality=skeleton", *data, *MODEL, "trainer.save_ckpt_freq=1"]
@@ -139,6 +150,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     data = overrides(make_tiny(done.root / "data"))
     _plan_distill(done, data)
     _plan_native(done, data)
+    _plan_joint(done)
     _plan_folders(done, data)
     with directory_lock(done.root / "in_use" / "checkpoints"):  # this test is another job in that folder
         done.run()
@@ -270,6 +282,19 @@ def test_pretraining_in_two_parts(runs: Runs, world: int, stage: int) -> None:
     assert _same_tensors(read_checkpoint(full).state_dict, read_checkpoint(parts).state_dict)
     assert (verify_manifest(parts) or {})["stage"] == stage
     assert _rows(runs.root / f"{name}_full" / "metrics.csv") == _rows(runs.root / name / "metrics.csv")
+
+
+def test_joint_pretraining_in_two_parts(runs: Runs) -> None:
+    for name, code in (("full", 0), ("first", INTERRUPTED_EXIT_CODE), ("rest", 0)):
+        assert runs.codes[f"joint_{name}"] == [code, code], runs.log(f"joint_{name}")
+    both = [runs.steps("joint_full", rank) for rank in range(2)]
+    assert both == [runs.steps("joint_first", rank) + runs.steps("joint_rest", rank) for rank in range(2)]
+    full, parts = (latest_valid_checkpoint(runs.root / f / "checkpoints") for f in ("joint_full", "joint"))
+    assert full is not None
+    assert parts is not None
+    assert _same_tensors(read_checkpoint(full).state_dict, read_checkpoint(parts).state_dict)
+    assert read_checkpoint(parts).meta["source"]["dataset"] == "labeled"
+    assert _rows(runs.root / "joint_full" / "metrics.csv") == _rows(runs.root / "joint" / "metrics.csv")
 
 
 def test_pretraining_continues_inside_an_epoch_with_other_processes_and_another_stage(runs: Runs) -> None:

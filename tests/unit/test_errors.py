@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.errors import InputError, MMDistillError, format_count, format_first, suggest_nearest
+from mmdistill.errors import InputError, MMDistillError, format_count, format_first, rename_key, suggest_nearest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "mmdistill"
 
@@ -75,3 +75,11 @@ def test_all_error_classes_have_the_base_class() -> None:
 @pytest.mark.parametrize("name", sorted(error_classes()))
 def test_error_classes_are_named_so(name: str) -> None:
     assert name.endswith("Error")
+
+
+def test_input_errors_name_the_key_of_their_place() -> None:
+    """Other errors stay as they are."""
+    with pytest.raises(InputError, match=r"^source\.label: set source\.label$"), rename_key("data_module.", "source."):
+        raise InputError("data_module.label: set data_module.label")
+    with pytest.raises(KeyError, match=r"data_module\.label"), rename_key("data_module.", "source."):
+        raise KeyError("data_module.label")

@@ -290,8 +290,8 @@ def _check_groups(path: Path, stored: Sequence[Shapes], own: Sequence[Shapes]) -
     different = [f"{name} {a.get(name)} / {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
     detail = different[0] if different else f"{len(stored)} groups / {len(own)} groups, in another order"
     raise ResumeMismatchError(
-        f"{path}: its optimizer has other parameters than this run's (checkpoint / run): {detail}; use the same model "
-        "and trainer.layer_decay"
+        f"{path}: its optimizer has other parameters than this run's (checkpoint / run): {detail}; use the same model, "
+        "source and trainer.layer_decay"
     )
 
 

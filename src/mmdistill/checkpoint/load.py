@@ -18,7 +18,7 @@ from mmdistill.errors import format_count
 from mmdistill.models.videomae import EncoderConfig, sincos_positions
 
 _MAX_LISTED = 10  # names per list in an error
-_CLASSIFIER_PREFIXES = ("head.", "head_", "fc_norm.", "fc_dropout.")  # an encoder has none of them
+CLASSIFIER_PREFIXES = ("head.", "head_", "fc_norm.", "fc_dropout.")  # an encoder and a decoder have none of them
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def select_encoder(state: Mapping[str, Tensor], component: str | None, source: P
         name = key.removeprefix(root)
         if not key.startswith(root):
             ignored[top_level(key)] += 1
-        elif name.startswith(_CLASSIFIER_PREFIXES):
+        elif name.startswith(CLASSIFIER_PREFIXES):
             ignored[top_level(name)] += 1
         else:
             tensors[name] = tensor

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def labeled_sources(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of joint pretrainings whose labels a checkpoint with these metadata has learned.
+
+    A distilled checkpoint has those of its teachers. Each has ``dataset``, ``label_fields`` and ``classes``.
+    """
+    own = [meta["source"]] if meta.get("source") else []
+    inherited = [source for teacher in (meta.get("teachers") or {}).values() for source in teacher.get("sources", [])]
+    keys = ("dataset", "label_fields", "classes")
+    return [{key: source[key] for key in keys} for source in (*own, *inherited) if source["classes"]]
 
 
 def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:

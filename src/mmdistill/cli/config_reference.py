@@ -77,6 +77,8 @@ def default_text(field: "Field[Any]") -> str:
 
 def type_text(annotation: Any) -> str:
     """A type as the tables show it, for example ``int or null``."""
+    if (nested := schema.nested_class(annotation)) is not None:
+        return f"keys of `{nested.__name__}` or null"
     is_plain = isinstance(annotation, type) and get_origin(annotation) is None
     text = annotation.__name__ if is_plain else str(annotation)
     return text.replace("typing.", "").replace(" | None", " or null").replace("Any", "any")
@@ -90,8 +92,8 @@ def render(source: str) -> str:
         own = group.__annotations__
         rows = []
         for field in fields(group):
-            nested = isinstance(field.type, type) and issubclass(field.type, schema.Sealable)
-            if field.name not in own or nested or field.name == "modalities":
+            is_group = field.type is schema.nested_class(field.type)
+            if field.name not in own or is_group or field.name == "modalities":
                 continue
             meaning = comments[group.__name__, field.name].replace("|", r"\|")
             rows.append(f"| `{prefix}{field.name}` | {type_text(field.type)} | {default_text(field)} | {meaning} |")

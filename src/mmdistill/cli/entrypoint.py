@@ -30,7 +30,7 @@ from mmdistill.cli.job_names import shorten_subdirs
 from mmdistill.cli.memory import explain_memory_errors
 from mmdistill.cli.run_folder import RunFolderCallback, restore_folders
 from mmdistill.config import ConfigError, explain, parse, register_schemas, to_plain
-from mmdistill.config.compose import T, configs_dir
+from mmdistill.config.compose import T, configs_dir, explain_null_source, select_files
 from mmdistill.config.overrides import add_overrides, quote_overrides
 from mmdistill.console import exit_if_pipe_closed
 from mmdistill.distributed import launch
@@ -65,7 +65,7 @@ def run_entrypoint(
         verb: verb of ``mmdistill`` that starts this job; errors name it.
         argv: arguments after the verb. None: this process was started by a script, with the arguments in `sys.argv`.
     """
-    _set_arguments(argv, verb)
+    _set_arguments(argv, verb, schema)
     logging.raiseExceptions = False  # a full disk would print a traceback for each line of the log of Hydra
     threading.excepthook = _report_thread_error
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # makes Hydra raise, so that `explain` can add near matches
@@ -118,7 +118,8 @@ def run_entrypoint(
     try:
         with exit_if_pipe_closed(), _restored_folders():
             try:
-                run_composed()
+                with explain_null_source(sys.argv[1:]):
+                    run_composed()
             except KeyboardInterrupt:
                 exit_after_interrupt(verb)
             except (HydraException, OmegaConfBaseException) as error:
@@ -133,11 +134,11 @@ def run_entrypoint(
         raise
 
 
-def _set_arguments(argv: Sequence[str] | None, verb: str | None) -> None:
+def _set_arguments(argv: Sequence[str] | None, verb: str | None, schema: type[T]) -> None:
     """Write the arguments as Hydra reads them to `sys.argv`. A rank other than 0 gets no folder and no log."""
     given: Sequence[str] = sys.argv[1:] if argv is None else argv
     program = sys.argv[0] if argv is None else f"mmdistill {verb}"
-    sys.argv = [program, *shorten_subdirs(quote_overrides(given))]
+    sys.argv = [program, *shorten_subdirs(select_files(quote_overrides(given), schema))]
     launch.set_env_from_slurm()
     if launch.is_nonzero_rank():
         unused_dir = temporary_folder_until_exit()  # for multirun.yaml

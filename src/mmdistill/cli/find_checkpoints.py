@@ -39,7 +39,10 @@ _UNREADABLE = (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, *_IN
 # verb -> keys of a training that change the result of the verb, besides `dataset` and `data_module`. A distillation has
 # its own `trainer`
 OTHER_KEYS: dict[str, tuple[str, ...]] = {
-    "pretrain": ("seed", "batch_size", "precision", "model", "trainer", "decoder_mask_ratio", "experiment"),
+    "pretrain": (
+        *("seed", "batch_size", "precision", "model", "trainer", "decoder_mask_ratio", "experiment"),
+        *("dataset@source", "source"),
+    ),
     "distill": ("seed", "batch_size", "precision", "experiment"),
     "evaluate": ("experiment", "seed", "precision", "eval_component", "baselines", "classifier", "probe"),
 }

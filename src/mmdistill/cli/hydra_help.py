@@ -151,8 +151,8 @@ def _describe_keys(
             for part in fields(schema.ModalityConfig):
                 own = ", ".join(f"{name}: {_format_value(entry[part.name])}" for name, entry in value.items())
                 yield f"{key}.NAME.{part.name} ({own})", comments["ModalityConfig", part.name]
-        elif isinstance(field.type, type) and issubclass(field.type, schema.Sealable):
-            yield from _describe_keys(field.type, value, comments, f"{key}.")
+        elif (nested := schema.nested_class(field.type)) is not None and value is not None:
+            yield from _describe_keys(nested, value, comments, f"{key}.")
         else:
             owner = next(c.__name__ for c in group.__mro__ if field.name in vars(c).get("__annotations__", {}))
             yield f"{key}={_format_value(value)}", comments[owner, field.name]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
-from mmdistill.config import ConfigError, PretrainConfig, modality_specs, stored_config
+from mmdistill.config import SOURCE_KEYS, ConfigError, PretrainConfig, modality_specs, stored_config
 from mmdistill.config.compose import load_config, load_dataset_settings
 
 
@@ -37,7 +37,8 @@ def write_reconstructions(args: argparse.Namespace) -> None:
         datasets = [override.removeprefix("dataset=") for override in args.overrides if override.startswith("dataset=")]
         settings = load_dataset_settings(datasets[-1], args.config_dir) if datasets else {}
         overrides = [override for override in args.overrides if not override.startswith("dataset=")]
-        stored = {**stored, "data_module": {**stored["data_module"], **settings}}
+        trainer = {key: value for key, value in stored["trainer"].items() if key not in SOURCE_KEYS}
+        stored = {**stored, "source": None, "trainer": trainer, "data_module": {**stored["data_module"], **settings}}
         config = stored_config(stored, PretrainConfig, overrides)
     else:
         config = load_config(PretrainConfig, "config_pretrain", args.overrides, config_dir=args.config_dir)

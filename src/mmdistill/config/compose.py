@@ -1,6 +1,8 @@
 """Compose a config outside of an entrypoint."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +71,37 @@ def load_model_preset(name: str) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def select_files(overrides: Sequence[str], schema: type[Any]) -> list[str]:
+    """`overrides` of the pretraining with the names that Hydra has for two groups of files.
+
+    ``source=NAME`` selects ``dataset/NAME.yaml``. ``experiment=NAME`` selects ``experiment/pretrain_NAME.yaml`` if
+    there is such a file: some experiments have one file for each phase. Other values do not change.
+    """
+    if schema is not PretrainConfig:
+        return list(overrides)
+    selected = []
+    for override in overrides:
+        group, _, names = override.partition("=")
+        if group == "source" and names != "null" and re.fullmatch(r"[\w./,-]+", names):
+            override = f"dataset@source={names}"
+        elif group == "experiment" and (configs_dir() / group / f"pretrain_{names}.yaml").is_file():
+            override = f"experiment=pretrain_{names}"
+        selected.append(override)
+    return selected
+
+
+@contextmanager
+def explain_null_source(overrides: Sequence[str]) -> Iterator[None]:
+    """While open, the error of OmegaConf about ``source.KEY=VALUE`` without a source becomes a `ConfigError`."""
+    try:
+        yield
+    except AssertionError as error:
+        keys = [override.partition("=")[0] for override in overrides if override.startswith("source.")]
+        if not keys:
+            raise
+        raise ConfigError(f"{keys[0]}: source is null; select its dataset, for example source=tennis") from error
+
+
 def compose_config(
     config_name: str,
     overrides: Sequence[str],
@@ -85,17 +118,18 @@ def compose_config(
         config_path: folder of the main config, as Hydra's ``--config-path``; None: `configs_dir`.
 
     Raises:
-        ConfigError: `config_dir` is no folder.
+        ConfigError: `config_dir` is no folder, or a key of a null `source` is set.
         HydraException: the config cannot be composed.
     """
     register_schemas()
     more = [*overrides]
     if config_dir is not None:
-        folder = Path(config_dir).absolute()
-        if not folder.is_dir():
+        searched = Path(config_dir).absolute()
+        if not searched.is_dir():
             raise ConfigError(f"--config-dir {config_dir}: there is no such folder")
-        more.append(f"hydra.searchpath=[file://{folder}]")
-    with initialize_config_dir(str(Path(config_path or configs_dir()).absolute()), version_base="1.3"):
+        more.append(f"hydra.searchpath=[file://{searched}]")
+    folder = Path(config_path or configs_dir()).absolute()
+    with initialize_config_dir(str(folder), version_base="1.3"), explain_null_source(more):
         return compose(config_name, quote_overrides(more))
 
 
@@ -108,4 +142,4 @@ def load_config(
         ConfigError: `config_dir` is no folder, or a value is invalid.
         HydraException: the config cannot be composed.
     """
-    return parse(compose_config(config_name, overrides, config_dir=config_dir), schema)
+    return parse(compose_config(config_name, select_files(overrides, schema), config_dir=config_dir), schema)

@@ -18,7 +18,7 @@ _CONFIG_GROUPS = ("dataset", "experiment")  # keys of a command that select a fi
 
 
 def known_keys(schema: type[Any] = CommonConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema. Keys of `modalities`, a dictionary, are not included."""
+    """Every dotted key of a schema. Keys of `modalities`, a dictionary, and `source`, null or a dataset, are not."""
     keys = []
     for f in fields(schema):
         keys.append(prefix + f.name)
@@ -52,7 +52,7 @@ def explain(error: Exception, schema: type[Any]) -> str:
         chain.append(cause)
     text = "\n".join(str(e) for e in chain)
     if missing := re.search(r"missing mandatory value: (\S+)", text, re.IGNORECASE):
-        if missing[1] not in known_keys(schema):
+        if re.sub(r"^source\.", "data_module.", missing[1]) not in known_keys(schema):
             return other_phase_message(schema)
         return f"{missing[1]} is not given; give it on the command line, for example modality=rgb"
     if old := _describe_old_keys(chain, text, schema):
@@ -143,8 +143,10 @@ def near_matches(name: str, schema: type[Any]) -> str:
     """``. Near matches: ...`` with at most three keys, or nothing.
 
     The last part of these keys is similar to that of `name`. If some of them have the same parent as `name`, the others
-    are omitted.
+    are omitted. `source` has the keys of `data_module`.
     """
+    if name.startswith("source."):
+        return near_matches(f"data_module.{name.removeprefix('source.')}", schema).replace("data_module.", "source.")
     keys = [*_CONFIG_GROUPS, *known_keys(schema)]
     parent, _, last = name.rpartition(".")
     close = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=3)

@@ -5,7 +5,8 @@ The comment above a field is its description in docs/config.md (`make docs`).
 
 import signal
 from dataclasses import FrozenInstanceError, dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -67,6 +68,12 @@ class Sealable:
         if "_sealed" in self.__dict__:
             raise FrozenInstanceError(f"{type(self).__name__}.{name}: a parsed config is read-only")
         object.__setattr__(self, name, value)
+
+
+def nested_class(annotation: Any) -> type[Any] | None:
+    """The config class of a field of type ``Class`` or ``Class | None``; None if the field is a value."""
+    classes = [t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, Sealable)]
+    return classes[0] if classes and get_origin(annotation) in (None, UnionType) else None
 
 
 @dataclass
@@ -272,6 +279,15 @@ class PretrainTrainerConfig(TrainerConfig):
     # epochs between images of reconstructions (in the folder images/ and TensorBoard), also one after the last epoch;
     # 0: none
     image_every_n_epochs: int = key(5, at_least(0))
+    # with a source: weight of the reconstruction loss of its clips
+    lambda_source: float = key(1.0, at_least(0))
+    # with a source: weight of the reconstruction loss of the clips of data_module
+    lambda_target: float = key(1.0, at_least(0))
+    # with a source: weight of the cross-entropy of the classifier on its clips, a number or a mapping by modality;
+    # 0: no classifier
+    lambda_ce: Any = 0.05
+    # with a source: dropout rate before the last layer of the classifier
+    classifier_dropout: float = key(0.0, within("[0, 1)"))
 
 
 @dataclass
@@ -348,6 +364,10 @@ class CommonConfig(Sealable):
 class PretrainConfig(CommonConfig):
     """Keys of the pretraining (`mmdistill pretrain`)."""
 
+    # labeled dataset that is pretrained jointly with data_module: source=NAME selects a file of configs/dataset,
+    # source.KEY=VALUE changes a value of it. Its clips are the labeled clips that source.eval_clips selects in
+    # source.unlabel_json_path; null: none
+    source: DataModuleConfig | None = None
     # modality to pretrain: rgb | flow | skeleton | a registered modality
     modality: str = key(MISSING, one_of(more=modality_names))
     # checkpoint whose weights initialize the model, for example of VideoMAE; null: random weights

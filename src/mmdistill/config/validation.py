@@ -4,7 +4,7 @@ import importlib.util
 import itertools
 import math
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mmdistill.config.rules import ConfigError, as_names, one_of
@@ -14,11 +14,12 @@ from mmdistill.config.schema import (
     DistillConfig,
     DistillTrainerConfig,
     PretrainConfig,
+    PretrainTrainerConfig,
     Sealable,
 )
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
 from mmdistill.data.readers.skeleton_format import SkeletonFormat
-from mmdistill.errors import format_count
+from mmdistill.errors import format_count, rename_key
 from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
 
 COMPONENT_PREFIXES = ("teacher_", "student_")  # of the components of a distilled checkpoint
@@ -29,6 +30,8 @@ SHORT_KEYS = {  # key of data_module -> (modality, key of data_module.modalities
     "frame_pattern": ("rgb", "pattern"),
     "flow_pattern": ("flow", "pattern"),
 }
+
+SOURCE_KEYS = ("lambda_source", "lambda_target", "lambda_ce", "classifier_dropout")  # of trainer, for a source only
 
 
 def _validate_multiple(key: str, value: int, divisor_key: str, divisor: int) -> None:
@@ -75,6 +78,7 @@ def _validate_values(config: Any, prefix: str = "") -> None:
 
 def _validate_pretrain(config: PretrainConfig) -> None:
     _validate_modality("modality", config.modality, config.data_module, "use one of these")
+    _validate_source(config)
     if zero_stage(config) == 3 and config.trainer.on_nonfinite == "skip":
         raise ConfigError(
             "trainer.on_nonfinite=skip does not work with ZeRO stage 3; use stage 2 or on_nonfinite=raise"
@@ -92,6 +96,76 @@ def _validate_pretrain(config: PretrainConfig) -> None:
             f"model.decoder_dim={model.decoder_dim} is not divisible by model.decoder_heads={model.decoder_heads}; "
             "change one of them"
         )
+
+
+def _validate_source(config: PretrainConfig) -> None:
+    """Check the source and the weights of the joint loss; see docs/method_parts/joint.md."""
+    source, data, trainer, modality = config.source, config.data_module, config.trainer, config.modality
+    if source is None:
+        for name in SOURCE_KEYS:
+            if (value := getattr(trainer, name)) != getattr(PretrainTrainerConfig, name):
+                raise ConfigError(f"trainer.{name}={value} has no effect without a source; set source=DATASET")
+        return
+    with rename_key("data_module.", "source."):
+        _validate_data(source)
+        _validate_modality("source", modality, source, "choose another source or modality")
+    _validate_same_clips(source, data, modality)
+    if zero_stage(config) == 3:
+        raise ConfigError("source does not work with ZeRO stage 3; use stage 2, or source=null")
+    weights = loss_weights(config)
+    if not weights.ce and (removes_no_token(data) or not weights.source):
+        why = f"data_module.mask_ratio={data.mask_ratio} removes no token" if weights.source else "lambda_source is 0"
+        raise ConfigError(f"trainer.lambda_ce is 0 and {why}: nothing is learned from source; set source=null")
+
+
+def _validate_same_clips(source: DataModuleConfig, data: DataModuleConfig, modality: str) -> None:
+    """Raise unless the clips of both datasets have the same frames, size, tokens and reconstruction target."""
+    keys = ("num_frames", "crop_size", "patch_size", "tubelet")
+    pairs = [(key, getattr(source, key), getattr(data, key)) for key in keys]
+    specs = [modality_specs(config)[modality] for config in (source, data)]
+    for key in ("input_stride", "target"):
+        pairs.append((f"modalities.{modality}.{key}", *(getattr(spec, key) for spec in specs)))
+    different = [(key, own, other) for key, own, other in pairs if own != other]
+    if different:
+        fix = " ".join(f"source.{key}={str(other).replace(' ', '')}" for key, _, other in different)
+        names = ", ".join(f"{key} {own} / {other}" for key, own, other in different)
+        raise ConfigError(f"source and data_module must have the same clips (source / data_module): {names}; set {fix}")
+    if specs[0].channels != specs[1].channels:
+        raise ConfigError(
+            f"source: its {modality} has {specs[0].channels} channels, that of data_module {specs[1].channels}; choose "
+            "another source"
+        )
+
+
+def removes_no_token(data: DataModuleConfig) -> bool:
+    """Whether training masks keep all tokens. There is then nothing to reconstruct."""
+    return round(data.mask_ratio * _num_mask_units(data)) == 0
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms of the joint loss: reconstruction of source and target, cross-entropy."""
+
+    source: float
+    target: float
+    ce: float
+
+
+def loss_weights(config: PretrainConfig) -> LossWeights:
+    """The weights for the modality of a config.
+
+    Raises:
+        ConfigError: `trainer.lambda_ce` is neither a number from 0, nor a mapping with one for the modality.
+    """
+    trainer, modality = config.trainer, config.modality
+    given = trainer.lambda_ce
+    value = given.get(modality) if isinstance(given, dict) else given
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ConfigError(
+            f"trainer.lambda_ce={given} must be a number from 0, or a mapping from modality to number with an entry "
+            f"{modality}"
+        )
+    return LossWeights(trainer.lambda_source, trainer.lambda_target, float(value))
 
 
 def zero_stage(config: PretrainConfig) -> int:
@@ -220,11 +294,15 @@ def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
 
 def _validate_visible_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
     """Raise if a mask removes all tokens. A tube mask removes spatial positions, a random mask single tokens."""
-    tokens = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
-    if data.mask_type == "random":
-        tokens *= data.num_frames // data.tubelet
+    tokens = _num_mask_units(data)
     if round(ratio * tokens) == tokens:
         raise ConfigError(f"{key}={ratio} leaves none of {format_count(tokens, 'token')} visible; use a smaller ratio")
+
+
+def _num_mask_units(data: DataModuleConfig) -> int:
+    """Number of positions (tube mask) or tokens (random mask) from which a mask removes a fraction."""
+    positions = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
+    return positions * (data.num_frames // data.tubelet if data.mask_type == "random" else 1)
 
 
 def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:

@@ -66,6 +66,9 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         if self.shuffle:
             order = seeded_rng(self.seed, self.epoch, "order").permutation(self.num_clips)
         for batch in range(self.start_batch, len(self)):
-            first = batch * self._step + self._first
-            selected = range(first, first + self.batch_size) if batch < self._num_full else self._tail
-            yield [(self.epoch, int(order[i])) for i in selected]
+            yield [(self.epoch, int(order[i])) for i in self.positions(batch)]
+
+    def positions(self, batch: int) -> range:
+        """Positions of the clips of a batch of this rank in the order of the epoch."""
+        first = batch * self._step + self._first
+        return range(first, first + self.batch_size) if batch < self._num_full else self._tail

@@ -12,7 +12,7 @@ from mmdistill.builders import check_token_grid, make_encoder_config, sampling_r
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
-from mmdistill.checkpoint.references import require_exists, require_same_digest, weights_digest
+from mmdistill.checkpoint.references import labeled_sources, require_exists, require_same_digest, weights_digest
 from mmdistill.checkpoint.retention import resume_path
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, feature_files, teacher_paths
 from mmdistill.config.compose import load_model_preset, model_presets
@@ -110,7 +110,9 @@ def check_paths(config: DistillConfig) -> None:
 def load_teachers(
     config: DistillConfig, specs: dict[str, ModalitySpec], resumed: Checkpoint | None
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
-    """The teachers that are networks, by modality, and for each component its path and its encoder's sha256.
+    """The teachers that are networks, by modality, and the origin of each component.
+
+    The origin is its path, its encoder's sha256 and its labeled sources, if any.
 
     A new run reads `trainer.ckpt_path`. A resumed run reads `trainer.ckpt_path`, and takes a teacher that is not there
     from the checkpoint. If that is a student-only checkpoint, the run reads the paths in the checkpoint. Digests must
@@ -153,6 +155,8 @@ def load_teachers(
         if component in stored:
             require_same_digest(path, digest, component, stored[component], source)
         sources[component] = {"path": str(Path(path).expanduser().absolute()), "sha256": digest}
+        if learned := labeled_sources(open_checkpoint(path, verify=False).stored_meta):
+            sources[component]["sources"] = learned
     return teachers, sources
 
 

@@ -1,7 +1,7 @@
 """The networks of an evaluation: an encoder of any checkpoint with the statistics of its training data."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.load import select_encoder
-from mmdistill.checkpoint.references import load_referenced_teacher, weights_digest
+from mmdistill.checkpoint.references import labeled_sources, load_referenced_teacher, weights_digest
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
@@ -32,6 +32,7 @@ class Network:
         modality: name of its input modality.
         checkpoint: path of its file or folder; "" for none.
         statistics: (mean, std, sigma) stored in the checkpoint, or None.
+        learned: sources of joint pretrainings whose labels it has learned, see `labeled_sources`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Network:
     modality: str
     checkpoint: str = ""
     statistics: tuple[Any, ...] | None = None
+    learned: tuple[Mapping[str, Any], ...] = ()
 
     def spec(self, dataset: ModalitySpec) -> ModalitySpec:
         """The dataset's spec with the statistics that this network was trained with.
@@ -113,7 +115,8 @@ def load_network(
     except ConfigError as error:
         raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
     name = name or (f"pretrained_{modality}" if component == "encoder" else component)
-    return Network(name, encoder, modality, str(path), stored_statistics(checkpoint.meta, modality))
+    statistics, learned = stored_statistics(checkpoint.meta, modality), tuple(labeled_sources(checkpoint.meta))
+    return Network(name, encoder, modality, str(path), statistics, learned)
 
 
 def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> str:

@@ -13,6 +13,7 @@ from torch.utils.data import Subset
 from mmdistill import builders
 from mmdistill.checkpoint import open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
+from mmdistill.checkpoint.references import labeled_sources
 from mmdistill.config import (
     COMPONENT_PREFIXES,
     ConfigError,
@@ -22,6 +23,7 @@ from mmdistill.config import (
     as_names,
     modality_setting,
     modality_specs,
+    teacher_paths,
     to_plain,
 )
 from mmdistill.console import record_warnings
@@ -35,6 +37,7 @@ from mmdistill.distributed.process import start_process
 from mmdistill.distributed.stop_signals import exit_on_stop_signal
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
+from mmdistill.evaluation.novel_classes import check_novel_classes
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
@@ -87,6 +90,8 @@ def _evaluate(
     protocol = _make_protocol(config)
     sources = builders.load_clip_sources(config.data_module, dataset.index, training=False)
     lines = _check_clips(protocol, dataset.index, sources)
+    for network in networks:
+        check_novel_classes(network.name, network.learned, config.data_module.name, dataset.index, sources)
     unused = lines[:1] if any(dataset.index.report[key] for key in _UNUSED_RALLIES) else []
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
@@ -209,7 +214,10 @@ def training_facts(meta: Mapping[str, Any]) -> list[str]:
 
 
 def check_evaluation(config: DistillConfig) -> None:
-    """Raise `ConfigError` on every rank if the evaluation after a training will fail: labels, components, baselines."""
+    """Raise `ConfigError` on every rank if the evaluation after a training will fail.
+
+    The labels, the components, the baselines and the classes of the teachers' pretraining are checked.
+    """
     teachers = [f"teacher_{m}" for m in config.trainer.teachers if m in modality_names()]  # others are files
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
@@ -224,6 +232,11 @@ def check_evaluation(config: DistillConfig) -> None:
         index = builders.make_clip_index(config.data_module, training=False)
         sources = builders.load_clip_sources(config.data_module, index, training=False)
         _check_clips(_make_protocol(config), index, sources)
+        given = teacher_paths(config.trainer).values() if config.trainer.ckpt_path is not None else ()
+        for path in given:
+            if Path(path).expanduser().exists():  # not all need to exist with `resume`
+                learned = labeled_sources(open_checkpoint(path, verify=False).stored_meta)
+                check_novel_classes(path, learned, config.data_module.name, index, sources)
     except (FewshotError, AnnotationError, ConfigError) as error:
         raise ConfigError(
             f"the evaluation after the training (test=True) is not possible: {error}; or set test=False"

@@ -298,10 +298,14 @@ class VideoMAE(nn.Module):
         tokens: `predict`, or all tokens that are not visible. A subset of these is the dual masking of VideoMAE V2
         (arXiv 2303.16727, section 3.2).
         """
+        return self.decode(self.encoder(x, visible), visible, predict)
+
+    def decode(self, tokens: Tensor, visible: Tensor, predict: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The results of `forward` from the encoded tokens. (B, Lv, D), int64 (B, Lv) -> (B, Lp, P), int64 (B, Lp)."""
         if predict is None:
             predict = masked_indices(visible, self.encoder.config.num_tokens)
         pos = self.decoder.pos_embed[0]
-        seen = self.encoder_to_decoder(self.encoder(x, visible))
+        seen = self.encoder_to_decoder(tokens)
         seen = seen + pos[visible].to(seen.dtype)
         hidden = self.mask_token.to(seen.dtype) + pos[predict].to(seen.dtype)
         predictions: Tensor = self.decoder(torch.cat((seen, hidden), dim=1), predict.shape[1])

@@ -19,14 +19,16 @@ from mmdistill.builders import make_decoder_config, make_encoder_config
 from mmdistill.checkpoint import load_deepspeed, save_deepspeed
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
-from mmdistill.config import PretrainConfig, modality_specs, to_plain, zero_stage
+from mmdistill.config import PretrainConfig, modality_specs, removes_no_token, to_plain, zero_stage
 from mmdistill.data.masking import sample_decoder_tokens
 from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import preprocess_clips
+from mmdistill.models.joint import JointVideoMAE
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, masked_indices
 from mmdistill.pretrain.deepspeed import make_engine, skip_engine_step
 from mmdistill.pretrain.initialization import load_videomae
+from mmdistill.pretrain.joint import JointLoss, describe_terms, make_joint_loss
 from mmdistill.randomness import seed_step, seed_torch, seeded_rng
 from mmdistill.training.compatibility import convert_position
 from mmdistill.training.nonfinite import grad_norm, zero_loss
@@ -44,7 +46,8 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
         The last checkpoint directory; that of a run that resumes from a checkpoint of the last epoch is this one.
 
     Raises:
-        ConfigError: there are fewer clips than one optimizer step needs, or see `Training.load_state_dict`.
+        ConfigError: there are fewer clips than one optimizer step needs, nothing is to be reconstructed, or see
+            `Training.load_state_dict`.
         SystemExit: with `INTERRUPTED_EXIT_CODE` after a signal, when a complete checkpoint is written.
         NonFiniteError: a loss or gradient is not finite; names the step and the clips.
     """
@@ -54,8 +57,10 @@ def pretrain(config: PretrainConfig, run_dir: Path) -> Path:
     with open_run(config, run_dir) as run:
         data = make_train_data(config, (config.modality,), run.process, whole_steps=True)
         title = f"pretrain {config.modality}"
-        with start_training(config, run, data, title=title, weight_compat=_weight_compat(config)) as training:
-            return PretrainTrainer(config, training).fit()
+        joint = make_joint_loss(config, data.source)
+        compat = _weight_compat(config) | (joint.weight_compat if joint else {})
+        with start_training(config, run, data, title=title, weight_compat=compat) as training:
+            return PretrainTrainer(config, training, joint).fit()
 
 
 def _weight_compat(config: PretrainConfig) -> dict[str, Any]:
@@ -66,16 +71,16 @@ def _weight_compat(config: PretrainConfig) -> dict[str, Any]:
 
 
 class PretrainTrainer:
-    """One pretraining run: model, DeepSpeed engine, schedule and loop."""
+    """One pretraining run: model, DeepSpeed engine, schedule and loop. `joint`: the loss with a source."""
 
-    def __init__(self, config: PretrainConfig, training: Training) -> None:
-        self.config, self.training = config, training
+    def __init__(self, config: PretrainConfig, training: Training, joint: JointLoss | None = None) -> None:
+        self.config, self.training, self.joint = config, training, joint
         self.run, self.data, self.state = training.run, training.data, training.state
         self.spec = modality_specs(config.data_module)[config.modality]
         self.encoder_config = make_encoder_config(config.model, config.data_module, self.spec)
         self.decoder_config = make_decoder_config(config.model)
         seed_torch(config.seed)
-        model = VideoMAE(self.encoder_config, self.decoder_config, drop_path=config.model.drop_path)
+        model = self.make_model()
         model.encoder.set_activation_checkpointing(config.trainer.activation_checkpointing)
         if config.compile:
             model.encoder.compile(dynamic=False)
@@ -86,6 +91,14 @@ class PretrainTrainer:
         self.schedule = StepSchedule(
             self.engine.optimizer if zero_stage(config) else self.engine.basic_optimizer, self.optimization
         )
+
+    def make_model(self) -> VideoMAE:
+        """The masked autoencoder, with a classifier if the loss needs it."""
+        sizes, drop_path = (self.encoder_config, self.decoder_config), self.config.model.drop_path
+        if self.joint is None or not self.joint.num_classes:
+            return VideoMAE(*sizes, drop_path=drop_path)
+        dropout = self.config.trainer.classifier_dropout
+        return JointVideoMAE(*sizes, num_classes=self.joint.num_classes, dropout=dropout, drop_path=drop_path)
 
     def fit(self) -> Path:
         """Train all epochs; returns the last checkpoint. See `pretrain` for the errors."""
@@ -124,31 +137,35 @@ class PretrainTrainer:
             if state.batch % self.data.accumulate_grad_batches == 0 and training.should_stop():
                 training.stop(self.save(f"-step={state.step}"))
 
-    def train_step(self, batch: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def train_step(self, batch: Mapping[str, Any]) -> dict[str, float]:
         """Forward and backward pass of one batch, and the optimizer step after the last batch of a step.
 
         Returns:
-            ``loss`` and ``constant_baseline_loss``, means over all ranks; empty if the loss is not finite.
+            ``loss`` and the values of `losses`, means over all ranks; empty if the loss is not finite.
         """
         accumulate, position = self.data.accumulate_grad_batches, self.state.batch
-        loss, constant_baseline = self.losses(batch)
-        mean, constant_baseline_mean = all_reduce_mean([loss, constant_baseline])
-        is_finite = self.training.guard.before_backward(loss, mean, batch["index"], is_first=position % accumulate == 0)
+        loss, values = self.losses(batch)
+        means = dict(zip(("loss", *values), all_reduce_mean([loss, *values.values()]), strict=True))
+        clips, is_first = self.data.clip_numbers(batch), position % accumulate == 0
+        is_finite = self.training.guard.before_backward(loss, means["loss"], clips, is_first=is_first)
         self.engine.backward(loss if is_finite else zero_loss(list(self.engine.module.parameters())))
         self.optimizer_step(is_last=(position + 1) % accumulate == 0)
-        return {"loss": mean, "constant_baseline_loss": constant_baseline_mean} if is_finite else {}
+        return means if is_finite else {}
 
-    def losses(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, constant baseline loss) of one batch; float32 scalars."""
+    def losses(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of one batch, and by name its constant baseline and, with a source, its terms; float32 scalars."""
         device, g = self.run.process.device, self.encoder_config
         clip = batch[self.config.modality].to(device, non_blocking=True)
         visible = batch["visible"].to(device, non_blocking=True)
         x = preprocess_clips(clip, batch["crop_box"], self.spec, (g.height, g.width))
-        dtype = next(self.engine.module.parameters()).dtype
         targets = self._decoder_targets(visible, batch["index"].tolist())
+        if self.joint is not None:
+            return self.joint(self.engine, x, batch["source"], visible, targets)
+        dtype = next(self.engine.module.parameters()).dtype
         prediction, predicted = self.engine(x.to(dtype), visible, targets)
         target = patch_targets(x, predicted, g.grid, target=self.spec.target)
-        return reconstruction_loss(prediction, target), constant_baseline_loss(target, g.channels)
+        constant_baseline = constant_baseline_loss(target, g.channels)
+        return reconstruction_loss(prediction, target), {"constant_baseline_loss": constant_baseline}
 
     def _decoder_targets(self, visible: torch.Tensor, clips: list[int]) -> torch.Tensor | None:
         """Indices of the tokens to reconstruct if decoder_mask_ratio is set, (B, L); None: all removed tokens."""
@@ -187,7 +204,9 @@ class PretrainTrainer:
         """Log what the run trains."""
         if self.load_report:
             self.training.log.info(f"initialized from {self.load_report}")
-        self.training.log_start(f"pretrain {self.config.modality}", self.engine.module, f", target {self.spec.target}")
+        joint = f"; {self.joint}" if self.joint else ""
+        title, target = f"pretrain {self.config.modality}", f", target {self.spec.target}{joint}"
+        self.training.log_start(title, self.engine.module, target)
 
     @property
     def means(self) -> dict[str, float]:
@@ -199,10 +218,12 @@ class PretrainTrainer:
         loss, baseline = self.means["loss"], self.means["constant_baseline_loss"]
         text = (
             f"loss {loss:.4f} (constant baseline {baseline:.4f}, ratio {baseline_ratio(loss, baseline):.3f}, lower is "
-            "better)"
+            f"better){describe_terms(self.means)}"
         )
         self.training.log_epoch(self.means, text, lr=self.schedule.lr, loss_scale=self.loss_scale)
         every_n, epochs_done = self.config.trainer.image_every_n_epochs, self.state.epoch + 1
+        if removes_no_token(self.config.data_module):
+            return  # nothing is reconstructed
         if every_n and (epochs_done % every_n == 0 or epochs_done == self.config.trainer.epochs):
             self._log_reconstruction()
 
@@ -244,6 +265,7 @@ class PretrainTrainer:
             "modality": self.config.modality,
             "decoder": to_plain(self.decoder_config),
             "loss": loss,
+            **({"source": self.joint.meta} if self.joint else {}),
         }
         save_deepspeed(self.engine, path, meta, self.training.state_dict())
         self.training.finish_save()

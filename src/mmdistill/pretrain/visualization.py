@@ -9,6 +9,7 @@ Shapes: B batch, C channels, T frames, H x W pixels, N tokens, P = C * pt * ph *
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from mmdistill.builders import check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
+from mmdistill.checkpoint.keys import top_level
+from mmdistill.checkpoint.load import CLASSIFIER_PREFIXES
 from mmdistill.config import PretrainConfig, modality_specs
 from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec, preprocess_clips
@@ -51,6 +54,8 @@ ENERGY_PREDICTION = "prediction: motion energy\n(visible patches: target)"
 def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> VideoMAE:
     """The model of a pretraining checkpoint. One of another program stores no input size; that of `config` is used.
 
+    The classifier of a joint pretraining is ignored and counted.
+
     Raises:
         CheckpointError: there is no decoder, or the number of heads is unknown.
         ConfigError: the encoder does not fit the clips of `config`.
@@ -63,7 +68,10 @@ def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> V
     if decoder is None:
         raise CheckpointError(f"{checkpoint.path}: has no decoder; give a checkpoint of `mmdistill pretrain`")
     model = VideoMAE(encoder.config, decoder)
-    checkpoint.load_into(model)
+    state = {name: x for name, x in checkpoint.state_dict.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+    ignored = Counter(map(top_level, checkpoint.state_dict.keys() - state.keys()))
+    notes = [f"ignored: {', '.join(f'{name} ({n})' for name, n in sorted(ignored.items()))}"] if ignored else []
+    checkpoint.load_into(model, state_dict=state, notes=notes)
     return model
 
 

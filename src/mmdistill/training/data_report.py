@@ -1,4 +1,4 @@
-"""What a training run did with its data: log lines at start and end, and ``data_report.json`` in the run folder."""
+"""What a training run did with its data: log lines at start and end, and a JSON file in the run folder."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -14,10 +14,13 @@ from mmdistill.files import atomic_write_bytes
 
 
 class DataReport:
-    """Counts of one run since its start, over all ranks and loader workers. `is_main`: this process writes the file."""
+    """Counts of one run since its start, over all ranks and loader workers. `is_main`: this process writes the file.
 
-    def __init__(self, dataset: ClipDataset, run_dir: Path, *, is_main: bool) -> None:
-        self.dataset, self.path, self.is_main = dataset, run_dir / "data_report.json", is_main
+    `name` is the start of the log lines, and ``{name}_report.json`` is the file.
+    """
+
+    def __init__(self, dataset: ClipDataset, run_dir: Path, *, is_main: bool, name: str = "data") -> None:
+        self.dataset, self.path, self.is_main, self.name = dataset, run_dir / f"{name}_report.json", is_main, name
 
     def collect(self) -> dict[str, Any]:
         """The counts. Collective.
@@ -49,15 +52,16 @@ class DataReport:
             (len(index["too_short"]), "rally", "too short for a clip"),
             (len(index["without_events"]), "rally", "without an event"),
             (index["shifted_into_video"], "clip", "near the start or end of a video moved inside it"),
+            (index.get("without_label", 0), "clip", "without a label left out"),
         )
         parts = [f"{format_count(missing['clips'], 'clip')} of {format_count(index['rallies'], 'rally')}"]
         parts += [f"{format_count(count, noun)} {text}" for count, noun, text in notes if count]
-        return "data: " + "; ".join(filter(None, [*parts, missing_line(missing, self.dataset.readers)]))
+        return f"{self.name}: " + "; ".join(filter(None, [*parts, missing_line(missing, self.dataset.readers)]))
 
     def end_summary(self) -> str:
         """Write the file; one line about missing data, empty if none was missing. Collective."""
         line = missing_line(self.write()["missing"], self.dataset.readers)
-        return f"data: {line}; details in {self.path}" if line else ""
+        return f"{self.name}: {line}; details in {self.path}" if line else ""
 
 
 def modality_sums(missing: Mapping[str, Any], modality: str) -> dict[str, int]:

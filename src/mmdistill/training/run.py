@@ -153,7 +153,11 @@ class Training:
         self.config, self.run, self.data, self.log = config, run, data, log
         self._stop_signal = stop_signal
         self._record = {"weight_compat": weight_compat, "data_order": data.order}
-        self._report = DataReport(data.dataset, run.directory, is_main=run.process.is_main)
+        self._reports = [DataReport(data.dataset, run.directory, is_main=run.process.is_main)]
+        if data.source is not None:
+            self._reports.append(
+                DataReport(data.source, run.directory, is_main=run.process.is_main, name="source_data")
+            )
         self.state, self.throughput = TrainingState(), ThroughputMeter()
         self.extra_metrics: dict[str, float] = {}
         trainer, clips = config.trainer, data.dataset.index.clips
@@ -161,7 +165,7 @@ class Training:
             trainer.on_nonfinite,
             trainer.max_skipped_steps,
             state=self.state,
-            clip_id=lambda i: clips[i].id,
+            clip_id=data.clip_id,
             log=log.info,
         )
         self._clips_per_step = data.global_batch * data.accumulate_grad_batches
@@ -178,7 +182,7 @@ class Training:
             f"{title}: {self.data.summary}, {num_parameters:,} trainable parameters, learning rate "
             f"{self.optimization.lr:g} ({factors}), device {run.process.device}, precision {run.precision}{more}"
         )
-        info(self._report.start_summary())
+        info("\n".join(report.start_summary() for report in self._reports))
         info("\n".join(schedule_warnings(config.trainer, run.resumed.stored_meta if run.resumed else {})))
         if run.source:
             info(f"resumed from {run.source} at epoch {self.state.epoch}, step {self.state.step}")
@@ -246,7 +250,8 @@ class Training:
         `scores` are by path, the lowest is the best; None: the losses.
         """
         prune_checkpoints(self.config, self.run, self.state, scores)
-        self._report.write()
+        for report in self._reports:
+            report.write()
 
     def should_stop(self) -> bool:
         """Whether any rank has received a stop signal. Collective."""
@@ -254,13 +259,18 @@ class Training:
 
     def stop(self, checkpoint: Path) -> NoReturn:
         """Exit with `INTERRUPTED_EXIT_CODE` after `checkpoint` was written. Collective."""
-        self.log.info(self._report.end_summary())
+        self._log_missing_data()
         self.log.info(stop_message(checkpoint, self.run.directory))
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
+    def _log_missing_data(self) -> None:
+        """Write the data reports, and log what was missing. Collective."""
+        for report in self._reports:
+            self.log.info(report.end_summary())
+
     def log_end(self, checkpoint: Path) -> None:
         """Log the end of a complete training with its last checkpoint. Collective."""
-        self.log.info(self._report.end_summary())
+        self._log_missing_data()
         self.log.info(f"last checkpoint: {checkpoint}")
 
 

@@ -1,12 +1,18 @@
 """The training clips of a run: dataset, order and loader."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data
+import torch
+from torch import Tensor
+
+from mmdistill.builders import make_clip_dataset, make_clip_loader, make_demo_data, make_source_dataset
 from mmdistill.config import ConfigError, DistillConfig, PretrainConfig
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset
+from mmdistill.data.joint import JointBatchSampler, JointDataset
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.distributed.collectives import barrier
 from mmdistill.distributed.process import Process
@@ -23,6 +29,7 @@ class TrainData:
         batches_per_epoch: batches of each rank.
         accumulate_grad_batches: batches per optimizer step. The last step of an epoch may have fewer.
         global_batch: clips per batch over all ranks.
+        source: labeled clips of a joint pretraining; each batch has as many of them as clips of `dataset`.
     """
 
     dataset: ClipDataset
@@ -31,6 +38,7 @@ class TrainData:
     batches_per_epoch: int
     accumulate_grad_batches: int
     global_batch: int
+    source: ClipDataset | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -47,15 +55,32 @@ class TrainData:
     def order(self) -> dict[str, int]:
         """The settings that decide which clips are in the batches before a position in an epoch."""
         order = {"seed": self.sampler.seed, "num_clips": len(self.dataset), "global_batch": self.global_batch}
-        return {**order, "accumulate_grad_batches": self.accumulate_grad_batches}
+        source = {} if self.source is None else {"num_source_clips": len(self.source)}
+        return {**order, "accumulate_grad_batches": self.accumulate_grad_batches, **source}
+
+    def clip_numbers(self, batch: Mapping[str, Any]) -> Tensor:
+        """The numbers of the clips of a batch for `clip_id`, int64 (B,) or, with a source, (2 * B,)."""
+        index: Tensor = batch["index"]
+        return index if self.source is None else torch.cat((index, batch["source"]["index"] + len(self.dataset)))
+
+    def clip_id(self, number: int) -> str:
+        """The id of a clip. Numbers from ``len(dataset)`` on are those of the source."""
+        if self.source is not None and number >= len(self.dataset):
+            return f"source {self.source.index.clips[number - len(self.dataset)].id}"
+        return self.dataset.index.clips[number].id
 
     @property
     def summary(self) -> str:
         """Numbers of clips and batches, for the log."""
         num_skipped = len(self.dataset) - self.batches_per_epoch * self.global_batch
+        source = ""
+        if self.source is not None:
+            classes = format_count(len(self.source.index.classes), "class")
+            source = f", source of {format_count(len(self.source), 'clip')} of {classes}"
         return (
             f"{format_count(len(self.dataset), 'clip')}, {format_count(self.batches_per_epoch, 'batch')} of "
             f"{self.sampler.batch_size} per process and epoch ({format_count(num_skipped, 'clip')} skipped each epoch)"
+            f"{source}"
         )
 
 
@@ -70,11 +95,16 @@ def make_train_data(
 ) -> TrainData:
     """The training clips of a run. With `whole_steps` an epoch ends after its last complete optimizer step.
 
+    With a source (`PretrainConfig.source`) the batches are those of `JointDataset`.
+
     Raises:
         ConfigError: there are fewer clips than one batch or, with `whole_steps`, than one optimizer step needs.
     """
+    source_config = config.source if isinstance(config, PretrainConfig) else None
     if process.is_main:
         make_demo_data(config.data_module)
+        if source_config is not None:
+            make_demo_data(source_config)
     barrier()
     dataset = make_clip_dataset(
         config.data_module, modalities, training=True, seed=config.seed, cached_epochs=cached_epochs
@@ -90,12 +120,17 @@ def make_train_data(
             f"{format_count(len(dataset), 'clip')} cannot fill one training step of {format_count(needed, 'clip')}; "
             f"lower batch_size={config.batch_size}"
         )
+    source, joint_dataset, joint_sampler = None, None, None
+    if source_config is not None:
+        source = make_source_dataset(source_config, modalities[0], seed=config.seed)
+        joint_dataset = JointDataset(dataset, source)
+        joint_sampler = JointBatchSampler(sampler, len(source), clips_per_epoch=num_batches * global_batch)
     loader = make_clip_loader(
-        dataset,
+        joint_dataset or dataset,
         num_workers=config.num_workers,
         pin_memory=process.device.type == "cuda",
-        batch_sampler=sampler,
+        batch_sampler=joint_sampler or sampler,
         timeout_s=config.loader_timeout_s,
         loader_class=loader_class,
     )
-    return TrainData(dataset, sampler, loader, num_batches, accumulate, global_batch)
+    return TrainData(dataset, sampler, loader, num_batches, accumulate, global_batch, source)

@@ -52,3 +52,19 @@ def test_wrong_fractions_exit_with_2(
 ) -> None:
     assert main([annotations, "--output-dir", str(tmp_path), "--by", "match", "--fractions", *fractions]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_that_are_split_together_have_the_same_classes(annotations: str, tmp_path: Path) -> None:
+    """The second file lacks a class, so alone it would be split differently."""
+    rallies = [Rally("x_0_50", 51, 25.0, tuple(Event(i, f"near_ad_{kind}_fh_gs_CC_-_in") for i, kind in
+                     enumerate(("serve", "stroke"))))]  # fmt: skip
+    (tmp_path / "val.json").write_text(json.dumps(to_json(rallies)))
+    given = [annotations, str(tmp_path / "val.json"), "--output", str(tmp_path / "s"), "--by", "class"]
+    assert main([*given, "--fractions", "base=0.6", "novel=0.4", "--label-fields", "type"]) == 0
+    names = ("all_base", "all_novel", "val_base", "val_novel")
+    parts = {name: json.loads((tmp_path / "s" / f"{name}.json").read_text()) for name in names}
+    types = {name: {e["label"].split("_")[2] for r in part for e in r["events"]} for name, part in parts.items()}
+    assert types["all_base"] | types["all_novel"] == {"serve", "return", "stroke"}
+    assert types["val_base"] | types["val_novel"] == {"serve", "stroke"}
+    assert not types["val_novel"] & types["all_base"]
+    assert main([*given[:-1], "match", "--fractions", "base=0.6", "novel=0.4"]) == 2

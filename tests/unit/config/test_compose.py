@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.config import ConfigError, DistillConfig, PretrainConfig
-from mmdistill.config.compose import CONFIGS, load_config, load_dataset_settings
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, loss_weights
+from mmdistill.config.compose import CONFIGS, load_config, load_dataset_settings, select_files
 from tests.configs import TEACHERS
 
 FILES = sorted(file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.rglob("*.yaml"))
@@ -20,6 +20,8 @@ def test_every_yaml_composes(file: Path) -> None:
     overrides = [] if group == "." else [f"{group}={file.stem}"]
     if group == "dataset":
         overrides.append("trainer.teachers=[rgb,flow]")  # which every dataset has
+    if file.stem == "pretrain_mm_cdfsl":
+        overrides.append("source=demo")  # without which it is an error
     name = file.stem if group == "." else "config_pretrain" if is_pretrain else "config_mmdistill"
     if is_pretrain:
         assert load_config(PretrainConfig, name, ["modality=rgb", *overrides])
@@ -70,3 +72,41 @@ def test_dataset_of_both_folders_is_that_of_the_package_as_in_hydra(tmp_path: Pa
         overrides = ["modality=rgb", f"dataset={name}"]
         config = load_config(PretrainConfig, "config_pretrain", overrides, config_dir=tmp_path)
         assert load_dataset_settings(name, tmp_path)["name"] == config.data_module.name == expected
+
+
+def test_a_source_is_any_dataset(tmp_path: Path) -> None:
+    """Also one of a user; its keys can be changed, and the dataset of the target stays."""
+    (tmp_path / "dataset").mkdir()
+    text = (CONFIGS / "dataset/epic.yaml").read_text()
+    (tmp_path / "dataset/mine.yaml").write_text(text.replace("\nname: epic\n", "\nname: mine\n"))
+    given = ["modality=rgb", "dataset=meccano", "source=mine", "source.target_data_dir=/a=b", "source.sampling_rate=3"]
+    config = load_config(PretrainConfig, "config_pretrain", given, config_dir=tmp_path)
+    assert config.source is not None
+    assert (config.source.name, config.source.target_data_dir, config.source.sampling_rate) == ("mine", "/a=b", 3)
+    assert (config.data_module.name, config.data_module.sampling_rate) == ("meccano", 1)
+    for off in ([], ["source=null"]):
+        assert load_config(PretrainConfig, "config_pretrain", ["modality=rgb", *off]).source is None
+    with pytest.raises(
+        ConfigError, match=r"source\.num_frames: source is null; select its dataset, for example source="
+    ):
+        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "source.num_frames=8"])
+
+
+def test_experiment_of_the_paper() -> None:
+    """The values of the authors' config for each modality; each can be replaced."""
+    given = ["dataset=epic", "source=ego4d", "experiment=mm_cdfsl"]
+    for modality, lambda_ce in (("rgb", 0.05), ("flow", 0.01)):
+        config = load_config(PretrainConfig, "config_pretrain", [*given, f"modality={modality}"])
+        weights = loss_weights(config)
+        assert (weights.source, weights.target, weights.ce) == (1, 1, lambda_ce)
+        assert (config.data_module.mask_ratio, config.model.dim, config.trainer.epochs) == (0.9, 384, 100)
+    replaced = [*given, "modality=rgb", "trainer.lambda_ce=0", "model=tiny"]
+    config = load_config(PretrainConfig, "config_pretrain", replaced)
+    assert (loss_weights(config).ce, config.model.dim) == (0, 128)
+
+
+def test_names_of_files_are_those_of_the_phase() -> None:
+    given = ["source=epic", "source=demo,epic", "source.name=x", "source=null", "experiment=mask_ratio", "experiment=x"]
+    selected = ["dataset@source=epic", "dataset@source=demo,epic", "source.name=x", "source=null"]
+    assert select_files(given, PretrainConfig) == [*selected, "experiment=pretrain_mask_ratio", "experiment=x"]
+    assert select_files(given, DistillConfig) == given

@@ -57,10 +57,11 @@ def test_unknown_key_is_reported_with_near_matches() -> None:
         ("trainer.epoch=3", "trainer.epochs"),  # not model.depth, which has another parent
         ("+trainer.epoch=3", "trainer.epochs"),
         ("datase=demo", "dataset"),  # a group of files
+        ("source.clip_anchr=start", "source.clip_anchor"),
     ],
 )
 def test_near_matches_have_the_same_parent_if_there_are_any(override: str, near: str) -> None:
-    assert explain_overrides("modality=rgb", override).endswith(f". Near matches: {near}")
+    assert explain_overrides("modality=rgb", "source=demo", override).endswith(f". Near matches: {near}")
 
 
 @pytest.mark.parametrize("overrides", [[], ["modality=rgb"], ["train=False"], ["trainer.teachers=[rgb]"]])

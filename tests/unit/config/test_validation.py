@@ -24,7 +24,7 @@ from mmdistill.config import (
     zero_stage,
 )
 from mmdistill.config.compose import load_config
-from tests.configs import TEACHERS, distill_config, pretrain_config
+from tests.configs import TEACHERS, distill_config, pretrain_config, source_override
 from tests.tiny_data import make_tiny, overrides
 
 D = "data_module."
@@ -167,6 +167,39 @@ PRETRAIN = [
     ("decoder_mask_ratio=1", "decoder_mask_ratio=1.0 must lie in [0, 1)"),
     ("model.heads=5", "model.dim=128 is not divisible by model.heads=5; set model.head_dim"),
     ("model.decoder_heads=5", "model.decoder_dim=64 is not divisible by model.decoder_heads=5; change one of them"),
+    ("trainer.lambda_ce=0.1", "trainer.lambda_ce=0.1 has no effect without a source; set source=DATASET"),
+    ("trainer.lambda_target=0", "trainer.lambda_target=0.0 has no effect without a source; set source=DATASET"),
+]
+SOURCE = [  # with a source that equals data_module
+    (
+        "source.num_frames=16 source.crop_size=[64,48]",
+        "source and data_module must have the same clips (source / data_module): num_frames 16 / 8, crop_size [64, 48] "
+        "/ [64, 64]; set source.num_frames=8 source.crop_size=[64,64]",
+    ),
+    (
+        "source.modalities.rgb.target=pixel",
+        "source and data_module must have the same clips (source / data_module): modalities.rgb.target pixel / "
+        "motion_energy; set source.modalities.rgb.target=motion_energy",
+    ),
+    ("source.crop_size=[64,80]", "source.crop_size[1]=80 is larger than frame_size[1]=68; use at most 68"),
+    ("source.train_clips=all", "source.train_clips=all is not one of windows, events, first"),
+    ("modality=depth", "modality=depth is not one of rgb, flow, skeleton"),
+    ("strategy=deepspeed_stage_3", "source does not work with ZeRO stage 3; use stage 2, or source=null"),
+    ("trainer.lambda_source=-1", "trainer.lambda_source=-1.0 must be at least 0"),
+    ("trainer.classifier_dropout=1", "trainer.classifier_dropout=1.0 must lie in [0, 1)"),
+    (
+        "trainer.lambda_ce.flow=1",
+        "trainer.lambda_ce={'flow': 1} must be a number from 0, or a mapping from modality to number with an entry rgb",
+    ),
+    ("trainer.lambda_ce=-1", "trainer.lambda_ce=-1 must be a number from 0, or a mapping ..."),
+    (
+        "trainer.lambda_ce=0 trainer.lambda_source=0",
+        "trainer.lambda_ce is 0 and lambda_source is 0: nothing is learned from source; set source=null",
+    ),
+    (
+        "trainer.lambda_ce=0 data_module.mask_ratio=0.001",
+        "trainer.lambda_ce is 0 and data_module.mask_ratio=0.001 removes no token: nothing is learned from source; ...",
+    ),
 ]
 DISTILL = [
     (
@@ -210,8 +243,13 @@ DISTILL = [
 ]
 
 
+def _make_joint(*given: str) -> PretrainConfig:
+    return pretrain_config(source_override(), *given)
+
+
 def _rules() -> list[tuple[Callable[..., object], str, str]]:
     pretrain = [(pretrain_config, *rule) for rule in (*COMMON, *PRETRAIN)]
+    pretrain += [(_make_joint, *rule) for rule in SOURCE]
     return [*pretrain, *((distill_config, *rule) for rule in DISTILL)]
 
 

@@ -46,17 +46,19 @@ def split_by_class(
     seed: int,
     label_fields: Sequence[str] | None = None,
     min_events: int = 1,
+    reference: Sequence[Rally] | None = None,
 ) -> dict[str, list[Rally]]:
     """Assign whole classes to splits. An event goes to the split of its class, so a rally may be in several splits.
 
     `fractions` are fractions of the classes. `label_fields` define the class, see `select_fields`. Classes with fewer
-    than `min_events` events are skipped.
+    than `min_events` events are skipped. `reference` are the rallies whose classes are assigned; None: `rallies`. Files
+    that are split with the same reference have the same classes in each split.
 
     Raises:
         ValueError: the fractions do not sum to 1, or there are fewer classes than splits.
     """
     _check_fractions(fractions)
-    counts = Counter(select_fields(e.label, label_fields) for r in rallies for e in r.events if e.label)
+    counts = Counter(select_fields(e.label, label_fields) for r in reference or rallies for e in r.events if e.label)
     classes = {name: 1 for name, count in counts.items() if count >= min_events}
     if len(classes) < len(fractions):
         raise ValueError(
