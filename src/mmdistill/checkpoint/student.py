@@ -125,7 +125,9 @@ def find_statistics(checkpoint: Checkpoint, modality: str | None) -> tuple[tuple
     """
     stored = stored_statistics(checkpoint.meta, modality) if modality else None
     if modality and stored:
-        spec = get_modality(modality).spec().with_statistics(*stored)
+        mean, std, _ = stored
+        channels = max(len(mean), len(std))  # of keypoints those of the training
+        spec = get_modality(modality).spec(**({"channels": channels} if channels > 1 else {}), mean=mean, std=std)
     elif modality == "rgb":
         spec = get_modality(modality).spec()
         log.warning(

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import io
+import re
 import sys
 import tokenize
 from collections.abc import Sequence
@@ -32,6 +33,11 @@ GROUPS: tuple[tuple[str, str, type[Any]], ...] = (  # title, prefix of the keys,
     ("model (`model=tiny`, `small`, `base`, `large`; pretraining)", "model.", schema.ModelConfig),
     ("data_module (`dataset=NAME`)", "data_module.", schema.DataModuleConfig),
     ("data_module.modalities.NAME", "data_module.modalities.NAME.", schema.ModalityConfig),
+    (
+        "data_module.modalities.NAME.extra_keypoints",
+        "data_module.modalities.NAME.extra_keypoints.",
+        schema.ExtraKeypointsConfig,
+    ),
     ("trainer (both phases)", "trainer.", schema.TrainerConfig),
     ("trainer (pretraining)", "trainer.", schema.PretrainTrainerConfig),
     ("trainer (distillation)", "trainer.", schema.DistillTrainerConfig),
@@ -79,6 +85,7 @@ def type_text(annotation: Any) -> str:
     """A type as the tables show it, for example ``int or null``."""
     is_plain = isinstance(annotation, type) and get_origin(annotation) is None
     text = annotation.__name__ if is_plain else str(annotation)
+    text = re.sub(r"mmdistill\.config\.schema\.\w+", "mapping", text)
     return text.replace("typing.", "").replace(" | None", " or null").replace("Any", "any")
 
 

@@ -6,6 +6,7 @@ invalid key is reported at once.
 """
 
 from mmdistill.config.error_messages import explain
+from mmdistill.config.keypoints import extra_format, skeleton_format
 from mmdistill.config.parsing import parse, stored_config, to_plain
 from mmdistill.config.rules import ConfigError, as_ints, as_names
 from mmdistill.config.schema import (
@@ -25,7 +26,6 @@ from mmdistill.config.validation import (
     modality_setting,
     modality_setting_key,
     modality_specs,
-    skeleton_format,
     teacher_paths,
     zero_stage,
 )
@@ -44,6 +44,7 @@ __all__ = [
     "as_ints",
     "as_names",
     "explain",
+    "extra_format",
     "has_offload",
     "modality_setting",
     "modality_setting_key",

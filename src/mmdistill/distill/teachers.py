@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
+from mmdistill.builders import check_joints, check_token_grid, sampling_rate_warnings, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
@@ -34,6 +34,7 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
             "check the order (rgb, flow, skeleton)"
         )
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
+    check_joints(checkpoint.meta, spec, path)
     check_token_grid(encoder, spec, data, path)
     _check_statistics(checkpoint, spec, path)
     for line in sampling_rate_warnings(checkpoint.meta, data, path):
@@ -91,6 +92,7 @@ def load_teachers(
     for modality in modalities:
         component, spec = f"teacher_{modality}", specs[modality]
         if resumed and component in stored and component in resumed.components:
+            check_joints(resumed.meta, spec, source)
             _check_statistics(resumed, spec, source)
             # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher
             if modality in paths and Path(paths[modality]).expanduser().exists():
