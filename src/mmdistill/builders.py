@@ -181,9 +181,11 @@ def _keypoint_options(data: DataModuleConfig, modality: str) -> dict[str, Any]:
     """The `ReaderOptions` of a modality with keypoints. Raises `ConfigError`, see `resolve_data_path`."""
     options: dict[str, Any] = {"skeleton": skeleton_format(data, modality)}
     settings, extra_files = data.modalities.get(modality), extra_format(data, modality)
-    if settings is not None and settings.heatmap_size is not None:
+    if settings is None:
+        return options
+    if settings.heatmap_size is not None:
         options["heatmap_size"] = tuple(settings.heatmap_size)
-    if settings is not None and settings.extra_keypoints is not None and extra_files is not None:
+    if extra_files is not None:
         extra = settings.extra_keypoints
         root = resolve_data_path(data, extra.dir, f"modalities.{modality}.extra_keypoints.dir")
         options["extra_keypoints"] = ExtraKeypointFiles(root, extra.pattern, extra_files)

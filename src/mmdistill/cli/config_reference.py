@@ -3,7 +3,6 @@
 import argparse
 import ast
 import io
-import re
 import sys
 import tokenize
 from collections.abc import Sequence
@@ -85,7 +84,6 @@ def type_text(annotation: Any) -> str:
     """A type as the tables show it, for example ``int or null``."""
     is_plain = isinstance(annotation, type) and get_origin(annotation) is None
     text = annotation.__name__ if is_plain else str(annotation)
-    text = re.sub(r"mmdistill\.config\.schema\.\w+", "mapping", text)
     return text.replace("typing.", "").replace(" | None", " or null").replace("Any", "any")
 
 

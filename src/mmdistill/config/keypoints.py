@@ -9,8 +9,6 @@ from mmdistill.config.schema import DataModuleConfig, ModalityConfig
 from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.modalities import COCO17, KEYPOINT_LAYOUTS, KeypointLayout, get_modality
 
-_KEYPOINT_KEYS = ("joints", "limb_channels", "heatmap_size", "extra_keypoints")  # of `ModalityConfig`
-
 
 def keypoint_layout(data: DataModuleConfig, modality: str) -> KeypointLayout | None:
     """The keypoints of a modality, the extra ones last; None for a modality without keypoints.
@@ -29,8 +27,7 @@ def keypoint_layout(data: DataModuleConfig, modality: str) -> KeypointLayout | N
         layout = _read_joints(settings.joints, f"{key}.joints")
     extra = settings.extra_keypoints
     try:
-        if extra is not None:
-            layout = layout.with_more(tuple(extra.names), tuple(map(tuple, extra.pairs)))
+        layout = layout.with_more(tuple(extra.names), tuple(map(tuple, extra.pairs)))
         return replace(layout, limb_channels=True) if settings.limb_channels else layout
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
@@ -38,19 +35,22 @@ def keypoint_layout(data: DataModuleConfig, modality: str) -> KeypointLayout | N
 
 def _validate_keys(settings: ModalityConfig, key: str, *, has_keypoints: bool) -> None:
     """Raise if a key of keypoints is set for a modality without them, or together with one that excludes it."""
-    given = [name for name in _KEYPOINT_KEYS if getattr(settings, name)]
+    extra, size = settings.extra_keypoints, settings.heatmap_size
+    values = {"joints": settings.joints, "limb_channels": settings.limb_channels, "heatmap_size": size}
+    given = [name for name, value in {**values, "extra_keypoints.names": extra.names}.items() if value]
     if given and not has_keypoints:
         raise ConfigError(f"{key}.{given[0]}: this modality has no keypoints; remove the key")
-    extra, size = settings.extra_keypoints, settings.heatmap_size
-    if extra is not None and not extra.names:
-        raise ConfigError(f"{key}.extra_keypoints.names=[] names no keypoint; name them, or set extra_keypoints=null")
+    if bool(extra.names) != (extra.dir is not None):
+        raise ConfigError(
+            f"{key}.extra_keypoints: names={extra.names} and dir={extra.dir}; set both, or none for no extra keypoints"
+        )
     if size is None:
         return
     if len(size) != 2:
         raise ConfigError(f"{key}.heatmap_size={size} must be [height, width] in px")
-    for name in ("limb_channels", "extra_keypoints", "sigma"):
-        if getattr(settings, name):
-            raise ConfigError(f"{key}.{name} needs keypoint files, but {key}.heatmap_size is set; remove one of them")
+    excluded = [name for name in given if name in ("limb_channels", "extra_keypoints.names")]
+    for name in [*excluded, *([] if settings.sigma is None else ["sigma"])]:
+        raise ConfigError(f"{key}.{name} needs keypoint files, but {key}.heatmap_size is set; remove one of them")
 
 
 def _read_joints(value: Any, key: str) -> KeypointLayout:
@@ -102,7 +102,7 @@ def skeleton_format(data: DataModuleConfig, modality: str = "skeleton") -> Skele
 def extra_format(data: DataModuleConfig, modality: str) -> SkeletonFormat | None:
     """How the files of the extra keypoints of a modality are stored; None without extra keypoints."""
     extra = data.modalities[modality].extra_keypoints if modality in data.modalities else None
-    if extra is None:
+    if extra is None or not extra.names:
         return None
     key = f"data_module.modalities.{modality}.extra_keypoints."
     img_shape = _image_shape(extra.img_shape, f"{key}img_shape")
@@ -123,10 +123,10 @@ def validate_keypoint_files(settings: ModalityConfig, modality: str) -> tuple[st
             f"{key}.pattern={settings.pattern!r} has {{frame}}, but there is one keypoint file per video; if the files "
             f"are heat-maps, set {key}.heatmap_size"
         )
-    if extra is not None and ("{video" not in extra.pattern or "{frame" in extra.pattern):
+    if extra.names and ("{video" not in extra.pattern or "{frame" in extra.pattern):
         raise ConfigError(
-            f"{key}.extra_keypoints.pattern={extra.pattern!r} must contain {{video}} and not {{frame}}: there is one file "
-            "per video"
+            f"{key}.extra_keypoints.pattern={extra.pattern!r} must contain {{video}} and not {{frame}}: there is one "
+            "file per video"
         )
     return ("video",)
 

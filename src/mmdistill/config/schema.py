@@ -100,10 +100,10 @@ class ModelConfig(Sealable):
 class ExtraKeypointsConfig(Sealable):
     """Keypoints of a second file per video, which become further heat-map channels: ball, court corners."""
 
-    # names of the keypoints, in the order of the files
-    names: list[str] = MISSING
+    # names of the keypoints, in the order of the files; empty: none
+    names: list[str] = field(default_factory=list)
     # folder of the files; a relative path is relative to target_data_dir
-    dir: str = MISSING
+    dir: str | None = None
     # file name below dir: a .npy file or a pickle file with an array [T, K, 3] of (x, y, score) for K keypoints, or a
     # skeleton file with one person
     pattern: str = "{video}.npy"
@@ -144,8 +144,7 @@ class ModalityConfig(Sealable):
     # size [height, width] in px of stored heat-maps: one .npy file [joints, height, width] per frame, which covers the
     # whole frame; null: keypoint files
     heatmap_size: list[int] | None = key(None, at_least(1))
-    # keypoints of a second file per video as further channels; null: none
-    extra_keypoints: ExtraKeypointsConfig | None = None
+    extra_keypoints: ExtraKeypointsConfig = field(default_factory=ExtraKeypointsConfig)
 
 
 @dataclass

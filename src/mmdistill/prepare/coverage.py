@@ -1,6 +1,7 @@
 """Check of prepared data before training: read every file of every rally in the way the training reads it."""
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -82,8 +83,9 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
         missing = [frame for frame in absent if frame < count]
         coverage.missing_frames = len(missing)
         if missing:
-            files = dict.fromkeys(reader.files(rally.video, missing))
-            coverage.messages.append(f"missing {reader.name} files: {format_first(list(files), MAX_FILES_SHOWN)}")
+            files = reader.files(rally.video, missing)
+            absent_files = [path for path in files if not os.path.exists(path)] or files  # one file may have all frames
+            coverage.messages.append(f"missing {reader.name} files: {format_first(absent_files, MAX_FILES_SHOWN)}")
         if isinstance(reader, KeypointReader):
             if not missing:
                 _check_keypoints(rally, reader, coverage, result)

@@ -80,7 +80,7 @@ def test_datasets_of_mmcdfsl_have_the_hand_pose(name: str) -> None:
         ([S + "heatmap_size=[56]", S + "sigma=null"], "skeleton.heatmap_size=[56] must be [height, width] in px"),
         ([S + "heatmap_size=[0,4]", S + "sigma=null"], "heatmap_size=0 must be at least 1"),
         ([S + "heatmap_size=[4,4]"], "skeleton.sigma needs keypoint files, but"),
-        ([S + "heatmap_size=[4,4]", S + "sigma=null", BALL], "extra_keypoints needs keypoint files, but"),
+        ([S + "heatmap_size=[4,4]", S + "sigma=null", BALL], "extra_keypoints.names needs keypoint files, but"),
         ([S + "heatmap_size=[4,4]", S + "sigma=null", S + "limb_channels=true"], "limb_channels needs keypoint files"),
         (
             [S + "heatmap_size=[4,4]", S + "sigma=null", "data_module.skeleton_img_shape=[4,4]"],
@@ -101,7 +101,7 @@ def test_datasets_of_mmcdfsl_have_the_hand_pose(name: str) -> None:
         ),
         ([RACKET, "data_module.skeleton_joints=[0,1]"], "skeleton_joints=[0, 1] is not a list of 3 positions from 0"),
         ([EXTRA + "{names: [nose], dir: a}"], "modalities.skeleton: the keypoint nose occurs twice"),
-        ([EXTRA + "{names: [], dir: a}"], "extra_keypoints.names=[] names no keypoint"),
+        ([EXTRA + "{names: [], dir: a}"], "extra_keypoints: names=[] and dir=a; set both, or none for no extra"),
         ([EXTRA + "{names: [a], dir: a, pairs: [[a]]}"], "modalities.skeleton: the pair [a] is not two"),
         (
             [EXTRA + "{names: [a], dir: a, pattern: ball.npy}"],
@@ -110,7 +110,8 @@ def test_datasets_of_mmcdfsl_have_the_hand_pose(name: str) -> None:
         ([EXTRA + "{names: [a], dir: a, img_shape: [4]}"], "extra_keypoints.img_shape=[4] must be [height, width]"),
         ([EXTRA + "{names: [a], dir: a, score_max: 0}"], "extra_keypoints.score_max=0.0 must be at least 1"),
         ([EXTRA + "{names: [a], folder: a}"], "unknown key data_module.modalities.skeleton.extra_keypoints.folder"),
-        ([EXTRA + "{names: [a]}"], "extra_keypoints.dir"),
+        ([EXTRA + "{names: [a]}"], "extra_keypoints: names=['a'] and dir=None; set both"),
+        (["data_module.modalities.flow.extra_keypoints.names=[a]"], "flow.extra_keypoints.names: this modality has no"),
     ],
 )
 def test_invalid_value_names_its_key(given: list[str], message: str) -> None:
