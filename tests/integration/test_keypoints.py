@@ -88,6 +88,7 @@ def test_hand_pose_is_pretrained_distilled_and_evaluated(folder: Path, teachers:
     evaluate_checkpoint(config, str(checkpoint), folder / "evaluate")
     scores = json.loads((folder / "evaluate" / "fewshot.json").read_text())
     assert any("teacher_skeleton" in name for name in scores["settings"][0]["rows"])
+    assert "heatmap_size" in (folder / "evaluate" / "report.html").read_text()
     with pytest.raises(ConfigError, match=r"other keypoints, 21 in place of 17 .* channel 0 .*: wrist / nose; use the"):
         evaluate_checkpoint(_distill_config(folder, *changes), str(checkpoint), folder / "other")
 
@@ -117,6 +118,15 @@ def test_teacher_with_other_keypoints_is_an_error(folder: Path, teachers: dict[s
             read_teacher(str(teachers["tennis"]), "skeleton", modality_specs(data)["skeleton"], data)
     data = _distill_config(folder, *TENNIS).data_module
     read_teacher(str(teachers["tennis"]), "skeleton", modality_specs(data)["skeleton"], data)
+
+
+def test_resume_with_other_keypoints_is_an_error(folder: Path, teachers: dict[str, Path]) -> None:
+    fixed = [*overrides(folder / "data"), *MODEL, *FIXED, "modality=skeleton", f"resume='{teachers['tennis']}'"]
+    swapped = [TENNIS[0].replace("far_left, far_right, near", "far_right, far_left, near"), TENNIS[1]]
+    with pytest.raises(
+        ConfigError, match=r"other settings than this run's .* joints \['nose', .*'far_left', 'far_right'"
+    ):
+        pretrain(pretrain_config(*fixed, *swapped), folder / "resumed")
 
 
 def test_weights_without_metadata_are_loaded_by_their_channels(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Keys of keypoint modalities: layouts, stored heat-maps, extra keypoints, and invalid values."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import yaml
 
-from mmdistill.config import ConfigError, extra_format, modality_specs, skeleton_format
+from mmdistill.config import ConfigError, ModalityConfig, extra_format, modality_specs, skeleton_format
 from mmdistill.config.compose import load_dataset_settings
 from mmdistill.config.keypoints import keypoint_layout
-from mmdistill.modalities import COCO17, KEYPOINT_LAYOUTS, StoredHeatmaps
+from mmdistill.modalities import COCO17, KEYPOINT_LAYOUTS, MODALITIES, StoredHeatmaps, register_modality
+from mmdistill.modalities.skeleton import SkeletonModality
 from tests.configs import pretrain_config
 
 S = "data_module.modalities.skeleton."
@@ -118,6 +120,20 @@ def test_invalid_value_names_its_key(given: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _data(*given)
     assert message in str(caught.value)
+
+
+def test_second_keypoint_modality_has_its_own_layout() -> None:
+    """It is registered by another package. `skeleton_joints` applies to `skeleton` only."""
+    register_modality(SkeletonModality("hand", KEYPOINT_LAYOUTS["hand21"]))
+    try:
+        files = ModalityConfig(dir="hands", input_stride=2, mean=[0.0], std=[1.0], target="pixel")
+        data = _data("data_module.skeleton_joints=openpose25")
+        data = replace(data, modalities={**data.modalities, "hand": files})
+        assert modality_specs(data)["hand"].channels == 21
+        assert skeleton_format(data, "hand").joint_positions(21) == tuple(range(21))
+        assert skeleton_format(data).joint_positions(25)[1] == 16
+    finally:
+        MODALITIES.unregister("hand")
 
 
 def test_layout_in_a_yaml_file_is_read_as_written() -> None:
