@@ -81,6 +81,7 @@ def test_hand_pose_is_pretrained_distilled_and_evaluated(folder: Path, teachers:
     assert list((folder / "hand" / "images").glob("*.png"))
     paths = f"['{teachers['rgb']}','{teachers['hand']}']"
     changes = ["trainer.teachers=[rgb,skeleton]", f"trainer.ckpt_path={paths}", "baselines=[teacher_skeleton]"]
+    changes.append("data_module.input_modes=configured")
     config = _distill_config(folder, *HANDS, *changes)
     checkpoint = distill(config, folder / "distill")
     state = read_checkpoint(checkpoint).state_dict

@@ -49,8 +49,11 @@ def _validate_keys(settings: ModalityConfig, key: str, *, has_keypoints: bool) -
     if len(size) != 2:
         raise ConfigError(f"{key}.heatmap_size={size} must be [height, width] in px")
     excluded = [name for name in given if name in ("limb_channels", "extra_keypoints.names")]
-    for name in [*excluded, *([] if settings.sigma is None else ["sigma"])]:
-        raise ConfigError(f"{key}.{name} needs keypoint files, but {key}.heatmap_size is set; remove one of them")
+    excluded += [] if settings.sigma is None else ["sigma"]
+    if excluded:
+        raise ConfigError(
+            f"{key}.{excluded[0]} needs keypoint files, but {key}.heatmap_size is set; remove one of them"
+        )
 
 
 def _read_joints(value: Any, key: str) -> KeypointLayout:
@@ -62,7 +65,7 @@ def _read_joints(value: Any, key: str) -> KeypointLayout:
         raise ConfigError(f"{key}={value} is not one of {expected}")
     names, pairs, limbs = (value.get(part) or [] for part in ("names", "pairs", "limbs"))
     try:
-        if not names or not all(isinstance(name, str) for name in names):
+        if not names or isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError
         return KeypointLayout(tuple(names), tuple(map(tuple, pairs)), tuple(map(tuple, limbs)))
     except TypeError:
@@ -78,7 +81,7 @@ def skeleton_format(data: DataModuleConfig, modality: str = "skeleton") -> Skele
     settings = data.modalities.get(modality)
     num_joints = len(layout.names) - (extra.num_joints if extra else 0)
     is_coco = layout.names[:num_joints] == COCO17.names
-    if settings is not None and settings.heatmap_size is not None:
+    if modality == "skeleton" and settings is not None and settings.heatmap_size is not None:
         for name in ("skeleton_joints", "skeleton_img_shape"):
             if getattr(data, name) is not None:
                 raise ConfigError(

@@ -72,6 +72,7 @@ def test_datasets_of_mmcdfsl_have_the_hand_pose(name: str) -> None:
     ("given", "message"),
     [
         ([S + "joints=hand"], "skeleton.joints=hand is not one of coco17, hand21, or a mapping with a list of names"),
+        ([S + "joints={names: abc}"], "is not one of coco17, hand21, or a mapping"),
         ([S + "joints={names: []}"], "is not one of coco17, hand21, or a mapping"),
         ([S + "joints={names: [a, b], lims: [[a, b]]}"], "is not one of coco17"),
         ([S + "joints={names: [a, b], pairs: [1]}"], "is not one of coco17"),

@@ -149,6 +149,12 @@ class ExtraKeypointReader(SkeletonReader):
 
     name = "extra keypoint"
 
+    def _load(self, path: str) -> np.ndarray:
+        rows = super()._load(path)
+        if (persons := self._num_persons[path]) > 1:
+            raise FrameError(f"{path}: {persons} persons, expected one: an array (frames, keypoints, 3)")
+        return rows
+
 
 def parse_skeleton(
     entry: Any, file_format: SkeletonFormat, frame_size: tuple[int, int]

@@ -307,6 +307,7 @@ def test_extra_keypoints_follow_the_joints_of_the_first_person(tmp_path: Path, s
     [
         (np.full((6, 2, 3), 5.0), "2 keypoints, but the config names 3; correct joints or extra_keypoints.names"),
         (np.full((6, 3, 4), 5.0), r"shape \(1, 6, 3, 4\), expected"),
+        (np.full((2, 6, 3, 3), 1.0), "2 persons, expected one: an array"),
         (np.full((4, 3, 3), 1.0), "no row for frame 5, the file has 4 rows"),
         (np.full((6, 3, 3), 500.0) * (1, 1, 0.001), r"correct img_shape, or .*skeleton\.extra_keypoints\.img_shape if"),
         (np.full((6, 3, 3), 7.0), r"set data_module\.modalities\.skeleton\.extra_keypoints\.score_max to the largest"),
