@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
     ModelConfig,
+    extra_format,
     modality_setting,
     modality_setting_key,
     modality_specs,
@@ -26,8 +28,16 @@ from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
+from mmdistill.data.readers.heatmaps import HeatmapReader
 from mmdistill.errors import format_count, rename_key
-from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
+from mmdistill.modalities import (
+    STUDENT_MODALITY,
+    ExtraKeypointFiles,
+    ModalitySpec,
+    ReaderOptions,
+    get_modality,
+    stored_joints,
+)
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 
@@ -143,6 +153,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
     for modality in modalities:
         dir_key, pattern_key = (modality_setting_key(data, modality, key) for key in ("dir", "pattern"))
         offset = data.modalities[modality].frame_number_offset if modality in data.modalities else None
+        keypoints = {} if get_modality(modality).keypoints is None else _keypoint_options(data, modality)
         options = ReaderOptions(
             frame_size=(data.frame_size[0], data.frame_size[1]),
             pattern=modality_setting(data, modality, "pattern"),
@@ -150,7 +161,7 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
             flow_bound=data.flow_bound,
             flow_axes=data.flow_axes,
             max_persons=data.max_persons,
-            skeleton=skeleton_format(data),
+            **keypoints,
         )
         try:
             root = resolve_data_path(data, modality_setting(data, modality, "dir"), dir_key)
@@ -165,6 +176,21 @@ def open_readers(data: DataModuleConfig, modalities: tuple[str, ...]) -> dict[st
         with raise_as_config_error(pattern_key):
             readers[modality] = get_modality(modality).open_reader(root, options)
     return readers
+
+
+def _keypoint_options(data: DataModuleConfig, modality: str) -> dict[str, Any]:
+    """The `ReaderOptions` of a modality with keypoints. Raises `ConfigError`, see `resolve_data_path`."""
+    options: dict[str, Any] = {"skeleton": skeleton_format(data, modality)}
+    settings, extra_files = data.modalities.get(modality), extra_format(data, modality)
+    if settings is None:
+        return options
+    if settings.heatmap_size is not None:
+        options["heatmap_size"] = tuple(settings.heatmap_size)
+    if extra_files is not None:
+        extra = settings.extra_keypoints
+        root = resolve_data_path(data, extra.dir, f"modalities.{modality}.extra_keypoints.dir")
+        options["extra_keypoints"] = ExtraKeypointFiles(root, extra.pattern, extra_files)
+    return options
 
 
 def make_clip_dataset(
@@ -261,7 +287,7 @@ def _check_frame_size(dataset: ClipDataset) -> None:
     sizes: set[tuple[tuple[int, ...], str]] = set()
     for clip in (clips[i] for i in (0, len(clips) // 2, len(clips) - 1)):
         for reader in dataset.readers.values():
-            if isinstance(reader, KeypointReader):
+            if isinstance(reader, KeypointReader | HeatmapReader):  # their size does not depend on that of the frames
                 continue
             try:
                 reader.read(clip.video, clip.frames[:1])
@@ -347,9 +373,10 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
     """
     g = encoder.config
     if g.channels != spec.channels:
+        joints = f", or set data_module.modalities.{spec.name}.joints to its keypoints" if spec.keypoints else ""
         raise ConfigError(
             f"{source} has {g.channels} input channels, but {spec.name} has {spec.channels}; "
-            f"give a {spec.name} checkpoint"
+            f"give a {spec.name} checkpoint{joints}"
         )
     names = ("frames", "height", "width", "tubelet", "patch")
     found = (g.num_frames, g.height, g.width, g.tubelet, g.patch)
@@ -364,6 +391,24 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
         raise ConfigError(
             f"{source} does not fit the dataset's {spec.name} input (checkpoint / data_module): {differences}{hint}"
         )
+
+
+def check_joints(meta: Mapping[str, Any], spec: ModalitySpec, source: object) -> None:
+    """Check that the keypoints of a checkpoint with metadata `meta` are those of the dataset, in their order.
+
+    Raises:
+        ConfigError: they are not; names the first channel that differs.
+    """
+    stored, own = stored_joints(meta, spec.name), spec.keypoints.channel_names if spec.keypoints else None
+    if stored is None or own is None or stored == own:
+        return
+    channel = next(i for i, pair in enumerate(zip_longest(stored, own)) if pair[0] != pair[1])
+    names = [layout[channel] if channel < len(layout) else "none" for layout in (stored, own)]
+    raise ConfigError(
+        f"data_module.modalities.{spec.name}: {source} was trained with other keypoints, {len(stored)} in place of "
+        f"{len(own)} channels; the first difference is channel {channel} (checkpoint / data_module): "
+        f"{' / '.join(names)}; use the same joints, limb_channels and extra_keypoints in both trainings"
+    )
 
 
 def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:

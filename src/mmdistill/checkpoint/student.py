@@ -125,7 +125,9 @@ def find_statistics(checkpoint: Checkpoint, modality: str | None) -> tuple[tuple
     """
     stored = stored_statistics(checkpoint.meta, modality) if modality else None
     if modality and stored:
-        spec = get_modality(modality).spec().with_statistics(*stored)
+        mean, std, _ = stored
+        channels = {"channels": len(mean)} if len(mean) > 1 else {}  # of keypoints those of the training
+        spec = get_modality(modality).spec(mean=mean, std=std, **channels)
     elif modality == "rgb":
         spec = get_modality(modality).spec()
         log.warning(

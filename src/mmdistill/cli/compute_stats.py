@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from mmdistill.cli.parser import add_config_dir, make_parser, report_errors
-from mmdistill.config import ConfigError, DataModuleConfig, PretrainConfig, modality_specs, to_plain
+from mmdistill.config import ConfigError, DataModuleConfig, ModalityConfig, PretrainConfig, modality_specs, to_plain
 from mmdistill.config.compose import configs_dir, dataset_arguments, load_config, load_dataset_settings
 from mmdistill.console import ProgressDisplay
 from mmdistill.errors import format_count
@@ -152,6 +152,9 @@ def dataset_keys(
     kept |= {key: own[key] for key in TRAINING_KEYS if key in own}
     modalities = kept.pop("modalities")
     names = [name for name in modalities if name in (STUDENT_MODALITY, *computed)]
+    unset = to_plain(ModalityConfig())
+    for name in names:
+        modalities[name] = {key: value for key, value in modalities[name].items() if value != unset[key]}
     return {**kept, "modalities": {name: modalities[name] for name in names}}
 
 

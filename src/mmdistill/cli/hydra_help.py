@@ -149,6 +149,8 @@ def _describe_keys(
         key, value = prefix + field.name, values[field.name]
         if field.name == "modalities":
             for part in fields(schema.ModalityConfig):
+                if part.name == "extra_keypoints":  # its keys are in docs/config.md
+                    continue
                 own = ", ".join(f"{name}: {_format_value(entry[part.name])}" for name, entry in value.items())
                 yield f"{key}.NAME.{part.name} ({own})", comments["ModalityConfig", part.name]
         elif (nested := schema.nested_class(field.type)) is not None and value is not None:

@@ -6,6 +6,7 @@ invalid key is reported at once.
 """
 
 from mmdistill.config.error_messages import explain
+from mmdistill.config.keypoints import extra_format, skeleton_format
 from mmdistill.config.parsing import parse, stored_config, to_plain
 from mmdistill.config.rules import ConfigError, as_ints, as_names, standardization
 from mmdistill.config.schema import (
@@ -30,7 +31,6 @@ from mmdistill.config.validation import (
     modality_setting_key,
     modality_specs,
     removes_no_token,
-    skeleton_format,
     teacher_paths,
     teacher_weights,
     zero_stage,
@@ -52,6 +52,7 @@ __all__ = [
     "as_ints",
     "as_names",
     "explain",
+    "extra_format",
     "feature_files",
     "has_offload",
     "loss_weights",

@@ -104,6 +104,25 @@ class ModelConfig(Sealable):
 
 
 @dataclass
+class ExtraKeypointsConfig(Sealable):
+    """Keypoints of a second file per video, which become further heat-map channels: ball, court corners."""
+
+    # names of the keypoints, in the order of the files; empty: none
+    names: list[str] = field(default_factory=list)
+    # folder of the files; a relative path is relative to target_data_dir
+    dir: str | None = None
+    # file name below dir: a .npy file or a pickle file with an array [T, K, 3] of (x, y, score) for K keypoints, or a
+    # skeleton file with one person
+    pattern: str = "{video}.npy"
+    # pairs of a left and a right keypoint, by name, which a horizontal flip exchanges
+    pairs: list[list[str]] = field(default_factory=list)
+    # size [height, width] in px of the image of the coordinates; null: frame_size
+    img_shape: list[int] | None = key(None, at_least(1))
+    # largest possible score; scores are divided by it. A larger score is an error
+    score_max: float = key(1.0, at_least(1))
+
+
+@dataclass
 class ModalityConfig(Sealable):
     """Files of one modality and how they become model input."""
 
@@ -123,6 +142,16 @@ class ModalityConfig(Sealable):
     target: str = key(MISSING, one_of(*TARGETS))
     # standard deviation of the Gaussian around a keypoint in heat-map px; null: default of the modality
     sigma: float | None = key(None, positive(null="the modality's default"))
+    # keypoints of the model input, one heat-map channel each: coco17 | hand21 | {names: [...], pairs: [[LEFT, RIGHT]],
+    # limbs: [[A, B]]} with the names of all joints, the pairs that a horizontal flip exchanges, and the joints that a
+    # line connects; null: default of the modality (skeleton: coco17)
+    joints: Any = None
+    # whether each limb of the joints has a heat-map channel too
+    limb_channels: bool = False
+    # size [height, width] in px of stored heat-maps: one .npy file [joints, height, width] per frame, which covers the
+    # whole frame; null: keypoint files
+    heatmap_size: list[int] | None = key(None, at_least(1))
+    extra_keypoints: ExtraKeypointsConfig = field(default_factory=ExtraKeypointsConfig)
 
 
 @dataclass
@@ -187,13 +216,14 @@ class DataModuleConfig(Sealable):
     label_fields: list[str] | None = key(None, one_of(*LABEL_FIELDS))
     # number of persons per frame in the skeleton input
     max_persons: int = key(2, at_least(1))
-    # joints of the skeleton files: coco17 | openpose18 | openpose25 (BODY_25) | wholebody133, or a list with the
-    # position of each of the 17 COCO joints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left
-    # before right) in the joints of a file
-    skeleton_joints: Any = "coco17"
+    # where the joints of the model input (modalities.skeleton.joints) are in the skeleton files: null (the files have
+    # exactly these joints, in this order) | for the 17 COCO joints: coco17 | openpose18 | openpose25 (BODY_25) |
+    # wholebody133 | a list with the position of each joint of the model input in the files
+    skeleton_joints: Any = None
     # image size [height, width] in px of skeleton files without img_shape; null: frame_size
     skeleton_img_shape: list[int] | None = key(None, at_least(1))
-    # largest possible keypoint_score of the skeleton files; scores are divided by it. A larger score is an error
+    # largest possible keypoint_score of the skeleton files, or value of stored float heat-maps; they are divided by it.
+    # A larger one is an error
     skeleton_score_max: float = key(1.0, at_least(1))
     # what to do in training if a file is missing or unreadable: error | repeat (use the nearest readable frame) | skip
     # (ignore the clip)

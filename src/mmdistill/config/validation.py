@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from mmdistill.config.keypoints import keypoint_layout, skeleton_format, validate_keypoint_files
 from mmdistill.config.rules import ConfigError, as_names, one_of
 from mmdistill.config.schema import (
     PRETRAIN_STAGES,
@@ -18,9 +19,15 @@ from mmdistill.config.schema import (
     Sealable,
 )
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
-from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count, rename_key
-from mmdistill.modalities import BUILTIN_MODALITIES, STUDENT_MODALITY, ModalitySpec, get_modality, modality_names
+from mmdistill.modalities import (
+    BUILTIN_MODALITIES,
+    STUDENT_MODALITY,
+    ModalitySpec,
+    StoredHeatmaps,
+    get_modality,
+    modality_names,
+)
 
 COMPONENT_PREFIXES = ("teacher_", "student_")  # of the components of a distilled checkpoint
 SHORT_KEYS = {  # key of data_module -> (modality, key of data_module.modalities.MODALITY)
@@ -258,7 +265,8 @@ def _validate_data(data: DataModuleConfig) -> None:
         _validate_multiple(f"{key}crop_size[{axis}]", crop, "patch_size", data.patch_size)
     _validate_multiple(key + "num_frames", data.num_frames, "tubelet", data.tubelet)
     modality_specs(data)
-    skeleton_format(data)
+    for name in dict.fromkeys(("skeleton", *(m for m in data.modalities if get_modality(m).keypoints is not None))):
+        skeleton_format(data, name)
     if data.flow_bound is not None and modality_setting(data, "flow", "pattern") is None:
         raise ConfigError(f"{key}flow_bound={data.flow_bound} needs {key}flow_pattern with {{axis}}")
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
@@ -271,6 +279,8 @@ def _validate_data(data: DataModuleConfig) -> None:
 def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
     """Raise if the file name pattern of a modality gives two frames or two videos the same file."""
     pattern, fields = modality_setting(data, modality, "pattern"), get_modality(modality).pattern_fields
+    if get_modality(modality).keypoints is not None and modality in data.modalities:
+        fields = validate_keypoint_files(data.modalities[modality], modality)
     if pattern is None or not fields:
         return
     optional = dict.fromkeys(get_modality(modality).optional_pattern_fields, "x")
@@ -315,31 +325,20 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
                 f"{key}.input_stride={m.input_stride} must divide data_module.patch_size={data.patch_size} and "
                 f"data_module.crop_size={data.crop_size}"
             )
-        modality = get_modality(name)
+        modality, layout = get_modality(name), keypoint_layout(data, name)
+        changes: dict[str, Any] = {"sigma": modality.sigma if m.sigma is None else m.sigma}
+        if layout is not None:
+            changes |= {"keypoints": layout, "channels": len(layout.channel_names)}
+        if m.heatmap_size is not None:
+            size, frame_size = ((height, width) for height, width in (m.heatmap_size, data.frame_size))
+            changes |= {"heatmaps": StoredHeatmaps(size, frame_size), "sigma": None}
         try:
             specs[name] = modality.spec(
-                input_stride=m.input_stride,
-                mean=tuple(m.mean),
-                std=tuple(m.std),
-                target=m.target,
-                sigma=modality.sigma if m.sigma is None else m.sigma,
+                input_stride=m.input_stride, mean=tuple(m.mean), std=tuple(m.std), target=m.target, **changes
             )
         except ValueError as error:
             raise ConfigError(f"data_module.modalities.{error}") from error
     return specs
-
-
-def skeleton_format(data: DataModuleConfig) -> SkeletonFormat:
-    """How the skeleton files are stored. Raises `ConfigError` if a value is not allowed."""
-    size = data.skeleton_img_shape
-    if size is not None and len(size) != 2:
-        raise ConfigError(f"data_module.skeleton_img_shape={size} must be [height, width] in px")
-    try:
-        return SkeletonFormat(
-            data.skeleton_joints, None if size is None else (size[0], size[1]), data.skeleton_score_max
-        )
-    except ValueError as error:
-        raise ConfigError(f"data_module.{error}") from error
 
 
 def modality_setting(data: DataModuleConfig, modality: str, key: str) -> str | None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from mmdistill.builders import check_token_grid, make_encoder_config, sampling_rate_warnings, token_grid
+from mmdistill.builders import (
+    check_joints,
+    check_token_grid,
+    make_encoder_config,
+    sampling_rate_warnings,
+    token_grid,
+)
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
@@ -68,6 +74,7 @@ def read_teacher(
             + ("student" if key == "student" else "teacher; check the order (rgb, flow, skeleton)")
         )
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
+    check_joints(checkpoint.meta, spec, path)
     check_token_grid(encoder, spec, data, path)
     _check_statistics(checkpoint, spec, path)
     for line in sampling_rate_warnings(checkpoint.meta, data, path):
@@ -136,6 +143,7 @@ def load_teachers(
     for modality in modalities:
         component, spec = f"teacher_{modality}", specs[modality]
         if resumed and component in stored and component in resumed.components:
+            check_joints(resumed.meta, spec, source)
             _check_statistics(resumed, spec, source)
             # trainer.ckpt_path is optional here, but a checkpoint that it names must contain the same teacher
             if modality in paths and Path(paths[modality]).expanduser().exists():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmdistill.builders import check_token_grid, token_grid
+from mmdistill.builders import check_joints, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.load import select_encoder
@@ -100,8 +100,8 @@ def load_network(
     if component and component not in components:
         raise ComponentError(f"{path}: no component {component!r}; select one of {', '.join(components)}")
     component = component or select_encoder(checkpoint.state_dict, None, path).component
-    modality = _find_modality(checkpoint, component, modality)
     specs = modality_specs(data)
+    modality = _find_modality(checkpoint, component, modality, {name: spec.channels for name, spec in specs.items()})
     if modality not in specs:
         raise ConfigError(
             f"{path}: {component} has the modality {modality}, but the dataset has only {', '.join(specs)}"
@@ -111,6 +111,7 @@ def load_network(
         checkpoint, component=component, num_frames=data.num_frames, token_grid=token_grid(data)
     )
     try:
+        check_joints(checkpoint.meta, specs[modality], path)
         check_token_grid(encoder, specs[modality], data, path)
     except ConfigError as error:
         raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
@@ -138,14 +139,18 @@ def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
     )
 
 
-def _find_modality(checkpoint: Checkpoint, component: str, given: str | None) -> str:
-    """That of the component's name or the metadata, else `given`, else the first registered one with its channels."""
+def _find_modality(checkpoint: Checkpoint, component: str, given: str | None, own: Mapping[str, int]) -> str:
+    """That of the component's name or the metadata, else `given`, else the first one with its channels.
+
+    `own` are the channels of the dataset's modalities, which come before all registered ones.
+    """
     path, found = checkpoint.path, component.rpartition("_")[2]
     if found not in modality_names():
         prefix = "" if component == "encoder" else f"{component}."
         weight = checkpoint.state_dict.get(f"{prefix}encoder.patch_embed.proj.weight")
         channels = None if weight is None else weight.shape[1]
-        fitting = [name for name in modality_names() if get_modality(name).channels == channels]
+        registered = {name: get_modality(name).channels for name in modality_names()}
+        fitting = [name for name, count in [*own.items(), *registered.items()] if count == channels]
         found = str(checkpoint.meta.get("modality") or given or (fitting[0] if fitting else ""))
     if not found:
         raise FewshotError(f"{path}: the modality of {component} is unknown; set --modality of `mmdistill features`")
@@ -177,7 +182,8 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
             scored = _load_component(source, config.eval_component, data)
     else:
         own_component = select_encoder(source.state_dict, None, path).component
-        own_name = f"pretrained_{_find_modality(source, own_component, None)}"
+        channels = {name: spec.channels for name, spec in modality_specs(data).items()}
+        own_name = f"pretrained_{_find_modality(source, own_component, None, channels)}"
         if config.eval_component not in (DistillConfig.eval_component, own_name, "encoder"):
             raise ConfigError(
                 f"eval_component={config.eval_component}: {path} is not a distilled checkpoint, it contains only "

@@ -19,6 +19,7 @@ from mmdistill.config import (
     ConfigError,
     DataModuleConfig,
     DistillConfig,
+    ModalityConfig,
     as_ints,
     as_names,
     modality_setting,
@@ -56,6 +57,7 @@ SHOWN_DATA_KEYS = (
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
     *("flow_bound", "flow_axes", "skeleton_joints", "skeleton_img_shape", "skeleton_score_max"),
 )
+KEYPOINT_KEYS = ("joints", "limb_channels", "heatmap_size", "extra_keypoints")  # of a modality, shown if they are set
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
 
 
@@ -183,12 +185,13 @@ def report_settings(
 
     `extra` has the further keys of ``fewshot.json``, `meta` is the metadata of the evaluated checkpoint.
     """
-    data, specs = config.data_module, modality_specs(config.data_module)
+    data, specs, unset = config.data_module, modality_specs(config.data_module), to_plain(ModalityConfig())
     modalities = {
         name: {
             "dir": modality_setting(data, name, "dir"),
             "pattern": modality_setting(data, name, "pattern"),
             "input_stride": values.input_stride,
+            **{key: value for key, value in to_plain(values).items() if key in KEYPOINT_KEYS and value != unset[key]},
         }
         for name, values in data.modalities.items()
     }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count
+from mmdistill.modalities.keypoints import KeypointLayout
 from mmdistill.models import TARGETS
 from mmdistill.plugins import Registry
 
@@ -28,6 +29,19 @@ Statistics = tuple[float, ...]  # one value per channel, or one for all
 
 
 @dataclass(frozen=True)
+class StoredHeatmaps:
+    """Heat-maps in files. A heat-map of `size` covers the stored frame of `frame_size`; both are (height, width)."""
+
+    size: tuple[int, int]
+    frame_size: tuple[int, int]
+
+    def scale_boxes(self, crop_boxes: "Tensor") -> "Tensor":
+        """Crop boxes, (B, 5), from stored-frame px to heat-map px, float32."""
+        boxes = crop_boxes.float()
+        return boxes * boxes.new_tensor((*self.size, *self.size, 1)) / boxes.new_tensor((*self.frame_size * 2, 1))
+
+
+@dataclass(frozen=True)
 class ModalitySpec:
     """The values that determine how clips of one modality become model input: ``(value - mean) / std``."""
 
@@ -39,7 +53,10 @@ class ModalitySpec:
     mean: Statistics  # per channel, in the units of the modality; a single value is used for all channels
     std: Statistics
     target: str  # what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`
-    sigma: float | None = None  # std of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints
+    # std of a keypoint's Gaussian in heat-map pixels; None for stored heat-maps and modalities without keypoints
+    sigma: float | None = None
+    keypoints: KeypointLayout | None = None  # the channels of a modality with keypoints
+    heatmaps: StoredHeatmaps | None = None  # if the heat-maps are stored
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -63,13 +80,29 @@ class ModalitySpec:
     def statistics(self) -> dict[str, Any]:
         """The values that a checkpoint stores because its weights depend on them; see `stored_statistics`."""
         sigma = {} if self.sigma is None else {"sigma": self.sigma}
-        return {"mean": list(self.mean), "std": list(self.std), **sigma}
+        joints = {} if self.keypoints is None else {"joints": list(self.keypoints.channel_names)}
+        return {"mean": list(self.mean), "std": list(self.std), **sigma, **joints}
 
 
 def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
     """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if they are not stored."""
     found = (meta.get("statistics") or {}).get(modality)
     return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
+
+
+def stored_joints(meta: Mapping[str, Any], modality: str) -> tuple[str, ...] | None:
+    """The names of the heat-map channels from a checkpoint's metadata; None if they are not stored."""
+    found = ((meta.get("statistics") or {}).get(modality) or {}).get("joints")
+    return tuple(found) if found else None
+
+
+@dataclass(frozen=True)
+class ExtraKeypointFiles:
+    """Files with further keypoints of a keypoint modality, one per video."""
+
+    root: Path
+    pattern: str  # file name below `root`
+    file_format: SkeletonFormat
 
 
 @dataclass(frozen=True)
@@ -83,6 +116,8 @@ class ReaderOptions:
     flow_bound: float | None = None  # displacement in px of gray 255 in flow images; None: the flow is not in images
     flow_axes: str = "xy"  # names of the axes in the file names of flow images
     skeleton: SkeletonFormat = field(default_factory=SkeletonFormat)
+    heatmap_size: tuple[int, int] | None = None  # (height, width) of stored heat-maps; None: keypoint files
+    extra_keypoints: ExtraKeypointFiles | None = None
 
     @property
     def frame_files(self) -> dict[str, Any]:
@@ -96,18 +131,20 @@ class Modality(ABC):
 
     name: str  # in config keys, checkpoints and reports
     channels: int  # of the model input
-    mean: Statistics = (0.0,)  # this and the next four are defaults of `ModalitySpec`
+    mean: Statistics = (0.0,)  # this and the next five are defaults of `ModalitySpec`
     std: Statistics = (1.0,)
     target: str = "norm_pix"
     input_stride: int = 1
     sigma: float | None = None
+    keypoints: KeypointLayout | None = None
     is_frame_pair: bool = False  # frame k is computed from images k and k + 1, so a video of n images has n - 1
     pattern_fields: tuple[str, ...] = ()  # fields that file name patterns must contain, such as ``video``, ``frame``
     optional_pattern_fields: tuple[str, ...] = ()  # fields that they may contain
 
     def spec(self, **changes: Any) -> ModalitySpec:
         """The modality's default spec with `changes`."""
-        defaults = {k: getattr(self, k) for k in ("name", "channels", "input_stride", "mean", "std", "target", "sigma")}
+        names = ("name", "channels", "input_stride", "mean", "std", "target", "sigma", "keypoints")
+        defaults = {name: getattr(self, name) for name in names}
         return ModalitySpec(**{**defaults, **changes})
 
     @abstractmethod

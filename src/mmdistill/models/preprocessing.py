@@ -102,6 +102,30 @@ def render_heatmaps(
     return heat
 
 
+def render_limbs(joints: Tensor, limbs: tuple[tuple[int, int], ...], size: tuple[int, int], *, sigma: float) -> Tensor:
+    """Render lines between joints (PoseConv3D, arXiv 2104.13586). (B, T, M, J, 3) in heat-map px -> (B, L, T, h, w).
+
+    The value is ``min(score of both joints) * exp(-d^2 / (2 sigma^2))``, where d is the distance of a pixel to the line
+    segment. It is 0 beyond 3 sigma. It is the maximum over persons. A limb with a joint that is absent is absent.
+    `limbs` are the positions of both joints of each limb.
+    """
+    present = joints.isfinite().all(dim=-1)
+    joints = torch.where(present[..., None], joints, 0.0)
+    ys = torch.arange(size[0], device=joints.device, dtype=joints.dtype)[:, None]
+    xs = torch.arange(size[1], device=joints.device, dtype=joints.dtype)
+    heat = []
+    for limb in limbs:  # one at a time, to limit the memory
+        start, end = (joints[..., k, :2, None, None].unbind(-3) for k in limb)  # x and y, (B, T, M, 1, 1)
+        dx, dy = end[0] - start[0], end[1] - start[1]
+        position = ((xs - start[0]) * dx + (ys - start[1]) * dy) / (dx**2 + dy**2).clamp(min=1e-12)
+        position = position.clamp(0, 1)  # on the segment, of the point nearest to the pixel
+        distance_2 = (xs - start[0] - position * dx) ** 2 + (ys - start[1] - position * dy) ** 2
+        score = joints[..., limb, 2].amin(dim=-1).clamp(min=0)[..., None, None]
+        value = score * torch.exp(-distance_2 / (2 * sigma**2))
+        heat.append(torch.where(distance_2 <= (3 * sigma) ** 2, value, 0.0).amax(dim=2))
+    return torch.stack(heat, dim=1)
+
+
 def gaussian_1d(center: Tensor, length: int, sigma: float) -> tuple[Tensor, Tensor]:
     """A Gaussian along one axis around each center. (...) px -> values (..., S), int64 pixel indices (..., S).
 

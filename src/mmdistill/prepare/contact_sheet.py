@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 from mmdistill.files import atomic_write_bytes
+from mmdistill.modalities import COCO17
 
-LIMBS = ((5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 12), (11, 13), (13, 15), (12, 14), (14, 16))
 PLAYERS = ("near", "far")
 COLORS = ((60, 60, 255), (255, 160, 0))  # BGR of the near and the far player: red, blue
 COLUMNS, ROWS, TILE_HEIGHT = 3, 4, 270  # of the sheet; height in px
@@ -81,7 +81,7 @@ def _scale_joints(joints: np.ndarray, corner: tuple[float, float] | np.ndarray, 
 def _draw_skeleton(image: np.ndarray, joints: np.ndarray, color: tuple[int, int, int], *, radius: int) -> None:
     """Draw the joints that have a score, and the limbs between them. The other joints may have any position."""
     points = {j: joints[j, :2].round().astype(int).tolist() for j in np.flatnonzero(joints[:, 2] > 0).tolist()}
-    for a, b in LIMBS:
+    for a, b in COCO17.limb_positions:
         if a in points and b in points:
             cv2.line(image, points[a], points[b], color, 1, cv2.LINE_AA)
     for joint, point in points.items():

@@ -1,6 +1,7 @@
 """Check of prepared data before training: read every file of every rally in the way the training reads it."""
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -82,8 +83,9 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
         missing = [frame for frame in absent if frame < count]
         coverage.missing_frames = len(missing)
         if missing:
-            files = dict.fromkeys(reader.files(rally.video, missing))
-            coverage.messages.append(f"missing {reader.name} files: {format_first(list(files), MAX_FILES_SHOWN)}")
+            files = reader.files(rally.video, missing)
+            absent_files = [path for path in files if not os.path.exists(path)] or files  # one file may have all frames
+            coverage.messages.append(f"missing {reader.name} files: {format_first(absent_files, MAX_FILES_SHOWN)}")
         if isinstance(reader, KeypointReader):
             if not missing:
                 _check_keypoints(rally, reader, coverage, result)
@@ -97,25 +99,13 @@ def check_rally(rally: Rally, readers: Mapping[str, Reader], *, every: int = 1) 
 
 
 def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage, result: RallyCoverage) -> None:
-    """Check the keypoint file of a rally and count the frames in which the near and the far player were found."""
+    """Check the keypoint files of a rally and count the frames in which the near and the far player were found."""
     path = reader.path(rally.video)
-    try:
-        rows = reader.load_video(rally.video)
-    except FrameError as error:
-        coverage.unreadable_frames = coverage.expected_frames
-        coverage.messages.append(str(error))
+    if reader.extra is not None:
+        _check_rows(rally, reader.extra, coverage)
+    rows = _check_rows(rally, reader, coverage)
+    if rows is None:
         return
-    coverage.missing_frames = max(0, coverage.expected_frames - len(rows))
-    coverage.extra_frames = max(0, len(rows) - coverage.expected_frames)
-    if len(rows) != coverage.expected_frames:
-        coverage.messages.append(
-            f"{path}: {format_count(len(rows), 'row')}, but the annotation has "
-            f"{format_count(coverage.expected_frames, 'frame')}"
-        )
-    for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
-        coverage.try_to_read(reader, rally.video, int(frame))
-    if share := outside_share(rows, reader.frame_size):
-        coverage.messages.append(f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image")
     for person in range(rows.shape[1]):
         if (share := outside_share(rows[:, person], reader.frame_size)) > MAX_PERSON_OUTSIDE_SHARE:
             coverage.messages.append(
@@ -129,6 +119,29 @@ def _check_keypoints(rally: Rally, reader: KeypointReader, coverage: ModalityCov
     found = (np.nan_to_num(rows[..., 2]) > 0).any(axis=2).sum(axis=0)  # (M,)
     result.players = tuple(int(count) for count in found[:2])
     result.person_frames = coverage.expected_frames
+
+
+def _check_rows(rally: Rally, reader: KeypointReader, coverage: ModalityCoverage) -> np.ndarray | None:
+    """The rows of a keypoint file, whose number, values and positions are checked; None if it cannot be read."""
+    path = reader.path(rally.video)
+    try:
+        rows = reader.load_video(rally.video)
+    except FrameError as error:
+        coverage.unreadable_frames = coverage.expected_frames
+        coverage.messages.append(str(error))
+        return None
+    coverage.missing_frames = max(coverage.missing_frames, coverage.expected_frames - len(rows))
+    coverage.extra_frames = max(coverage.extra_frames, len(rows) - coverage.expected_frames)
+    if len(rows) != coverage.expected_frames:
+        coverage.messages.append(
+            f"{path}: {format_count(len(rows), 'row')}, but the annotation has "
+            f"{format_count(coverage.expected_frames, 'frame')}"
+        )
+    for frame in np.flatnonzero(np.isnan(rows).any(axis=(1, 2, 3))):
+        coverage.try_to_read(reader, rally.video, int(frame))
+    if share := outside_share(rows, reader.frame_size):
+        coverage.messages.append(f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image")
+    return rows
 
 
 def _check_scale(path: str, rows: np.ndarray, frame_size: tuple[int, int], coverage: ModalityCoverage) -> None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
-from mmdistill.builders import check_token_grid, token_grid
+from mmdistill.builders import check_joints, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
 from mmdistill.checkpoint.keys import top_level
 from mmdistill.checkpoint.load import CLASSIFIER_PREFIXES
@@ -63,6 +63,7 @@ def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> V
     """
     data, spec = config.data_module, modality_specs(config.data_module)[config.modality]
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
+    check_joints(checkpoint.meta, spec, checkpoint.path)
     check_token_grid(encoder, spec, data, checkpoint.path)
     decoder = checkpoint.find_decoder_config()
     if decoder is None:

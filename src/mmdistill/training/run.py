@@ -160,7 +160,7 @@ class Training:
             )
         self.state, self.throughput = TrainingState(), ThroughputMeter()
         self.extra_metrics: dict[str, float] = {}
-        trainer, clips = config.trainer, data.dataset.index.clips
+        trainer = config.trainer
         self.guard = NonFiniteGuard(
             trainer.on_nonfinite,
             trainer.max_skipped_steps,

@@ -285,10 +285,11 @@ def test_two_checkpoints_for_three_teachers_name_the_key_for_two_teachers() -> N
 def test_dataset_without_modality_raises() -> None:
     rest = "or add data_module.modalities.skeleton to the dataset's config"
     has = "dataset epic has no skeleton, but rgb, flow"
+    dataset = ["dataset=epic", "~data_module.modalities.skeleton"]
     with pytest.raises(ConfigError, match=f"^modality: {has}; use one of these, {rest}$"):
-        load_config(PretrainConfig, "config_pretrain", ["modality=skeleton", "dataset=epic"])
+        load_config(PretrainConfig, "config_pretrain", ["modality=skeleton", *dataset])
     with pytest.raises(ConfigError, match=rf"^trainer\.teachers: {has}; set trainer\.teachers=\[rgb,flow\], {rest}$"):
-        load_config(DistillConfig, "config_mmdistill", [TEACHERS, "dataset=epic"])
+        load_config(DistillConfig, "config_mmdistill", [TEACHERS, *dataset])
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "deepspeed"])

@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdistill.modalities import get_modality, preprocess_clips
-from mmdistill.modalities.skeleton import FLIPPED_JOINTS
 from mmdistill.models.preprocessing import crop_resize_flip, gaussian_1d, normalize, render_heatmaps
 
 SKELETON = get_modality("skeleton").spec()
+FLIPPED_JOINTS = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)  # left and right of COCO
 
 
 def _boxes(*rows: tuple[float, ...]) -> torch.Tensor:

@@ -13,7 +13,8 @@ from mmdistill.data.readers.base import Reader
 from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import pack_flow, write_flow
 from mmdistill.data.readers.rgb import RgbReader
-from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.skeleton import ExtraKeypointReader, SkeletonReader
+from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.data.readers.zip_file import write_zip
 from mmdistill.prepare.coverage import check_all
 
@@ -286,3 +287,37 @@ def test_opening_every_third_file_still_counts_all_missing_files(root: Path) -> 
     report = check_all(RALLIES, open_readers(root), workers=1, every=3)
     assert report["rallies_with_gaps"]["m_1_10"]["rgb"]["missing_frames"] == 1
     assert report["rallies_with_gaps"]["m_1_10"]["rgb"]["unreadable_frames"] == 1  # 000003.jpg, not 000004.jpg
+
+
+def test_extra_keypoints_are_checked_and_are_no_players(root: Path) -> None:
+    """A keypoint of each frame is the ball. It does not count as a joint of the near player."""
+
+    def report(points: np.ndarray) -> dict[str, object]:
+        for rally in RALLIES:
+            np.save(root / f"{rally.video}.npy", points)
+        extra = ExtraKeypointReader(
+            root, frame_size=SIZE, max_persons=1, pattern="{video}.npy", file_format=SkeletonFormat(None, num_joints=1)
+        )
+        readers = {"skeleton": SkeletonReader(root / "skeletons/f3set-tennis", frame_size=SIZE, extra=extra)}
+        return check_all(RALLIES[:1], readers, workers=1)
+
+    points = np.tile([4.0, 9.5, 1.0], (FRAMES, 1, 1))
+    found = report(points)
+    assert found["complete"]
+    assert found["players"] == {
+        "near": {"found_frames": 10, "expected_frames": 10, "share": 1.0},
+        "far": {"found_frames": 5, "expected_frames": 10, "share": 0.5},
+    }
+    found = report(points[:-3])
+    path = f"{root}/m_1_10.npy"
+    assert found["messages"] == [f"{path}: 7 rows, but the annotation has 10 frames"]
+    assert found["rallies_with_gaps"]["m_1_10"]["skeleton"]["missing_frames"] == 3  # type: ignore[index]
+    points[4] = np.nan
+    found = report(points)
+    assert found["messages"][0].startswith(f"{path}: keypoint or keypoint_score is not finite at frame 4")  # type: ignore[index]
+    assert found["rallies_with_gaps"]["m_1_10"]["skeleton"]["unreadable_frames"] == 1  # type: ignore[index]
+    (root / "m_1_10.npy").unlink()
+    extra = ExtraKeypointReader(root, frame_size=SIZE, max_persons=1, pattern="{video}.npy")
+    readers = {"skeleton": SkeletonReader(root / "skeletons/f3set-tennis", frame_size=SIZE, extra=extra)}
+    (message,) = check_all(RALLIES[:1], readers, workers=1)["messages"]
+    assert message == f"missing skeleton files: {path}"

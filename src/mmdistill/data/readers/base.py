@@ -109,6 +109,7 @@ class KeypointReader(Reader):
 
     frame_size: tuple[int, int]  # (height, width) of the stored frames in px
     max_persons: int  # M of the rows
+    extra: "KeypointReader | None" = None  # of further keypoints, which `read` adds and `load_video` does not
 
     @abstractmethod
     def path(self, video: str) -> str:

@@ -1,4 +1,4 @@
-"""Skeletons: one pickle file per video."""
+"""Skeletons: one pickle or .npy file per video."""
 
 import os
 from collections import OrderedDict
@@ -10,8 +10,9 @@ import numpy as np
 
 from mmdistill.console import log_once
 from mmdistill.data.readers.base import FrameError, KeypointReader, file_errors, outside_share
+from mmdistill.data.readers.npy_file import load_npy
 from mmdistill.data.readers.safe_pickle import load_pickle
-from mmdistill.data.readers.skeleton_format import NUM_JOINTS, SkeletonFormat
+from mmdistill.data.readers.skeleton_format import SkeletonFormat
 from mmdistill.errors import format_count
 
 SKELETON_CACHE_BYTES = 64 << 20  # converted files, per reader and process
@@ -22,12 +23,14 @@ REPORTED_OUTSIDE_SHARE = 0.01  # a person at the border of the image has a few j
 
 
 class SkeletonReader(KeypointReader):
-    """Skeleton pickles: float32 (T, M, 17, 3), rows (x, y, score) in px of the stored frame.
+    """Skeleton files: float32 (T, M, J, 3), rows (x, y, score) in px of the stored frame. J is 17 for COCO.
 
     Pixel centers are at integers. A file has keypoints in px of its ``img_shape``; they are scaled to the stored frame.
     M is always `max_persons`: absent persons have score 0. If a file has more persons, those with the largest sums of
     scores are kept, in the order of the file. Optional keys, joint layouts and checks: see `parse_skeleton`. A file is
     an error if most of its joints lie outside the image. The first file with more than 1 % of them outside is logged.
+
+    `extra` reads further keypoints. They follow the joints of the first person; the other persons have score 0 there.
     """
 
     name = "skeleton"
@@ -41,9 +44,11 @@ class SkeletonReader(KeypointReader):
         pattern: str | None = None,
         cache_bytes: int = SKELETON_CACHE_BYTES,
         file_format: SkeletonFormat | None = None,
+        extra: KeypointReader | None = None,
     ) -> None:
         self.root, self.frame_size, self.file_format = str(root), frame_size, file_format or SkeletonFormat()
         self.max_persons, self.pattern, self.cache_bytes = max_persons, pattern or "{video}.pkl", cache_bytes
+        self.extra = extra
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cached_bytes = 0
         self._num_persons: dict[str, int] = {}  # in the file of each path that was read
@@ -55,16 +60,17 @@ class SkeletonReader(KeypointReader):
 
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
         """See `Reader.files`."""
-        return [self.path(video)]
+        return [self.path(video), *(self.extra.files(video, frames) if self.extra else [])]
 
     @property
     def settings(self) -> tuple[object, ...]:
         """See `Reader.settings`."""
-        return (self.max_persons, *([] if self.file_format == SkeletonFormat() else [self.file_format]))
+        extra = self.extra.settings if self.extra else ()
+        return (self.max_persons, *([] if self.file_format == SkeletonFormat() else [self.file_format]), *extra)
 
     def missing_frames(self, video: str, frames: Sequence[int]) -> list[int]:
         """See `Reader.missing_frames`."""
-        return [] if os.path.exists(self.path(video)) else list(frames)
+        return [] if all(map(os.path.exists, self.files(video, frames))) else list(frames)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""
@@ -78,8 +84,14 @@ class SkeletonReader(KeypointReader):
         if np.isnan(selected).any():
             k, m, j = np.argwhere(np.isnan(selected).any(axis=-1))[0]
             where = f"frame {frames[k]}, person {m}, joint {j}"
-            raise FrameError(f"{self.path(video)}: keypoint or keypoint_score is not finite at {where}")
-        return selected
+            raise FrameError(
+                f"{self.path(video)}: keypoint or keypoint_score is not finite at {where}; write score 0 for a "
+                "joint that was not found"
+            )
+        if self.extra is None:
+            return selected
+        more = np.pad(self.extra.read(video, frames), ((0, 0), (0, self.max_persons - 1), (0, 0), (0, 0)))
+        return np.concatenate((selected, more), axis=2)
 
     def load_video(self, video: str) -> np.ndarray:
         """See `KeypointReader.load_video`."""
@@ -101,8 +113,8 @@ class SkeletonReader(KeypointReader):
         return self._num_persons[self.path(video)]
 
     def _load(self, path: str) -> np.ndarray:
-        with file_errors(path, "skeleton"):
-            entry = load_pickle(Path(path))
+        with file_errors(path, self.name):
+            entry = load_npy(path, Path(path).read_bytes()) if path.endswith(".npy") else load_pickle(Path(path))
         try:
             joints, scores, (height, width) = parse_skeleton(entry, self.file_format, self.frame_size)
         except ValueError as error:
@@ -125,23 +137,36 @@ class SkeletonReader(KeypointReader):
         size = f"{img_shape[0]} x {img_shape[1]} px (height x width)"
         message = f"{path}: {100 * share:.1f} % of the joints with a score lie outside the image of {size}"
         if share > MAX_OUTSIDE_SHARE:
-            raise FrameError(f"{message}; correct img_shape, or data_module.skeleton_img_shape if the file has none")
+            key = f"{self.file_format.key}img_shape"
+            raise FrameError(f"{message}; correct img_shape, or {key} if the file has none")
         if share > REPORTED_OUTSIDE_SHARE:
             text = f"{message}; only the first such file is logged, `mmdistill check-data` lists all"
             log_once(text, key=f"{self.root}: joints outside the image")
 
 
+class ExtraKeypointReader(SkeletonReader):
+    """Keypoints besides the skeletons, such as ball and court corners: float32 (T, 1, K, 3), as of `SkeletonReader`."""
+
+    name = "extra keypoint"
+
+    def _load(self, path: str) -> np.ndarray:
+        rows = super()._load(path)
+        if (persons := self._num_persons[path]) > 1:
+            raise FrameError(f"{path}: {persons} persons, expected one: an array (frames, keypoints, 3)")
+        return rows
+
+
 def parse_skeleton(
     entry: Any, file_format: SkeletonFormat, frame_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Check the content of a skeleton file and select the COCO joints.
+    """Check the content of a skeleton file and select the joints of the format.
 
-    A file without scores has score 1 for joints with finite coordinates other than (0, 0), which pose networks write
-    for a joint that was not found. A file without an image size has that of `file_format`, else `frame_size`. The log
-    reports both once.
+    The content is a dict with the key ``keypoint``, or the array of this key alone. A file without scores has score 1
+    for joints with finite coordinates other than (0, 0), which pose networks write for a joint that was not found. A
+    file without an image size has that of `file_format`, else `frame_size`. The log reports both once.
 
     Returns:
-        keypoints float64 (T, M, 17, 2) in px of the source image, scores float64 (T, M, 17) in [0, 1], and
+        keypoints float64 (T, M, J, 2) in px of the source image, scores float64 (T, M, J) in [0, 1], and
         (height, width) of the source image.
 
     Raises:
@@ -150,6 +175,8 @@ def parse_skeleton(
     """
     if isinstance(entry, list) and len(entry) == 1:
         (entry,) = entry
+    if isinstance(entry, np.ndarray):
+        entry = {"keypoint": entry}
     if isinstance(entry, list) or (isinstance(entry, dict) and "annotations" in entry):
         raise ValueError("skeletons of several videos; `mmdistill convert-skeletons` writes one file per video")
     if not isinstance(entry, dict):
@@ -197,7 +224,7 @@ def parse_skeleton(
     _check_scores(scores, file_format)
     is_found = (scores > 0) & np.isfinite(joints).all(axis=-1)
     _check_coordinates("keypoint", joints[is_found], (height, width))
-    for number in np.flatnonzero(is_found.sum(axis=(1, 2)) >= NUM_JOINTS).tolist():
+    for number in np.flatnonzero(is_found.sum(axis=(1, 2)) >= len(positions)).tolist():
         _check_coordinates(f"keypoint of person {number}", joints[number][is_found[number]], (height, width))
     return joints.transpose(1, 0, 2, 3), np.minimum(scores, 1).transpose(1, 0, 2), (height, width)
 
@@ -210,8 +237,8 @@ def _image_size(entry: dict[str, Any], file_format: SkeletonFormat, frame_size: 
         height, width = (int(v) for v in tuple(stored)[:2])  # a third value is the number of channels
         return height, width
     size = file_format.img_shape or frame_size
-    key = "frame_size" if file_format.img_shape is None else "skeleton_img_shape"
-    log_once(f"skeleton files without img_shape: their image is {size[0]} x {size[1]} px, from data_module.{key}")
+    key = "data_module.frame_size" if file_format.img_shape is None else f"{file_format.key}img_shape"
+    log_once(f"skeleton files without img_shape: their image is {size[0]} x {size[1]} px, from {key}")
     return size
 
 
@@ -222,7 +249,7 @@ def _check_scores(scores: np.ndarray, file_format: SkeletonFormat) -> None:
     if largest > file_format.score_max * (1 + SCORE_TOLERANCE):
         raise ValueError(
             f"keypoint_score has values up to {largest:.4g}, expected 0 to {file_format.score_max:g}; set "
-            "data_module.skeleton_score_max to the largest possible score, for example 100 for percentages"
+            f"{file_format.key}score_max to the largest possible score, for example 100 for percentages"
         )
 
 

@@ -16,31 +16,46 @@ JOINT_LAYOUTS: dict[str, tuple[int, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class SkeletonFormat:
-    """What skeleton files do not say about themselves.
+    """What keypoint files do not say about themselves.
 
     Raises:
         ValueError: a value is invalid; names it.
     """
 
-    joints: str | Sequence[int] = "coco17"  # a name in `JOINT_LAYOUTS`, or the position of each COCO joint in a file
+    # A name in `JOINT_LAYOUTS`, or the position in a file of each of the `num_joints` joints that are read. None: a
+    # file has exactly these joints, in their order
+    joints: str | Sequence[int] | None = "coco17"
     img_shape: tuple[int, int] | None = None  # (height, width) in px of files without it; None: the stored frame's size
     score_max: float = 1.0  # the score of a certain joint. Scores are divided by it
+    num_joints: int = NUM_JOINTS
+    key: str = "data_module.skeleton_"  # start of the config keys of these values, for messages
 
     def __post_init__(self) -> None:
+        if self.joints is None:
+            return
         if isinstance(self.joints, str):
-            is_valid = self.joints in JOINT_LAYOUTS
+            is_valid = self.joints in JOINT_LAYOUTS and self.num_joints == NUM_JOINTS
         else:
-            is_valid = len(self.joints) == NUM_JOINTS and all(type(k) is int and k >= 0 for k in self.joints)
+            is_valid = len(self.joints) == self.num_joints and all(type(k) is int and k >= 0 for k in self.joints)
         if not is_valid:
-            names = ", ".join(JOINT_LAYOUTS)
-            raise ValueError(f"skeleton_joints={self.joints} is not one of {names}, or a list of 17 positions from 0")
+            names = f"one of {', '.join(JOINT_LAYOUTS)}, or " if self.num_joints == NUM_JOINTS else ""
+            raise ValueError(
+                f"skeleton_joints={self.joints} is not {names}a list of {self.num_joints} positions from 0"
+            )
 
     def joint_positions(self, num_joints: int) -> tuple[int, ...]:
-        """The position of each COCO joint among the `num_joints` joints of a file.
+        """The position of each joint that is read among the `num_joints` joints of a file.
 
         Raises:
             ValueError: the layout has another number of joints.
         """
+        if self.joints is None:
+            if num_joints != self.num_joints:
+                raise ValueError(
+                    f"{num_joints} keypoints, but the config names {self.num_joints}; correct joints or "
+                    "extra_keypoints.names in data_module.modalities, or set data_module.skeleton_joints to positions"
+                )
+            return tuple(range(num_joints))
         if isinstance(self.joints, str):
             size, positions = JOINT_LAYOUTS[self.joints]
             fits = num_joints == size
@@ -48,9 +63,9 @@ class SkeletonFormat:
             fits, positions = max(self.joints) < num_joints, tuple(self.joints)
         if not fits:
             others = [name for name, (size, _) in JOINT_LAYOUTS.items() if size == num_joints]
-            named = f"{' or '.join(others)} or to " if others else ""
+            named = f"{' or '.join(others)} or to " if others and self.num_joints == NUM_JOINTS else ""
             raise ValueError(
                 f"{num_joints} joints, but data_module.skeleton_joints={self.joints}; set it to {named}the list of the "
-                f"{NUM_JOINTS} positions of the COCO joints"
+                f"{self.num_joints} positions of the {'COCO ' if self.num_joints == NUM_JOINTS else ''}joints"
             )
         return positions

@@ -34,11 +34,13 @@ from tests.generated_annotations import make_clips
 SIZE = (16, 24)
 FRAMES = 64
 
-# file of a frame and of a flow below the dataset folder, {k} counted from 1; two clips; their classes
-LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
+HEATMAP_SIZE = (3, 4)
+# file of a frame, a flow and a heat-map below the dataset folder, {k} counted from 1; two clips; their classes
+LAYOUTS: dict[str, tuple[str, str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "epic": (
         "frames/rgb/train/P01/P01_01/frame_{k:010d}.jpg",
         "frames/flow/train/P01/P01_01/frame_{k:010d}.npy",
+        "frames/pose/train/P01/P01_01/frame_{k:010d}.npy",
         [
             {"uid": 7, "participant_id": "P01", "video_id": "P01_01", "start_frame": s, "stop_frame": 99, **labels}
             for s, labels in (
@@ -51,6 +53,7 @@ LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "meccano": (
         "RGB_frames/0001/{k:05d}.jpg",
         "flow_frames/0001/{k:05d}.npy",
+        "hand-pose/heatmap/0001/{k:05d}.npy",
         [
             {"video_id": "0001", "start_frame": 1, "action_idx": 3},
             {"video_id": "0001", "start_frame": 5, "action_idx": 8},
@@ -60,6 +63,7 @@ LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "wear": (
         "RGB_frames/sbj_0/{k:06d}.jpg",
         "flow_frames/sbj_0/{k:06d}.npy",
+        "hand-pose/heatmap/sbj_0/{k:06d}.npy",
         [
             {"video_id": "sbj_0", "label": "jogging", "label_id": 0, "start_frame": 1, "label_id_internal": 0},
             {"video_id": "sbj_0", "label": "lunges", "label_id": 5, "start_frame": 5, "label_id_internal": 1},
@@ -69,6 +73,7 @@ LAYOUTS: dict[str, tuple[str, str, list[dict[str, Any]], tuple[str, str]]] = {
     "ego4d": (
         "image_frame/uid-1/{k:06d}.jpg",
         "optical_flow/uid-1/npy/{k:06d}.npy",
+        "hand_pose/heatmap/uid-1/npy/{k:06d}.npy",
         [
             {"video_id": "v", "clip_uid": "uid-1", "clip_frame": 1, "verb_label": 3, "noun_label": 9},
             {"video_id": "v", "clip_uid": "uid-1", "clip_frame": 5, "verb_label": 3, "noun_label": 10},
@@ -80,14 +85,18 @@ ACTION_KEYS = ("action_idx", "label_id", "label", "verb_label", "noun_label", "l
 
 
 def write_layout(root: Path, name: str, data: DataModuleConfig) -> None:
-    """Write frames of brightness 3 k, flow of k px in frame k, and annotation files, all with the dataset's names."""
-    frame_name, flow_name, clips, _ = LAYOUTS[name]
+    """Write the files of frame k and annotation files, all with the dataset's names.
+
+    A frame has the brightness 3 k, its flow k px, and its hand pose the value k / 255.
+    """
+    *names, clips, _ = LAYOUTS[name]
     for k in range(FRAMES):
-        frame, flow = root / frame_name.format(k=k + 1), root / flow_name.format(k=k + 1)
-        for path in (frame, flow):
+        frame, flow, heatmap = (root / text.format(k=k + 1) for text in names)
+        for path in (frame, flow, heatmap):
             path.parent.mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(frame), np.full((*SIZE, 3), 3 * k, np.uint8))
         write_flow(flow, np.full((2, *SIZE), k, np.float32))
+        np.save(heatmap, np.full((21, *HEATMAP_SIZE), k, np.uint8))
     (root / "annotations").mkdir()
     unlabeled = [{key: v for key, v in clip.items() if key not in ACTION_KEYS} for clip in clips]
     for path, content in ((data.unlabel_json_path, unlabeled), (data.fewshot_eval_json_path, clips)):
@@ -101,9 +110,9 @@ def test_dataset_config_is_enough_to_read_a_dataset(tmp_path: Path, name: str, t
     data = _compose(name, tmp_path)
     write_layout(tmp_path, name, data)
     modalities = tuple(modality_specs(data))
-    assert modalities == ("rgb", "flow")
+    assert modalities == ("rgb", "flow", "skeleton")
     ds = make_clip_dataset(data, modalities, training=training, seed=0)
-    assert ds.index.classes == (() if training else LAYOUTS[name][3])
+    assert ds.index.classes == (() if training else LAYOUTS[name][4])
     assert [c.frames[0] for c in ds.index.clips] == [0, 4]
     assert {c.label for c in ds.index.clips} == ({-1} if training else {0, 1})
     for i, clip in enumerate(ds.index.clips):
@@ -111,6 +120,7 @@ def test_dataset_config_is_enough_to_read_a_dataset(tmp_path: Path, name: str, t
         sample = ds[i]
         np.testing.assert_allclose(sample["rgb"].mean(axis=(1, 2, 3)), [3 * k for k in clip.frames], atol=1)
         np.testing.assert_array_equal(sample["flow"][:, 0, 0, 0], clip.frames)
+        np.testing.assert_allclose(sample["skeleton"][:, 20, 2, 3] * 255, clip.frames, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -123,15 +133,18 @@ def test_check_data_reads_a_dataset_by_its_config(tmp_path: Path, name: str, scr
         assert done.returncode == 0, done.stdout
         assert "1 rally, 2 events" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["modalities"]
-    assert (found["rgb"]["expected_frames"], found["flow"]["expected_frames"]) == (FRAMES, FRAMES - 1)
-    frame, flow = (tmp_path / text.format(k=9) for text in LAYOUTS[name][:2])
+    assert [found[m]["expected_frames"] for m in ("rgb", "flow", "skeleton")] == [FRAMES, FRAMES - 1, FRAMES]
+    frame, flow, heatmap = (tmp_path / text.format(k=9) for text in LAYOUTS[name][:3])
     frame.write_bytes(frame.read_bytes()[:-9])
     flow.unlink()
+    np.save(heatmap, np.full((21, *HEATMAP_SIZE), np.nan, np.float16))
     done = script("check_data.py", *given)
     assert done.returncode == 1
     assert f"{frame}: truncated JPEG" in done.stdout
     found = json.loads((tmp_path / "found.json").read_text())["modalities"]
     assert (found["rgb"]["unreadable_frames"], found["flow"]["missing_frames"]) == (1, 1)
+    assert f"{heatmap}: NaN or infinite" in done.stdout
+    assert found["skeleton"]["unreadable_frames"] == 1
     done = script("check_data.py", *given, "data_module.flow_dir=elsewhere")
     assert (done.returncode, "data_module.flow_dir" in done.stderr) == (2, True)
 
@@ -149,10 +162,12 @@ def test_check_data_names_what_it_cannot_check(tmp_path: Path, script: Script) -
 def test_error_names_the_modality_that_a_dataset_lacks(tmp_path: Path) -> None:
     data = _compose("wear", tmp_path)
     write_layout(tmp_path, "wear", data)
+    lacking = dataclasses.replace(data, modalities={m: data.modalities[m] for m in ("rgb", "flow")})
     with pytest.raises(ConfigError, match="modalities has no entry skeleton"):
-        make_clip_dataset(data, ("skeleton",), training=False, seed=0)
+        make_clip_dataset(lacking, ("skeleton",), training=False, seed=0)
+    without = ["modality=skeleton", "dataset=wear", "~data_module.modalities.skeleton"]
     with pytest.raises(ConfigError, match="modality: dataset wear has no skeleton, but rgb, flow"):
-        _pretraining("wear", tmp_path, "skeleton")
+        load_config(PretrainConfig, "config_pretrain", without)
     data = dataclasses.replace(
         data,
         modalities={**data.modalities, "skeleton": ModalityConfig(input_stride=4, mean=[0], std=[1], target="pixel")},
@@ -163,7 +178,8 @@ def test_error_names_the_modality_that_a_dataset_lacks(tmp_path: Path) -> None:
 
 def _overrides(name: str, root: Path) -> list[str]:
     """Overrides: the dataset, and the sizes of the sample."""
-    sizes = (f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0")
+    sizes = [f"frame_size={list(SIZE)}", "crop_size=[16,16]", "num_frames=4", "mask_ratio=0"]
+    sizes.append(f"modalities.skeleton.heatmap_size={list(HEATMAP_SIZE)}")
     return [f"dataset={name}", f"data_module.target_data_dir={root}", *(f"data_module.{size}" for size in sizes)]
 
 
@@ -288,7 +304,7 @@ def test_clips_with_an_unknown_class_key_are_not_read_as_unlabeled(tmp_path: Pat
 def test_valid_clips_of_an_invalid_file_are_written_as_f3set_json(tmp_path: Path, script: Script) -> None:
     data = _compose("meccano", tmp_path)
     write_layout(tmp_path, "meccano", data)
-    clips = LAYOUTS["meccano"][2]
+    clips = LAYOUTS["meccano"][3]
     clips = [*clips, {**clips[0], "start_frame": FRAMES + 9}, {**clips[0], "video_id": "absent"}]
     path, clean = tmp_path / data.fewshot_eval_json_path, tmp_path / "clean.json"
     path.write_text(json.dumps({"clips": clips}))

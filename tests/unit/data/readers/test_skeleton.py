@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdistill.data.readers.base import FrameError, Reader
-from mmdistill.data.readers.skeleton import SkeletonReader
+from mmdistill.data.readers.skeleton import ExtraKeypointReader, SkeletonReader
 from mmdistill.data.readers.skeleton_format import JOINT_LAYOUTS, SkeletonFormat
 from tests.contracts.reader_contract import ReaderContract
 from tests.synthetic_dots import DotVideo, write_dot_video
@@ -251,3 +251,92 @@ def test_file_is_unpickled_once_within_the_cache_size(tmp_path: Path) -> None:
         reader.read(name, [0])
     assert reader.files_read == 5
     assert reader._cached_bytes <= 2 * file_bytes
+
+
+class TestReaderWithExtraKeypointsContract(ReaderContract):
+    frame_shape = (2, 19, 3)
+    dtype = "float32"
+
+    def write_video(self, root: Path, video: str, num_frames: int) -> None:
+        write_dot_video(root, video=video, frames=num_frames)
+        path = root / "extra" / f"{video}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.ones((num_frames, 2, 3)) * np.arange(1, num_frames + 1)[:, None, None] / num_frames)
+
+    def open_reader(self, root: Path) -> Reader:
+        file_format = SkeletonFormat(None, (1, 1), 1.0, 2)  # an image of 1 px: coordinates from 0 to 1 are px
+        extra = ExtraKeypointReader(
+            root / "extra", frame_size=SIZE, max_persons=1, pattern="{video}.npy", file_format=file_format
+        )
+        return SkeletonReader(root / "skeleton", frame_size=SIZE, extra=extra)
+
+
+def _extra(root: Path, *, img_shape: tuple[int, int] | None = None, pattern: str = "{video}.npy") -> SkeletonReader:
+    key = "data_module.modalities.skeleton.extra_keypoints."
+    file_format = SkeletonFormat(None, img_shape, 1.0, 3, key)
+    extra = ExtraKeypointReader(root, frame_size=SIZE, max_persons=1, pattern=pattern, file_format=file_format)
+    return SkeletonReader(root, frame_size=SIZE, extra=extra)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "pkl", "dict"])
+def test_extra_keypoints_follow_the_joints_of_the_first_person(tmp_path: Path, suffix: str) -> None:
+    """Coordinates of an image of 640 x 960 px: x = (x' + 0.5) / 10 - 0.5 in the stored frame."""
+    points = np.random.default_rng(0).uniform(0, 600, (6, 3, 3))
+    points[..., 2] = np.random.default_rng(1).uniform(0, 1, (6, 3))
+    points[2, 1] = np.nan, np.nan, 0  # not found
+    (tmp_path / "v.pkl").write_bytes(pickle.dumps(_skeleton()))
+    entry = {"keypoint": points[..., :2], "keypoint_score": points[..., 2], "img_shape": (640, 960)}
+    if suffix == "npy":
+        np.save(tmp_path / "v.npy", points)
+    else:
+        (tmp_path / "v.npy.pkl").write_bytes(pickle.dumps(points if suffix == "pkl" else entry))
+    pattern = "{video}.npy" if suffix == "npy" else "{video}.npy.pkl"
+    reader = _extra(tmp_path, img_shape=None if suffix == "dict" else (640, 960), pattern=pattern)
+    found = reader.read("v", [4, 2])
+    expected = np.concatenate(((points[[4, 2], :, :2] + 0.5) / 10 - 0.5, points[[4, 2], :, 2:]), axis=2)
+    expected[1, 1] = 0
+    np.testing.assert_allclose(found[:, 0, 17:], expected, rtol=1e-6)
+    assert not found[:, 1, 17:].any()
+    np.testing.assert_array_equal(found[:, :, :17], SkeletonReader(tmp_path, frame_size=SIZE).read("v", [4, 2]))
+    assert reader.load_video("v").shape == (6, 2, 17, 3)
+    assert reader.settings != SkeletonReader(tmp_path, frame_size=SIZE).settings
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (np.full((6, 2, 3), 5.0), "2 keypoints, but the config names 3; correct joints or extra_keypoints.names"),
+        (np.full((6, 3, 4), 5.0), r"shape \(1, 6, 3, 4\), expected"),
+        (np.full((2, 6, 3, 3), 1.0), "2 persons, expected one: an array"),
+        (np.full((4, 3, 3), 1.0), "no row for frame 5, the file has 4 rows"),
+        (np.full((6, 3, 3), 500.0) * (1, 1, 0.001), r"correct img_shape, or .*skeleton\.extra_keypoints\.img_shape if"),
+        (np.full((6, 3, 3), 7.0), r"set data_module\.modalities\.skeleton\.extra_keypoints\.score_max to the largest"),
+        (np.full((6, 3, 3), np.nan), "not finite at frame 5, .* write score 0 for a joint that was not found"),
+        (np.random.default_rng(0).uniform(0, 1, (6, 3, 3)), "values from 0 to 1, but must be in px"),
+        (np.full((6, 3, 3), "a"), "not a .npy file of numbers"),
+        (None, "v.npy: no such extra keypoint file"),
+    ],
+)
+def test_invalid_extra_keypoints_raise_an_error_that_names_the_file(
+    tmp_path: Path, points: np.ndarray | None, message: str
+) -> None:
+    (tmp_path / "v.pkl").write_bytes(pickle.dumps(_skeleton()))
+    if points is not None:
+        np.save(tmp_path / "v.npy", points)
+    with pytest.raises(FrameError, match=message) as caught:
+        _extra(tmp_path).read("v", [5])
+    assert str(caught.value).startswith(f"{tmp_path}/v.npy: ")
+
+
+def test_hostile_extra_keypoints_run_nothing(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (str(tmp_path / "was_run"),)
+
+    (tmp_path / "v.pkl").write_bytes(pickle.dumps(_skeleton()))
+    (tmp_path / "v.points.pkl").write_bytes(pickle.dumps(Hostile()))
+    np.save(tmp_path / "v.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
+    for pattern in ("{video}.points.pkl", "{video}.npy"):
+        with pytest.raises(FrameError, match=r"rejected because|not a \.npy file of numbers"):
+            _extra(tmp_path, pattern=pattern).read("v", [0])
+    assert not (tmp_path / "was_run").exists()
