@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
+from mmdistill.checkpoint.student import stored_resize
 from mmdistill.config import (
     SHORT_KEYS,
     ConfigError,
@@ -207,6 +208,7 @@ def make_clip_dataset(
                 augment=training if augment is None else augment,
                 random_crop_min_scale=data.random_crop_min_scale,
                 hflip_prob=data.hflip_prob,
+                resize=data.resize,
             ),
             MaskSpec(
                 (data.num_frames // data.tubelet, *token_grid(data)),
@@ -340,13 +342,19 @@ def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfi
         )
 
 
-def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
-    """A warning if the sampling rate differs from that of the checkpoint with metadata `meta`; empty if not."""
+def clip_setting_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
+    """A warning for each of `sampling_rate` and `resize` that differs from the checkpoint with metadata `meta`."""
     stored = (meta.get("config") or {}).get("data_module") or {}
-    rate = stored.get("sampling_rate", data.sampling_rate)
-    if rate == data.sampling_rate:
-        return []
-    return [
-        f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
-        "the clips show motion at a different speed than in training"
-    ]
+    rate, resize = stored.get("sampling_rate", data.sampling_rate), stored_resize(meta)
+    lines = []
+    if rate != data.sampling_rate:
+        lines.append(
+            f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
+            "the clips show motion at a different speed than in training"
+        )
+    if stored and resize != data.resize:
+        lines.append(
+            f"data_module.resize={data.resize}, but {path} was trained with {resize}: the clips have another aspect "
+            "ratio than in training"
+        )
+    return lines

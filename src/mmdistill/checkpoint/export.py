@@ -18,7 +18,13 @@ from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
-from mmdistill.checkpoint.student import FeatureExtractor, find_frame_size, find_modality, find_statistics
+from mmdistill.checkpoint.student import (
+    FeatureExtractor,
+    find_frame_size,
+    find_modality,
+    find_statistics,
+    stored_resize,
+)
 from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
 from mmdistill.modalities import stored_statistics
 from mmdistill.models.videomae import Encoder
@@ -62,22 +68,24 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def make_preprocessor_config(
-    encoder: Encoder, frame_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    encoder: Encoder, frame_size: Sequence[int], mean: Sequence[float], std: Sequence[float], *, resize: str = "crop"
 ) -> dict[str, Any]:
     """Build the ``preprocessor_config.json`` of transformers' image and video processors.
 
     They scale the shorter side of a frame to that of `frame_size`, (height, width) of the frames of the training, and
-    crop the center. Frames that are then narrower than the input are padded with zeros.
+    crop the center. Frames that are then narrower than the input are padded with zeros. With ``resize="squash"`` they
+    scale the whole frame to the input.
     """
     config = encoder.config
+    is_crop, input_size = resize == "crop", {"height": config.height, "width": config.width}
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "video_processor_type": "VideoMAEVideoProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": min(frame_size)},
+        "size": {"shortest_edge": min(frame_size)} if is_crop else input_size,
         "resample": 2,  # bilinear
-        "do_center_crop": True,
-        "crop_size": {"height": config.height, "width": config.width},
+        "do_center_crop": is_crop,
+        "crop_size": input_size,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -144,7 +152,9 @@ def _export_hf(export: _Export, target: Path) -> None:
     statistics = stored_statistics(export.meta, str(export.modality))
     if is_rgb := export.modality == "rgb":
         statistics = find_statistics(export.checkpoint, export.modality)
-        files["preprocessor_config.json"] = make_preprocessor_config(encoder, export.meta["frame_size"], *statistics)
+        files["preprocessor_config.json"] = make_preprocessor_config(
+            encoder, export.meta["frame_size"], *statistics, resize=export.meta["resize"]
+        )
     card = _CARD.format(
         **asdict(config),
         component=export.component,
@@ -266,6 +276,7 @@ def export_student(
         "decoder": None,
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
         "frame_size": find_frame_size(checkpoint, encoder),
+        "resize": stored_resize(checkpoint.meta),
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.modalities import get_modality, stored_statistics
-from mmdistill.models.preprocessing import normalize
+from mmdistill.models.preprocessing import crop_resize_flip, normalize
 from mmdistill.models.videomae import Encoder
 
 log = logging.getLogger(__name__)
@@ -50,13 +52,14 @@ class Student:
 
     Attributes:
         extractor: its parameters do not require gradients.
-        frame_size: (height, width) in px of the frames of the training, of which the input is the center crop.
+        frame_size: (height, width) in px of the frames of the training.
+        resize: ``crop``: the input is the center crop of such a frame; ``squash``: it is the frame, resized per axis.
         num_frames: number of frames T of a clip.
         width: number of values D of a feature.
     """
 
-    def __init__(self, extractor: FeatureExtractor, frame_size: tuple[int, int]) -> None:
-        self.extractor, self.frame_size = extractor, frame_size
+    def __init__(self, extractor: FeatureExtractor, frame_size: tuple[int, int], resize: str = "crop") -> None:
+        self.extractor, self.frame_size, self.resize = extractor, frame_size, resize
         self.num_frames, self.width = extractor.encoder.config.num_frames, extractor.encoder.config.dim
 
     def __repr__(self) -> str:
@@ -65,8 +68,9 @@ class Student:
     def __call__(self, frames: np.ndarray | Tensor) -> Tensor:
         """Features of one clip or of a batch.
 
-        Frames of the size of the input are not changed. Others are scaled until they cover `frame_size`, with
-        antialiasing. Then the center is cropped, as in the evaluation.
+        Frames of the size of the input are not changed. With ``resize="crop"`` others are scaled until they cover
+        `frame_size`, with antialiasing. Then the center is cropped, as in the evaluation. With ``"squash"`` they are
+        scaled to `frame_size`, with antialiasing, and then resized to the input, as in the evaluation.
 
         Args:
             frames: uint8 (T, H, W, 3) or (B, T, H, W, 3), RGB. T is the number of frames of the encoder.
@@ -92,17 +96,21 @@ class Student:
         return features if clips.ndim == 5 else features[0]
 
     def _fit(self, clips: Tensor) -> Tensor:
-        """Scale and crop. uint8 (B, T, H, W, 3) -> uint8 (B, T, h, w, 3)."""
+        """Scale and crop, or squash. uint8 (B, T, H, W, 3) -> uint8 or float32 (B, T, h, w, 3), 0 to 255."""
         h, w = self.extractor.encoder.config.height, self.extractor.encoder.config.width
         height, width = clips.shape[2:4]
         if (height, width) == (h, w):
             return clips
         scale = max(self.frame_size[0] / height, self.frame_size[1] / width)
-        if scale != 1:
+        is_crop = self.resize == "crop"
+        size = (round(height * scale), round(width * scale)) if is_crop else self.frame_size
+        if size != (height, width):
             images = clips.flatten(0, 1).permute(0, 3, 1, 2).float()  # (B * T, 3, H, W)
-            size = (round(height * scale), round(width * scale))
             images = F.interpolate(images, size, mode="bilinear", antialias=True).round().to(torch.uint8)
             clips = images.permute(0, 2, 3, 1).unflatten(0, clips.shape[:2])
+        if not is_crop:
+            box = torch.tensor([[0, 0, *size, 0]]).expand(len(clips), 5)
+            return crop_resize_flip(clips.permute(0, 4, 1, 2, 3), box, (h, w)).permute(0, 2, 3, 4, 1)
         top, left = (clips.shape[2] - h) // 2, (clips.shape[3] - w) // 2
         return clips[:, :, top : top + h, left : left + w]
 
@@ -150,6 +158,12 @@ def find_frame_size(checkpoint: Checkpoint, encoder: Encoder) -> tuple[int, int]
     return int(height), int(width)
 
 
+def stored_resize(meta: Mapping[str, Any]) -> str:
+    """How frames became model input in the training of a checkpoint with metadata `meta`: ``crop`` or ``squash``."""
+    stored = (meta.get("config") or {}).get("data_module") or {}
+    return str(meta.get("resize") or stored.get("resize", "crop"))  # an export has it at the top
+
+
 def load_student(
     path: str | os.PathLike[str], *, component: str | None = None, device: torch.device | str = "cpu"
 ) -> Student:
@@ -175,4 +189,5 @@ def load_student(
         )
     mean, std = find_statistics(checkpoint, modality)
     encoder = checkpoint.encoder(component).to(device).eval().requires_grad_(False)
-    return Student(FeatureExtractor(encoder, modality, mean, std), find_frame_size(checkpoint, encoder))
+    extractor = FeatureExtractor(encoder, modality, mean, std)
+    return Student(extractor, find_frame_size(checkpoint, encoder), stored_resize(checkpoint.meta))

@@ -154,8 +154,11 @@ class DataModuleConfig(Sealable):
     val_json_path: str | None = None
     # size of the stored frames: [height, width] in px
     frame_size: list[int] = MISSING
-    # size of the crop that becomes model input: [height, width] in px of the stored frame
+    # size of the model input: [height, width] in px; with resize=crop also the size of the crop of the stored frame
     crop_size: list[int] = MISSING
+    # how a stored frame becomes model input, in training and evaluation: crop (a crop of crop_size) | squash (the whole
+    # frame is resized to crop_size, each axis on its own)
+    resize: str = key("crop", one_of("crop", "squash"))
     # height and width of a token in px of the stored frame
     patch_size: int = key(16, at_least(1))
     # number of frames per token
@@ -216,6 +219,10 @@ class DataModuleConfig(Sealable):
     q_sample: int = key(15, at_least(1))
     # number of few-shot episodes per setting
     episodes: int = key(600, at_least(2))
+    # masked views of the support clips that a classifier is fitted to, with n_masks > 1: each (view v of a query is
+    # classified by a classifier of view v of the support clips) | first (one classifier of the first view of the
+    # support clips classifies all views of a query, as in MM-CDFSL)
+    support_views: str = key("each", one_of("each", "first", synonyms={"all": "each"}))
     # support and query clips of an episode come from: video (different videos) | match (different matches) | player
     # (different matches, and strokes of different players) | null (any clips)
     disjoint: str | None = key(None, one_of(*DISJOINT, synonyms={"rally": "video"}))

@@ -151,7 +151,7 @@ def _validate_data(data: DataModuleConfig) -> None:
         if len(size) != 2:
             raise ConfigError(f"{key}{name}={size} must be [height, width] in px")
     for axis, (frame, crop) in enumerate(zip(data.frame_size, data.crop_size, strict=True)):
-        if crop > frame:
+        if crop > frame and data.resize == "crop":
             raise ConfigError(
                 f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}; use at most {frame}"
             )

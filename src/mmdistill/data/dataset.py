@@ -32,13 +32,17 @@ class CropSpec:
     """
 
     frame_size: tuple[int, int]  # size of the stored frames
-    crop_size: tuple[int, int]  # size of the crop
+    crop_size: tuple[int, int]  # size of the model input, and of a crop at scale 1
     augment: bool = False  # True (training): random crop and flip. False: center crop
     random_crop_min_scale: float = 1.0  # smallest random crop, as a fraction of `crop_size`
     hflip_prob: float = 0.0  # probability of a horizontal flip
+    resize: str = "crop"  # crop: the input is a crop of its size. squash: it is the whole frame, resized per axis
 
     def __post_init__(self) -> None:
-        if self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]:
+        if self.resize not in ("crop", "squash"):
+            raise ValueError(f"resize={self.resize!r} is not one of crop, squash")
+        is_larger = self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]
+        if is_larger and self.resize == "crop":
             raise ValueError(f"crop_size={self.crop_size} is larger than the stored frame {self.frame_size}")
         if not 0 < self.random_crop_min_scale <= 1:
             raise ValueError(f"random_crop_min_scale={self.random_crop_min_scale} must lie in (0, 1]")
@@ -47,7 +51,8 @@ class CropSpec:
 
     def draw_box(self, rng: np.random.Generator) -> np.ndarray:
         """float32 [5]: top, left, height, width of the crop, and 1 for a horizontal flip."""
-        (frame_height, frame_width), (height, width) = self.frame_size, self.crop_size
+        frame_height, frame_width = self.frame_size
+        height, width = self.crop_size if self.resize == "crop" else self.frame_size
         if not self.augment:
             return np.array([(frame_height - height) // 2, (frame_width - width) // 2, height, width, 0], np.float32)
         scale = rng.uniform(self.random_crop_min_scale, 1.0)

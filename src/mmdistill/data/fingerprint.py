@@ -15,7 +15,10 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     disk.
     """
     reader = dataset.readers[modality]
-    settings = (dataset.crop.crop_size, dataset.crop.frame_size, dataset.on_missing, reader.settings)
+    crop = dataset.crop
+    settings: tuple[object, ...] = (crop.crop_size, crop.frame_size, dataset.on_missing, reader.settings)
+    if crop.resize != "crop":  # the digests of earlier versions stay valid
+        settings += (crop.resize,)
     digest = hashlib.sha256(repr(settings).encode())
     for clip in dataset.index.clips:
         digest.update(repr(clip).encode())

@@ -144,6 +144,7 @@ def cache_key(
             list(crop.frame_size),
             crop.random_crop_min_scale,
             crop.hflip_prob,
+            *([crop.resize] if crop.resize != "crop" else []),  # the digests of earlier versions stay valid
         ],
         "seed": dataset.seed,
         "precision": precision,

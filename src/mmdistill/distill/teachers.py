@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdistill.builders import check_token_grid, sampling_rate_warnings, token_grid
+from mmdistill.builders import check_token_grid, clip_setting_warnings, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
@@ -36,7 +36,7 @@ def read_teacher(path: str, modality: str, spec: ModalitySpec, data: DataModuleC
     encoder = load_encoder_for_clips(checkpoint, num_frames=data.num_frames, token_grid=token_grid(data))
     check_token_grid(encoder, spec, data, path)
     _check_statistics(checkpoint, spec, path)
-    for line in sampling_rate_warnings(checkpoint.meta, data, path):
+    for line in clip_setting_warnings(checkpoint.meta, data, path):
         log.info(line)
     return encoder
 

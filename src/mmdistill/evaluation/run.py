@@ -51,6 +51,7 @@ SHOWN_DATA_KEYS = (
     *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
     *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
+    "resize",
     *("flow_bound", "flow_axes", "skeleton_joints", "skeleton_img_shape", "skeleton_score_max"),
 )
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
@@ -91,7 +92,7 @@ def _evaluate(
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
     caveats += filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))
-    caveats += builders.sampling_rate_warnings(source.meta, config.data_module, checkpoint)
+    caveats += builders.clip_setting_warnings(source.meta, config.data_module, checkpoint)
     if config.compile:
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
@@ -288,6 +289,7 @@ def _make_protocol(config: DistillConfig) -> Protocol:
         seed=config.seed,
         classifiers=tuple(as_names("classifier", config.classifier)),
         disjoint=data.disjoint,
+        support_views=data.support_views,
         probe=config.probe,
         report_card=config.report_card,
         shortcut_audit=config.shortcut_audit,

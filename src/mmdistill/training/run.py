@@ -151,7 +151,8 @@ class Training:
     ) -> None:
         self.config, self.run, self.data, self.log = config, run, data, log
         self._stop_signal = stop_signal
-        self._record = {"weight_compat": weight_compat, "data_order": data.order}
+        compat = {"resize": config.data_module.resize, **weight_compat}
+        self._record = {"weight_compat": compat, "data_order": data.order}
         self._report = DataReport(data.dataset, run.directory, is_main=run.process.is_main)
         self.state, self.throughput = TrainingState(), ThroughputMeter()
         trainer, clips = config.trainer, data.dataset.index.clips

@@ -90,6 +90,19 @@ def test_evaluation_uses_the_center_crop_without_flip_and_mask(dot: DotVideo) ->
     assert len(ds[0]["visible"]) == 4 * 6 * 10
 
 
+def test_squash_uses_the_whole_frame(dot: DotVideo) -> None:
+    for augment in (True, False):
+        ds = dataset(dot, resize="squash", augment=augment)
+        assert ds[(3, 1)]["crop_box"].tolist() == [0, 0, 64, 96, 0]
+    ds = dataset(dot, resize="squash", random_crop_min_scale=0.5)
+    boxes = np.stack([ds.crop_box(e, ds.index.clips[0]) for e in range(100)])
+    assert np.abs(boxes[:, 3] / boxes[:, 2] - 96 / 64).max() < 0.05
+    assert boxes[:, 2].min() < 40
+    assert dataset(dot, resize="squash", crop_size=(128, 128))[0]["crop_box"].tolist() == [0, 0, 64, 96, 0]
+    with pytest.raises(ValueError, match="resize='pad' is not one of crop, squash"):
+        dataset(dot, resize="pad")
+
+
 def _peak(x: torch.Tensor) -> tuple[float, float]:
     """(x, y), the weighted mean position of the positive values of (h, w)."""
     weight = x.clamp(min=0).double()
@@ -100,9 +113,16 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hflip_prob": 1.0}, {"random_crop_min_scale": 0.6}, {"hflip_prob": 0.5, "random_crop_min_scale": 0.6}],
+    [
+        {},
+        {"hflip_prob": 1.0},
+        {"random_crop_min_scale": 0.6},
+        {"hflip_prob": 0.5, "random_crop_min_scale": 0.6},
+        {"resize": "squash"},
+        {"resize": "squash", "hflip_prob": 0.5, "random_crop_min_scale": 0.6},
+    ],
 )
-def test_pixel_flow_and_joint_stay_at_one_position(dot: DotVideo, options: dict[str, float], scale: int) -> None:
+def test_pixel_flow_and_joint_stay_at_one_position(dot: DotVideo, options: dict[str, Any], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
     specs = {n: get_modality(n).spec(mean=(0.0,), std=(1.0,)) for n in BUILTIN_MODALITIES}
     specs["skeleton"] = replace(specs["skeleton"], input_stride=scale, sigma=1.0)
