@@ -12,6 +12,7 @@ from mmdistill.config import (
     SHORT_KEYS,
     ConfigError,
     DataModuleConfig,
+    DistillConfig,
     ModelConfig,
     modality_setting,
     modality_setting_key,
@@ -28,6 +29,7 @@ from mmdistill.data.masking import MaskSpec
 from mmdistill.data.readers.base import FrameError, FrameSizeError, KeypointReader, Reader
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, ReaderOptions, get_modality
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 
@@ -176,6 +178,7 @@ def make_clip_dataset(
     augment: bool | None = None,
     masked: bool | None = None,
     cached_epochs: int = 0,
+    needs_motion: bool = False,
 ) -> ClipDataset:
     """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
 
@@ -187,10 +190,21 @@ def make_clip_dataset(
         augment: whether crops are random, with flips, and unreadable clips are replaced; None: as `training`.
         masked: whether ``data.mask_ratio`` applies; None: as `training`.
         cached_epochs: see `ClipDataset`.
+        needs_motion: whether the samples have ``motion`` also without ``data.mask_type=motion``.
+
+    ``motion`` is that of the flow in a training that reads flow in each epoch, otherwise that of the frames if they are
+    read, otherwise that of the first modality. In the evaluation it is that of the frames, which are then read.
 
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
     """
+    motion_source = None
+    if needs_motion or data.mask_type == "motion":
+        if not training:
+            modalities = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
+        read = (STUDENT_MODALITY,) if cached_epochs else modalities  # in each epoch
+        preferred = [m for m in ("flow", STUDENT_MODALITY) if m in read] if training else [STUDENT_MODALITY]
+        motion_source = (*preferred, *read)[0]
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
@@ -214,11 +228,13 @@ def make_clip_dataset(
                 (data.num_frames // data.tubelet, *token_grid(data)),
                 data.mask_type,
                 data.mask_ratio if (training if masked is None else masked) else 0.0,
+                data.mask_temperature,
             ),
             seed=seed,
             on_missing=data.on_missing,
             cached_epochs=cached_epochs,
             always_decoded=(STUDENT_MODALITY,),
+            motion_source=motion_source,
         )
     if not len(dataset):
         skipped = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
@@ -313,6 +329,17 @@ def token_grid(data: DataModuleConfig) -> tuple[int, int]:
     """Rows and columns of tokens per frame, the same for all modalities."""
     rows, columns = (side // data.patch_size for side in data.crop_size)
     return rows, columns
+
+
+def configured_pooling(config: DistillConfig) -> Pooling:
+    """The pooling of a training."""
+    return Pooling(config.pooling or "mean", config.pooling_last_k)
+
+
+def check_pooling(pooling: Pooling, encoder: Encoder, name: str) -> None:
+    """Raise `ConfigError` if `pooling` cannot be used with the encoder `name`."""
+    if misfit := pooling.describe_misfit(encoder.config.grid, encoder.config.depth):
+        raise ConfigError(f"pooling={pooling.name}: {name}: {misfit}; use another pooling")
 
 
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:

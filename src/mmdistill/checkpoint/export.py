@@ -23,10 +23,12 @@ from mmdistill.checkpoint.student import (
     find_frame_size,
     find_modality,
     find_statistics,
+    stored_pooling,
     stored_resize,
 )
 from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
 from mmdistill.modalities import stored_statistics
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import Encoder
 
 
@@ -135,11 +137,17 @@ class _Export:
     modality: str | None
     encoder: Encoder
     meta: dict[str, Any]
+    pooling: Pooling
 
     def extractor(self) -> FeatureExtractor:
         mean, std = find_statistics(self.checkpoint, self.modality)
         assert self.modality is not None  # `find_statistics` raises
-        return FeatureExtractor(self.encoder, self.modality, mean, std).eval().requires_grad_(False)
+        if self.pooling.name == "motion":
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the encoder was distilled with pooling=motion, and an exported program has "
+                "no input for the weights of the tokens; use --to safetensors, or load_student (Python)"
+            )
+        return FeatureExtractor(self.encoder, self.modality, mean, std, self.pooling).eval().requires_grad_(False)
 
 
 def _export_safetensors(export: _Export, target: Path) -> None:
@@ -148,6 +156,11 @@ def _export_safetensors(export: _Export, target: Path) -> None:
 
 def _export_hf(export: _Export, target: Path) -> None:
     encoder, config = export.encoder, export.encoder.config
+    if export.pooling.name != "mean":
+        raise CheckpointError(
+            f"{export.checkpoint.path}: the encoder was distilled with pooling={export.pooling.name}, and "
+            "VideoMAEModel has the mean only; use --to safetensors"
+        )
     files = {"config.json": {**make_huggingface_config(encoder), "mmdistill": export.meta}}
     statistics = stored_statistics(export.meta, str(export.modality))
     if is_rgb := export.modality == "rgb":
@@ -267,6 +280,7 @@ def export_student(
     encoder = checkpoint.encoder(name).eval()
     modality = find_modality(checkpoint, name)
     statistics = checkpoint.meta.get("statistics") or {}
+    pooling = stored_pooling(checkpoint.meta)
     meta = {
         "mmdistill_version": __version__,
         "kind": "weights",
@@ -277,8 +291,9 @@ def export_student(
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
         "frame_size": find_frame_size(checkpoint, encoder),
         "resize": stored_resize(checkpoint.meta),
+        **({"pooling": pooling.name, "pooling_last_k": pooling.last_k} if pooling else {}),
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }
-    _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta), target_path)
+    _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta, pooling or Pooling()), target_path)
     return target_path

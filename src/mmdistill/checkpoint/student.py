@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.data.motion import frame_difference, token_weights
 from mmdistill.modalities import get_modality, stored_statistics
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.preprocessing import crop_resize_flip, normalize
 from mmdistill.models.videomae import Encoder
 
@@ -26,25 +28,34 @@ class FeatureExtractor(nn.Module):
     Attributes:
         modality: name of the modality.
         mean, std: statistics of the encoder's training data, one value per channel, in the units of the modality.
+        pooling: that of the encoder's training.
     """
 
-    def __init__(self, encoder: Encoder, modality: str, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        modality: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        pooling: Pooling | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.pooling = encoder, pooling or Pooling()
         self.modality, self.mean, self.std = modality, mean, std
 
-    def forward(self, clips: Tensor) -> Tensor:
+    def forward(self, clips: Tensor, weights: Tensor | None = None) -> Tensor:
         """Features of clips of the encoder's size.
 
         Args:
             clips: rgb: uint8 (B, T, H, W, 3). Other modalities: float32 (B, C, T, H, W) in their units (flow: px;
                 skeleton: heat-maps in [0, 1]).
+            weights: with motion pooling those of the tokens, float32 (B, L).
 
         Returns:
             float32 (B, D), see `Encoder.embed`.
         """
         x = clips.permute(0, 4, 1, 2, 3).float() / 255 if self.modality == "rgb" else clips.clone()
-        return self.encoder.embed(normalize(x, self.mean, self.std))
+        return self.encoder.embed(normalize(x, self.mean, self.std), None, self.pooling, weights)
 
 
 class Student:
@@ -60,7 +71,8 @@ class Student:
 
     def __init__(self, extractor: FeatureExtractor, frame_size: tuple[int, int], resize: str = "crop") -> None:
         self.extractor, self.frame_size, self.resize = extractor, frame_size, resize
-        self.num_frames, self.width = extractor.encoder.config.num_frames, extractor.encoder.config.dim
+        self.num_frames = extractor.encoder.config.num_frames
+        self.width = extractor.pooling.num_parts * extractor.encoder.config.dim
 
     def __repr__(self) -> str:
         return f"Student(num_frames={self.num_frames}, frame_size={self.frame_size}, width={self.width})"
@@ -92,11 +104,13 @@ class Student:
         batch = clips if clips.ndim == 5 else clips[None]
         device = self.extractor.encoder.patch_embed.proj.weight.device
         with torch.inference_mode():
-            features: Tensor = self.extractor(self._fit(batch.to(device)))
+            fitted = self._fit(batch.to(device))
+            weights = self._motion(fitted) if self.extractor.pooling.name == "motion" else None
+            features: Tensor = self.extractor(self._squash(fitted), weights)
         return features if clips.ndim == 5 else features[0]
 
     def _fit(self, clips: Tensor) -> Tensor:
-        """Scale and crop, or squash. uint8 (B, T, H, W, 3) -> uint8 or float32 (B, T, h, w, 3), 0 to 255."""
+        """The part of the frames that becomes the input: scaled to `frame_size`, and cropped unless it is squashed."""
         h, w = self.extractor.encoder.config.height, self.extractor.encoder.config.width
         height, width = clips.shape[2:4]
         if (height, width) == (h, w):
@@ -109,10 +123,22 @@ class Student:
             images = F.interpolate(images, size, mode="bilinear", antialias=True).round().to(torch.uint8)
             clips = images.permute(0, 2, 3, 1).unflatten(0, clips.shape[:2])
         if not is_crop:
-            box = torch.tensor([[0, 0, *size, 0]]).expand(len(clips), 5)
-            return crop_resize_flip(clips.permute(0, 4, 1, 2, 3), box, (h, w)).permute(0, 2, 3, 4, 1)
+            return clips
         top, left = (clips.shape[2] - h) // 2, (clips.shape[3] - w) // 2
         return clips[:, :, top : top + h, left : left + w]
+
+    def _squash(self, clips: Tensor) -> Tensor:
+        """uint8 (B, T, H, W, 3) -> uint8 or float32 (B, T, h, w, 3), 0 to 255; nothing changes if the size is right."""
+        box = torch.tensor([[0, 0, *clips.shape[2:4], 0]]).expand(len(clips), 5)
+        config = self.extractor.encoder.config
+        squashed = crop_resize_flip(clips.permute(0, 4, 1, 2, 3), box, (config.height, config.width))
+        return squashed.permute(0, 2, 3, 4, 1)
+
+    def _motion(self, clips: Tensor) -> Tensor:
+        """The weights of the tokens, as in the evaluation. uint8 (B, T, H, W, 3) -> float32 (B, L)."""
+        box, grid = np.array([0, 0, *clips.shape[2:4], 0], np.float32), self.extractor.encoder.config.grid
+        weights = [token_weights(frame_difference(clip), box, grid) for clip in clips.cpu().numpy()]
+        return torch.from_numpy(np.stack(weights)).to(clips.device)
 
 
 def find_modality(checkpoint: Checkpoint, component: str) -> str | None:
@@ -164,6 +190,13 @@ def stored_resize(meta: Mapping[str, Any]) -> str:
     return str(meta.get("resize") or stored.get("resize", "crop"))  # an export has it at the top
 
 
+def stored_pooling(meta: Mapping[str, Any]) -> Pooling | None:
+    """The pooling of a distilled checkpoint with metadata `meta`, for the evaluation; None if it stores none."""
+    stored = meta if "pooling" in meta else meta.get("config") or {}  # an export has it at the top
+    name, last_k = stored.get("pooling"), stored.get("pooling_last_k", Pooling.last_k)
+    return None if name is None else Pooling(name, last_k).for_evaluation
+
+
 def load_student(
     path: str | os.PathLike[str], *, component: str | None = None, device: torch.device | str = "cpu"
 ) -> Student:
@@ -189,5 +222,5 @@ def load_student(
         )
     mean, std = find_statistics(checkpoint, modality)
     encoder = checkpoint.encoder(component).to(device).eval().requires_grad_(False)
-    extractor = FeatureExtractor(encoder, modality, mean, std)
+    extractor = FeatureExtractor(encoder, modality, mean, std, stored_pooling(checkpoint.meta))
     return Student(extractor, find_frame_size(checkpoint, encoder), stored_resize(checkpoint.meta))

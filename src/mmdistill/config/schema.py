@@ -15,7 +15,7 @@ from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import LABEL_FIELDS
 from mmdistill.data.clips import DISJOINT
 from mmdistill.modalities import modality_names
-from mmdistill.models import TARGETS
+from mmdistill.models import POOLINGS, TARGETS
 from mmdistill.plugins import entry_point_names
 
 CLASSIFIER_NAMES = (
@@ -198,8 +198,13 @@ class DataModuleConfig(Sealable):
     hflip_prob: float = key(0.0, within("[0, 1]"))
     # height and width of the smallest random crop, as a fraction of crop_size; 1: no random scale; training only
     random_crop_min_scale: float = key(1.0, within("(0, 1]"))
-    # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens)
-    mask_type: str = key("tube", one_of("tube", "random"))
+    # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens) | motion (any
+    # tokens, moving ones are visible more often; the motion is that of the flow in a training that reads flow, else
+    # that of the frames, else that of the joints; in the evaluation that of the frames)
+    mask_type: str = key("tube", one_of("tube", "random", "motion"))
+    # with mask_type=motion: a token with the relative motion energy e is drawn with a probability proportional to
+    # (e + 0.01) ^ (1 / mask_temperature)
+    mask_temperature: float = key(1.0, within("(0, inf]"))
     # fraction of tokens that a training mask removes
     mask_ratio: float = key(0.75, within("[0, 1)"))
     # number of masked views per clip in the evaluation, over which predictions are averaged; 0: the whole clip
@@ -380,6 +385,14 @@ class DistillConfig(CommonConfig):
     # other networks that are evaluated on the same episodes: random (an untrained encoder with the
     # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
+    # feature of a clip, of student and teachers: mean (of all tokens) | motion (mean, weighted by the motion of each
+    # token) | last_k (mean over the last pooling_last_k blocks) | segments (means of three ordered segments of time,
+    # concatenated) | halves (means of the upper and the lower half, concatenated) | person (mean over the boxes of the
+    # persons; in a training only, which needs the skeleton teacher); null: mean in a training, that of the checkpoint
+    # in an evaluation
+    pooling: str | None = key(None, one_of(*POOLINGS))
+    # number of blocks with pooling=last_k
+    pooling_last_k: int = key(4, at_least(1))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))

@@ -120,6 +120,14 @@ def _validate_distill(config: DistillConfig) -> None:
         )
     if STUDENT_MODALITY not in trainer.teachers:
         raise ConfigError("trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher")
+    if config.train and config.pooling == "person":
+        if "skeleton" not in trainer.teachers:
+            raise ConfigError("pooling=person needs skeletons; add skeleton to trainer.teachers")
+        if trainer.cache_teacher_epochs:
+            raise ConfigError(
+                f"pooling=person reads skeletons in each epoch, and trainer.cache_teacher_epochs="
+                f"{trainer.cache_teacher_epochs} does not; set trainer.cache_teacher_epochs=0"
+            )
     if config.test:
         _validate_components(config)
     if config.train:
@@ -164,6 +172,11 @@ def _validate_data(data: DataModuleConfig) -> None:
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
         _validate_pattern(data, name)
     _validate_visible_tokens(key + "mask_ratio", data.mask_ratio, data)
+    if data.n_masks and data.mask_type == "motion" and data.eval_masks == "shared":
+        raise ConfigError(
+            f"{key}eval_masks=shared gives all clips the same mask, and one of mask_type=motion depends on the clip; "
+            f"use {key}eval_masks=per_clip"
+        )
     if data.n_masks:
         _validate_visible_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
 
@@ -195,7 +208,7 @@ def _validate_pattern(data: DataModuleConfig, modality: str) -> None:
 def _validate_visible_tokens(key: str, ratio: float, data: DataModuleConfig) -> None:
     """Raise if a mask removes all tokens. A tube mask removes spatial positions, a random mask single tokens."""
     tokens = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
-    if data.mask_type == "random":
+    if data.mask_type != "tube":
         tokens *= data.num_frames // data.tubelet
     if round(ratio * tokens) == tokens:
         raise ConfigError(f"{key}={ratio} leaves none of {format_count(tokens, 'token')} visible; use a smaller ratio")

@@ -22,6 +22,7 @@ from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teacher_digests
 from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
+from mmdistill.models.pooling import Pooling, person_weights
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.nonfinite import NonFiniteGuard, zero_loss
@@ -40,6 +41,7 @@ class MMDistill(pl.LightningModule):
         sources: path and sha256 of each teacher by component, see `load_teachers`.
         save_teachers: False: checkpoints do not contain the teachers.
         ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
+        pooling: of the features of student and teachers.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class MMDistill(pl.LightningModule):
         sources: Mapping[str, Any] | None = None,
         save_teachers: bool = True,
         ema: float | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
+        self.pooling = pooling or Pooling()
         self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
         self.guard, self.cache, self.ema = guard, cache, ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
@@ -70,9 +74,8 @@ class MMDistill(pl.LightningModule):
             self.student_ema_rgb = average.module.requires_grad_(False).eval()
             # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
             self._update_average = average.update_parameters
-        self.cmt = CrossModalTransfer(
-            teachers[STUDENT_MODALITY].config.dim, {m: encoder.config.dim for m, encoder in teachers.items()}
-        )
+        widths = {m: self.pooling.num_parts * encoder.config.dim for m, encoder in teachers.items()}
+        self.cmt = CrossModalTransfer(widths[STUDENT_MODALITY], widths)
 
     def train(self, mode: bool = True) -> "MMDistill":
         """Set the mode of the student and the transfer head; teachers and average stay in eval mode."""
@@ -120,14 +123,16 @@ class MMDistill(pl.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """The student's features of clips without a mask, (B, D); `Validation` scores them."""
-        return self.student.embed(self.input(STUDENT_MODALITY, batch), None)
+        x, pooling = self.input(STUDENT_MODALITY, batch), self.pooling.for_evaluation
+        return self.student.embed(x, None, pooling, batch.get("motion"))
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """By teacher: (mean squared error, that of the best constant feature on this batch); float32 scalars."""
         visible, rgb = batch["visible"], self.input(STUDENT_MODALITY, batch)
+        weights = self._pooling_weights(batch)
 
         def encode_student() -> Tensor:
-            return self.student.embed(rgb, visible)
+            return self.student.embed(rgb, visible, self.pooling, weights)
 
         if self.cache is not None and self.cache.is_cached(self.current_epoch):
             targets, feature = self.cache.features(self.current_epoch, batch["index"]), encode_student()
@@ -160,13 +165,20 @@ class MMDistill(pl.LightningModule):
 
     def _teacher_jobs(self, batch: Mapping[str, Tensor], rgb: Tensor) -> list[Callable[[], Tensor]]:
         """One job per teacher, in the order of `modalities`, that computes its feature. `rgb` is preprocessed."""
+        weights = self._pooling_weights(batch)
 
         @torch.no_grad()
         def encode_teacher(modality: str) -> Tensor:
             x = rgb if modality == STUDENT_MODALITY else self.input(modality, batch)
-            return self.teacher(modality).embed(x, batch["visible"]).float()
+            return self.teacher(modality).embed(x, batch["visible"], self.pooling, weights).float()
 
         return [partial(encode_teacher, modality) for modality in self.modalities]
+
+    def _pooling_weights(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The weights (B, L) of the tokens, which student and teachers share; None if the pooling needs none."""
+        if self.pooling.name == "person":
+            return person_weights(batch["skeleton"], batch["crop_box"], self.student.config.grid)
+        return batch["motion"] if self.pooling.name == "motion" else None
 
     def _run_jobs(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
         """The results of independent `jobs` that encode the tokens `visible`; in parallel if that is faster."""

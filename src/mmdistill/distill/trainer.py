@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from mmdistill.builders import check_pooling, configured_pooling
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import DistillConfig, modality_specs
@@ -68,14 +69,18 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
             return run.resumed.path
         specs = modality_specs(config.data_module)
         teachers, sources = load_teachers(config, specs, run.resumed)
+        pooling = configured_pooling(config)
+        for modality, encoder in teachers.items():
+            check_pooling(pooling, encoder, f"teacher_{modality}")
         data = make_train_data(
             config,
             tuple(teachers),
             run.process,
             cached_epochs=config.trainer.cache_teacher_epochs,
+            needs_motion=pooling.name == "motion",
             loader_class=ResumableLoader,
         )
-        with start_training(config, run, data, title="distill") as training:
+        with start_training(config, run, data, title="distill", weight_compat={"pooling": str(pooling)}) as training:
             return _fit(config, training, teachers, specs, sources)
 
 
@@ -149,13 +154,14 @@ def _make_module(
     sources: Mapping[str, Any],
 ) -> MMDistill:
     dataset, trainer_config, cache = training.data.dataset, config.trainer, None
+    pooling = configured_pooling(config)
     if trainer_config.cache_teacher_epochs:
         cache = TeacherCache(
             training.run.directory,
             num_draws=trainer_config.cache_teacher_epochs,
             num_clips=len(dataset),
-            widths={modality: encoder.config.dim for modality, encoder in teachers.items()},
-            key=cache_key(dataset, sources, specs, training.run.precision),
+            widths={modality: pooling.num_parts * encoder.config.dim for modality, encoder in teachers.items()},
+            key=cache_key(dataset, sources, specs, training.run.precision, pooling),
         )
     module = MMDistill(
         teachers,
@@ -166,6 +172,7 @@ def _make_module(
         sources=sources,
         save_teachers=trainer_config.save_teachers,
         ema=trainer_config.ema,
+        pooling=pooling,
     )
     module.student.set_activation_checkpointing(trainer_config.activation_checkpointing)
     if config.compile:

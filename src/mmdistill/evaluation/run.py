@@ -51,7 +51,7 @@ SHOWN_DATA_KEYS = (
     *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
     *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
-    "resize",
+    *("resize", "mask_temperature"),
     *("flow_bound", "flow_axes", "skeleton_joints", "skeleton_img_shape", "skeleton_score_max"),
 )
 _UNUSED_RALLIES = {"too_short": "too short for a clip", "without_events": "without an event"}
@@ -84,7 +84,10 @@ def _evaluate(
     networks, caveats = load_networks(config, source)
     builders.make_demo_data(config.data_module)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
-    dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
+    needs_motion = any(n.pooling is not None and n.pooling.name == "motion" for n in networks)
+    dataset = builders.make_clip_dataset(
+        config.data_module, modalities, training=False, seed=config.seed, needs_motion=needs_motion
+    )
     protocol = _make_protocol(config)
     sources = builders.load_clip_sources(config.data_module, dataset.index, training=False)
     lines = _check_clips(protocol, dataset.index, sources)
@@ -305,7 +308,10 @@ def _make_jobs(
     in the other two.
     """
     data, specs = config.data_module, modality_specs(config.data_module)
-    masks = EvalMasks(data.n_masks, data.eval_mask_ratio, data.mask_type, data.eval_masks == "shared", config.seed)
+    shared = data.eval_masks == "shared"
+    masks = EvalMasks(
+        data.n_masks, data.eval_mask_ratio, data.mask_type, shared, config.seed, mask_temperature=data.mask_temperature
+    )
     selected, skipped = [(networks[0], masks)], []
     for other in masks.input_modes()[1:] if data.input_modes == "all" else ():
         try:

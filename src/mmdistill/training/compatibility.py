@@ -8,7 +8,7 @@ from typing import Any
 from mmdistill.config import ConfigError
 from mmdistill.training.state import TrainingState
 
-_EARLIER_SETTINGS = {"resize": "crop"}  # of checkpoints that do not store these keys
+_EARLIER_SETTINGS = {"resize": "crop", "pooling": "mean"}  # of checkpoints that do not store these keys
 Record = Mapping[str, Mapping[str, Any]]  # weight_compat and data_order, see `check_compatible`
 
 
