@@ -379,7 +379,7 @@ def clip_setting_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path:
             f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
             "the clips show motion at a different speed than in training"
         )
-    if stored and resize != data.resize:
+    if (stored or "resize" in meta) and resize != data.resize:
         lines.append(
             f"data_module.resize={data.resize}, but {path} was trained with {resize}: the clips have another aspect "
             "ratio than in training"

@@ -1,5 +1,6 @@
 """Motion masks and pooling from the distillation to the evaluation, in this process."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,21 @@ def test_exports_keep_the_pooling_or_are_rejected(folder: Path, tmp_path: Path) 
         export_student(checkpoint, tmp_path / "hf", to="hf")
     with pytest.raises(CheckpointError, match="pooling=motion, and an exported program has no input for the weights"):
         export_student(checkpoint, tmp_path / "student.pt2", to="torch_export")
+
+
+def test_attentive_probe_appears_with_its_time(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each network has one probe, on whole clips; the file with the tokens is removed."""
+    monkeypatch.setattr("mmdistill.fewshot.attentive_probe.EPOCHS", 2)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    out = _evaluate(folder, tmp_path, "probe=attentive", "baselines=[random]")
+    student, masked, *_, random = out["probes"]
+    assert 0 <= student["attentive_top1"] <= 1
+    assert min(student["attentive_train_seconds"], random["attentive_encode_seconds"]) > 0
+    assert "attentive_top1" not in masked
+    assert "attentive" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("tokens.npy"))
 
 
 def test_each_pooling_trains(folder: Path, tmp_path: Path) -> None:

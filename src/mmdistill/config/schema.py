@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, within
+from mmdistill.config.rules import ConfigError, as_ints, as_names, at_least, key, one_of, positive, within
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import LABEL_FIELDS
 from mmdistill.data.clips import DISJOINT
@@ -54,6 +54,11 @@ _SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP
 
 def _classifier_plugins() -> list[str]:
     return entry_point_names("mmdistill.classifiers")
+
+
+def _validate_probe(name: str, value: Any) -> None:
+    if value not in (False, True, "attentive"):
+        raise ConfigError(f"{name}={value} is not one of false, true, attentive")
 
 
 class Sealable:
@@ -396,8 +401,9 @@ class DistillConfig(CommonConfig):
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))
-    # whether to train a linear probe and k-NN on all labels as well
-    probe: bool = False
+    # whether to also train classifiers on all labels: false | true (linear probe and k-NN) | attentive (also an
+    # attentive probe on the tokens of whole clips)
+    probe: Any = key(False, _validate_probe)
     # whether to also score each element of the labels, by player, hand, serve and court side (docs/label_elements.md)
     report_card: bool = False
     # whether to also score episodes that are disjoint by rally, match and player (docs/label_elements.md)

@@ -31,12 +31,13 @@ from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import resolve_precision
-from mmdistill.distributed.process import start_process
+from mmdistill.distributed.process import Process, start_process
 from mmdistill.distributed.stop_signals import exit_on_stop_signal
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
+from mmdistill.evaluation.token_probes import run_token_probes
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features, cache_path
@@ -106,6 +107,7 @@ def _evaluate(
     caveats += skipped
     if process.is_main:
         print("\n".join([*lines, *caveats]), flush=True)
+    attentive = _run_attentive_probes(config, networks, dataset, process, precision)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
     fingerprints = {m: data_fingerprint(dataset, m) for m in modalities} if cache else ""
@@ -126,6 +128,12 @@ def _evaluate(
     )
     features = [replace(f, sources=sources) for f in features]
     results = run_protocol(features, protocol, show_progress=process.is_main)
+    first_rows = {f.network: f.input_mode for f in reversed(features)}  # the configured input mode of each network
+    probes = [
+        {**p, **(attentive.get(p["network"], {}) if first_rows[p["network"]] == p["input_mode"] else {})}
+        for p in results.probes
+    ]
+    results = replace(results, probes=tuple(probes))
     extra: dict[str, Any] = {
         "config": to_plain(config),
         "precision": precision,
@@ -293,7 +301,7 @@ def _make_protocol(config: DistillConfig) -> Protocol:
         classifiers=tuple(as_names("classifier", config.classifier)),
         disjoint=data.disjoint,
         support_views=data.support_views,
-        probe=config.probe,
+        probe=bool(config.probe),
         report_card=config.report_card,
         shortcut_audit=config.shortcut_audit,
     )
@@ -322,6 +330,34 @@ def _make_jobs(
     selected += [(network, masks) for network in networks[1:]]
     jobs = [n.encoding_job(specs[n.modality], mode, device=device, precision=precision) for n, mode in selected]
     return jobs, skipped
+
+
+def _run_attentive_probes(
+    config: DistillConfig, networks: Sequence[Network], dataset: ClipDataset, process: Process, precision: str
+) -> dict[str, dict[str, Any]]:
+    """The results by network; empty without ``probe=attentive``."""
+    if config.probe != "attentive":
+        return {}
+
+    def make_loader() -> Iterable[Mapping[str, torch.Tensor]]:
+        pin_memory = process.device.type == "cuda"
+        return builders.make_clip_loader(
+            dataset,
+            num_workers=config.num_workers,
+            pin_memory=pin_memory,
+            batch_size=config.batch_size,
+            timeout_s=config.loader_timeout_s,
+        )
+
+    return run_token_probes(
+        networks,
+        modality_specs(config.data_module),
+        make_loader,
+        dataset.index,
+        seed=config.seed,
+        device=process.device,
+        precision=precision,
+    )
 
 
 def _middle_frame_reader(dataset: ClipDataset) -> ReadFrame:

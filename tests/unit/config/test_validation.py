@@ -203,6 +203,7 @@ DISTILL = [
         "order, or a mapping; got ['a']. For 1 teacher set trainer.teachers=[rgb]. "
         "`mmdistill find-checkpoints output` prints a list to copy",
     ),
+    ("probe=linear", "probe=linear is not one of false, true, attentive"),
     ("pooling=max", "pooling=max is not one of mean, motion, last_k, segments, halves, person"),
     ("pooling_last_k=0", "pooling_last_k=0 must be at least 1"),
     (
