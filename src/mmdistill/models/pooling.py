@@ -100,7 +100,7 @@ class Pooling:
             return [weights if visible is None else weights.gather(1, visible)]
         index = torch.arange(t * h * w, device=tokens.device)[None] if visible is None else visible
         position, length = (index // (h * w), t) if self.name == "segments" else (index // w % h, h)
-        part = (position * self.num_parts // length).expand(len(tokens), -1)
+        part = (position * self.num_parts // length).expand(tokens.shape[0], -1)
         return [part == i for i in range(self.num_parts)]
 
 
