@@ -9,10 +9,12 @@ from typing import Any
 
 from torch.utils.data import Dataset, Sampler
 
+from mmdistill.checkpoint.student import stored_resize
 from mmdistill.config import (
     SHORT_KEYS,
     ConfigError,
     DataModuleConfig,
+    DistillConfig,
     ModelConfig,
     extra_format,
     modality_setting,
@@ -38,6 +40,7 @@ from mmdistill.modalities import (
     get_modality,
     stored_joints,
 )
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig
 
 
@@ -203,6 +206,7 @@ def make_clip_dataset(
     masked: bool | None = None,
     cached_epochs: int = 0,
     index: ClipIndex | None = None,
+    needs_motion: bool = False,
 ) -> ClipDataset:
     """The dataset for training or evaluation. Evaluation clips have a center crop and no mask and are never replaced.
 
@@ -215,10 +219,21 @@ def make_clip_dataset(
         masked: whether ``data.mask_ratio`` applies; None: as `training`.
         cached_epochs: see `ClipDataset`.
         index: the clips; None: those of `make_clip_index`.
+        needs_motion: whether the samples have ``motion`` also without ``data.mask_type=motion``.
+
+    ``motion`` is that of the flow in a training that reads flow in each epoch, otherwise that of the frames if they are
+    read, otherwise that of the first modality. In the evaluation it is that of the frames, which are then read.
 
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
     """
+    motion_source = None
+    if needs_motion or data.mask_type == "motion":
+        if not training:
+            modalities = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
+        read = (STUDENT_MODALITY,) if cached_epochs else modalities  # in each epoch
+        preferred = [m for m in ("flow", STUDENT_MODALITY) if m in read] if training else [STUDENT_MODALITY]
+        motion_source = (*preferred, *read)[0]
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
@@ -236,16 +251,19 @@ def make_clip_dataset(
                 augment=training if augment is None else augment,
                 random_crop_min_scale=data.random_crop_min_scale,
                 hflip_prob=data.hflip_prob,
+                resize=data.resize,
             ),
             MaskSpec(
                 (data.num_frames // data.tubelet, *token_grid(data)),
                 data.mask_type,
                 data.mask_ratio if (training if masked is None else masked) else 0.0,
+                data.mask_temperature,
             ),
             seed=seed,
             on_missing=data.on_missing,
             cached_epochs=cached_epochs,
             always_decoded=(STUDENT_MODALITY,),
+            motion_source=motion_source,
         )
     if not len(dataset):
         skipped = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
@@ -365,6 +383,17 @@ def token_grid(data: DataModuleConfig) -> tuple[int, int]:
     return rows, columns
 
 
+def configured_pooling(config: DistillConfig) -> Pooling:
+    """The pooling of a training."""
+    return Pooling(config.pooling or "mean", config.pooling_last_k)
+
+
+def check_pooling(pooling: Pooling, encoder: Encoder, name: str) -> None:
+    """Raise `ConfigError` if `pooling` cannot be used with the encoder `name`."""
+    if misfit := pooling.describe_misfit(encoder.config.grid, encoder.config.depth):
+        raise ConfigError(f"pooling={pooling.name}: {name}: {misfit}; use another pooling")
+
+
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
     """Check that the encoder fits the dataset's clips: channels, frames, size, tubelet, patch.
 
@@ -411,13 +440,19 @@ def check_joints(meta: Mapping[str, Any], spec: ModalitySpec, source: object) ->
     )
 
 
-def sampling_rate_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
-    """A warning if the sampling rate differs from that of the checkpoint with metadata `meta`; empty if not."""
+def clip_setting_warnings(meta: Mapping[str, Any], data: DataModuleConfig, path: object) -> list[str]:
+    """A warning for each of `sampling_rate` and `resize` that differs from the checkpoint with metadata `meta`."""
     stored = (meta.get("config") or {}).get("data_module") or {}
-    rate = stored.get("sampling_rate", data.sampling_rate)
-    if rate == data.sampling_rate:
-        return []
-    return [
-        f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
-        "the clips show motion at a different speed than in training"
-    ]
+    rate, resize = stored.get("sampling_rate", data.sampling_rate), stored_resize(meta)
+    lines = []
+    if rate != data.sampling_rate:
+        lines.append(
+            f"data_module.sampling_rate={data.sampling_rate}, but {path} was trained with {rate}: "
+            "the clips show motion at a different speed than in training"
+        )
+    if (stored or "resize" in meta) and resize != data.resize:
+        lines.append(
+            f"data_module.resize={data.resize}, but {path} was trained with {resize}: the clips have another aspect "
+            "ratio than in training"
+        )
+    return lines

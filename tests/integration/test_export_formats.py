@@ -105,6 +105,24 @@ def test_export_onnx(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(out, student(frames), rtol=0, atol=1e-4)
 
 
+def test_an_exported_program_has_the_pooling_of_the_training(tmp_path: Path) -> None:
+    """For any batch size."""
+    student = write_distilled(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["mmdistill"]["config"] = {"pooling": "halves", "pooling_last_k": 4}
+    save_torch(content, tmp_path / "last.ckpt")
+    program = torch.export.load(export_student(tmp_path / "last.ckpt", tmp_path / "s.pt2", to="torch_export"))
+    for batch in (1, 3):
+        frames = random_frames(batch)
+        x = (frames.permute(0, 4, 1, 2, 3) / 255 - 0.5) / 0.2
+        tokens = student(x).unflatten(1, (2, 2, 3))  # (B, t, h, w, D)
+        halves = [tokens[:, :, row].flatten(1, 2).mean(dim=1) for row in (0, 1)]
+        normed = [
+            (v - v.mean(1, keepdim=True)) / (v.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt() for v in halves
+        ]
+        torch.testing.assert_close(program.module()(frames), torch.cat(normed, dim=1), rtol=1e-4, atol=1e-4)
+
+
 def test_export_of_a_flow_encoder_takes_clips_in_px(tmp_path: Path) -> None:
     encoder = Encoder(dataclasses.replace(STUDENT_CONFIG, channels=2)).eval()
     meta = {"kind": "pretrain", "modality": "flow", "encoders": {"encoder": dataclasses.asdict(encoder.config)}}

@@ -60,7 +60,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _experiments() -> list[str]:
-    return sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
+    """Those with several jobs."""
+    return sorted(p.stem for p in (CONFIGS / "experiment").glob("*.yaml") if "MULTIRUN" in p.read_text())
 
 
 @pytest.mark.parametrize("tennis", [False, True])
@@ -86,6 +87,19 @@ def test_every_job_of_every_experiment_composes(name: str, tennis: bool) -> None
     assert len({repr(c) for c in configs}) == len(jobs) > 1
     if not pretrain:
         assert {c.train for c in configs} == {name in ("teachers", "mask_ratio")}
+
+
+def test_protocol_of_the_paper_composes_for_its_datasets() -> None:
+    register_schemas()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        for dataset in ("epic", "meccano", "wear", "ego4d"):
+            overrides = [f"dataset={dataset}", "experiment=mm_cdfsl_protocol", "trainer.ckpt_path=[a,b,c]"]
+            config = parse(
+                compose("config_mmdistill", overrides=[*overrides, "trainer.teachers=[rgb,flow]"]), DistillConfig
+            )
+            data = config.data_module
+            assert (data.resize, data.crop_size, data.support_views) == ("squash", [224, 224], "first")
+            assert (data.n_masks, data.eval_masks, data.episodes, data.q_sample) == (2, "per_clip", 600, 15)
 
 
 def _launcher(name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -87,6 +88,25 @@ def test_other_modalities_are_not_required(tmp_path: Path) -> None:
     root = make_tiny(tmp_path, per_class=1)
     shutil.rmtree(root / "frames")
     assert len(make_clip_dataset(_config(*overrides(root)).data_module, ("skeleton",), training=True, seed=0)) == 12
+
+
+def test_source_of_the_motion(tmp_path: Path) -> None:
+    """Training: flow if it is read in each epoch, then frames, then the only modality. Evaluation: frames."""
+    data = _config(*overrides(make_tiny(tmp_path, per_class=1)), "data_module.mask_type=motion").data_module
+
+    def source(*modalities: str, training: bool = True, cached_epochs: int = 0) -> tuple[str | None, list[str]]:
+        dataset = make_clip_dataset(data, modalities, training=training, seed=0, cached_epochs=cached_epochs)
+        return dataset.motion_source, list(dataset.readers)
+
+    assert source("rgb", "flow", "skeleton") == ("flow", ["rgb", "flow", "skeleton"])
+    assert source("rgb", "flow", cached_epochs=2) == ("rgb", ["rgb", "flow"])
+    assert source("rgb", "skeleton") == ("rgb", ["rgb", "skeleton"])
+    assert source("skeleton") == ("skeleton", ["skeleton"])
+    assert source("flow", training=False) == ("rgb", ["rgb", "flow"])
+    data = replace(data, mask_type="tube")
+    assert source("rgb", "flow") == (None, ["rgb", "flow"])
+    needed = make_clip_dataset(data, ("rgb",), training=True, seed=0, needs_motion=True)
+    assert needed[0]["motion"].shape == (2 * 4 * 4,)
 
 
 def test_missing_folder_names_the_settings_without_the_modality(tmp_path: Path) -> None:

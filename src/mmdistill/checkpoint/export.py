@@ -18,9 +18,17 @@ from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
-from mmdistill.checkpoint.student import FeatureExtractor, find_frame_size, find_modality, find_statistics
+from mmdistill.checkpoint.student import (
+    FeatureExtractor,
+    find_frame_size,
+    find_modality,
+    find_statistics,
+    stored_pooling,
+    stored_resize,
+)
 from mmdistill.checkpoint.write import fsync_path, stage_file, write_bytes, write_directory
 from mmdistill.modalities import stored_statistics
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import Encoder
 
 
@@ -62,22 +70,24 @@ def make_huggingface_config(encoder: Encoder) -> dict[str, Any]:
 
 
 def make_preprocessor_config(
-    encoder: Encoder, frame_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
+    encoder: Encoder, frame_size: Sequence[int], mean: Sequence[float], std: Sequence[float], *, resize: str = "crop"
 ) -> dict[str, Any]:
     """Build the ``preprocessor_config.json`` of transformers' image and video processors.
 
     They scale the shorter side of a frame to that of `frame_size`, (height, width) of the frames of the training, and
-    crop the center. Frames that are then narrower than the input are padded with zeros.
+    crop the center. Frames that are then narrower than the input are padded with zeros. With ``resize="squash"`` they
+    scale the whole frame to the input.
     """
     config = encoder.config
+    is_crop, input_size = resize == "crop", {"height": config.height, "width": config.width}
     return {
         "image_processor_type": "VideoMAEImageProcessor",
         "video_processor_type": "VideoMAEVideoProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": min(frame_size)},
+        "size": {"shortest_edge": min(frame_size)} if is_crop else input_size,
         "resample": 2,  # bilinear
-        "do_center_crop": True,
-        "crop_size": {"height": config.height, "width": config.width},
+        "do_center_crop": is_crop,
+        "crop_size": input_size,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -127,11 +137,17 @@ class _Export:
     modality: str | None
     encoder: Encoder
     meta: dict[str, Any]
+    pooling: Pooling
 
     def extractor(self) -> FeatureExtractor:
         mean, std = find_statistics(self.checkpoint, self.modality)
         assert self.modality is not None  # `find_statistics` raises
-        return FeatureExtractor(self.encoder, self.modality, mean, std).eval().requires_grad_(False)
+        if self.pooling.name == "motion":
+            raise CheckpointError(
+                f"{self.checkpoint.path}: the encoder was distilled with pooling=motion, and an exported program has "
+                "no input for the weights of the tokens; use --to safetensors, or load_student (Python)"
+            )
+        return FeatureExtractor(self.encoder, self.modality, mean, std, self.pooling).eval().requires_grad_(False)
 
 
 def _export_safetensors(export: _Export, target: Path) -> None:
@@ -140,11 +156,18 @@ def _export_safetensors(export: _Export, target: Path) -> None:
 
 def _export_hf(export: _Export, target: Path) -> None:
     encoder, config = export.encoder, export.encoder.config
+    if export.pooling.name != "mean":
+        raise CheckpointError(
+            f"{export.checkpoint.path}: the encoder was distilled with pooling={export.pooling.name}, and "
+            "VideoMAEModel has the mean only; use --to safetensors"
+        )
     files = {"config.json": {**make_huggingface_config(encoder), "mmdistill": export.meta}}
     statistics = stored_statistics(export.meta, str(export.modality))
     if is_rgb := export.modality == "rgb":
         statistics = find_statistics(export.checkpoint, export.modality)
-        files["preprocessor_config.json"] = make_preprocessor_config(encoder, export.meta["frame_size"], *statistics)
+        files["preprocessor_config.json"] = make_preprocessor_config(
+            encoder, export.meta["frame_size"], *statistics, resize=export.meta["resize"]
+        )
     card = _CARD.format(
         **asdict(config),
         component=export.component,
@@ -257,6 +280,7 @@ def export_student(
     encoder = checkpoint.encoder(name).eval()
     modality = find_modality(checkpoint, name)
     statistics = checkpoint.meta.get("statistics") or {}
+    pooling = stored_pooling(checkpoint.meta)
     meta = {
         "mmdistill_version": __version__,
         "kind": "weights",
@@ -266,8 +290,10 @@ def export_student(
         "decoder": None,
         "statistics": {modality: statistics[modality]} if modality in statistics else statistics,
         "frame_size": find_frame_size(checkpoint, encoder),
+        "resize": stored_resize(checkpoint.meta),
+        **({"pooling": pooling.name, "pooling_last_k": pooling.last_k} if pooling else {}),
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
     }
-    _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta), target_path)
+    _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta, pooling or Pooling()), target_path)
     return target_path

@@ -25,8 +25,9 @@ from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, modality_names
 
 TRAINING_KEYS = (
-    "window_stride", "hflip_prob", "random_crop_min_scale", "mask_type", "mask_ratio", "n_masks", "eval_mask_ratio",
-    "eval_masks", "input_modes", "n_way", "k_shot", "q_sample", "episodes", "disjoint", "on_missing",
+    "window_stride", "hflip_prob", "random_crop_min_scale", "mask_type", "mask_temperature", "mask_ratio", "n_masks",
+    "eval_mask_ratio", "eval_masks", "input_modes", "n_way", "k_shot", "q_sample", "episodes", "disjoint",
+    "support_views", "on_missing",
 )  # fmt: skip
 
 

@@ -92,6 +92,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     process = start_process(accelerator=config.accelerator, seed=config.seed)
     with name_setting("--component", ComponentError):
         network = load_network(args.checkpoint, component=args.component, modality=args.modality, data=data)
+    network = network.choose_pooling(config)
     make_demo_data(data)
     training = args.split == "unlabel"
     precision = resolve_precision(config.precision, process.device)
@@ -105,7 +106,13 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         print(f"{args.output}: {network.name}, {rallies_text}, {format_count(count, 'window')} encoded")
         return Path(args.output)
     dataset = make_clip_dataset(
-        data, (network.modality,), training=training, seed=config.seed, augment=False, masked=False
+        data,
+        (network.modality,),
+        training=training,
+        seed=config.seed,
+        augment=False,
+        masked=False,
+        needs_motion=network.pooling is not None and network.pooling.name == "motion",
     )
     clips = format_count(len(dataset), f"{'training' if training else 'evaluation'} clip")
     print(f"dataset {data.name}: {clips}", file=sys.stderr)
@@ -114,7 +121,7 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
     shared = (args.eval_masks or data.eval_masks) == "shared"
     job = network.encoding_job(
         modality_specs(data)[network.modality],
-        EvalMasks(n_masks, ratio, data.mask_type, shared, config.seed),
+        EvalMasks(n_masks, ratio, data.mask_type, shared, config.seed, mask_temperature=data.mask_temperature),
         device=process.device,
         precision=precision,
     )

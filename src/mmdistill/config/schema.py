@@ -11,12 +11,22 @@ from typing import Any, get_args, get_origin
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from mmdistill.config.rules import as_ints, as_names, at_least, key, one_of, positive, standardization, within
+from mmdistill.config.rules import (
+    ConfigError,
+    as_ints,
+    as_names,
+    at_least,
+    key,
+    one_of,
+    positive,
+    standardization,
+    within,
+)
 from mmdistill.data.annotations import ANNOTATION_FORMATS
 from mmdistill.data.annotations.f3set import LABEL_FIELDS
 from mmdistill.data.clips import DISJOINT
 from mmdistill.modalities import modality_names
-from mmdistill.models import TARGETS
+from mmdistill.models import POOLINGS, TARGETS
 from mmdistill.plugins import entry_point_names
 
 CLASSIFIER_NAMES = (
@@ -55,6 +65,11 @@ _SIGNALS = [s.name for s in signal.Signals if s.name not in ("SIGKILL", "SIGSTOP
 
 def _classifier_plugins() -> list[str]:
     return entry_point_names("mmdistill.classifiers")
+
+
+def _validate_probe(name: str, value: Any) -> None:
+    if value not in (False, True, "attentive"):
+        raise ConfigError(f"{name}={value} is not one of false, true, attentive")
 
 
 class Sealable:
@@ -190,8 +205,11 @@ class DataModuleConfig(Sealable):
     val_json_path: str | None = None
     # size of the stored frames: [height, width] in px
     frame_size: list[int] = MISSING
-    # size of the crop that becomes model input: [height, width] in px of the stored frame
+    # size of the model input: [height, width] in px; with resize=crop also the size of the crop of the stored frame
     crop_size: list[int] = MISSING
+    # how a stored frame becomes model input, in training and evaluation: crop (a crop of crop_size) | squash (the whole
+    # frame is resized to crop_size, each axis on its own)
+    resize: str = key("crop", one_of("crop", "squash"))
     # height and width of a token in px of the stored frame
     patch_size: int = key(16, at_least(1))
     # number of frames per token
@@ -232,8 +250,13 @@ class DataModuleConfig(Sealable):
     hflip_prob: float = key(0.0, within("[0, 1]"))
     # height and width of the smallest random crop, as a fraction of crop_size; 1: no random scale; training only
     random_crop_min_scale: float = key(1.0, within("(0, 1]"))
-    # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens)
-    mask_type: str = key("tube", one_of("tube", "random"))
+    # mask in training and evaluation: tube (the same positions in all frames) | random (any tokens) | motion (any
+    # tokens, moving ones are visible more often; the motion is that of the flow in a training that reads flow, else
+    # that of the frames, else that of the joints; in the evaluation that of the frames)
+    mask_type: str = key("tube", one_of("tube", "random", "motion"))
+    # with mask_type=motion: a token with the relative motion energy e is drawn with a probability proportional to
+    # (e + 0.01) ^ (1 / mask_temperature)
+    mask_temperature: float = key(1.0, within("(0, inf]"))
     # fraction of tokens that a training mask removes
     mask_ratio: float = key(0.75, within("[0, 1)"))
     # number of masked views per clip in the evaluation, over which predictions are averaged; 0: the whole clip
@@ -253,6 +276,10 @@ class DataModuleConfig(Sealable):
     q_sample: int = key(15, at_least(1))
     # number of few-shot episodes per setting
     episodes: int = key(600, at_least(2))
+    # masked views of the support clips that a classifier is fitted to, with n_masks > 1: each (view v of a query is
+    # classified by a classifier of view v of the support clips) | first (one classifier of the first view of the
+    # support clips classifies all views of a query, as in MM-CDFSL)
+    support_views: str = key("each", one_of("each", "first", synonyms={"all": "each"}))
     # support and query clips of an episode come from: video (different videos) | match (different matches) | player
     # (different matches, and strokes of different players) | null (any clips)
     disjoint: str | None = key(None, one_of(*DISJOINT, synonyms={"rally": "video"}))
@@ -434,11 +461,20 @@ class DistillConfig(CommonConfig):
     # other networks that are evaluated on the same episodes: random (an untrained encoder with the
     # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
+    # feature of a clip, of student and teachers: mean (of all tokens) | motion (mean, weighted by the motion of each
+    # token) | last_k (mean over the last pooling_last_k blocks) | segments (means of three ordered segments of time,
+    # concatenated) | halves (means of the upper and the lower half, concatenated) | person (mean over the boxes of the
+    # persons; in a training only, which needs the skeleton teacher); null: mean in a training, that of the checkpoint
+    # in an evaluation
+    pooling: str | None = key(None, one_of(*POOLINGS))
+    # number of blocks with pooling=last_k
+    pooling_last_k: int = key(4, at_least(1))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))
-    # whether to train a linear probe and k-NN on all labels as well
-    probe: bool = False
+    # whether to also train classifiers on all labels: false | true (linear probe and k-NN) | attentive (also an
+    # attentive probe on the tokens of whole clips)
+    probe: Any = key(False, _validate_probe)
     # whether to also score each element of the labels, by player, hand, serve and court side (docs/label_elements.md)
     report_card: bool = False
     # whether to also score episodes that are disjoint by rally, match and player (docs/label_elements.md)

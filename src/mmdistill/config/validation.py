@@ -206,6 +206,14 @@ def _validate_distill(config: DistillConfig) -> None:
             "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher; or set student"
         )
     teacher_weights(trainer)
+    if config.train and config.pooling == "person":
+        if "skeleton" not in trainer.teachers:
+            raise ConfigError("pooling=person needs skeletons; add skeleton to trainer.teachers")
+        if trainer.cache_teacher_epochs:
+            raise ConfigError(
+                f"pooling=person reads skeletons in each epoch, and trainer.cache_teacher_epochs="
+                f"{trainer.cache_teacher_epochs} does not; set trainer.cache_teacher_epochs=0"
+            )
     if config.test:
         _validate_components(config)
     if config.train:
@@ -258,7 +266,7 @@ def _validate_data(data: DataModuleConfig) -> None:
         if len(size) != 2:
             raise ConfigError(f"{key}{name}={size} must be [height, width] in px")
     for axis, (frame, crop) in enumerate(zip(data.frame_size, data.crop_size, strict=True)):
-        if crop > frame:
+        if crop > frame and data.resize == "crop":
             raise ConfigError(
                 f"{key}crop_size[{axis}]={crop} is larger than frame_size[{axis}]={frame}; use at most {frame}"
             )
@@ -272,6 +280,11 @@ def _validate_data(data: DataModuleConfig) -> None:
     for name in dict.fromkeys((*data.modalities, *(modality for modality, _ in SHORT_KEYS.values()))):
         _validate_pattern(data, name)
     _validate_visible_tokens(key + "mask_ratio", data.mask_ratio, data)
+    if data.n_masks and data.mask_type == "motion" and data.eval_masks == "shared":
+        raise ConfigError(
+            f"{key}eval_masks=shared gives all clips the same mask, and one of mask_type=motion depends on the clip; "
+            f"use {key}eval_masks=per_clip"
+        )
     if data.n_masks:
         _validate_visible_tokens(key + "eval_mask_ratio", data.eval_mask_ratio, data)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from mmdistill.data.clips import Clip, ClipIndex, ClipTable, required_frames, select_clips
 from mmdistill.data.masking import MaskSpec
+from mmdistill.data.motion import token_weights
 from mmdistill.data.readers.base import FrameError, MissingFileError, Reader
 from mmdistill.errors import format_count, quote_name
 from mmdistill.randomness import seeded_rng
@@ -32,13 +33,17 @@ class CropSpec:
     """
 
     frame_size: tuple[int, int]  # size of the stored frames
-    crop_size: tuple[int, int]  # size of the crop
+    crop_size: tuple[int, int]  # size of the model input, and of a crop at scale 1
     augment: bool = False  # True (training): random crop and flip. False: center crop
     random_crop_min_scale: float = 1.0  # smallest random crop, as a fraction of `crop_size`
     hflip_prob: float = 0.0  # probability of a horizontal flip
+    resize: str = "crop"  # crop: the input is a crop of its size. squash: it is the whole frame, resized per axis
 
     def __post_init__(self) -> None:
-        if self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]:
+        if self.resize not in ("crop", "squash"):
+            raise ValueError(f"resize={self.resize!r} is not one of crop, squash")
+        is_larger = self.crop_size[0] > self.frame_size[0] or self.crop_size[1] > self.frame_size[1]
+        if is_larger and self.resize == "crop":
             raise ValueError(f"crop_size={self.crop_size} is larger than the stored frame {self.frame_size}")
         if not 0 < self.random_crop_min_scale <= 1:
             raise ValueError(f"random_crop_min_scale={self.random_crop_min_scale} must lie in (0, 1]")
@@ -47,7 +52,8 @@ class CropSpec:
 
     def draw_box(self, rng: np.random.Generator) -> np.ndarray:
         """float32 [5]: top, left, height, width of the crop, and 1 for a horizontal flip."""
-        (frame_height, frame_width), (height, width) = self.frame_size, self.crop_size
+        frame_height, frame_width = self.frame_size
+        height, width = self.crop_size if self.resize == "crop" else self.frame_size
         if not self.augment:
             return np.array([(frame_height - height) // 2, (frame_width - width) // 2, height, width, 0], np.float32)
         scale = rng.uniform(self.random_crop_min_scale, 1.0)
@@ -83,6 +89,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         cached_epochs: N > 0: epoch e has the samples of epoch ``e % N``. From epoch N on only the modalities in
             `always_decoded` are read, because `mmdistill.distill.teacher_cache` has the features of the others.
         always_decoded: see `cached_epochs`.
+        motion_source: modality whose motion gives ``motion``, float32 [L], the weights of the tokens for
+            ``mask.mask_type="motion"`` and for pooling (see `data.motion.token_weights`); None: samples have none.
 
     Raises:
         ValueError: an argument is invalid; names it.
@@ -100,11 +108,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         on_missing: str = "error",
         cached_epochs: int = 0,
         always_decoded: tuple[str, ...] = (),
+        motion_source: str | None = None,
     ) -> None:
         if on_missing not in ON_MISSING:
             raise ValueError(f"on_missing={on_missing!r} is not one of {', '.join(ON_MISSING)}")
         self.readers, self.crop, self.mask = dict(readers), crop, mask
-        self.seed, self.on_missing = seed, on_missing
+        if motion_source and type(self.readers[motion_source]).motion_energy is Reader.motion_energy:
+            raise ValueError(f"the modality {motion_source} defines no motion, which mask_type=motion and pooling need")
+        self.seed, self.on_missing, self.motion_source = seed, on_missing, motion_source
         self.cached_epochs, self.always_decoded = cached_epochs, always_decoded
         self._skipped: dict[str, Counter[str]] = {name: Counter() for name in self.readers}
         self.index = index if on_missing == "error" else self._drop_missing(index)
@@ -190,8 +201,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
                     self._seen[i, column] = len(repeated)
             else:
                 sample[name] = reader.read(clip.video, clip.frames)
-        sample["visible"] = self.mask.sample(seeded_rng(self.seed, epoch, clip.id, "mask"))
-        sample["crop_box"] = self.crop_box(epoch, clip)
+        crop_box = self.crop_box(epoch, clip)
+        if self.motion_source:
+            energy = self.readers[self.motion_source].motion_energy(sample[self.motion_source])
+            sample["motion"] = token_weights(energy, crop_box, self.mask.grid)
+        sample["visible"] = self.mask.sample(seeded_rng(self.seed, epoch, clip.id, "mask"), sample.get("motion"))
+        sample["crop_box"] = crop_box
         sample["label"], sample["index"] = np.int64(clip.label), np.int64(i)
         return sample
 

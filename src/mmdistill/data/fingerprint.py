@@ -15,7 +15,12 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
     disk.
     """
     reader = dataset.readers[modality]
-    settings = (dataset.crop.crop_size, dataset.crop.frame_size, dataset.on_missing, reader.settings)
+    crop = dataset.crop
+    settings: tuple[object, ...] = (crop.crop_size, crop.frame_size, dataset.on_missing, reader.settings)
+    if crop.resize != "crop":  # the digests of earlier versions stay valid
+        settings += (crop.resize,)
+    if dataset.motion_source:
+        settings += ("motion of", dataset.motion_source)
     digest = hashlib.sha256(repr(settings).encode())
     for clip in dataset.index.clips:
         digest.update(repr(clip).encode())
@@ -28,4 +33,6 @@ def data_fingerprint(dataset: ClipDataset, modality: str) -> str:
             except OSError:
                 state = "absent"
             digest.update(f"{os.path.abspath(path)}\0{state}\n".encode())
+    if dataset.motion_source not in (None, modality):
+        digest.update(data_fingerprint(dataset, str(dataset.motion_source)).encode())
     return digest.hexdigest()

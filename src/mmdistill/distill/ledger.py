@@ -30,6 +30,7 @@ from mmdistill.distill.standardization import RELATIVE_STD_OF_CONSTANT
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
 from mmdistill.errors import MMDistillError, format_count
 from mmdistill.modalities import STUDENT_MODALITY
+from mmdistill.models.pooling import Pooling
 from mmdistill.training.run import Training
 
 NUM_CLIPS = 256
@@ -200,7 +201,8 @@ class Ledger(pl.Callback):
             with torch.no_grad():
                 for numbers, batch in zip(_chunks(own, self.training.config.batch_size), loader, strict=True):
                     batch = {key: value.to(module.device) for key, value in batch.items()}
-                    student = module.student.embed(module.input(STUDENT_MODALITY, batch), batch["visible"])
+                    rgb, weights = module.input(STUDENT_MODALITY, batch), module.pooling_weights(batch)
+                    student = module.student.embed(rgb, batch["visible"], module.pooling, weights)
                     found = module.targets(batch, [name for name in names if name not in self.files])
                     clips = [dataset.index.clips[i].id for i in batch["index"].tolist()]
                     found |= {name: self.files[name].select(clips) for name in names if name in self.files}
@@ -246,11 +248,13 @@ def find_held_out(training: Training, module: MMDistill, files: Mapping[str, Fea
         except ConfigError as error:
             problems[modality] = str(error)
     try:
-        dataset = _make_dataset(data, [m for m in module.modalities if m not in problems], config.seed)
+        dataset = _make_dataset(data, [m for m in module.modalities if m not in problems], config.seed, module.pooling)
         positions = select_positions(len(dataset))
         if lacking := _lacking_files(dataset, positions):
             problems |= lacking
-            dataset = _make_dataset(data, [m for m in module.modalities if m not in problems], config.seed)
+            dataset = _make_dataset(
+                data, [m for m in module.modalities if m not in problems], config.seed, module.pooling
+            )
             positions = select_positions(len(dataset))
     except (ConfigError, AnnotationError, FrameError) as error:
         return HeldOut(None, (), source, {"": str(error)})
@@ -263,10 +267,11 @@ def find_held_out(training: Training, module: MMDistill, files: Mapping[str, Fea
     return HeldOut(dataset, positions, source, problems)
 
 
-def _make_dataset(data: DataModuleConfig, modalities: Sequence[str], seed: int) -> ClipDataset:
-    """Held-out clips with one fixed mask each, of these modalities and that of the student."""
-    names = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
-    return make_clip_dataset(data, names, training=False, masked=True, seed=seed)
+def _make_dataset(data: DataModuleConfig, modalities: Sequence[str], seed: int, pooling: Pooling) -> ClipDataset:
+    """Held-out clips with one fixed mask each, of these modalities and those that the student's feature needs."""
+    needed = ("skeleton",) if pooling.name == "person" else ()
+    names = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities, *needed)))
+    return make_clip_dataset(data, names, training=False, masked=True, seed=seed, needs_motion=pooling.name == "motion")
 
 
 def _lacking_files(dataset: ClipDataset, positions: Sequence[int]) -> dict[str, str]:

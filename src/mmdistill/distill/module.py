@@ -25,6 +25,7 @@ from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teacher_digests
 from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
+from mmdistill.models.pooling import Pooling, person_weights
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.nonfinite import NonFiniteGuard, zero_loss
@@ -50,15 +51,17 @@ class TargetOptions:
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """The student's start and its average.
+    """The student's start, its average and its feature.
 
     Attributes:
         encoder: with the initial weights; None: a copy of the RGB teacher.
         ema: decay per optimizer step of an average of the student, component ``student_ema_rgb``; None: no average.
+        pooling: of the features of student and teachers.
     """
 
     encoder: Encoder | None = None
     ema: float | None = None
+    pooling: Pooling = field(default_factory=Pooling)
 
 
 class MMDistill(pl.LightningModule):
@@ -72,7 +75,7 @@ class MMDistill(pl.LightningModule):
         targets: standardization, weights, cache and files of features.
         sources: path and sha256 of each teacher by component, see `load_teachers`.
         save_teachers: False: checkpoints do not contain the teachers.
-        student: its start and its average.
+        student: its start, its average and the pooling.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class MMDistill(pl.LightningModule):
         self.modalities, self.specs, self.optimization = tuple(teachers), dict(specs), optimization
         self.names = (*self.modalities, *(targets.files if targets else ()))
         self.target_options, student = targets or TargetOptions(), student or StudentOptions()
+        self.pooling = student.pooling
         self.guard, self.cache, self.ema = guard, self.target_options.cache, student.ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
         self._is_compiled = False
@@ -105,9 +109,9 @@ class MMDistill(pl.LightningModule):
             self.student_ema_rgb = average.module.requires_grad_(False).eval()
             # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
             self._update_average = average.update_parameters
-        widths = {m: encoder.config.dim for m, encoder in teachers.items()}
+        widths = {m: self.pooling.num_parts * encoder.config.dim for m, encoder in teachers.items()}
         widths |= {name: rows.shape[1] for name, rows in self.target_options.files.items()}
-        self.cmt = CrossModalTransfer(self.student.config.dim, widths)
+        self.cmt = CrossModalTransfer(self.pooling.num_parts * self.student.config.dim, widths)
         self.target_statistics = make_standardizers(widths, self.target_options.standardize)
 
     def train(self, mode: bool = True) -> "MMDistill":
@@ -156,14 +160,16 @@ class MMDistill(pl.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """The student's features of clips without a mask, (B, D); `Validation` scores them."""
-        return self.student.embed(self.input(STUDENT_MODALITY, batch), None)
+        x, pooling = self.input(STUDENT_MODALITY, batch), self.pooling.for_evaluation
+        return self.student.embed(x, None, pooling, batch.get("motion"))
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """By teacher: (mean squared error, that of the best constant feature on this batch); float32 scalars."""
         visible, rgb = batch["visible"], self.input(STUDENT_MODALITY, batch)
+        weights = self.pooling_weights(batch)
 
         def encode_student() -> Tensor:
-            return self.student.embed(rgb, visible)
+            return self.student.embed(rgb, visible, self.pooling, weights)
 
         if self.cache is not None and self.cache.is_cached(self.current_epoch):
             targets, feature = self.cache.features(self.current_epoch, batch["index"]), encode_student()
@@ -224,13 +230,20 @@ class MMDistill(pl.LightningModule):
         self, batch: Mapping[str, Tensor], rgb: Tensor, modalities: Sequence[str]
     ) -> list[Callable[[], Tensor]]:
         """One job per teacher, in the order of `modalities`, that computes its feature. `rgb` is preprocessed."""
+        weights = self.pooling_weights(batch)
 
         @torch.no_grad()
         def encode_teacher(modality: str) -> Tensor:
             x = rgb if modality == STUDENT_MODALITY else self.input(modality, batch)
-            return self.teacher(modality).embed(x, batch["visible"]).float()
+            return self.teacher(modality).embed(x, batch["visible"], self.pooling, weights).float()
 
         return [partial(encode_teacher, modality) for modality in modalities]
+
+    def pooling_weights(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The weights (B, L) of the tokens, which student and teachers share; None if the pooling needs none."""
+        if self.pooling.name == "person":
+            return person_weights(batch["skeleton"], batch["crop_box"], self.student.config.grid)
+        return batch["motion"] if self.pooling.name == "motion" else None
 
     def _run_jobs(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:
         """The results of independent `jobs` that encode the tokens `visible`; in parallel if that is faster."""

@@ -30,6 +30,7 @@ from mmdistill.distributed.collectives import all_gather_objects, barrier, broad
 from mmdistill.errors import format_count
 from mmdistill.files import atomic_open
 from mmdistill.modalities import ModalitySpec
+from mmdistill.models.pooling import Pooling
 from mmdistill.training.run import Training
 
 
@@ -125,7 +126,11 @@ class TeacherCache:
 
 
 def cache_key(
-    dataset: ClipDataset, teachers: Mapping[str, Any], specs: Mapping[str, ModalitySpec], precision: str
+    dataset: ClipDataset,
+    teachers: Mapping[str, Any],
+    specs: Mapping[str, ModalitySpec],
+    precision: str,
+    pooling: Pooling,
 ) -> dict[str, Any]:
     """Everything that decides the features: the teachers' digests, the clips, their files and the preprocessing.
 
@@ -138,15 +143,22 @@ def cache_key(
         "teachers": {name: source["sha256"] for name, source in teachers.items()},
         "data": broadcast_object(fingerprints),
         "inputs": {m: repr(specs[m]) for m in dataset.readers},
-        "mask": [mask.mask_type, mask.mask_ratio, list(mask.grid)],
+        "mask": [
+            mask.mask_type,
+            mask.mask_ratio,
+            list(mask.grid),
+            *([mask.mask_temperature, dataset.motion_source] if mask.mask_type == "motion" else []),
+        ],
         "crop_box": [
             list(crop.crop_size),
             list(crop.frame_size),
             crop.random_crop_min_scale,
             crop.hflip_prob,
+            *([crop.resize] if crop.resize != "crop" else []),  # the digests of earlier versions stay valid
         ],
         "seed": dataset.seed,
         "precision": precision,
+        **({"pooling": str(pooling)} if pooling.name != "mean" else {}),
     }
 
 

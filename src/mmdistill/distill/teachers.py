@@ -11,8 +11,8 @@ import torch
 from mmdistill.builders import (
     check_joints,
     check_token_grid,
+    clip_setting_warnings,
     make_encoder_config,
-    sampling_rate_warnings,
     token_grid,
 )
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
@@ -77,7 +77,7 @@ def read_teacher(
     check_joints(checkpoint.meta, spec, path)
     check_token_grid(encoder, spec, data, path)
     _check_statistics(checkpoint, spec, path)
-    for line in sampling_rate_warnings(checkpoint.meta, data, path):
+    for line in clip_setting_warnings(checkpoint.meta, data, path):
         log.info(line)
     return encoder
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from mmdistill.builders import check_pooling, configured_pooling
 from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, standardization, teacher_weights
@@ -70,14 +71,18 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
             return run.resumed.path
         specs = modality_specs(config.data_module)
         teachers = load_all_teachers(config, specs, run.resumed)
+        pooling = configured_pooling(config)
+        for modality, encoder in teachers.encoders.items():
+            check_pooling(pooling, encoder, f"teacher_{modality}")
         data = make_train_data(
             config,
             tuple(dict.fromkeys((STUDENT_MODALITY, *teachers.encoders))),
             run.process,
             cached_epochs=config.trainer.cache_teacher_epochs,
+            needs_motion=pooling.name == "motion",
             loader_class=ResumableLoader,
         )
-        with start_training(config, run, data, title="distill") as training:
+        with start_training(config, run, data, title="distill", weight_compat={"pooling": str(pooling)}) as training:
             return _fit(config, training, teachers, specs)
 
 
@@ -164,13 +169,14 @@ def _make_module(
 ) -> MMDistill:
     dataset, trainer_config, cache = training.data.dataset, config.trainer, None
     network_sources = {name: teachers.sources[name] for name in (f"teacher_{m}" for m in teachers.encoders)}
+    pooling = configured_pooling(config)
     if trainer_config.cache_teacher_epochs and teachers.encoders:
         cache = TeacherCache(
             training.run.directory,
             num_draws=trainer_config.cache_teacher_epochs,
             num_clips=len(dataset),
-            widths={modality: encoder.config.dim for modality, encoder in teachers.encoders.items()},
-            key=cache_key(dataset, network_sources, specs, training.run.precision),
+            widths={m: pooling.num_parts * encoder.config.dim for m, encoder in teachers.encoders.items()},
+            key=cache_key(dataset, network_sources, specs, training.run.precision, pooling),
         )
     ids = [clip.id for clip in dataset.index.clips] if teachers.files else []
     targets = TargetOptions(
@@ -188,7 +194,7 @@ def _make_module(
             targets=targets,
             sources=teachers.sources,
             save_teachers=trainer_config.save_teachers,
-            student=StudentOptions(teachers.student, trainer_config.ema),
+            student=StudentOptions(teachers.student, trainer_config.ema, pooling),
         )
     except ValueError as error:
         raise ConfigError(f"trainer.standardize_targets: {error}") from error

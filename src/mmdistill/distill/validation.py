@@ -108,7 +108,9 @@ def make_validation(config: DistillConfig, process: Process, log: Callable[[str]
     if not trainer.check_val_every_n_epoch:
         return None
     val_data = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
-    dataset = make_clip_dataset(val_data, (STUDENT_MODALITY,), training=False, seed=config.seed)
+    dataset = make_clip_dataset(
+        val_data, (STUDENT_MODALITY,), training=False, seed=config.seed, needs_motion=config.pooling == "motion"
+    )
     clips = dataset.index.clips
     n_way, k_shot = as_ints("data_module.n_way", data.n_way)[0], as_ints("data_module.k_shot", data.k_shot)[0]
     labels, sources = [c.label for c in clips], load_clip_sources(val_data, dataset.index, training=False)

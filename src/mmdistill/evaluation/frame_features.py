@@ -160,7 +160,8 @@ class FrameEncoder:
             FewshotError: a network returns NaN or infinite values.
         """
         (reader,) = builders.open_readers(self.data, (self.modality,)).values()
-        crop = CropSpec(tuple(self.data.frame_size), tuple(self.data.crop_size))  # type: ignore[arg-type]
+        frame_size, crop_size = (tuple(size) for size in (self.data.frame_size, self.data.crop_size))
+        crop = CropSpec(frame_size, crop_size, resize=self.data.resize)  # type: ignore[arg-type]
         box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None].to(self.device)  # the center; nothing is drawn
         specs = [network.spec(modality_specs(self.data)[self.modality]) for network in self.networks]
         for network in self.networks:
@@ -276,10 +277,11 @@ def write_frame_features(encoder: FrameEncoder, output: Path, *, batch_size: int
         "sampling_rate": encoder.windows.sampling_rate,
         "stride": encoder.windows.stride,
         "precision": encoder.precision,
+        **({"resize": encoder.data.resize} if encoder.data.resize != "crop" else {}),
     }
     path = output / "features.json"
     if path.exists() and (found := json.loads(path.read_text())) != description:
-        differing = [key for key in description if found.get(key) != description[key]]
+        differing = [key for key in {**found, **description} if found.get(key) != description.get(key)]
         raise FewshotError(f"{path}: another {', '.join(differing)}; choose another folder")
     atomic_write_bytes(path, json.dumps(description, indent=1).encode() + b"\n")
     missing = [video for video in encoder.videos if not (output / f"{video}.npy").exists()]

@@ -2,22 +2,24 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdistill.builders import check_joints, check_token_grid, token_grid
+from mmdistill.builders import check_joints, check_pooling, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.references import labeled_sources, load_referenced_teacher, weights_digest
+from mmdistill.checkpoint.student import stored_pooling
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.modalities import ModalitySpec, get_modality, modality_names, stored_statistics
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import Encoder
 from mmdistill.randomness import seed_torch
 
@@ -33,6 +35,7 @@ class Network:
         checkpoint: path of its file or folder; "" for none.
         statistics: (mean, std, sigma) stored in the checkpoint, or None.
         learned: sources of joint pretrainings whose labels it has learned, see `labeled_sources`.
+        pooling: stored in the checkpoint, or None; `choose_pooling` sets it.
     """
 
     name: str
@@ -41,6 +44,18 @@ class Network:
     checkpoint: str = ""
     statistics: tuple[Any, ...] | None = None
     learned: tuple[Mapping[str, Any], ...] = ()
+    pooling: Pooling | None = None
+
+    def choose_pooling(self, config: DistillConfig, default: Pooling | None = None) -> "Network":
+        """This network with the pooling of the config; without one with its own, `default` or the mean.
+
+        Raises:
+            ConfigError: the encoder does not support it.
+        """
+        configured = Pooling(config.pooling, config.pooling_last_k).for_evaluation if config.pooling else None
+        pooling = configured or self.pooling or default or Pooling()
+        check_pooling(pooling, self.encoder, self.name)
+        return replace(self, pooling=pooling)
 
     def spec(self, dataset: ModalitySpec) -> ModalitySpec:
         """The dataset's spec with the statistics that this network was trained with.
@@ -68,8 +83,9 @@ class Network:
         masks.require_visible_tokens(grid)
         info = {"checkpoint": self.checkpoint, "modality": self.modality}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
-        encode = ClipEncoder(self.encoder, spec, device=device, precision=precision)
-        return EncodingJob(self.name, encode, grid, masks, digest, info)
+        pooling = self.pooling or Pooling()
+        encode = ClipEncoder(self.encoder, spec, device=device, precision=precision, pooling=pooling)
+        return EncodingJob(self.name, encode, grid, masks, digest, info, pooling)
 
 
 def load_network(
@@ -117,7 +133,7 @@ def load_network(
         raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
     name = name or (f"pretrained_{modality}" if component == "encoder" else component)
     statistics, learned = stored_statistics(checkpoint.meta, modality), tuple(labeled_sources(checkpoint.meta))
-    return Network(name, encoder, modality, str(path), statistics, learned)
+    return Network(name, encoder, modality, str(path), statistics, learned, stored_pooling(checkpoint.meta))
 
 
 def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> str:
@@ -215,7 +231,10 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
                 messages.append(f"baselines: skipping {entry}: {path} is a student-only checkpoint: {error}")
     if len({n.name for n in networks}) != len(networks):
         raise ConfigError(f"baselines: two networks have the same name: {', '.join(n.name for n in networks)}")
-    return networks, messages
+    if config.pooling == "person":
+        messages.append("pooling=person applies to the training; the evaluation, which reads no skeletons, uses mean")
+    scored = networks[0].choose_pooling(config)
+    return [scored, *(network.choose_pooling(config, scored.pooling) for network in networks[1:])], messages
 
 
 def _load_component(source: Checkpoint, component: str, data: DataModuleConfig) -> Network:

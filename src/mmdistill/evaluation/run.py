@@ -34,13 +34,14 @@ from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.fingerprint import data_fingerprint
 from mmdistill.distributed.collectives import broadcast_run_dir
 from mmdistill.distributed.device import resolve_precision
-from mmdistill.distributed.process import start_process
+from mmdistill.distributed.process import Process, start_process
 from mmdistill.distributed.stop_signals import exit_on_stop_signal
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
 from mmdistill.evaluation.novel_classes import check_novel_classes
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
+from mmdistill.evaluation.token_probes import run_token_probes
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features, cache_path
@@ -55,6 +56,7 @@ SHOWN_DATA_KEYS = (
     *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
     *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
+    *("resize", "mask_temperature"),
     *("flow_bound", "flow_axes", "skeleton_joints", "skeleton_img_shape", "skeleton_score_max"),
 )
 KEYPOINT_KEYS = ("joints", "limb_channels", "heatmap_size", "extra_keypoints")  # of a modality, shown if they are set
@@ -88,7 +90,10 @@ def _evaluate(
     networks, caveats = load_networks(config, source)
     builders.make_demo_data(config.data_module)
     modalities = tuple(m for m in modality_names() if any(n.modality == m for n in networks))
-    dataset = builders.make_clip_dataset(config.data_module, modalities, training=False, seed=config.seed)
+    needs_motion = any(n.pooling is not None and n.pooling.name == "motion" for n in networks)
+    dataset = builders.make_clip_dataset(
+        config.data_module, modalities, training=False, seed=config.seed, needs_motion=needs_motion
+    )
     protocol = _make_protocol(config)
     sources = builders.load_clip_sources(config.data_module, dataset.index, training=False)
     lines = _check_clips(protocol, dataset.index, sources)
@@ -98,7 +103,7 @@ def _evaluate(
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
     caveats += filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))
-    caveats += builders.sampling_rate_warnings(source.meta, config.data_module, checkpoint)
+    caveats += builders.clip_setting_warnings(source.meta, config.data_module, checkpoint)
     if config.compile:
         lines.append(
             "ignoring compile=true: the evaluation encodes each clip once, so compiling would take longer than it saves"
@@ -109,6 +114,7 @@ def _evaluate(
     caveats += skipped
     if process.is_main:
         print("\n".join([*lines, *caveats]), flush=True)
+    attentive = _run_attentive_probes(config, networks, dataset, process, precision)
     report = DataReport(dataset, run_dir, is_main=process.is_main)
     cache = Path(config.feature_cache).expanduser() if config.feature_cache else None
     fingerprints = {m: data_fingerprint(dataset, m) for m in modalities} if cache else ""
@@ -129,6 +135,12 @@ def _evaluate(
     )
     features = [replace(f, sources=sources) for f in features]
     results = run_protocol(features, protocol, show_progress=process.is_main)
+    first_rows = {f.network: f.input_mode for f in reversed(features)}  # the configured input mode of each network
+    probes = [
+        {**p, **(attentive.get(p["network"], {}) if first_rows[p["network"]] == p["input_mode"] else {})}
+        for p in results.probes
+    ]
+    results = replace(results, probes=tuple(probes))
     extra: dict[str, Any] = {
         "config": to_plain(config),
         "precision": precision,
@@ -305,7 +317,8 @@ def _make_protocol(config: DistillConfig) -> Protocol:
         seed=config.seed,
         classifiers=tuple(as_names("classifier", config.classifier)),
         disjoint=data.disjoint,
-        probe=config.probe,
+        support_views=data.support_views,
+        probe=bool(config.probe),
         report_card=config.report_card,
         shortcut_audit=config.shortcut_audit,
     )
@@ -320,7 +333,10 @@ def _make_jobs(
     in the other two.
     """
     data, specs = config.data_module, modality_specs(config.data_module)
-    masks = EvalMasks(data.n_masks, data.eval_mask_ratio, data.mask_type, data.eval_masks == "shared", config.seed)
+    shared = data.eval_masks == "shared"
+    masks = EvalMasks(
+        data.n_masks, data.eval_mask_ratio, data.mask_type, shared, config.seed, mask_temperature=data.mask_temperature
+    )
     selected, skipped = [(networks[0], masks)], []
     for other in masks.input_modes()[1:] if data.input_modes == "all" else ():
         try:
@@ -331,6 +347,34 @@ def _make_jobs(
     selected += [(network, masks) for network in networks[1:]]
     jobs = [n.encoding_job(specs[n.modality], mode, device=device, precision=precision) for n, mode in selected]
     return jobs, skipped
+
+
+def _run_attentive_probes(
+    config: DistillConfig, networks: Sequence[Network], dataset: ClipDataset, process: Process, precision: str
+) -> dict[str, dict[str, Any]]:
+    """The results by network; empty without ``probe=attentive``."""
+    if config.probe != "attentive":
+        return {}
+
+    def make_loader() -> Iterable[Mapping[str, torch.Tensor]]:
+        pin_memory = process.device.type == "cuda"
+        return builders.make_clip_loader(
+            dataset,
+            num_workers=config.num_workers,
+            pin_memory=pin_memory,
+            batch_size=config.batch_size,
+            timeout_s=config.loader_timeout_s,
+        )
+
+    return run_token_probes(
+        networks,
+        modality_specs(config.data_module),
+        make_loader,
+        dataset.index,
+        seed=config.seed,
+        device=process.device,
+        precision=precision,
+    )
 
 
 def _middle_frame_reader(dataset: ClipDataset) -> ReadFrame:

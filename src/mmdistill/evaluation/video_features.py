@@ -65,7 +65,8 @@ class VideoEncoder:
         config = extractor.encoder.config
         self.frame_size = student.frame_size
         self._size = (config.height, config.width)
-        self._box = torch.from_numpy(CropSpec(student.frame_size, self._size).draw_box(seeded_rng(0)))[None]  # centered
+        crop = CropSpec(student.frame_size, self._size, resize=student.resize)
+        self._box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None]  # centered; nothing is drawn
         self._spec: ModalitySpec = get_modality("rgb").spec(mean=extractor.mean, std=extractor.std)
 
     def encode(

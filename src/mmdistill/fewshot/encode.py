@@ -6,6 +6,7 @@ Shapes: B batch, N clips, V views, L tokens, Lv visible tokens, D width.
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from mmdistill.console import progress
 from mmdistill.data.clips import Clip, ClipIndex
-from mmdistill.data.masking import sample_visible_tokens
+from mmdistill.data.masking import MaskSpec
 from mmdistill.distributed.collectives import broadcast_object, get_rank, run_on_all_ranks
 from mmdistill.distributed.device import autocast
 from mmdistill.errors import format_count
-from mmdistill.fewshot.episodes import FloatArray, IntArray
+from mmdistill.fewshot.episodes import FloatArray
 from mmdistill.fewshot.errors import FeatureError, FewshotError
 from mmdistill.fewshot.features import Features, merge_features, read_cache, write_cache
 from mmdistill.modalities import ModalitySpec, preprocess_clips
+from mmdistill.models.pooling import Pooling
 from mmdistill.models.videomae import Encoder
 from mmdistill.randomness import text_rng
 
@@ -44,9 +46,11 @@ class EvalMasks:
     Attributes:
         n_masks: number of masked views per clip; 0: one view, the whole clip.
         eval_mask_ratio: fraction of the tokens that is removed from each view.
-        mask_type: "tube" or "random".
+        mask_type: "tube", "random" or "motion".
         shared_masks: whether a mask depends on (seed, view) only. Otherwise it depends on (seed, clip id, view), as in
-            the paper. It never depends on the batch, the order or the number of processes.
+            the paper. It never depends on the batch, the order or the number of processes. A motion mask also depends
+            on the frames of the clip, so it cannot be shared.
+        mask_temperature: of motion masks.
     """
 
     n_masks: int = 0
@@ -54,8 +58,11 @@ class EvalMasks:
     mask_type: str = "tube"
     shared_masks: bool = True
     seed: int = 0
+    mask_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.n_masks and self.mask_type == "motion" and self.shared_masks:
+            raise FewshotError("mask_type=motion depends on the clip; use eval_masks=per_clip (--eval-masks per_clip)")
         if self.n_masks < 0:
             raise FewshotError(f"n_masks={self.n_masks} must be at least 0")
         if self.n_masks and not 0 <= self.eval_mask_ratio < 1:
@@ -75,28 +82,41 @@ class EvalMasks:
         return f"{format_count(self.n_masks, f'{self.mask_type} mask')}, {removed}, {self.eval_masks.replace('_', ' ')}"
 
     def input_modes(self) -> tuple["EvalMasks", ...]:
-        """This input mode first, then the other two of: whole clips, shared masks, masks per clip."""
-        masked = replace(self, n_masks=self.n_masks or 2)
-        modes = (replace(self, n_masks=0), replace(masked, shared_masks=True), replace(masked, shared_masks=False))
+        """This input mode first, then the others of: whole clips, shared masks (not of motion), masks per clip."""
+        n_masks = self.n_masks or 2
+        shared = () if self.mask_type == "motion" else (replace(self, n_masks=n_masks, shared_masks=True),)
+        modes = (replace(self, n_masks=0), *shared, replace(self, n_masks=n_masks, shared_masks=False))
         return (self, *(mode for mode in modes if mode.input_mode != self.input_mode))
 
     def require_visible_tokens(self, grid: tuple[int, int, int]) -> None:
         """Raise `FewshotError` if the masks leave no token of this grid visible."""
         try:
-            self.visible_tokens([Clip("", "", (), -1, "")], 0, grid)
+            self.visible_tokens([Clip("", "", (), -1, "")], 0, grid, torch.ones(1, math.prod(grid)))
         except ValueError as error:
             raise FewshotError(f"{self.input_mode}: {error}") from error
 
-    def visible_tokens(self, clips: Sequence[Clip], view: int, grid: tuple[int, int, int]) -> Tensor | None:
-        """Visible tokens of one view. int64 (B, Lv), or None for all tokens."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values that determine the masks, for cache keys."""
+        if self.n_masks == 0:
+            return {"n_masks": 0}
+        values = asdict(self)
+        if self.mask_type != "motion":
+            values.pop("mask_temperature")
+        return values
+
+    def visible_tokens(
+        self, clips: Sequence[Clip], view: int, grid: tuple[int, int, int], motion: Tensor | None = None
+    ) -> Tensor | None:
+        """Visible tokens of one view. int64 (B, Lv), or None for all tokens. `motion`: weights (B, L) of the tokens."""
         if self.n_masks == 0:
             return None
 
-        def sample(owner: str) -> IntArray:
-            rng = text_rng(f"view mask/{self.seed}/{view}/{owner}")
-            return sample_visible_tokens(grid, ratio=self.eval_mask_ratio, mask_type=self.mask_type, rng=rng)
-
-        masks = np.stack([sample(owner) for owner in ([""] if self.shared_masks else [clip.id for clip in clips])])
+        owners = [""] if self.shared_masks else [clip.id for clip in clips]
+        weights = [None] * len(owners) if motion is None else list(motion.numpy())
+        spec = MaskSpec(grid, self.mask_type, self.eval_mask_ratio, self.mask_temperature)
+        rngs = (text_rng(f"view mask/{self.seed}/{view}/{owner}") for owner in owners)
+        masks = np.stack([spec.sample(rng, row) for rng, row in zip(rngs, weights, strict=False)])
         return torch.from_numpy(masks).expand(len(clips), -1)
 
 
@@ -111,6 +131,7 @@ class EncodingJob:
         masks: the input mode.
         weights: digest of everything that determines `encode`. Features with "" are never cached.
         info: further plain values for the outputs: checkpoint, modality ...
+        pooling: that of `encode`.
     """
 
     network: str
@@ -119,22 +140,25 @@ class EncodingJob:
     masks: EvalMasks = field(default_factory=EvalMasks)
     weights: str = ""
     info: Mapping[str, Any] = field(default_factory=dict)
+    pooling: Pooling = field(default_factory=Pooling)
 
     def cache_key(self, data: str | Mapping[str, str]) -> str:
         """Cache key of the features of clips with this fingerprint (of `data_fingerprint`; or one by modality)."""
         modality = self.info.get("modality")
         data = data if isinstance(data, str) else data[str(modality)]
-        masks = asdict(self.masks) if self.masks.n_masks else {"n_masks": 0}  # whole clips depend on no mask setting
-        settings = {**masks, "grid": list(self.grid), "modality": modality}
+        settings = {**self.masks.settings, "grid": list(self.grid), "modality": modality}
+        if self.pooling.name != "mean":  # the keys of earlier versions stay valid
+            settings["pooling"] = str(self.pooling)
         parts = {"format": _CACHE_FORMAT, "weights": self.weights, "data": data, "settings": settings}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def features_info(self) -> dict[str, Any]:
         """Origin of the features, for `Features.info`."""
+        pooling = "" if self.pooling.name == "mean" else f", pooling {self.pooling}"
         return {
             **self.info,
             "network": self.network,
-            "input_mode": self.masks.input_mode,
+            "input_mode": self.masks.input_mode + pooling,
             "eval_masks": self.masks.eval_masks,
             "n_masks": self.masks.n_masks,
             "eval_mask_ratio": self.masks.eval_mask_ratio if self.masks.n_masks else 0.0,
@@ -144,12 +168,20 @@ class EncodingJob:
 class ClipEncoder:
     """The `Encode` function of an encoder: raw clips to clip features.
 
-    It moves the encoder to `device` and puts it into eval mode. `precision` is "32", "bf16" or "16" (autocast).
+    It moves the encoder to `device` and puts it into eval mode. `precision` is "32", "bf16" or "16" (autocast). Motion
+    pooling needs ``motion`` in the batches.
     """
 
     def __init__(
-        self, encoder: Encoder, spec: ModalitySpec, *, device: torch.device | str = "cpu", precision: str = "32"
+        self,
+        encoder: Encoder,
+        spec: ModalitySpec,
+        *,
+        device: torch.device | str = "cpu",
+        precision: str = "32",
+        pooling: Pooling | None = None,
     ) -> None:
+        self.pooling = pooling or Pooling()
         self.encoder, self.spec = encoder.to(device).eval(), spec
         self.device, self.precision = torch.device(device), precision
         self._last: tuple[Tensor, Tensor] | None = None  # raw and preprocessed clips, for all views of a batch
@@ -161,8 +193,9 @@ class ClipEncoder:
             size = (self.encoder.config.height, self.encoder.config.width)
             x = preprocess_clips(clips.to(self.device), batch["crop_box"].to(self.device), self.spec, size)
             self._last = clips, x
+        visible = None if visible is None else visible.to(self.device)
         with autocast(self.precision, self.device):
-            features = self.encoder.embed(self._last[1], None if visible is None else visible.to(self.device))
+            features = self.encoder.embed(self._last[1], visible, self.pooling, batch.get("motion"))
         return features.float()
 
 
@@ -220,14 +253,15 @@ def _warm_up(jobs: Sequence[EncodingJob], batch: Mapping[str, Tensor], clip: Cli
     """Encode the first clip of a batch with each job: the first call also initializes threads and kernels."""
     first = {name: values[:1] for name, values in batch.items()}
     for job in jobs:
-        job.encode(first, job.masks.visible_tokens([clip], 0, job.grid))
+        job.encode(first, job.masks.visible_tokens([clip], 0, job.grid, first.get("motion")))
 
 
 def _encode_batch(job: EncodingJob, batch: Mapping[str, Tensor], clips: Sequence[Clip]) -> FloatArray:
     """All views of one batch. float32 (B, V, D)."""
     views = []
     for view in range(max(1, job.masks.n_masks)):
-        out = job.encode(batch, job.masks.visible_tokens(clips, view, job.grid)).float().cpu()
+        visible = job.masks.visible_tokens(clips, view, job.grid, batch.get("motion"))
+        out = job.encode(batch, visible).float().cpu()
         if out.ndim != 2 or len(out) != len(clips):
             raise FeatureError(
                 f"{job.network}: features of {format_count(len(clips), 'clip')} must be (B, D), got {tuple(out.shape)}"

@@ -19,6 +19,10 @@ from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdistill.models.pooling import Pooling
+
+_MEAN = Pooling()
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -214,8 +218,10 @@ class Encoder(nn.Module):
         """Whether each block recomputes its activations in the backward pass of a training."""
         self.checkpoint_activations = is_enabled
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, visible: Tensor | None = None, num_layers: int = 1) -> Tensor:
         """Encode the tokens `visible`; None: all. (B, C, T, H, W) normalized, int64 (B, Lv) -> (B, Lv, D).
+
+        With `num_layers` > 1 the result is the mean of the outputs of the last blocks, each after the final norm.
 
         Raises:
             ValueError: the clips have another size.
@@ -230,21 +236,28 @@ class Encoder(nn.Module):
         else:
             tokens = self.patch_embed(gather_patches(x, visible, g.grid))  # (B, Lv, D)
             tokens = tokens + self.pos_embed[0][visible].to(tokens.dtype)
-        for block in self.blocks:
+        outputs = []
+        for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_activations and self.training:
                 tokens = checkpoint(block, tokens, use_reentrant=False)
             else:
                 tokens = block(tokens)
-        normalized: Tensor = self.norm(tokens)
-        return normalized
+            if number > len(self.blocks) - num_layers:
+                outputs.append(self.norm(tokens))
+        last: Tensor = outputs[0] if num_layers == 1 else torch.stack(outputs).mean(dim=0)
+        return last
 
-    def embed(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The clip feature: LayerNorm without affine weights of the mean over the encoded tokens. (B, D).
+    def embed(
+        self, x: Tensor, visible: Tensor | None = None, pooling: Pooling = _MEAN, weights: Tensor | None = None
+    ) -> Tensor:
+        """The clip feature, (B, D): by default LayerNorm without affine weights of the mean over the encoded tokens.
 
         This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE learns the affine weights of this fc-norm
-        from labels, starting at 1 and 0. There are no labels here, so the norm has no parameters.
+        from labels, starting at 1 and 0. There are no labels here, so the norm has no parameters. For other features,
+        which may be wider, and `weights` (B, L) see `Pooling`.
         """
-        return F.layer_norm(self(x, visible).mean(dim=1), (self.config.dim,), eps=1e-6)
+        tokens = self(x, visible) if pooling.num_layers == 1 else self(x, visible, pooling.num_layers)
+        return pooling(tokens, visible, self.config.grid, weights)
 
     def embed_times(self, x: Tensor) -> Tensor:
         """As `embed`, but with one feature per tubelet: the mean over the tokens of one time. (B, t, D)."""

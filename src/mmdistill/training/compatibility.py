@@ -8,6 +8,7 @@ from typing import Any
 from mmdistill.config import ConfigError
 from mmdistill.training.state import TrainingState
 
+_EARLIER_SETTINGS = {"resize": "crop", "pooling": "mean"}  # of checkpoints that do not store these keys
 Record = Mapping[str, Mapping[str, Any]]  # weight_compat and data_order, see `check_compatible`
 
 
@@ -46,7 +47,7 @@ def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoi
     Raises:
         ConfigError: settings differ; gives the values in the checkpoint and in this run.
     """
-    if difference := diff_settings(stored.get("weight_compat", {}), own["weight_compat"]):
+    if difference := diff_settings({**_EARLIER_SETTINGS, **stored.get("weight_compat", {})}, own["weight_compat"]):
         raise ConfigError(
             f"resume: {checkpoint} was trained with other settings than this run's (checkpoint / run): {difference}; "
             "use the same settings, or start from scratch with resume=null"

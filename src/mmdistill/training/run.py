@@ -152,7 +152,8 @@ class Training:
     ) -> None:
         self.config, self.run, self.data, self.log = config, run, data, log
         self._stop_signal = stop_signal
-        self._record = {"weight_compat": weight_compat, "data_order": data.order}
+        compat = {"resize": config.data_module.resize, **weight_compat}
+        self._record = {"weight_compat": compat, "data_order": data.order}
         self._reports = [DataReport(data.dataset, run.directory, is_main=run.process.is_main)]
         if data.source is not None:
             self._reports.append(

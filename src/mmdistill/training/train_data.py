@@ -91,11 +91,13 @@ def make_train_data(
     *,
     whole_steps: bool = False,
     cached_epochs: int = 0,
+    needs_motion: bool = False,
     loader_class: type[ClipLoader] = ClipLoader,
 ) -> TrainData:
     """The training clips of a run. With `whole_steps` an epoch ends after its last complete optimizer step.
 
     With a source (`PretrainConfig.source`) the batches are those of `JointDataset`.
+    `cached_epochs` and `needs_motion`: see `make_clip_dataset`.
 
     Raises:
         ConfigError: there are fewer clips than one batch or, with `whole_steps`, than one optimizer step needs.
@@ -107,7 +109,12 @@ def make_train_data(
             make_demo_data(source_config)
     barrier()
     dataset = make_clip_dataset(
-        config.data_module, modalities, training=True, seed=config.seed, cached_epochs=cached_epochs
+        config.data_module,
+        modalities,
+        training=True,
+        seed=config.seed,
+        cached_epochs=cached_epochs,
+        needs_motion=needs_motion,
     )
     sampler = EpochBatchSampler(
         len(dataset), batch_size=config.batch_size, seed=config.seed, rank=process.rank, world_size=process.world_size

@@ -1,5 +1,6 @@
 """`load_student`: from frames to the features of the evaluation."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,34 @@ def test_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
     torch.testing.assert_close(load(frames[1]), expected[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load(torch.from_numpy(frames)), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load(frames[:, :, 1:9, 2:14]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_squashed_features_are_those_of_the_evaluation(tmp_path: Path) -> None:
+    """The whole frame of 10 x 17 px becomes the input of 8 x 12; also of an export, and of frames of another size."""
+    student = write_distilled(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["mmdistill"]["config"] = {"data_module": {"frame_size": [10, 17], "resize": "squash"}}
+    save_torch(content, tmp_path / "last.ckpt")
+    frames = random_frames(2, 4, 10, 17)
+    # bilinear interpolation at pixel centers, written out
+    ys, xs = ((np.arange(n) + 0.5) * size / n - 0.5 for n, size in ((8, 10), (12, 17)))
+    y0, x0 = np.floor(ys).astype(int).clip(0), np.floor(xs).astype(int).clip(0)
+    y1, x1 = (y0 + 1).clip(max=9), (x0 + 1).clip(max=16)
+    wy, wx = (ys - y0).clip(0)[:, None, None], (xs - x0).clip(0)[:, None]
+    f = frames.astype(np.float64)
+    rows = f[:, :, y0] * (1 - wy) + f[:, :, y1] * wy
+    squashed = torch.from_numpy(rows[:, :, :, x0] * (1 - wx) + rows[:, :, :, x1] * wx).float()
+    x = (squashed.permute(0, 4, 1, 2, 3) / 255 - MEAN) / STD
+    with torch.inference_mode():
+        expected = student.embed(x)
+    load = load_student(tmp_path / "last.ckpt")
+    torch.testing.assert_close(load(frames), expected, rtol=1e-4, atol=1e-4)
+    exported = load_student(export_student(tmp_path / "last.ckpt", tmp_path / "student", to="hf"))
+    torch.testing.assert_close(exported(frames), expected, rtol=1e-4, atol=1e-4)
+    larger = frames.repeat(4, axis=2).repeat(2, axis=3)  # another aspect ratio
+    assert (load(larger) - expected).abs().max() < 0.5 * (load(frames[:, :, ::-1].copy()) - expected).abs().max()
+    processor = json.loads((tmp_path / "student" / "preprocessor_config.json").read_text())
+    assert (processor["size"], processor["do_center_crop"]) == ({"height": 8, "width": 12}, False)
 
 
 def test_student_states_what_it_needs_and_returns(checkpoint: Path) -> None:

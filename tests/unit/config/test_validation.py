@@ -69,7 +69,15 @@ COMMON = [
     (D + "eval_clips=event", D + "eval_clips=event is not one of events, first, windows; did you mean events?"),
     (D + "clip_anchor=end", D + "clip_anchor=end is not one of start, center"),
     (D + "on_missing=ignore", D + "on_missing=ignore is not one of error, repeat, skip"),
-    (D + "mask_type=tubes", D + "mask_type=tubes is not one of tube, random; did you mean tube?"),
+    (D + "mask_type=tubes", D + "mask_type=tubes is not one of tube, random, motion; did you mean tube?"),
+    (D + "mask_temperature=0", D + "mask_temperature=0.0 must lie in (0, inf]"),
+    (D + "resize=pad", D + "resize=pad is not one of crop, squash"),
+    (D + "support_views=all", D + "support_views=all is not one of each, first; did you mean each?"),
+    (
+        f"{D}mask_type=motion {D}n_masks=2",
+        f"{D}eval_masks=shared gives all clips the same mask, and one of mask_type=motion depends on the clip; "
+        f"use {D}eval_masks=per_clip",
+    ),
     (D + "eval_masks=same", D + "eval_masks=same is not one of shared, per_clip; did you mean shared?"),
     (D + "input_modes=some", D + "input_modes=some is not one of all, configured"),
     (D + "label=player", D + "label=player is not one of event, video"),
@@ -229,6 +237,14 @@ DISTILL = [
         "order, or a mapping; got ['a']. For 1 teacher set trainer.teachers=[rgb]. "
         "`mmdistill find-checkpoints output` prints a list to copy",
     ),
+    ("probe=linear", "probe=linear is not one of false, true, attentive"),
+    ("pooling=max", "pooling=max is not one of mean, motion, last_k, segments, halves, person"),
+    ("pooling_last_k=0", "pooling_last_k=0 must be at least 1"),
+    (
+        "pooling=person trainer.teachers=[rgb,flow] trainer.ckpt_path=[a,b]",
+        "pooling=person needs skeletons; add skeleton to trainer.teachers",
+    ),
+    ("pooling=person trainer.cache_teacher_epochs=2", "pooling=person reads skeletons in each epoch, and ..."),
     ("classifier=[logistic,centriod]", "classifier=centriod is not one of logistic, ..."),
     ("classifier=[]", "classifier=[] must be a name or a list of names"),
     ("train=False", "train=False test=True needs ckpt_path=PATH, the checkpoint to evaluate"),

@@ -18,8 +18,9 @@ from mmdistill.data.clips import ClipSpec, ClipTable, build_index
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.data.dataset import ClipDataset, CropSpec, init_worker
 from mmdistill.data.masking import MaskSpec
-from mmdistill.data.readers.base import FrameError
+from mmdistill.data.readers.base import FrameError, Reader
 from mmdistill.data.readers.flow_file import pack_flow
+from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.zip_file import write_zip
 from mmdistill.data.sampler import EpochBatchSampler
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
@@ -90,6 +91,19 @@ def test_evaluation_uses_the_center_crop_without_flip_and_mask(dot: DotVideo) ->
     assert len(ds[0]["visible"]) == 4 * 6 * 10
 
 
+def test_squash_uses_the_whole_frame(dot: DotVideo) -> None:
+    for augment in (True, False):
+        ds = dataset(dot, resize="squash", augment=augment)
+        assert ds[(3, 1)]["crop_box"].tolist() == [0, 0, 64, 96, 0]
+    ds = dataset(dot, resize="squash", random_crop_min_scale=0.5)
+    boxes = np.stack([ds.crop_box(e, ds.index.clips[0]) for e in range(100)])
+    assert np.abs(boxes[:, 3] / boxes[:, 2] - 96 / 64).max() < 0.05
+    assert boxes[:, 2].min() < 40
+    assert dataset(dot, resize="squash", crop_size=(128, 128))[0]["crop_box"].tolist() == [0, 0, 64, 96, 0]
+    with pytest.raises(ValueError, match="resize='pad' is not one of crop, squash"):
+        dataset(dot, resize="pad")
+
+
 def _peak(x: torch.Tensor) -> tuple[float, float]:
     """(x, y), the weighted mean position of the positive values of (h, w)."""
     weight = x.clamp(min=0).double()
@@ -100,9 +114,16 @@ def _peak(x: torch.Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize("scale", [1, 2])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"hflip_prob": 1.0}, {"random_crop_min_scale": 0.6}, {"hflip_prob": 0.5, "random_crop_min_scale": 0.6}],
+    [
+        {},
+        {"hflip_prob": 1.0},
+        {"random_crop_min_scale": 0.6},
+        {"hflip_prob": 0.5, "random_crop_min_scale": 0.6},
+        {"resize": "squash"},
+        {"resize": "squash", "hflip_prob": 0.5, "random_crop_min_scale": 0.6},
+    ],
 )
-def test_pixel_flow_and_joint_stay_at_one_position(dot: DotVideo, options: dict[str, float], scale: int) -> None:
+def test_pixel_flow_and_joint_stay_at_one_position(dot: DotVideo, options: dict[str, Any], scale: int) -> None:
     ds = dataset(dot, mask_ratio=0.0, **options)
     specs = {n: get_modality(n).spec(mean=(0.0,), std=(1.0,)) for n in BUILTIN_MODALITIES}
     specs["skeleton"] = replace(specs["skeleton"], input_stride=scale, sigma=1.0)
@@ -144,6 +165,66 @@ def test_workers_and_main_process_give_equal_batches(dot: DotVideo) -> None:
 
     for a, b in zip(batches(0), batches(2), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _motion_dataset(dot: DotVideo, source: str, *names: str, **more: Any) -> ClipDataset:
+    """Masks by the motion of `source`, of a dataset that reads `names`."""
+    index = build_index([Rally("dot", 24, 25.0, ())], ClipSpec("windows", 8, stride=4, label="video"))
+    readers = {name: reader for name, reader in dot.readers().items() if name in names}
+    crop = CropSpec(dot.size, CROP, augment=True, random_crop_min_scale=0.6, hflip_prob=0.5)
+    mask = MaskSpec((4, 6, 10), "motion", 0.75, 0.5)
+    return ClipDataset(index, readers, crop, mask, seed=7, motion_source=source, **more)
+
+
+@pytest.mark.parametrize("source", BUILTIN_MODALITIES)
+def test_motion_masks_keep_the_moving_object_and_depend_on_seed_epoch_and_clip(dot: DotVideo, source: str) -> None:
+    ds = _motion_dataset(dot, source, *BUILTIN_MODALITIES)
+    alone = _motion_dataset(dot, source, source)  # the other modalities do not change the tokens
+    seen = []
+    for epoch in (0, 1):
+        for i in (2, 0, 1):
+            sample = ds[(epoch, i)]
+            assert len(sample["visible"]) == 60
+            assert np.array_equal(sample["visible"], alone[(epoch, i)]["visible"])
+            assert (sample["motion"].dtype, sample["motion"].shape) == (np.float32, (240,))
+            top, left, height, width, flip = sample["crop_box"]
+            for t in range(4):
+                for x, y in dot.positions[list(ds.index.clips[i].frames[2 * t : 2 * t + 1])]:
+                    column, row = (x + 0.5 - left) / width * 10, (y + 0.5 - top) / height * 6
+                    column = 10 - column if flip else column
+                    if 0.2 < column < 9.8 and 0.2 < row < 5.8:  # the dot is in the crop
+                        seen.append((t * 6 + int(row)) * 10 + int(column) in sample["visible"])
+    assert np.mean(seen) > 0.9  # 0.25 for random masks
+    again = _motion_dataset(dot, source, *BUILTIN_MODALITIES)
+    assert is_same(ds[(1, 2)], again[(1, 2)])
+    assert not np.array_equal(ds[(0, 2)]["visible"], ds[(1, 2)]["visible"])
+
+
+def test_motion_masks_are_the_same_in_cached_epochs(dot: DotVideo) -> None:
+    """From epoch 1 on only the frames are read."""
+    ds = _motion_dataset(dot, "rgb", *BUILTIN_MODALITIES, cached_epochs=1, always_decoded=("rgb",))
+    first, cached = ds[(0, 1)], ds[(1, 1)]
+    assert "flow" not in cached
+    assert np.array_equal(first["visible"], cached["visible"])
+
+
+def test_motion_masks_do_not_depend_on_workers_and_order(dot: DotVideo) -> None:
+    ds = _motion_dataset(dot, "rgb", "rgb")
+    loader = DataLoader(ds, batch_size=3, sampler=[3, 0, 2, 1], num_workers=1, worker_init_fn=init_worker)
+    for batch in loader:
+        for i, visible, motion in zip(batch["index"].tolist(), batch["visible"], batch["motion"], strict=True):
+            assert np.array_equal(ds[i]["visible"], visible)
+            assert np.array_equal(ds[i]["motion"], motion)
+
+
+def test_a_modality_without_motion_is_an_error(dot: DotVideo) -> None:
+    class Depth(RgbReader):
+        motion_energy = Reader.motion_energy
+
+    reader = Depth(dot.root / "frames", frame_size=dot.size)
+    index = build_index([Rally("dot", 24, 25.0, ())], ClipSpec("windows", 8, label="video"))
+    with pytest.raises(ValueError, match="the modality depth defines no motion, which mask_type=motion"):
+        ClipDataset(index, {"depth": reader}, CropSpec(dot.size, CROP), MaskSpec((4, 6, 10)), motion_source="depth")
 
 
 def _write_two_videos(tmp_path: Path) -> DotVideo:

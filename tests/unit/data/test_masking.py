@@ -35,10 +35,44 @@ def test_every_token_is_visible_equally_often(kind: str) -> None:
     assert np.abs(counts / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_motion_draws_without_replacement_by_weight(temperature: float) -> None:
+    """Two of four tokens, drawn one after the other: P(i) = p_i + sum_j p_j p_i / (1 - p_j)."""
+    weights = np.array([0.1, 0.4, 1.5, 2.0])
+    p = weights ** (1 / temperature) / (weights ** (1 / temperature)).sum()
+    expected = [p[i] + sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)]
+    counts, rng, more = np.zeros(4), np.random.default_rng(0), {"weights": weights, "temperature": temperature}
+    for _ in range(6000):
+        drawn = sample_visible_tokens((1, 2, 2), ratio=0.5, mask_type="motion", rng=rng, **more)
+        assert drawn.dtype == np.int64
+        assert drawn[0] < drawn[1]
+        counts[drawn] += 1
+    assert np.abs(counts / 6000 - expected).max() < 0.026  # 4 sigma of a binomial
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75, 0.9, 0.95])
+def test_motion_keeps_as_many_tokens_as_random(ratio: float) -> None:
+    grid = (8, 14, 24)
+    for seed in range(5):
+        weights = np.random.default_rng(seed).random(8 * 14 * 24) + 0.01
+        rng = np.random.default_rng(seed)
+        drawn = sample_visible_tokens(grid, ratio=ratio, mask_type="motion", rng=rng, weights=weights)
+        assert len(set(drawn.tolist())) == 8 * 14 * 24 - round(ratio * 8 * 14 * 24)
+
+
+def test_a_low_temperature_keeps_the_moving_tokens() -> None:
+    weights = np.r_[np.full(12, 0.01), np.full(4, 3.0)]
+    settings = {"ratio": 0.75, "mask_type": "motion", "weights": weights, "temperature": 0.01}
+    rng = np.random.default_rng(0)
+    assert sample_visible_tokens((1, 4, 4), rng=rng, **settings).tolist() == [12, 13, 14, 15]
+
+
 def test_invalid_masks_raise() -> None:
     rng = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="tube, random"):
+    with pytest.raises(ValueError, match="tube, random, motion"):
         sample_visible_tokens((2, 2, 2), ratio=0.5, mask_type="block", rng=rng)
+    with pytest.raises(ValueError, match="mask_type=motion needs the motion of the clip"):
+        sample_visible_tokens((2, 2, 2), ratio=0.5, mask_type="motion", rng=rng)
     with pytest.raises(ValueError, match="must lie in"):
         sample_visible_tokens((2, 2, 2), ratio=1.0, mask_type="tube", rng=rng)
     with pytest.raises(ValueError, match="leaves none"):

@@ -15,6 +15,7 @@ from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.parallel_encoders import run_in_parallel
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
+from mmdistill.models.pooling import Pooling, person_weights
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.training.optim import Optimization
 
@@ -28,25 +29,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def _module(*, ema: float | None = None, **more: Any) -> MMDistill:
+def _module(*, ema: float | None = None, num_frames: int = 4, **more: Any) -> MMDistill:
     torch.manual_seed(0)
     specs = {name: get_modality(name).spec() for name in BUILTIN_MODALITIES}
-    teachers = {name: Encoder(_encoder_config(spec)) for name, spec in specs.items()}
+    teachers = {name: Encoder(_encoder_config(spec, num_frames)) for name, spec in specs.items()}
     more.setdefault("student", StudentOptions(ema=ema))
     return MMDistill(teachers, specs, Optimization(1e-3), **more).train()
 
 
-def _encoder_config(spec: ModalitySpec) -> EncoderConfig:
+def _encoder_config(spec: ModalitySpec, num_frames: int = 4) -> EncoderConfig:
     size, patch = 32 // spec.input_stride, 8 // spec.input_stride
-    return EncoderConfig(spec.channels, 4, size, size, patch, 2, 16, 2, 2, 8, 32)
+    return EncoderConfig(spec.channels, num_frames, size, size, patch, 2, 16, 2, 2, 8, 32)
 
 
-def _batch(clips: int = 2) -> dict[str, torch.Tensor]:
+def _batch(clips: int = 2, num_frames: int = 4) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     return {
-        "rgb": torch.randint(0, 256, (clips, 4, 36, 40, 3), dtype=torch.uint8),
-        "flow": torch.randn(clips, 4, 2, 36, 40).half(),
-        "skeleton": torch.rand(clips, 4, 1, 17, 3) * 32,
+        "rgb": torch.randint(0, 256, (clips, num_frames, 36, 40, 3), dtype=torch.uint8),
+        "flow": torch.randn(clips, num_frames, 2, 36, 40).half(),
+        "skeleton": torch.rand(clips, num_frames, 1, 17, 3) * 32,
         "visible": torch.stack([torch.randperm(32)[:8].sort().values for _ in range(clips)]),
         "crop_box": torch.tensor([[0.0, 7, 32, 32, 0], [2, 1, 32, 32, 1]]).repeat(clips, 1)[:clips],
         "index": torch.arange(clips),
@@ -168,6 +169,31 @@ def test_resume_needs_the_same_targets(stored: dict[str, Any], message: str) -> 
     net = _module(targets=TargetOptions("phi_s"))
     with pytest.raises(CheckpointError, match=message):
         net.on_load_checkpoint({"state_dict": net.state_dict(), "mmdistill": {"config": {"trainer": stored}}})
+
+
+@pytest.mark.parametrize("name", ["motion", "last_k", "segments", "halves", "person"])
+def test_student_and_teachers_have_the_same_pooling(name: str) -> None:
+    net, batch = _module(student=StudentOptions(pooling=Pooling(name, 2)), num_frames=8), _batch(num_frames=8)
+    batch["motion"] = torch.rand(2, 64, generator=torch.Generator().manual_seed(2))
+    weights = batch["motion"] if name == "motion" else None
+    if name == "person":
+        weights = person_weights(batch["skeleton"], batch["crop_box"], (4, 4, 4))
+    losses = net.losses(batch)
+
+    def embed(encoder: Encoder, modality: str) -> torch.Tensor:
+        x = net.input(modality, batch)
+        tokens = encoder(x, batch["visible"]) if name != "last_k" else encoder(x, batch["visible"], 2)
+        return Pooling(name, 2)(tokens, batch["visible"], (4, 4, 4), weights)
+
+    feature = embed(net.student, "rgb")
+    assert feature.shape[1] == 16 * {"segments": 3, "halves": 2}.get(name, 1)
+    for modality, prediction in net.cmt(feature).items():
+        target = embed(net.teacher(modality), modality)
+        torch.testing.assert_close(losses[modality][0], mse_loss(prediction, target))
+    evaluated = net.validation_step(batch, 0)
+    whole = Pooling("mean" if name == "person" else name, 2)
+    expected = net.student.embed(net.input("rgb", batch), None, whole, batch["motion"])
+    torch.testing.assert_close(evaluated, expected)
 
 
 def test_student_starts_as_a_copy_of_the_rgb_teacher() -> None:

@@ -27,11 +27,12 @@ from mmdistill.evaluation.run import (
     run_folder_lines,
     training_facts,
 )
+from mmdistill.fewshot.episodes import EpisodeSpec, sample_episodes
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import load_features
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from tests.configs import distill_config
-from tests.tiny_data import EVAL, make_tiny, overrides
+from tests.tiny_data import EVAL, SCORE_STEP, make_tiny, overrides
 
 ENCODER = EncoderConfig(
     channels=3, num_frames=4, height=32, width=32, patch=8, tubelet=2, dim=32, depth=1, heads=2, head_dim=16, mlp_dim=64
@@ -115,6 +116,41 @@ def test_all_three_input_modes_are_evaluated_by_default(data: Path, checkpoint: 
     assert out["settings"][0]["rows"]["student_rgb"]["top1_action_ensemble"] == out["top1_action_ensemble"]
     page = (tmp_path / "report.html").read_text()
     assert all(text in page for text in ("whole clips", SHARED, PER_CLIP))
+
+
+@pytest.mark.usefixtures("no_page")
+def test_protocol_of_the_paper(data: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """One classifier, fitted to the first view of the support clips, classifies both views of the queries."""
+    protocol = ["data_module.support_views=first", "data_module.resize=squash", "data_module.n_masks=2"]
+    more = ["data_module.input_modes=configured", "data_module.eval_masks=per_clip", "classifier=centroid"]
+    out = _evaluate(data, checkpoint, tmp_path, *protocol, *more)
+    assert (out["support_views"], out["config"]["data_module"]["resize"]) == ("first", "squash")
+    features = load_features(out["files"][0])
+    episodes = sample_episodes(features.labels, EpisodeSpec(3, 1, 3), episodes=20, seed=0, groups=features.groups)
+    x = features.features / np.linalg.norm(features.features, axis=2, keepdims=True)  # (N, V, D)
+    correct = []
+    for support, query in zip(episodes.support, episodes.query, strict=True):
+        similarity = 10 * x[query.ravel()] @ x[support[:, 0], 0].T  # (N * Q, V, N)
+        p = np.exp(similarity) / np.exp(similarity).sum(axis=2, keepdims=True)
+        correct.append((p.mean(axis=1).argmax(axis=1) == np.repeat(np.arange(3), 3)).mean())
+    assert out["top1_action_ensemble"] == pytest.approx(np.mean(correct), abs=2 * SCORE_STEP)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_checkpoint_with_another_resize_gives_a_warning(
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = read_checkpoint(checkpoint)
+    meta = {**content.meta, "config": {"data_module": {"name": "tiny"}}}
+    save_torch({"state_dict": content.state_dict, "mmdistill": meta}, tmp_path / "crop.ckpt")
+    files = []
+    for resize in ("crop", "squash"):
+        capsys.readouterr()
+        options = [f"data_module.resize={resize}", "data_module.input_modes=configured", "classifier=centroid"]
+        files += _evaluate(data, tmp_path / "crop.ckpt", tmp_path, *options)["files"]
+        text = f"data_module.resize=squash, but {tmp_path / 'crop.ckpt'} was trained with crop"
+        assert (text in capsys.readouterr().out) is (resize == "squash")
+    assert len(set(files)) == 6  # no feature of the other resize is reused
 
 
 @pytest.mark.usefixtures("no_page")
@@ -318,7 +354,7 @@ def test_settings_of_the_page_are_those_that_the_numbers_depend_on(data: Path) -
     short_forms = {"frames_dir", "flow_dir", "skeleton_dir", "frame_pattern", "flow_pattern"}
     training = {"train_clips", "val_json_path", "hflip_prob", "random_crop_min_scale", "mask_ratio"}
     masks = {"n_masks", "eval_mask_ratio", "eval_masks"}  # of each network, in the block Networks
-    protocol = {"n_way", "k_shot", "q_sample", "episodes", "disjoint"}
+    protocol = {"n_way", "k_shot", "q_sample", "episodes", "disjoint", "support_views"}
     assert hidden == {"modalities", *short_forms, *training, *masks, *protocol}
     assert config.trainer.lr == 0.25
 

@@ -59,6 +59,33 @@ def test_whole_clip_features_equal_those_of_the_encoder():
     assert (found.info["network"], found.input_mode) == ("student_rgb", "whole clips")
 
 
+def test_motion_masks_of_views_depend_on_the_motion_and_the_clip():
+    """The weights of the batch decide; order and batch size do not."""
+    clips, grid = INDEX.clips[:4], (2, 2, 3)
+    masks = EvalMasks(2, 0.5, "motion", False, mask_temperature=0.01)
+    weights = torch.full((4, 12), 0.01)
+    for i in range(4):
+        weights[i, [i, i + 3, i + 5, i + 8, 11, (i + 1) % 3]] = 2.0
+    for view in (0, 1):
+        visible = masks.visible_tokens(clips, view, grid, weights)
+        for i in range(4):
+            moving = weights[i].gt(1).nonzero().flatten()
+            assert set(moving.tolist()) <= set(visible[i].tolist()) or len(moving) > 6
+            assert torch.equal(visible[i], masks.visible_tokens(clips[i : i + 1], view, grid, weights[i : i + 1])[0])
+    warm = EvalMasks(2, 0.5, "motion", False, mask_temperature=100.0)
+    first, second = (warm.visible_tokens(clips, view, grid, weights) for view in (0, 1))
+    assert first.shape == (4, 6)
+    assert not torch.equal(first, second)
+    assert [mode.input_mode for mode in replace(masks, n_masks=0).input_modes()] == [
+        "whole clips",
+        "2 motion masks, 50% removed, per clip",
+    ]
+    assert job(warm).cache_key("d") != job(masks).cache_key("d")
+    with pytest.raises(FewshotError, match="mask_type=motion depends on the clip; use eval_masks=per_clip"):
+        EvalMasks(2, 0.5, "motion")
+    masks.require_visible_tokens(grid)
+
+
 @pytest.mark.parametrize("shared_masks", [True, False])
 def test_masks_do_not_depend_on_order_batch_or_ranks(shared_masks: bool):
     masks = EvalMasks(3, 0.5, "tube", shared_masks, seed=7)

@@ -31,6 +31,14 @@ def test_settings_of_the_weights_must_always_match(batch: int) -> None:
         check_compatible(stored, RECORD, TrainingState(batch=batch), CHECKPOINT)
 
 
+def test_checkpoints_without_a_resize_were_trained_on_crops() -> None:
+    own = {**RECORD, "weight_compat": {"resize": "squash"}}
+    for stored in (RECORD, {}, {"weight_compat": {"resize": "crop"}}):
+        with pytest.raises(ConfigError, match=r"\(checkpoint / run\): resize crop / squash; "):
+            check_compatible(stored, own, TrainingState(), CHECKPOINT)
+    check_compatible(own, own, TrainingState(), CHECKPOINT)
+
+
 def test_another_batch_order_is_rejected_inside_an_epoch_only() -> None:
     stored = {**RECORD, "data_order": {"seed": 0, "global_batch": 4}}
     with pytest.raises(ConfigError, match=r"in the middle of epoch 1.*: global_batch 4 / 2; .*the end of an epoch"):

@@ -61,6 +61,13 @@ def test_another_order_inside_an_epoch_is_rejected(make: MakeTraining) -> None:
         make("batch_size=2").load_state_dict(stored)
 
 
+def test_another_resize_is_rejected(make: MakeTraining) -> None:
+    stored = make().state_dict()
+    for state in (stored, {**stored, "weight_compat": {}}):  # the second is that of an earlier version
+        with pytest.raises(ConfigError, match=r"other settings.*: resize crop / squash; use the same settings"):
+            make("data_module.resize=squash").load_state_dict(state)
+
+
 def test_state_without_steps_is_at_the_position_of_the_schedule(make: MakeTraining) -> None:
     training = make()
     stored = {name: value for name, value in training.state_dict().items() if name != "step"}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmdistill.data.motion import joint_displacement
 from mmdistill.data.readers.zip_file import ZIP_NAME, ZipError, read_zip, zip_names
 from mmdistill.errors import InputError
 
@@ -76,6 +77,14 @@ class Reader(ABC):
     def files(self, video: str, frames: Sequence[int]) -> list[str]:
         """Paths of the files that `read` opens, each once, whether they exist or not."""
 
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """How much moves at each pixel of an array that `read` returned, float32 (T, H, W); see `data.motion`.
+
+        Raises:
+            NotImplementedError: the modality defines none.
+        """
+        raise NotImplementedError(f"{self.name} defines no motion energy")
+
     @property
     def settings(self) -> tuple[object, ...]:
         """Options that change the arrays, besides the files and the size of the stored frame."""
@@ -114,6 +123,10 @@ class KeypointReader(Reader):
     @abstractmethod
     def path(self, video: str) -> str:
         """Path of the file of `video`."""
+
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """The distances that joints move; see `joint_displacement`."""
+        return joint_displacement(clip, self.frame_size)
 
     @abstractmethod
     def load_video(self, video: str) -> np.ndarray:

@@ -7,6 +7,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
+from mmdistill.data.motion import flow_magnitude
 from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, MissingFileError
 from mmdistill.data.readers.flow_file import PACKED_FLOW, flow_in_px, open_packed_flow, read_flow
 from mmdistill.errors import format_count
@@ -20,6 +21,10 @@ class FlowReader(FrameFileReader):
 
     name = "flow"
     pattern = "{video}/pair_{frame:05d}.npy"
+
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """The lengths of the displacements."""
+        return flow_magnitude(clip)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""

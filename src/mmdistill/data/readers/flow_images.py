@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from mmdistill.data.motion import flow_magnitude
 from mmdistill.data.readers.base import FrameError, FrameFileReader, FrameSizeError, Reader, missing_files
 from mmdistill.data.readers.image_file import decode_image
 
@@ -69,6 +70,10 @@ class FlowImageReader(Reader):
         paths = [[reader.path(video, frame) for reader in self._readers] for frame in frames]
         missing = missing_files([path for axes in zip(*paths, strict=True) for path in axes], self.name)
         return [frame for frame, axes in zip(frames, paths, strict=True) if missing.intersection(axes)]
+
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """The lengths of the displacements."""
+        return flow_magnitude(clip)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
+from mmdistill.data.motion import frame_difference
 from mmdistill.data.readers.base import FrameFileReader, FrameSizeError
 from mmdistill.data.readers.image_file import decode_image
 
@@ -14,6 +15,10 @@ class RgbReader(FrameFileReader):
 
     name = "rgb"
     pattern = "{video}/{frame:06d}.jpg"
+
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """The differences of consecutive frames."""
+        return frame_difference(clip)
 
     def read(self, video: str, frames: Sequence[int]) -> np.ndarray:
         """See `Reader.read`."""

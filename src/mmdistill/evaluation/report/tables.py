@@ -1,8 +1,9 @@
 """Tables of the results: accuracies in percent with their 95 % intervals, for the terminal and the page."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import rich.table
 from rich.box import SIMPLE_HEAD
@@ -29,6 +30,7 @@ FOOTNOTES = (
 )
 _FILE_WIDTH = 160  # characters, if the output is not a terminal
 REFERENCE = "reference"  # in the column of the differences, in the row of the scored network
+ATTENTIVE_COLUMNS = ("attentive\nprobe", "mean over\nclasses", "encoding,\ntraining (s)")
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
 
@@ -144,12 +146,23 @@ def probe_tables(results: Results) -> list[Table]:
         "accuracy in %"
     )
     keys = ("linear_top1", "linear_macro", "knn_top1", "majority")
+    has_attentive = any("attentive_top1" in p for p in results.probes)
     rows = [
         (
             _network_cell(p["network"], f.info.get("modality")),
             p["input_mode"],
             *(f"{100 * p[key]:.2f}" for key in keys),
+            *(_attentive_cells(p) if has_attentive else ()),
         )
         for p, f in zip(results.probes, results.features, strict=True)
     ]
-    return [Table(title, PROBE_COLUMNS, rows, tuple(p["network"] for p in results.probes))]
+    columns = (*PROBE_COLUMNS, *(ATTENTIVE_COLUMNS if has_attentive else ()))
+    return [Table(title, columns, rows, tuple(p["network"] for p in results.probes))]
+
+
+def _attentive_cells(probe: Mapping[str, Any]) -> tuple[str, ...]:
+    """Accuracies and times in the order of `ATTENTIVE_COLUMNS`. The tokens are those of whole clips in each row."""
+    if "attentive_top1" not in probe:
+        return ("–",) * len(ATTENTIVE_COLUMNS)
+    seconds = f"{probe['attentive_encode_seconds']:.1f}, {probe['attentive_train_seconds']:.1f}"
+    return (f"{100 * probe['attentive_top1']:.2f}", f"{100 * probe['attentive_macro']:.2f}", seconds)
