@@ -116,6 +116,8 @@ class ModalityConfig(Sealable):
     target: str = key(MISSING, one_of(*TARGETS))
     # standard deviation of the Gaussian around a keypoint in heat-map px; null: default of the modality
     sigma: float | None = key(None, positive(null="the modality's default"))
+    # camera motion that is removed from flow: median (the median displacement of each frame) | null
+    compensate: str | None = key(None, one_of("median"))
 
 
 @dataclass

@@ -219,6 +219,7 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
                 std=tuple(m.std),
                 target=m.target,
                 sigma=modality.sigma if m.sigma is None else m.sigma,
+                compensate=m.compensate,
             )
         except ValueError as error:
             raise ConfigError(f"data_module.modalities.{error}") from error

@@ -40,6 +40,7 @@ class ModalitySpec:
     std: Statistics
     target: str  # what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`
     sigma: float | None = None  # std of a keypoint's Gaussian in heat-map pixels; None for modalities without keypoints
+    compensate: str | None = None  # how the camera motion is removed from flow: "median"; None: it is kept
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
@@ -55,21 +56,26 @@ class ModalitySpec:
         if self.target not in TARGETS:
             raise ValueError(f"{self.name}: target={self.target!r} is not one of {', '.join(TARGETS)}")
 
-    def with_statistics(self, mean: Statistics, std: Statistics, sigma: float | None = None) -> "ModalitySpec":
+    def with_statistics(
+        self, mean: Statistics, std: Statistics, sigma: float | None = None, compensate: str | None = None
+    ) -> "ModalitySpec":
         """The same spec with the statistics of another dataset. ``sigma=None`` keeps the current value."""
-        return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
+        sigma = self.sigma if sigma is None else sigma
+        return replace(self, mean=tuple(mean), std=tuple(std), sigma=sigma, compensate=compensate)
 
     @property
     def statistics(self) -> dict[str, Any]:
         """The values that a checkpoint stores because its weights depend on them; see `stored_statistics`."""
-        sigma = {} if self.sigma is None else {"sigma": self.sigma}
-        return {"mean": list(self.mean), "std": list(self.std), **sigma}
+        options = {"sigma": self.sigma, "compensate": self.compensate}
+        return {"mean": list(self.mean), "std": list(self.std), **{k: v for k, v in options.items() if v is not None}}
 
 
 def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
     """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if they are not stored."""
     found = (meta.get("statistics") or {}).get(modality)
-    return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
+    if not found:
+        return None
+    return tuple(found["mean"]), tuple(found["std"]), found.get("sigma"), found.get("compensate")
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,19 @@ class Modality(ABC):
     target: str = "norm_pix"
     input_stride: int = 1
     sigma: float | None = None
+    compensations: tuple[str, ...] = ()  # allowed values of `ModalitySpec.compensate`
     is_frame_pair: bool = False  # frame k is computed from images k and k + 1, so a video of n images has n - 1
     pattern_fields: tuple[str, ...] = ()  # fields that file name patterns must contain, such as ``video``, ``frame``
     optional_pattern_fields: tuple[str, ...] = ()  # fields that they may contain
 
     def spec(self, **changes: Any) -> ModalitySpec:
-        """The modality's default spec with `changes`."""
+        """The modality's default spec with `changes`. Raises `ValueError` if a value is not allowed."""
         defaults = {k: getattr(self, k) for k in ("name", "channels", "input_stride", "mean", "std", "target", "sigma")}
-        return ModalitySpec(**{**defaults, **changes})
+        spec = ModalitySpec(**{**defaults, **changes})
+        if spec.compensate not in (None, *self.compensations):
+            allowed = ", ".join(("null", *self.compensations))
+            raise ValueError(f"{self.name}: compensate={spec.compensate!r} is not one of {allowed}")
+        return spec
 
     @abstractmethod
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":
