@@ -157,6 +157,8 @@ class ModalityConfig(Sealable):
     target: str = key(MISSING, one_of(*TARGETS))
     # standard deviation of the Gaussian around a keypoint in heat-map px; null: default of the modality
     sigma: float | None = key(None, positive(null="the modality's default"))
+    # camera motion that is removed from flow: median (the median displacement of each frame) | null
+    compensate: str | None = key(None, one_of("median"))
     # keypoints of the model input, one heat-map channel each: coco17 | hand21 | {names: [...], pairs: [[LEFT, RIGHT]],
     # limbs: [[A, B]]} with the names of all joints, the pairs that a horizontal flip exchanges, and the joints that a
     # line connects; null: default of the modality (skeleton: coco17)

@@ -339,7 +339,7 @@ def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:
                 f"data_module.crop_size={data.crop_size}"
             )
         modality, layout = get_modality(name), keypoint_layout(data, name)
-        changes: dict[str, Any] = {"sigma": modality.sigma if m.sigma is None else m.sigma}
+        changes: dict[str, Any] = {"sigma": modality.sigma if m.sigma is None else m.sigma, "compensate": m.compensate}
         if layout is not None:
             changes |= {"keypoints": layout, "channels": len(layout.channel_names)}
         if m.heatmap_size is not None:

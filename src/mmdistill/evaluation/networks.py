@@ -33,7 +33,7 @@ class Network:
         encoder: with its weights.
         modality: name of its input modality.
         checkpoint: path of its file or folder; "" for none.
-        statistics: (mean, std, sigma) stored in the checkpoint, or None.
+        statistics: (mean, std, sigma, compensate) stored in the checkpoint, or None.
         learned: sources of joint pretrainings whose labels it has learned, see `labeled_sources`.
         pooling: stored in the checkpoint, or None; `choose_pooling` sets it.
     """

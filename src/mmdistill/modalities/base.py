@@ -55,6 +55,7 @@ class ModalitySpec:
     target: str  # what masked autoencoding predicts; see `mmdistill.models.targets.patch_targets`
     # std of a keypoint's Gaussian in heat-map pixels; None for stored heat-maps and modalities without keypoints
     sigma: float | None = None
+    compensate: str | None = None  # how the camera motion is removed from flow: "median"; None: it is kept
     keypoints: KeypointLayout | None = None  # the channels of a modality with keypoints
     heatmaps: StoredHeatmaps | None = None  # if the heat-maps are stored
 
@@ -72,22 +73,27 @@ class ModalitySpec:
         if self.target not in TARGETS:
             raise ValueError(f"{self.name}: target={self.target!r} is not one of {', '.join(TARGETS)}")
 
-    def with_statistics(self, mean: Statistics, std: Statistics, sigma: float | None = None) -> "ModalitySpec":
+    def with_statistics(
+        self, mean: Statistics, std: Statistics, sigma: float | None = None, compensate: str | None = None
+    ) -> "ModalitySpec":
         """The same spec with the statistics of another dataset. ``sigma=None`` keeps the current value."""
-        return replace(self, mean=tuple(mean), std=tuple(std), sigma=self.sigma if sigma is None else sigma)
+        sigma = self.sigma if sigma is None else sigma
+        return replace(self, mean=tuple(mean), std=tuple(std), sigma=sigma, compensate=compensate)
 
     @property
     def statistics(self) -> dict[str, Any]:
         """The values that a checkpoint stores because its weights depend on them; see `stored_statistics`."""
-        sigma = {} if self.sigma is None else {"sigma": self.sigma}
-        joints = {} if self.keypoints is None else {"joints": list(self.keypoints.channel_names)}
-        return {"mean": list(self.mean), "std": list(self.std), **sigma, **joints}
+        joints = None if self.keypoints is None else list(self.keypoints.channel_names)
+        options = {"sigma": self.sigma, "compensate": self.compensate, "joints": joints}
+        return {"mean": list(self.mean), "std": list(self.std), **{k: v for k, v in options.items() if v is not None}}
 
 
 def stored_statistics(meta: Mapping[str, Any], modality: str) -> tuple[Any, ...] | None:
     """The arguments of `ModalitySpec.with_statistics` from a checkpoint's metadata; None if they are not stored."""
     found = (meta.get("statistics") or {}).get(modality)
-    return (tuple(found["mean"]), tuple(found["std"]), found.get("sigma")) if found else None
+    if not found:
+        return None
+    return tuple(found["mean"]), tuple(found["std"]), found.get("sigma"), found.get("compensate")
 
 
 def stored_joints(meta: Mapping[str, Any], modality: str) -> tuple[str, ...] | None:
@@ -137,15 +143,20 @@ class Modality(ABC):
     input_stride: int = 1
     sigma: float | None = None
     keypoints: KeypointLayout | None = None
+    compensations: tuple[str, ...] = ()  # allowed values of `ModalitySpec.compensate`
     is_frame_pair: bool = False  # frame k is computed from images k and k + 1, so a video of n images has n - 1
     pattern_fields: tuple[str, ...] = ()  # fields that file name patterns must contain, such as ``video``, ``frame``
     optional_pattern_fields: tuple[str, ...] = ()  # fields that they may contain
 
     def spec(self, **changes: Any) -> ModalitySpec:
-        """The modality's default spec with `changes`."""
+        """The modality's default spec with `changes`. Raises `ValueError` if a value is not allowed."""
         names = ("name", "channels", "input_stride", "mean", "std", "target", "sigma", "keypoints")
         defaults = {name: getattr(self, name) for name in names}
-        return ModalitySpec(**{**defaults, **changes})
+        spec = ModalitySpec(**{**defaults, **changes})
+        if spec.compensate not in (None, *self.compensations):
+            allowed = ", ".join(("null", *self.compensations))
+            raise ValueError(f"{self.name}: compensate={spec.compensate!r} is not one of {allowed}")
+        return spec
 
     @abstractmethod
     def open_reader(self, root: Path, options: ReaderOptions) -> "Reader":

@@ -17,6 +17,7 @@ class FlowModality(Modality):
 
     name = "flow"
     channels = 2
+    compensations = ("median",)
     is_frame_pair = True
     pattern_fields = ("video", "frame")
     optional_pattern_fields = ("axis",)
@@ -36,13 +37,18 @@ class FlowModality(Modality):
     def preprocess(self, clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
         """Flow (B, T, 2, H, W) in px of the stored frame -> float32 (B, 2, T, h, w) in px of the input, normalized.
 
-        A resize scales the displacements. A horizontal flip negates their x component.
+        ``spec.compensate="median"`` first subtracts the median displacement of each stored frame, which is about that
+        of the background if the camera pans. A resize scales the displacements. A horizontal flip negates their x
+        component.
         """
         import torch
 
-        from mmdistill.models.preprocessing import crop_resize_flip, normalize
+        from mmdistill.models.preprocessing import crop_resize_flip, normalize, subtract_median
 
-        x = crop_resize_flip(clips.float().transpose(1, 2), crop_boxes, size)
+        flow = clips.float()
+        if spec.compensate == "median":
+            flow = subtract_median(flow)
+        x = crop_resize_flip(flow.transpose(1, 2), crop_boxes, size)
         boxes = crop_boxes.to(x.device, torch.float32)
         scale = torch.tensor(size[::-1], device=x.device) / boxes[:, [3, 2]]  # (B, 2)
         scale[:, 0] *= 1 - 2 * boxes[:, 4]

@@ -20,6 +20,16 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
     return x.sub_(means).div_(stds)
 
 
+def subtract_median(flow: Tensor, *, max_pixels: int = 4096) -> Tensor:
+    """Subtract the median displacement of each frame and axis. (B, T, 2, H, W) px -> same.
+
+    The median is that of the pixels of a regular grid with at most `max_pixels` points, which is faster.
+    """
+    step = math.ceil(math.sqrt(flow.shape[3] * flow.shape[4] / max_pixels))
+    sample = flow[..., step // 2 :: step, step // 2 :: step].flatten(3)
+    return flow - sample.median(dim=3).values[..., None, None]
+
+
 def crop_resize_flip(x: Tensor, crop_boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Crop, resize and flip images. (B, C, T, H, W), (B, 5) -> (B, C, T, h, w).
 

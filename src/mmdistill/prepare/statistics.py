@@ -1,6 +1,7 @@
 """Mean and standard deviation per channel of the model input, computed in one pass."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from sklearn.preprocessing import StandardScaler
@@ -35,7 +36,7 @@ def dataset_statistics(
     """
     if len(dataset) == 0:
         raise ValueError(f"the dataset has no clip to compute statistics of: {dataset.index.report}")
-    raw = {name: specs[name].with_statistics((0.0,), (1.0,)) for name in dataset.readers}
+    raw = {name: replace(specs[name], mean=(0.0,), std=(1.0,)) for name in dataset.readers}
     scalers = {name: StandardScaler() for name in raw}
     chosen = np.linspace(0, len(dataset) - 1, min(clips or len(dataset), len(dataset))).round().astype(int)
     batches = [[(0, int(i)) for i in batch] for batch in np.array_split(chosen, -(-len(chosen) // batch_size))]

@@ -49,6 +49,7 @@ def test_single_statistics_are_used_for_all_channels() -> None:
     [
         ({"mean": (1.0, 2.0, 3.0)}, "flow: mean has 3 values, expected 2 or 1"),
         ({"std": (1.0, 0.0)}, "flow: std must be positive"),
+        ({"compensate": "mean"}, "flow: compensate='mean' is not one of null, median"),
         ({"target": "patch"}, "flow: target='patch' is not one of norm_pix, motion_energy, pixel"),
     ],
 )
@@ -65,6 +66,17 @@ def test_statistics_are_stored_and_restored() -> None:
     assert stored_statistics({"statistics": {"skeleton": skeleton.statistics}}, "rgb") is None
     assert stored_statistics({}, "rgb") is None
     assert "sigma" not in get_modality("rgb").spec().statistics
+
+
+def test_compensation_is_that_of_the_checkpoint() -> None:
+    flow = get_modality("flow").spec(compensate="median")
+    stored = stored_statistics({"statistics": {"flow": flow.statistics}}, "flow")
+    assert stored is not None
+    assert get_modality("flow").spec().with_statistics(*stored) == flow
+    assert "compensate" not in get_modality("flow").spec().statistics  # as in older checkpoints
+    assert flow.with_statistics((0.0,), (1.0,)).compensate is None
+    with pytest.raises(ValueError, match="rgb: compensate='median' is not one of null"):
+        get_modality("rgb").spec(compensate="median")
 
 
 def test_registered_modality_is_found_by_name() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmdistill.modalities import ReaderOptions, get_modality, preprocess_clips
+from mmdistill.models.preprocessing import subtract_median
 
 FLOW = get_modality("flow").spec()
 
@@ -23,6 +24,28 @@ def test_resize_scales_displacements_and_flip_negates_x(flip: int) -> None:
     assert x.shape == (1, 2, 3, 4, 24)
     torch.testing.assert_close(x[0, 0], torch.full((3, 4, 24), -2.0 if flip else 2.0))
     torch.testing.assert_close(x[0, 1], torch.full((3, 4, 24), 0.5))
+
+
+def test_median_compensation_removes_the_motion_of_the_background() -> None:
+    spec = get_modality("flow").spec(compensate="median")
+    flow = torch.zeros(1, 2, 2, 16, 16, dtype=torch.float16)
+    flow[0, 0, :, 4:8, 4:8] = 3  # a small object moves by (3, 3) in both frames, the background by (2, -1) in frame 1
+    flow[0, 1] = flow[0, 0] + torch.tensor([2.0, -1.0]).view(2, 1, 1)
+    x = preprocess_clips(flow, torch.tensor([[0.0, 0, 16, 16, 0]]), spec, (16, 16))
+    torch.testing.assert_close(x[0, :, 0], flow[0, 0].float())
+    torch.testing.assert_close(x[0, :, 1], flow[0, 0].float())
+
+
+def test_median_is_that_of_a_regular_grid_of_pixels() -> None:
+    flow = torch.randn(2, 3, 2, 60, 90)
+    found = subtract_median(flow, max_pixels=15 * 23)  # every fourth pixel along both axes
+    grid = flow[..., 2::4, 2::4].numpy()
+    expected = flow.numpy() - np.quantile(grid, 0.5, axis=(3, 4), keepdims=True, method="lower")
+    np.testing.assert_array_equal(found.numpy(), expected)
+    small = flow[..., :5, :5]  # all pixels
+    np.testing.assert_array_equal(
+        subtract_median(small).numpy(), small.numpy() - np.median(small.numpy(), axis=(3, 4), keepdims=True)
+    )
 
 
 def test_reader_gets_the_options() -> None:
