@@ -155,11 +155,17 @@ def find_statistics(checkpoint: Checkpoint, modality: str | None) -> tuple[tuple
     """Mean and std of a modality in a checkpoint. For rgb without metadata those of ImageNet, which is logged.
 
     Raises:
-        CheckpointError: the checkpoint has none for another modality, or the modality is unknown.
+        CheckpointError: the checkpoint has none for another modality, the modality is unknown, or its input needs more
+            than mean and std.
     """
     stored = stored_statistics(checkpoint.meta, modality) if modality else None
     if modality and stored:
-        mean, std, _ = stored
+        mean, std, _, compensate = stored
+        if compensate:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with data_module.modalities.{modality}.compensate={compensate}, which "
+                "an exported encoder does not apply; use `mmdistill features` or `mmdistill evaluate`"
+            )
         channels = {"channels": len(mean)} if len(mean) > 1 else {}  # of keypoints those of the training
         spec = get_modality(modality).spec(mean=mean, std=std, **channels)
     elif modality == "rgb":

@@ -9,8 +9,9 @@ import torch
 
 import mmdistill
 from mmdistill import load_student
-from mmdistill.checkpoint import CheckpointError, save_torch
+from mmdistill.checkpoint import CheckpointError, open_checkpoint, save_torch
 from mmdistill.checkpoint.export import export_student
+from mmdistill.checkpoint.student import find_statistics
 from mmdistill.fewshot.encode import ClipEncoder
 from mmdistill.modalities import get_modality
 from tests.checkpoint_files import write_distilled
@@ -131,6 +132,17 @@ def test_encoders_of_other_modalities_and_unknown_statistics(tmp_path: Path, cap
     save_torch({"model": state_of(encoder), "mmdistill": {"encoders": META["encoders"]}}, tmp_path / "rgb.pt")
     assert load_student(tmp_path / "rgb.pt").extractor.mean == get_modality("rgb").mean
     assert "has no mean and std; those of ImageNet are used" in caplog.text
+
+
+def test_compensated_flow_is_an_error(tmp_path: Path) -> None:
+    """An exported encoder would not subtract the median of each frame."""
+    statistics = {"flow": {"mean": [0.0], "std": [1.0], "compensate": "median"}}
+    meta = {**META, "modality": "flow", "statistics": statistics}
+    save_torch({"model": state_of(make_encoder(0)), "mmdistill": meta}, tmp_path / "flow.pt")
+    with pytest.raises(
+        CheckpointError, match=r"flow\.pt was trained with .*flow\.compensate=median, which an exported"
+    ):
+        find_statistics(open_checkpoint(tmp_path / "flow.pt"), "flow")
 
 
 def test_other_names_of_the_package_are_errors() -> None:

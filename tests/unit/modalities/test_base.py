@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,11 +98,14 @@ def test_registered_modality_is_found_by_name() -> None:
 
 
 def test_example_of_the_docs() -> None:
-    (source,) = re.findall(
+    sources = re.findall(
         r"```python\n(.*?)```", DOCS.read_text().partition("## Modality")[2].partition("\n## ")[0], re.DOTALL
     )
     try:
-        exec(source, {})
+        namespaces: list[dict[str, Any]] = [{} for _ in sources]
+        for source, namespace in zip(sources, namespaces, strict=True):
+            exec(source, namespace)
+        assert namespaces[-1]["HAND"].spec().channels == 21
         clips, boxes = torch.rand(2, 3, 8, 10), torch.tensor([[1.0, 2, 4, 6, 0], [0, 0, 4, 6, 1]])
         x = preprocess_clips(clips, boxes, get_modality("depth").spec(), (4, 6))
         torch.testing.assert_close(x[0, 0], clips[0, :, 1:5, 2:8])
