@@ -66,6 +66,12 @@ def select_positions(num_clips: int) -> list[int]:
     return positions
 
 
+def mean_variance(features: Tensor) -> float | None:
+    """Variance of features (N, D) over clips, the mean over dimensions; None if a value is not finite."""
+    value = float(features.double().var(dim=0, unbiased=False).mean())
+    return value if math.isfinite(value) else None
+
+
 def is_constant(features: Tensor) -> bool:
     """Whether features (N, D) are the same for all clips, up to rounding of float32 values."""
     x = features.double()
@@ -104,7 +110,7 @@ def gradient_shares(module: MMDistill, features: ClipFeatures) -> dict[str, floa
     device, weights = module.device, module.target_options.weights
     norms = {}
     for name, raw in features.teachers.items():
-        feature = features.student.to(device).requires_grad_(True)
+        feature = features.student.to(device).detach().requires_grad_(True)
         target = module.target(name, raw.to(device))
         loss = weights.get(name, 1.0) * F.mse_loss(module.cmt(feature)[name].float(), target)
         (gradient,) = torch.autograd.grad(loss, feature)
@@ -165,7 +171,7 @@ class Ledger(pl.Callback):
         shares = gradient_shares(module, train)
         teachers: dict[str, dict[str, Any]] = {
             name: {
-                "variance": float(x.double().var(dim=0, unbiased=False).mean()),
+                "variance": mean_variance(x),
                 "is_constant": is_constant(x),
                 "gradient_share": shares[name],
                 "r2": None,
@@ -299,11 +305,11 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
         f"{format_count(ledger['held_out_clips'], 'held-out clip')} of {ledger['held_out']}"
     ]
     for name, values in ledger["teachers"].items():
-        r2, by_class = values["r2"], [v for v in values["r2_by_class"].values() if v is not None]
+        by_class = [value for value in values["r2_by_class"].values() if value is not None]
         classes = f" (classes {min(by_class):.2f} to {max(by_class):.2f})" if len(by_class) > 1 else ""
         lines.append(
-            f"  {name}: variance {values['variance']:.3g}, gradient {100 * values['gradient_share']:.1f} %, R2 "
-            f"{'unknown' if r2 is None else f'{r2:.3f}'}{classes}"
+            f"  {name}: variance {_format(values['variance'], '.3g')}, gradient "
+            f"{100 * values['gradient_share']:.1f} %, R2 {_format(values['r2'], '.3f')}{classes}"
         )
     lines += [
         f"teacher {name} contributes nothing: its features are constant; remove it from trainer.teachers, or use "
@@ -314,3 +320,7 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
     for name, problem in ledger["problems"].items():
         lines.append(f"R2 of {name or 'all teachers'} is unknown: {problem}")
     return lines
+
+
+def _format(value: float | None, digits: str) -> str:
+    return "unknown" if value is None else f"{value:{digits}}"

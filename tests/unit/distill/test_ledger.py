@@ -18,6 +18,7 @@ from mmdistill.distill.ledger import (
     gradient_shares,
     is_constant,
     ledger_lines,
+    mean_variance,
     r_squared,
     select_positions,
 )
@@ -140,3 +141,9 @@ def test_constant_teacher_is_reported() -> None:
     lines = ledger_lines({**ledger, "teachers": {"flow": values}})
     assert lines[1] == "  flow: variance 0, gradient 0.0 %, R2 unknown"
     assert lines[2].startswith("teacher flow contributes nothing: its features are constant")
+
+
+def test_variance_is_the_mean_over_dimensions() -> None:
+    features = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    assert mean_variance(features) == pytest.approx(0.5)
+    assert mean_variance(features * torch.nan) is None

@@ -27,7 +27,7 @@ def ledger_tables(ledger: Mapping[str, Any] | None) -> list[Table]:
             [
                 (
                     name,
-                    f"{values['variance']:.3g}",
+                    _format(values["variance"], ".3g"),
                     f"{100 * values['gradient_share']:.1f}",
                     _format(values["r2"]),
                     "constant features: contributes nothing" if values["is_constant"] else "",
@@ -52,5 +52,5 @@ def ledger_lines(ledger: Mapping[str, Any] | None) -> list[str]:
     return [*NOTES, *(f"R² of {name or 'all teachers'} is unknown: {text}." for name, text in problems.items())]
 
 
-def _format(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _format(value: float | None, digits: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{digits}}"
