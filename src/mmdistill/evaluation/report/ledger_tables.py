@@ -7,7 +7,7 @@ from mmdistill.errors import format_count
 from mmdistill.evaluation.report.tables import Table
 
 NOTES = (
-    "Variance: of the teacher's features over training clips, mean over dimensions.",
+    "Variance: of the teacher's features over the training clips of the epoch's last batch, mean over dimensions.",
     "Gradient: share of the norm of the gradient of the teacher's weighted loss with respect to the student's feature.",
     "R²: of the student's prediction of the teacher's targets on masked held-out clips. 1 is perfect, 0 is the best "
     "constant prediction. The deviations of a class are from the mean of all clips. – means that it is unknown.",
