@@ -42,6 +42,7 @@ def job(rank: int, folder: Path) -> None:
     results: dict[str, Any] = {
         "rank": [collectives.get_rank(), collectives.get_world_size(), collectives.is_distributed()],
         "mean": collectives.all_reduce_mean([torch.tensor(float(rank)), torch.tensor(3 * rank, dtype=torch.bfloat16)]),
+        "sum": [t.tolist() for t in collectives.all_reduce_sum([torch.tensor([rank + 1.0, 2.0], dtype=torch.float64)])],
         "any": [collectives.all_reduce_any(flag, cpu) for flag in (False, rank == 1, True)],
         "gather": collectives.all_gather_objects({"rank": rank}),
         "broadcast": collectives.broadcast_object(f"from {rank}"),

@@ -26,6 +26,7 @@ def test_ranks_are_numbered(results: list[dict[str, Any]]) -> None:
     ("name", "expected"),
     [
         ("mean", [0.5, 1.5]),
+        ("sum", [[3.0, 4.0]]),
         ("any", [False, True, True]),
         ("gather", [{"rank": 0}, {"rank": 1}]),
         ("broadcast", "from 0"),

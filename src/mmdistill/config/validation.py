@@ -201,10 +201,6 @@ def _validate_distill(config: DistillConfig) -> None:
             f"trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
             f"trainer.check_val_every_n_epoch={every} must divide trainer.save_ckpt_freq={saved}"
         )
-    if STUDENT_MODALITY not in trainer.teachers and config.student is None and config.resume is None:
-        raise ConfigError(
-            "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher; or set student"
-        )
     teacher_weights(trainer)
     if config.train and config.pooling == "person":
         if "skeleton" not in trainer.teachers:
@@ -217,6 +213,11 @@ def _validate_distill(config: DistillConfig) -> None:
     if config.test:
         _validate_components(config)
     if config.train:
+        if STUDENT_MODALITY not in trainer.teachers and config.student is None and config.resume is None:
+            raise ConfigError(
+                "trainer.teachers must contain rgb, because the student starts as a copy of the RGB teacher; or set "
+                "student"
+            )
         _validate_teacher_names(config)
         fix = f"set trainer.teachers=[{','.join(teacher for teacher in trainer.teachers if teacher in modalities)}]"
         for teacher in set(trainer.teachers).intersection(modality_names()):

@@ -98,6 +98,7 @@ class MMDistill(pl.LightningModule):
         self.guard, self.cache, self.ema = guard, self.target_options.cache, student.ema
         self.sources, self.save_teachers = dict(sources or {}), save_teachers
         self._is_compiled = False
+        self.last_features: tuple[Tensor, Mapping[str, Tensor]] | None = None  # of student and teachers, last batch
         self.student_rgb = nn.ModuleDict({"encoder": student.encoder or copy.deepcopy(teachers[STUDENT_MODALITY])})
         self.student_rgb.requires_grad_(True)
         for modality, encoder in teachers.items():
@@ -182,6 +183,7 @@ class MMDistill(pl.LightningModule):
                 self.cache.add(self.current_epoch, batch["index"], targets)
         for name, rows in self.target_options.files.items():
             targets[name] = rows[batch["index"].cpu()].to(feature.device)
+        self.last_features = feature.detach(), targets
         predictions = self.cmt(feature)
         return {
             m: (F.mse_loss(predictions[m].float(), target), target.var(dim=0, unbiased=False).mean())

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from mmdistill.builders import make_clip_index
-from mmdistill.checkpoint import CheckpointError, load_torch, open_checkpoint
+from mmdistill.checkpoint import CheckpointError, load_torch, load_weights, open_checkpoint
+from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.export import export_student
 from mmdistill.checkpoint.inspect import inspect_checkpoint
 from mmdistill.config import ConfigError, DistillConfig, feature_files, stored_config, to_plain
@@ -129,15 +130,15 @@ def _write_features(config: DistillConfig, path: Path, seed: int = 0) -> None:
 
 
 def test_file_teacher_trains_a_student_of_another_size(tmp_path: Path) -> None:
-    make_tiny(tmp_path / "data")
+    make_tiny(tmp_path / "data", per_class=4)
     write_teacher(tmp_path / "flow", "flow", 1)
     config = _config(tmp_path, "trainer.standardize_targets=true", "trainer.cache_teacher_epochs=1")
     file = tmp_path / "dinov3.safetensors"
     _write_features(config, file)
     last = distill(config, tmp_path / "run")
     log = (tmp_path / "run" / "run.log").read_text()
-    assert f"teacher dinov3: features of width 24 of 72 clips from {file}" in log
-    assert "R2 of dinov3 is unknown: 24 of 24 held-out clips have no feature in" in log
+    assert f"teacher dinov3: features of width 24 of 48 clips from {file}" in log
+    assert "R2 of dinov3 is unknown: 16 of 16 held-out clips have no feature in" in log
     content = load_torch(last)
     meta, state = content["mmdistill"], content["state_dict"]
     source = {"path": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "kind": "file"}
@@ -148,6 +149,12 @@ def test_file_teacher_trains_a_student_of_another_size(tmp_path: Path) -> None:
     assert set(meta["ledger"]["teachers"]) == {"flow", "dinov3"}
     assert meta["ledger"]["teachers"]["dinov3"]["gradient_share"] > 0
 
+    converted = convert_checkpoint(last, tmp_path / "converted.safetensors")
+    statistics = {name: v for name, v in state.items() if name.startswith("target_statistics.")}
+    assert len(statistics) == 6  # count, mean and scatter of two teachers
+    assert all(torch.equal(open_checkpoint(converted).state_dict[name], v) for name, v in statistics.items())
+    report = load_weights(open_checkpoint(last).encoder(), last)
+    assert report.ignored_keys["target_statistics"] == 6
     assert any("a file of features" in line for line in inspect_checkpoint(last)["missing"])
     found = evaluate_checkpoint(config, str(last), tmp_path / "test")
     assert set(found["ledger"]["teachers"]) == {"flow", "dinov3"}

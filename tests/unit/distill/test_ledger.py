@@ -18,6 +18,7 @@ from mmdistill.distill.ledger import (
     gradient_shares,
     is_constant,
     ledger_lines,
+    mean_variance,
     r_squared,
     select_positions,
 )
@@ -75,6 +76,7 @@ def test_constant_features_are_recognized() -> None:
     assert is_constant(features)
     features[1, 1] = 0.301
     assert not is_constant(features)
+    assert not is_constant(features[:1])  # unknown
 
 
 def test_positions_are_spread_over_all_clips() -> None:
@@ -98,7 +100,7 @@ def _run(root: Path, *more: str) -> tuple[dict[str, Any], str, list[dict[str, st
 def test_training_ends_with_a_ledger(tmp_path: Path) -> None:
     make_tiny(tmp_path / "data", per_class=2)
     ledger, log, rows = _run(tmp_path, "trainer.standardize_targets=true")
-    assert (ledger["epoch"], ledger["train_clips"], ledger["held_out_clips"], ledger["problems"]) == (1, 24, 8, {})
+    assert (ledger["epoch"], ledger["train_clips"], ledger["held_out_clips"], ledger["problems"]) == (1, 8, 8, {})
     assert set(ledger["teachers"]) == set(MODALITIES)
     for name, values in ledger["teachers"].items():
         assert values["variance"] > 0
@@ -140,3 +142,10 @@ def test_constant_teacher_is_reported() -> None:
     lines = ledger_lines({**ledger, "teachers": {"flow": values}})
     assert lines[1] == "  flow: variance 0, gradient 0.0 %, R2 unknown"
     assert lines[2].startswith("teacher flow contributes nothing: its features are constant")
+
+
+def test_variance_is_the_mean_over_dimensions() -> None:
+    features = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    assert mean_variance(features) == pytest.approx(0.5)
+    assert mean_variance(features * torch.nan) is None
+    assert mean_variance(features[:1]) is None

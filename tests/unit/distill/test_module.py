@@ -235,6 +235,16 @@ def test_cached_epoch_reads_only_rgb(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_cached_features_give_the_same_standardized_targets(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path, num_draws=1, num_clips=5, widths=dict.fromkeys(BUILTIN_MODALITIES, 16), key={})
+    net, batch = _module(targets=TargetOptions("standard", cache=cache)), _batch(5)
+    net.losses(batch)  # fills the cache and the statistics
+    cache.write(0)
+    cache.open(0)
+    computed, cached = net.targets(batch), cache.features(1, batch["index"])
+    assert all(torch.equal(net.target(name, computed[name]), net.target(name, cached[name])) for name in computed)
+
+
 def test_checkpoint_must_have_an_average_if_the_run_has_one() -> None:
     net = _module(ema=0.9)
     with pytest.raises(CheckpointError, match=r"no average of the student .* trainer\.ema=0\.9"):

@@ -7,7 +7,7 @@ from mmdistill.errors import format_count
 from mmdistill.evaluation.report.tables import Table
 
 NOTES = (
-    "Variance: of the teacher's features over training clips, mean over dimensions.",
+    "Variance: of the teacher's features over the training clips of the epoch's last batch, mean over dimensions.",
     "Gradient: share of the norm of the gradient of the teacher's weighted loss with respect to the student's feature.",
     "R²: of the student's prediction of the teacher's targets on masked held-out clips. 1 is perfect, 0 is the best "
     "constant prediction. The deviations of a class are from the mean of all clips. – means that it is unknown.",
@@ -27,7 +27,7 @@ def ledger_tables(ledger: Mapping[str, Any] | None) -> list[Table]:
             [
                 (
                     name,
-                    f"{values['variance']:.3g}",
+                    _format(values["variance"], ".3g"),
                     f"{100 * values['gradient_share']:.1f}",
                     _format(values["r2"]),
                     "constant features: contributes nothing" if values["is_constant"] else "",
@@ -52,5 +52,5 @@ def ledger_lines(ledger: Mapping[str, Any] | None) -> list[str]:
     return [*NOTES, *(f"R² of {name or 'all teachers'} is unknown: {text}." for name, text in problems.items())]
 
 
-def _format(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _format(value: float | None, digits: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{digits}}"
