@@ -93,7 +93,7 @@ def test_protocol_of_the_paper_composes_for_its_datasets() -> None:
     register_schemas()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
         for dataset in ("epic", "meccano", "wear", "ego4d"):
-            overrides = [f"dataset={dataset}", "experiment=mm_cdfsl_protocol", "trainer.ckpt_path=[a,b,c]"]
+            overrides = [f"dataset={dataset}", "experiment=mm_cdfsl", "trainer.ckpt_path=[a,b,c]"]
             config = parse(
                 compose("config_mmdistill", overrides=[*overrides, "trainer.teachers=[rgb,flow]"]), DistillConfig
             )

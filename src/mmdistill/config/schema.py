@@ -425,7 +425,7 @@ class PretrainConfig(CommonConfig):
 
     # labeled dataset that is pretrained jointly with data_module: source=NAME selects a file of configs/dataset,
     # source.KEY=VALUE changes a value of it. Its clips are the labeled clips that source.eval_clips selects in
-    # source.unlabel_json_path; null: none
+    # source.unlabel_json_path. Masks and resize are those of data_module; null: none
     source: DataModuleConfig | None = None
     # modality to pretrain: rgb | flow | skeleton | a registered modality
     modality: str = key(MISSING, one_of(more=modality_names))

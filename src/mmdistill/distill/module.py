@@ -244,7 +244,10 @@ class MMDistill(pl.LightningModule):
     def pooling_weights(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """The weights (B, L) of the tokens, which student and teachers share; None if the pooling needs none."""
         if self.pooling.name == "person":
-            return person_weights(batch["skeleton"], batch["crop_box"], self.student.config.grid)
+            layout = self.specs["skeleton"].keypoints
+            num_joints = len(layout.names) - layout.num_extra if layout else None
+            joints = batch["skeleton"][..., :num_joints, :]
+            return person_weights(joints, batch["crop_box"], self.student.config.grid)
         return batch["motion"] if self.pooling.name == "motion" else None
 
     def _run_jobs(self, jobs: Sequence[Callable[[], Tensor]], visible: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ class KeypointLayout:
         pairs: the left and the right keypoint of each pair, which a horizontal flip exchanges.
         limbs: keypoints that a line connects.
         limb_channels: whether each limb has a heat-map channel too, after those of the keypoints.
+        num_extra: how many keypoints at the end belong to no person, for example ball and court corners.
 
     Raises:
         ValueError: a name occurs twice, or a pair or limb is invalid; names it.
@@ -22,6 +23,7 @@ class KeypointLayout:
     pairs: tuple[tuple[str, ...], ...] = ()
     limbs: tuple[tuple[str, ...], ...] = ()
     limb_channels: bool = False
+    num_extra: int = 0
 
     def __post_init__(self) -> None:
         repeated = [name for name in self.names if self.names.count(name) > 1]
@@ -58,8 +60,9 @@ class KeypointLayout:
         return tuple((self.names.index(a), self.names.index(b)) for a, b in self.limbs)
 
     def with_more(self, names: tuple[str, ...], pairs: tuple[tuple[str, ...], ...]) -> "KeypointLayout":
-        """This layout with further keypoints after its own."""
-        return replace(self, names=(*self.names, *names), pairs=(*self.pairs, *pairs))
+        """This layout with further keypoints after its own, which belong to no person."""
+        num_extra = self.num_extra + len(names)
+        return replace(self, names=(*self.names, *names), pairs=(*self.pairs, *pairs), num_extra=num_extra)
 
 
 def _chain(*names: str) -> tuple[tuple[str, str], ...]:

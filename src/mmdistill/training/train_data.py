@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,7 +129,9 @@ def make_train_data(
         )
     source, joint_dataset, joint_sampler = None, None, None
     if source_config is not None:
-        source = make_source_dataset(source_config, modalities[0], seed=config.seed)
+        source = make_source_dataset(
+            replace(source_config, resize=config.data_module.resize), modalities[0], seed=config.seed
+        )
         joint_dataset = JointDataset(dataset, source)
         joint_sampler = JointBatchSampler(sampler, len(source), clips_per_epoch=num_batches * global_batch)
     loader = make_clip_loader(

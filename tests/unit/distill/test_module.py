@@ -196,6 +196,17 @@ def test_student_and_teachers_have_the_same_pooling(name: str) -> None:
     torch.testing.assert_close(evaluated, expected)
 
 
+def test_person_box_does_not_contain_extra_keypoints() -> None:
+    net, batch = _module(student=StudentOptions(pooling=Pooling("person"))), _batch()
+    expected = net.pooling_weights(batch)
+    layout = net.specs["skeleton"].keypoints
+    assert layout is not None
+    net.specs["skeleton"] = get_modality("skeleton").spec(channels=18, keypoints=layout.with_more(("ball",), ()))
+    corner = torch.ones(2, 4, 1, 1, 3)  # the ball is in a corner of the frame
+    weights = net.pooling_weights({**batch, "skeleton": torch.cat([batch["skeleton"], corner], dim=3)})
+    assert torch.equal(weights, expected)
+
+
 def test_student_starts_as_a_copy_of_the_rgb_teacher() -> None:
     net = _module()
     for own, teacher in zip(net.student.parameters(), net.teacher("rgb").parameters(), strict=True):

@@ -36,6 +36,7 @@ def test_more_keypoints_follow_with_their_pairs() -> None:
     assert layout.channel_names == ("head", "left_hand", "right_hand", "ball", "net_left", "net_right")
     assert layout.flipped == (0, 2, 1, 3, 5, 4)
     assert layout.limb_positions == ((0, 2), (0, 1))
+    assert layout.num_extra == 3
 
 
 def test_limb_channels_follow_the_keypoints() -> None:

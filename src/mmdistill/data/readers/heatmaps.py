@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from mmdistill.console import log_once
@@ -55,6 +56,15 @@ class HeatmapReader(FrameFileReader):
         for position, (path, data) in enumerate(self.read_files(video, frames)):
             out[position] = self._convert(path, load_npy(path, data))
         return out
+
+    def motion_energy(self, clip: np.ndarray) -> np.ndarray:
+        """The change of the heat-maps to the next frame, summed over joints; see `Reader.motion_energy`."""
+        energy = np.zeros((len(clip), *self.frame_size), np.float32)
+        for k in range(len(clip) - 1):
+            change = np.abs(clip[k + 1].astype(np.float32) - clip[k]).sum(axis=0)
+            energy[k] = cv2.resize(change, self.frame_size[::-1], interpolation=cv2.INTER_NEAREST)
+        energy[len(clip) - 1] = energy[len(clip) - 2]
+        return energy
 
     def _convert(self, path: str, stored: np.ndarray) -> np.ndarray:
         """The content of a file as float32 (J, h, w) in [0, 1]. Raises `FrameError` if it is something else."""

@@ -88,6 +88,18 @@ def test_invalid_file_raises_an_error_that_names_it(tmp_path: Path, stored: np.n
         _reader(tmp_path).read("a", [0])
 
 
+def test_motion_is_the_change_of_the_heatmaps(tmp_path: Path) -> None:
+    clip = np.zeros((3, JOINTS, *SIZE), np.float16)
+    clip[1, 2, 1, 3] = 0.5
+    clip[1, 4, 1, 3] = 0.25
+    clip[2] = clip[1]
+    energy = _reader(tmp_path).motion_energy(clip)
+    expected = np.zeros((3, 24, 32), np.float32)
+    expected[0, 8:16, 24:32] = 0.75  # one heat-map pixel covers 8 x 8 px of the frame
+    np.testing.assert_array_equal(energy, expected)
+    np.testing.assert_array_equal(_reader(tmp_path).motion_energy(clip[:1]), np.zeros((1, 24, 32)))
+
+
 def test_zipped_folder_gives_the_same_arrays(tmp_path: Path) -> None:
     for k in range(3):
         _write(tmp_path, np.random.default_rng(k).random((JOINTS, *SIZE)), k)
