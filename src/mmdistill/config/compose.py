@@ -85,9 +85,7 @@ def explain_null_source(overrides: Sequence[str]) -> Iterator[None]:
         keys = [override.partition("=")[0] for override in overrides if re.match(r"source(\.|=\{)", override)]
         if not keys:
             raise
-        raise ConfigError(
-            f"{keys[0]}: source is null; select its dataset by name, for example source=tennis"
-        ) from error
+        raise ConfigError(f"{keys[0]}: source is null; select its dataset by name, such as source=tennis") from error
 
 
 def compose_config(
