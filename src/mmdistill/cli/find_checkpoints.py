@@ -199,9 +199,19 @@ def _nearest_config(config: dict[str, Any]) -> tuple[str, list[str]]:
         else:
             teachers = f"trainer.teachers=[{','.join(config['trainer']['teachers'])}]"
             base = load_config(DistillConfig, path.stem, [*arguments, "train=False", "test=False", teachers])
-        found[path.stem] = [*arguments, *_differences(config, to_plain(base))]
+        own = {key: value for key, value in config.items() if key != "source"}
+        found[path.stem] = [*arguments, *_differences(own, to_plain(base))]
     name = min(found, key=lambda name: len(found[name]))
-    return name, found[name]
+    return name, [*found[name], *(_source_overrides(config["source"]) if config.get("source") else [])]
+
+
+def _source_overrides(source: dict[str, Any]) -> list[str]:
+    """The overrides for the source of a joint pretraining."""
+    name = source["name"]
+    if not (configs_dir() / "dataset" / f"{name}.yaml").is_file():
+        return [f"source={name}"]
+    base = load_config(PretrainConfig, "config_pretrain", [f"dataset={name}", f"modality={STUDENT_MODALITY}"])
+    return [f"source={name}", *_differences(source, to_plain(base.data_module), "source.")]
 
 
 def _differences(config: dict[str, Any], base: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -212,8 +222,7 @@ def _differences(config: dict[str, Any], base: dict[str, Any], prefix: str = "")
         if isinstance(value, dict) and isinstance(base[key], dict):
             yield from _differences(value, base[key], f"{prefix}{key}.")
         else:
-            text = _hydra_value(value) if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-            yield f"{prefix}{key}={text}"
+            yield f"{prefix}{key}={_hydra_value(value)}"
 
 
 def _annotation_paths(hydra: dict[str, Any], data: dict[str, Any]) -> tuple[Path, Path]:
@@ -250,11 +259,15 @@ def _is_used(key: str, verb: str, data: dict[str, Any]) -> bool:
     return name not in UNUSED_DATA_KEYS[verb]
 
 
-def _hydra_value(text: str) -> str:
-    """`text`, in quotes if Hydra needs them; the entrypoints accept "=" without."""
-    if re.fullmatch(r"[\w./=+-]+", text, re.ASCII):
-        return text
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+def _hydra_value(value: Any) -> str:
+    """A value as Hydra reads it: text in quotes if needed (the entrypoints accept "=" without), keys without quotes."""
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_hydra_value(entry)}' for key, entry in value.items())}}}"
+    if not isinstance(value, str):
+        return json.dumps(value, separators=(",", ":"))
+    if re.fullmatch(r"[\w./=+-]+", value, re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 

@@ -92,14 +92,14 @@ def select_files(overrides: Sequence[str], schema: type[Any]) -> list[str]:
 
 @contextmanager
 def explain_null_source(overrides: Sequence[str]) -> Iterator[None]:
-    """While open, the error of OmegaConf about ``source.KEY=VALUE`` without a source becomes a `ConfigError`."""
+    """While open, OmegaConf's errors about ``source.KEY=VALUE`` without a source and ``source={...}`` are explained."""
     try:
         yield
-    except AssertionError as error:
-        keys = [override.partition("=")[0] for override in overrides if override.startswith("source.")]
+    except (AssertionError, AttributeError) as error:
+        keys = [override.partition("=")[0] for override in overrides if re.match(r"source(\.|=\{)", override)]
         if not keys:
             raise
-        raise ConfigError(f"{keys[0]}: source is null; select its dataset, for example source=tennis") from error
+        raise ConfigError(f"{keys[0]}: source is null; select its dataset by name, such as source=tennis") from error
 
 
 def compose_config(

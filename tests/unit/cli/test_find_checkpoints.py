@@ -8,6 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mmdistill.checkpoint.find import find_checkpoints, select_checkpoints
 from mmdistill.cli.find_checkpoints import (
+    _nearest_config,
     config_arguments,
     distillation_command,
     evaluation_command,
@@ -296,3 +297,11 @@ def test_experiment_of_a_pretraining_is_kept_if_the_distillation_accepts_it(tmp_
     arguments = {name: config_arguments(tmp_path / name, "distill") for name in ("size", "own")}
     assert "experiment=size" in arguments["size"]
     assert arguments["own"] == ["--config-name=config_mmdistill", f"--config-dir={tmp_path}/configs"]
+
+
+def test_config_of_a_joint_pretraining_is_given_by_the_name_of_its_source() -> None:
+    given = ["modality=rgb", "dataset=epic", "source=ego4d", "source.target_data_dir=/e", "trainer.lambda_ce={rgb: 1}"]
+    config = load_config(PretrainConfig, "config_pretrain", given)
+    name, overrides = _nearest_config(to_plain(config))
+    assert overrides[-2:] == ["source=ego4d", "source.target_data_dir=/e"]
+    assert load_config(PretrainConfig, name, [*overrides, "modality=rgb"]) == config
