@@ -9,6 +9,7 @@ Shapes: N clips, D width of a feature.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -144,7 +145,7 @@ class Ledger(pl.Callback):
             return
         pl_module.eval()
         # eager: other batch sizes would compile the encoders again
-        with trainer.precision_plugin.train_step_context(), torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"):
             self.current = self.compute(pl_module, epoch)
         pl_module.train()
         self.training.extra_metrics |= ledger_metrics(self.current)
@@ -166,7 +167,8 @@ class Ledger(pl.Callback):
             "held_out_clips": len(held_out.positions),
             "held_out": held_out.source,
         }
-        shares = gradient_shares(module, train)
+        with _step_precision(module):
+            shares = gradient_shares(module, train)
         teachers: dict[str, dict[str, Any]] = {
             name: {
                 "variance": mean_variance(x),
@@ -187,7 +189,9 @@ class Ledger(pl.Callback):
                 index = held_out.dataset.index
                 numbers = [index.clips[i].label for i in held_out.positions]
                 labels = [index.classes[number] if number >= 0 else "" for number in numbers]
-                for name, (overall, by_class) in _all_r_squared(module, found, labels).items():
+                with _step_precision(module):
+                    found_r2 = _all_r_squared(module, found, labels)
+                for name, (overall, by_class) in found_r2.items():
                     teachers[name] |= {"r2": overall, "r2_by_class": by_class}
         return {**about, "problems": problems, "teachers": teachers}
 
@@ -205,9 +209,10 @@ class Ledger(pl.Callback):
             with torch.no_grad():
                 for numbers, batch in zip(_chunks(own, self.training.config.batch_size), loader, strict=True):
                     batch = {key: value.to(module.device) for key, value in batch.items()}
-                    rgb, weights = module.input(STUDENT_MODALITY, batch), module.pooling_weights(batch)
-                    student = module.student.embed(rgb, batch["visible"], module.pooling, weights)
-                    found = module.targets(batch, [name for name in names if name not in self.files])
+                    with _step_precision(module):
+                        rgb, weights = module.input(STUDENT_MODALITY, batch), module.pooling_weights(batch)
+                        student = module.student.embed(rgb, batch["visible"], module.pooling, weights)
+                        found = module.targets(batch, [name for name in names if name not in self.files])
                     clips = [dataset.index.clips[i].id for i in batch["index"].tolist()]
                     found |= {name: self.files[name].select(clips) for name in names if name in self.files}
                     columns = [x.float().cpu() for x in (student, *(found[name] for name in names))]
@@ -221,6 +226,11 @@ class Ledger(pl.Callback):
         merged = {number: columns for part, _ in parts for number, columns in part.items()}
         student, *teachers = (torch.stack(column) for column in zip(*(merged[i] for i in positions), strict=True))
         return ClipFeatures(student, dict(zip(names, teachers, strict=True)))
+
+
+def _step_precision(module: MMDistill) -> AbstractContextManager[object]:
+    """The autocast of a training step. Batches are collated outside of it: it does not support all dtypes."""
+    return module.trainer.precision_plugin.train_step_context()
 
 
 def _last_batch(module: MMDistill) -> ClipFeatures:

@@ -197,8 +197,8 @@ class TeacherCacheCallback(Callback):
             pin_memory=False,
             batch_size=self.training.config.batch_size,
         )
-        with trainer.precision_plugin.train_step_context(), torch.no_grad():
-            for batch in loader:
-                batch = trainer.strategy.batch_to_device(batch)
+        for batch in loader:  # outside of autocast, which does not support all dtypes of a collation
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.train_step_context(), torch.no_grad():
                 self.cache.add(draw, batch["index"], pl_module.targets(batch))
         self.cache.write(draw)
