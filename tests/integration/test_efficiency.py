@@ -1,5 +1,6 @@
 """Options for speed, memory and averaging: layer decay, EMA, accumulation, compile, teacher cache."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,12 @@ def test_cached_features_give_the_same_losses_without_reading_flow(
     both = by_epoch[0].keys() & by_epoch[2].keys()
     assert all(torch.equal(by_epoch[0][c], by_epoch[2][c]) for c in both)
     assert not all(torch.equal(by_epoch[0][c], by_epoch[1][c]) for c in by_epoch[0].keys() & by_epoch[1].keys())
+
+
+def test_cache_is_filled_under_bf16_by_the_main_process(folder: Path, steps: list, tmp_path: Path) -> None:
+    """Autocast cannot collate all dtypes of a sample."""
+    run.distill(_config(folder, *CACHED, "precision=bf16", "num_workers=0"), tmp_path / "bf16")
+    assert all(math.isfinite(s["loss"]) for s in steps)
 
 
 def test_resume_uses_or_recomputes_the_cache(folder: Path, steps: list, reads: dict, tmp_path: Path) -> None:
