@@ -324,9 +324,9 @@ def _validate_visible_tokens(key: str, ratio: float, data: DataModuleConfig) -> 
 
 
 def _num_mask_units(data: DataModuleConfig) -> int:
-    """Number of positions (tube mask) or tokens (random mask) from which a mask removes a fraction."""
+    """Number of positions (tube mask) or tokens (other masks) from which a mask removes a fraction."""
     positions = (data.crop_size[0] // data.patch_size) * (data.crop_size[1] // data.patch_size)
-    return positions * (data.num_frames // data.tubelet if data.mask_type == "random" else 1)
+    return positions * (1 if data.mask_type == "tube" else data.num_frames // data.tubelet)
 
 
 def modality_specs(data: DataModuleConfig) -> dict[str, ModalitySpec]:

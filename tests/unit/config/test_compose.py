@@ -99,6 +99,7 @@ def test_experiment_of_the_paper() -> None:
         weights = loss_weights(config)
         assert (weights.source, weights.target, weights.ce) == (1, 1, lambda_ce)
         assert (config.data_module.mask_ratio, config.model.dim, config.trainer.epochs) == (0.9, 384, 100)
+        assert config.trainer.classifier_dropout == 0.5
     replaced = [*given, "modality=rgb", "trainer.lambda_ce=0", "model=tiny"]
     config = load_config(PretrainConfig, "config_pretrain", replaced)
     assert (loss_weights(config).ce, config.model.dim) == (0, 128)

@@ -12,12 +12,14 @@ from mmdistill.config import (
     CLASSIFIER_NAMES,
     SHORT_KEYS,
     ConfigError,
+    DataModuleConfig,
     DistillConfig,
     PretrainConfig,
     has_offload,
     modality_setting,
     modality_setting_key,
     modality_specs,
+    removes_no_token,
     schema,
     teacher_paths,
     teacher_weights,
@@ -124,6 +126,10 @@ COMMON = [
     (
         D + "mask_ratio=0.99 " + D + "mask_type=tube",
         D + "mask_ratio=0.99 leaves none of 16 tokens visible; use a smaller ratio",
+    ),
+    (
+        f"{D}mask_ratio=0.999 {D}mask_type=motion",
+        D + "mask_ratio=0.999 leaves none of 64 tokens visible; use a smaller ratio",
     ),
     (
         f"{D}n_masks=2 {D}eval_mask_ratio=0.999",
@@ -283,6 +289,21 @@ def test_invalid_values_raise(make: Callable[..., object], given: str, message: 
 def test_rules_of_common_keys_apply_to_both_phases(given: str) -> None:
     with pytest.raises(ConfigError):
         distill_config(*given.split())
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "smallest", "largest"),
+    [("tube", 1 / 16, 15 / 16), ("random", 1 / 64, 63 / 64), ("motion", 1 / 64, 63 / 64)],
+)
+def test_masks_remove_from_one_to_all_but_one(mask_type: str, smallest: float, largest: float) -> None:
+    """A tube mask removes some of the 4 x 4 positions, the others some of the 4 x 4 x 4 tokens."""
+
+    def data(ratio: float) -> DataModuleConfig:
+        return pretrain_config(f"{D}mask_type={mask_type}", f"{D}mask_ratio={ratio}").data_module
+
+    assert not removes_no_token(data(0.51 * smallest))
+    assert removes_no_token(data(0.49 * smallest))
+    assert data(largest).mask_ratio == largest
 
 
 def test_absent_logger_package_raises(monkeypatch: pytest.MonkeyPatch) -> None:

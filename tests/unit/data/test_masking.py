@@ -1,5 +1,7 @@
 """Masks: a constant number of visible tokens, tubes through time, and a uniform distribution."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,23 @@ def test_every_token_is_visible_equally_often(kind: str) -> None:
     for _ in range(4000):
         counts[sample_visible_tokens((2, 3, 4), ratio=0.75, mask_type=kind, rng=rng)] += 1
     assert np.abs(counts / 4000 - 0.25).max() < 0.03  # 4 sigma of a binomial
+
+
+@pytest.mark.parametrize("kind", ["tube", "random", "motion"])
+def test_every_pair_of_four_is_visible_equally_often(kind: str) -> None:
+    """Two of four positions: each of the 6 pairs has the probability 1/6. `motion` at an infinite temperature."""
+    grid, rng, counts = (
+        ((2, 2, 2) if kind == "tube" else (1, 2, 2)),
+        np.random.default_rng(0),
+        Counter[tuple[int, ...]](),
+    )
+    more = {"weights": np.array([0.01, 0.1, 1.0, 9.0]), "temperature": np.inf} if kind == "motion" else {}
+    for _ in range(3000):
+        drawn = sample_visible_tokens(grid, ratio=0.5, mask_type=kind, rng=rng, **more)
+        counts[tuple(drawn[:2].tolist())] += 1
+        assert drawn.tolist() == [*drawn[:2], *(drawn[:2] + 4)] if kind == "tube" else len(drawn) == 2
+    assert sorted(counts) == [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    assert max(abs(count / 3000 - 1 / 6) for count in counts.values()) < 0.028  # 4 sigma of a binomial
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])

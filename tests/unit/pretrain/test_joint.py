@@ -60,9 +60,9 @@ class _Case:
         classes = self.loss.num_classes
         self.model = JointVideoMAE(*sizes, num_classes=classes) if classes else VideoMAE(*sizes)
 
-    def __call__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, predict: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         target = self.input(self.batch, TARGET_STD)
-        return self.loss(self.model, target, self.batch["source"], self.batch["visible"], None)
+        return self.loss(self.model, target, self.batch["source"], self.batch["visible"], predict)
 
     @staticmethod
     def input(sample: Mapping[str, Any], std: list[float]) -> torch.Tensor:
@@ -73,9 +73,12 @@ class _Case:
             clips.append(((cut - torch.tensor(MEAN)) / torch.tensor(std)).movedim(3, 0))
         return torch.stack(clips).float()
 
-    def reconstruction(self, x: torch.Tensor) -> tuple[float, float]:
-        """Mean squared error of the removed tokens of the target motion_energy, and that of the best constants."""
-        prediction, removed = VideoMAE.forward(self.model, x, self.batch["visible"])
+    def reconstruction(self, x: torch.Tensor, predict: torch.Tensor | None = None) -> tuple[float, float]:
+        """Mean squared error of the removed tokens of the target motion_energy, and that of the best constants.
+
+        With `predict` of these tokens only.
+        """
+        prediction, removed = VideoMAE.forward(self.model, x, self.batch["visible"], predict)
         energy = (x - x.mean(dim=2, keepdim=True)).abs().double().numpy()
         errors, values = [], []
         for clip in range(len(x)):
@@ -112,6 +115,18 @@ def test_loss_equals_its_formula(data: list[str]) -> None:
     }  # fmt: skip
     assert {name: float(value.detach()) for name, value in values.items()} == pytest.approx(expected, rel=1e-4)
     assert float(loss.detach()) == pytest.approx(2 * of_target + 0.5 * of_source + 0.3 * entropy, rel=1e-5)
+
+
+def test_dual_masking_predicts_the_same_tokens_of_both_clips(data: list[str]) -> None:
+    """Other ones for each pair of clips."""
+    case = _Case(_config(data, *WEIGHTS))
+    removed = [sorted({*range(32)} - {*row}) for row in case.batch["visible"].tolist()]
+    predict = torch.tensor([row[i : i + 4] for i, row in enumerate(removed)])
+    _, values = case(predict)
+    for name, sample, std in (("target", case.batch, TARGET_STD), ("source", case.batch["source"], SOURCE_STD)):
+        expected = case.reconstruction(_Case.input(sample, std), predict)
+        found = values[f"loss_{name}"], values[f"constant_baseline_loss_{name}"]
+        assert [float(value.detach()) for value in found] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
