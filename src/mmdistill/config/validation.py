@@ -106,7 +106,7 @@ def _validate_pretrain(config: PretrainConfig) -> None:
 
 
 def _validate_source(config: PretrainConfig) -> None:
-    """Check the source and the weights of the joint loss; see docs/method_parts/joint.md."""
+    """Check the source and the weights of the joint loss; see docs/method.md."""
     source, data, trainer, modality = config.source, config.data_module, config.trainer, config.modality
     if source is None:
         for name in SOURCE_KEYS:

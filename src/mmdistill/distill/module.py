@@ -1,4 +1,4 @@
-"""The LightningModule: three frozen teachers, one RGB student, one transfer head.
+"""The LightningModule: frozen teachers, one RGB student, one transfer head.
 
 MM-CDFSL (Hatano et al., ECCV 2024, arXiv 2405.19917, section 3.3): student and teachers get the same visible tokens of
 the same clip. The loss is the sum over teachers of the mean squared error between the transfer head's output and the

@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 class CrossModalTransfer(nn.Module):
-    """One two-layer MLP per teacher, from the student's feature of width `dim` to the teacher's feature."""
+    """One two-layer MLP per teacher, from the student's feature of width `dim` to the teacher's feature.
+
+    The activation is GELU, as in VideoMAE's blocks. That of the authors' code is ReLU.
+    """
 
     def __init__(self, dim: int, teacher_dims: Mapping[str, int]) -> None:
         super().__init__()

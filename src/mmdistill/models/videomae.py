@@ -252,9 +252,9 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """The clip feature, (B, D): by default LayerNorm without affine weights of the mean over the encoded tokens.
 
-        This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3). VideoMAE learns the affine weights of this fc-norm
-        from labels, starting at 1 and 0. There are no labels here, so the norm has no parameters. For other features,
-        which may be wider, and `weights` (B, L) see `Pooling`.
+        This is MM-CDFSL's feature (arXiv 2405.19917, section 3.3) with a norm that has no parameters. The classifier of
+        joint pretraining has a norm of its own, which is not part of the feature (`mmdistill.models.joint`). For other
+        features, which may be wider, and `weights` (B, L) see `Pooling`.
         """
         tokens = self(x, visible) if pooling.num_layers == 1 else self(x, visible, pooling.num_layers)
         return pooling(tokens, visible, self.config.grid, weights)

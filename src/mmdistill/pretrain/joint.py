@@ -2,7 +2,7 @@
 
 MM-CDFSL (Hatano et al., ECCV 2024, arXiv 2405.19917, section 3.2):
 ``lambda_target * reconstruction(target) + lambda_source * reconstruction(source) + lambda_ce * cross-entropy(source)``.
-A target clip and its source clip have the same mask. docs/method_parts/joint.md lists the config keys.
+A target clip and its source clip have the same mask. docs/method.md lists the config keys.
 """
 
 import hashlib
