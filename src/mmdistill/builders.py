@@ -16,6 +16,7 @@ from mmdistill.config import (
     DataModuleConfig,
     DistillConfig,
     ModelConfig,
+    PretrainConfig,
     extra_format,
     modality_setting,
     modality_setting_key,
@@ -383,7 +384,7 @@ def token_grid(data: DataModuleConfig) -> tuple[int, int]:
     return rows, columns
 
 
-def configured_pooling(config: DistillConfig) -> Pooling:
+def configured_pooling(config: PretrainConfig | DistillConfig) -> Pooling:
     """The pooling of a training."""
     return Pooling(config.pooling or "mean", config.pooling_last_k)
 

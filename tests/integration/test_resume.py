@@ -28,6 +28,8 @@ from tests.tiny_data import MODEL, make_tiny, overrides, write_teacher
 pytestmark = pytest.mark.timeout(3000)  # the first test waits for all runs: minutes on a quiet machine of two cores
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = [(2, 0), (2, 2), (2, 3), (1, 1)]  # processes, ZeRO stage; test_deepspeed_engine.py covers each combination
+VALIDATION = ["trainer.check_val_every_n_epoch=1", "trainer.val_episodes=2", "data_module.q_sample=1"]
+VALIDATION += ["data_module.n_way=2"]
 DISTILL, NATIVE = "lit_main_mmdistill.py", "pretrain_main.py"
 
 
@@ -101,7 +103,8 @@ def _plan_distill(runs: Runs, data: list[str]) -> None:
 
 def _plan_native(runs: Runs, data: list[str]) -> None:
     for world, stage in STAGES:
-        common = ["modality=skeleton", *data, *MODEL, f"strategy=deepspeed_stage_{stage}", "num_workers=1"]
+        common = ["modality=skeleton", *data, *MODEL, f"strategy=deepspeed_stage_{stage}", "num_workers=1", *VALIDATION]
+        common += ["trainer.ema=0.9"] if (world, stage) in ((2, 0), (1, 1)) else []
         name = f"native{world}{stage}"
         runs.add(f"{name}_full", NATIVE, common, world=world)
         batches = {1: 9, 2: 4}[world]
@@ -116,7 +119,7 @@ def _plan_joint(runs: Runs) -> None:
     """A source, with two ranks; stopped in the second of three batches of the second epoch."""
     target, source = (overrides(make_tiny(runs.root / name, per_class=1)) for name in ("target", "source"))
     common = ["modality=flow", *target, source_override(*source, "data_module.name=labeled"), *MODEL, "batch_size=2"]
-    common += ["strategy=deepspeed_stage_2", "trainer.classifier_dropout=0.5"]
+    common += ["strategy=deepspeed_stage_2", "trainer.classifier_dropout=0.5", "trainer.ema=0.9"]
     runs.add("joint_full", NATIVE, common, world=2)
     runs.add("joint_first", NATIVE, common, world=2, stop_at=5, stop_rank=1, into="joint")
     runs.add("joint_rest", NATIVE, [*common, "resume=auto"], world=2, into="joint")

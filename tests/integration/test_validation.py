@@ -13,12 +13,13 @@ from mmdistill.builders import make_clip_dataset, make_clip_loader
 from mmdistill.checkpoint import load_encoder, save_torch
 from mmdistill.config import DistillConfig, modality_specs, to_plain
 from mmdistill.distill import trainer as run
-from mmdistill.distill.validation import METRIC, Validation
+from mmdistill.distill.validation import Validation
 from mmdistill.evaluation.networks import Network
 from mmdistill.fewshot.encode import EvalMasks, encode_clips
 from mmdistill.fewshot.episodes import EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from mmdistill.training.monitoring import METRIC
 from tests.configs import distill_config
 from tests.ranks import fork_ranks, wait_for
 from tests.tiny_data import EVAL, make_tiny, overrides

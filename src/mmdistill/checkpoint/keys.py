@@ -1,7 +1,8 @@
 """Names of tensors. Pure functions from names to names; no function opens a file.
 
 Canonical names are VideoMAE's: ``encoder.patch_embed.proj.weight``, ``encoder.blocks.0.attn.qkv.weight``, ...,
-``encoder_to_decoder.weight``, ``mask_token``, ``decoder.*`` for a pretrained model, and the same ``encoder.*`` under
+``encoder_to_decoder.weight``, ``mask_token``, ``decoder.*`` for a pretrained model (an average of its encoder is
+``encoder_ema.encoder.*``), and the same ``encoder.*`` under
 ``student_rgb.`` or ``teacher_X.`` together with ``cmt.*`` for a distilled one.
 """
 
@@ -15,6 +16,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 
 WRAPPERS = ("module.", "_forward_module.", "model.", "_orig_mod.")
 COMPONENT_PREFIXES = ("student_", "teacher_")  # names of the encoders in a distilled checkpoint
+ENCODER_EMA = "encoder_ema"  # average of the encoder in a pretraining checkpoint
 _ENCODER_FIELDS = ("patch_embed.", "blocks.", "norm.", "pos_embed")
 _PROBE = "patch_embed.proj.weight"
 _HF_PROBE = "embeddings.patch_embeddings.projection.weight"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.data.motion import frame_difference, token_weights
@@ -143,7 +144,7 @@ class Student:
 
 def find_modality(checkpoint: Checkpoint, component: str) -> str | None:
     """The modality of an encoder, by its name or the metadata; without metadata rgb if it has 3 channels, else None."""
-    if "_" in component:
+    if "_" in component and component != ENCODER_EMA:
         return component.rpartition("_")[2]
     if stored := checkpoint.meta.get("modality"):
         return str(stored)
@@ -199,7 +200,7 @@ def stored_resize(meta: Mapping[str, Any]) -> str:
 
 
 def stored_pooling(meta: Mapping[str, Any]) -> Pooling | None:
-    """The pooling of a distilled checkpoint with metadata `meta`, for the evaluation; None if it stores none."""
+    """The pooling of a checkpoint with metadata `meta`, for the evaluation; None if it stores none."""
     stored = meta if "pooling" in meta else meta.get("config") or {}  # an export has it at the top
     name, last_k = stored.get("pooling"), stored.get("pooling_last_k", Pooling.last_k)
     return None if name is None else Pooling(name, last_k).for_evaluation

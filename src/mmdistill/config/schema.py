@@ -202,7 +202,7 @@ class DataModuleConfig(Sealable):
     unlabel_json_path: str = MISSING
     # annotation file of the labeled videos for the evaluation
     fewshot_eval_json_path: str = MISSING
-    # annotation file of the labeled videos for the validation during distillation; null: fewshot_eval_json_path, in
+    # annotation file of the labeled videos for the validation during a training; null: fewshot_eval_json_path, in
     # which case trainer.monitor=val_top1_action selects a checkpoint on the clips of the evaluation
     val_json_path: str | None = None
     # size of the stored frames: [height, width] in px
@@ -329,6 +329,14 @@ class TrainerConfig(Sealable):
     activation_checkpointing: bool = False
     # factor of the learning rate from each encoder block to the block below it; null: one learning rate for all blocks
     layer_decay: float | None = key(None, within("(0, 1]", null="one learning rate"))
+    # epochs between validations on held-out clips (docs/runs.md): few-shot score val_top1_action, loss, and collapse
+    # indicators of the feature; null or 0: none
+    check_val_every_n_epoch: int | None = key(None, at_least(0))
+    # number of episodes of a few-shot validation, which uses the first value of n_way and k_shot
+    val_episodes: int = key(20, at_least(2))
+    # decay per step of an exponential moving average of the encoder that is trained, stored in checkpoints as
+    # encoder_ema (pretraining) or student_ema_rgb (distillation); null: none
+    ema: float | None = key(None, within("[0, 1)", null="no average"))
 
 
 @dataclass
@@ -359,16 +367,9 @@ class DistillTrainerConfig(TrainerConfig):
     ckpt_path: Any = None
     # modalities of the teachers, and names of files of features; must contain rgb if student is null
     teachers: list[str] = key(["rgb", "flow", "skeleton"])
-    # epochs between few-shot validations, whose result is val_top1_action; null or 0: none
-    check_val_every_n_epoch: int | None = key(None, at_least(0))
     # metric by which save_top_k selects checkpoints: train_loss (lowest) | val_top1_action (highest; only checkpoints
     # of validated epochs)
     monitor: str = key("train_loss", one_of("train_loss", "val_top1_action"))
-    # number of episodes of a validation, which uses the first value of n_way and k_shot
-    val_episodes: int = key(20, at_least(2))
-    # decay per step of an exponential moving average of the student, stored in checkpoints as student_ema_rgb; null:
-    # none
-    ema: float | None = key(None, within("[0, 1)", null="no average"))
     # how each teacher's features are standardized with statistics of the first epoch (docs/runs.md): false (not at
     # all, as in the paper) | true or standard (each dimension by its own mean and standard deviation) | phi_s (one
     # scale for all dimensions, after a rotation that gives all of them the same variance)
@@ -416,6 +417,14 @@ class CommonConfig(Sealable):
     loader_timeout_s: float = key(600.0, at_least(0))
     # where metrics are logged: one or a list of tensorboard, csv, wandb, mlflow
     logger: Any = key(["tensorboard", "csv"], as_names, one_of("tensorboard", "csv", "wandb", "mlflow"))
+    # feature of a clip, of student and teachers or, in the validation of a pretraining, of its encoder: mean (of all
+    # tokens) | motion (mean, weighted by the motion of each token) | last_k (mean over the last pooling_last_k blocks)
+    # | segments (means of three ordered segments of time, concatenated) | halves (means of the upper and the lower
+    # half, concatenated) | person (mean over the boxes of the persons; in the training of a distillation only, which
+    # needs the skeleton teacher); null: mean in a training, that of the checkpoint in an evaluation
+    pooling: str | None = key(None, one_of(*POOLINGS))
+    # number of blocks with pooling=last_k
+    pooling_last_k: int = key(4, at_least(1))
     data_module: DataModuleConfig = field(default_factory=DataModuleConfig)
 
 
@@ -463,14 +472,6 @@ class DistillConfig(CommonConfig):
     # other networks that are evaluated on the same episodes: random (an untrained encoder with the
     # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
-    # feature of a clip, of student and teachers: mean (of all tokens) | motion (mean, weighted by the motion of each
-    # token) | last_k (mean over the last pooling_last_k blocks) | segments (means of three ordered segments of time,
-    # concatenated) | halves (means of the upper and the lower half, concatenated) | person (mean over the boxes of the
-    # persons; in a training only, which needs the skeleton teacher); null: mean in a training, that of the checkpoint
-    # in an evaluation
-    pooling: str | None = key(None, one_of(*POOLINGS))
-    # number of blocks with pooling=last_k
-    pooling_last_k: int = key(4, at_least(1))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))

@@ -95,6 +95,13 @@ def _validate_pretrain(config: PretrainConfig) -> None:
             "compile=true does not work with ZeRO stage 3, which gathers weights inside the encoder; "
             "use stage 2 or compile=false"
         )
+    if zero_stage(config) == 3 and config.trainer.ema is not None:
+        raise ConfigError(
+            f"trainer.ema={config.trainer.ema} does not work with ZeRO stage 3, in which no process has all weights; "
+            "use stage 2 or ema=null"
+        )
+    if config.pooling == "person":
+        raise ConfigError("pooling=person has no effect in a pretraining; use another pooling, or pooling=null")
     model = config.model
     if model.head_dim is None and model.dim % model.heads:
         raise ConfigError(f"model.dim={model.dim} is not divisible by model.heads={model.heads}; set model.head_dim")
@@ -250,7 +257,7 @@ def _validate_teacher_names(config: DistillConfig) -> None:
 
 def _validate_components(config: DistillConfig) -> None:
     """The name of an evaluated component ends with its modality: ``student_rgb``, ``pretrained_skeleton``."""
-    scored = [] if config.eval_component == "encoder" else [("eval_component", config.eval_component)]
+    scored = [] if config.eval_component in ("encoder", "encoder_ema") else [("eval_component", config.eval_component)]
     baselines = [("baselines", name) for name in config.baselines if name.startswith(COMPONENT_PREFIXES)]
     for key, component in (*scored, *baselines):
         if component.rpartition("_")[2] not in modality_names():

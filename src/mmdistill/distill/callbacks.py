@@ -13,10 +13,10 @@ from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.retention import best_checkpoint, link_or_copy
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.distill.ledger import Ledger
-from mmdistill.distill.validation import METRIC
 from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.models.videomae import EncoderConfig
 from mmdistill.randomness import seed_step
+from mmdistill.training.monitoring import METRIC
 from mmdistill.training.nonfinite import grad_norm, skip_optimizer_step
 from mmdistill.training.optim import StepSchedule
 from mmdistill.training.run import Training

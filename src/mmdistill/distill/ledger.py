@@ -1,8 +1,9 @@
 """What each teacher contributes: variance of its features, R² of the student's predictions, share of the gradient.
 
 `Ledger` computes it at the end of the last epoch, and every `trainer.check_val_every_n_epoch` epochs. Variance and
-gradient are those of the epoch's last batch, over all ranks. For R² it reads at most `NUM_CLIPS` held-out clips, with
-masks, and runs each encoder forward once per clip. It changes nothing in the training.
+gradient are those of the epoch's last batch, over all ranks. For R² it reads at most 128 held-out clips, with masks,
+and runs each encoder forward once per clip. Their features also give the loss and the collapse indicators of
+`mmdistill.training.monitoring`. It changes nothing in the training.
 
 Shapes: N clips, D width of a feature.
 """
@@ -10,17 +11,15 @@ Shapes: N clips, D width of a feature.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Subset
 
-from mmdistill.builders import make_clip_dataset, make_clip_loader, open_readers
+from mmdistill.builders import make_clip_dataset, open_readers
 from mmdistill.config import ConfigError, DataModuleConfig
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.dataset import ClipDataset
@@ -28,13 +27,19 @@ from mmdistill.data.readers.base import FrameError
 from mmdistill.distill.feature_file import FeatureFile
 from mmdistill.distill.module import MMDistill
 from mmdistill.distill.standardization import RELATIVE_STD_OF_CONSTANT
-from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
-from mmdistill.errors import MMDistillError, format_count
+from mmdistill.distributed.collectives import all_gather_objects
+from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY
 from mmdistill.models.pooling import Pooling
+from mmdistill.training.monitoring import (
+    describe_held_out,
+    encode_clips,
+    held_out_data,
+    held_out_metrics,
+    is_due,
+    select_positions,
+)
 from mmdistill.training.run import Training
-
-NUM_CLIPS = 128  # less than 1 % of the time of `make demo`
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,6 @@ class HeldOut:
     positions: Sequence[int]
     source: str
     problems: Mapping[str, str] = field(default_factory=dict)
-
-
-def select_positions(num_clips: int) -> list[int]:
-    """At most `NUM_CLIPS` of the clips, at equal distances."""
-    positions: list[int] = np.linspace(0, num_clips - 1, min(num_clips, NUM_CLIPS)).round().astype(int).tolist()
-    return positions
 
 
 def mean_variance(features: Tensor) -> float | None:
@@ -139,13 +138,12 @@ class Ledger(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Compute and log the ledger in the epochs that have one. Collective."""
-        every, epoch = self.training.config.trainer.check_val_every_n_epoch, trainer.current_epoch  # type: ignore[union-attr]
-        is_due = epoch + 1 == trainer.max_epochs or (every and (epoch + 1) % every == 0)
-        if not is_due or pl_module.last_features is None:
+        every, epoch = self.training.config.trainer.check_val_every_n_epoch, trainer.current_epoch
+        if (epoch + 1 != trainer.max_epochs and not is_due(every, epoch)) or pl_module.last_features is None:
             return
         pl_module.eval()
         # eager: other batch sizes would compile the encoders again
-        with torch.compiler.set_stance("force_eager"):
+        with self.training.throughput.pause(), torch.compiler.set_stance("force_eager"):
             self.current = self.compute(pl_module, epoch)
         pl_module.train()
         self.training.extra_metrics |= ledger_metrics(self.current)
@@ -157,7 +155,8 @@ class Ledger(pl.Callback):
         Returns:
             ``epoch``; ``train_clips`` and ``held_out_clips``, numbers of clips; ``held_out``, annotation file of these;
             ``problems``, see `HeldOut`; ``teachers``: by teacher ``variance``, ``is_constant``, ``gradient_share``,
-            ``r2`` and ``r2_by_class`` (by name of the class).
+            ``r2`` and ``r2_by_class`` (by name of the class); ``monitoring``: result of `held_out_metrics` for the
+            student, without a loss if that of a teacher is unknown; empty without held-out clips.
         """
         train = _last_batch(module)
         held_out = self._held_out = self._held_out or find_held_out(self.training, module, self.files)
@@ -179,7 +178,7 @@ class Ledger(pl.Callback):
             }
             for name, x in train.teachers.items()
         }
-        problems = dict(held_out.problems)
+        problems, monitoring = dict(held_out.problems), {}
         if held_out.dataset is not None:
             names = [name for name in module.names if name not in problems]
             found = self._encode(module, held_out.dataset, held_out.positions, names)
@@ -191,40 +190,32 @@ class Ledger(pl.Callback):
                 labels = [index.classes[number] if number >= 0 else "" for number in numbers]
                 with _step_precision(module):
                     found_r2 = _all_r_squared(module, found, labels)
+                    losses = None if problems else held_out_losses(module, found)
+                monitoring = held_out_metrics(found.student, losses)
                 for name, (overall, by_class) in found_r2.items():
                     teachers[name] |= {"r2": overall, "r2_by_class": by_class}
-        return {**about, "problems": problems, "teachers": teachers}
+        return {**about, "problems": problems, "teachers": teachers, "monitoring": monitoring}
 
     def _encode(
         self, module: MMDistill, dataset: ClipDataset, positions: Sequence[int], names: Iterable[str]
     ) -> ClipFeatures | str:
-        """The features of the clips at `positions`, or why they cannot be read. Each rank encodes its share."""
-        own = positions[get_rank() :: get_world_size()]
-        rows: dict[int, list[Tensor]] = {}
-        error, names = "", list(names)
-        loader = make_clip_loader(
-            Subset(dataset, own), num_workers=0, pin_memory=False, batch_size=self.training.config.batch_size
-        )
-        try:
-            with torch.no_grad():
-                for numbers, batch in zip(_chunks(own, self.training.config.batch_size), loader, strict=True):
-                    batch = {key: value.to(module.device) for key, value in batch.items()}
-                    with _step_precision(module):
-                        rgb, weights = module.input(STUDENT_MODALITY, batch), module.pooling_weights(batch)
-                        student = module.student.embed(rgb, batch["visible"], module.pooling, weights)
-                        found = module.targets(batch, [name for name in names if name not in self.files])
-                    clips = [dataset.index.clips[i].id for i in batch["index"].tolist()]
-                    found |= {name: self.files[name].select(clips) for name in names if name in self.files}
-                    columns = [x.float().cpu() for x in (student, *(found[name] for name in names))]
-                    rows |= {number: [c[i] for c in columns] for i, number in enumerate(numbers)}
-        except MMDistillError as problem:  # a file cannot be read; the training itself does not need it
-            error = str(problem)
-        parts = all_gather_objects((rows, error))
-        for _, problem_text in parts:
-            if problem_text:
-                return str(problem_text)
-        merged = {number: columns for part, _ in parts for number, columns in part.items()}
-        student, *teachers = (torch.stack(column) for column in zip(*(merged[i] for i in positions), strict=True))
+        """The features of the clips at `positions`, or why they cannot be read. Collective."""
+        names = list(names)
+
+        def encode(batch: Mapping[str, Tensor]) -> list[Tensor]:
+            batch = {key: value.to(module.device) for key, value in batch.items()}
+            with _step_precision(module):
+                rgb, weights = module.input(STUDENT_MODALITY, batch), module.pooling_weights(batch)
+                student = module.student.embed(rgb, batch["visible"], module.pooling, weights)
+                found = module.targets(batch, [name for name in names if name not in self.files])
+            clips = [dataset.index.clips[i].id for i in batch["index"].tolist()]
+            found |= {name: self.files[name].select(clips) for name in names if name in self.files}
+            return [student, *(found[name] for name in names)]
+
+        found = encode_clips(dataset, positions, encode, batch_size=self.training.config.batch_size)
+        if isinstance(found, str):  # a file cannot be read; the training itself does not need it
+            return found
+        student, *teachers = found
         return ClipFeatures(student, dict(zip(names, teachers, strict=True)))
 
 
@@ -242,8 +233,17 @@ def _last_batch(module: MMDistill) -> ClipFeatures:
     return ClipFeatures(merged.pop(""), merged)
 
 
-def _chunks(values: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
+def held_out_losses(module: MMDistill, features: ClipFeatures) -> tuple[float, float]:
+    """The weighted sum of the teachers' losses on these clips, and that of the best constant features."""
+    weights = module.target_options.weights
+    loss = baseline = 0.0
+    with torch.no_grad():
+        predictions = module.cmt(features.student.to(module.device))
+        for name, raw in features.teachers.items():
+            target, weight = module.target(name, raw.to(module.device)), weights.get(name, 1.0)
+            loss += weight * float(F.mse_loss(predictions[name].float(), target))
+            baseline += weight * float(target.var(dim=0, unbiased=False).mean())
+    return loss, baseline
 
 
 def _all_r_squared(
@@ -261,9 +261,8 @@ def _all_r_squared(
 def find_held_out(training: Training, module: MMDistill, files: Mapping[str, FeatureFile]) -> HeldOut:
     """The clips of `val_json_path`, else of `fewshot_eval_json_path`, and the teachers that lack files for them."""
     config = training.config
-    data: DataModuleConfig = config.data_module
-    source = data.val_json_path or data.fewshot_eval_json_path
-    data = replace(data, fewshot_eval_json_path=source)
+    data = held_out_data(config.data_module)
+    source = data.fewshot_eval_json_path
     problems: dict[str, str] = {}
     for modality in module.modalities:
         try:
@@ -309,8 +308,9 @@ def _lacking_files(dataset: ClipDataset, positions: Sequence[int]) -> dict[str, 
 
 
 def ledger_metrics(ledger: Mapping[str, Any]) -> dict[str, float]:
-    """``variance_TEACHER``, ``gradient_share_TEACHER`` and ``r2_TEACHER``, for the trackers."""
-    return {
+    """``variance_TEACHER``, ``gradient_share_TEACHER``, ``r2_TEACHER`` and those of the student, for the trackers."""
+    own: dict[str, float] = ledger.get("monitoring", {})
+    return own | {
         f"{key}_{name}": values[key]
         for name, values in ledger["teachers"].items()
         for key in ("variance", "gradient_share", "r2")
@@ -332,6 +332,8 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
             f"  {name}: variance {_format(values['variance'], '.3g')}, gradient "
             f"{100 * values['gradient_share']:.1f} %, R2 {_format(values['r2'], '.3f')}{classes}"
         )
+    if ledger.get("monitoring"):
+        lines.append(f"  student: {describe_held_out(ledger['monitoring'])}")
     lines += [
         f"teacher {name} contributes nothing: its features are constant; remove it from trainer.teachers, or use "
         "another checkpoint"

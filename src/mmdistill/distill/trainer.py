@@ -26,10 +26,11 @@ from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
 from mmdistill.distill.teachers import Teachers, load_all_teachers
-from mmdistill.distill.validation import Validation, make_validation, validation_summary
+from mmdistill.distill.validation import Validation, make_validation
 from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
+from mmdistill.training.monitoring import METRIC
 from mmdistill.training.run import Run, Training, complete_message, open_run, prune_checkpoints, start_training
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.state import TrainingState
@@ -109,8 +110,9 @@ def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: M
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
     module = _make_module(config, training, teachers, specs)
-    validation = make_validation(config, run.process, training.log.info)
-    validation_line = f"\n{validation_summary(validation, config)}" if validation else ""
+    made = make_validation(config, run.process, training.log.info)
+    validation = made if isinstance(made, Validation) else None
+    validation_line = f"\n{validation.summary(config)}" if validation else f"\nno {METRIC}: {made}" if made else ""
     students = ["student_rgb"] if trainer_config.ema is None else ["student_rgb", "student_ema_rgb"]
     encoders = dict.fromkeys(students, module.student.config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.encoders.items()}

@@ -7,8 +7,7 @@ Shapes: B batch, N clips of the episodes, D width.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,21 +16,17 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from mmdistill.builders import load_clip_sources, make_clip_dataset, make_clip_loader
-from mmdistill.config import DistillConfig, as_ints
+from mmdistill.builders import make_clip_loader
+from mmdistill.config import DistillConfig
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects
 from mmdistill.distributed.process import Process
-from mmdistill.errors import format_count
-from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, FloatArray, disjoint_groups, sample_episodes
-from mmdistill.fewshot.scores import evaluate_episodes
+from mmdistill.fewshot.episodes import Episodes, FloatArray
 from mmdistill.modalities import STUDENT_MODALITY
-
-METRIC = "val_top1_action"
-CLASSIFIER = "centroid"
+from mmdistill.training.monitoring import METRIC, FewshotClips, make_fewshot_clips, try_on_all_ranks
 
 
-class Validation(pl.Callback):
+class Validation(FewshotClips, pl.Callback):
     """Collect the student's features that `MMDistill.validation_step` returns, and score the episodes with them.
 
     Each rank encodes its share of the clips. All ranks score the same episodes and log the same number.
@@ -53,8 +48,8 @@ class Validation(pl.Callback):
         make_loader: Callable[..., DataLoader[Any]],
         log: Callable[[str], None],
     ) -> None:
-        self.dataset, self.episodes, self._make_loader, self._log = dataset, episodes, make_loader, log
-        self.clips = np.unique(np.concatenate((episodes.support.ravel(), episodes.query.ravel())))
+        super().__init__(dataset, episodes)
+        self._make_loader, self._log = make_loader, log
         clips_per_rank = math.ceil(len(self.clips) / process.world_size)
         padded = np.resize(self.clips, clips_per_rank * process.world_size)  # repeats clips: ranks need equal numbers
         self.own_clips = padded[process.rank :: process.world_size].tolist()
@@ -84,44 +79,25 @@ class Validation(pl.Callback):
         features = {i: row for part in all_gather_objects(self._features) for i, row in part.items()}
         value = self.score(features)
         pl_module.log(METRIC, torch.tensor(value, device=pl_module.device), sync_dist=True)  # the same on every rank
-        e = self.episodes
-        setting = f"{format_count(len(e), 'episode')}, {e.n_way}-way {e.k_shot}-shot, {CLASSIFIER}"
-        self._log(f"epoch {trainer.current_epoch}: {METRIC} {value:.4f} ({setting})")
-
-    def score(self, features: Mapping[int, FloatArray]) -> float:
-        """Mean accuracy as a fraction. `features` are float32 (D,) by position in the dataset."""
-        rows = np.stack([features[i] for i in self.clips.tolist()])
-        e = self.episodes
-        own_episodes = replace(
-            e, support=np.searchsorted(self.clips, e.support), query=np.searchsorted(self.clips, e.query)
-        )  # positions in `rows`
-        return float(evaluate_episodes(rows, own_episodes, CLASSIFIER).accuracy.mean())
+        self._log(f"epoch {trainer.current_epoch}: {self.describe(value)}")
 
 
-def make_validation(config: DistillConfig, process: Process, log: Callable[[str], None]) -> Validation | None:
-    """The validation callback, which prints lines with `log`; None if `trainer.check_val_every_n_epoch` is not set.
+def make_validation(config: DistillConfig, process: Process, log: Callable[[str], None]) -> Validation | str | None:
+    """The validation callback, which prints lines with `log`. Collective.
+
+    None if `trainer.check_val_every_n_epoch` is not set; why there is none, if labels or files are missing.
 
     Raises:
-        EpisodeError: there are too few validation clips for the episodes.
+        EpisodeError, ConfigError, AnnotationError: labels or files are missing, and `trainer.monitor` needs them.
     """
-    data, trainer = config.data_module, config.trainer
-    if not trainer.check_val_every_n_epoch:
+    if not config.trainer.check_val_every_n_epoch:
         return None
-    val_data = replace(data, fewshot_eval_json_path=data.val_json_path or data.fewshot_eval_json_path)
-    dataset = make_clip_dataset(
-        val_data, (STUDENT_MODALITY,), training=False, seed=config.seed, needs_motion=config.pooling == "motion"
-    )
-    clips = dataset.index.clips
-    n_way, k_shot = as_ints("data_module.n_way", data.n_way)[0], as_ints("data_module.k_shot", data.k_shot)[0]
-    labels, sources = [c.label for c in clips], load_clip_sources(val_data, dataset.index, training=False)
-    episodes = sample_episodes(
-        labels,
-        EpisodeSpec(n_way, k_shot, data.q_sample, data.disjoint),
-        episodes=trainer.val_episodes,
-        seed=config.seed,
-        groups=disjoint_groups(data.disjoint, [c.group for c in clips], sources, labels),
-        names=dataset.index.classes,
-    )
+    if config.trainer.monitor == METRIC:
+        clips: FewshotClips | str = make_fewshot_clips(config, STUDENT_MODALITY)
+    else:
+        clips = try_on_all_ranks(lambda: make_fewshot_clips(config, STUDENT_MODALITY))
+    if isinstance(clips, str):
+        return clips
     make_loader = partial(
         make_clip_loader,
         num_workers=config.num_workers,
@@ -129,14 +105,4 @@ def make_validation(config: DistillConfig, process: Process, log: Callable[[str]
         batch_size=config.batch_size,
         timeout_s=config.loader_timeout_s,
     )
-    return Validation(dataset, episodes, process, make_loader=make_loader, log=log)
-
-
-def validation_summary(validation: Validation, config: DistillConfig) -> str:
-    """The log line about the validation at the start of a run."""
-    data, every = config.data_module, config.trainer.check_val_every_n_epoch
-    source = data.val_json_path or f"{data.fewshot_eval_json_path} (the test clips; see data_module.val_json_path)"
-    return (
-        f"{METRIC} every {format_count(every or 0, 'epoch')} on {format_count(len(validation.clips), 'clip')} of "
-        f"{source}"
-    )
+    return Validation(clips.dataset, clips.episodes, process, make_loader=make_loader, log=log)

@@ -11,6 +11,7 @@ import torch
 from mmdistill.builders import check_joints, check_pooling, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import ComponentError, name_setting
+from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.references import labeled_sources, load_referenced_teacher, weights_digest
 from mmdistill.checkpoint.student import stored_pooling
@@ -191,7 +192,7 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         CheckpointError: a component is missing, or a path of `baselines` cannot be read.
     """
     data, path = config.data_module, source.path
-    is_distilled = "student_rgb" in source.components or len(source.components) > 1
+    is_distilled = "student_rgb" in source.components or len({*source.components} - {ENCODER_EMA}) > 1
     references = source.meta.get("teachers") or {}  # of a student-only checkpoint
     if is_distilled:
         with name_setting("eval_component", ComponentError):
@@ -199,13 +200,19 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
     else:
         own_component = select_encoder(source.state_dict, None, path).component
         channels = {name: spec.channels for name, spec in modality_specs(data).items()}
-        own_name = f"pretrained_{_find_modality(source, own_component, None, channels)}"
-        if config.eval_component not in (DistillConfig.eval_component, own_name, "encoder"):
+        own_modality = _find_modality(source, own_component, None, channels)
+        own_name = f"pretrained_{own_modality}"
+        own_names = {own_component: own_name}  # component -> name in the outputs
+        if ENCODER_EMA in source.components:
+            own_names[ENCODER_EMA] = f"pretrained_ema_{own_modality}"
+        wanted = config.eval_component
+        if wanted not in (DistillConfig.eval_component, own_name, "encoder", *own_names):
             raise ConfigError(
-                f"eval_component={config.eval_component}: {path} is not a distilled checkpoint, it contains only "
-                f"{own_name}"
+                f"eval_component={wanted}: {path} is not a distilled checkpoint, it contains only "
+                f"{' and '.join([own_name, *list(own_names)[1:]])}"
             )
-        scored = load_network(source, name=own_name, data=data)
+        own_component = wanted if wanted in own_names else own_component
+        scored = load_network(source, component=own_component, name=own_names[own_component], data=data)
     networks, messages = [scored], []
     encoders = source.meta.get("encoders", {})
     components = [entry for entry in config.baselines if entry in encoders or entry.startswith(COMPONENT_PREFIXES)]
@@ -219,6 +226,8 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
                 raise unknown_baseline(entry, source.components)
             with name_setting("baselines"):
                 networks.append(load_network(entry, name=names[entry], data=data))
+        elif not is_distilled and entry in own_names:
+            networks.append(load_network(source, component=entry, name=own_names[entry], data=data))
         elif not is_distilled:
             messages.append(f"baselines: skipping {entry}: {path} is not a distilled checkpoint")
         else:
@@ -242,7 +251,7 @@ def _load_component(source: Checkpoint, component: str, data: DataModuleConfig) 
     if component in source.components or component not in (source.meta.get("teachers") or {}):
         return load_network(source, component=component, data=data)
     teacher = load_referenced_teacher(source, component)
-    own = None if teacher.components == ["encoder"] else component  # the teacher's own pretraining checkpoint
+    own = None if "encoder" in teacher.components else component  # the teacher's own pretraining checkpoint
     return load_network(teacher, component=own, modality=component.rpartition("_")[2], name=component, data=data)
 
 

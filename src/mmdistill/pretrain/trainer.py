@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from mmdistill.builders import make_decoder_config, make_encoder_config
 from mmdistill.checkpoint import load_deepspeed, save_deepspeed
 from mmdistill.checkpoint.errors import name_setting
+from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.config import PretrainConfig, modality_specs, removes_no_token, to_plain, zero_stage
 from mmdistill.data.masking import sample_decoder_tokens
@@ -26,11 +27,14 @@ from mmdistill.modalities import preprocess_clips
 from mmdistill.models.joint import JointVideoMAE
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, masked_indices
+from mmdistill.pretrain.average import EncoderAverage, check_average
 from mmdistill.pretrain.deepspeed import make_engine, skip_engine_step
 from mmdistill.pretrain.initialization import load_videomae
 from mmdistill.pretrain.joint import JointLoss, describe_terms, make_joint_loss
+from mmdistill.pretrain.monitor import Monitor
 from mmdistill.randomness import seed_step, seed_torch, seeded_rng
 from mmdistill.training.compatibility import convert_position
+from mmdistill.training.monitoring import is_due
 from mmdistill.training.nonfinite import grad_norm, zero_loss
 from mmdistill.training.old_checkpoints import upgrade_pretrain_state
 from mmdistill.training.optim import StepSchedule
@@ -91,6 +95,9 @@ class PretrainTrainer:
         self.schedule = StepSchedule(
             self.engine.optimizer if zero_stage(config) else self.engine.basic_optimizer, self.optimization
         )
+        ema, every = config.trainer.ema, config.trainer.check_val_every_n_epoch
+        self.average = None if ema is None else EncoderAverage(model, model.encoder, ema)
+        self.monitor = Monitor(config, training, model.encoder) if every else None
 
     def make_model(self) -> VideoMAE:
         """The masked autoencoder, with a classifier if the loss needs it."""
@@ -192,6 +199,8 @@ class PretrainTrainer:
         if not has_grads:
             was_skipped = engine.skipped_steps > skipped_before
             guard.after_step(engine.get_global_grad_norm(), was_skipped=was_skipped, loss_scale=loss_scale)
+        if self.average is not None and not guard.was_skipped:
+            self.average.update()
         self.state.step += 1
         self.schedule.step_update(self.data.schedule_step(self.state) + 1)
 
@@ -205,7 +214,8 @@ class PretrainTrainer:
         if self.load_report:
             self.training.log.info(f"initialized from {self.load_report}")
         joint = f"; {self.joint}" if self.joint else ""
-        title, target = f"pretrain {self.config.modality}", f", target {self.spec.target}{joint}"
+        monitor = self.monitor.summary if self.monitor else ""
+        title, target = f"pretrain {self.config.modality}", f", target {self.spec.target}{joint}{monitor}"
         self.training.log_start(title, self.engine.module, target)
 
     @property
@@ -214,7 +224,10 @@ class PretrainTrainer:
         return self.state.means or {"loss": math.nan, "constant_baseline_loss": math.nan}
 
     def log_epoch(self) -> None:
-        """Log the epoch's metrics, and an image every `image_every_n_epochs` and after the last epoch. Collective."""
+        """Log the epoch's metrics, those of held-out clips, and an image, each as often as configured. Collective."""
+        if self.monitor is not None and is_due(self.config.trainer.check_val_every_n_epoch, self.state.epoch):
+            with self.training.throughput.pause():
+                self.training.extra_metrics |= self.monitor.measure(self.engine.module)
         loss, baseline = self.means["loss"], self.means["constant_baseline_loss"]
         text = (
             f"loss {loss:.4f} (constant baseline {baseline:.4f}, ratio {baseline_ratio(loss, baseline):.3f}, lower is "
@@ -260,8 +273,9 @@ class PretrainTrainer:
         if not suffix:
             self.state.losses[str(path)] = loss
         statistics = {self.config.modality: self.spec.statistics}
+        encoders = dict.fromkeys(["encoder", *([ENCODER_EMA] if self.average else [])], self.encoder_config)
         meta: dict[str, Any] = {
-            **self.training.meta("pretrain", {"encoder": self.encoder_config}, statistics),
+            **self.training.meta("pretrain", encoders, statistics),
             "modality": self.config.modality,
             "decoder": to_plain(self.decoder_config),
             "loss": loss,
@@ -278,8 +292,10 @@ class PretrainTrainer:
         the clips of an optimizer step stay the same.
 
         Raises:
+            CheckpointError: only one of checkpoint and run has an average of the encoder.
             ConfigError: see `check_compatible`.
         """
+        check_average(self.run.resumed.stored_meta if self.run.resumed else {}, self.config.trainer.ema)
         stored = upgrade_pretrain_state(load_deepspeed(self.engine, path))
         stored = convert_position({"overflow_steps": self.engine.skipped_steps, **stored}, self.data.order)
         self.training.load_state_dict(stored)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmdistill.builders import check_joints, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips
-from mmdistill.checkpoint.keys import top_level
+from mmdistill.checkpoint.keys import ENCODER_EMA, top_level
 from mmdistill.checkpoint.load import CLASSIFIER_PREFIXES
 from mmdistill.config import PretrainConfig, modality_specs
 from mmdistill.files import atomic_open
@@ -54,7 +54,7 @@ ENERGY_PREDICTION = "prediction: motion energy\n(visible patches: target)"
 def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> VideoMAE:
     """The model of a pretraining checkpoint. One of another program stores no input size; that of `config` is used.
 
-    The classifier of a joint pretraining is ignored and counted.
+    The classifier of a joint pretraining and the average of the encoder are ignored and counted.
 
     Raises:
         CheckpointError: there is no decoder, or the number of heads is unknown.
@@ -69,7 +69,8 @@ def load_masked_autoencoder(checkpoint: Checkpoint, config: PretrainConfig) -> V
     if decoder is None:
         raise CheckpointError(f"{checkpoint.path}: has no decoder; give a checkpoint of `mmdistill pretrain`")
     model = VideoMAE(encoder.config, decoder)
-    state = {name: x for name, x in checkpoint.state_dict.items() if not name.startswith(CLASSIFIER_PREFIXES)}
+    others = (*CLASSIFIER_PREFIXES, f"{ENCODER_EMA}.")
+    state = {name: x for name, x in checkpoint.state_dict.items() if not name.startswith(others)}
     ignored = Counter(map(top_level, checkpoint.state_dict.keys() - state.keys()))
     notes = [f"ignored: {', '.join(f'{name} ({n})' for name, n in sorted(ignored.items()))}"] if ignored else []
     checkpoint.load_into(model, state_dict=state, notes=notes)

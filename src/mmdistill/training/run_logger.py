@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +96,14 @@ class ThroughputMeter:
         """Start to measure, and to wait for the first batch."""
         self._start = self._wait_start = time.monotonic()
         self.num_steps, self._num_clips, self._wait_s = 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not part of the training, such as that of a validation."""
+        start = time.monotonic()
+        yield
+        elapsed_s = time.monotonic() - start
+        self._start, self._wait_start = self._start + elapsed_s, self._wait_start + elapsed_s
 
     def end_wait(self) -> None:
         """The loader has returned a batch."""

@@ -178,6 +178,12 @@ PRETRAIN = [
         "compile=true does not work with ZeRO stage 3, which gathers weights "
         "inside the encoder; use stage 2 or compile=false",
     ),
+    (
+        "strategy=deepspeed_stage_3 trainer.ema=0.9",
+        "trainer.ema=0.9 does not work with ZeRO stage 3, in which no process has all weights; use stage 2 or ema=null",
+    ),
+    ("pooling=person", "pooling=person has no effect in a pretraining; use another pooling, or pooling=null"),
+    ("trainer.check_val_every_n_epoch=-1", "trainer.check_val_every_n_epoch=-1 must be at least 0"),
     ("decoder_mask_ratio=1", "decoder_mask_ratio=1.0 must lie in [0, 1)"),
     ("model.heads=5", "model.dim=128 is not divisible by model.heads=5; set model.head_dim"),
     ("model.decoder_heads=5", "model.decoder_dim=64 is not divisible by model.decoder_heads=5; change one of them"),

@@ -13,14 +13,13 @@ import torch
 from mmdistill.checkpoint import load_torch
 from mmdistill.distill import distill
 from mmdistill.distill.ledger import (
-    NUM_CLIPS,
     ClipFeatures,
     gradient_shares,
+    held_out_losses,
     is_constant,
     ledger_lines,
     mean_variance,
     r_squared,
-    select_positions,
 )
 from mmdistill.distill.module import TargetOptions
 from tests.configs import distill_config
@@ -69,6 +68,19 @@ def test_share_of_the_gradient_is_that_of_the_formula() -> None:
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_held_out_losses_are_those_of_the_formulas() -> None:
+    """Sum over teachers of w * mean((h(f) - y)²), and of w * mean((mean(y) - y)²)."""
+    net = _module(targets=TargetOptions(weights={"flow": 3.0}))
+    features = ClipFeatures(torch.randn(5, 16), {m: torch.randn(5, 16) for m in MODALITIES})
+    loss = baseline = 0.0
+    for name, weight in (("rgb", 1.0), ("flow", 3.0), ("skeleton", 1.0)):
+        y = features.teachers[name].numpy()
+        prediction = net.cmt(features.student)[name].detach().numpy()
+        loss += weight * ((prediction - y) ** 2).mean()
+        baseline += weight * ((y - y.mean(axis=0)) ** 2).mean()
+    assert held_out_losses(net, features) == pytest.approx((loss, baseline), rel=1e-5)
+
+
 def test_constant_features_are_recognized() -> None:
     features = torch.full((5, 4), 0.3)
     assert is_constant(features)
@@ -77,12 +89,6 @@ def test_constant_features_are_recognized() -> None:
     features[1, 1] = 0.301
     assert not is_constant(features)
     assert not is_constant(features[:1])  # unknown
-
-
-def test_positions_are_spread_over_all_clips() -> None:
-    assert select_positions(3) == [0, 1, 2]
-    many = select_positions(1000)
-    assert (len(many), len(set(many)), many[0], many[-1]) == (NUM_CLIPS, NUM_CLIPS, 0, 999)
 
 
 def _run(root: Path, *more: str) -> tuple[dict[str, Any], str, list[dict[str, str]]]:
@@ -110,8 +116,33 @@ def test_training_ends_with_a_ledger(tmp_path: Path) -> None:
         assert float(rows[-1][f"r2_{name}"]) == pytest.approx(values["r2"])
         assert rows[0][f"gradient_share_{name}"] == ""  # only the last epoch has a ledger
     assert len(rows) == 2
+    student = ledger["monitoring"]
+    assert student.keys() == {"held_out_loss", "held_out_constant_baseline_loss", "feature_std", "effective_rank"}
+    for name, value in student.items():
+        assert float(rows[-1][name]) == pytest.approx(value)
+        assert rows[0][name] == ""
+    assert f"  student: held-out loss {student['held_out_loss']:.4f} (constant baseline" in log
     assert sum(values["gradient_share"] for values in ledger["teachers"].values()) == pytest.approx(1)
     json.dumps(ledger)
+
+
+def test_validation_changes_no_weight(tmp_path: Path) -> None:
+    """Also if there are no labels for the few-shot score, which is one line."""
+    make_tiny(tmp_path / "data", per_class=2)
+    _run(tmp_path)
+    (plain,) = (tmp_path / "run" / "checkpoints").glob("epoch=01-*")
+    expected = load_torch(plain)["state_dict"]
+    shutil.move(tmp_path / "run", tmp_path / "plain")
+    for more in ("data_module.n_way=2", "data_module.n_way=7"):
+        small = ["data_module.q_sample=1", "data_module.k_shot=1", "trainer.val_episodes=2"]
+        _, log, rows = _run(tmp_path, "trainer.check_val_every_n_epoch=1", *small, more)
+        (path,) = (tmp_path / "run" / "checkpoints").glob("epoch=01-*")
+        found = load_torch(path)["state_dict"]
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
+        assert all(float(row["held_out_loss"]) > 0 for row in rows)
+        assert ("no val_top1_action: " in log) == ("val_top1_action" not in rows[0]) == (more[-1] == "7")
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_teacher_without_held_out_files_has_no_r_squared(tmp_path: Path) -> None:
@@ -125,6 +156,7 @@ def test_teacher_without_held_out_files_has_no_r_squared(tmp_path: Path) -> None
     )
     assert ledger["teachers"]["rgb"]["r2"] is not None
     assert ledger["teachers"]["flow"]["r2"] is None
+    assert ledger["monitoring"].keys() == {"feature_std", "effective_rank"}  # a sum needs all teachers
     assert "R2 of flow is unknown: 1 of 8 held-out clips lack flow files" in log
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmdistill.config import ConfigError, DistillConfig
-from mmdistill.distill.validation import make_validation, validation_summary
+from mmdistill.distill.validation import make_validation
 from mmdistill.distributed.process import Process
 from mmdistill.fewshot.errors import EpisodeError
 from tests.configs import distill_config
@@ -68,7 +68,7 @@ def test_summary_names_the_clips(folder: Path) -> None:
     config = _config(folder, "trainer.check_val_every_n_epoch=2")
     validation = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
     assert validation is not None
-    line = validation_summary(validation, config)
+    line = validation.summary(config)
     assert line.startswith(
         f"val_top1_action every 2 epochs on {len(validation.clips)} clips of val.json (the test clips"
     )
@@ -82,7 +82,12 @@ def test_episodes_of_the_validation_are_disjoint_by_match(folder: Path) -> None:
     )
     assert validation is not None
     assert validation.episodes.eligibility.disjoint == "match"
+    config = _config(folder, *fixed, "data_module.disjoint=player")
+    reason = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
+    assert isinstance(reason, str)  # the training goes on without it
+    assert "the player is unknown in 24 of 24 clips" in reason
+    config = _config(
+        folder, *fixed, "data_module.disjoint=player", "trainer.monitor=val_top1_action", "trainer.save_ckpt_freq=1"
+    )
     with pytest.raises(EpisodeError, match="the player is unknown in 24 of 24 clips"):
-        make_validation(
-            _config(folder, *fixed, "data_module.disjoint=player"), Process(torch.device("cpu"), 0, 1), print
-        )
+        make_validation(config, Process(torch.device("cpu"), 0, 1), print)
