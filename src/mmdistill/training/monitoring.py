@@ -1,4 +1,4 @@
-"""What both trainings report about the encoder on held-out clips. docs/method_parts/monitoring.md has the equations.
+"""What both trainings report about the encoder on held-out clips. docs/method.md has the equations.
 
 Held-out clips are those of `data_module.val_json_path`, else of `data_module.fewshot_eval_json_path`. Nothing here
 changes a weight or depends on the state of a random generator. All functions that read clips are collective.
