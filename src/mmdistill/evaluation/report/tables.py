@@ -30,7 +30,7 @@ FOOTNOTES = (
 )
 _FILE_WIDTH = 160  # characters, if the output is not a terminal
 REFERENCE = "reference"  # in the column of the differences, in the row of the scored network
-ATTENTIVE_COLUMNS = ("attentive\nprobe", "mean over\nclasses", "encoding,\ntraining (s)")
+ATTENTIVE_COLUMNS = ("attentive\nprobe", "mean over\nclasses", "training\nclips", "encoding,\ntraining (s)")
 PROBE_COLUMNS = ("network", "input", "linear probe", "mean over\nclasses", "k-NN", "most frequent\nclass")
 
 
@@ -165,4 +165,5 @@ def _attentive_cells(probe: Mapping[str, Any]) -> tuple[str, ...]:
     if "attentive_top1" not in probe:
         return ("–",) * len(ATTENTIVE_COLUMNS)
     seconds = f"{probe['attentive_encode_seconds']:.1f}, {probe['attentive_train_seconds']:.1f}"
-    return (f"{100 * probe['attentive_top1']:.2f}", f"{100 * probe['attentive_macro']:.2f}", seconds)
+    accuracies = (probe[f"attentive_{name}"] for name in ("top1", "macro", "train_top1"))
+    return (*(f"{100 * accuracy:.2f}" for accuracy in accuracies), seconds)
