@@ -18,6 +18,7 @@ from mmdistill.checkpoint.formats.safetensors_file import save_safetensors
 from mmdistill.checkpoint.keys import to_huggingface
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.checkpoint.references import labeled_sources, labeled_sources_entry
 from mmdistill.checkpoint.student import (
     FeatureExtractor,
     find_frame_size,
@@ -294,6 +295,7 @@ def export_student(
         **({"pooling": pooling.name, "pooling_last_k": pooling.last_k} if pooling else {}),
         "epoch": checkpoint.meta.get("epoch"),
         "step": checkpoint.meta.get("step"),
+        **labeled_sources_entry(labeled_sources(checkpoint.meta)),
     }
     _WRITERS[to](_Export(checkpoint, name, modality, encoder, meta, pooling or Pooling()), target_path)
     return target_path

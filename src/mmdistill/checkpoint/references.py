@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from mmdistill.checkpoint.errors import CheckpointError
 from mmdistill.checkpoint.formats.safetensors_file import tensor_bytes
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 
+LABELED_SOURCES = "labeled_sources"  # entry of metadata and of files of features, see `labeled_sources`
 # Fields added after the first student-only checkpoints: their defaults are not part of the digest.
 _LATER_FIELDS = {"final_norm": True, "layer_norm_eps": 1e-6}
 
@@ -34,14 +35,34 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def labeled_sources(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sources of joint pretrainings whose labels a checkpoint with these metadata has learned.
+    """The sources of joint pretrainings whose labels a checkpoint with these metadata has learned, each once.
 
-    A distilled checkpoint has those of its teachers. Each has ``dataset``, ``label_fields`` and ``classes``.
+    A distilled checkpoint has those of its teachers. The entry ``labeled_sources`` has those of the weights that a
+    training started from, or of the checkpoint of an export. Each has ``dataset``, ``label_fields`` and ``classes``.
     """
-    own = [meta["source"]] if meta.get("source") else []
-    inherited = [source for teacher in (meta.get("teachers") or {}).values() for source in teacher.get("sources", [])]
-    keys = ("dataset", "label_fields", "classes")
-    return [{key: source[key] for key in keys} for source in (*own, *inherited) if source["classes"]]
+    found = [meta["source"]] if meta.get("source") else []
+    for origin in (meta.get("teachers") or {}).values():
+        found += origin.get("sources", [])
+    found += meta.get(LABELED_SOURCES) or []
+    unique: list[dict[str, Any]] = []
+    for source in found:
+        record = {key: source[key] for key in ("dataset", "label_fields", "classes")}
+        if record["classes"] and record not in unique:
+            unique.append(record)
+    return unique
+
+
+def labeled_sources_entry(sources: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The entry ``labeled_sources`` of metadata; none without a source."""
+    found = [dict(source) for source in sources]
+    return {LABELED_SOURCES: found} if found else {}
+
+
+def inherited_sources(path: str | Path | None, resumed: Checkpoint | None) -> list[dict[str, Any]]:
+    """The labeled sources of the weights at `path` that a training starts from; of a resumed one those it stored."""
+    if resumed is not None:
+        return list(resumed.stored_meta.get(LABELED_SOURCES) or [])
+    return [] if path is None else labeled_sources(open_checkpoint(path, verify=False).stored_meta)
 
 
 def load_referenced_teacher(source: Checkpoint, component: str) -> Checkpoint:

@@ -99,6 +99,7 @@ def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> in
     """Evaluate the files; `warnings` returns the warnings that were logged so far."""
     from mmdistill.evaluation.report.write import print_tables, to_json, write_report
     from mmdistill.fewshot.features import load_features
+    from mmdistill.fewshot.novel_classes import check_novel_features
     from mmdistill.fewshot.protocol import Protocol, run_protocol
 
     protocol = Protocol(
@@ -124,6 +125,8 @@ def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> in
         lines = protocol.check(found[0].labels.tolist(), found[0].groups, found[0].classes, found[0].sources)
     except EpisodeError as error:
         raise EpisodeError(name_options(str(error))) from error
+    for features in found:
+        check_novel_features(features)
     for line in lines:
         print(line, file=sys.stderr)
     results = run_protocol(found, protocol, workers=args.workers)

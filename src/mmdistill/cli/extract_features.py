@@ -134,7 +134,8 @@ def extract_features(args: argparse.Namespace, config: DistillConfig) -> Path:
         cache=args.cache,
     )
     sources = load_clip_sources(data, dataset.index, training=training)
-    path = save_features(replace(features, sources=sources), args.output)
+    info = {**features.info, "dataset": data.name}
+    path = save_features(replace(features, sources=sources, info=info), args.output)
     print(f"{path}: {features.network}, {features.input_mode}, features {list(features.features.shape)}")
     return path
 

@@ -1,7 +1,7 @@
 """Lightning callbacks: skipped steps and average, position and log, checkpoint files and stop signals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
 
 from mmdistill.checkpoint import CheckpointError
+from mmdistill.checkpoint.references import labeled_sources_entry
 from mmdistill.checkpoint.retention import best_checkpoint, link_or_copy
 from mmdistill.data.dataloader import ClipLoader
 from mmdistill.distill.ledger import Ledger
@@ -176,6 +177,7 @@ class EpochCheckpoints(Checkpoint):
         sources: path and sha256 of each teacher by component.
         monitor: metric that decides the best: ``train_loss`` or ``val_top1_action``.
         ledger: of the teachers; None: no ledger is stored.
+        student_sources: labeled sources of the student's initial weights, see `labeled_sources`.
     """
 
     def __init__(
@@ -187,10 +189,11 @@ class EpochCheckpoints(Checkpoint):
         sources: Mapping[str, Any],
         monitor: str,
         ledger: Ledger | None = None,
+        student_sources: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.training, self.state = training, training.state
         self.encoders, self.statistics, self.sources = encoders, statistics, sources
-        self.monitor, self.ledger = monitor, ledger
+        self.monitor, self.ledger, self.student_sources = monitor, ledger, student_sources
         self.last_path = training.run.checkpoints / LAST
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,6 +211,7 @@ class EpochCheckpoints(Checkpoint):
         meta = self.training.meta("distill", self.encoders, self.statistics)
         loss = None if meta["batch"] else self.state.means.get("train_loss")
         meta |= {"decoder": None, "teachers": dict(self.sources), "loss": loss}
+        meta |= labeled_sources_entry(self.student_sources)
         if self.ledger is not None and self.ledger.current is not None:
             meta["ledger"] = self.ledger.current
         checkpoint["mmdistill"] = meta

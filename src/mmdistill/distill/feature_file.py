@@ -10,12 +10,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmdistill.checkpoint import CheckpointError
+from mmdistill.checkpoint.references import LABELED_SOURCES
 from mmdistill.errors import format_count, format_first, quote_name
 from mmdistill.fewshot.errors import FeatureError
 from mmdistill.fewshot.features import load_features
@@ -38,12 +40,14 @@ class FeatureFile:
         sha256: of its bytes.
         rows: float32 (N, D), finite.
         positions: row of each clip, by its id.
+        sources: the labeled sources of the network that computed them, see `labeled_sources`.
     """
 
     path: Path
     sha256: str
     rows: Tensor
     positions: dict[str, int]
+    sources: tuple[dict[str, Any], ...] = ()
 
     @property
     def width(self) -> int:
@@ -80,7 +84,7 @@ def read_feature_file(path: str | Path) -> FeatureFile:
     if not file.is_file():
         raise FeatureFileError(f"{path}: there is no such file of features")
     try:
-        ids, rows = _read_rows(file)
+        ids, rows, info = _read_rows(file)
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise FeatureFileError(f"{path}: not a readable .safetensors file ({error}); write it again") from error
     except FeatureFileError as error:
@@ -98,21 +102,23 @@ def read_feature_file(path: str | Path) -> FeatureFile:
         raise FeatureFileError(f"{path}: {len(ids) - len(positions)} of the ids are repeated; write each clip once")
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return FeatureFile(file, digest, rows, positions)
+    return FeatureFile(file, digest, rows, positions, tuple(info.get(LABELED_SOURCES, [])))
 
 
-def _read_rows(path: Path) -> tuple[list[str], Tensor]:
-    """Ids and float32 features (N, D), in the order of the file."""
+def _read_rows(path: Path) -> tuple[list[str], Tensor, dict[str, Any]]:
+    """Ids and float32 features (N, D), in the order of the file, and the info of a file of mmdistill."""
     if path.suffix == ".npz":
         features = load_features(path)
-        return list(features.ids), _as_rows(torch.from_numpy(features.features), list(features.ids))
+        ids = list(features.ids)
+        return ids, _as_rows(torch.from_numpy(features.features), ids), features.info
     with safe_open(str(path), framework="pt") as file:
         names, metadata = list(file.keys()), file.metadata() or {}
         if "features" in names and "ids" in metadata:
             ids = json.loads(metadata["ids"])
             if not isinstance(ids, list):
                 raise FeatureFileError("the metadata entry ids is no JSON list")
-            return [str(clip) for clip in ids], _as_rows(file.get_tensor("features"), ids)
+            rows, info = _as_rows(file.get_tensor("features"), ids), json.loads(metadata.get("info", "{}"))
+            return [str(clip) for clip in ids], rows, info if isinstance(info, dict) else {}
         tensors = [file.get_tensor(name) for name in names]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
@@ -121,7 +127,7 @@ def _read_rows(path: Path) -> tuple[list[str], Tensor]:
             f"expected one tensor (D,) per clip, named by its id, or a tensor features (N, D) with the metadata entry "
             f"ids; found {format_count(len(names), 'tensor')} of the shapes {sizes}"
         )
-    return names, torch.stack(tensors).float()
+    return names, torch.stack(tensors).float(), {}
 
 
 def _as_rows(features: Tensor, ids: Sequence[object]) -> Tensor:

@@ -18,7 +18,14 @@ from mmdistill.builders import (
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.locate import existing_path
-from mmdistill.checkpoint.references import labeled_sources, require_exists, require_same_digest, weights_digest
+from mmdistill.checkpoint.references import (
+    inherited_sources,
+    labeled_sources,
+    labeled_sources_entry,
+    require_exists,
+    require_same_digest,
+    weights_digest,
+)
 from mmdistill.checkpoint.retention import resume_path
 from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, feature_files, teacher_paths
 from mmdistill.config.compose import load_model_preset, model_presets
@@ -41,12 +48,19 @@ class Teachers:
         files: teachers that are files of features, by name.
         sources: path and sha256 of each teacher by component, ``teacher_NAME``.
         student: initial encoder of the student; None: a copy of the RGB teacher.
+        student_sources: labeled sources of the checkpoint `student`, see `labeled_sources`.
     """
 
     encoders: dict[str, Encoder]
     files: dict[str, FeatureFile]
     sources: dict[str, Any]
     student: Encoder | None
+    student_sources: list[dict[str, Any]]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Metadata of a checkpoint: the origin of the teachers, and the labeled sources of the initial student."""
+        return {"teachers": dict(self.sources), **labeled_sources_entry(self.student_sources)}
 
 
 def load_all_teachers(config: DistillConfig, specs: dict[str, ModalitySpec], resumed: Checkpoint | None) -> Teachers:
@@ -54,7 +68,8 @@ def load_all_teachers(config: DistillConfig, specs: dict[str, ModalitySpec], res
     encoders, sources = load_teachers(config, specs, resumed)
     files, file_sources = load_feature_files(config, resumed)
     student = load_initial_student(config, specs[STUDENT_MODALITY], resumed, encoders.get(STUDENT_MODALITY))
-    return Teachers(encoders, files, {**sources, **file_sources}, student)
+    path = None if config.student in model_presets() else config.student
+    return Teachers(encoders, files, {**sources, **file_sources}, student, inherited_sources(path, resumed))
 
 
 def read_teacher(
@@ -180,7 +195,8 @@ def load_feature_files(
     """
     stored: dict[str, Any] = (resumed.meta.get("teachers") or {}) if resumed else {}
     paths = feature_files(config.trainer)
-    files, sources = {}, {}
+    files: dict[str, FeatureFile] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for name in (name for name in config.trainer.teachers if name not in modality_names()):
         component = f"teacher_{name}"
         with name_setting(f"trainer.ckpt_path.{name}.file"):
@@ -193,6 +209,8 @@ def load_feature_files(
                 )
         files[name] = found
         sources[component] = {"path": str(found.path), "sha256": found.sha256, "kind": "file"}
+        if found.sources:
+            sources[component]["sources"] = list(found.sources)
     return files, sources
 
 

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 
 from mmdistill.builders import check_pooling, configured_pooling
 from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.references import labeled_sources
 from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, standardization, teacher_weights
 from mmdistill.distill.callbacks import (
@@ -110,7 +111,7 @@ def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: M
     """Train to the end; returns the last checkpoint."""
     run, data, trainer_config = training.run, training.data, config.trainer
     module = _make_module(config, training, teachers, specs)
-    made = make_validation(config, run.process, training.log.info)
+    made = make_validation(config, run.process, training.log.info, labeled_sources(teachers.meta))
     validation = made if isinstance(made, Validation) else None
     validation_line = f"\n{validation.summary(config)}" if validation else f"\nno {METRIC}: {made}" if made else ""
     students = ["student_rgb"] if trainer_config.ema is None else ["student_rgb", "student_ema_rgb"]
@@ -128,6 +129,7 @@ def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: M
             encoders=encoders,
             statistics={m: specs[m].statistics for m in (STUDENT_MODALITY, *teachers.encoders)},
             sources=teachers.sources,
+            student_sources=teachers.student_sources,
             monitor=trainer_config.monitor,
             ledger=ledger,
         ),

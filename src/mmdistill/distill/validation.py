@@ -7,7 +7,7 @@ Shapes: B batch, N clips of the episodes, D width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,20 +82,23 @@ class Validation(FewshotClips, pl.Callback):
         self._log(f"epoch {trainer.current_epoch}: {self.describe(value)}")
 
 
-def make_validation(config: DistillConfig, process: Process, log: Callable[[str], None]) -> Validation | str | None:
-    """The validation callback, which prints lines with `log`. Collective.
+def make_validation(
+    config: DistillConfig, process: Process, log: Callable[[str], None], learned: Sequence[Mapping[str, Any]] = ()
+) -> Validation | str | None:
+    """The validation callback, which prints lines with `log`. Collective. `learned`: see `make_fewshot_clips`.
 
-    None if `trainer.check_val_every_n_epoch` is not set; why there is none, if labels or files are missing.
+    None if `trainer.check_val_every_n_epoch` is not set; why there is none, if labels or files are
+    missing or the labels are those of a source.
 
     Raises:
-        EpisodeError, ConfigError, AnnotationError: labels or files are missing, and `trainer.monitor` needs them.
+        FewshotError, ConfigError, AnnotationError: there is none for such a reason, and `trainer.monitor` needs them.
     """
     if not config.trainer.check_val_every_n_epoch:
         return None
     if config.trainer.monitor == METRIC:
-        clips: FewshotClips | str = make_fewshot_clips(config, STUDENT_MODALITY)
+        clips: FewshotClips | str = make_fewshot_clips(config, STUDENT_MODALITY, learned)
     else:
-        clips = try_on_all_ranks(lambda: make_fewshot_clips(config, STUDENT_MODALITY))
+        clips = try_on_all_ranks(lambda: make_fewshot_clips(config, STUDENT_MODALITY, learned))
     if isinstance(clips, str):
         return clips
     make_loader = partial(

@@ -13,7 +13,12 @@ from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_c
 from mmdistill.checkpoint.errors import ComponentError, name_setting
 from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.load import select_encoder
-from mmdistill.checkpoint.references import labeled_sources, load_referenced_teacher, weights_digest
+from mmdistill.checkpoint.references import (
+    labeled_sources,
+    labeled_sources_entry,
+    load_referenced_teacher,
+    weights_digest,
+)
 from mmdistill.checkpoint.student import stored_pooling
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
 from mmdistill.errors import suggest_nearest
@@ -82,7 +87,7 @@ class Network:
         """
         spec, grid = self.spec(dataset), self.encoder.config.grid
         masks.require_visible_tokens(grid)
-        info = {"checkpoint": self.checkpoint, "modality": self.modality}
+        info = {"checkpoint": self.checkpoint, "modality": self.modality, **labeled_sources_entry(self.learned)}
         digest = f"{weights_digest(self.encoder)} {spec} {precision}"
         pooling = self.pooling or Pooling()
         encode = ClipEncoder(self.encoder, spec, device=device, precision=precision, pooling=pooling)

@@ -27,6 +27,7 @@ from mmdistill.config import (
     teacher_paths,
     to_plain,
 )
+from mmdistill.config.compose import model_presets
 from mmdistill.console import record_warnings
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.clips import ClipIndex, ClipSource, count_overlapping_clips
@@ -38,13 +39,13 @@ from mmdistill.distributed.process import Process, start_process
 from mmdistill.distributed.stop_signals import exit_on_stop_signal
 from mmdistill.errors import format_count
 from mmdistill.evaluation.networks import Network, load_networks, unknown_baseline
-from mmdistill.evaluation.novel_classes import check_novel_classes
 from mmdistill.evaluation.report.html_page import ReadFrame
 from mmdistill.evaluation.report.write import print_tables, to_json, write_report
 from mmdistill.evaluation.token_probes import run_token_probes
 from mmdistill.fewshot.encode import EncodingJob, EvalMasks, encode_cached
 from mmdistill.fewshot.errors import FewshotError
 from mmdistill.fewshot.features import Features, cache_path
+from mmdistill.fewshot.novel_classes import check_novel_classes
 from mmdistill.fewshot.protocol import Protocol, run_protocol
 from mmdistill.modalities import STUDENT_MODALITY, modality_names
 from mmdistill.training.data_report import DataReport, missing_line
@@ -247,7 +248,8 @@ def check_evaluation(config: DistillConfig) -> None:
         index = builders.make_clip_index(config.data_module, training=False)
         sources = builders.load_clip_sources(config.data_module, index, training=False)
         _check_clips(_make_protocol(config), index, sources)
-        given = teacher_paths(config.trainer).values() if config.trainer.ckpt_path is not None else ()
+        given = list(teacher_paths(config.trainer).values()) if config.trainer.ckpt_path is not None else []
+        given += [config.student] if config.student and config.student not in model_presets() else []
         for path in given:
             if Path(path).expanduser().exists():  # not all need to exist with `resume`
                 learned = labeled_sources(open_checkpoint(path, verify=False).stored_meta)

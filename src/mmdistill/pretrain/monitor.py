@@ -3,7 +3,8 @@
 Shapes: B batch, N removed tokens, P values of a token, C channels, D width of the feature.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +34,22 @@ from mmdistill.training.run import Training
 class Monitor:
     """The clips of the validations of a pretraining. Collective.
 
-    A reason why there are no such clips is logged at the start, and the training goes on.
+    A reason why there are no such clips is logged at the start, and the training goes on. `learned` are the labeled
+    sources, see `make_fewshot_clips`.
 
     Raises:
         ConfigError: the encoder does not support the pooling.
     """
 
-    def __init__(self, config: PretrainConfig, training: Training, encoder: Encoder) -> None:
+    def __init__(
+        self, config: PretrainConfig, training: Training, encoder: Encoder, learned: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         self.config, self.training = config, training
         self.pooling = configured_pooling(config)
         check_pooling(self.pooling, encoder, config.modality)
         self.spec = modality_specs(config.data_module)[config.modality]
         self.reconstructs = not removes_no_token(config.data_module)
-        self.few_shot = try_on_all_ranks(lambda: make_fewshot_clips(config, config.modality))
+        self.few_shot = try_on_all_ranks(lambda: make_fewshot_clips(config, config.modality, learned))
         self.held_out = try_on_all_ranks(
             lambda: make_clip_dataset(
                 held_out_data(config.data_module),

@@ -20,6 +20,7 @@ from mmdistill.checkpoint import load_deepspeed, save_deepspeed
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.locate import existing_path
+from mmdistill.checkpoint.references import inherited_sources, labeled_sources, labeled_sources_entry
 from mmdistill.config import PretrainConfig, modality_specs, removes_no_token, to_plain, zero_stage
 from mmdistill.data.masking import sample_decoder_tokens
 from mmdistill.distributed.collectives import all_reduce_mean
@@ -97,7 +98,9 @@ class PretrainTrainer:
         )
         ema, every = config.trainer.ema, config.trainer.check_val_every_n_epoch
         self.average = None if ema is None else EncoderAverage(model, model.encoder, ema)
-        self.monitor = Monitor(config, training, model.encoder) if every else None
+        self.inherited = inherited_sources(config.init_from, self.run.resumed)
+        learned = labeled_sources(self._sources_meta)
+        self.monitor = Monitor(config, training, model.encoder, learned) if every else None
 
     def make_model(self) -> VideoMAE:
         """The masked autoencoder, with a classifier if the loss needs it."""
@@ -279,11 +282,17 @@ class PretrainTrainer:
             "modality": self.config.modality,
             "decoder": to_plain(self.decoder_config),
             "loss": loss,
-            **({"source": self.joint.meta} if self.joint else {}),
+            **self._sources_meta,
         }
         save_deepspeed(self.engine, path, meta, self.training.state_dict())
         self.training.finish_save()
         return path
+
+    @property
+    def _sources_meta(self) -> dict[str, Any]:
+        """Metadata of the labeled sources of this training and of the weights that it started from."""
+        own = {"source": self.joint.meta} if self.joint else {}
+        return {**own, **labeled_sources_entry(self.inherited)}
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint directory. Learning rates, weight decay, betas and clipping are those of this run.

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mmdistill.data.dataset import ClipDataset
 from mmdistill.distributed.collectives import all_gather_objects, get_rank, get_world_size
 from mmdistill.errors import MMDistillError, format_count
 from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, FloatArray, disjoint_groups, sample_episodes
+from mmdistill.fewshot.novel_classes import check_novel_classes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.training.run_logger import baseline_ratio
 
@@ -183,10 +184,18 @@ class FewshotClips:
         )
 
 
-def make_fewshot_clips(config: PretrainConfig | DistillConfig, modality: str) -> FewshotClips:
+def make_fewshot_clips(
+    config: PretrainConfig | DistillConfig, modality: str, learned: Iterable[Mapping[str, Any]] = ()
+) -> FewshotClips:
     """The episodes of the few-shot validation: `trainer.val_episodes` of the first N-way K-shot of the config.
 
+    Args:
+        config: of the training.
+        modality: of the clips.
+        learned: the sources whose labels the network learns or its weights have learned, see `labeled_sources`.
+
     Raises:
+        FewshotError: a class of the clips is one of `learned`.
         EpisodeError: there are too few labeled clips for the episodes.
         ConfigError, AnnotationError: the clips cannot be found.
     """
@@ -197,6 +206,7 @@ def make_fewshot_clips(config: PretrainConfig | DistillConfig, modality: str) ->
     clips = dataset.index.clips
     n_way, k_shot = as_ints("data_module.n_way", data.n_way)[0], as_ints("data_module.k_shot", data.k_shot)[0]
     labels, sources = [c.label for c in clips], load_clip_sources(data, dataset.index, training=False)
+    check_novel_classes("the network", learned, data.name, dataset.index, sources)
     episodes = sample_episodes(
         labels,
         EpisodeSpec(n_way, k_shot, data.q_sample, data.disjoint),

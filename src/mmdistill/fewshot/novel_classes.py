@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmdistill.data.annotations.f3set import select_fields
-from mmdistill.data.clips import ClipIndex, ClipSource
+from mmdistill.data.clips import Clip, ClipIndex, ClipSource
 from mmdistill.errors import format_count, format_first
 from mmdistill.fewshot.errors import FewshotError
+from mmdistill.fewshot.features import Features
 
 _MAX_LISTED = 8
 
@@ -45,8 +46,18 @@ def check_novel_classes(
                 f"{name} was pretrained with labels of {format_count(len(found), 'class')} of the evaluation, of its "
                 f"source {record['dataset']}: {format_first(sorted(found), _MAX_LISTED)}. Evaluate novel classes only: "
                 "`mmdistill split-data --by class` writes lists of base and novel classes; set "
-                "data_module.fewshot_eval_json_path to the novel ones"
+                "data_module.fewshot_eval_json_path (of a validation data_module.val_json_path) to the novel ones"
             )
+
+
+def check_novel_features(features: Features) -> None:
+    """`check_novel_classes` of a file of features: its network, with the classes that the file stores."""
+    rows = zip(features.ids, features.groups, features.labels.tolist(), strict=True)
+    clips = tuple(Clip(clip, group, (), label, group) for clip, group, label in rows)
+    learned = features.info.get("labeled_sources", [])
+    sources = features.sources or [ClipSource("")] * len(clips)
+    dataset = str(features.info.get("dataset", ""))
+    check_novel_classes(features.network, learned, dataset, ClipIndex(clips, features.classes), sources)
 
 
 def _class_name(label: str, is_same_dataset: bool) -> str:
