@@ -118,7 +118,10 @@ def _validate_source(config: PretrainConfig) -> None:
     if source is None:
         for name in SOURCE_KEYS:
             if (value := getattr(trainer, name)) != getattr(PretrainTrainerConfig, name):
-                raise ConfigError(f"trainer.{name}={value} has no effect without a source; set source=DATASET")
+                raise ConfigError(
+                    f"trainer.{name}={value} has no effect without a source; set source=DATASET, also with an "
+                    "experiment that sets this key, such as experiment=mm_cdfsl"
+                )
         return
     with rename_key("data_module.", "source."):
         _validate_data(source)

@@ -100,6 +100,8 @@ def test_experiment_of_the_paper() -> None:
         assert (weights.source, weights.target, weights.ce) == (1, 1, lambda_ce)
         assert (config.data_module.mask_ratio, config.model.dim, config.trainer.epochs) == (0.9, 384, 100)
         assert config.trainer.classifier_dropout == 0.5
+    with pytest.raises(ConfigError, match=r"without a source; set source=DATASET, also with .* experiment=mm_cdfsl$"):
+        load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "dataset=epic", "experiment=mm_cdfsl"])
     replaced = [*given, "modality=rgb", "trainer.lambda_ce=0", "model=tiny"]
     config = load_config(PretrainConfig, "config_pretrain", replaced)
     assert (loss_weights(config).ce, config.model.dim) == (0, 128)

@@ -187,8 +187,12 @@ PRETRAIN = [
     ("decoder_mask_ratio=1", "decoder_mask_ratio=1.0 must lie in [0, 1)"),
     ("model.heads=5", "model.dim=128 is not divisible by model.heads=5; set model.head_dim"),
     ("model.decoder_heads=5", "model.decoder_dim=64 is not divisible by model.decoder_heads=5; change one of them"),
-    ("trainer.lambda_ce=0.1", "trainer.lambda_ce=0.1 has no effect without a source; set source=DATASET"),
-    ("trainer.lambda_target=0", "trainer.lambda_target=0.0 has no effect without a source; set source=DATASET"),
+    (
+        "trainer.lambda_ce=0.1",
+        "trainer.lambda_ce=0.1 has no effect without a source; set source=DATASET, also with an experiment that sets "
+        "this key, such as experiment=mm_cdfsl",
+    ),
+    ("trainer.lambda_target=0", "trainer.lambda_target=0.0 has no effect without a source; set source=DATASET, ..."),
 ]
 SOURCE = [  # with a source that equals data_module
     (
