@@ -14,6 +14,7 @@ from mmdistill.checkpoint.formats.names import MANIFEST, META, CheckpointFormat
 from mmdistill.checkpoint.keys import top_level
 from mmdistill.checkpoint.locate import existing_path
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
+from mmdistill.checkpoint.references import labeled_sources
 from mmdistill.models.videomae import DecoderConfig, EncoderConfig
 
 
@@ -89,7 +90,8 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
 
     Returns:
         ``path, format, kind, modality, epoch, step, loss, stage, world_size, size, components, dtypes, architecture,
-        notes, missing, complete, problem``; if it cannot be read, ``complete`` is false and ``problem`` is the reason.
+        labeled_sources, notes, missing, complete, problem``; if it cannot be read, ``complete`` is false and
+        ``problem`` is the reason.
 
     Raises:
         CheckpointError: the path does not exist.
@@ -112,6 +114,9 @@ def inspect_checkpoint(path: str | os.PathLike[str], *, full: bool = False) -> d
         components=_count_by_component(state_dict),
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in state_dict.values())),
         architecture=architecture,
+        labeled_sources=[
+            {"dataset": source["dataset"], "classes": len(source["classes"])} for source in labeled_sources(meta)
+        ],
         notes=[*checkpoint.raw.notes, *notes],
         missing=_list_missing(checkpoint),
         complete=True,

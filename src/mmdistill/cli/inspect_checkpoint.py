@@ -31,6 +31,10 @@ def format_report(report: dict[str, Any]) -> list[str]:
         out.append("  dtypes        " + ", ".join(f"{name} ({count})" for name, count in report["dtypes"].items()))
     for name, fields in report.get("architecture", {}).items():
         out.append(f"  architecture  {name}: " + ", ".join(f"{k}={v}" for k, v in fields.items()))
+    for source in report.get("labeled_sources", []):
+        out.append(
+            f"  labels        of {format_count(source['classes'], 'class')} of the source {source['dataset']} were used"
+        )
     out += [f"  note          {note}" for note in report.get("notes", [])]
     out += [f"  missing       {line}" for line in report.get("missing", [])]
     out.append(f"  complete      {'yes' if report['complete'] else 'NO: ' + report['problem']}")

@@ -103,7 +103,9 @@ def _evaluate(
     unused = lines[:1] if any(dataset.index.report[key] for key in _UNUSED_RALLIES) else []
     rallies_in_training, line = train_eval_overlap(config.data_module, dataset.index)
     num_overlapping = count_overlapping_clips(dataset.index.clips)
-    caveats += filter(None, (overlap_warning(num_overlapping, protocol, config.data_module), line))
+    caveats += filter(
+        None, (labels_caveat(networks), overlap_warning(num_overlapping, protocol, config.data_module), line)
+    )
     caveats += builders.clip_setting_warnings(source.meta, config.data_module, checkpoint)
     if config.compile:
         lines.append(
@@ -271,6 +273,22 @@ def _check_clips(protocol: Protocol, index: ClipIndex, sources: Sequence[ClipSou
     ]
     summary = f"{format_count(len(clips), 'evaluation clip')} of {format_count(len(index.classes), 'class')}"
     return [f"{summary}; skipping {', '.join(unused)}" if unused else summary, *lines]
+
+
+def labels_caveat(networks: Sequence[Network]) -> str:
+    """A line about networks that have learned labels of a source; empty if there is none."""
+    names = [network.name for network in networks if network.learned]
+    found = [
+        f"{format_count(len(source['classes']), 'class')} of {source['dataset']}"
+        for network in networks
+        for source in network.learned
+    ]
+    if not found:
+        return ""
+    return (
+        f"the training of {', '.join(names)} used labels of a source: {', '.join(dict.fromkeys(found))}; no evaluated "
+        "class has the name of one of these"
+    )
 
 
 def overlap_warning(num_overlapping: int, protocol: Protocol, data: DataModuleConfig) -> str:

@@ -6,6 +6,7 @@ import pytest
 from mmdistill.checkpoint import CheckpointError, save_torch
 from mmdistill.checkpoint.convert import convert_checkpoint
 from mmdistill.checkpoint.inspect import inspect_checkpoint
+from mmdistill.cli.inspect_checkpoint import format_report
 from mmdistill.models.videomae import EncoderConfig
 from tests.checkpoint_files import STATE, write_distilled, write_native
 from tests.unit.checkpoint.make_fixtures import FIXTURES
@@ -50,6 +51,21 @@ def test_teachers_of_a_student_only_checkpoint_are_listed(tmp_path: Path) -> Non
     save_torch({"state_dict": STATE, "pytorch-lightning_version": "2", "mmdistill": meta}, tmp_path / "s.ckpt")
     (line,) = inspect_checkpoint(tmp_path / "s.ckpt")["missing"]
     assert line == "teacher_flow (a student-only checkpoint references it: /flow, sha256 of its encoder ab12)"
+
+
+def test_labeled_sources_are_listed(tmp_path: Path) -> None:
+    """Those of a teacher and of the initial student; the text names dataset and number of classes."""
+    first, second = (
+        {"dataset": name, "label_fields": None, "classes": list("abc"[:n])} for name, n in (("x", 3), ("y", 1))
+    )
+    teachers = {"teacher_flow": {"path": "/flow", "sha256": "ab12", "sources": [first]}}
+    meta = {"encoders": {}, "teachers": teachers, "labeled_sources": [second, first]}
+    save_torch({"state_dict": STATE, "pytorch-lightning_version": "2", "mmdistill": meta}, tmp_path / "s.ckpt")
+    report = inspect_checkpoint(tmp_path / "s.ckpt")
+    assert report["labeled_sources"] == [{"dataset": "x", "classes": 3}, {"dataset": "y", "classes": 1}]
+    lines = format_report(report)
+    assert "  labels        of 3 classes of the source x were used" in lines
+    assert "  labels        of 1 class of the source y were used" in lines
 
 
 def test_size_counts_all_files_and_damaged_shards_are_reported(tmp_path: Path) -> None:

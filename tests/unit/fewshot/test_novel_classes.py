@@ -185,3 +185,13 @@ def test_a_validation_that_is_needed_rejects_classes_of_the_teachers(
     given = ["trainer.teachers=[rgb]", f"trainer.ckpt_path=[{joint}]"]
     with pytest.raises(FewshotError, match=f"the network {MESSAGE}"):
         distill(distill_config(*data, *given, *more), tmp_path)
+
+
+def test_the_report_states_that_labels_were_used(data: list[str], tmp_path: Path) -> None:
+    """Once, for all networks with the same source."""
+    classes = {**SOURCE, "classes": ["near_deuce_stroke_bh_gs_W_-_in", "x"]}
+    checkpoint, other = (write_teacher(tmp_path / name, "rgb", 0, source=classes) for name in "ab")
+    config = distill_config(*data, "train=False", "ckpt_path=x", f"baselines=[random,{other}]")
+    evaluate_checkpoint(config, str(checkpoint), tmp_path / "out")
+    line = "the training of pretrained_rgb, .* used labels of a source: 2 classes of base; no evaluated class has"
+    assert len(re.findall(line, (tmp_path / "out" / "report.html").read_text())) == 1
