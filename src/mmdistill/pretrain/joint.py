@@ -31,6 +31,13 @@ def label_entropy(labels: np.ndarray) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
+def source_classes(source: Mapping[str, Any] | None) -> dict[str, str]:
+    """Number and digest of the classes in the entry ``source`` of metadata, for `check_compatible`; None: no class."""
+    classes = source["classes"] if source else []
+    digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
+    return {"source classes": f"{len(classes)} (sha256 {digest})"}
+
+
 class JointLoss:
     """The terms of the joint loss of one training. A term with the weight 0 is not computed.
 
@@ -70,10 +77,8 @@ class JointLoss:
     @property
     def weight_compat(self) -> dict[str, Any]:
         """What must match on resume besides the settings of the target, see `check_compatible`."""
-        classes = self.meta["classes"]
-        digest = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
         statistics = {f"source {key}": value for key, value in self.spec.statistics.items()}
-        return {"source classes": f"{len(classes)} (sha256 {digest})", **statistics}
+        return {**source_classes(self.meta), **statistics}
 
     def __call__(
         self, model: Any, target: Tensor, source: Mapping[str, Tensor], visible: Tensor, predict: Tensor | None

@@ -38,6 +38,15 @@ def convert_position(stored: Mapping[str, Any], own_order: Mapping[str, int]) ->
     return {**stored, "batch": own_batches(stored["batch"]), "data_order": {**order, **own}}
 
 
+def check_weight_compat(stored: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Raise `ConfigError` if settings of the weights, see `check_compatible`, differ."""
+    if difference := diff_settings(stored, own):
+        raise ConfigError(
+            f"resume: {checkpoint} was trained with other settings than this run's (checkpoint / run): {difference}; "
+            "use the same settings, or start from scratch with resume=null"
+        )
+
+
 def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoint: Path | None) -> None:
     """Raise unless a checkpoint with the record `stored` and the position `state` continues in a run with `own`.
 
@@ -47,11 +56,7 @@ def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoi
     Raises:
         ConfigError: settings differ; gives the values in the checkpoint and in this run.
     """
-    if difference := diff_settings({**_EARLIER_SETTINGS, **stored.get("weight_compat", {})}, own["weight_compat"]):
-        raise ConfigError(
-            f"resume: {checkpoint} was trained with other settings than this run's (checkpoint / run): {difference}; "
-            "use the same settings, or start from scratch with resume=null"
-        )
+    check_weight_compat({**_EARLIER_SETTINGS, **stored.get("weight_compat", {})}, own["weight_compat"], checkpoint)
     if state.batch and (difference := diff_settings(stored.get("data_order", {}), own["data_order"])):
         raise ConfigError(
             f"resume: the checkpoint was written in the middle of epoch {state.epoch}, and this run has different "

@@ -210,6 +210,12 @@ def test_a_training_in_two_parts_is_bit_identical(
     _check_checkpoint(full)
     with pytest.raises(ConfigError, match=r"source std \[0\.5, 0\.5, 0\.5\] / \[0\.4, 0\.4, 0\.4\]"):
         pretrain(_config(data, *more, "source.modalities.rgb.std=[0.4]", "resume=auto"), tmp_path / "parts")
+    for other in ("source=null", "trainer.lambda_ce=0"):
+        changed = ["trainer.lambda_ce=0.05", "trainer.classifier_dropout=0"] if other == "source=null" else more[:1]
+        with pytest.raises(
+            ConfigError, match=r"\(checkpoint / run\): source classes 4 \(sha256 \w+\) / 0 \(sha256 \w+\)"
+        ):
+            pretrain(_config(data, *changed, other, "resume=auto"), tmp_path / "parts")
 
 
 def _check_checkpoint(path: Path) -> None:
