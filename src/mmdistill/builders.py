@@ -290,10 +290,13 @@ def make_source_dataset(source: DataModuleConfig, modality: str, *, seed: int) -
         index = make_clip_index(replace(source, train_clips=source.eval_clips), training=True)
         labeled = [i for i, clip in enumerate(index.clips) if clip.label >= 0]
         if len(index.classes) < 2:
+            fields = f" (with source.label_fields=[{','.join(source.label_fields)}])" if source.label_fields else ""
+            other_fields = ", or choose other source.label_fields" if fields else ""
             raise ConfigError(
                 f"{resolve_annotation_path(source, training=True)}: its {format_count(len(index.clips), 'clip')} have "
-                f"{format_count(len(index.classes), 'class')}, and a source needs at least two; set "
+                f"{format_count(len(index.classes), 'class')}{fields}, and a source needs at least two; set "
                 "source.unlabel_json_path to an annotation file with labels, and source.eval_clips=events"
+                f"{other_fields}"
             )
         report = {**index.report, "clips": len(labeled), "without_label": len(index.clips) - len(labeled)}
         index = ClipIndex(select_clips(index.clips, labeled), index.classes, report)

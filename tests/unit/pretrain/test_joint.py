@@ -163,8 +163,12 @@ def test_log_line_of_the_terms() -> None:
 def test_a_source_needs_two_classes(data: list[str]) -> None:
     config = _config(data, "source.label_fields=[side]")
     assert config.source is not None
-    with pytest.raises(ConfigError, match=r"unlabel\.json: its 8 clips have 1 class.*; set source\.unlabel_json_path"):
+    with pytest.raises(
+        ConfigError, match=r"unlabel\.json: its 8 clips have 1 class.*; set source\.unlabel_json_path"
+    ) as caught:
         make_source_dataset(config.source, "rgb", seed=0)
+    assert "1 class (with source.label_fields=[side]), and" in str(caught.value)
+    assert str(caught.value).endswith(", or choose other source.label_fields")
     with pytest.raises(ConfigError, match=r"source\.unlabel_json_path: .*absent\.json does not exist; set source\."):
         pretrain(_config(data, "source.unlabel_json_path=absent.json"), Path("unused"))
 
