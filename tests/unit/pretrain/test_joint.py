@@ -254,3 +254,14 @@ def test_without_a_source_a_mask_must_remove_tokens(data: list[str]) -> None:
     config = _config(data, "source=null", "data_module.mask_ratio=0.02")  # of 16 positions
     with pytest.raises(ConfigError, match=r"data_module\.mask_ratio=0\.02 removes no token, so there is nothing"):
         make_joint_loss(config, None)
+
+
+def test_a_validation_does_not_score_classes_of_the_source(data: list[str], tmp_path: Path) -> None:
+    """The log names the reason; the other metrics of the validation are computed."""
+    more = ["trainer.epochs=1", "trainer.check_val_every_n_epoch=1", "trainer.val_episodes=2", "data_module.n_way=2"]
+    pretrain(_config(data, *more, "data_module.q_sample=1"), tmp_path)
+    log = (tmp_path / "run.log").read_text()
+    assert "no val_top1_action: the network was pretrained with labels of 4 classes of the evaluation" in log
+    (row,) = _rows(tmp_path)
+    assert "val_top1_action" not in row
+    assert float(row["held_out_loss"]) > 0
