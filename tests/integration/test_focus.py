@@ -87,9 +87,12 @@ def test_a_concatenated_feature_is_wider(folder: Path, tmp_path: Path) -> None:
             _evaluate(folder, tmp_path, f"pooling={pooling}")
 
 
-def test_another_pooling_is_rejected_on_resume(folder: Path) -> None:
-    config = _config(folder, "trainer.epochs=3", f"resume={folder / 'run/checkpoints/last.ckpt'}")
-    with pytest.raises(ConfigError, match=r"other settings.*: pooling motion / mean; use the same settings"):
+@pytest.mark.parametrize("pooling", ["mean", "halves"])
+def test_another_pooling_is_rejected_on_resume(folder: Path, pooling: str) -> None:
+    """Also one whose features, and therefore the transfer head, have another width."""
+    checkpoint = folder / "run/checkpoints/last.ckpt"
+    config = _config(folder, "trainer.epochs=3", f"resume={checkpoint}", f"pooling={pooling}")
+    with pytest.raises(ConfigError, match=f"other settings.*: pooling motion / {pooling}; use the same settings"):
         run.distill(config, folder / "other")
 
 

@@ -31,6 +31,7 @@ from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.training.monitoring import METRIC
+from mmdistill.training.old_checkpoints import upgrade_distill_checkpoint
 from mmdistill.training.run import Run, Training, complete_message, open_run, prune_checkpoints, start_training
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.state import TrainingState
@@ -84,6 +85,8 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
             loader_class=ResumableLoader,
         )
         with start_training(config, run, data, title="distill", weight_compat={"pooling": str(pooling)}) as training:
+            if run.resumed:  # before tensors are loaded: some poolings change their shapes
+                training.check_weight_compat(_stored_state(run.resumed.content))
             return _fit(config, training, teachers, specs)
 
 
@@ -99,6 +102,14 @@ def _finish_last_save(config: DistillConfig, run: Run, content: Mapping[str, Any
         )
     state.load_state_dict(stored)
     prune_checkpoints(config, run, state, pruning_scores(state, config.trainer.monitor))
+
+
+def _stored_state(content: Any) -> Mapping[str, Any]:
+    """The state of `EpochCheckpoints` in the content of a checkpoint of any version; empty for a directory."""
+    if not isinstance(content, dict):
+        return {}
+    state: Mapping[str, Any] = upgrade_distill_checkpoint(content)["callbacks"]["EpochCheckpoints"]
+    return state
 
 
 def _is_complete(meta: Mapping[str, Any], epochs: int) -> bool:
