@@ -145,14 +145,18 @@ class TrainingCallback(Callback):
 
 
 def format_losses(means: Mapping[str, float]) -> str:
-    """The total loss, and each teacher's loss with its ratio to the constant baseline, from `TrainingState.means`."""
+    """The total loss, and each teacher's loss with its ratio to the constant baseline, from `TrainingState.means`.
+
+    A target whose baseline is 0 is constant and has no ratio.
+    """
     parts: list[str] = []
     for name, loss in means.items():
         if name.startswith("train_loss_"):
             teacher = name.removeprefix("train_loss_")
             ratio = baseline_ratio(loss, means[f"constant_baseline_loss_{teacher}"])
-            label = "ratio to constant baseline" if not parts else "ratio"
-            parts.append(f"{teacher} {loss:.4f} ({label} {f'{ratio:.2g}' if ratio < 10 else f'{ratio:.0f}'})")
+            label = "ratio" if any("ratio" in part for part in parts) else "ratio to constant baseline"
+            shown = f"{label} {f'{ratio:.2g}' if ratio < 10 else f'{ratio:.0f}'}"
+            parts.append(f"{teacher} {loss:.4f} ({'constant target' if math.isnan(ratio) else shown})")
     total = f"loss {means.get('train_loss', math.nan):.4f}"
     return f"{total}: {', '.join(parts)}" if parts else total
 

@@ -335,8 +335,8 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
     if ledger.get("monitoring"):
         lines.append(f"  student: {describe_held_out(ledger['monitoring'])}")
     lines += [
-        f"teacher {name} contributes nothing: its features are constant; remove it from trainer.teachers, or use "
-        "another checkpoint"
+        f"teacher {name}: its features are constant, so nothing can be learned from them, although its loss may have a "
+        "gradient; remove it from trainer.teachers, or change its entry in trainer.ckpt_path"
         for name, values in ledger["teachers"].items()
         if values["is_constant"]
     ]

@@ -197,5 +197,8 @@ def test_epoch_without_finite_losses() -> None:
 
 
 def test_constant_features_have_no_ratio() -> None:
-    means = {"train_loss": 0.5, "train_loss_rgb": 0.5, "constant_baseline_loss_rgb": 0.0}
-    assert format_losses(means) == "loss 0.5000: rgb 0.5000 (ratio to constant baseline nan)"
+    means = {"train_loss": 0.5, "train_loss_rgb": 0.1, "constant_baseline_loss_rgb": 0.0}
+    means |= {"train_loss_flow": 0.4, "constant_baseline_loss_flow": 0.8}
+    assert format_losses(means) == (
+        "loss 0.5000: rgb 0.1000 (constant target), flow 0.4000 (ratio to constant baseline 0.5)"
+    )

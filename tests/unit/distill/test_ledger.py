@@ -169,11 +169,13 @@ def test_no_held_out_file(tmp_path: Path) -> None:
 
 
 def test_constant_teacher_is_reported() -> None:
-    values = {"variance": 0.0, "is_constant": True, "gradient_share": 0.0, "r2": None, "r2_by_class": {}}
+    """Its loss has a gradient until the head predicts the constant."""
+    values = {"variance": 0.0, "is_constant": True, "gradient_share": 0.097, "r2": None, "r2_by_class": {}}
     ledger = {"epoch": 3, "train_clips": 9, "held_out_clips": 1, "held_out": "val.json", "problems": {}}
     lines = ledger_lines({**ledger, "teachers": {"flow": values}})
-    assert lines[1] == "  flow: variance 0, gradient 0.0 %, R2 unknown"
-    assert lines[2].startswith("teacher flow contributes nothing: its features are constant")
+    assert lines[1] == "  flow: variance 0, gradient 9.7 %, R2 unknown"
+    assert lines[2].startswith("teacher flow: its features are constant, so nothing can be learned from them, although")
+    assert lines[2].endswith("or change its entry in trainer.ckpt_path")
 
 
 def test_variance_is_the_mean_over_dimensions() -> None:
