@@ -21,7 +21,7 @@ from mmdistill.distill.callbacks import (
     pruning_scores,
 )
 from mmdistill.distill.feature_file import FeatureFile
-from mmdistill.distill.ledger import Ledger
+from mmdistill.distill.ledger import Ledger, target_settings
 from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
@@ -128,12 +128,14 @@ def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: M
     encoders = dict.fromkeys(students, module.student.config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.encoders.items()}
     ledger = Ledger(training, teachers.files)
-    more_lines = f"{validation_line}{_feature_file_lines(config, training, teachers.files)}"
+    settings = "".join(f", {text}" for text in target_settings(config))
+    more = f"{settings}{validation_line}{_feature_file_lines(config, training, teachers.files)}"
+    title = f"distill {', '.join(module.names)} into student_rgb"
     callbacks = [
         *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
         ledger,
-        TrainingCallback(training, f"distill {', '.join(module.names)} into student_rgb", more_lines),
+        TrainingCallback(training, title, more, module.target_options.weights),
         EpochCheckpoints(
             training,
             encoders=encoders,

@@ -36,7 +36,9 @@ def test_tables_have_a_row_per_teacher_and_per_class() -> None:
 
 
 def test_page_shows_the_ledger_of_a_checkpoint_that_has_one(results: Results, page: Path, tmp_path: Path) -> None:
-    text = write_report(results, tmp_path, extra={"ledger": LEDGER}).read_text()
+    ledger = {**LEDGER, "settings": ["trainer.teacher_weights={flow:2}", "pooling=halves"]}
+    text = write_report(results, tmp_path, extra={"ledger": ledger}).read_text()
+    assert "Settings of the distillation: trainer.teacher_weights={flow:2}, pooling=halves." in text
     assert "Teachers of the student" in text
     assert "constant features: nothing to learn" in text
     assert "&lt;a&gt;" in text
