@@ -96,6 +96,11 @@ def test_file_of_another_format_raises(tmp_path: Path) -> None:
         ("trainer.teachers=[d.e] trainer.ckpt_path={d.e: {file: x}}", "use letters, digits and _"),
         ("trainer.teachers=[d,d] trainer.ckpt_path={d: {file: x}}", "each of them once"),
         ("trainer.teachers=[d] trainer.ckpt_path={e: {file: x}}", r"add e to trainer\.teachers"),
+        (
+            "trainer.teachers=[d] trainer.ckpt_path={d: x.npz}",
+            r"teachers=d is not one of rgb, flow, skeleton; for a file of features write "
+            r"trainer\.ckpt_path=\{d:\{file:x\.npz\}\}",
+        ),
     ],
 )
 def test_invalid_settings_raise(changes: str, message: str) -> None:
