@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from mmdistill.builders import check_pooling, configured_pooling
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.errors import CheckpointError, name_setting
 from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, standardization, teacher_weights
 from mmdistill.distill.callbacks import (
@@ -194,11 +194,15 @@ def _make_module(
             key=cache_key(dataset, network_sources, specs, training.run.precision, pooling),
         )
     ids = [clip.id for clip in dataset.index.clips] if teachers.files else []
+    features = {}
+    for name, file in teachers.files.items():
+        with name_setting(f"trainer.ckpt_path.{name}.file"):
+            features[name] = file.select(ids)
     targets = TargetOptions(
         standardization("trainer.standardize_targets", trainer_config.standardize_targets),
         teacher_weights(trainer_config),
         cache,
-        {name: file.select(ids) for name, file in teachers.files.items()},
+        features,
     )
     try:
         module = MMDistill(
