@@ -77,6 +77,18 @@ def test_invalid_files_raise(
     assert str(path) in str(error.value)
 
 
+def test_two_files_of_features_are_merged_as_documented(tmp_path: Path) -> None:
+    """The lines of docs/runs.md, for the R² of a file."""
+    for name, rows in (("train", slice(0, 2)), ("held_out", slice(2, 3))):
+        ids = tuple(IDS[rows])
+        part = Features(ROWS[rows, None].numpy(), np.zeros(len(ids), np.int64), ids, ids, ("a",))
+        save_features(part, tmp_path / f"{name}.npz")
+    parts = [np.load(tmp_path / name) for name in ("train.npz", "held_out.npz")]
+    merged = {key: np.concatenate([part[key] for part in parts]) for key in ("features", "ids")}
+    np.savez(tmp_path / "teacher.npz", **merged)
+    assert torch.equal(read_feature_file(tmp_path / "teacher.npz").select(IDS), ROWS)
+
+
 def test_npz_without_ids_raises(tmp_path: Path) -> None:
     np.savez(tmp_path / "f.npz", features=ROWS.numpy(), labels=np.zeros(3, np.int64))
     with pytest.raises(FeatureFileError, match="it has no array ids; it has features, labels"):
