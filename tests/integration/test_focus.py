@@ -81,7 +81,7 @@ def test_a_concatenated_feature_is_wider(folder: Path, tmp_path: Path) -> None:
     assert load_features(out["files"][0]).features.shape[2] == 2 * 16
     for pooling, message in (
         ("segments", "pooling=segments: student_rgb: needs at least 3 tokens along time, and the clips have 2"),
-        ("last_k", "pooling=last_k: student_rgb: needs 4 blocks, and the encoder has 1"),
+        ("last_k", "needs 4 blocks, and the encoder has 1; set pooling_last_k to 1 or less"),
     ):
         with pytest.raises(ConfigError, match=message):
             _evaluate(folder, tmp_path, f"pooling={pooling}")
