@@ -58,7 +58,7 @@ def test_unknown_key_is_reported_with_near_matches() -> None:
         ("+trainer.epoch=3", "trainer.epochs"),
         ("datase=demo", "dataset"),  # a group of files
         ("source.clip_anchr=start", "source.clip_anchor"),
-        ("data_module.modalities.flow.compansate=median", "data_module.modalities.flow.compensate"),
+        ("data_module.modalities.flow.compens=median", "data_module.modalities.flow.compensate"),
         (
             "data_module.modalities.skeleton.extra_keypoints.name=[ball]",
             "data_module.modalities.skeleton.extra_keypoints.names",
