@@ -395,7 +395,9 @@ def configured_pooling(config: PretrainConfig | DistillConfig) -> Pooling:
 def check_pooling(pooling: Pooling, encoder: Encoder, name: str) -> None:
     """Raise `ConfigError` if `pooling` cannot be used with the encoder `name`."""
     if misfit := pooling.describe_misfit(encoder.config.grid, encoder.config.depth):
-        raise ConfigError(f"pooling={pooling.name}: {name}: {misfit}; use another pooling")
+        is_deep = pooling.name == "last_k"
+        fix = f"set pooling_last_k to {encoder.config.depth} or less" if is_deep else "use another pooling"
+        raise ConfigError(f"pooling={pooling.name}: {name}: {misfit}; {fix}")
 
 
 def check_token_grid(encoder: Encoder, spec: ModalitySpec, data: DataModuleConfig, source: object) -> None:
@@ -437,10 +439,11 @@ def check_joints(meta: Mapping[str, Any], spec: ModalitySpec, source: object) ->
         return
     channel = next(i for i, pair in enumerate(zip_longest(stored, own)) if pair[0] != pair[1])
     names = [layout[channel] if channel < len(layout) else "none" for layout in (stored, own)]
+    counts = "" if len(stored) == len(own) else f", {len(stored)} in place of {len(own)} channels"
     raise ConfigError(
-        f"data_module.modalities.{spec.name}: {source} was trained with other keypoints, {len(stored)} in place of "
-        f"{len(own)} channels; the first difference is channel {channel} (checkpoint / data_module): "
-        f"{' / '.join(names)}; use the same joints, limb_channels and extra_keypoints in both trainings"
+        f"data_module.modalities.{spec.name}: {source} was trained with other keypoints{counts}; the first difference "
+        f"is channel {channel} (checkpoint / data_module): {' / '.join(names)}; use the same joints, limb_channels and "
+        "extra_keypoints in both trainings"
     )
 
 

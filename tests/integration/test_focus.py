@@ -81,15 +81,18 @@ def test_a_concatenated_feature_is_wider(folder: Path, tmp_path: Path) -> None:
     assert load_features(out["files"][0]).features.shape[2] == 2 * 16
     for pooling, message in (
         ("segments", "pooling=segments: student_rgb: needs at least 3 tokens along time, and the clips have 2"),
-        ("last_k", "pooling=last_k: student_rgb: needs 4 blocks, and the encoder has 1"),
+        ("last_k", "needs 4 blocks, and the encoder has 1; set pooling_last_k to 1 or less"),
     ):
         with pytest.raises(ConfigError, match=message):
             _evaluate(folder, tmp_path, f"pooling={pooling}")
 
 
-def test_another_pooling_is_rejected_on_resume(folder: Path) -> None:
-    config = _config(folder, "trainer.epochs=3", f"resume={folder / 'run/checkpoints/last.ckpt'}")
-    with pytest.raises(ConfigError, match=r"other settings.*: pooling motion / mean; use the same settings"):
+@pytest.mark.parametrize("pooling", ["mean", "halves"])
+def test_another_pooling_is_rejected_on_resume(folder: Path, pooling: str) -> None:
+    """Also one whose features, and therefore the transfer head, have another width."""
+    checkpoint = folder / "run/checkpoints/last.ckpt"
+    config = _config(folder, "trainer.epochs=3", f"resume={checkpoint}", f"pooling={pooling}")
+    with pytest.raises(ConfigError, match=f"other settings.*: pooling motion / {pooling}; use the same settings"):
         run.distill(config, folder / "other")
 
 

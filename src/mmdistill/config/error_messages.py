@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mmdistill.config.overrides import without_option_values
 from mmdistill.config.renames import describe_old_key, renamed_key
-from mmdistill.config.schema import CommonConfig, DistillConfig, PretrainConfig
+from mmdistill.config.schema import CommonConfig, DistillConfig, ModalityConfig, PretrainConfig
 from mmdistill.errors import MMDistillError, suggest_nearest
 
 _CONFIG_GROUPS = ("dataset", "experiment")  # keys of a command that select a file of configs/; not in the schema
@@ -143,11 +143,13 @@ def near_matches(name: str, schema: type[Any]) -> str:
     """``. Near matches: ...`` with at most three keys, or nothing.
 
     The last part of these keys is similar to that of `name`. If some of them have the same parent as `name`, the others
-    are omitted. `source` has the keys of `data_module`.
+    are omitted. `source` has the keys of `data_module`. For a key of a modality only its keys are searched.
     """
     if name.startswith("source."):
         return near_matches(f"data_module.{name.removeprefix('source.')}", schema).replace("data_module.", "source.")
     keys = [*_CONFIG_GROUPS, *known_keys(schema)]
+    if modality := re.match(r"data_module\.modalities\.\w+\.", name):
+        keys = known_keys(ModalityConfig, modality[0])
     parent, _, last = name.rpartition(".")
     close = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=3)
     near = [key for key in keys if key.rpartition(".")[2] in close]

@@ -3,6 +3,7 @@
 A rule applies to the value, or to each element of a list and each name of a mapping. A null value is not checked.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
@@ -63,13 +64,15 @@ def at_least(minimum: float) -> Rule:
 
 
 def within(interval: str, *, null: str = "") -> Rule:
-    """Allow values in an interval such as ``[0, 1)``; `null` is the meaning of null, for the message."""
+    """Allow values in an interval, ``[0, 1)`` or ``(0, inf]``; `null` is the meaning of null, for the message."""
     low, high = map(float, interval[1:-1].split(","))
     excluded = [low] * (interval[0] == "(") + [high] * (interval[-1] == ")")
 
     def check(name: str, value: Any) -> None:
         if not low <= value <= high or value in excluded:
-            raise ConfigError(f"{name}={value} must lie in {interval}{f'; use null for {null}' if null else ''}")
+            bound = f"{'above' if interval[0] == '(' else 'at least'} {low:g}"
+            rule = f"lie in {interval}" if math.isfinite(high) else f"be {bound}"
+            raise ConfigError(f"{name}={value} must {rule}{f'; use null for {null}' if null else ''}")
 
     return check
 

@@ -41,6 +41,7 @@ DEEPSPEED_STAGES = {
     "deepspeed_stage_1_offload": 1,
     "deepspeed_stage_2_offload": 2,
 }  # strategy -> ZeRO stage
+DEFAULT_BASELINES = ("random", "teacher_rgb")
 PRETRAIN_STAGES = {
     "auto": 0,
     "ddp": 0,
@@ -471,7 +472,7 @@ class DistillConfig(CommonConfig):
     eval_component: str = "student_rgb"
     # other networks that are evaluated on the same episodes: random (an untrained encoder with the
     # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
-    baselines: list[str] = field(default_factory=lambda: ["random", "teacher_rgb"])
+    baselines: list[str] = field(default_factory=lambda: list(DEFAULT_BASELINES))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each
     classifier: Any = key("logistic", as_names, one_of(*CLASSIFIER_NAMES, more=_classifier_plugins))

@@ -255,7 +255,14 @@ def _validate_teacher_names(config: DistillConfig) -> None:
             raise ConfigError(f"trainer.ckpt_path.{name}: add {name} to {key}={trainer.teachers}, or remove the file")
     is_stored = config.resume is not None and trainer.ckpt_path is None
     for name in trainer.teachers if not is_stored else ():
-        one_of(*files, more=modality_names)(key, name)
+        try:
+            one_of(*files, more=modality_names)(key, name)
+        except ConfigError as error:
+            path = trainer.ckpt_path.get(name) if isinstance(trainer.ckpt_path, dict) else None
+            if path is None:
+                raise
+            hint = f"; for a file of features write trainer.ckpt_path={{{name}:{{file:{path}}}}}"
+            raise ConfigError(f"{error}{hint}") from error
 
 
 def _validate_components(config: DistillConfig) -> None:

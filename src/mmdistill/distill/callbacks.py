@@ -97,12 +97,16 @@ def _is_zero(strategy: Any) -> bool:
 class TrainingCallback(Callback):
     """Position, seeds, learning rates and log of a training; `title` and `more` are in the first lines of the log.
 
+    `weights` are the factors of the teachers' losses, see `format_losses`.
+
     All randomness in a step depends on (seed, epoch, batch, rank) alone, so a resumed run needs no generator state.
     """
 
-    def __init__(self, training: Training, title: str, more: str = "") -> None:
+    def __init__(
+        self, training: Training, title: str, more: str = "", weights: Mapping[str, float] | None = None
+    ) -> None:
         self.training, self.state, self.data = training, training.state, training.data
-        self.title, self.more = title, more
+        self.title, self.more, self.weights = title, more, weights or {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the learning rates; `on_train_epoch_start` is not called if a run resumes inside an epoch."""
@@ -138,22 +142,29 @@ class TrainingCallback(Callback):
         pl_module.log_dict(means, sync_dist=True)
         metrics = means if validation is None else {**means, METRIC: float(validation)}
         lr = self._schedule(trainer).lr
-        self.training.log_epoch(metrics, format_losses(means), lr=lr, loss_scale=loss_scale(trainer))
+        text = format_losses(means, self.weights)
+        self.training.log_epoch(metrics, text, lr=lr, loss_scale=loss_scale(trainer))
 
     def _schedule(self, trainer: pl.Trainer) -> StepSchedule:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
         return schedule  # type: ignore[no-any-return]
 
 
-def format_losses(means: Mapping[str, float]) -> str:
-    """The total loss, and each teacher's loss with its ratio to the constant baseline, from `TrainingState.means`."""
+def format_losses(means: Mapping[str, float], weights: Mapping[str, float]) -> str:
+    """The total loss, and each teacher's loss with its ratio to the constant baseline, from `TrainingState.means`.
+
+    A loss with a weight other than 1 is shown with it, ``flow 2 x 1.0644``: the total is the weighted sum. A target
+    whose baseline is 0 is constant and has no ratio.
+    """
     parts: list[str] = []
     for name, loss in means.items():
         if name.startswith("train_loss_"):
             teacher = name.removeprefix("train_loss_")
             ratio = baseline_ratio(loss, means[f"constant_baseline_loss_{teacher}"])
-            label = "ratio to constant baseline" if not parts else "ratio"
-            parts.append(f"{teacher} {loss:.4f} ({label} {f'{ratio:.2g}' if ratio < 10 else f'{ratio:.0f}'})")
+            label = "ratio" if any("ratio" in part for part in parts) else "ratio to constant baseline"
+            shown = f"{label} {f'{ratio:.2g}' if ratio < 10 else f'{ratio:.0f}'}"
+            factor = "" if weights.get(teacher, 1.0) == 1 else f"{weights[teacher]:g} x "
+            parts.append(f"{teacher} {factor}{loss:.4f} ({'constant target' if math.isnan(ratio) else shown})")
     total = f"loss {means.get('train_loss', math.nan):.4f}"
     return f"{total}: {', '.join(parts)}" if parts else total
 

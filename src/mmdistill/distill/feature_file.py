@@ -2,7 +2,7 @@
 
 A `.safetensors` file contains either one tensor (D,) per clip, named by the clip's id, or a tensor ``features`` (N, D)
 with the ids as a JSON list in the metadata entry ``ids``. The `.safetensors` files of `mmdistill features` are of the
-second kind, with one view: (N, 1, D). Its `.npz` files are read as well.
+second kind, with one view: (N, 1, D). Its `.npz` files are read as well, and others with ``features`` and ``ids``.
 """
 
 import hashlib
@@ -67,8 +67,9 @@ class FeatureFile:
         if missing := self.missing(ids):
             raise FeatureFileError(
                 f"{self.path}: no feature of {len(missing)} of {format_count(len(ids), 'clip')}: "
-                f"{format_first([quote_name(clip) for clip in missing], _MAX_LISTED)}; compute them, or train on the "
-                "clips that the file has (data_module.unlabel_json_path, train_clips, window_stride)"
+                f"{format_first([quote_name(clip) for clip in missing], _MAX_LISTED)}; the first id of the file is "
+                f"{quote_name(next(iter(self.positions), 'none'))}; compute them, or train on the clips that the file "
+                "has (data_module.unlabel_json_path, train_clips, window_stride)"
             )
         return self.rows[[self.positions[clip] for clip in ids]]
 
@@ -108,7 +109,7 @@ def read_feature_file(path: str | Path) -> FeatureFile:
 def _read_rows(path: Path) -> tuple[list[str], Tensor, dict[str, Any]]:
     """Ids and float32 features (N, D), in the order of the file, and the info of a file of mmdistill."""
     if path.suffix == ".npz":
-        features = load_features(path)
+        features = load_features(path, required=("features", "ids"))
         ids = list(features.ids)
         return ids, _as_rows(torch.from_numpy(features.features), ids), features.info
     with safe_open(str(path), framework="pt") as file:
@@ -120,9 +121,10 @@ def _read_rows(path: Path) -> tuple[list[str], Tensor, dict[str, Any]]:
             rows, info = _as_rows(file.get_tensor("features"), ids), json.loads(metadata.get("info", "{}"))
             return [str(clip) for clip in ids], rows, info if isinstance(info, dict) else {}
         tensors = [file.get_tensor(name) for name in names]
-    shapes = {tuple(tensor.shape) for tensor in tensors}
+    shapes = {tuple(tensor.shape): name for name, tensor in zip(names, tensors, strict=True)}  # an id of each
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-        sizes = format_first([list(shape) for shape in sorted(shapes)], _MAX_LISTED) or "no tensor"
+        listed = [f"{list(shape)} ({quote_name(shapes[shape])})" for shape in sorted(shapes)]
+        sizes = format_first(listed, _MAX_LISTED) or "none"
         raise FeatureFileError(
             f"expected one tensor (D,) per clip, named by its id, or a tensor features (N, D) with the metadata entry "
             f"ids; found {format_count(len(names), 'tensor')} of the shapes {sizes}"

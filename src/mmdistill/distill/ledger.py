@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdistill.builders import make_clip_dataset, open_readers
-from mmdistill.config import ConfigError, DataModuleConfig
+from mmdistill.builders import configured_pooling, make_clip_dataset, open_readers
+from mmdistill.config import ConfigError, DataModuleConfig, DistillConfig, standardization, teacher_weights
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.dataset import ClipDataset
 from mmdistill.data.readers.base import FrameError
@@ -120,6 +120,19 @@ def gradient_shares(module: MMDistill, features: ClipFeatures) -> dict[str, floa
     return {name: norm / total if total and math.isfinite(total) else 0.0 for name, norm in norms.items()}
 
 
+def target_settings(config: DistillConfig) -> list[str]:
+    """``KEY=VALUE`` of the settings that change what the student learns and differ from their default."""
+    key, pooling = "trainer.standardize_targets", configured_pooling(config)
+    weights = [f"{name}:{weight:g}" for name, weight in teacher_weights(config.trainer).items() if weight != 1]
+    method = standardization(key, config.trainer.standardize_targets)
+    return [
+        *([f"trainer.teacher_weights={{{','.join(weights)}}}"] if weights else []),
+        *([f"{key}={method}"] if method else []),
+        *([f"pooling={pooling.name}"] if pooling.name != Pooling.name else []),
+        *([f"pooling_last_k={pooling.last_k}"] if pooling.name == "last_k" else []),
+    ]
+
+
 class Ledger(pl.Callback):
     """Compute the ledger, log it, and keep it for the checkpoint of the same epoch. It comes before `TrainingCallback`.
 
@@ -153,15 +166,17 @@ class Ledger(pl.Callback):
         """The ledger, the same on all ranks. Collective.
 
         Returns:
-            ``epoch``; ``train_clips`` and ``held_out_clips``, numbers of clips; ``held_out``, annotation file of these;
-            ``problems``, see `HeldOut`; ``teachers``: by teacher ``variance``, ``is_constant``, ``gradient_share``,
-            ``r2`` and ``r2_by_class`` (by name of the class); ``monitoring``: result of `held_out_metrics` for the
-            student, without a loss if that of a teacher is unknown; empty without held-out clips.
+            ``epoch``; ``settings``, see `target_settings`; ``train_clips`` and ``held_out_clips``, numbers of clips;
+            ``held_out``, annotation file of these; ``problems``, see `HeldOut`; ``teachers``: by teacher ``variance``,
+            ``is_constant``, ``gradient_share``, ``r2`` and ``r2_by_class`` (by name of the class); ``monitoring``:
+            result of `held_out_metrics` for the student, without a loss if that of a teacher is unknown; empty without
+            held-out clips.
         """
         train = _last_batch(module)
         held_out = self._held_out = self._held_out or find_held_out(self.training, module, self.files)
         about = {
             "epoch": epoch,
+            "settings": target_settings(cast(DistillConfig, self.training.config)),
             "train_clips": len(train.student),
             "held_out_clips": len(held_out.positions),
             "held_out": held_out.source,
@@ -335,8 +350,8 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[str]:
     if ledger.get("monitoring"):
         lines.append(f"  student: {describe_held_out(ledger['monitoring'])}")
     lines += [
-        f"teacher {name} contributes nothing: its features are constant; remove it from trainer.teachers, or use "
-        "another checkpoint"
+        f"teacher {name}: its features are constant, so nothing can be learned from them, although its loss may have a "
+        "gradient; remove it from trainer.teachers, or change its entry in trainer.ckpt_path"
         for name, values in ledger["teachers"].items()
         if values["is_constant"]
     ]

@@ -123,7 +123,10 @@ def check_paths(config: DistillConfig) -> None:
                     f"{suggest_nearest(config.student, presets)}"
                 ) from error
         with name_setting("trainer.ckpt_path"):
-            for path in (*teacher_paths(config.trainer).values(), *feature_files(config.trainer).values()):
+            for path in teacher_paths(config.trainer).values():
+                existing_path(path)
+        for name, path in feature_files(config.trainer).items():
+            with name_setting(f"trainer.ckpt_path.{name}.file"):
                 existing_path(path)
     elif config.resume != "auto":
         resume_path(config.resume)

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from mmdistill.builders import check_pooling, configured_pooling
-from mmdistill.checkpoint.errors import CheckpointError
+from mmdistill.checkpoint.errors import CheckpointError, name_setting
 from mmdistill.checkpoint.references import labeled_sources
 from mmdistill.checkpoint.retention import link_or_copy
 from mmdistill.config import ConfigError, DistillConfig, modality_specs, standardization, teacher_weights
@@ -22,7 +22,7 @@ from mmdistill.distill.callbacks import (
     pruning_scores,
 )
 from mmdistill.distill.feature_file import FeatureFile
-from mmdistill.distill.ledger import Ledger
+from mmdistill.distill.ledger import Ledger, target_settings
 from mmdistill.distill.module import MMDistill, StudentOptions, TargetOptions
 from mmdistill.distill.strategy import strategy_kwargs
 from mmdistill.distill.teacher_cache import TeacherCache, TeacherCacheCallback, cache_key
@@ -32,6 +32,7 @@ from mmdistill.distributed.collectives import run_on_all_ranks
 from mmdistill.errors import format_count
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec
 from mmdistill.training.monitoring import METRIC
+from mmdistill.training.old_checkpoints import upgrade_distill_checkpoint
 from mmdistill.training.run import Run, Training, complete_message, open_run, prune_checkpoints, start_training
 from mmdistill.training.run_logger import RunLog
 from mmdistill.training.state import TrainingState
@@ -85,6 +86,8 @@ def distill(config: DistillConfig, run_dir: Path) -> Path:
             loader_class=ResumableLoader,
         )
         with start_training(config, run, data, title="distill", weight_compat={"pooling": str(pooling)}) as training:
+            if run.resumed:  # before tensors are loaded: some poolings change their shapes
+                training.check_weight_compat(_stored_state(run.resumed.content))
             return _fit(config, training, teachers, specs)
 
 
@@ -100,6 +103,14 @@ def _finish_last_save(config: DistillConfig, run: Run, content: Mapping[str, Any
         )
     state.load_state_dict(stored)
     prune_checkpoints(config, run, state, pruning_scores(state, config.trainer.monitor))
+
+
+def _stored_state(content: Any) -> Mapping[str, Any]:
+    """The state of `EpochCheckpoints` in the content of a checkpoint of any version; empty for a directory."""
+    if not isinstance(content, dict):
+        return {}
+    state: Mapping[str, Any] = upgrade_distill_checkpoint(content)["callbacks"]["EpochCheckpoints"]
+    return state
 
 
 def _is_complete(meta: Mapping[str, Any], epochs: int) -> bool:
@@ -118,12 +129,14 @@ def _fit(config: DistillConfig, training: Training, teachers: Teachers, specs: M
     encoders = dict.fromkeys(students, module.student.config)
     encoders |= {f"teacher_{modality}": encoder.config for modality, encoder in teachers.encoders.items()}
     ledger = Ledger(training, teachers.files)
-    more_lines = f"{validation_line}{_feature_file_lines(config, training, teachers.files)}"
+    settings = "".join(f", {text}" for text in target_settings(config))
+    more = f"{settings}{validation_line}{_feature_file_lines(config, training, teachers.files)}"
+    title = f"distill {', '.join(module.names)} into student_rgb"
     callbacks = [
         *([TeacherCacheCallback(module.cache, training)] if module.cache else []),
         StepCallback(training),
         ledger,
-        TrainingCallback(training, f"distill {', '.join(module.names)} into student_rgb", more_lines),
+        TrainingCallback(training, title, more, module.target_options.weights),
         EpochCheckpoints(
             training,
             encoders=encoders,
@@ -183,11 +196,15 @@ def _make_module(
             key=cache_key(dataset, network_sources, specs, training.run.precision, pooling),
         )
     ids = [clip.id for clip in dataset.index.clips] if teachers.files else []
+    features = {}
+    for name, file in teachers.files.items():
+        with name_setting(f"trainer.ckpt_path.{name}.file"):
+            features[name] = file.select(ids)
     targets = TargetOptions(
         standardization("trainer.standardize_targets", trainer_config.standardize_targets),
         teacher_weights(trainer_config),
         cache,
-        {name: file.select(ids) for name, file in teachers.files.items()},
+        features,
     )
     try:
         module = MMDistill(

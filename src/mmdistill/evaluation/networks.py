@@ -21,6 +21,7 @@ from mmdistill.checkpoint.references import (
 )
 from mmdistill.checkpoint.student import stored_pooling
 from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
+from mmdistill.config.schema import DEFAULT_BASELINES
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.errors import FewshotError
@@ -223,6 +224,7 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
     components = [entry for entry in config.baselines if entry in encoders or entry.startswith(COMPONENT_PREFIXES)]
     paths = [entry for entry in config.baselines if entry != "random" and entry not in components]
     names = dict(zip(paths, _distinct_names(paths, {scored.name, *config.baselines} - set(paths)), strict=True))
+    uses_default, omit = tuple(config.baselines) == DEFAULT_BASELINES, "; baselines=[random] omits it"
     for entry in config.baselines:
         if entry == "random":
             networks.append(make_random_network(scored, seed=config.seed))
@@ -234,7 +236,9 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         elif not is_distilled and entry in own_names:
             networks.append(load_network(source, component=entry, name=own_names[entry], data=data))
         elif not is_distilled:
-            messages.append(f"baselines: skipping {entry}: {path} is not a distilled checkpoint")
+            messages.append(f"baselines: skipping {entry}: {path} is not a distilled checkpoint{omit}")
+        elif uses_default and entry not in {*source.components, *references}:
+            messages.append(f"baselines: skipping {entry}: {path} has no such teacher{omit}")
         else:
             try:
                 with name_setting("baselines", ComponentError):

@@ -28,6 +28,7 @@ from mmdistill.config import (
     to_plain,
 )
 from mmdistill.config.compose import model_presets
+from mmdistill.config.schema import DEFAULT_BASELINES
 from mmdistill.console import record_warnings
 from mmdistill.data.annotations.base import AnnotationError
 from mmdistill.data.clips import ClipIndex, ClipSource, count_overlapping_clips
@@ -239,11 +240,13 @@ def check_evaluation(config: DistillConfig) -> None:
     teachers = [f"teacher_{m}" for m in config.trainer.teachers if m in modality_names()]  # others are files
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
     named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
+    if tuple(config.baselines) == DEFAULT_BASELINES:  # `load_networks` skips those that the checkpoint lacks
+        named = [entry for entry in named if entry in components]
     for key, component in [("eval_component", config.eval_component), *(("baselines", entry) for entry in named)]:
         if component not in components:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {component}, only {', '.join(components)}")
     for entry in config.baselines:
-        if entry != "random" and entry not in named and not Path(entry).expanduser().exists():
+        if entry not in DEFAULT_BASELINES and entry not in named and not Path(entry).expanduser().exists():
             raise unknown_baseline(entry, components)
     builders.make_demo_data(config.data_module)
     try:

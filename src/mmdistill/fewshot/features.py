@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,11 @@ def save_features(features: Features, path: str | Path) -> Path:
     return path
 
 
-def load_features(path: str | Path) -> Features:
+def load_features(path: str | Path, *, required: Collection[str] = ("features", "labels")) -> Features:
     """Read features that `save_features` or another program wrote.
 
-    An `.npz` needs `features` (N, D) or (N, V, D) and `labels` (N,) of integers or names; `groups`, `ids`, `classes`,
-    `matches`, `players`, `hands` and `event_labels` are optional. Nothing in it is unpickled.
+    An `.npz` has `features` (N, D) or (N, V, D), `labels` (N,) of integers or names, `groups`, `ids`, `classes`,
+    `matches`, `players`, `hands` and `event_labels`; it needs those that are `required`. Nothing in it is unpickled.
 
     Raises:
         FeatureError: an array is missing, not finite or of another shape, or the file is corrupt.
@@ -134,7 +134,7 @@ def load_features(path: str | Path) -> Features:
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        return _load_npz(path)
+        return _load_npz(path, required)
     except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, EOFError, OSError) as error:
         raise FeatureError(f"{path} is corrupt: {error}") from error
     except FeatureError as error:
@@ -161,9 +161,9 @@ def _load_safetensors(path: Path) -> Features:
     return Features(as_views(x), labels.astype(np.int64), ids, groups, classes, info, sources)
 
 
-def _load_npz(path: Path) -> Features:
+def _load_npz(path: Path, required: Collection[str]) -> Features:
     with np.load(path, allow_pickle=False) as file:
-        missing = {"features", "labels"} - set(file.files)
+        missing = set(required) - set(file.files)
         if missing:
             raise FeatureError(
                 f"it has no array {', '.join(sorted(missing))}; it has {', '.join(file.files) or 'none'}"
@@ -173,7 +173,8 @@ def _load_npz(path: Path) -> Features:
         except ValueError as error:
             raise FeatureError("it contains Python objects, which are not supported; save plain arrays") from error
     x = as_views(found["features"])
-    labels, classes = _parse_labels(found["labels"], found.get("classes"))
+    unlabeled = np.full(len(x), -1)
+    labels, classes = _parse_labels(found.get("labels", unlabeled), found.get("classes"))
     ids, groups = (found.get(name, np.arange(len(x))) for name in ("ids", "groups"))  # default: one group per clip
     info = json.loads(str(found["info"])) if "info" in found else {"network": path.stem}
     if not isinstance(info, dict):

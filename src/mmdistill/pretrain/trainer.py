@@ -34,7 +34,7 @@ from mmdistill.pretrain.initialization import load_videomae
 from mmdistill.pretrain.joint import JointLoss, describe_terms, make_joint_loss, source_classes
 from mmdistill.pretrain.monitor import Monitor
 from mmdistill.randomness import seed_step, seed_torch, seeded_rng
-from mmdistill.training.compatibility import check_weight_compat, convert_position
+from mmdistill.training.compatibility import convert_position, require_same_settings
 from mmdistill.training.monitoring import is_due
 from mmdistill.training.nonfinite import grad_norm, zero_loss
 from mmdistill.training.old_checkpoints import upgrade_pretrain_state
@@ -308,7 +308,7 @@ class PretrainTrainer:
         check_average(meta, self.config.trainer.ema)
         # before the tensors, whose shapes depend on the number of classes
         own = source_classes(self.joint.meta if self.joint else None)
-        check_weight_compat(source_classes(meta.get("source")), own, path)
+        require_same_settings(source_classes(meta.get("source")), own, path)
         stored = upgrade_pretrain_state(load_deepspeed(self.engine, path))
         stored = convert_position({"overflow_steps": self.engine.skipped_steps, **stored}, self.data.order)
         self.training.load_state_dict(stored)

@@ -38,8 +38,8 @@ def convert_position(stored: Mapping[str, Any], own_order: Mapping[str, int]) ->
     return {**stored, "batch": own_batches(stored["batch"]), "data_order": {**order, **own}}
 
 
-def check_weight_compat(stored: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path | None) -> None:
-    """Raise `ConfigError` if settings of the weights, see `check_compatible`, differ."""
+def require_same_settings(stored: Mapping[str, Any], own: Mapping[str, Any], checkpoint: Path | None) -> None:
+    """Raise `ConfigError` if settings that the weights depend on differ; gives both values."""
     if difference := diff_settings(stored, own):
         raise ConfigError(
             f"resume: {checkpoint} was trained with other settings than this run's (checkpoint / run): {difference}; "
@@ -47,16 +47,28 @@ def check_weight_compat(stored: Mapping[str, Any], own: Mapping[str, Any], check
         )
 
 
-def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoint: Path | None) -> None:
-    """Raise unless a checkpoint with the record `stored` and the position `state` continues in a run with `own`.
+def check_weight_compat(stored: Record, own: Record, checkpoint: Path | None) -> None:
+    """Raise unless the weights of a checkpoint with the record `stored` compute the same in a run with `own`.
 
-    ``weight_compat`` affects what the weights compute but not their shapes; it must always match. ``data_order``
-    decides which clips are in the batches before a position; it must match inside an epoch.
+    ``weight_compat`` are settings that the weights depend on. A distillation checks them before it loads tensors,
+    because some poolings change the shapes of the transfer head.
 
     Raises:
         ConfigError: settings differ; gives the values in the checkpoint and in this run.
     """
-    check_weight_compat({**_EARLIER_SETTINGS, **stored.get("weight_compat", {})}, own["weight_compat"], checkpoint)
+    require_same_settings({**_EARLIER_SETTINGS, **stored.get("weight_compat", {})}, own["weight_compat"], checkpoint)
+
+
+def check_compatible(stored: Record, own: Record, state: TrainingState, checkpoint: Path | None) -> None:
+    """Raise unless a checkpoint with the record `stored` and the position `state` continues in a run with `own`.
+
+    ``weight_compat`` must always match. ``data_order`` decides which clips are in the batches before a position; it
+    must match inside an epoch.
+
+    Raises:
+        ConfigError: settings differ; gives the values in the checkpoint and in this run.
+    """
+    check_weight_compat(stored, own, checkpoint)
     if state.batch and (difference := diff_settings(stored.get("data_order", {}), own["data_order"])):
         raise ConfigError(
             f"resume: the checkpoint was written in the middle of epoch {state.epoch}, and this run has different "

@@ -68,8 +68,8 @@ def describe_held_out(metrics: Mapping[str, float]) -> str:
     if "held_out_loss" not in metrics:
         return text
     loss, baseline = metrics["held_out_loss"], metrics["held_out_constant_baseline_loss"]
-    ratio = baseline_ratio(loss, baseline)
-    return f"held-out loss {loss:.4f} (constant baseline {baseline:.4f}, ratio {ratio:.3f}), {text}"
+    ratio = f"ratio {baseline_ratio(loss, baseline):.3f}" if baseline else "constant target"
+    return f"held-out loss {loss:.4f} (constant baseline {baseline:.4f}, {ratio}), {text}"
 
 
 def select_positions(num_clips: int) -> list[int]:

@@ -21,7 +21,7 @@ from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
 from mmdistill.files import remove_temporary_files
 from mmdistill.models.videomae import EncoderConfig
-from mmdistill.training.compatibility import check_compatible
+from mmdistill.training.compatibility import check_compatible, check_weight_compat
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.loggers import ResumePoint
 from mmdistill.training.nonfinite import NonFiniteGuard
@@ -218,6 +218,10 @@ class Training:
         """The state, and the settings that a resumed run must share."""
         order = {**self._record["data_order"], "batches_per_epoch": self.data.batches_per_epoch}
         return {**self.state.state_dict(), **self._record, "data_order": order}
+
+    def check_weight_compat(self, stored: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` if the weights of a checkpoint with the state `stored` depend on other settings."""
+        check_weight_compat(stored, self._record, self.run.source)
 
     def load_state_dict(self, stored: Mapping[str, Any]) -> None:
         """Continue at the stored position. Raises `ConfigError`, see `check_compatible`."""

@@ -58,6 +58,15 @@ def test_unknown_key_is_reported_with_near_matches() -> None:
         ("+trainer.epoch=3", "trainer.epochs"),
         ("datase=demo", "dataset"),  # a group of files
         ("source.clip_anchr=start", "source.clip_anchor"),
+        ("data_module.modalities.flow.compens=median", "data_module.modalities.flow.compensate"),
+        (
+            "data_module.modalities.skeleton.extra_keypoints.name=[ball]",
+            "data_module.modalities.skeleton.extra_keypoints.names",
+        ),
+        (
+            "+data_module.modalities.skeleton.extra_keypoints.name=[ball]",
+            "data_module.modalities.skeleton.extra_keypoints.names",
+        ),
     ],
 )
 def test_near_matches_have_the_same_parent_if_there_are_any(override: str, near: str) -> None:

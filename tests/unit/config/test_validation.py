@@ -72,7 +72,7 @@ COMMON = [
     (D + "clip_anchor=end", D + "clip_anchor=end is not one of start, center"),
     (D + "on_missing=ignore", D + "on_missing=ignore is not one of error, repeat, skip"),
     (D + "mask_type=tubes", D + "mask_type=tubes is not one of tube, random, motion; did you mean tube?"),
-    (D + "mask_temperature=0", D + "mask_temperature=0.0 must lie in (0, inf]"),
+    (D + "mask_temperature=0", D + "mask_temperature=0.0 must be above 0"),
     (D + "resize=pad", D + "resize=pad is not one of crop, squash"),
     (D + "support_views=all", D + "support_views=all is not one of each, first; did you mean each?"),
     (

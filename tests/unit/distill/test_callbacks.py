@@ -186,16 +186,29 @@ def test_losses_with_ratios() -> None:
         "constant_baseline_loss_skeleton": 0.006,
         "grad_norm": 1.0,
     }
-    assert format_losses(means) == (
+    assert format_losses(means, {}) == (
         "loss 0.0919: rgb 0.0127 (ratio to constant baseline 0.038), flow 0.0008 (ratio 0.89), "
         "skeleton 0.9411 (ratio 157)"
     )
 
 
+def test_weighted_losses_show_their_weight() -> None:
+    """The total is their sum: 0.9625 + 2 x 1.0644 + 1.0023 = 4.0936."""
+    means = {"train_loss": 4.0936}
+    for name, loss in (("rgb", 0.9625), ("flow", 1.0644), ("skeleton", 1.0023)):
+        means |= {f"train_loss_{name}": loss, f"constant_baseline_loss_{name}": loss}
+    assert format_losses(means, {"rgb": 1.0, "flow": 2.0}) == (
+        "loss 4.0936: rgb 0.9625 (ratio to constant baseline 1), flow 2 x 1.0644 (ratio 1), skeleton 1.0023 (ratio 1)"
+    )
+
+
 def test_epoch_without_finite_losses() -> None:
-    assert format_losses({}) == "loss nan"
+    assert format_losses({}, {}) == "loss nan"
 
 
 def test_constant_features_have_no_ratio() -> None:
-    means = {"train_loss": 0.5, "train_loss_rgb": 0.5, "constant_baseline_loss_rgb": 0.0}
-    assert format_losses(means) == "loss 0.5000: rgb 0.5000 (ratio to constant baseline nan)"
+    means = {"train_loss": 0.5, "train_loss_rgb": 0.1, "constant_baseline_loss_rgb": 0.0}
+    means |= {"train_loss_flow": 0.4, "constant_baseline_loss_flow": 0.8}
+    assert format_losses(means, {}) == (
+        "loss 0.5000: rgb 0.1000 (constant target), flow 0.4000 (ratio to constant baseline 0.5)"
+    )

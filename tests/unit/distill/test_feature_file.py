@@ -41,7 +41,8 @@ def test_both_layouts_give_the_same_features(tmp_path: Path) -> None:
     features = Features(ROWS[:, None].numpy(), labels, tuple(IDS), ("a", "a", "b"), ("x",))
     for suffix in ("safetensors", "npz"):
         save_features(features, tmp_path / f"own.{suffix}")  # as `mmdistill features` does
-    for name in ("one.safetensors", "two.safetensors", "own.safetensors", "own.npz"):
+    np.savez(tmp_path / "plain.npz", features=ROWS.numpy(), ids=np.array(IDS))  # no labels: a teacher needs none
+    for name in ("one.safetensors", "two.safetensors", "own.safetensors", "own.npz", "plain.npz"):
         file = read_feature_file(tmp_path / name)
         assert torch.equal(file.select([IDS[2], IDS[0]]), ROWS[[2, 0]])
         assert (file.width, file.rows.dtype) == (4, torch.float32)
@@ -51,15 +52,15 @@ def test_both_layouts_give_the_same_features(tmp_path: Path) -> None:
 def test_missing_clips_are_counted_and_the_first_three_are_named(tmp_path: Path) -> None:
     save_file(dict(zip(IDS, ROWS.unbind(), strict=True)), tmp_path / "f.safetensors")
     file = read_feature_file(tmp_path / "f.safetensors")
-    with pytest.raises(FeatureFileError, match=r"no feature of 4 of 5 clips: c, d, e and 1 more; compute them"):
+    with pytest.raises(FeatureFileError, match=r"4 of 5 clips: c, d, e and 1 more; the first id .* is a:000000; "):
         file.select(["c", "a:000003", "d", "e", "f"])
 
 
 @pytest.mark.parametrize(
     ("tensors", "ids", "message"),
     [
-        ({"a": ROWS[0], "b": ROWS[0, :3]}, None, r"2 tensors of the shapes \[3\], \[4\]"),
-        ({"a": ROWS}, None, r"1 tensor of the shapes \[3, 4\]"),
+        ({"a": ROWS[0], "b": ROWS[0, :3]}, None, r"2 tensors of the shapes \[3\] \(b\), \[4\] \(a\)"),
+        ({"a": ROWS}, None, r"1 tensor of the shapes \[3, 4\] \(a\)"),
         ({"features": ROWS}, IDS[:2], r"shape \[3, 4\] for 2 ids"),
         ({"features": torch.zeros(3, 2, 4)}, IDS, r"shape \[3, 2, 4\]"),
         ({"features": ROWS}, ["a", "b", "a"], "1 of the ids are repeated"),
@@ -74,6 +75,29 @@ def test_invalid_files_raise(
     with pytest.raises(FeatureFileError, match=message) as error:
         read_feature_file(path)
     assert str(path) in str(error.value)
+
+
+def test_two_files_of_features_are_merged_as_documented(tmp_path: Path) -> None:
+    """The lines of docs/runs.md, for the R² of a file."""
+    for name, rows in (("train", slice(0, 2)), ("held_out", slice(2, 3))):
+        ids = tuple(IDS[rows])
+        part = Features(ROWS[rows, None].numpy(), np.zeros(len(ids), np.int64), ids, ids, ("a",))
+        save_features(part, tmp_path / f"{name}.npz")
+    parts = [np.load(tmp_path / name) for name in ("train.npz", "held_out.npz")]
+    merged = {key: np.concatenate([part[key] for part in parts]) for key in ("features", "ids")}
+    np.savez(tmp_path / "teacher.npz", **merged)
+    assert torch.equal(read_feature_file(tmp_path / "teacher.npz").select(IDS), ROWS)
+
+
+def test_npz_without_ids_raises(tmp_path: Path) -> None:
+    np.savez(tmp_path / "f.npz", features=ROWS.numpy(), labels=np.zeros(3, np.int64))
+    with pytest.raises(FeatureFileError, match="it has no array ids; it has features, labels"):
+        read_feature_file(tmp_path / "f.npz")
+
+
+def test_missing_file_is_reported_with_its_key() -> None:
+    with pytest.raises(CheckpointError, match=r"^trainer\.ckpt_path\.d\.file: "):
+        check_paths(_configure("student=tiny", "trainer.teachers=[d]", "trainer.ckpt_path={d: {file: /nowhere/x.npz}}"))
 
 
 def test_file_of_another_format_raises(tmp_path: Path) -> None:
@@ -96,6 +120,11 @@ def test_file_of_another_format_raises(tmp_path: Path) -> None:
         ("trainer.teachers=[d.e] trainer.ckpt_path={d.e: {file: x}}", "use letters, digits and _"),
         ("trainer.teachers=[d,d] trainer.ckpt_path={d: {file: x}}", "each of them once"),
         ("trainer.teachers=[d] trainer.ckpt_path={e: {file: x}}", r"add e to trainer\.teachers"),
+        (
+            "trainer.teachers=[d] trainer.ckpt_path={d: x.npz}",
+            r"teachers=d is not one of rgb, flow, skeleton; for a file of features write "
+            r"trainer\.ckpt_path=\{d:\{file:x\.npz\}\}",
+        ),
     ],
 )
 def test_invalid_settings_raise(changes: str, message: str) -> None:
@@ -134,6 +163,9 @@ def test_file_teacher_trains_a_student_of_another_size(tmp_path: Path) -> None:
     write_teacher(tmp_path / "flow", "flow", 1)
     config = _config(tmp_path, "trainer.standardize_targets=true", "trainer.cache_teacher_epochs=1")
     file = tmp_path / "dinov3.safetensors"
+    save_file({"a": ROWS[0].clone()}, file)
+    with pytest.raises(FeatureFileError, match=r"^trainer\.ckpt_path\.dinov3\.file: .* first id of the file is a; "):
+        distill(config, tmp_path / "run")
     _write_features(config, file)
     last = distill(config, tmp_path / "run")
     log = (tmp_path / "run" / "run.log").read_text()

@@ -20,6 +20,7 @@ from mmdistill.distill.ledger import (
     ledger_lines,
     mean_variance,
     r_squared,
+    target_settings,
 )
 from mmdistill.distill.module import TargetOptions
 from tests.configs import distill_config
@@ -106,6 +107,9 @@ def _run(root: Path, *more: str) -> tuple[dict[str, Any], str, list[dict[str, st
 def test_training_ends_with_a_ledger(tmp_path: Path) -> None:
     make_tiny(tmp_path / "data", per_class=2)
     ledger, log, rows = _run(tmp_path, "trainer.standardize_targets=true")
+    settings = "trainer.standardize_targets=standard"
+    assert ledger["settings"] == [settings]
+    assert f", precision 32, {settings}\n" in log
     assert (ledger["epoch"], ledger["train_clips"], ledger["held_out_clips"], ledger["problems"]) == (1, 8, 8, {})
     assert set(ledger["teachers"]) == set(MODALITIES)
     for name, values in ledger["teachers"].items():
@@ -169,11 +173,24 @@ def test_no_held_out_file(tmp_path: Path) -> None:
 
 
 def test_constant_teacher_is_reported() -> None:
-    values = {"variance": 0.0, "is_constant": True, "gradient_share": 0.0, "r2": None, "r2_by_class": {}}
+    """Its loss has a gradient until the head predicts the constant."""
+    values = {"variance": 0.0, "is_constant": True, "gradient_share": 0.097, "r2": None, "r2_by_class": {}}
     ledger = {"epoch": 3, "train_clips": 9, "held_out_clips": 1, "held_out": "val.json", "problems": {}}
     lines = ledger_lines({**ledger, "teachers": {"flow": values}})
-    assert lines[1] == "  flow: variance 0, gradient 0.0 %, R2 unknown"
-    assert lines[2].startswith("teacher flow contributes nothing: its features are constant")
+    assert lines[1] == "  flow: variance 0, gradient 9.7 %, R2 unknown"
+    assert lines[2].startswith("teacher flow: its features are constant, so nothing can be learned from them, although")
+    assert lines[2].endswith("or change its entry in trainer.ckpt_path")
+
+
+def test_settings_that_differ_from_the_default() -> None:
+    assert target_settings(distill_config()) == []
+    changes = ["trainer.teacher_weights={flow: 2}", "trainer.standardize_targets=true", "pooling=last_k"]
+    assert target_settings(distill_config(*changes)) == [
+        "trainer.teacher_weights={flow:2}",
+        "trainer.standardize_targets=standard",
+        "pooling=last_k",
+        "pooling_last_k=4",
+    ]
 
 
 def test_variance_is_the_mean_over_dimensions() -> None:

@@ -172,6 +172,18 @@ def test_misspelled_baseline_is_reported_with_the_nearest_name(distilled: Path) 
         names_of(distilled, "randm")
 
 
+def test_default_baseline_that_the_checkpoint_lacks_is_skipped(tmp_path: Path) -> None:
+    """Also in the check before the training; a baseline that the user names must exist."""
+    state = {f"student_rgb.encoder.{k}": v for k, v in encoder(3, 0).state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    networks, messages = load_networks(make_config(), read_checkpoint(tmp_path / "last.ckpt"))
+    assert [network.name for network in networks] == ["student_rgb", "random"]
+    path = tmp_path / "last.ckpt"
+    assert messages == [f"baselines: skipping teacher_rgb: {path} has no such teacher; baselines=[random] omits it"]
+    with pytest.raises(CheckpointError, match=r"baselines: .*no component 'teacher_rgb'; select one of student_rgb"):
+        load_networks(make_config("baselines=[teacher_rgb]"), read_checkpoint(path))
+
+
 def test_config_of_another_dataset_is_named(tmp_path: Path) -> None:
     config = EncoderConfig(3, 4, 64, 64, 16, 2, dim=128, depth=1, heads=2, head_dim=64, mlp_dim=256)
     meta = {"kind": "pretrain", "modality": "rgb", "encoders": {"encoder": vars(config)}}

@@ -289,6 +289,7 @@ def test_a_pretraining_checkpoint_has_no_other_component(data: Path, tmp_path: P
 )
 def test_check_evaluation_finds_errors_before_the_training(data: Path, override: str, message: str) -> None:
     check_evaluation(_config(data))
+    check_evaluation(_config(data, "trainer.teachers=[flow]", "student=tiny", "trainer.ckpt_path=[nowhere]"))
     with pytest.raises(ConfigError, match=message):
         check_evaluation(_config(data, override))
 
@@ -403,7 +404,7 @@ def test_only_rank_zero_prints(
     options = ("data_module.eval_mask_ratio=0.99", "baselines=[teacher_rgb]")
     _evaluate(data, tmp_path / "rgb.pt", tmp_path, *options)
     out = capfd.readouterr().out
-    assert "baselines: skipping teacher_rgb" in out
+    assert "is not a distilled checkpoint; baselines=[random] omits it" in out
     assert out.count("input_modes=all: skipping") == 2
     monkeypatch.setattr(Process, "is_main", property(lambda self: False))
     _evaluate(data, tmp_path / "rgb.pt", tmp_path, *options)

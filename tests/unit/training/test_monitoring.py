@@ -54,6 +54,7 @@ def test_metrics_and_their_log_line() -> None:
     )
     line = "held-out loss 0.5000 (constant baseline 2.0000, ratio 0.250), feature std 1, effective rank 2.0"
     assert describe_held_out(metrics) == line
+    assert "(constant baseline 0.0000, constant target)" in describe_held_out(held_out_metrics(signs, (0.5, 0.0)))
     assert describe_held_out(held_out_metrics(signs, None)) == "feature std 1, effective rank 2.0"
 
 

@@ -74,6 +74,7 @@ def render_page(
         card_lines=breakdown_tables.report_card_lines(results),
         audit_tables=breakdown_tables.shortcut_audit_tables(results),
         audit_lines=breakdown_tables.shortcut_audit_lines(results),
+        ledger_settings=", ".join((ledger or {}).get("settings", [])),
         ledger_tables=ledger_tables.ledger_tables(ledger),
         ledger_lines=ledger_tables.ledger_lines(ledger),
         shots_figure=_svg_uri(figures.accuracy_by_shots(results)),

@@ -30,7 +30,7 @@ def ledger_tables(ledger: Mapping[str, Any] | None) -> list[Table]:
                     _format(values["variance"], ".3g"),
                     f"{100 * values['gradient_share']:.1f}",
                     _format(values["r2"]),
-                    "constant features: contributes nothing" if values["is_constant"] else "",
+                    "constant features: nothing to learn" if values["is_constant"] else "",
                 )
                 for name, values in teachers.items()
             ],
