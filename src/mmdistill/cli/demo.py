@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all stages")
     args = parser.parse_args(argv)
-    from mmdistill.workflows.pipeline import method_stages, run_stages  # torch, which --help must not import
+    from mmdistill.distill.ledger import ledger_lines  # torch, which --help must not import
+    from mmdistill.workflows.pipeline import method_stages, run_stages
 
     short = ("trainer.epochs=1", "trainer.warmup_epochs=0", "data_module.window_stride=8")
     stages = method_stages(
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n" + render_results_table([results], [args.seed]))
     print("The table shows few-shot accuracy in percent, with 95 % confidence intervals over the episodes.")
     print(f"{describe_order([results])} in this run.")
+    if "ledger" in results:  # not in a run of an earlier commit
+        print("\n".join(["", *ledger_lines(results["ledger"])]))
     if args.short:
         print("One epoch per stage is too short to learn; this run only checks that the pipeline works.")
     print(f"\nreport: {report / 'report.html'}\nnumbers: {report / 'fewshot.json'}\n", flush=True)

@@ -27,11 +27,15 @@ def test_final_lines_state_the_result_and_the_report(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], low: float, verdict: str
 ) -> None:
     stages: list[pipeline.Stage] = []
-    monkeypatch.setattr(pipeline, "run_stages", _stages_that_write(make_results(70, 60, 25, low=low), stages))
+    flow = {"variance": 0.001, "is_constant": False, "gradient_share": 0.25, "r2": 0.5, "r2_by_class": {}}
+    about = {"epoch": 11, "train_clips": 32, "held_out_clips": 128, "held_out": "val.json", "problems": {}}
+    results = {**make_results(70, 60, 25, low=low), "ledger": {**about, "teachers": {"flow": flow}}}
+    monkeypatch.setattr(pipeline, "run_stages", _stages_that_write(results, stages))
     monkeypatch.setattr(demo, "label_rally", lambda output: 0 if output == tmp_path else 1)
     assert demo.main(["--output", str(tmp_path), "--short"]) == 0
     out = capsys.readouterr().out
     assert verdict in out
+    assert "\n  flow: variance 0.001, gradient 25.0 %, R2 0.500\n" in out
     assert "One epoch per stage is too short to learn" in out
     assert f"report: {tmp_path / 'test' / 'report.html'}\n" in out
     assert "trainer.epochs=1" in stages[0].overrides
