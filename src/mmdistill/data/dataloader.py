@@ -1,6 +1,7 @@
 """A DataLoader whose workers survive stop signals, and which reports why a worker died."""
 
 import atexit
+import copy
 import errno
 import gc
 import multiprocessing
@@ -61,7 +62,7 @@ class ClipLoader(DataLoader[Any]):
         Its handler of SIGCHLD is removed: it raises an exception at any line, for example while checkpoints are
         pruned, and is too late for a worker that ends before it is set.
         """
-        with _unchanged_sigchld_handler():
+        with _unchanged_sigchld_handler(), self._events_without_locks():
             batches: Any = super()._get_iterator()
         if self.num_workers:
             get_data, queue = type(batches)._try_get_data, batches._data_queue
@@ -70,6 +71,19 @@ class ClipLoader(DataLoader[Any]):
             get = partial(type(queue).get, weakref.proxy(queue))
             queue.get = partial(_get_or_wait_for_exit, get, batches._workers)
         return batches
+
+    @contextmanager
+    def _events_without_locks(self) -> Iterator[None]:
+        """While open, an iterator and its workers share a `_Flag` in place of a `multiprocessing.Event`."""
+        context = self.multiprocessing_context
+        if self.num_workers:
+            changed: Any = copy.copy(context or multiprocessing.get_context())
+            changed.Event = _Flag
+            self.multiprocessing_context = changed
+        try:
+            yield
+        finally:
+            self.multiprocessing_context = context
 
     def __iter__(self) -> Any:
         """The batches. Workers start to fetch immediately.
@@ -88,6 +102,23 @@ class ClipLoader(DataLoader[Any]):
             batches = super().__iter__()
         _WORKERS.update(getattr(batches, "_workers", ()))
         return _iterate_with_worker_check(batches)
+
+
+class _Flag:
+    """A `multiprocessing.Event` without a lock, which all processes share.
+
+    Workers test it before each batch. If a worker is killed while it holds the lock of an event, the main process waits
+    for this lock forever.
+    """
+
+    def __init__(self) -> None:
+        self._value = multiprocessing.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """The error of a loader whose worker dies, without real workers."""
 
+import faulthandler
 import gc
 import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -107,6 +109,36 @@ def test_killed_worker_leaves_no_socket_in_the_folder_for_temporary_files() -> N
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="short") as name:
         short = Path(name)
         _in_fork(short, load)
+
+
+class _KilledWithLock(torch.utils.data.Dataset[int]):
+    """The worker is killed while it tests whether the loader has ended."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            assert frame.f_back is not None
+            frame = frame.f_back
+        condition = getattr(frame.f_locals["done_event"], "_cond", None)
+        if condition is not None:  # the lock of a `multiprocessing.Event`
+            condition.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_worker_that_is_killed_with_a_lock_does_not_block_the_main_process(method: str, tmp_path: Path) -> None:
+    def load() -> None:
+        faulthandler.dump_traceback_later(60, exit=True)
+        loader = ClipLoader(_KilledWithLock(), num_workers=1, multiprocessing_context=method)
+        with pytest.raises(WorkerExitError, match=r"SIGKILL|Killed"):
+            list(loader)
+        assert loader.multiprocessing_context.get_start_method() == method
+
+    _in_fork(tmp_path, load)
 
 
 def test_workers_run_in_a_long_folder_for_temporary_files(tmp_path: Path) -> None:
