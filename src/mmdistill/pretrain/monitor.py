@@ -34,7 +34,7 @@ from mmdistill.training.run import Training
 class Monitor:
     """The clips of the validations of a pretraining. Collective.
 
-    A reason why there are no such clips is logged at the start, and the training goes on. `learned` are the labeled
+    A reason why there are no such clips is logged at the start, and the training continues. `learned` are the labeled
     sources, see `make_fewshot_clips`.
 
     Raises:

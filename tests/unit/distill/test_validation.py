@@ -84,7 +84,7 @@ def test_episodes_of_the_validation_are_disjoint_by_match(folder: Path) -> None:
     assert validation.episodes.eligibility.disjoint == "match"
     config = _config(folder, *fixed, "data_module.disjoint=player")
     reason = make_validation(config, Process(torch.device("cpu"), 0, 1), print)
-    assert isinstance(reason, str)  # the training goes on without it
+    assert isinstance(reason, str)  # the training continues without it
     assert "the player is unknown in 24 of 24 clips" in reason
     config = _config(
         folder, *fixed, "data_module.disjoint=player", "trainer.monitor=val_top1_action", "trainer.save_ckpt_freq=1"
