@@ -233,8 +233,8 @@ def make_clip_dataset(
         if not training:
             modalities = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
         read = (STUDENT_MODALITY,) if cached_epochs else modalities  # in each epoch
-        preferred = [m for m in ("flow", STUDENT_MODALITY) if m in read] if training else [STUDENT_MODALITY]
-        motion_source = (*preferred, *read)[0]
+        preferred = ("flow", STUDENT_MODALITY) if training else (STUDENT_MODALITY,)
+        motion_source = next((m for m in preferred if m in read), read[0])
     specs = modality_specs(data)
     for modality in modalities:
         if modality not in specs:
@@ -280,7 +280,7 @@ def make_clip_dataset(
 def make_source_dataset(source: DataModuleConfig, modality: str, *, seed: int) -> ClipDataset:
     """The labeled clips of the source of a joint pretraining, without a mask.
 
-    `eval_clips` selects the clips in the training file, `unlabel_json_path`. Clips without a label are left out and
+    `eval_clips` selects the clips in the training file, `unlabel_json_path`. Clips without a label are omitted and
     counted as ``without_label`` in the report of the index.
 
     Raises:
@@ -300,6 +300,7 @@ def make_source_dataset(source: DataModuleConfig, modality: str, *, seed: int) -
             )
         report = {**index.report, "clips": len(labeled), "without_label": len(index.clips) - len(labeled)}
         index = ClipIndex(select_clips(index.clips, labeled), index.classes, report)
+        source = replace(source, mask_type="tube")  # its clips have the mask of the target, so they need no motion
         return make_clip_dataset(source, (modality,), training=True, seed=seed, masked=False, index=index)
 
 
