@@ -34,6 +34,7 @@ from mmdistill.models.pooling import Pooling
 from mmdistill.training.monitoring import (
     describe_held_out,
     encode_clips,
+    eval_mode,
     held_out_data,
     held_out_metrics,
     is_due,
@@ -154,11 +155,9 @@ class Ledger(pl.Callback):
         every, epoch = self.training.config.trainer.check_val_every_n_epoch, trainer.current_epoch
         if (epoch + 1 != trainer.max_epochs and not is_due(every, epoch)) or pl_module.last_features is None:
             return
-        pl_module.eval()
         # eager: other batch sizes would compile the encoders again
-        with self.training.throughput.pause(), torch.compiler.set_stance("force_eager"):
+        with self.training.throughput.pause(), eval_mode(pl_module), torch.compiler.set_stance("force_eager"):
             self.current = self.compute(pl_module, epoch)
-        pl_module.train()
         self.training.extra_metrics |= ledger_metrics(self.current)
         self.training.log.info("\n".join(ledger_lines(self.current)))
 
