@@ -379,7 +379,7 @@ def make_demo_data(data: DataModuleConfig) -> None:
     from mmdistill.demo.dataset import make_demo
     from mmdistill.demo.scene import DemoParameters
 
-    make_demo(root, DemoParameters(frame_size=(data.frame_size[0], data.frame_size[1])))
+    make_demo(root, DemoParameters(nuisance=data.demo_nuisance, frame_size=(data.frame_size[0], data.frame_size[1])))
 
 
 def token_grid(data: DataModuleConfig) -> tuple[int, int]:

@@ -180,6 +180,9 @@ class DataModuleConfig(Sealable):
     name: str = MISSING
     # root folder of the dataset; the other paths may be relative to it
     target_data_dir: str = MISSING
+    # strength of the variation of the images of the dataset "demo": colors, light, noise, blur, camera shake, and
+    # texture and movement of the background; 0: none, 1: strong
+    demo_nuisance: float = key(0.3, at_least(0))
     # short form of modalities.rgb.dir, over which it takes precedence
     frames_dir: str | None = None
     # short form of modalities.flow.dir, over which it takes precedence

@@ -44,7 +44,7 @@ from mmdistill.demo.scene import (
 from mmdistill.demo.strokes import STROKES
 from mmdistill.files import atomic_write_bytes, rename_directory, write_errors
 
-FORMAT = 5  # increase it when the same parameters produce different bytes
+FORMAT = 6  # increase it when the same parameters produce different bytes
 FRAME_DIR, FLOW_DIR, SKELETON_DIR = "vid_frames_224", "tennis_flows", "skeletons/f3set-tennis"
 ANNOTATION_FILES = {"train.json": "train", "val.json": "val", "unlabel.json": "train"}  # file -> split
 FPS = 11.0

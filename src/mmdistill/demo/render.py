@@ -99,6 +99,8 @@ class Appearance:
     noise: float  # standard deviation in gray levels
     jpeg: int  # JPEG quality
     jitter: float  # standard deviation of the camera shake in px
+    texture: float  # standard deviation of the texture of the background, relative to its brightness
+    drift: float  # amplitude of the movement of the background in px
 
 
 def _random_color(rng: np.random.Generator, saturation: Range, value: Range) -> Color:
@@ -168,6 +170,8 @@ def random_appearance(style: CourtStyle, rng: np.random.Generator, n: float, siz
         jpeg=round(88 - min(12 * n * float(rng.uniform()), 40)),
         jitter=float(0.35 * n * rng.uniform(0.3, 1)),
         shadow=(float(rng.uniform(-6, 18)), float(0.35 * min(n, 1.5) * rng.uniform() * (rng.uniform() < 0.6))),
+        texture=0.2 * n,
+        drift=8 * min(n, 1.5),
     )
 
 
@@ -372,6 +376,28 @@ def random_camera_shake(num_frames: int, jitter: float, size: Size, rng: np.rand
     return np.array(track)
 
 
+def random_drift(num_frames: int, amplitude: float, rng: np.random.Generator) -> np.ndarray:
+    """Movement of the background in px, (T, 2): two sines per axis, with periods of 16 to 40 frames.
+
+    It is that of a camera that follows the near player. `amplitude` is the largest horizontal movement. The vertical
+    one is a quarter of it.
+    """
+    t = np.arange(num_frames)[:, None, None]
+    periods, phases = rng.uniform(16, 40, (2, 2)), rng.uniform(0, 2 * np.pi, (2, 2))
+    waves: np.ndarray = np.sin(2 * np.pi * t / periods + phases).mean(axis=2)
+    return waves * amplitude * np.array([1, 0.25])
+
+
+def add_texture(image: np.ndarray, strength: float, rng: np.random.Generator, size: Size) -> np.ndarray:
+    """Multiply a supersampled image by smooth noise of two scales, 2 and 6 px of the stored frame. uint8 RGB."""
+    noise = np.zeros(image.shape, np.float32)
+    for scale in (2, 6):
+        cells = rng.standard_normal((size[0] // scale + 2, size[1] // scale + 2, 3)).astype(np.float32)
+        cells = 0.3 * cells + 0.7 * cells.mean(axis=2, keepdims=True) * 3**0.5  # mostly of brightness
+        noise += cv2.resize(cells, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return np.clip(image * (1 + strength * noise), 0, 255).astype(np.uint8)
+
+
 def apply_affine(affine: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Apply camera shake (T, 2, 3) to pixel coordinates (T, N, 2)."""
     moved: np.ndarray = np.einsum("tij,tnj->tni", affine[..., :2], pixels) + affine[:, None, :, 2]
@@ -385,7 +411,7 @@ def warp_court(court: np.ndarray, affine: np.ndarray) -> np.ndarray:
     offset = SUPERSAMPLE * (affine[:, 2] + 0.5 - a @ [0.5, 0.5]) - 0.5 + a @ [0.5, 0.5]
     matrix = np.concatenate([a, offset[:, None]], 1)
     height, width = court.shape[:2]
-    return cv2.warpAffine(court, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.warpAffine(court, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def postprocess(canvas: Canvas, appearance: Appearance, rng: np.random.Generator) -> np.ndarray:

@@ -19,7 +19,7 @@ SPLITS = ("train", "val")
 # Frames before the first and after the last contact. The 8-frame window of a stroke needs 4 frames before the contact,
 # 3 after it and 1 more for the last flow pair.
 LEAD_IN, LEAD_OUT = 5, 6
-_STREAMS = ("plan", "player", "court", "appearance", "near", "far", "camera", "sensor", "labels")
+_STREAMS = ("plan", "player", "court", "appearance", "near", "far", "camera", "sensor", "labels", "background")
 
 
 class DemoError(InputError):
@@ -116,6 +116,7 @@ class RallyScene:
 
     camera: render.Camera  # projects world points to pixels
     affine: np.ndarray  # (T, 2, 3) camera shake
+    background: np.ndarray  # (T, 2, 3) camera shake and movement of the court and the far player
     # near and far player: motion and clothes
     players: tuple[tuple[motion.Figure, render.Outfit], tuple[motion.Figure, render.Outfit]]
     keypoints: np.ndarray  # (2, T, 17, 2) exact joint positions in px
@@ -183,21 +184,30 @@ def build_scene(plan: RallyPlan, parameters: DemoParameters) -> RallyScene:
     focal = size[0] * float(np.hypot(style.distance, style.height - target[2])) / visible
     camera = render.Camera.look_at(position, target, focal, size)
     affine = render.random_camera_shake(plan.num_frames, appearance.jitter * size[0] / 64, size, rng)
-    keypoints = np.stack([render.apply_affine(affine, camera.project(f.joints)[0]) for f in (near, far)])
+    court = render.draw_court(camera, appearance, rng, size)
+    rng = parameters.rng("background", number)
+    court = render.add_texture(court, appearance.texture, rng, size)
+    background = affine.copy()
+    background[..., 2] += render.random_drift(plan.num_frames, appearance.drift * size[0] / 64, rng)
+    pairs = ((near, affine), (far, background))
+    keypoints = np.stack([render.apply_affine(a, camera.project(figure.joints)[0]) for figure, a in pairs])
     return RallyScene(
         camera=camera,
         affine=affine,
+        background=background,
         players=((near, outfits[0]), (far, outfits[1])),
         keypoints=keypoints.astype(np.float32),
         ball=_ball_track(near, far, plan, contacts),
         appearance=appearance,
-        court=render.draw_court(camera, appearance, rng, size),
+        court=court,
     )
 
 
 def _draw_ball(canvas: render.Canvas, scene: RallyScene, t: int) -> None:
     uv, depth = scene.camera.project(scene.ball[t])
-    uv = scene.affine[t, :, :2] @ uv + scene.affine[t, :, 2]
+    share = np.clip(scene.ball[t, 1] / render.COURT_LENGTH, 0, 1)  # near the far player it moves with the background
+    affine = (1 - share) * scene.affine[t] + share * scene.background[t]
+    uv = affine[:, :2] @ uv + affine[:, 2]
     radius = max(0.06 * scene.camera.focal / float(depth), 0.55)
     canvas.fill_hull(uv[None], np.array([radius]), (226.0, 240.0, 90.0))
 
@@ -207,8 +217,8 @@ def render_rally(scene: RallyScene, plan: RallyPlan, parameters: DemoParameters)
     rng = parameters.rng("sensor", plan.number)
     near, far = scene.players
     for t in range(plan.num_frames):
-        canvas = render.Canvas(render.warp_court(scene.court, scene.affine[t]))
-        render.draw_player(canvas, scene.camera, scene.affine[t], *far, t)
+        canvas = render.Canvas(render.warp_court(scene.court, scene.background[t]))
+        render.draw_player(canvas, scene.camera, scene.background[t], *far, t)
         is_behind = scene.ball[t, 1] > near[0].ground[t, 1] + 0.8  # the ball, seen from the camera
         if is_behind:
             _draw_ball(canvas, scene, t)

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from mmdistill.demo import render
-from mmdistill.demo.scene import DemoParameters
+from mmdistill.demo.scene import DemoParameters, RallyPlan, RallyScene
+
+Scene = tuple[RallyPlan, DemoParameters, RallyScene]
 
 
 def test_camera_equals_a_pinhole_computed_by_hand() -> None:
@@ -45,6 +47,26 @@ def test_camera_shake_moves_court_and_joints_together() -> None:
     center = np.array([(xs * image).sum(), (ys * image).sum()]) / image.sum()
     moved = render.apply_affine(affine[None], np.array([[[20.0, 16.0]]]))
     np.testing.assert_allclose(center, moved[0, 0], atol=0.05)
+
+
+def test_background_moves_by_its_drift() -> None:
+    rng = np.random.default_rng(0)
+    court = render.add_texture(np.full((256, 272, 3), 120, np.uint8), 0.2, rng, (64, 68))
+    assert 0.1 < court.std() / 120 < 0.4
+    drift = render.random_drift(60, 8.0, rng)
+    assert drift.shape == (60, 2)
+    assert (np.abs(drift).max(axis=0) <= [8.0, 2.0]).all()
+    assert np.abs(drift[:, 0]).max() > 3
+    moved = np.array([[1.0, 0.0, 3.0], [0.0, 1.0, -1.0]])
+    images = [render.Canvas(render.warp_court(court, affine)).downsample() for affine in (np.eye(2, 3), moved)]
+    flow = render.compute_flow(images[0], images[1])[:, 16:48, 16:48]
+    np.testing.assert_allclose(np.median(flow, axis=(1, 2)), [3.0, -1.0], atol=0.1)
+
+
+def test_background_is_plain_and_still_without_nuisance(plain_scene: Scene) -> None:
+    _, _, built = plain_scene
+    assert built.appearance.texture == built.appearance.drift == 0
+    np.testing.assert_array_equal(built.background, built.affine)
 
 
 def test_flow_is_the_displacement_of_the_image() -> None:

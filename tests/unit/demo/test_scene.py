@@ -26,7 +26,7 @@ def player_mask(scene: RallyScene, t: int, *, person: int = 0) -> np.ndarray:
     figure, outfit = scene.players[person]
     white = render.Outfit(dict.fromkeys(outfit.colors, (255.0, 255.0, 255.0)), sleeve=0.5)
     canvas = render.Canvas.blank(scene.appearance.light.shape[:2])
-    render.draw_player(canvas, scene.camera, scene.affine[t], figure, white, t)
+    render.draw_player(canvas, scene.camera, (scene.affine, scene.background)[person][t], figure, white, t)
     mask: np.ndarray = canvas.downsample()[..., 0] > 60
     return mask
 
