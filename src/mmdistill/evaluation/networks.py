@@ -281,7 +281,7 @@ def _distinct_names(paths: Sequence[str], taken: Collection[str]) -> list[str]:
 
 
 def _run_name(path: str) -> str:
-    """Name of the run folder: ``.../mmdistill_rgb_only/checkpoints/last.ckpt`` -> ``mmdistill_rgb_only``.
+    """Name of the run folder: ``.../mmdistill_rgb/checkpoints/last.ckpt`` -> ``mmdistill_rgb``.
 
     Of a Hugging Face folder its own name.
     """

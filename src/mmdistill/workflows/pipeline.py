@@ -222,7 +222,7 @@ def method_stages(
     common: tuple[str, ...] = (),
     train: tuple[str, ...] = (),
     test: tuple[str, ...] = (),
-    rgb_only: bool = False,
+    subsets: Sequence[tuple[str, ...]] = (),
     prefix: str = "",
 ) -> list[Stage]:
     """The stages of the method: three pretrainings, the distillation and its evaluation.
@@ -233,7 +233,8 @@ def method_stages(
         common: further overrides for all stages.
         train: further overrides for the pretrainings and distillations.
         test: further overrides for the evaluation.
-        rgb_only: also distill from the RGB teacher alone, and evaluate that student as a baseline.
+        subsets: also distill from these teachers only, each into ``mmdistill_FIRST_SECOND``, and evaluate the students
+            as baselines.
         prefix: text in front of the names of the stages.
     """
     shared = (f"seed={seed}", *common)
@@ -249,12 +250,16 @@ def method_stages(
     student = output / "mmdistill" / "checkpoints" / "last.ckpt"
     baselines = ["random", "teacher_rgb", "teacher_flow", "teacher_skeleton"]
     students = [stages[-1].name]
-    if rgb_only:
-        run_dir = output / "mmdistill_rgb_only"
-        overrides = (*fit, "trainer.teachers=[rgb]")
-        stages.append(Stage(f"{prefix}distill rgb only", "distill", overrides, run_dir, needs[:1], teachers[:1]))
+    for subset in subsets:
+        run_dir = output / f"mmdistill_{'_'.join(subset)}"
+        overrides = (*fit, f"trainer.teachers=[{','.join(subset)}]")
+        name = f"{prefix}distill {' '.join(subset)} only"
+        needed = tuple(need for need, m in zip(needs, runs, strict=True) if m in subset)
+        stages.append(
+            Stage(name, "distill", overrides, run_dir, needed, tuple(pair for pair in teachers if pair[0] in subset))
+        )
         baselines.append(str(run_dir / "checkpoints" / "last.ckpt"))
-        students.append(stages[-1].name)
+        students.append(name)
     score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(baselines)}]", *shared, *test)
     stages.append(Stage(f"{prefix}evaluate", "distill", score, output / "test", tuple(students)))
     return stages

@@ -1,7 +1,7 @@
 """Table of few-shot results: one column per training seed, one row per network and per paired difference."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,20 @@ ROWS = {  # label in the table -> name in fewshot.json
     "distilled student (RGB at test time)": "student_rgb",
     "RGB pretrained": "teacher_rgb",
     "random initialization": "random",
-    "distilled from RGB alone": "mmdistill_rgb_only",
+    "distilled from RGB alone": "mmdistill_rgb",
+    "distilled from RGB and flow": "mmdistill_rgb_flow",
+    "distilled from RGB and skeleton": "mmdistill_rgb_skeleton",
     "flow teacher (flow at test time)": "teacher_flow",
     "skeleton teacher (skeletons at test time)": "teacher_skeleton",
 }
-DIFFERENCES = (("student_rgb", "teacher_rgb"), ("teacher_rgb", "random"), ("student_rgb", "mmdistill_rgb_only"))
+SUBSETS = (("rgb",), ("rgb", "flow"), ("rgb", "skeleton"))  # teachers of the students of the rows "distilled from"
+DIFFERENCES = (
+    ("student_rgb", "teacher_rgb"),
+    ("teacher_rgb", "random"),
+    ("student_rgb", "mmdistill_rgb"),
+    ("mmdistill_rgb_flow", "mmdistill_rgb"),
+    ("student_rgb", "mmdistill_rgb_skeleton"),
+)
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -63,3 +72,32 @@ def describe_order(results: Sequence[dict[str, Any]]) -> str:
     """Whether the networks have the expected order, as the start of a sentence."""
     confirmed = "confirmed" if student_beats_baselines(results) else "NOT confirmed"
     return f"Expected order, student > RGB pretrained > random initialization: {confirmed}"
+
+
+def plot_results(results: Mapping[float, Sequence[dict[str, Any]]], path: Path, *, k_shot: int = 5) -> None:
+    """Plot accuracy in percent against nuisance: a line through the means over seeds, and a point per seed.
+
+    Args:
+        results: nuisance of the demo data -> content of ``fewshot.json`` of each seed.
+        path: file of the image.
+        k_shot: the plotted setting.
+    """
+    from matplotlib.figure import Figure  # which --help must not import
+
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (label, name) in enumerate(ROWS.items()):
+        rows = {n: [_setting(r, k_shot)["rows"].get(name) for r in runs] for n, runs in results.items()}
+        points = {n: [100 * row["top1_action_ensemble"] for row in found] for n, found in rows.items() if all(found)}
+        if points:
+            axes.plot(list(points), [sum(v) / len(v) for v in points.values()], color=f"C{i}", label=label)
+            seeds = [(n, value) for n, values in points.items() for value in values]
+            axes.plot(*zip(*seeds, strict=True), ".", color=f"C{i}")
+    n_way = _setting(next(iter(results.values()))[0], k_shot)["n_way"]
+    axes.axhline(100 / n_way, color="0.6", linestyle=":", label="chance")
+    axes.set_xlabel("nuisance of the demo data (data_module.demo_nuisance)")
+    axes.set_ylabel(f"{n_way}-way {k_shot}-shot accuracy in percent")
+    axes.set_xticks(list(results))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=120)

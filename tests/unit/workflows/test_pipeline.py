@@ -89,11 +89,19 @@ def test_stage_made_from_an_earlier_run_is_rejected(tmp_path: Path) -> None:
 
 
 def test_method_stages_compose(tmp_path: Path) -> None:
-    made = method_stages(tmp_path, seed=3, rgb_only=True)
+    made = method_stages(tmp_path, seed=3, subsets=[("rgb",), ("rgb", "skeleton")])
     configs = {stage.name: stage.config() for stage in made}
-    assert len(configs) == 6
+    assert len(configs) == 7
     assert {config["seed"] for config in configs.values()} == {3}
     assert configs["distill rgb only"]["trainer"]["teachers"] == ["rgb"]
+    assert configs["distill rgb skeleton only"]["trainer"]["teachers"] == ["rgb", "skeleton"]
+    pair = next(stage for stage in made if stage.name == "distill rgb skeleton only")
+    assert pair.needs == ("pretrain rgb", "pretrain skeleton")
+    assert [m for m, _ in pair.teachers] == ["rgb", "skeleton"]
+    assert [Path(p).parts[-3] for p in configs["evaluate"]["baselines"][4:]] == [
+        "mmdistill_rgb",
+        "mmdistill_rgb_skeleton",
+    ]
     assert configs["evaluate"]["ckpt_path"] == str(tmp_path / "mmdistill" / "checkpoints" / "last.ckpt")
 
 

@@ -74,7 +74,7 @@ def test_colors_of_networks_do_not_depend_on_the_other_networks():
     known = ["student_rgb", "teacher_rgb", "teacher_flow", "teacher_skeleton", "random"]
     together = figures.network_colors(known)
     assert len(set(together.values())) == len(known)
-    for name in (*known, "mmdistill_rgb_only"):
+    for name in (*known, "mmdistill_rgb"):
         alone = figures.network_colors([name])[name]
         assert figures.network_colors([*known, name])[name] == alone
         assert figures.network_colors([name, *reversed(known)])[name] == alone
