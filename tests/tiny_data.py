@@ -61,6 +61,8 @@ def overrides(root: Path) -> list[str]:
         f"data_module.target_data_dir={root}",
         "data_module.frames_dir=frames",
         "data_module.flow_dir=flow",
+        "data_module.modalities.flow.std=[1.0]",
+        "data_module.modalities.flow.compensate=null",
         "data_module.skeleton_dir=skeletons",
         "data_module.unlabel_json_path=unlabel.json",
         "data_module.fewshot_eval_json_path=val.json",

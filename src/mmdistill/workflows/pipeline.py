@@ -23,6 +23,7 @@ from mmdistill.training.run_logger import LOG_FILE
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 DONE_FILE = "done.json"
+DISTILLATION = "experiment=standardized_segments"  # of the stages of the method; measured in docs/results.md
 VERBS: dict[str, tuple[Any, str]] = {  # verb of `mmdistill` -> schema and name of its config
     "pretrain": (PretrainConfig, "config_pretrain"),
     "distill": (DistillConfig, "config_mmdistill"),
@@ -244,7 +245,7 @@ def method_stages(
         for m, run_dir in runs.items()
     ]
     teachers = tuple((m, run_dir / "checkpoints") for m, run_dir in runs.items())
-    fit = ("test=False", *shared, *train, "resume=auto")
+    fit = ("test=False", DISTILLATION, *shared, *train, "resume=auto")
     needs = tuple(stage.name for stage in stages)
     stages.append(Stage(f"{prefix}distill", "distill", fit, output / "mmdistill", needs, teachers))
     student = output / "mmdistill" / "checkpoints" / "last.ckpt"

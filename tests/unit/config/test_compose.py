@@ -54,12 +54,13 @@ def test_configs_of_a_source_tree_take_precedence(tmp_path: Path, monkeypatch: p
     shutil.copytree(CONFIGS, tmp_path / "configs")
     (tmp_path / "configs" / "dataset" / "mine.yaml").write_text((CONFIGS / "dataset" / "demo.yaml").read_text())
     trainer = tmp_path / "configs" / "trainer" / "pretrain_demo.yaml"
-    trainer.write_text(trainer.read_text().replace("epochs: 12", "epochs: 7"))
+    default = load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).trainer.epochs
+    trainer.write_text(trainer.read_text().replace(f"epochs: {default}\n", f"epochs: {default + 1}\n", 1))
     monkeypatch.chdir(tmp_path)
     config = load_config(PretrainConfig, "config_pretrain", ["modality=rgb", "dataset=mine"])
-    assert config.trainer.epochs == 7
+    assert config.trainer.epochs == default + 1
     monkeypatch.chdir(tmp_path / "configs")
-    assert load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).trainer.epochs == 12
+    assert load_config(PretrainConfig, "config_pretrain", ["modality=rgb"]).trainer.epochs == default
 
 
 def test_dataset_of_both_folders_is_that_of_the_package_as_in_hydra(tmp_path: Path) -> None:

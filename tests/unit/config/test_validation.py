@@ -238,7 +238,7 @@ DISTILL = [
     (
         "trainer.monitor=val_top1_action",
         "trainer.monitor=val_top1_action needs a validation in each epoch that is saved: "
-        "trainer.check_val_every_n_epoch=None must divide trainer.save_ckpt_freq=4",
+        "trainer.check_val_every_n_epoch=None must divide trainer.save_ckpt_freq=2",
     ),
     ("trainer.ema=1", "trainer.ema=1.0 must lie in [0, 1); use null for no average"),
     ("trainer.cache_teacher_epochs=-1", "trainer.cache_teacher_epochs=-1 must be at least 0"),
@@ -429,7 +429,8 @@ def test_unset_folder_is_named_by_both_keys(tmp_path: Path) -> None:
 def test_specs_have_the_values_of_the_dataset() -> None:
     specs = modality_specs(pretrain_config(M + "flow.mean=[1,2]", M + "skeleton.sigma=null").data_module)
     assert list(specs) == ["rgb", "flow", "skeleton"]
-    assert (specs["flow"].mean, specs["flow"].std, specs["flow"].target) == ((1.0, 2.0), (1.0, 1.0), "pixel")
+    assert (specs["flow"].mean, specs["flow"].std, specs["flow"].target) == ((1.0, 2.0), (0.4, 0.4), "pixel")
+    assert specs["flow"].compensate == "median"
     assert (specs["skeleton"].sigma, specs["skeleton"].input_stride) == (0.6, 2)
 
 
