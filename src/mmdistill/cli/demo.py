@@ -1,7 +1,7 @@
 """Run the whole method on generated data: pretrain rgb, flow and skeleton, distill, evaluate. `make demo` calls this.
 
-At the end the student proposes labels for the strokes of one rally, with other rallies as examples. A second call runs
-only the missing stages.
+The pretrainings run in parallel. At the end the student proposes labels for the strokes of one rally, with other
+rallies as examples. A second call runs only the missing stages.
 """
 
 import json
@@ -14,6 +14,7 @@ from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import DistillConfig
 from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.f3set import select_fields, to_json
+from mmdistill.data.cores import available_cores
 from mmdistill.files import atomic_write_bytes
 from mmdistill.workflows.results_table import describe_order, read_results, render_results_table
 
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.resolve(),
         seed=args.seed,
         train=short if args.short else (),
-        test=(f"data_module.episodes={100 if args.short else 600}", "data_module.k_shot=[1,5]"),
+        test=(f"data_module.episodes={100 if args.short else 300}", "data_module.k_shot=[1,5]"),
     )
+    pretrainings = [stage for stage in stages if stage.verb == "pretrain"]
+    run_stages(pretrainings, parallel=min(len(pretrainings), available_cores()))
     run_stages(stages)
     report = args.output / "test"
     results = read_results(report)

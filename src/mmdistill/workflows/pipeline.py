@@ -23,6 +23,7 @@ from mmdistill.training.run_logger import LOG_FILE
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 DONE_FILE = "done.json"
+_PROGRESS_SECONDS = 30.0
 DISTILLATION = "experiment=standardized_segments"  # of the stages of the method; measured in docs/results.md
 VERBS: dict[str, tuple[Any, str]] = {  # verb of `mmdistill` -> schema and name of its config
     "pretrain": (PretrainConfig, "config_pretrain"),
@@ -164,7 +165,8 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
     """Run the missing stages, at most `parallel` at the same time. Each gets its share of the CPU cores.
 
     A single run prints to this terminal. Parallel runs write ``log.txt`` in their folders, and this process prints a
-    line at each start and end. Ctrl-C reaches all runs; they write a checkpoint, and the next call resumes from it.
+    line at each start and end, and the last line of each log every 30 s. Ctrl-C reaches all runs; they write a
+    checkpoint, and the next call resumes from it.
 
     Raises:
         StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.
@@ -179,6 +181,8 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
     if message := commit_mismatch(stages):
         print(message, flush=True)
     running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
+    shown: dict[str, str] = {}  # name of a stage -> last line of its log that was printed
+    next_time = time.monotonic() + _PROGRESS_SECONDS
     try:
         while waiting or running:
             for stage in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
@@ -199,12 +203,24 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
                 stage.write_done_record(seconds, needs)
                 done.add(name)
                 print(f"{name}: complete after {seconds:.0f} s", flush=True)
+            if parallel > 1 and time.monotonic() > next_time:
+                _print_progress([stage for stage, _, _ in running.values()], shown)
+                next_time = time.monotonic() + _PROGRESS_SECONDS
             time.sleep(0.2)
     finally:
         for _, process, _ in running.values():
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
+
+
+def _print_progress(stages: Sequence[Stage], shown: dict[str, str]) -> None:
+    """Print the last line of the log of each stage, unless it is the printed one."""
+    for stage in stages:
+        lines = (stage.run_dir / "log.txt").read_text(errors="replace").splitlines()
+        if lines and lines[-1] != shown.get(stage.name):
+            shown[stage.name] = lines[-1]
+            print(f"{stage.name}: {lines[-1]}", flush=True)
 
 
 def start_stage(stage: Stage, environment: dict[str, str], *, to_file: bool) -> "subprocess.Popen[bytes]":

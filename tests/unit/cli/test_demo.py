@@ -14,7 +14,10 @@ from tests.unit.workflows.test_results_table import make_results
 
 
 def _stages_that_write(results: dict[str, Any], received: list[pipeline.Stage]) -> Any:
-    def run(stages: list[pipeline.Stage]) -> None:
+    def run(stages: list[pipeline.Stage], *, parallel: int = 1) -> None:
+        if parallel > 1:
+            assert [stage.verb for stage in stages] == ["pretrain"] * 3
+            return
         received.extend(stages)
         stages[-1].run_dir.mkdir(parents=True)
         (stages[-1].run_dir / "fewshot.json").write_text(json.dumps(results))
@@ -31,6 +34,7 @@ def test_final_lines_state_the_result_and_the_report(
     about = {"epoch": 11, "train_clips": 32, "held_out_clips": 128, "held_out": "val.json", "problems": {}}
     results = {**make_results(70, 60, 25, low=low), "ledger": {**about, "teachers": {"flow": flow}}}
     monkeypatch.setattr(pipeline, "run_stages", _stages_that_write(results, stages))
+    monkeypatch.setattr(demo, "available_cores", lambda: 2)
     monkeypatch.setattr(demo, "label_rally", lambda output: 0 if output == tmp_path else 1)
     assert demo.main(["--output", str(tmp_path), "--short"]) == 0
     out = capsys.readouterr().out
@@ -57,7 +61,7 @@ def test_failure_has_a_status_and_a_message(
     status: int,
     message: str,
 ) -> None:
-    def fail(stages: list[pipeline.Stage]) -> None:
+    def fail(stages: list[pipeline.Stage], *, parallel: int) -> None:
         raise error
 
     monkeypatch.setattr(pipeline, "run_stages", fail)

@@ -160,6 +160,17 @@ def test_second_call_runs_nothing_and_names_another_commit(
     assert len(lines) == 2
 
 
+def test_parallel_runs_show_the_last_line_of_their_logs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_PROGRESS_SECONDS", 0.0)
+    program = "import sys, time; print('started'); print(f'epoch 3 of {sys.argv[1][-4:]}', flush=True); time.sleep(1)"
+    run_stages([_script_stage(program, name, tmp_path / name) for name in ("flow", "pose")], parallel=2)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines.count("flow: epoch 3 of flow") == lines.count("pose: epoch 3 of pose") == 1
+    assert "started" not in "".join(lines)
+
+
 def test_failed_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="rgb failed with exit status 3"):
         run_stages([_script_stage("raise SystemExit(3)", "rgb", tmp_path / "rgb")])
