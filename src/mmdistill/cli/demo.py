@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.resolve(),
         seed=args.seed,
         train=short if args.short else (),
-        test=(f"data_module.episodes={100 if args.short else 300}", "data_module.k_shot=[1,5]"),
+        test=(
+            f"data_module.episodes={100 if args.short else 400}",
+            "data_module.k_shot=[1,5]",
+            "data_module.input_modes=configured",
+        ),
     )
     pretrainings = [stage for stage in stages if stage.verb == "pretrain"]
     run_stages(pretrainings, parallel=min(len(pretrainings), available_cores()))

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 output / f"seed{seed}",
                 seed=seed,
                 common=common,
-                test=("data_module.episodes=1000", "data_module.k_shot=[1,5]"),
+                test=("data_module.episodes=1000", "data_module.k_shot=[1,5]", "data_module.input_modes=configured"),
                 subsets=SUBSETS,
                 prefix=f"{prefix}seed {seed}: ",
             )
