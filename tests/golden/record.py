@@ -62,6 +62,8 @@ def record(root: Path) -> dict[str, dict[str, list[float]]]:
 
     pretraining, distillation, trainer_class, load_config = _modules()
     data = overrides(make_tiny(root / "data"))
+    if load_config.__module__ == "mmdistill.cli":  # commit ae7d5c0 does not have this key
+        data.remove("data_module.modalities.flow.compensate=null")
     pretrain_losses: dict[str, list[float]] = {m: [] for m in MODALITIES}
     distill_losses: dict[str, list[float]] = {name: [] for name in ("loss", *MODALITIES)}
     modality, original_pretrain, original_distill = "", trainer_class.losses, MMDistill.losses
