@@ -72,9 +72,11 @@ def validate(config: PretrainConfig | DistillConfig) -> None:
 
 
 def _validate_values(config: Any, prefix: str = "") -> None:
-    """Apply the rules of the schema to every value."""
+    """Apply the rules of the schema to every value, none of which is an empty text."""
     for f in fields(config):
         key, value = prefix + f.name, getattr(config, f.name)
+        if value == "":  # for example `ckpt_path=$CKPT` without the variable
+            raise ConfigError(f"{key} is empty; give a value, or remove {key}=")
         for rule in f.metadata.get("rules", ()) if value is not None else ():
             rule(key, value)
         nested = value if isinstance(value, dict) else {"": value}

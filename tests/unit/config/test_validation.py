@@ -231,6 +231,8 @@ DISTILL = [
         "strategy=deepspeed_stage_3: in stage 3 no process has all weights, so the checkpoint "
         "cannot be a single file; use strategy=deepspeed_stage_2",
     ),
+    ("ckpt_path=''", "ckpt_path is empty; give a value, or remove ckpt_path="),
+    ("data_module.modalities.flow.dir=''", "data_module.modalities.flow.dir is empty; ..."),
     ("strategy=dpp", "strategy=dpp is not one of auto, ddp, deepspeed, ..."),
     ("trainer.check_val_every_n_epoch=-1", "trainer.check_val_every_n_epoch=-1 must be at least 0"),
     ("trainer.val_episodes=1", "trainer.val_episodes=1 must be at least 2"),
