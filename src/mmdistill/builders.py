@@ -1,6 +1,6 @@
 """Objects from a validated config: encoder configs, datasets, loaders. Used by both trainings and the evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
@@ -222,25 +222,14 @@ def make_clip_dataset(
         index: the clips; None: those of `make_clip_index`.
         needs_motion: whether the samples have ``motion`` also without ``data.mask_type=motion``.
 
-    ``motion`` is that of the flow in a training that reads flow in each epoch, otherwise that of the frames if they are
-    read, otherwise that of the first modality. In the evaluation it is that of the frames, which are then read.
-
     Raises:
         ConfigError: a modality or folder is missing, a value is invalid, or no clip is left.
     """
-    motion_source = None
-    if needs_motion or data.mask_type == "motion":
-        if not training:
-            modalities = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
-        read = (STUDENT_MODALITY,) if cached_epochs else modalities  # in each epoch
-        preferred = ("flow", STUDENT_MODALITY) if training else (STUDENT_MODALITY,)
-        motion_source = next((m for m in preferred if m in read), read[0])
-    specs = modality_specs(data)
-    for modality in modalities:
-        if modality not in specs:
-            raise ConfigError(
-                f"data_module.modalities has no entry {modality}, only {', '.join(specs)}; add it, or use one of these"
-            )
+    has_motion = needs_motion or data.mask_type == "motion"
+    if has_motion and not training:
+        modalities = tuple(dict.fromkeys((STUDENT_MODALITY, *modalities)))
+    read = (STUDENT_MODALITY,) if cached_epochs else modalities  # in each epoch
+    _check_modalities(data, modalities)
     index = make_clip_index(data, training=training) if index is None else index
     with raise_as_config_error():
         dataset = ClipDataset(
@@ -264,7 +253,7 @@ def make_clip_dataset(
             on_missing=data.on_missing,
             cached_epochs=cached_epochs,
             always_decoded=(STUDENT_MODALITY,),
-            motion_source=motion_source,
+            motion_source=_motion_source(read, training=training) if has_motion else None,
         )
     if not len(dataset):
         skipped = {m: sum(counts.values()) for m, counts in dataset.missing_report()["clips_skipped"].items()}
@@ -275,6 +264,21 @@ def make_clip_dataset(
         )
     _check_frame_size(dataset)
     return dataset
+
+
+def _check_modalities(data: DataModuleConfig, modalities: Sequence[str]) -> None:
+    specs = modality_specs(data)
+    for modality in modalities:
+        if modality not in specs:
+            raise ConfigError(
+                f"data_module.modalities has no entry {modality}, only {', '.join(specs)}; add it, or use one of these"
+            )
+
+
+def _motion_source(modalities: Sequence[str], *, training: bool) -> str:
+    """The modality whose motion a clip has: in a training flow, then frames, then the first one; otherwise frames."""
+    preferred = ("flow", STUDENT_MODALITY) if training else (STUDENT_MODALITY,)
+    return next((m for m in preferred if m in modalities), modalities[0])
 
 
 def make_source_dataset(source: DataModuleConfig, modality: str, *, seed: int) -> ClipDataset:

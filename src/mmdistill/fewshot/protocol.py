@@ -100,8 +100,8 @@ class Protocol:
             if self.disjoint:  # a draw can be impossible for several classes together
                 self.sample(spec, list(labels), groups, names)
             lines.append(describe_eligibility(spec, found, names))
-        if self.disjoint in ("match", "player") or self.shortcut_audit:
-            unnamed = {v for v, source in zip(videos, sources, strict=False) if source.match == v}
+        if sources and (self.disjoint in ("match", "player") or self.shortcut_audit):
+            unnamed = {v for v, source in zip(videos, sources, strict=True) if source.match == v}
             if unnamed:
                 lines.append(
                     f"{len(unnamed)} of {format_count(len(set(videos)), 'video')} count as matches of their own: their "
