@@ -385,7 +385,8 @@ def random_drift(num_frames: int, amplitude: float, rng: np.random.Generator) ->
     t = np.arange(num_frames)[:, None, None]
     periods, phases = rng.uniform(16, 40, (2, 2)), rng.uniform(0, 2 * np.pi, (2, 2))
     waves: np.ndarray = np.sin(2 * np.pi * t / periods + phases).mean(axis=2)
-    return waves * amplitude * np.array([1, 0.25])
+    movement: np.ndarray = waves * amplitude * np.array([1, 0.25])
+    return movement
 
 
 def add_texture(image: np.ndarray, strength: float, rng: np.random.Generator, size: Size) -> np.ndarray:
@@ -395,7 +396,8 @@ def add_texture(image: np.ndarray, strength: float, rng: np.random.Generator, si
         cells = rng.standard_normal((size[0] // scale + 2, size[1] // scale + 2, 3)).astype(np.float32)
         cells = 0.3 * cells + 0.7 * cells.mean(axis=2, keepdims=True) * 3**0.5  # mostly of brightness
         noise += cv2.resize(cells, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
-    return np.clip(image * (1 + strength * noise), 0, 255).astype(np.uint8)
+    textured: np.ndarray = np.clip(image * (1 + strength * noise), 0, 255).astype(np.uint8)
+    return textured
 
 
 def apply_affine(affine: np.ndarray, pixels: np.ndarray) -> np.ndarray:
