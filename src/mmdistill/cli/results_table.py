@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_time = time.monotonic()
     stages: list[Stage] = []
     tests: dict[float | None, list[Path]] = {}  # nuisance -> folders of the evaluations, by seed
-    for nuisance in args.nuisance or [None]:
+    nuisances = args.nuisance or [None]
+    for nuisance in nuisances:
         output, prefix, common = args.output.resolve(), "", ("num_workers=0", *args.overrides)
         if nuisance is not None:
             output, prefix = output / f"nuisance_{nuisance:g}", f"nuisance {nuisance:g}, "
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seed=seed,
                 common=common,
                 test=("data_module.episodes=1000", "data_module.k_shot=[1,5]", "data_module.input_modes=configured"),
-                subsets=SUBSETS,
+                subsets=SUBSETS if nuisance == nuisances[0] else (),
                 prefix=f"{prefix}seed {seed}: ",
             )
             tests.setdefault(nuisance, []).append(stages[-1].run_dir)

@@ -19,7 +19,7 @@ def process_pool(workers: int, *, initializer: Callable[[], None] | None = None)
     earlier = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=initializer)
-    with _exit_on_sigterm():
+    with exit_on_sigterm():
         try:
             yield pool
         except BaseException:
@@ -31,8 +31,8 @@ def process_pool(workers: int, *, initializer: Callable[[], None] | None = None)
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM instead of dying, so that the processes and their semaphores are removed. Main thread only."""
+def exit_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM with an exception, so that `finally` blocks end the other processes. Main thread only."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield

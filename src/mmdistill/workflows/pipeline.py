@@ -16,6 +16,7 @@ from mmdistill.checkpoint import latest_valid_checkpoint
 from mmdistill.config import DistillConfig, PretrainConfig, to_plain
 from mmdistill.config.compose import SOURCE_ROOT, load_config
 from mmdistill.data.cores import available_cores
+from mmdistill.data.process_pool import exit_on_sigterm
 from mmdistill.errors import MMDistillError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import BUILTIN_MODALITIES
@@ -161,12 +162,13 @@ def commit_name(state: dict[str, Any] | None) -> str:
     return f"commit {state['commit'][:10]}{' with changes' if changed else ''}"
 
 
+@exit_on_sigterm()
 def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
     """Run the missing stages, at most `parallel` at the same time. Each gets its share of the CPU cores.
 
     A single run prints to this terminal. Parallel runs write ``log.txt`` in their folders, and this process prints a
-    line at each start and end, and the last line of each log every 30 s. Ctrl-C reaches all runs; they write a
-    checkpoint, and the next call resumes from it.
+    line at each start and end, and the last line of each log every 30 s. Ctrl-C and SIGTERM reach all runs;
+    they write a checkpoint, and the next call resumes from it.
 
     Raises:
         StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.

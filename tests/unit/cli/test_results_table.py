@@ -44,7 +44,7 @@ def test_each_nuisance_has_its_own_data_and_table(monkeypatch: pytest.MonkeyPatc
     stages: list[pipeline.Stage] = []
     monkeypatch.setattr(pipeline, "run_stages", _fake_run(stages))
     assert results_table.main(["--output", str(tmp_path), "--seeds", "3", "--nuisance", "0.3", "1"]) == 0
-    assert len({stage.name for stage in stages}) == len({stage.run_dir for stage in stages}) == 16
+    assert len({stage.name for stage in stages}) == len({stage.run_dir for stage in stages}) == 8 + 5
     for stage in stages:
         folder = stage.run_dir.parents[1]
         assert f"data_module.target_data_dir={folder / 'data'}" in stage.overrides

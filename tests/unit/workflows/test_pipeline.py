@@ -1,11 +1,16 @@
 """A second `make demo` runs only the missing stages and rejects stages of another config or version."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mmdistill.training.run_metadata import record_run
@@ -169,6 +174,23 @@ def test_parallel_runs_show_the_last_line_of_their_logs(
     lines = capfd.readouterr().out.splitlines()
     assert lines.count("flow: epoch 3 of flow") == lines.count("pose: epoch 3 of pose") == 1
     assert "started" not in "".join(lines)
+
+
+def test_sigterm_ends_the_runs(tmp_path: Path) -> None:
+    program = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+    stage = _script_stage(program, "rgb", tmp_path / "pid")
+    main = multiprocessing.get_context("fork").Process(target=run_stages, args=([stage],))
+    main.start()
+    deadline = time.monotonic() + 60
+    while not (stage.run_dir.exists() and stage.run_dir.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = psutil.Process(int(stage.run_dir.read_text()))
+    assert main.pid is not None
+    os.kill(main.pid, signal.SIGTERM)
+    main.join(30)
+    assert main.exitcode == 128 + signal.SIGTERM
+    assert not child.is_running()
 
 
 def test_failed_run_is_named(tmp_path: Path) -> None:
