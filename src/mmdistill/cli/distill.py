@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from mmdistill.cli import imports_without_collections
 from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
 from mmdistill.config import ConfigError, DistillConfig
 from mmdistill.config.error_messages import describe_misplaced_key
@@ -17,10 +18,11 @@ def run_distillation(config: DistillConfig, run_dir: str) -> None:
 
     checkpoint, options = config.ckpt_path, {}
     if config.train:
-        from mmdistill.cli.find_checkpoints import evaluation_command_of_run
-        from mmdistill.distill import distill
-        from mmdistill.distill.teachers import check_paths
-        from mmdistill.evaluation.run import check_evaluation
+        with imports_without_collections():
+            from mmdistill.cli.find_checkpoints import evaluation_command_of_run
+            from mmdistill.distill import distill
+            from mmdistill.distill.teachers import check_paths
+            from mmdistill.evaluation.run import check_evaluation
 
         check_paths(config)  # before the demo data are rendered
         if config.test:
@@ -29,7 +31,8 @@ def run_distillation(config: DistillConfig, run_dir: str) -> None:
         command = evaluation_command_of_run(Path(checkpoint), Path(run_dir))
         options["stop_hint"] = f"the training is complete; evaluate it with\n{command}"
     if config.test and checkpoint:
-        from mmdistill.evaluation.run import evaluate_checkpoint
+        with imports_without_collections():
+            from mmdistill.evaluation.run import evaluate_checkpoint
 
         evaluate_checkpoint(config, checkpoint, Path(run_dir), **options)
 

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from mmdistill.cli import sweep
+from mmdistill.cli import imports_without_collections, sweep
 from mmdistill.cli.compiler import explain_compiler_errors
 from mmdistill.cli.hydra_help import (
     describe_rejected_group,
@@ -198,10 +198,11 @@ def run_or_spawn_ranks(job: Callable[[T, str], None], config: T, verb: str | Non
         launch.set_visible_devices(gpus)
     if count == 1:
         if not launch.is_nonzero_rank():
-            from mmdistill.training.run_metadata import record_run  # imports torch, which an invalid config must not
+            from mmdistill.training.run_metadata import record_run
 
             world_size = int(os.environ["WORLD_SIZE"]) if launch.launched_externally() else 1
-            record_run(Path(run_dir), to_plain(config), processes=world_size, accelerator=config.accelerator)
+            with imports_without_collections():  # it imports torch, which an invalid config must not
+                record_run(Path(run_dir), to_plain(config), processes=world_size, accelerator=config.accelerator)
         with explain_memory_errors(), explain_compiler_errors():
             job(config, run_dir)
         return

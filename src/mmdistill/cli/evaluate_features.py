@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdistill.cli import imports_without_collections
 from mmdistill.cli.parser import make_parser, report_errors
 from mmdistill.config import CLASSIFIER_NAMES
 from mmdistill.console import record_warnings
@@ -97,10 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace, warnings: Callable[[], list[str]]) -> int:
     """Evaluate the files; `warnings` returns the warnings that were logged so far."""
-    from mmdistill.evaluation.report.write import print_tables, to_json, write_report
-    from mmdistill.fewshot.features import load_features
-    from mmdistill.fewshot.novel_classes import check_novel_features
-    from mmdistill.fewshot.protocol import Protocol, run_protocol
+    with imports_without_collections():
+        from mmdistill.evaluation.report.write import print_tables, to_json, write_report
+        from mmdistill.fewshot.features import load_features
+        from mmdistill.fewshot.novel_classes import check_novel_features
+        from mmdistill.fewshot.protocol import Protocol, run_protocol
 
     protocol = Protocol(
         n_way=args.n_way,

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from mmdistill.cli import imports_without_collections
 from mmdistill.cli.entrypoint import exit_with_error, run_entrypoint
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.config.error_messages import describe_misplaced_key
@@ -15,7 +16,8 @@ def run_pretraining(config: PretrainConfig, run_dir: str) -> None:
     """Pretrain one model. torch is imported here, after the config is valid."""
     from pathlib import Path
 
-    from mmdistill.pretrain import pretrain
+    with imports_without_collections():
+        from mmdistill.pretrain import pretrain
 
     pretrain(config, Path(run_dir))
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from mmdistill.fewshot.episodes import IntArray
@@ -82,6 +81,8 @@ def probe_tokens(
         `attentive_top1`, `attentive_macro` (mean over classes) and `attentive_train_top1` (on the training clips):
         fractions; `attentive_train_seconds`.
     """
+    from sklearn.preprocessing import StandardScaler  # not at the start of an evaluation
+
     start = time.perf_counter()
     train, test = split_by_group(labels, groups, seed=seed)
     values, targets = np.unique(labels[train], return_inverse=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mmdistill.data.annotations.f3set import F3SET_FIELDS
 from mmdistill.data.clips import ClipSource
@@ -134,6 +133,8 @@ def part_accuracy(scores: EpisodeScores, parts: Sequence[str]) -> dict[str, dict
     Returns:
         by part: `accuracy` and `ci95` (half width) as fractions, `queries`. Parts without queries are omitted.
     """
+    from scipy import stats  # not at the start of an evaluation
+
     episodes = scores.episodes
     correct = scores.predictions == episodes.targets  # (E, N * Q)
     part_of = np.asarray(parts)[episodes.query.reshape(len(episodes), -1)]

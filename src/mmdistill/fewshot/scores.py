@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from mmdistill.errors import format_count
 from mmdistill.fewshot.classifiers import PredictOptions, get_classifier, ignore_progress
@@ -107,6 +106,8 @@ def merge_scores(parts: Sequence[EpisodeScores], episodes: Episodes) -> EpisodeS
 
 def mean_with_interval(values: NDArray[np.float64]) -> tuple[float, float, float, float]:
     """Mean, standard deviation, standard error, half width of the 95 % interval (Student's t) of episode values."""
+    from scipy import stats  # not at the start of a training or evaluation
+
     if len(values) < 2:
         raise FewshotError(f"{len(values)} episode has no standard error; draw at least 2")
     std = float(values.std(ddof=1))

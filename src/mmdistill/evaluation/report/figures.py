@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from mmdistill.evaluation.report.tables import network_label
 from mmdistill.fewshot.episodes import FloatArray
 from mmdistill.fewshot.features import Features
 from mmdistill.fewshot.protocol import Results, Row, Setting
@@ -47,11 +48,6 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
 }
-
-
-def network_label(network: str, input_mode: str, *, default_mode: str) -> str:
-    """Name of a curve; the input mode is added if it is not that of the scored network."""
-    return network if input_mode == default_mode else f"{network} ({input_mode})"
 
 
 def row_labels(rows: Sequence[Row]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdistill.config.compose import CONFIGS
-from mmdistill.evaluation.report import breakdown_tables, figures, ledger_tables
+from mmdistill.evaluation.report import breakdown_tables, ledger_tables
 from mmdistill.evaluation.report.frame_images import data_uri, encode_jpeg, resize_to_width
 from mmdistill.evaluation.report.tables import FOOTNOTES, probe_tables, result_caveats, result_tables, table_title
 from mmdistill.evaluation.report.templates import render_template
@@ -47,6 +47,8 @@ def render_page(
 
     `ledger` is that of the teachers, see `mmdistill.distill.ledger`.
     """
+    from mmdistill.evaluation.report import figures  # matplotlib, not at the start of an evaluation
+
     row, scored = results.headline, results.features[0]
     confusion, num_confused = figures.confusion_matrix(row, scored.classes)
     families, missing = choose_fonts("".join(scored.classes))

@@ -57,6 +57,11 @@ class Table:
         return found
 
 
+def network_label(network: str, input_mode: str, *, default_mode: str) -> str:
+    """Name of a curve; the input mode is added if it is not that of the scored network."""
+    return network if input_mode == default_mode else f"{network} ({input_mode})"
+
+
 def table_console() -> Console:
     """Standard output for tables; wide enough for them if it is not a terminal."""
     return Console() if sys.stdout.isatty() else Console(width=_FILE_WIDTH)

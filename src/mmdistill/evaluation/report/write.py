@@ -16,9 +16,15 @@ from mmdistill.evaluation.report.breakdown_tables import (
     shortcut_audit_lines,
     shortcut_audit_tables,
 )
-from mmdistill.evaluation.report.figures import network_label
 from mmdistill.evaluation.report.html_page import ReadFrame, render_page
-from mmdistill.evaluation.report.tables import FOOTNOTES, below_chance_note, probe_tables, result_tables, table_console
+from mmdistill.evaluation.report.tables import (
+    FOOTNOTES,
+    below_chance_note,
+    network_label,
+    probe_tables,
+    result_tables,
+    table_console,
+)
 from mmdistill.fewshot.episodes import class_name
 from mmdistill.fewshot.protocol import Results, Row
 from mmdistill.fewshot.scores import paired_difference, per_class_accuracy

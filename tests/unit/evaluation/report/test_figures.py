@@ -17,11 +17,6 @@ def test_principal_components_are_those_of_the_covariance():
     assert figures.project(x[:, :1]).shape == (50, 2)
 
 
-def test_labels_contain_the_input_mode_if_it_is_not_the_default():
-    assert figures.network_label("random", "whole clips", default_mode="whole clips") == "random"
-    assert figures.network_label("random", "2 masks", default_mode="whole clips") == "random (2 masks)"
-
-
 def test_long_names_are_shortened_in_the_middle():
     name = "near_ad_stroke_fh_gs_DL_approach_winner"
     assert figures.shorten(name) == name[:19] + "…" + name[-14:]

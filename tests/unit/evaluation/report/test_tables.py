@@ -8,12 +8,18 @@ from mmdistill.evaluation.report.tables import (
     PROBE_COLUMNS,
     REFERENCE,
     below_chance_note,
+    network_label,
     probe_tables,
     result_tables,
     row_cells,
     table_title,
 )
 from mmdistill.fewshot.protocol import Results
+
+
+def test_labels_contain_the_input_mode_if_it_is_not_the_default():
+    assert network_label("random", "whole clips", default_mode="whole clips") == "random"
+    assert network_label("random", "2 masks", default_mode="whole clips") == "random (2 masks)"
 
 
 def test_there_is_a_table_per_combination_and_classifier_and_one_of_the_probes(results: Results):
