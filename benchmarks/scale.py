@@ -1,29 +1,37 @@
-"""Cost of large data sets: memory of a million windows, and index and coverage of two million files.
+"""Cost of large data sets and of many runs: memory, index and coverage of two million files, search of checkpoints.
 
     python benchmarks/scale.py windows [--workers 8] [--start-method fork]
     python benchmarks/scale.py files ANNOTATIONS...
     python benchmarks/scale.py pack VIDEO
+    python benchmarks/scale.py runs
 
 `windows` prints the bytes of a million windows and the memory of loader workers (proportional set size, Linux). `files`
 writes the frame folders of F3Set annotation files to a temporary folder, with empty files after the first frame, and
 measures the index and the coverage (`mmdistill check-data --every` a large number). `pack` prepares a video with and
-without `--pack` and prints files and bytes per hour of video, and the time per clip.
+without `--pack` and prints files and bytes per hour of video, and the time per clip. `runs` writes 10,000 pretraining
+runs to a temporary folder and prints the CPU time of `mmdistill find-checkpoints`.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from mmdistill.config import PretrainConfig, to_plain
+from mmdistill.config.compose import load_config
 from mmdistill.data.annotations.base import Rally
 from mmdistill.data.annotations.f3set import load_f3set
 from mmdistill.data.clips import ClipIndex, ClipSpec, build_index
@@ -35,9 +43,12 @@ from mmdistill.data.readers.flow import FlowReader
 from mmdistill.data.readers.flow_file import FLOW_DTYPES, write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.modalities import BUILTIN_MODALITIES
 from mmdistill.prepare.coverage import check_all
-from mmdistill.prepare.pipeline import FLOW_DIR, FRAME_DIR, Settings, prepare_video
+from mmdistill.prepare.outputs import FLOW_DIR, FRAME_DIR
+from mmdistill.prepare.pipeline import Settings, prepare_video
 
+NUM_RUNS = 10_000
 NUM_RALLIES, RALLY_FRAMES = 4000, 266  # 250 windows each
 NUM_BATCHES = 4000  # of 32 windows in random order, which touch every page of the index
 SIZE = (16, 24)
@@ -64,7 +75,7 @@ class ZeroReader(Reader):
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["windows", "files", "pack"])
+    parser.add_argument("part", choices=["windows", "files", "pack", "runs"])
     parser.add_argument("paths", type=Path, nargs="*", metavar="ANNOTATIONS | VIDEO")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--start-method", choices=multiprocessing.get_all_start_methods(), default="fork")
@@ -74,6 +85,8 @@ def main() -> None:
         _measure_workers(index, options)
     elif options.part == "files":
         _measure_files(options.paths)
+    elif options.part == "runs":
+        _measure_runs()
     else:
         _measure_pack(options.paths[0])
 
@@ -196,6 +209,38 @@ def _measure_pack_of_dtype(video: Path, root: Path, dtype: str) -> None:
             assert np.array_equal(*arrays)
         separate, packed = map(np.median, times)
         print(f"{dtype}, {name}: {separate:.2f} ms per clip of 16 separate files, {packed:.2f} ms packed")
+
+
+def _measure_runs() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _write_runs(Path(folder))
+        for repeat in range(3):
+            before = os.times()
+            subprocess.run(
+                [sys.executable, "-m", "mmdistill", "find-checkpoints", folder], check=True, stdout=subprocess.DEVNULL
+            )
+            after = os.times()
+            seconds = after.children_user + after.children_system - before.children_user - before.children_system
+            print(f"find-checkpoints, {NUM_RUNS} runs, repeat {repeat}: {seconds:.2f} s of CPU")
+
+
+def _write_runs(root: Path) -> None:
+    """Pretraining runs with the complete ``run.json`` and one checkpoint, whose files have no content."""
+    names = list(BUILTIN_MODALITIES)
+    configs = {name: to_plain(load_config(PretrainConfig, "config_pretrain", [f"modality={name}"])) for name in names}
+    files = ["checkpoint/mp_rank_00_model_states.pt", "meta.json", "state.pt"]
+    for number in range(NUM_RUNS):
+        name, started = names[number % 3], datetime.fromtimestamp(1_750_000_000 + 100 * number, UTC)
+        run = root / started.strftime("%Y-%m-%d/%H-%M-%S") / f"pretrain_{name}"
+        checkpoint = run / "checkpoints" / "epoch=49-loss=0.6095"
+        (checkpoint / "checkpoint").mkdir(parents=True)
+        for file in files:
+            (checkpoint / file).touch()
+        manifest = {"kind": "pretrain", "modality": name, "epoch": 49, "loss": 0.6095}
+        sizes = {file: {"bytes": 0} for file in files}
+        (checkpoint / "manifest.json").write_text(json.dumps({**manifest, "files": sizes}))
+        record = {"started": started.isoformat(), "command": ["mmdistill pretrain"], "config": configs[name]}
+        (run / "run.json").write_text(json.dumps([record]))
 
 
 def _write_folders(root: Path, rallies: Sequence[Rally]) -> int:

@@ -364,10 +364,21 @@ def find_checkpoints(root: str | os.PathLike[str], *, unreadable: list[str] | No
     if not top.is_dir():
         raise CheckpointError(f"{root}: no such directory")
     found = list(_iterate_checkpoints(str(top), unreadable if unreadable is not None else []))
-    if any(os.path.islink(parent) for parent in {p for info in found for p in info.path.parents if top in p.parents}):
+    if any(map(os.path.islink, _folders_below(str(top), found))):
         found = list({os.path.realpath(info.path): info for info in found}.values())
     found = [_with_stored_loss(info) for info in _complete_last(found)]
     return sorted(_with_run_starts(found), key=_age_key, reverse=True)
+
+
+def _folders_below(top: str, found: Iterable[CheckpointInfo]) -> set[str]:
+    """The folders between `top` and the checkpoints, each once: there can be thousands of runs."""
+    folders: set[str] = set()
+    for info in found:
+        folder = os.path.dirname(info.path)
+        while folder not in folders and len(folder) > len(top):
+            folders.add(folder)
+            folder = os.path.dirname(folder)
+    return folders
 
 
 def _complete_last(found: list[CheckpointInfo]) -> list[CheckpointInfo]:

@@ -110,7 +110,8 @@ def config_arguments(run_dir: Path, verb: str, checkpoint: Path | None = None) -
             (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
         ]
         folders = [f"{name}={path}" for name, path in sources if Path(path).is_dir() and path != str(configs_dir())]
-        overrides = [o for o in hydra["overrides"]["task"] if _is_used(o.lstrip("+").partition("=")[0], verb, data)]
+        last = {o.lstrip("+").partition("=")[0]: o for o in hydra["overrides"]["task"]}  # of each key, as in Hydra
+        overrides = [o for key, o in last.items() if _is_used(key, verb, data)]
         dataset = hydra["runtime"]["choices"]["dataset"]
         if dataset and not any(override.startswith("dataset=") for override in overrides):
             overrides.insert(0, f"dataset={dataset}")

@@ -99,6 +99,10 @@ def test_command_selects_the_config_and_the_dataset_of_the_run(tmp_path: Path) -
     assert config_arguments(tmp_path / "run", "evaluate") == expected
     (folder / "config.yaml").write_text(yaml.safe_dump({"data_module": {"eval_clips": "windows"}}))
     assert config_arguments(tmp_path / "run", "evaluate") == [*expected, "data_module.window_stride=8"]
+    overrides.append("seed=4")  # to resume, a user adds arguments to the command of the run; the last value is used
+    (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    arguments = config_arguments(tmp_path / "run", "evaluate")
+    assert [a for a in arguments if a.startswith("seed=")] == ["seed=4"]
     overrides.append("dataset=other")
     (folder / "hydra.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     assert config_arguments(tmp_path / "run", "evaluate")[-1] == "dataset=other"
