@@ -22,11 +22,22 @@ for verb in VERBS:
     assert "usage: mmdistill " in out.getvalue(), f"{verb}: no usage"
     assert "torch" not in sys.modules, f"{verb}: imports torch"
 """
+# Imports a pretraining. Fails if it imports a library that is needed after the first batch only.
+START = """
+import sys
+import mmdistill.pretrain
+imported = {"matplotlib", "pandas", "pytorch_lightning", "scipy", "sklearn", "transformers"} & set(sys.modules)
+assert not imported, imported
+"""
 SMALL = ["dataset=mine", "num_workers=0", "batch_size=8", "trainer.warmup_epochs=0", "trainer.epochs=1"]
 
 
 def test_help_of_every_verb_imports_no_torch() -> None:
     run_python("-c", HELP)
+
+
+def test_pretraining_imports_no_library_of_later_steps() -> None:
+    run_python("-c", START)
 
 
 def test_evaluate_names_its_verb_and_the_required_key() -> None:
