@@ -110,8 +110,10 @@ def config_arguments(run_dir: Path, verb: str, checkpoint: Path | None = None) -
             (names[s["provider"]], s["path"]) for s in hydra["runtime"]["config_sources"] if s["provider"] in names
         ]
         folders = [f"{name}={path}" for name, path in sources if Path(path).is_dir() and path != str(configs_dir())]
-        last = {o.lstrip("+").partition("=")[0]: o for o in hydra["overrides"]["task"]}  # of each key, as in Hydra
-        overrides = [o for key, o in last.items() if _is_used(key, verb, data)]
+        task = hydra["overrides"]["task"]
+        keys = [o.lstrip("+").partition("=")[0] for o in task]
+        last = [(key, o) for i, (key, o) in enumerate(zip(keys, task, strict=True), 1) if key not in keys[i:]]
+        overrides = [o for key, o in last if _is_used(key, verb, data)]
         dataset = hydra["runtime"]["choices"]["dataset"]
         if dataset and not any(override.startswith("dataset=") for override in overrides):
             overrides.insert(0, f"dataset={dataset}")
