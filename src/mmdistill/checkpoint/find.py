@@ -375,7 +375,7 @@ def _folders_below(top: str, found: Iterable[CheckpointInfo]) -> set[str]:
     folders: set[str] = set()
     for info in found:
         folder = os.path.dirname(info.path)
-        while folder not in folders and len(folder) > len(top):
+        while folder not in ("", top) and folder not in folders:
             folders.add(folder)
             folder = os.path.dirname(folder)
     return folders
