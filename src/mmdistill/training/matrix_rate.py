@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by precision
-_TIME_LIMIT_S = 0.1
+_TIME_LIMITS_S = {"cpu": 0.06, "cuda": 0.3}  # a GPU loads the code of each size first
 _SMALLEST, _LARGEST = 64, 4096  # rows and columns
 
 
@@ -18,14 +18,16 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype, num_threads: i
     The size is doubled while there is time for the next products, also where a product is slow. No random generator is
     used. The result is kept for later trainings of this process.
     """
-    size, best, end = _SMALLEST, 0.0, time.perf_counter() + _TIME_LIMIT_S
+    size, best = _SMALLEST, 0.0
     x = _make_matrix(size, device, dtype)
+    _time_product(x)  # starts threads and libraries
+    end = time.perf_counter() + _TIME_LIMITS_S[device.type]
     while True:
         seconds = _time_product(x)
         best, left_s = max(best, 2.0 * size**3 / seconds), end - time.perf_counter()
         if seconds > left_s:
             return best
-        if size < _LARGEST and 24 * seconds < left_s:  # three products of the next size
+        if size < _LARGEST and 16 * seconds < left_s:  # two products of the next size
             size *= 2
             x = _make_matrix(size, device, dtype)
             _time_product(x)  # the first one is slower
