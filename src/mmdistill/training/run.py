@@ -228,7 +228,7 @@ class Training:
             return
         rate = measure_matrix_rate(process.device, DTYPES[precision], num_threads)  # all ranks at the same time
         rates = torch.tensor(rate, dtype=torch.float64, device=process.device)
-        self._matrix_rate = all_reduce_sum([rates])[0].item()
+        self._matrix_rate = float(all_reduce_sum([rates])[0])
         flops_per_step = self.flops_per_clip * self._clips_per_step
         where = [str(DTYPES[precision]).removeprefix("torch.")]
         where += [format_count(num_threads, "thread")] if process.device.type == "cpu" else []
