@@ -21,6 +21,7 @@ from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
 from mmdistill.fewshot.episodes import Episodes, EpisodeSpec, sample_episodes
 from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import get_modality
+from mmdistill.models.flops import encoder_flops
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
 VIT_S = EncoderConfig(3, 16, 224, 384, 16, 2, dim=384, depth=12, heads=6, head_dim=64, mlp_dim=1536)
@@ -46,17 +47,6 @@ def time_classifiers(features: np.ndarray, episodes: Episodes, workers: int | No
         print(f"{name:20} {seconds:6.2f} s  accuracy {100 * scores.accuracy.mean():.2f} %{limit}", flush=True)
         out[name] = {"seconds": seconds, "accuracy": float(scores.accuracy.mean())}
     return out
-
-
-def encoder_flop(g: EncoderConfig, tokens: int) -> int:
-    """Multiplications and additions of one clip with this many visible tokens.
-
-    Per token 2 * (weights of its linear layers); per block 4 * tokens^2 * inner for the two products of the attention.
-    """
-    inner = g.heads * g.head_dim
-    linear = g.dim * 3 * inner + inner * g.dim + 2 * g.dim * g.mlp_dim
-    block = 2 * tokens * linear + 4 * tokens**2 * inner
-    return 2 * tokens * g.patch_dim * g.dim + g.depth * block
 
 
 def gemm_rate(g: EncoderConfig, tokens: int, seconds: float = 0.5) -> float:
@@ -90,7 +80,7 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
             for mask in masks:
                 job.encode(fresh, mask)
             best = min(best, time.perf_counter() - start)
-    flop = encoder_flop(VIT_S, tokens) * batch * eval_masks.n_masks
+    flop = encoder_flops(VIT_S, tokens) * batch * eval_masks.n_masks
     print(f"fp32 matrix product   {rate / 1e9:6.0f} GFLOP/s, {batch * tokens} x {VIT_S.dim} x {VIT_S.mlp_dim}")
     each = f"{flop / batch / eval_masks.n_masks / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
     print(f"ViT-S encoding        {flop / best / 1e9:6.0f} GFLOP/s, {100 * flop / best / rate:.0f} % of it; {each}")

@@ -37,6 +37,7 @@ from mmdistill.distill.module import MMDistill
 from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distributed.device import autocast, tune_malloc
 from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
+from mmdistill.models.flops import decoder_flops, encoder_flops, encoder_training_flops
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import DecoderConfig, Encoder, EncoderConfig, VideoMAE, masked_indices
 from mmdistill.randomness import seeded_rng
@@ -85,29 +86,15 @@ def make_encoder_config(sizes: dict, spec: ModalitySpec) -> EncoderConfig:
 # Arithmetic ----------------------------------------------------------------------------------------------------------
 
 
-def block_flops(n: int, dim: int, inner: int, hidden: int) -> int:
-    """Forward pass of a block on n tokens (qkv, attention, projection, MLP)."""
-    return 2 * 3 * n * dim * inner + 4 * n * n * inner + 2 * n * inner * dim + 4 * n * dim * hidden
-
-
-def encoder_flops(g: EncoderConfig, n: int, *, backward: bool) -> int:
-    """An encoder on n visible tokens. The embedding counts twice, not 3 times: its input needs no gradient."""
-    embed, blocks = 2 * n * g.patch_dim * g.dim, g.depth * block_flops(n, g.dim, g.heads * g.head_dim, g.mlp_dim)
-    return 2 * embed + 3 * blocks if backward else embed + blocks
-
-
 def pretrain_flops(g: EncoderConfig, d: DecoderConfig, visible: int, predicted: int) -> int:
     """One pretraining step on one clip."""
-    tokens, sizes = visible + predicted, (d.dim, d.heads * d.head_dim, d.mlp_dim)
-    decoder = 2 * visible * g.dim * d.dim + 2 * predicted * d.dim * g.patch_dim
-    decoder += d.depth * block_flops(tokens, *sizes)
-    return encoder_flops(g, visible, backward=True) + 3 * decoder
+    return encoder_training_flops(g, visible) + 3 * decoder_flops(g, d, visible, predicted)
 
 
 def distill_flops(encoder_configs: dict[str, EncoderConfig], visible: int, *, cached: bool) -> int:
     """One distillation step on one clip, without the transfer head, which acts on one feature only."""
-    teachers = 0 if cached else sum(encoder_flops(g, visible, backward=False) for g in encoder_configs.values())
-    return teachers + encoder_flops(encoder_configs["rgb"], visible, backward=True)
+    teachers = 0 if cached else sum(encoder_flops(g, visible) for g in encoder_configs.values())
+    return teachers + encoder_training_flops(encoder_configs["rgb"], visible)
 
 
 # Steps ---------------------------------------------------------------------------------------------------------------

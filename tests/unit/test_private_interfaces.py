@@ -47,6 +47,11 @@ def test_torch_loader_looks_at_its_workers() -> None:
     _source_mentions(_MultiProcessingDataLoaderIter._try_get_data, "_data_queue", "timeout", "is_alive")
 
 
+def test_torch_profiler_sees_all_threads() -> None:
+    """training/step_trace.py: teachers may run in threads of `run_in_parallel`."""
+    assert "profile_all_threads" in torch._C._profiler._ExperimentalConfig.__init__.__doc__
+
+
 def test_multiprocessing_temporary_folder() -> None:
     """data/dataloader.py: the folder of the workers' sockets."""
     _source_mentions(multiprocessing.util.get_temp_dir, "_config", "tempdir")

@@ -341,6 +341,9 @@ class TrainerConfig(Sealable):
     # decay per step of an exponential moving average of the encoder that is trained, stored in checkpoints as
     # encoder_ema (pretraining) or student_ema_rgb (distillation); null: none
     ema: float | None = key(None, within("[0, 1)", null="no average"))
+    # number of steps whose trace, a file trace-steps=A-B.json in the run folder, is written by rank 0 after the first
+    # three steps of each start; 0: none
+    profile: int = key(0, at_least(0))
 
 
 @dataclass

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch.profiler import record_function
 from torch.utils.data import DataLoader
 
 from mmdistill.errors import InputError, MMDistillError
@@ -256,7 +257,13 @@ def _kill_hung_workers() -> None:
 def _iterate_with_worker_check(batches: Iterator[Any]) -> Iterator[Any]:
     workers = getattr(batches, "_workers", ())  # absent with num_workers=0
     with _explain_worker_exits(workers), _explain_shared_memory_errors(len(workers)):
-        yield from batches
+        fetched = iter(batches)
+        while True:
+            with record_function("wait for data"):  # in the trace of `trainer.profile`
+                batch = next(fetched, None)
+            if batch is None:
+                return
+            yield batch
 
 
 @contextmanager

@@ -25,6 +25,11 @@ class MaskSpec:
     def __post_init__(self) -> None:
         self.sample(seeded_rng(0), np.ones(math.prod(self.grid)))  # checks the values
 
+    @property
+    def num_visible(self) -> int:
+        """Number of visible tokens, which is that of every clip."""
+        return len(self.sample(seeded_rng(0), np.ones(math.prod(self.grid))))
+
     def sample(self, rng: np.random.Generator, weights: np.ndarray | None = None) -> np.ndarray:
         """The visible tokens of one clip, int64 [L_vis], sorted; `weights` are those of its tokens."""
         settings: dict[str, Any] = {"ratio": self.mask_ratio, "mask_type": self.mask_type}

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch.profiler import record_function
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.checkpoint.references import labeled_sources_entry
@@ -50,7 +51,7 @@ def loss_scale(trainer: pl.Trainer) -> float | None:
 class StepCallback(Callback):
     """Skip an optimizer step whose loss or gradient is not finite; update the student's average after the others.
 
-    It comes before `TrainingCallback`, which counts the step.
+    It comes before `TrainingCallback`, which counts the step. It also names the backward pass and the step in traces.
     """
 
     def __init__(self, training: Training) -> None:
@@ -58,10 +59,20 @@ class StepCallback(Callback):
         self._is_step_end = False
         self._skipped_before = 0  # steps that the engine had skipped before this one
         self._step_context = ExitStack()  # entered during the optimizer step
+        self._backward = record_function("backward")
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Any) -> None:
+        """Start the range of the backward pass."""
+        self._backward.__enter__()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """End the range of the backward pass."""
+        self._backward.__exit__(None, None, None)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         """Check the gradient before it is clipped. Raises `NonFiniteError` if the policy does not allow to skip."""
         self._is_step_end = True
+        self._step_context.enter_context(record_function("optimizer"))
         strategy: Any = trainer.strategy
         if _is_zero(strategy):
             self._skipped_before = strategy.deepspeed_engine.skipped_steps
@@ -111,6 +122,7 @@ class TrainingCallback(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the learning rates; `on_train_epoch_start` is not called if a run resumes inside an epoch."""
         self._schedule(trainer).restore(self.data.schedule_step(self.state))
+        self._set_flops(pl_module)
         self.training.log_start(self.title, pl_module, self.more)
         self.training.throughput.restart()
 
@@ -118,6 +130,7 @@ class TrainingCallback(Callback):
         """Called before the epoch's iterator is created."""
         self.state.start_epoch(trainer.current_epoch)
         self.data.sampler.set_state(trainer.current_epoch, 0)
+        self._set_flops(pl_module)
         self.training.throughput.restart()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -133,7 +146,7 @@ class TrainingCallback(Callback):
         self.state.add_batch(outputs["values"], num_clips)
         self.state.step = trainer.global_step
         self._schedule(trainer).step_update(self.data.schedule_step(self.state))
-        self.training.throughput.add_clips(num_clips)
+        self.training.end_batch(num_clips)
         self.training.log_step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,6 +157,9 @@ class TrainingCallback(Callback):
         lr = self._schedule(trainer).lr
         text = format_losses(means, self.weights)
         self.training.log_epoch(metrics, text, lr=lr, loss_scale=loss_scale(trainer))
+
+    def _set_flops(self, pl_module: Any) -> None:
+        self.training.flops_per_clip = pl_module.flops_per_clip(self.data.dataset.mask.num_visible)
 
     def _schedule(self, trainer: pl.Trainer) -> StepSchedule:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.profiler import record_function
 
 from mmdistill.checkpoint import CheckpointError
 from mmdistill.config import standardization
@@ -25,6 +26,7 @@ from mmdistill.distill.teacher_cache import TeacherCache
 from mmdistill.distill.teachers import check_teacher_digests
 from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import STUDENT_MODALITY, ModalitySpec, preprocess_clips
+from mmdistill.models.flops import encoder_flops, encoder_training_flops, linear_flops
 from mmdistill.models.pooling import Pooling, person_weights
 from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
@@ -138,6 +140,12 @@ class MMDistill(pl.LightningModule):
         """The frozen teacher of a modality."""
         return cast(Encoder, self.get_submodule(f"teacher_{modality}.encoder"))
 
+    @record_function("transfer")
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As in Lightning, with a name in traces."""
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    @record_function("forward")
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
         """Forward pass of one batch.
 
@@ -158,6 +166,15 @@ class MMDistill(pl.LightningModule):
                 # DDP and DeepSpeed need a backward pass on every rank and for every batch
                 return {"loss": zero_loss(list(self.parameters())), "values": {}}
         return {"loss": total, "values": means}
+
+    def flops_per_clip(self, num_visible: int) -> int:
+        """FLOPs of a training step of the current epoch per clip. Features of the cache and of files cost nothing."""
+        student = self.student
+        flops = encoder_training_flops(student.config, num_visible, recomputes=student.checkpoint_activations)
+        if self.cache is None or not self.cache.is_cached(self.current_epoch):
+            flops += sum(encoder_flops(self.teacher(m).config, num_visible) for m in self.modalities)
+        heads = [layer for layer in self.cmt.modules() if isinstance(layer, nn.Linear)]
+        return flops + 3 * sum(linear_flops(1, head.in_features, head.out_features) for head in heads)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """The student's features of clips without a mask, (B, D); `Validation` scores them."""

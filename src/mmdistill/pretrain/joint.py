@@ -57,6 +57,7 @@ class JointLoss:
             for name in ("target", "source")
             if getattr(self.weights, name) and not removes_no_token(config.data_module)
         ]
+        self.clips_per_target = 2 if "target" in self.reconstructed else 1  # that are encoded
         self._label_entropy = label_entropy(np.array([clip.label for clip in source.index.clips]))
         # of a checkpoint: dataset, statistics, and the classes that the encoder has learned
         self.meta: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 from torch.utils.data import default_collate
 
 from mmdistill.builders import make_decoder_config, make_encoder_config
@@ -25,6 +26,7 @@ from mmdistill.config import PretrainConfig, modality_specs, removes_no_token, t
 from mmdistill.data.masking import sample_decoder_tokens
 from mmdistill.distributed.collectives import all_reduce_mean
 from mmdistill.modalities import preprocess_clips
+from mmdistill.models.flops import decoder_flops, encoder_training_flops, linear_flops
 from mmdistill.models.joint import JointVideoMAE
 from mmdistill.models.targets import constant_baseline_loss, patch_targets, reconstruction_loss
 from mmdistill.models.videomae import VideoMAE, masked_indices
@@ -139,7 +141,7 @@ class PretrainTrainer:
             losses = self.train_step(batch)
             num_clips = len(batch["index"]) * process.world_size
             state.add_batch(losses, num_clips)
-            training.throughput.add_clips(num_clips)
+            training.end_batch(num_clips)
             note = "loss {loss:.4f} constant baseline {constant_baseline_loss:.4f}".format(**losses) if losses else None
             training.log_step(note or "loss not finite")
             if state.batch >= self.data.batches_per_epoch:
@@ -158,15 +160,18 @@ class PretrainTrainer:
         means = dict(zip(("loss", *values), all_reduce_mean([loss, *values.values()]), strict=True))
         clips, is_first = self.data.clip_numbers(batch), position % accumulate == 0
         is_finite = self.training.guard.before_backward(loss, means["loss"], clips, is_first=is_first)
-        self.engine.backward(loss if is_finite else zero_loss(list(self.engine.module.parameters())))
+        with record_function("backward"):
+            self.engine.backward(loss if is_finite else zero_loss(list(self.engine.module.parameters())))
         self.optimizer_step(is_last=(position + 1) % accumulate == 0)
         return means if is_finite else {}
 
+    @record_function("forward")
     def losses(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one batch, and by name its constant baseline and, with a source, its terms; float32 scalars."""
         device, g = self.run.process.device, self.encoder_config
-        clip = batch[self.config.modality].to(device, non_blocking=True)
-        visible = batch["visible"].to(device, non_blocking=True)
+        with record_function("transfer"):
+            clip = batch[self.config.modality].to(device, non_blocking=True)
+            visible = batch["visible"].to(device, non_blocking=True)
         x = preprocess_clips(clip, batch["crop_box"], self.spec, (g.height, g.width))
         targets = self._decoder_targets(visible, batch["index"].tolist())
         if self.joint is not None:
@@ -187,6 +192,7 @@ class PretrainTrainer:
         chosen = [sample_decoder_tokens(removed.shape[1], ratio=ratio, rng=seeded_rng(*key, clip)) for clip in clips]
         return removed.gather(1, torch.from_numpy(np.stack(chosen)).to(removed.device))
 
+    @record_function("optimizer")
     def optimizer_step(self, *, is_last: bool) -> None:
         """DeepSpeed's step after each batch, because it counts them; after the last one also the schedule's step."""
         engine, guard = self.engine, self.training.guard
@@ -212,12 +218,28 @@ class PretrainTrainer:
         """The dynamic loss scale of precision=16."""
         return float(self.engine.optimizer.loss_scale) if self.run.precision == "16" else None
 
+    @property
+    def flops_per_clip(self) -> int:
+        """FLOPs of a training step per clip of `data_module`; with a source, those of its clip are included."""
+        g, joint, ratio = self.encoder_config, self.joint, self.config.decoder_mask_ratio
+        num_visible = self.data.dataset.mask.num_visible
+        num_removed, recomputes = g.num_tokens - num_visible, self.config.trainer.activation_checkpointing
+        num_predicted = len(sample_decoder_tokens(num_removed, ratio=ratio, rng=seeded_rng(0)))
+        flops = encoder_training_flops(g, num_visible, recomputes=recomputes)
+        if num_removed:
+            decoder = decoder_flops(g, self.decoder_config, num_visible, num_predicted)
+            flops += decoder if joint and not joint.reconstructed else 3 * decoder
+        if joint is None:
+            return flops
+        return joint.clips_per_target * flops + 3 * linear_flops(1, g.dim, joint.num_classes)
+
     def log_start(self) -> None:
         """Log what the run trains."""
         if self.load_report:
             self.training.log.info(f"initialized from {self.load_report}")
         joint = f"; {self.joint}" if self.joint else ""
         monitor = self.monitor.summary if self.monitor else ""
+        self.training.flops_per_clip = self.flops_per_clip
         title, target = f"pretrain {self.config.modality}", f", target {self.spec.target}{joint}{monitor}"
         self.training.log_start(title, self.engine.module, target)
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
+from torch.profiler import profile
 
 from mmdistill import __version__
 from mmdistill.checkpoint import prune
@@ -15,20 +17,24 @@ from mmdistill.checkpoint.lock import run_lock
 from mmdistill.checkpoint.read import Checkpoint, open_checkpoint
 from mmdistill.checkpoint.retention import find_resume, remove_interrupted_saves
 from mmdistill.checkpoint.write import warn_if_unsynced
-from mmdistill.config import DistillConfig, PretrainConfig, as_names, to_plain
-from mmdistill.distributed.collectives import all_reduce_any, broadcast_run_dir, run_on_all_ranks
+from mmdistill.config import ConfigError, DistillConfig, PretrainConfig, as_names, to_plain
+from mmdistill.distributed.collectives import all_reduce_any, all_reduce_sum, broadcast_run_dir, run_on_all_ranks
 from mmdistill.distributed.device import resolve_precision
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process, start_process
+from mmdistill.errors import format_count
 from mmdistill.files import remove_temporary_files
 from mmdistill.models.videomae import EncoderConfig
 from mmdistill.training.compatibility import check_compatible, check_weight_compat
 from mmdistill.training.data_report import DataReport
 from mmdistill.training.loggers import ResumePoint
+from mmdistill.training.matrix_rate import DTYPES, measure_matrix_rate
 from mmdistill.training.nonfinite import NonFiniteGuard
 from mmdistill.training.optim import Optimization, schedule_warnings
 from mmdistill.training.run_logger import RunLog, ThroughputMeter
+from mmdistill.training.run_metadata import update_record
 from mmdistill.training.signals import StopSignal, stop_message, stop_signals
 from mmdistill.training.state import TrainingState
+from mmdistill.training.step_trace import NUM_WARMUP_STEPS, start_trace
 from mmdistill.training.train_data import TrainData
 
 Config = PretrainConfig | DistillConfig
@@ -123,11 +129,27 @@ def start_training(
 ) -> Iterator["Training"]:
     """The `Training` of a run. While it is open, stop signals are recorded. `weight_compat`: see `check_compatible`."""
     total_steps = config.trainer.epochs * data.steps_per_epoch
+    _check_profile(config.trainer.profile, total_steps)
     with (
         RunLog(run.directory, title=title, total_steps=total_steps, enabled=run.process.is_main) as log,
         stop_signals(config.stop_signals) as stop_signal,
     ):
-        yield Training(config, run, data, log, stop_signal, weight_compat or {})
+        training = Training(config, run, data, log, stop_signal, weight_compat or {})
+        try:
+            yield training
+        finally:
+            training.stop_trace()
+
+
+def _check_profile(num_steps: int, total_steps: int) -> None:
+    """Raise `ConfigError` if a training of `total_steps` ends before a trace of `num_steps` steps is complete."""
+    if num_steps and NUM_WARMUP_STEPS + num_steps > total_steps:
+        largest = total_steps - NUM_WARMUP_STEPS
+        fix = f"use at most {largest}" if largest > 0 else "set trainer.profile=0"
+        raise ConfigError(
+            f"trainer.profile={num_steps} writes the trace of {format_count(num_steps, 'step')} after "
+            f"{NUM_WARMUP_STEPS} other steps, and this training has {format_count(total_steps, 'step')}; {fix}"
+        )
 
 
 class Training:
@@ -139,6 +161,7 @@ class Training:
         optimization: hyperparameters of the optimizer and its schedule.
         throughput: of the current epoch.
         extra_metrics: further metrics of the current epoch; `log_epoch` sends and removes them.
+        flops_per_clip: FLOPs of a step of the current epoch per clip of `data`, set by the trainer; 0: unknown.
     """
 
     def __init__(
@@ -161,6 +184,8 @@ class Training:
             )
         self.state, self.throughput = TrainingState(), ThroughputMeter()
         self.extra_metrics: dict[str, float] = {}
+        self.flops_per_clip, self._matrix_rate = 0, 0.0  # the rate is in FLOP/s, of all ranks together
+        self._trace: profile | None = None
         trainer = config.trainer
         self.guard = NonFiniteGuard(
             trainer.on_nonfinite,
@@ -192,6 +217,56 @@ class Training:
             info(f"resume=auto: {run.checkpoints} has no checkpoint; the training starts at epoch 0")
         resume = ResumePoint(run.source, self.state.step) if run.source else None
         self.log.open_trackers(as_names("logger", config.logger), to_plain(config), resume)
+        if self.state.epoch < config.trainer.epochs:
+            self._measure_matrix_rate()
+            self._start_trace()
+
+    def _measure_matrix_rate(self) -> None:
+        """Measure, log and record the rate of matrix products, with the FLOPs per step. Collective."""
+        process, precision, num_threads = self.run.process, self.run.precision, torch.get_num_threads()
+        if not self.flops_per_clip:
+            return
+        rate = measure_matrix_rate(process.device, DTYPES[precision], num_threads)  # all ranks at the same time
+        rates = torch.tensor(rate, dtype=torch.float64, device=process.device)
+        self._matrix_rate = float(all_reduce_sum([rates])[0])
+        flops_per_step = self.flops_per_clip * self._clips_per_step
+        where = [str(DTYPES[precision]).removeprefix("torch.")]
+        where += [format_count(num_threads, "thread")] if process.device.type == "cpu" else []
+        where += [f"sum of {process.world_size} processes"] if process.world_size > 1 else []
+        self.log.info(
+            f"{_format_giga(flops_per_step)} GFLOP per step; matrix products reach {_format_giga(self._matrix_rate)} "
+            f"GFLOP/s ({', '.join(where)})"
+        )
+        if process.is_main:
+            values = {"flops_per_step": flops_per_step, "matrix_flops_per_s": round(self._matrix_rate)}
+            update_record(self.run.directory, values)
+
+    def _start_trace(self) -> None:
+        """Start the trace of `trainer.profile` on rank 0. A run that resumes may have too few steps left."""
+        num_steps, step = self.config.trainer.profile, self.data.schedule_step(self.state)
+        if not num_steps or not self.run.process.is_main:
+            return
+        num_left = self.config.trainer.epochs * self.data.steps_per_epoch - step
+        if NUM_WARMUP_STEPS + num_steps > num_left:
+            left = format_count(num_left, "step")
+            self.log.info(f"trainer.profile={num_steps} writes no trace: only {left} of this training are left")
+            return
+        directory, device = self.run.directory, self.run.process.device
+        self._trace = start_trace(directory, device, num_steps=num_steps, steps_done=step, info=self.log.info)
+
+    def end_batch(self, num_clips: int) -> None:
+        """Count the clips of a batch over all ranks, and end the step of the trace after the last batch of a step."""
+        self.throughput.add_clips(num_clips)
+        is_step_end = self.state.batch % self.data.accumulate_grad_batches == 0
+        if self._trace is not None and (is_step_end or self.state.batch >= self.data.batches_per_epoch):
+            with self.throughput.pause():
+                self._trace.step()
+
+    def stop_trace(self) -> None:
+        """Stop the trace of `trainer.profile`, if there is one."""
+        if self._trace is not None:
+            self._trace.stop()
+            self._trace = None
 
     def log_step(self, note: str = "") -> None:
         """Show the position in the training, `note` and, from the second step on, the throughput."""
@@ -206,12 +281,18 @@ class Training:
         """Send the metrics of the epoch to the trackers, and log `text`."""
         state, speed = self.state, self.throughput.metrics
         metrics = {"epoch": state.epoch, **means, "lr": lr, **speed}
+        mfu_text = ""
+        if self._matrix_rate:
+            mfu_percent = 100 * speed["clips_per_s"] * self.flops_per_clip / self._matrix_rate
+            gflop_per_step = self.flops_per_clip * self._clips_per_step / 1e9
+            metrics |= {"gflop_per_step": gflop_per_step, "mfu_percent": mfu_percent}
+            mfu_text = f", MFU {mfu_percent:.0f} %"
         metrics |= {"grad_norm": self.guard.grad_norm, "skipped_steps": state.skipped_steps, **self.extra_metrics}
         self.extra_metrics = {}
         if loss_scale is not None:
             metrics |= {"loss_scale": loss_scale, "overflow_steps": state.overflow_steps}
         self.log.log_metrics(state.step, metrics)
-        rates = f"{speed['clips_per_s']:.1f} clips/s, data wait {speed['data_wait_percent']:.0f} %"
+        rates = f"{speed['clips_per_s']:.1f} clips/s{mfu_text}, data wait {speed['data_wait_percent']:.0f} %"
         self.log.info(f"epoch {state.epoch}: {text}, {rates}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -277,6 +358,11 @@ class Training:
         """Log the end of a complete training with its last checkpoint. Collective."""
         self._log_missing_data()
         self.log.info(f"last checkpoint: {checkpoint}")
+
+
+def _format_giga(value: float) -> str:
+    """Three digits, or all digits before the point: ``0.0123``, ``12.3``, ``1,234``."""
+    return f"{value / 1e9:.3g}" if value < 1e11 else f"{value / 1e9:,.0f}"
 
 
 def count_trainable(module: nn.Module) -> int:

@@ -40,6 +40,14 @@ def record_run(run_dir: Path, config: Mapping[str, Any], *, processes: int, acce
     return record
 
 
+def update_record(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """Add values to the record of this start; call on rank 0. Without ``run.json`` this function does nothing."""
+    path = run_dir / RUN_FILE
+    if path.is_file():
+        *earlier, record = json.loads(path.read_bytes())
+        atomic_write_bytes(path, encode_json([*earlier, {**record, **values}]))
+
+
 def git_state(root: Path | None) -> dict[str, Any] | None:
     """Commit and changed files of a repository; None without git, a repository or a source tree (`root`)."""
 

@@ -63,6 +63,7 @@ COMMON = [
     ("trainer.keep_last=0", "trainer.keep_last=0 must be at least 1"),
     ("trainer.save_top_k=-2", "trainer.save_top_k=-2 must be at least -1"),
     ("trainer.on_nonfinite=ignore", "trainer.on_nonfinite=ignore is not one of raise, skip"),
+    ("trainer.profile=-1", "trainer.profile=-1 must be at least 0"),
     ("trainer.max_skipped_steps=-1", "trainer.max_skipped_steps=-1 must be at least 0"),
     ("trainer.layer_decay=0", "trainer.layer_decay=0.0 must lie in (0, 1]; use null for one learning rate"),
     ("trainer.betas=[0.9,1]", "trainer.betas=[0.9, 1.0] must be two numbers in [0, 1)"),

@@ -48,7 +48,7 @@ class _Module(SimpleNamespace):
 
     def __init__(self) -> None:
         parameter = torch.nn.Parameter(torch.zeros(1))
-        super().__init__(logged={}, num_updates=0, parameters=lambda: [parameter])
+        super().__init__(logged={}, num_updates=0, parameters=lambda: [parameter], flops_per_clip=lambda num: 2 * num)
 
     def log_dict(self, values: dict[str, Any], **_: Any) -> None:
         self.logged |= values
@@ -80,6 +80,7 @@ def test_batches_are_counted_and_their_means_logged(make: MakeTraining) -> None:
     trainer.current_epoch = 1
     callback.on_train_epoch_start(trainer, module)  # type: ignore[arg-type]
     assert (training.state.epoch, training.state.batch, training.data.sampler.epoch) == (1, 0, 1)
+    assert training.flops_per_clip == 2 * training.data.dataset.mask.num_visible
 
 
 def test_resumed_training_starts_at_the_stored_position(make: MakeTraining) -> None:

@@ -18,6 +18,7 @@ from mmdistill.modalities import BUILTIN_MODALITIES, ModalitySpec, get_modality
 from mmdistill.models.pooling import Pooling, person_weights
 from mmdistill.models.videomae import Encoder, EncoderConfig
 from mmdistill.training.optim import Optimization
+from tests.flops import count_flops
 
 
 @pytest.fixture(params=[2, 8])
@@ -77,6 +78,27 @@ def test_activation_checkpointing_runs_in_sequence(monkeypatch: pytest.MonkeyPat
     net.student.set_activation_checkpointing(True)
     torch.stack([loss for loss, _ in net.losses(_batch()).values()]).sum().backward()
     assert all(p.grad is not None for p in net.student.parameters())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_flops_are_those_of_a_step(recomputes: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With and without the teachers; a teacher that is a file costs nothing but its head."""
+    monkeypatch.setattr(module, "MAX_TOKENS_FOR_THREADING", 0)  # torch counts in this thread only
+    cache = TeacherCache(tmp_path, num_draws=1, num_clips=2, widths=dict.fromkeys(BUILTIN_MODALITIES, 16), key={})
+    net = _module(targets=TargetOptions(cache=cache, files={"other": torch.randn(2, 12)}))
+    net.student.set_activation_checkpointing(recomputes)
+
+    def step() -> None:
+        net.training_step(_batch(), 0)["loss"].backward()
+
+    flops = net.flops_per_clip(8)
+    assert count_flops(step) == 2 * flops
+    cache.write(0)
+    cache.open(0)
+    cache.is_cached = lambda epoch: True  # type: ignore[method-assign]
+    cached_flops = net.flops_per_clip(8)
+    assert count_flops(step) == 2 * cached_flops
+    assert 0 < cached_flops < flops
 
 
 def test_losses_are_those_of_the_formula() -> None:

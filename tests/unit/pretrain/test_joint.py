@@ -17,12 +17,14 @@ from mmdistill.checkpoint import load_encoder, load_weights
 from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.config import ConfigError, PretrainConfig
 from mmdistill.data.joint import JointDataset
-from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
+from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE, Process
 from mmdistill.models.joint import JointVideoMAE
 from mmdistill.models.videomae import Encoder, VideoMAE
 from mmdistill.pretrain.joint import JointLoss, describe_terms, label_entropy, make_joint_loss
 from mmdistill.pretrain.trainer import PretrainTrainer, pretrain
+from mmdistill.training.train_data import make_train_data
 from tests.configs import pretrain_config, source_override
+from tests.flops import count_flops
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 CLASSES = [f"near_deuce_stroke_fh_gs_{direction}_-_in" for direction in ("CC", "DL", "T", "W")]
@@ -173,9 +175,30 @@ def test_a_source_needs_two_classes(data: list[str]) -> None:
         pretrain(_config(data, "source.unlabel_json_path=absent.json"), Path("unused"))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["trainer.lambda_ce=0"],
+        ["trainer.lambda_source=0"],
+        ["trainer.lambda_target=0"],
+        ["trainer.lambda_source=0", "trainer.lambda_target=0"],
+        ["data_module.mask_ratio=0"],
+    ],
+)
+def test_flops_are_those_of_a_step(data: list[str], options: list[str]) -> None:
+    config = _config(data, *options)
+    case = _Case(config)
+    device, trainer = torch.device("cpu"), object.__new__(PretrainTrainer)
+    trainer.config, trainer.joint, trainer.encoder_config = config, case.loss, case.loss.encoder
+    trainer.decoder_config = make_decoder_config(config.model)
+    trainer.data = make_train_data(config, ("rgb",), Process(device, 0, 1))
+    counted = count_flops(lambda: case()[0].backward())
+    assert counted == 3 * trainer.flops_per_clip > 0
+
+
 def _rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
-        timed = ("clips_per_s", "data_wait_percent")
+        timed = ("clips_per_s", "data_wait_percent", "mfu_percent")
         return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
 
 

@@ -42,7 +42,8 @@ def _config(data: Path, *more: str) -> PretrainConfig:
 
 def _rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
-        timed = ("clips_per_s", "data_wait_percent", "grad_norm")  # the norm is rounded differently by each ZeRO stage
+        timed = ("clips_per_s", "data_wait_percent", "mfu_percent")
+        timed += ("grad_norm",)  # it is rounded differently by each ZeRO stage
         return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
 
 

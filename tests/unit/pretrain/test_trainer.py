@@ -1,5 +1,8 @@
 """Pretrainings of a few steps: skipped steps and checkpoints."""
 
+import csv
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from mmdistill.checkpoint.read import read_checkpoint
 from mmdistill.config import PretrainConfig
 from mmdistill.pretrain.trainer import PretrainTrainer, _weight_compat, pretrain
 from tests.configs import pretrain_config
+from tests.flops import count_flops
 from tests.tiny_data import MODEL, make_tiny, overrides
 
 
@@ -49,3 +53,45 @@ def test_skipped_steps_do_not_prevent_a_resume(
     assert (meta["step"], meta["skipped_steps"], meta["batch"]) == (6 // accumulate, 1, None)
     last = pretrain(_config(data, *options, "trainer.epochs=2", "resume=auto"), tmp_path)
     assert read_checkpoint(last).meta["step"] == 12 // accumulate
+
+
+class _CountedError(Exception):
+    """Ends a training after its first step; its arguments are FLOPs: those that torch has counted, of the formula."""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["decoder_mask_ratio=0.5", "trainer.activation_checkpointing=true", "data_module.mask_type=random"]],
+)
+def test_flops_are_those_of_a_step(
+    data: list[str], options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original = PretrainTrainer.train_step
+
+    def count_step(self: Any, batch: Any) -> None:
+        raise _CountedError(count_flops(lambda: original(self, batch)), self.flops_per_clip * len(batch["index"]))
+
+    monkeypatch.setattr(PretrainTrainer, "train_step", count_step)
+    with pytest.raises(_CountedError) as caught:
+        pretrain(_config(data, *options), tmp_path)
+    counted, formula = caught.value.args
+    assert counted == formula > 0
+
+
+def test_trace_shows_the_parts_of_the_steps_and_changes_no_weight(data: list[str], tmp_path: Path) -> None:
+    plain = pretrain(_config(data), tmp_path / "plain")
+    traced = pretrain(_config(data, "trainer.profile=2"), tmp_path / "traced")
+    weights, own_weights = (read_checkpoint(path).state_dict for path in (plain, traced))
+    assert all(torch.equal(value, own_weights[name]) for name, value in weights.items())
+    (path,) = (tmp_path / "traced").glob("trace-*")
+    events = json.loads(path.read_bytes())["traceEvents"]
+    ranges = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    expected = dict.fromkeys(("wait for data", "transfer", "forward", "backward", "optimizer"), 2)
+    assert {name: ranges[name] for name in expected} == expected
+    assert path.name == "trace-steps=4-5.json"
+    log = (tmp_path / "traced" / "run.log").read_text()
+    assert f"trace of the steps 4 to 5: {path}; open it in" in log
+    assert "GFLOP per step; matrix products reach" in log
+    with (tmp_path / "traced" / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["mfu_percent"]) > 0

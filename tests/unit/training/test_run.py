@@ -1,6 +1,7 @@
 """The parts of a training around its steps: resume, log, end."""
 
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from mmdistill.config import ConfigError
 from mmdistill.distributed.process import INTERRUPTED_EXIT_CODE
 from mmdistill.training import run
 from mmdistill.training.run import count_trainable
+from mmdistill.training.run_logger import ThroughputMeter
+from mmdistill.training.run_metadata import record_run
 from mmdistill.training.state import TrainingState
 from tests.tiny_training import MakeTraining
 
@@ -113,6 +116,51 @@ def test_header_names_size_learning_rate_and_device(make: MakeTraining) -> None:
         "parameters, learning rate 0.006 (trainer.lr 0.256 x 6 clips per step / 256), device cpu, precision 32, target "
         "pixel"
     )
+
+
+def test_rate_and_flops_are_logged_and_recorded(make: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "measure_matrix_rate", lambda device, dtype, num_threads: 1.5e11)
+    monkeypatch.setattr(run.torch, "get_num_threads", lambda: 2)
+    training = make("trainer.accumulate_grad_batches=2")  # steps of 6 clips
+    folder = training.run.directory
+    record_run(folder, {}, processes=1, accelerator="cpu")
+    training.flops_per_clip = 2_050_000_000
+    training.log_start("distill", MODULE)
+    log, (record,) = folder / "run.log", json.loads((folder / "run.json").read_text())
+    assert "12.3 GFLOP per step; matrix products reach 150 GFLOP/s (float32, 2 threads)\n" in log.read_text()
+    assert (record["flops_per_step"], record["matrix_flops_per_s"]) == (12_300_000_000, 150_000_000_000)
+    monkeypatch.setattr(ThroughputMeter, "metrics", {"clips_per_s": 30.0, "data_wait_percent": 9.0})
+    training.log_epoch({"train_loss": 0.5}, "loss 0.5000", lr=0.25, loss_scale=None)
+    assert "epoch 0: loss 0.5000, 30.0 clips/s, MFU 41 %, data wait 9 %\n" in log.read_text()
+    with (folder / "metrics.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (float(row["gflop_per_step"]), float(row["mfu_percent"])) == (12.3, 41)
+
+
+def test_trace_that_does_not_fit_into_the_training_is_rejected(make: MakeTraining, tmp_path: Path) -> None:
+    training = make()
+    for options, message in (
+        (["trainer.profile=6"], r"trainer\.profile=6 .* 6 steps after 3 other steps, .* has 8 steps; use at most 5"),
+        (
+            ["trainer.profile=1", "trainer.epochs=1", "trainer.accumulate_grad_batches=4"],
+            r"1 step; set trainer\.profile=0",
+        ),
+    ):
+        changed = make(*options)
+        with (
+            pytest.raises(ConfigError, match=message),
+            run.start_training(changed.config, training.run, changed.data, title="t"),
+        ):
+            pass
+
+
+def test_resume_with_too_few_steps_for_a_trace_is_logged(make: MakeTraining) -> None:
+    training = make("trainer.profile=2")
+    training.load_state_dict({**training.state_dict(), "epoch": 1, "batch": 1, "step": 5})
+    training.log_start("distill", MODULE)
+    line = "trainer.profile=2 writes no trace: only 3 steps of this training are left"
+    assert line in (training.run.directory / "run.log").read_text()
+    training.end_batch(3)
 
 
 def test_first_step_of_an_epoch_shows_no_rate(make: MakeTraining, monkeypatch: pytest.MonkeyPatch) -> None:

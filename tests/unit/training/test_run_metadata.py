@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdistill.training.run_metadata import git_state, record_run
+from mmdistill.training.run_metadata import git_state, record_run, update_record
 
 
 def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +19,17 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert second["config"] == {"seed": 3}
     assert (first["environment"]["device"], first["environment"]["processes"]) == ("cpu", 2)
     assert {"torch", "deepspeed", "hydra-core"} <= set(first["environment"]["packages"])
+
+
+def test_values_are_added_to_the_record_of_this_start(tmp_path: Path) -> None:
+    update_record(tmp_path, {"flops_per_step": 1})
+    assert not list(tmp_path.iterdir())  # a training that another program calls has no record
+    for seed in (3, 4):
+        record_run(tmp_path, {"seed": seed}, processes=1, accelerator="cpu")
+    update_record(tmp_path, {"flops_per_step": 5})
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert "flops_per_step" not in first
+    assert (second["flops_per_step"], second["config"]) == (5, {"seed": 4})
 
 
 def test_git_state_lists_changed_files(tmp_path: Path) -> None:

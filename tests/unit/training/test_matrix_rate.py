@@ -1,0 +1,53 @@
+"""The measurement of the rate of matrix products: its time limit, its result, no random numbers."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from mmdistill.training import matrix_rate
+
+Measure = Callable[[float], tuple[float, list[int]]]
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """``measure(RATE)``: the measured rate of a device with this rate in FLOP/s, and the sizes of its products."""
+    clock, sizes = [0.0], []
+    monkeypatch.setattr(matrix_rate.time, "perf_counter", lambda: clock[0])
+
+    def time_product(x: torch.Tensor, rate: float) -> float:
+        sizes.append(len(x))
+        clock[0] += 2 * len(x) ** 3 / rate
+        return 2 * len(x) ** 3 / rate
+
+    def run(rate: float) -> tuple[float, list[int]]:
+        monkeypatch.setattr(matrix_rate, "_time_product", lambda x: time_product(x, rate))
+        found = matrix_rate.measure_matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, 1)
+        assert clock[0] < 0.5
+        return found, sizes
+
+    return run
+
+
+def test_slow_device_multiplies_small_matrices(measure: Measure) -> None:
+    rate, sizes = measure(4e6)  # 0.13 s for the smallest product
+    assert (rate, sizes) == (pytest.approx(4e6), [64, 64])
+
+
+def test_fast_device_multiplies_large_matrices(measure: Measure) -> None:
+    rate, sizes = measure(6e14)
+    assert rate == pytest.approx(6e14)
+    assert (max(sizes), sizes.count(4096) > 100) == (4096, True)
+
+
+def test_measurement_uses_no_random_generator() -> None:
+    def states() -> list[object]:
+        return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+    before = states()
+    rate = matrix_rate.measure_matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, torch.get_num_threads())
+    assert 1e8 < rate < 1e14
+    assert states() == before
