@@ -58,7 +58,7 @@ def test_evaluation_offers_no_sweep_over_keys_of_the_training() -> None:
     """All jobs of such a sweep would have the same result."""
     shown = render_help("", DistillConfig, "config_mmdistill", parse_options(["train=False"]))
     (experiments,) = [line for line in shown.splitlines() if line.startswith("  experiment=")]
-    assert experiments == "  experiment=k_shot | mm_cdfsl | n_masks"
+    assert experiments == "  experiment=k_shot | mm_cdfsl | n_masks | standardized_segments"
 
 
 @pytest.mark.parametrize("experiment", ["teachers", "mask_ratio", "pretrain_mask_ratio"])
