@@ -71,7 +71,7 @@ def test_evaluation_rejects_a_sweep_over_keys_of_the_training(
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         f"mmdistill evaluate: error: experiment={experiment}: not a config for `mmdistill evaluate`; choose one of "
-        "k_shot, mm_cdfsl, n_masks\n"
+        "k_shot, mm_cdfsl, n_masks, standardized_segments\n"
     )
     assert not list(tmp_path.iterdir())
 
