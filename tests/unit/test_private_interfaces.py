@@ -316,6 +316,15 @@ def test_deepspeed_unfused_fp16_optimizer() -> None:
     _source_mentions(FP16_UnfusedOptimizer, "fp16_groups", "fp32_groups")
 
 
+def test_deepspeed_overflow_checker() -> None:
+    """pretrain/deepspeed.py: `has_overflow_serial` is replaced on the instance."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.utils import CheckOverflow
+
+    _source_mentions(FP16_UnfusedOptimizer.step, "overflow_checker")
+    _source_mentions(CheckOverflow.has_overflow, "has_overflow_serial")
+
+
 def test_deepspeed_loss_scaler() -> None:
     """pretrain/deepspeed.py: an overflow at the minimum scale must not raise inside DeepSpeed."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler

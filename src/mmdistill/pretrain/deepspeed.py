@@ -1,6 +1,6 @@
 """The DeepSpeed side of pretraining: process group, config and engine."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,16 @@ def make_engine(config: PretrainConfig, model: VideoMAE, optimization: Optimizat
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if scaler is not None:  # trainer.on_nonfinite handles a gradient that overflows at the minimum scale
         scaler.raise_error_at_min_scale = False
+    checker = getattr(engine.optimizer, "overflow_checker", None)
+    if checker is not None:  # of bf16 and fp16 at stage 0
+        checker.has_overflow_serial = has_nonfinite_gradient
     return engine
+
+
+def has_nonfinite_gradient(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether a gradient is not finite. DeepSpeed's own function reads one value per gradient from the device."""
+    is_finite = [p.grad.isfinite().all() for p in parameters if p.grad is not None]
+    return bool(is_finite) and not bool(torch.stack(is_finite).all())
 
 
 @contextmanager
