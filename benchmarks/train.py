@@ -195,7 +195,7 @@ def distillation(setting: Setting, folder: Path) -> tuple[Steps, dict[str, float
         "crop_box": torch.tensor([[0.0, 7, h, w, 0]]).expand(clips, -1),
         "index": torch.arange(clips),
     }
-    batch = {name: value.to(setting.device) for name, value in batch.items()}
+    batch = module.transfer_batch_to_device(batch, torch.device(setting.device), 0)
     cache = TeacherCache(
         folder, num_draws=1, num_clips=clips, widths={m: g.dim for m, g in encoder_configs.items()}, key={}
     )

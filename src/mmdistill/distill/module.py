@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import record_function
 
 from mmdistill.checkpoint import CheckpointError
@@ -32,6 +32,8 @@ from mmdistill.models.transfer_head import CrossModalTransfer
 from mmdistill.models.videomae import Encoder
 from mmdistill.training.nonfinite import NonFiniteGuard, zero_loss
 from mmdistill.training.optim import Optimization, StepSchedule, make_optimizer
+
+_CPU_KEYS = ("crop_box", "index", "label")  # of a batch: read by `preprocess_clips`, and for names of clips
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,9 @@ class MMDistill(pl.LightningModule):
             teacher = nn.ModuleDict({"encoder": encoder}).requires_grad_(False).eval()
             self.add_module(f"teacher_{modality}", teacher)
         if self.ema is not None:
-            average = AveragedModel(self.student_rgb, multi_avg_fn=get_ema_multi_avg_fn(self.ema))
-            average.update_parameters(self.student_rgb)  # the first update copies
-            self.student_ema_rgb = average.module.requires_grad_(False).eval()
-            # only its module is registered here: otherwise tensor names would start with student_ema_rgb.module
-            self._update_average = average.update_parameters
+            self.student_ema_rgb = copy.deepcopy(self.student_rgb).requires_grad_(False).eval()
+            # not torch's AveragedModel, which reads its number of updates from the device in each of them
+            self._update_average = get_ema_multi_avg_fn(self.ema)
         widths = {m: self.pooling.num_parts * encoder.config.dim for m, encoder in teachers.items()}
         widths |= {name: rows.shape[1] for name, rows in self.target_options.files.items()}
         self.cmt = CrossModalTransfer(self.pooling.num_parts * self.student.config.dim, widths)
@@ -142,8 +142,9 @@ class MMDistill(pl.LightningModule):
 
     @record_function("transfer")
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As in Lightning, with a name in traces."""
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        """Keep what the CPU reads on the CPU: a read from a GPU would wait for it. Traces show the transfer."""
+        moved = {key: value for key, value in batch.items() if key not in _CPU_KEYS}
+        return {**batch, **super().transfer_batch_to_device(moved, device, dataloader_idx)}
 
     @record_function("forward")
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> dict[str, Any]:
@@ -191,6 +192,7 @@ class MMDistill(pl.LightningModule):
 
         if self.cache is not None and self.cache.is_cached(self.current_epoch):
             targets, feature = self.cache.features(self.current_epoch, batch["index"]), encode_student()
+            targets = {name: target.to(feature.device, non_blocking=True) for name, target in targets.items()}
         else:
             *teacher_features, feature = self._run_jobs(
                 [*self._teacher_jobs(batch, rgb, self.modalities), encode_student], visible
@@ -199,7 +201,7 @@ class MMDistill(pl.LightningModule):
             if self.cache is not None:
                 self.cache.add(self.current_epoch, batch["index"], targets)
         for name, rows in self.target_options.files.items():
-            targets[name] = rows[batch["index"].cpu()].to(feature.device)
+            targets[name] = rows[batch["index"]].to(feature.device, non_blocking=True)
         self.last_features = feature.detach(), targets
         predictions = self.cmt(feature)
         return {
@@ -278,7 +280,7 @@ class MMDistill(pl.LightningModule):
     def update_average(self) -> None:
         """Update the student's average, if there is one, after an optimizer step."""
         if self.ema is not None:
-            self._update_average(self.student_rgb)
+            self._update_average([*self.student_ema_rgb.parameters()], [*self.student_rgb.parameters()], 1)
 
     def configure_optimizers(self) -> Any:
         """AdamW on student and transfer head, with a cosine schedule by step."""

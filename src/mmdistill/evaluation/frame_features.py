@@ -162,7 +162,7 @@ class FrameEncoder:
         (reader,) = builders.open_readers(self.data, (self.modality,)).values()
         frame_size, crop_size = (tuple(size) for size in (self.data.frame_size, self.data.crop_size))
         crop = CropSpec(frame_size, crop_size, resize=self.data.resize)  # type: ignore[arg-type]
-        box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None].to(self.device)  # the center; nothing is drawn
+        box = torch.from_numpy(crop.draw_box(seeded_rng(0)))[None]  # the center; nothing is drawn
         specs = [network.spec(modality_specs(self.data)[self.modality]) for network in self.networks]
         for network in self.networks:
             network.encoder.to(self.device).eval()

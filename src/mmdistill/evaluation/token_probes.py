@@ -97,7 +97,7 @@ def _encode_tokens(
     size = (encoder.config.height, encoder.config.width)
     with torch.inference_mode(), progress(f"tokens of {network.name}", len(tokens), enabled=get_rank() == 0) as advance:
         for batch in loader():
-            x = preprocess_clips(batch[spec.name].to(device), batch["crop_box"].to(device), spec, size)
+            x = preprocess_clips(batch[spec.name].to(device), batch["crop_box"], spec, size)
             with autocast(precision, device):
                 values = encoder(x).half().cpu()
             if not values.isfinite().all():

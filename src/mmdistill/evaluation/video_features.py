@@ -141,6 +141,6 @@ class VideoEncoder:
         device = self.encoder.patch_embed.proj.weight.device
         with torch.inference_mode():
             frames = torch.from_numpy(block.frames)[None].to(device)
-            x = preprocess_clips(frames, self._box.to(device), self._spec, self._size)[0]  # (C, n, h, w)
+            x = preprocess_clips(frames, self._box, self._spec, self._size)[0]  # (C, n, h, w)
             starts = block.starts - block.starts[0]
             return encode_windows(self.encoder, x, starts, self.windows, self.precision)

@@ -191,7 +191,7 @@ class ClipEncoder:
         clips = batch[self.spec.name]
         if self._last is None or self._last[0] is not clips:
             size = (self.encoder.config.height, self.encoder.config.width)
-            x = preprocess_clips(clips.to(self.device), batch["crop_box"].to(self.device), self.spec, size)
+            x = preprocess_clips(clips.to(self.device), batch["crop_box"], self.spec, size)
             self._last = clips, x
         visible = None if visible is None else visible.to(self.device)
         with autocast(self.precision, self.device):

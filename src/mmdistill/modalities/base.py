@@ -208,7 +208,7 @@ def modality_names() -> tuple[str, ...]:
 def preprocess_clips(clips: "Tensor", crop_boxes: "Tensor", spec: ModalitySpec, size: tuple[int, int]) -> "Tensor":
     """Crop, resize, flip and normalize a batch of raw clips on the device that holds them.
 
-    `clips` are arrays of the modality's reader. `crop_boxes` are float (B, 5): top, left, height, width of the crop in
-    stored-frame px, and 1 for a horizontal flip. The result is float32 (B, C, T, h, w) with `size` (h, w).
+    `clips` are arrays of the modality's reader. `crop_boxes` are float (B, 5), on the CPU: top, left, height, width of
+    the crop in stored-frame px, and 1 for a horizontal flip. The result is float32 (B, C, T, h, w) with `size` (h, w).
     """
-    return get_modality(spec.name).preprocess(clips, crop_boxes, spec, size)
+    return get_modality(spec.name).preprocess(clips, crop_boxes.cpu(), spec, size)

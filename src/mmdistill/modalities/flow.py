@@ -43,16 +43,16 @@ class FlowModality(Modality):
         """
         import torch
 
-        from mmdistill.models.preprocessing import crop_resize_flip, normalize, subtract_median
+        from mmdistill.models.preprocessing import crop_resize_flip, normalize, subtract_median, to_device
 
         flow = clips.float()
         if spec.compensate == "median":
             flow = subtract_median(flow)
         x = crop_resize_flip(flow.transpose(1, 2), crop_boxes, size)
-        boxes = crop_boxes.to(x.device, torch.float32)
-        scale = torch.tensor(size[::-1], device=x.device) / boxes[:, [3, 2]]  # (B, 2)
+        boxes = crop_boxes.float()
+        scale = torch.tensor(size[::-1]) / boxes[:, [3, 2]]  # (B, 2)
         scale[:, 0] *= 1 - 2 * boxes[:, 4]
-        return normalize(x * scale[:, :, None, None, None], spec.mean, spec.std)
+        return normalize(x * to_device(scale, x.device)[:, :, None, None, None], spec.mean, spec.std)
 
     def display_max(self, values: "Tensor") -> float:
         """The largest magnitude of a displacement."""

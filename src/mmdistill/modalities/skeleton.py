@@ -65,6 +65,7 @@ class SkeletonModality(Modality):
             normalize,
             render_heatmaps,
             render_limbs,
+            to_device,
             transform_keypoints,
         )
 
@@ -72,10 +73,11 @@ class SkeletonModality(Modality):
         if layout is None:
             raise ValueError(f"{spec.name}: keypoints is not set")
         if spec.heatmaps is not None:
-            boxes = spec.heatmaps.scale_boxes(crop_boxes.to(clips.device))
+            boxes = spec.heatmaps.scale_boxes(crop_boxes)
             x = crop_resize_flip(clips.float().transpose(1, 2), boxes, size)
-            flip = boxes[:, 4].bool().view(-1, 1, 1, 1, 1)
-            return normalize(torch.where(flip, x[:, layout.flipped], x), spec.mean, spec.std)
+            flip = to_device(boxes[:, 4].bool(), x.device).view(-1, 1, 1, 1, 1)
+            exchanged = x.index_select(1, to_device(torch.tensor(layout.flipped), x.device))
+            return normalize(torch.where(flip, exchanged, x), spec.mean, spec.std)
         joints = transform_keypoints(clips.float(), crop_boxes, size, flipped_joints=layout.flipped)
         if spec.sigma is None:
             raise ValueError(f"{spec.name}: sigma is not set")

@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor from the CPU. ``torch.tensor(..., device=...)`` and plain `to` would wait for the GPU."""
+    return values.to(device, non_blocking=True)
+
+
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """``(x - mean) / std`` per channel, in place. (B, C, T, h, w) -> same."""
-    means = torch.tensor(mean, device=x.device).view(-1, 1, 1, 1)
-    stds = torch.tensor(std, device=x.device).view(-1, 1, 1, 1)
+    means, stds = (to_device(torch.tensor(values), x.device).view(-1, 1, 1, 1) for values in (mean, std))
     return x.sub_(means).div_(stds)
 
 
@@ -34,18 +38,18 @@ def crop_resize_flip(x: Tensor, crop_boxes: Tensor, size: tuple[int, int]) -> Te
     """Crop, resize and flip images. (B, C, T, H, W), (B, 5) -> (B, C, T, h, w).
 
     A crop of the output's size is copied exactly. Any other crop is sampled bilinearly, with pixel centers at half
-    integers.
+    integers. `crop_boxes` belong on the CPU: their values decide, and a read from a GPU would wait for it.
     """
     h, w = size
-    boxes = crop_boxes.to(x.device, torch.float32)
-    is_integer = boxes[:, :4].round().equal(boxes[:, :4])
-    if is_integer and bool((boxes[:, 2] == h).all()) and bool((boxes[:, 3] == w).all()):
+    boxes = crop_boxes.float()
+    rows = boxes.tolist()
+    if all((top % 1, left % 1, height, width) == (0, 0, h, w) for top, left, height, width, _ in rows):
         crops = [
             clip[:, :, int(top) : int(top) + h, int(left) : int(left) + w]
-            for clip, (top, left) in zip(x, boxes[:, :2].tolist(), strict=True)
+            for clip, (top, left, *_) in zip(x, rows, strict=True)
         ]
-        out = [c.flip(3) if flip else c for c, flip in zip(crops, boxes[:, 4].bool().tolist(), strict=True)]
-        return torch.stack(out)
+        return torch.stack([crop.flip(3) if row[4] else crop for crop, row in zip(crops, rows, strict=True)])
+    boxes = to_device(boxes, x.device)
     b, c, t, height, width = x.shape
     ys = boxes[:, 0, None] + (torch.arange(h, device=x.device) + 0.5) * boxes[:, 2, None] / h  # (B, h) in px
     xs = boxes[:, 1, None] + (torch.arange(w, device=x.device) + 0.5) * boxes[:, 3, None] / w
@@ -68,13 +72,14 @@ def transform_keypoints(
 
     `flipped_joints` gives for each joint the one that takes its channel after a horizontal flip.
     """
-    boxes = crop_boxes.to(joints.device, torch.float32)
+    boxes = to_device(crop_boxes.float(), joints.device)
     top, left, height, width, flip = (v[:, None, None, None] for v in boxes.unbind(1))
     x = (joints[..., 0] + 0.5 - left) / width * size[1] - 0.5
     y = (joints[..., 1] + 0.5 - top) / height * size[0] - 0.5
     x = torch.where(flip.bool(), size[1] - 1 - x, x)
     moved = torch.stack((x, y, joints[..., 2]), dim=-1)
-    return torch.where(flip[..., None].bool(), moved[..., flipped_joints, :], moved)
+    exchanged = moved.index_select(3, to_device(torch.tensor(flipped_joints), moved.device))
+    return torch.where(flip[..., None].bool(), exchanged, moved)
 
 
 def render_heatmaps(
@@ -97,8 +102,7 @@ def render_heatmaps(
     rows, ys = gaussian_1d(joints[..., 1], size[0], sigma)  # (B, T, M, J, S)
     columns, xs = gaussian_1d(joints[..., 0], size[1], sigma)
     rows = rows * joints[..., 2, None].clamp(min=0)
-    means = torch.tensor(mean, device=joints.device)
-    stds = torch.tensor(std, device=joints.device)
+    means, stds = (to_device(torch.tensor(values), joints.device) for values in (mean, std))
     value = rows[..., :, None] * columns[..., None, :]  # (B, T, M, J, S, S)
     value.sub_(means[:, None, None]).div_(stds[:, None, None])
     image = (
@@ -130,7 +134,7 @@ def render_limbs(joints: Tensor, limbs: tuple[tuple[int, int], ...], size: tuple
         position = ((xs - start[0]) * dx + (ys - start[1]) * dy) / (dx**2 + dy**2).clamp(min=1e-12)
         position = position.clamp(0, 1)  # on the segment, of the point nearest to the pixel
         distance_2 = (xs - start[0] - position * dx) ** 2 + (ys - start[1] - position * dy) ** 2
-        score = joints[..., limb, 2].amin(dim=-1).clamp(min=0)[..., None, None]
+        score = torch.minimum(*(joints[..., k, 2] for k in limb)).clamp(min=0)[..., None, None]
         value = score * torch.exp(-distance_2 / (2 * sigma**2))
         heat.append(torch.where(distance_2 <= (3 * sigma) ** 2, value, 0.0).amax(dim=2))
     return torch.stack(heat, dim=1)

@@ -138,9 +138,10 @@ def gather_patches(x: Tensor, index: Tensor, grid: tuple[int, int, int]) -> Tens
 
 def masked_indices(index: Tensor, length: int) -> Tensor:
     """The sorted token indices that are not in `index`. (B, N) of distinct values -> (B, length - N)."""
-    is_masked = torch.ones(index.shape[0], length, dtype=torch.bool, device=index.device)
-    is_masked.scatter_(1, index, False)
-    return is_masked.nonzero()[:, 1].view(index.shape[0], length - index.shape[1])
+    is_given = torch.zeros(index.shape[0], length, dtype=torch.uint8, device=index.device)
+    is_given.scatter_(1, index, 1)
+    # a stable sort keeps the order of the others and, unlike `nonzero`, reads no value of a GPU
+    return is_given.argsort(dim=1, stable=True)[:, : length - index.shape[1]]
 
 
 class Attention(TimmAttention):

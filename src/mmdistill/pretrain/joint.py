@@ -119,8 +119,8 @@ class JointLoss:
                 terms[name] = (reconstruction_loss(prediction, wanted), baseline)
         accuracy: dict[str, Tensor] = {}
         for scores in logits:
-            labels = source["label"].to(scores.device)
-            entropy = torch.tensor(self._label_entropy, device=scores.device)
+            labels = source["label"].to(scores.device, non_blocking=True)
+            entropy = torch.full((), self._label_entropy, device=scores.device)
             terms["ce"] = (F.cross_entropy(scores.float(), labels), entropy)
             accuracy["accuracy_source"] = (scores.argmax(dim=1) == labels).float().mean()
         weights = {name: getattr(self.weights, name) for name in terms}

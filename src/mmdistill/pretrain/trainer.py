@@ -190,7 +190,7 @@ class PretrainTrainer:
         removed = masked_indices(visible, self.encoder_config.num_tokens)
         key = (self.config.seed, self.state.epoch, "predicted")
         chosen = [sample_decoder_tokens(removed.shape[1], ratio=ratio, rng=seeded_rng(*key, clip)) for clip in clips]
-        return removed.gather(1, torch.from_numpy(np.stack(chosen)).to(removed.device))
+        return removed.gather(1, torch.from_numpy(np.stack(chosen)).to(removed.device, non_blocking=True))
 
     @record_function("optimizer")
     def optimizer_step(self, *, is_last: bool) -> None:
