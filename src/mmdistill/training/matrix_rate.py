@@ -7,30 +7,30 @@ import torch
 from torch import Tensor
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by precision
-_TIME_LIMITS_S = {"cpu": 0.06, "cuda": 0.3}  # a GPU loads the code of each size first
-_SMALLEST, _LARGEST = 64, 4096  # rows and columns
+_TIME_LIMIT_S, _TIME_PER_SIZE_S = 0.3, 0.04
+_SMALLEST, _LARGEST = 256, 4096  # rows and columns
 
 
 @cache
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     """FLOP/s of the fastest product of two square matrices on a device; on a CPU with `num_threads`, those of torch.
 
-    The size is doubled while there is time for the next products, also where a product is slow. No random generator is
-    used. The result is kept for later trainings of this process.
+    The size is doubled while there is time for a product of the next size. Each size is measured several times, because
+    other processes, such as data loader workers that start, can delay a product. No random generator is used. The
+    result is kept for later trainings of this process.
     """
     size, best = _SMALLEST, 0.0
-    x = _make_matrix(size, device, dtype)
-    _time_product(x)  # starts threads and libraries
-    end = time.perf_counter() + _TIME_LIMITS_S[device.type]
+    end = time.perf_counter() + _TIME_LIMIT_S
     while True:
-        seconds = _time_product(x)
-        best, left_s = max(best, 2.0 * size**3 / seconds), end - time.perf_counter()
-        if seconds > left_s:
+        x = _make_matrix(size, device, dtype)
+        fastest = _time_product(x)  # the first one also starts threads and libraries
+        size_end = time.perf_counter() + _TIME_PER_SIZE_S
+        while time.perf_counter() < size_end:
+            fastest = min(fastest, _time_product(x))
+        best = max(best, 2.0 * size**3 / fastest)
+        if size == _LARGEST or 9 * fastest > end - time.perf_counter():
             return best
-        if size < _LARGEST and 16 * seconds < left_s:  # two products of the next size
-            size *= 2
-            x = _make_matrix(size, device, dtype)
-            _time_product(x)  # the first one is slower
+        size *= 2
 
 
 def _make_matrix(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:

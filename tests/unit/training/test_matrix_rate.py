@@ -9,7 +9,7 @@ import torch
 
 from mmdistill.training import matrix_rate
 
-Measure = Callable[[float], tuple[float, list[int]]]
+Measure = Callable[..., tuple[float, list[int]]]
 
 
 @pytest.fixture
@@ -18,13 +18,14 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
     clock, sizes = [0.0], []
     monkeypatch.setattr(matrix_rate.time, "perf_counter", lambda: clock[0])
 
-    def time_product(x: torch.Tensor, rate: float) -> float:
+    def time_product(x: torch.Tensor, rate: float, delayed_until: float) -> float:
         sizes.append(len(x))
-        clock[0] += 2 * len(x) ** 3 / rate
-        return 2 * len(x) ** 3 / rate
+        seconds = max(2 * len(x) ** 3 / rate, 0.016 if clock[0] < delayed_until else 0)
+        clock[0] += seconds
+        return seconds
 
-    def run(rate: float) -> tuple[float, list[int]]:
-        monkeypatch.setattr(matrix_rate, "_time_product", lambda x: time_product(x, rate))
+    def run(rate: float, *, delayed_until: float = 0) -> tuple[float, list[int]]:
+        monkeypatch.setattr(matrix_rate, "_time_product", lambda x: time_product(x, rate, delayed_until))
         found = matrix_rate.measure_matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, 1)
         assert clock[0] < 0.5
         return found, sizes
@@ -33,8 +34,8 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Measure:
 
 
 def test_slow_device_multiplies_small_matrices(measure: Measure) -> None:
-    rate, sizes = measure(4e6)  # 0.13 s for the smallest product
-    assert (rate, sizes) == (pytest.approx(4e6), [64, 64])
+    rate, sizes = measure(1e9)  # 0.03 s for the smallest product
+    assert (rate, set(sizes)) == (pytest.approx(1e9), {256})
 
 
 def test_fast_device_multiplies_large_matrices(measure: Measure) -> None:
@@ -43,11 +44,16 @@ def test_fast_device_multiplies_large_matrices(measure: Measure) -> None:
     assert (max(sizes), sizes.count(4096) > 100) == (4096, True)
 
 
+def test_processes_that_start_at_the_same_time_delay_some_products_only(measure: Measure) -> None:
+    rate, _ = measure(1e11, delayed_until=0.1)
+    assert rate == pytest.approx(1e11)
+
+
 def test_measurement_uses_no_random_generator() -> None:
     def states() -> list[object]:
         return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
 
     before = states()
     rate = matrix_rate.measure_matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, torch.get_num_threads())
-    assert 1e8 < rate < 1e14
+    assert 1e9 < rate < 1e14
     assert states() == before
