@@ -165,8 +165,9 @@ def _same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) 
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
+    timed = ("clips_per_s", "data_wait_percent", "mfu_percent")
     with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if "_per_s" not in k and "wait" not in k} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
 
 
 def _same_moments(a: Path, b: Path) -> bool:
