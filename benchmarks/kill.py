@@ -134,8 +134,9 @@ def metrics(run_dir: Path) -> list[dict[str, str]]:
     path = run_dir / "metrics.csv"
     if not path.is_file():
         return []
+    timed = ("clips_per_s", "data_wait_percent", "mfu_percent")
     with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if "_per_s" not in k and "wait" not in k} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
 
 
 def files(run_dir: Path) -> set[str]:
