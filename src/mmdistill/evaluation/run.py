@@ -55,7 +55,8 @@ from mmdistill.training.data_report import DataReport, missing_line
 # the statistics in use are in other blocks of the page.
 SHOWN_KEYS = ("seed", "accelerator", "eval_component", "baselines")
 SHOWN_DATA_KEYS = (
-    *("name", "target_data_dir", "annotations", "unlabel_json_path", "fewshot_eval_json_path", "frame_number_offset"),
+    *("name", "target_data_dir", "demo_nuisance", "annotations", "unlabel_json_path", "fewshot_eval_json_path"),
+    "frame_number_offset",
     *("frame_size", "crop_size", "patch_size", "tubelet", "num_frames", "sampling_rate", "max_persons", "on_missing"),
     *("eval_clips", "window_stride", "clip_anchor", "label", "label_fields", "mask_type", "input_modes"),
     *("resize", "mask_temperature"),
