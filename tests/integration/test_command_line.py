@@ -59,7 +59,7 @@ def config_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings: dict[str, Any] = {
         key.removeprefix("data_module."): yaml.safe_load(value)
         for key, value in pairs
-        if key.startswith("data_module.")
+        if key.startswith("data_module.") and not key.startswith("data_module.modalities.")
     }
     common = {"input_stride": 1, "mean": [0.0], "std": [1.0], "target": "pixel"}
     settings["modalities"] = {
