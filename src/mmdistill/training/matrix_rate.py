@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}  # by precision
-_TIME_LIMIT_S, _TIME_PER_SIZE_S = 0.3, 0.04
+_TIME_LIMIT_S, _TIME_PER_SIZE_S = 0.25, 0.03
 _SMALLEST, _LARGEST = 256, 4096  # rows and columns
 
 
@@ -15,10 +15,21 @@ _SMALLEST, _LARGEST = 256, 4096  # rows and columns
 def measure_matrix_rate(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     """FLOP/s of the fastest product of two square matrices on a device; on a CPU with `num_threads`, those of torch.
 
-    The size is doubled while there is time for a product of the next size. Each size is measured several times, because
-    other processes, such as data loader workers that start, can delay a product. No random generator is used. The
-    result is kept for later trainings of this process.
+    On a CPU one thread is measured, too: where other processes use the cores, several threads wait for each other and
+    can be slower than one. No random generator is used. The result is kept for later trainings of this process.
     """
+    if device.type != "cpu" or num_threads == 1:
+        return _measure(device, dtype)
+    try:
+        torch.set_num_threads(1)
+        single = _measure(device, dtype)
+    finally:
+        torch.set_num_threads(num_threads)
+    return max(single, _measure(device, dtype))
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> float:
+    """The size is doubled while there is time for a product of the next size; each size is measured several times."""
     size, best = _SMALLEST, 0.0
     end = time.perf_counter() + _TIME_LIMIT_S
     while True:

@@ -191,6 +191,7 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
                 waiting.remove(stage)
                 log = "" if "train=False" in stage.overrides else f": log in {stage.run_dir / LOG_FILE}"
                 print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}{log}", flush=True)
+                shown[stage.name] = _last_log_line(stage)  # of an earlier run
                 running[stage.name] = (stage, start_stage(stage, environment, to_file=parallel > 1), time.monotonic())
             if not running:
                 names = ", ".join(stage.name for stage in waiting)
@@ -219,10 +220,16 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
 def _print_progress(stages: Sequence[Stage], shown: dict[str, str]) -> None:
     """Print the last line of the log of each stage, unless it is the printed one."""
     for stage in stages:
-        lines = (stage.run_dir / "log.txt").read_text(errors="replace").splitlines()
-        if lines and lines[-1] != shown.get(stage.name):
-            shown[stage.name] = lines[-1]
-            print(f"{stage.name}: {lines[-1]}", flush=True)
+        line = _last_log_line(stage)
+        if line != shown[stage.name]:
+            shown[stage.name] = line
+            print(f"{stage.name}: {line}", flush=True)
+
+
+def _last_log_line(stage: Stage) -> str:
+    path = stage.run_dir / "log.txt"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return lines[-1] if lines else ""
 
 
 def start_stage(stage: Stage, environment: dict[str, str], *, to_file: bool) -> "subprocess.Popen[bytes]":

@@ -49,6 +49,18 @@ def test_processes_that_start_at_the_same_time_delay_some_products_only(measure:
     assert rate == pytest.approx(1e11)
 
 
+def test_threads_that_wait_for_each_other_do_not_lower_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    rates = {1: 1e11, 2: 1e9}
+    monkeypatch.setattr(matrix_rate, "_measure", lambda device, dtype: rates[torch.get_num_threads()])
+    try:
+        torch.set_num_threads(2)
+        assert matrix_rate.measure_matrix_rate.__wrapped__(torch.device("cpu"), torch.float32, 2) == 1e11
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_measurement_uses_no_random_generator() -> None:
     def states() -> list[object]:
         return [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]

@@ -170,10 +170,13 @@ def test_parallel_runs_show_the_last_line_of_their_logs(
 ) -> None:
     monkeypatch.setattr(pipeline, "_PROGRESS_SECONDS", 0.0)
     program = "import sys, time; print('started'); print(f'epoch 3 of {sys.argv[1][-4:]}', flush=True); time.sleep(1)"
+    (tmp_path / "pose").mkdir()
+    (tmp_path / "pose" / "log.txt").write_text("line of an earlier run\n")
     run_stages([_script_stage(program, name, tmp_path / name) for name in ("flow", "pose")], parallel=2)
     lines = capfd.readouterr().out.splitlines()
     assert lines.count("flow: epoch 3 of flow") == lines.count("pose: epoch 3 of pose") == 1
     assert "started" not in "".join(lines)
+    assert "earlier" not in "".join(lines)
 
 
 def test_sigterm_ends_the_runs(tmp_path: Path) -> None:
