@@ -3,8 +3,9 @@
 For each seed: pretrain rgb, flow and skeleton; distill from all three teachers, from the RGB teacher alone, and from
 the RGB teacher and one other; evaluate on the same episodes all students, the RGB encoder they started from, an
 untrained encoder, and the flow and skeleton teachers. With --nuisance, repeat this on demo data of each given
-nuisance. A second call runs only the missing stages. The tables are written to ``results.md`` and ``results.json`` in
-the output folder, and with several nuisances a plot to ``results.png``.
+nuisance, with the subsets of teachers for the first one only. A second call runs only the missing stages. The tables
+are written to ``results.md`` and ``results.json`` in the output folder, and with several nuisances a plot to
+``results.png``.
 """
 
 import json
