@@ -114,7 +114,7 @@ def test_signal_before_the_training_leaves_no_folder(
         time.sleep(0.01)
     process.send_signal(signals.Signals[signal])
     errors = process.communicate(timeout=TIMEOUT)[1].splitlines()
-    assert process.returncode == status
+    assert process.returncode == status, errors
     assert len([text for text in errors if line in text]) == 1
     assert not any("Traceback" in text for text in errors)
     assert not run_dir.exists()

@@ -35,7 +35,8 @@ VERBS = {  # verb -> (module of `mmdistill.cli` with ``main(argv) -> exit status
     "results-table": ("results_table", "Repeat the demo with several seeds and write a table of results"),
 }
 
-RUNS = ("pretrain", "distill", "evaluate", "prepare")  # verbs that schedulers stop and start again
+# verbs that schedulers stop and start again
+RUNS = ("pretrain", "distill", "evaluate", "prepare", "demo", "results-table")
 EARLY_SIGNALS = ("SIGTERM", "SIGUSR1")  # with which schedulers stop a run
 
 

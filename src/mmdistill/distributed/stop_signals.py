@@ -13,7 +13,7 @@ from types import FrameType
 
 INTERRUPTED_EXIT_CODE = 85  # stopped by a signal; `resume=auto` continues from the last complete checkpoint
 KEYBOARD_INTERRUPT_EXIT_CODE = 130  # Ctrl-C while no stop signal is recorded, for example during the imports
-RESEND_S = 0.05  # seconds until an ignored stop signal is sent again
+RESEND_S = 0.05  # seconds until a stop signal without effect is sent again
 
 
 @contextmanager
@@ -34,25 +34,40 @@ def exit_on_stop_signal(names: Sequence[str], *, hint: str = "run the same comma
 
     The line ends with `hint`, which tells how to repeat the work.
 
-    Python ignores an exception that a handler raises during a callback, such as a finalizer or a fork hook. The signal
-    is then sent again.
+    The handler raises `SystemExit`. A bare ``except`` of a library, or Python itself in a finalizer or a fork hook, can
+    drop this exception. The signal is therefore sent again until the block ends or another handler replaces this one.
     """
     received: list[int] = []
+    closed = threading.Event()
 
     def leave(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        if not received:
+            received.append(number)
+            sender.start()
+        elif _is_exiting():  # do not interrupt the cleanup
+            return
         raise SystemExit(INTERRUPTED_EXIT_CODE)
 
-    def send_again(ignored: "sys.UnraisableHookArgs") -> None:
-        if received and isinstance(ignored.exc_value, SystemExit):
-            threading.Timer(RESEND_S, os.kill, (os.getpid(), received[-1])).start()
-        else:
+    def send_again() -> None:
+        while not closed.wait(RESEND_S):
+            os.kill(os.getpid(), received[0])
+            if signal.getsignal(received[0]) is not leave:
+                return
+
+    def hide_exit(ignored: "sys.UnraisableHookArgs") -> None:
+        if not (received and isinstance(ignored.exc_value, SystemExit)):
             previous_hook(ignored)
 
-    previous_hook, sys.unraisablehook = sys.unraisablehook, send_again
+    sender = threading.Thread(target=send_again, daemon=True)
+    previous_hook, sys.unraisablehook = sys.unraisablehook, hide_exit
     try:
         with signal_handler(names, leave):
-            yield
+            try:
+                yield
+            finally:
+                closed.set()
+                if received:
+                    sender.join()
     except SystemExit:
         if received and os.environ.get("RANK", "0") == "0":
             from mmdistill.console import program_name
@@ -61,3 +76,11 @@ def exit_on_stop_signal(names: Sequence[str], *, hint: str = "run the same comma
         raise
     finally:
         sys.unraisablehook = previous_hook
+
+
+def _is_exiting() -> bool:
+    """Whether the interrupted code handles a `SystemExit`, for example in a `finally` block."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, SystemExit):
+        error = error.__context__
+    return error is not None

@@ -4,10 +4,11 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
-from mmdistill.distributed.stop_signals import INTERRUPTED_EXIT_CODE, exit_on_stop_signal
+from mmdistill.distributed.stop_signals import INTERRUPTED_EXIT_CODE, RESEND_S, exit_on_stop_signal, signal_handler
 
 
 class _SignalInFinalizer:
@@ -33,6 +34,53 @@ def test_signal_during_a_callback_also_ends_the_process(
     assert ended.value.code == INTERRUPTED_EXIT_CODE
     assert "mmdistill evaluate: stopped by a signal; to evaluate: x" in capsys.readouterr().err
     assert (sys.unraisablehook, signal.getsignal(signal.SIGUSR1)) == (hook, handler)
+
+
+def test_a_library_that_catches_every_exception_does_not_stop_the_signal() -> None:
+    def swallow_and_wait() -> None:
+        deadline = time.monotonic() + 60
+        for _ in range(3):
+            try:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while time.monotonic() < deadline:
+                    time.sleep(0.01)
+            except BaseException:
+                pass
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit, match="85"), exit_on_stop_signal(["SIGUSR1"]):
+        swallow_and_wait()
+
+
+def test_the_repeated_signal_does_not_interrupt_the_cleanup() -> None:
+    cleaned: list[str] = []
+
+    def stop_and_clean() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        finally:
+            time.sleep(5 * RESEND_S)
+            try:
+                raise KeyError
+            except KeyError:
+                time.sleep(5 * RESEND_S)
+            cleaned.append("all")
+
+    with pytest.raises(SystemExit, match="85"), exit_on_stop_signal(["SIGUSR1"]):
+        stop_and_clean()
+    assert cleaned == ["all"]
+
+
+def test_another_handler_gets_the_signal_that_was_dropped_once() -> None:
+    """A training installs its own handlers: it saves a checkpoint at the first signal, and stops at the second."""
+    recorded: list[int] = []
+    with exit_on_stop_signal(["SIGUSR1"]):
+        with suppress(SystemExit):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        with signal_handler(["SIGUSR1"], lambda number, frame: recorded.append(number)):
+            time.sleep(10 * RESEND_S)
+    assert recorded == [signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(("rank", "is_printed"), [("0", True), ("1", False)])
