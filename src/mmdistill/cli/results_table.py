@@ -1,10 +1,10 @@
 """Test whether distillation helps: several seeds on the demo data, 5-way 1-shot and 5-shot, paired differences.
 
 For each seed: pretrain rgb, flow and skeleton; distill from all three teachers, from the RGB teacher alone, and from
-the RGB teacher and one other; evaluate on the same episodes all students, the RGB encoder they started from, an
-untrained encoder, and the flow and skeleton teachers. With --nuisance, repeat this on demo data of each given
-nuisance, with the subsets of teachers for the first one only. A second call runs only the missing stages. The tables
-are written to ``results.md`` and ``results.json`` in the output folder, and with several nuisances a plot to
+the RGB teacher and one other; evaluate on the same episodes all students, the RGB encoder they started from, the flow
+and skeleton teachers, and an untrained encoder of each modality. With --nuisance, repeat this on demo data of each
+given nuisance, with the subsets of teachers for the first one only. A second call runs only the missing stages. The
+tables are written to ``results.md`` and ``results.json`` in the output folder, and with several nuisances a plot to
 ``results.png``.
 """
 
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides for every run")
     args = parser.parse_args(argv)
-    from mmdistill.workflows.pipeline import Stage, method_stages, run_stages  # torch, which --help must not import
+    # These import torch, which --help must not.
+    from mmdistill.workflows.pipeline import BASELINES, Stage, method_stages, run_stages
 
     start_time = time.monotonic()
     stages: list[Stage] = []
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 common=common,
                 test=("data_module.episodes=1000", "data_module.k_shot=[1,5]", "data_module.input_modes=configured"),
                 subsets=SUBSETS if nuisance == nuisances[0] else (),
+                baselines=(*BASELINES, "random_flow", "random_skeleton"),
                 prefix=f"{prefix}seed {seed}: ",
             )
             tests.setdefault(nuisance, []).append(stages[-1].run_dir)

@@ -20,10 +20,11 @@ from mmdistill.config.schema import (
     register_schemas,
 )
 from mmdistill.config.validation import (
-    COMPONENT_PREFIXES,
+    RANDOM_PREFIX,
     SHORT_KEYS,
     SOURCE_KEYS,
     LossWeights,
+    baseline_component,
     feature_files,
     has_offload,
     loss_weights,
@@ -38,8 +39,8 @@ from mmdistill.config.validation import (
 
 __all__ = [
     "CLASSIFIER_NAMES",
-    "COMPONENT_PREFIXES",
     "DEEPSPEED_STAGES",
+    "RANDOM_PREFIX",
     "SHORT_KEYS",
     "SOURCE_KEYS",
     "ConfigError",
@@ -51,6 +52,7 @@ __all__ = [
     "PretrainConfig",
     "as_ints",
     "as_names",
+    "baseline_component",
     "explain",
     "extra_format",
     "feature_files",

@@ -477,7 +477,8 @@ class DistillConfig(CommonConfig):
     # component of the checkpoint that is evaluated
     eval_component: str = "student_rgb"
     # other networks that are evaluated on the same episodes: random (an untrained encoder with the
-    # architecture and the modality of the scored network), components of the checkpoint, paths of other checkpoints
+    # architecture and the modality of the scored network), random_MODALITY (the same for teacher_MODALITY),
+    # components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: list(DEFAULT_BASELINES))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |
     # centroid_euclidean | centroid_l2 | centroid_cl2 | a registered classifier; a list evaluates each

@@ -30,6 +30,7 @@ from mmdistill.modalities import (
 )
 
 COMPONENT_PREFIXES = ("teacher_", "student_")  # of the components of a distilled checkpoint
+RANDOM_PREFIX = "random_"  # `random_flow`: an untrained encoder with the architecture of `teacher_flow`
 SHORT_KEYS = {  # key of data_module -> (modality, key of data_module.modalities.MODALITY)
     "frames_dir": ("rgb", "dir"),
     "flow_dir": ("flow", "dir"),
@@ -267,10 +268,17 @@ def _validate_teacher_names(config: DistillConfig) -> None:
             raise ConfigError(f"{error}{hint}") from error
 
 
+def baseline_component(entry: str) -> str | None:
+    """The component of the checkpoint that an entry of `baselines` needs; None for `random` and for a path."""
+    if entry.startswith(RANDOM_PREFIX):
+        return f"teacher_{entry.removeprefix(RANDOM_PREFIX)}"
+    return entry if entry.startswith(COMPONENT_PREFIXES) else None
+
+
 def _validate_components(config: DistillConfig) -> None:
     """The name of an evaluated component ends with its modality: ``student_rgb``, ``pretrained_skeleton``."""
     scored = [] if config.eval_component in ("encoder", "encoder_ema") else [("eval_component", config.eval_component)]
-    baselines = [("baselines", name) for name in config.baselines if name.startswith(COMPONENT_PREFIXES)]
+    baselines = [("baselines", name) for name in config.baselines if baseline_component(name)]
     for key, component in (*scored, *baselines):
         if component.rpartition("_")[2] not in modality_names():
             raise ConfigError(

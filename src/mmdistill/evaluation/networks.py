@@ -20,7 +20,14 @@ from mmdistill.checkpoint.references import (
     weights_digest,
 )
 from mmdistill.checkpoint.student import stored_pooling
-from mmdistill.config import COMPONENT_PREFIXES, ConfigError, DataModuleConfig, DistillConfig, modality_specs
+from mmdistill.config import (
+    RANDOM_PREFIX,
+    ConfigError,
+    DataModuleConfig,
+    DistillConfig,
+    baseline_component,
+    modality_specs,
+)
 from mmdistill.config.schema import DEFAULT_BASELINES
 from mmdistill.errors import suggest_nearest
 from mmdistill.fewshot.encode import ClipEncoder, EncodingJob, EvalMasks
@@ -156,7 +163,8 @@ def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> st
 
 def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
     """The error about an entry of `baselines` that is nothing known."""
-    known = ("random", *components)
+    untrained = [c.replace("teacher_", RANDOM_PREFIX) for c in components if c.startswith("teacher_")]
+    known = ("random", *untrained, *components)
     return ConfigError(
         f"baselines: {entry} is not one of {', '.join(known)}, nor an existing path{suggest_nearest(entry, known)}"
     )
@@ -182,12 +190,12 @@ def _find_modality(checkpoint: Checkpoint, component: str, given: str | None, ow
     return found
 
 
-def make_random_network(reference: Network, *, seed: int) -> Network:
+def make_random_network(reference: Network, *, seed: int, name: str = "random") -> Network:
     """An untrained network of the same architecture: the baseline that shows the effect of training."""
     with torch.random.fork_rng(devices=[]):
         seed_torch(seed)
         encoder = Encoder(reference.encoder.config)
-    return Network("random", encoder, reference.modality, "none: untrained weights", reference.statistics)
+    return Network(name, encoder, reference.modality, "none: untrained weights", reference.statistics)
 
 
 def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Network], list[str]]:
@@ -221,7 +229,7 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         scored = load_network(source, component=own_component, name=own_names[own_component], data=data)
     networks, messages = [scored], []
     encoders = source.meta.get("encoders", {})
-    components = [entry for entry in config.baselines if entry in encoders or entry.startswith(COMPONENT_PREFIXES)]
+    components = [entry for entry in config.baselines if entry in encoders or baseline_component(entry)]
     paths = [entry for entry in config.baselines if entry != "random" and entry not in components]
     names = dict(zip(paths, _distinct_names(paths, {scored.name, *config.baselines} - set(paths)), strict=True))
     uses_default, omit = tuple(config.baselines) == DEFAULT_BASELINES, "; baselines=[random] omits it"
@@ -240,11 +248,15 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         elif uses_default and entry not in {*source.components, *references}:
             messages.append(f"baselines: skipping {entry}: {path} has no such teacher{omit}")
         else:
+            component = baseline_component(entry) or entry
             try:
                 with name_setting("baselines", ComponentError):
-                    networks.append(_load_component(source, entry, data))
+                    network = _load_component(source, component, data)
+                if entry.startswith(RANDOM_PREFIX):
+                    network = make_random_network(network, seed=config.seed, name=entry)
+                networks.append(network)
             except (ConfigError, CheckpointError) as error:
-                if entry in source.components or entry not in references:
+                if component in source.components or component not in references:
                     raise
                 messages.append(f"baselines: skipping {entry}: {path} is a student-only checkpoint: {error}")
     if len({n.name for n in networks}) != len(networks):

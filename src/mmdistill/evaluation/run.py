@@ -15,13 +15,13 @@ from mmdistill.checkpoint import open_checkpoint
 from mmdistill.checkpoint.errors import name_setting
 from mmdistill.checkpoint.references import labeled_sources
 from mmdistill.config import (
-    COMPONENT_PREFIXES,
     ConfigError,
     DataModuleConfig,
     DistillConfig,
     ModalityConfig,
     as_ints,
     as_names,
+    baseline_component,
     modality_setting,
     modality_specs,
     teacher_paths,
@@ -240,10 +240,10 @@ def check_evaluation(config: DistillConfig) -> None:
     """
     teachers = [f"teacher_{m}" for m in config.trainer.teachers if m in modality_names()]  # others are files
     components = ["student_rgb", *teachers, *(["student_ema_rgb"] if config.trainer.ema is not None else [])]
-    named = [entry for entry in config.baselines if entry.startswith(COMPONENT_PREFIXES)]
+    named = {entry: component for entry in config.baselines if (component := baseline_component(entry))}
     if tuple(config.baselines) == DEFAULT_BASELINES:  # `load_networks` skips those that the checkpoint lacks
-        named = [entry for entry in named if entry in components]
-    for key, component in [("eval_component", config.eval_component), *(("baselines", entry) for entry in named)]:
+        named = {entry: component for entry, component in named.items() if component in components}
+    for key, component in [("eval_component", config.eval_component), *(("baselines", c) for c in named.values())]:
         if component not in components:
             raise ConfigError(f"{key}: the distilled checkpoint will have no {component}, only {', '.join(components)}")
     for entry in config.baselines:

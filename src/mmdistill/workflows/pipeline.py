@@ -26,6 +26,7 @@ from mmdistill.training.run_metadata import RUN_FILE, git_state
 DONE_FILE = "done.json"
 _PROGRESS_SECONDS = 30.0
 DISTILLATION = "experiment=standardized_segments"  # of the stages of the method; measured in docs/results.md
+BASELINES = ("random", "teacher_rgb", "teacher_flow", "teacher_skeleton")
 VERBS: dict[str, tuple[Any, str]] = {  # verb of `mmdistill` -> schema and name of its config
     "pretrain": (PretrainConfig, "config_pretrain"),
     "distill": (DistillConfig, "config_mmdistill"),
@@ -249,6 +250,7 @@ def method_stages(
     train: tuple[str, ...] = (),
     test: tuple[str, ...] = (),
     subsets: Sequence[tuple[str, ...]] = (),
+    baselines: Sequence[str] = BASELINES,
     prefix: str = "",
 ) -> list[Stage]:
     """The stages of the method: three pretrainings, the distillation and its evaluation.
@@ -261,6 +263,7 @@ def method_stages(
         test: further overrides for the evaluation.
         subsets: also distill from these teachers only, each into ``mmdistill_FIRST_SECOND``, and evaluate the students
             as baselines.
+        baselines: of the evaluation, without those students.
         prefix: text in front of the names of the stages.
     """
     shared = (f"seed={seed}", *common)
@@ -274,7 +277,7 @@ def method_stages(
     needs = tuple(stage.name for stage in stages)
     stages.append(Stage(f"{prefix}distill", "distill", fit, output / "mmdistill", needs, teachers))
     student = output / "mmdistill" / "checkpoints" / "last.ckpt"
-    baselines = ["random", "teacher_rgb", "teacher_flow", "teacher_skeleton"]
+    evaluated = list(baselines)
     students = [stages[-1].name]
     for subset in subsets:
         run_dir = output / f"mmdistill_{'_'.join(subset)}"
@@ -284,8 +287,8 @@ def method_stages(
         stages.append(
             Stage(name, "distill", overrides, run_dir, needed, tuple(pair for pair in teachers if pair[0] in subset))
         )
-        baselines.append(str(run_dir / "checkpoints" / "last.ckpt"))
+        evaluated.append(str(run_dir / "checkpoints" / "last.ckpt"))
         students.append(name)
-    score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(baselines)}]", *shared, *test)
+    score = ("train=False", "test=True", f"ckpt_path={student}", f"baselines=[{','.join(evaluated)}]", *shared, *test)
     stages.append(Stage(f"{prefix}evaluate", "distill", score, output / "test", tuple(students)))
     return stages

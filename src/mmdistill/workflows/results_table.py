@@ -13,7 +13,9 @@ ROWS = {  # label in the table -> name in fewshot.json
     "distilled from RGB and flow": "mmdistill_rgb_flow",
     "distilled from RGB and skeleton": "mmdistill_rgb_skeleton",
     "flow teacher (flow at test time)": "teacher_flow",
+    "untrained flow encoder": "random_flow",
     "skeleton teacher (skeletons at test time)": "teacher_skeleton",
+    "untrained skeleton encoder": "random_skeleton",
 }
 SUBSETS = (("rgb",), ("rgb", "flow"), ("rgb", "skeleton"))  # teachers of the students of the rows "distilled from"
 DIFFERENCES = (
@@ -22,6 +24,8 @@ DIFFERENCES = (
     ("student_rgb", "mmdistill_rgb"),
     ("mmdistill_rgb_flow", "mmdistill_rgb"),
     ("student_rgb", "mmdistill_rgb_skeleton"),
+    ("teacher_flow", "random_flow"),
+    ("teacher_skeleton", "random_skeleton"),
 )
 
 

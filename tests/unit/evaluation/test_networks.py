@@ -110,6 +110,25 @@ def test_the_random_network_is_seeded_and_does_not_advance_the_global_generator(
     assert (a.name, a.checkpoint) == ("random", "none: untrained weights")
 
 
+def test_untrained_encoder_of_a_teacher(distilled: Path) -> None:
+    """`random_flow` has the architecture, the modality and the statistics of `teacher_flow`, and other weights."""
+    baselines = "baselines=[random,teacher_flow,random_flow]"
+    networks = load_networks(make_config(baselines), read_checkpoint(distilled))[0]
+    _, random, teacher, untrained = networks
+    assert (random.modality, untrained.name, untrained.modality) == ("rgb", "random_flow", "flow")
+    assert untrained.encoder.config == teacher.encoder.config
+    assert untrained.statistics == teacher.statistics
+    own, trained = untrained.encoder.state_dict(), teacher.encoder.state_dict()
+    assert not torch.equal(own["blocks.0.attn.qkv.weight"], trained["blocks.0.attn.qkv.weight"])
+
+
+def test_untrained_encoder_of_a_missing_teacher_is_an_error(distilled: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"baselines: .*no component 'teacher_skeleton'"):
+        load_networks(make_config("baselines=[random_skeleton]"), read_checkpoint(distilled))
+    with pytest.raises(ConfigError, match="baselines=teacher_b: a component's name ends with its modality"):
+        make_config("baselines=[random_b]")
+
+
 def test_statistics_precision_and_weights_are_in_the_cache_key(distilled: Path, data: DataModuleConfig):
     student = load_network(distilled, data=data)
     spec = get_modality("rgb").spec()
@@ -167,7 +186,8 @@ def test_the_same_baseline_twice_raises_an_error(distilled: Path, tmp_path: Path
 
 
 def test_misspelled_baseline_is_reported_with_the_nearest_name(distilled: Path) -> None:
-    message = "baselines: randm is not one of random, student_rgb, teacher_rgb, teacher_flow, nor an existing path"
+    known = "random, random_rgb, random_flow, student_rgb, teacher_rgb, teacher_flow"
+    message = f"baselines: randm is not one of {known}, nor an existing path"
     with pytest.raises(ConfigError, match=rf"^{message}; did you mean random\?$"):
         names_of(distilled, "randm")
 

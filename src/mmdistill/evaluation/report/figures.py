@@ -32,6 +32,8 @@ NETWORK_COLORS = {
     "teacher_flow": "#009E73",
     "teacher_skeleton": "#CC79A7",
     "random": "#000000",
+    "random_flow": "#7FCFB9",
+    "random_skeleton": "#E5BCD3",
 }
 _OTHER_COLORS = ("#E69F00", "#8C6D31", "#7B4FA3", "#9C9C00", "#888888")  # of networks without a color above
 _INPUT_MODE_LINES = ("-", "--", ":", "-.")  # of the input modes of one network
