@@ -125,7 +125,7 @@ def test_untrained_encoder_of_a_teacher(distilled: Path) -> None:
 def test_untrained_encoder_of_a_missing_teacher_is_an_error(distilled: Path) -> None:
     with pytest.raises(CheckpointError, match=r"baselines: .*no component 'teacher_skeleton'"):
         load_networks(make_config("baselines=[random_skeleton]"), read_checkpoint(distilled))
-    with pytest.raises(ConfigError, match="baselines=teacher_b: a component's name ends with its modality"):
+    with pytest.raises(ConfigError, match="baselines=random_b: a component's name ends with its modality"):
         make_config("baselines=[random_b]")
 
 
