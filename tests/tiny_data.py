@@ -75,6 +75,7 @@ def overrides(root: Path) -> list[str]:
         "data_module.mask_type=tube",
         "data_module.mask_ratio=0.75",
         "num_workers=0",
+        "precision=32",  # auto depends on the CPU
         "batch_size=8",
         "logger=csv",  # the import of Lightning's TensorBoard logger takes 2 s
         "trainer.warmup_epochs=0",

@@ -8,6 +8,7 @@ import torch
 
 from mmdistill.checkpoint import load_torch, save_torch
 from mmdistill.config import DistillConfig, modality_specs, to_plain
+from mmdistill.distributed.device import resolve_precision
 from mmdistill.evaluation.networks import load_network
 from mmdistill.evaluation.run import evaluate_checkpoint
 from mmdistill.models.videomae import Encoder, EncoderConfig
@@ -64,11 +65,11 @@ def test_report_states_sampling_rate_and_precision(folder: Path, capsys: pytest.
         content["mmdistill"]["config"] = {"data_module": {"sampling_rate": rate}}
         save_torch(content, folder / "rate.ckpt")
         capsys.readouterr()
-        found = evaluate_checkpoint(_config(folder), str(folder / "rate.ckpt"), folder / "run")
+        found = evaluate_checkpoint(_config(folder, "precision=auto"), str(folder / "rate.ckpt"), folder / "run")
         text = f"data_module.sampling_rate=1, but {folder / 'rate.ckpt'} was trained with {rate}"
         assert (text in capsys.readouterr().out) is is_reported
     assert found["config"]["precision"] == "auto"
-    assert found["precision"] == "32"
+    assert found["precision"] == resolve_precision("auto", torch.device("cpu"))
 
 
 def test_report_counts_rallies_without_clips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -411,7 +411,7 @@ class CommonConfig(Sealable):
     # compile student and teachers, or encoder and decoder of the pretraining, with torch.compile. The first step takes
     # minutes. The evaluation is not compiled
     compile: bool = False
-    # auto (bf16 on a GPU that supports it, otherwise 32) | 32 | bf16 | 16
+    # auto (bf16 on a GPU with bf16 instructions and on a CPU with AMX or AVX512-BF16, otherwise 32) | 32 | bf16 | 16
     precision: str = key("auto", one_of("auto", "32", "bf16", "16", synonyms=PRECISION_SYNONYMS))
     # null: start from scratch | auto: continue from the newest valid checkpoint of the run folder, if there is one |
     # path of a checkpoint

@@ -2,6 +2,7 @@
 
 import ctypes
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 import torch
 
@@ -29,9 +30,9 @@ def tune_malloc() -> None:
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Precision of a run: ``32``, ``bf16`` or ``16``.
 
-    ``auto`` becomes ``bf16`` on a GPU that has bf16 instructions and ``32`` otherwise: on a CPU without bf16
-    instructions bf16 is several hundred times slower than fp32, and GPUs without them convert to fp32 and back. On such
-    a GPU rank 0 logs which setting is faster.
+    ``auto`` becomes ``bf16`` on a device that has bf16 instructions and ``32`` otherwise: on a CPU without them bf16 is
+    several hundred times slower than fp32, and GPUs without them convert to fp32 and back. On such a GPU rank 0 logs
+    which setting is faster.
 
     Raises:
         ConfigError: ``16`` on a CPU, where DeepSpeed has no fp16 and Lightning would use bf16 instead.
@@ -41,7 +42,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
     if device.type != "cuda":
-        return "32"
+        return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "32"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16"
     if get_rank() == 0:
@@ -50,6 +51,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             "precision=16 is faster and needs less memory"
         )
     return "32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 matrix products (AMX or AVX512-BF16). Old versions of torch do not tell: False."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def has_fp16(device: torch.device) -> bool:

@@ -164,7 +164,7 @@ def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> st
 def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
     """The error about an entry of `baselines` that is nothing known."""
     untrained = [c.replace("teacher_", RANDOM_PREFIX) for c in components if c.startswith("teacher_")]
-    known = ("random", *untrained, *components)
+    known = ("random", *components, *untrained)
     return ConfigError(
         f"baselines: {entry} is not one of {', '.join(known)}, nor an existing path{suggest_nearest(entry, known)}"
     )

@@ -19,6 +19,7 @@ from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmdistill.models.attention import attention
 from mmdistill.models.pooling import Pooling
 
 _MEAN = Pooling()
@@ -155,7 +156,7 @@ class Attention(TimmAttention):
         """(B, N, D) -> (B, N, D)."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))
-        out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
+        out = attention(*qkv.permute(2, 0, 3, 1, 4))  # (B, heads, N, head_dim)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
 

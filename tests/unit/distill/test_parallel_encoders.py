@@ -57,12 +57,21 @@ def test_error_of_a_job_is_raised(threads: int) -> None:
         run_in_parallel([lambda: torch.zeros(1), fail])
 
 
-def test_jobs_run_in_sequence_with_one_thread_and_under_autocast(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+def test_jobs_inherit_autocast(threads: int) -> None:
+    def job() -> torch.Tensor:
+        return torch.zeros(2, 2) @ torch.zeros(2, 2)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [out.dtype for out in run_in_parallel([job] * 2)] == [torch.bfloat16] * 2
+        with torch.autocast("cpu", enabled=False):
+            assert [out.dtype for out in run_in_parallel([job] * 2)] == [torch.float32] * 2
+    assert [out.dtype for out in run_in_parallel([job] * 2)] == [torch.float32] * 2
+
+
+def test_jobs_run_in_sequence_with_one_thread(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
     def fail(*_: int) -> None:
         raise AssertionError("threads were used")
 
     monkeypatch.setattr(parallel_encoders, "_make_pool", fail)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert run_in_parallel([lambda: torch.zeros(2, 2) @ torch.zeros(2, 2)] * 2)[0].dtype == torch.bfloat16
     torch.set_num_threads(1)
     assert len(run_in_parallel([lambda: torch.zeros(1)] * 2)) == 2

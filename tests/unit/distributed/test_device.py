@@ -3,6 +3,7 @@
 import ctypes
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,13 +40,31 @@ def test_auto_is_bf16_only_on_a_gpu_with_bf16_instructions(
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=capability))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    assert resolve_precision("auto", CPU) == "32"
-    assert caplog.messages == []
     assert resolve_precision("auto", GPU) == selected
     line = (
         "Tesla T4 has no bf16 instructions, so precision=auto selects 32; precision=16 is faster and needs less memory"
     )
     assert caplog.messages == ([line] if capability < 8 else [])
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "selected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, "32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"architecture": "arm64"}, "32"),
+        (None, "32"),  # a version of torch that does not tell
+    ],
+)
+def test_auto_is_bf16_on_a_cpu_with_bf16_products(
+    capabilities: dict[str, Any] | None, selected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert resolve_precision("auto", CPU) == selected
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32", torch.float32), ("bf16", torch.bfloat16)])

@@ -186,7 +186,7 @@ def test_the_same_baseline_twice_raises_an_error(distilled: Path, tmp_path: Path
 
 
 def test_misspelled_baseline_is_reported_with_the_nearest_name(distilled: Path) -> None:
-    known = "random, random_rgb, random_flow, student_rgb, teacher_rgb, teacher_flow"
+    known = "random, student_rgb, teacher_rgb, teacher_flow, random_rgb, random_flow"
     message = f"baselines: randm is not one of {known}, nor an existing path"
     with pytest.raises(ConfigError, match=rf"^{message}; did you mean random\?$"):
         names_of(distilled, "randm")
