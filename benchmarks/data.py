@@ -35,6 +35,7 @@ from mmdistill.data.readers.flow_file import write_flow
 from mmdistill.data.readers.rgb import RgbReader
 from mmdistill.data.readers.skeleton import SkeletonReader
 from mmdistill.data.sampler import EpochBatchSampler
+from mmdistill.distributed.device import tune_malloc
 from mmdistill.modalities import BUILTIN_MODALITIES, get_modality, preprocess_clips
 from mmdistill.models.videomae import Encoder, EncoderConfig
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true")
     options = parser.parse_args()
     init_worker(0)
+    tune_malloc()  # as in a training, whose workers inherit it
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         _write_data(root)

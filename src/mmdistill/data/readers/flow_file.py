@@ -13,6 +13,7 @@ import numpy as np
 
 from mmdistill.data.readers.base import FrameError, file_errors
 from mmdistill.data.readers.image_file import image_format
+from mmdistill.data.readers.npy_file import read_npy
 from mmdistill.files import atomic_open
 
 PACKED_FLOW = "flow.npy"  # in the folder of a video: its files in one, see `pack_flow`
@@ -43,7 +44,9 @@ def open_packed_flow(path: Path | str) -> np.ndarray:
 def _load(path: Path | str, mmap_mode: Literal["c"] | None) -> np.ndarray:
     with file_errors(str(path), "flow"):
         try:
-            stored: np.ndarray = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+            stored: np.ndarray = (
+                np.load(path, mmap_mode=mmap_mode, allow_pickle=False) if mmap_mode else read_npy(str(path))
+            )
         except (ValueError, EOFError):  # the text of NumPy advises to unpickle the file, which runs its code
             with open(path, "rb") as file:
                 is_image = image_format(file.read(8)) is not None
