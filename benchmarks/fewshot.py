@@ -23,6 +23,7 @@ from mmdistill.fewshot.scores import evaluate_episodes
 from mmdistill.modalities import get_modality
 from mmdistill.models.flops import encoder_flops
 from mmdistill.models.videomae import Encoder, EncoderConfig
+from mmdistill.training.matrix_rate import DTYPES
 
 VIT_S = EncoderConfig(3, 16, 224, 384, 16, 2, dim=384, depth=12, heads=6, head_dim=64, mlp_dim=1536)
 LIMITS = {"logistic": 8.0, "centroid": 1.0}
@@ -49,9 +50,9 @@ def time_classifiers(features: np.ndarray, episodes: Episodes, workers: int | No
     return out
 
 
-def gemm_rate(g: EncoderConfig, tokens: int, seconds: float = 0.5) -> float:
-    """Best fp32 rate (flop/s) of a linear layer of this encoder's widest shape on all of a batch's tokens."""
-    layer, x = nn.Linear(g.dim, g.mlp_dim), torch.randn(tokens, g.dim)
+def gemm_rate(g: EncoderConfig, tokens: int, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Best rate (flop/s) in `dtype` of a linear layer of this encoder's widest shape on all of a batch's tokens."""
+    layer, x = nn.Linear(g.dim, g.mlp_dim, dtype=dtype), torch.randn(tokens, g.dim, dtype=dtype)
     best, end = 0.0, time.perf_counter() + seconds
     with torch.inference_mode():
         while time.perf_counter() < end:
@@ -61,9 +62,9 @@ def gemm_rate(g: EncoderConfig, tokens: int, seconds: float = 0.5) -> float:
     return best
 
 
-def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
+def time_encoding(batch: int, ratio: float, repeats: int, precision: str) -> dict[str, float]:
     """Rate of the encoding of masked clips, including preprocessing, and that of a matrix product."""
-    encode = ClipEncoder(Encoder(VIT_S), get_modality("rgb").spec())
+    encode = ClipEncoder(Encoder(VIT_S), get_modality("rgb").spec(), precision=precision)
     eval_masks = EvalMasks(2, ratio)
     job = EncodingJob("benchmark", encode, VIT_S.grid, eval_masks)
     crop_box = torch.tensor([0.0, 7.0, 224.0, 384.0, 0.0]).expand(batch, 5)
@@ -74,14 +75,14 @@ def time_encoding(batch: int, ratio: float, repeats: int) -> dict[str, float]:
     rate, best = 0.0, float("inf")
     with torch.inference_mode():
         for _ in range(repeats):  # alternating, so that other load on the machine affects both
-            rate = max(rate, gemm_rate(VIT_S, batch * tokens))
+            rate = max(rate, gemm_rate(VIT_S, batch * tokens, DTYPES[precision]))
             start = time.perf_counter()
             fresh = {"rgb": rgb.clone(), "crop_box": crop_box}  # a new batch: preprocessed once for both views
             for mask in masks:
                 job.encode(fresh, mask)
             best = min(best, time.perf_counter() - start)
     flop = encoder_flops(VIT_S, tokens) * batch * eval_masks.n_masks
-    print(f"fp32 matrix product   {rate / 1e9:6.0f} GFLOP/s, {batch * tokens} x {VIT_S.dim} x {VIT_S.mlp_dim}")
+    print(f"{precision:4} matrix product   {rate / 1e9:6.0f} GFLOP/s, {batch * tokens} x {VIT_S.dim} x {VIT_S.mlp_dim}")
     each = f"{flop / batch / eval_masks.n_masks / 1e9:.1f} GFLOP per clip and view of {tokens} visible tokens"
     print(f"ViT-S encoding        {flop / best / 1e9:6.0f} GFLOP/s, {100 * flop / best / rate:.0f} % of it; {each}")
     print(f"                      {batch * eval_masks.n_masks / best:6.2f} clips x views per second")
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips per batch of the encoding")
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="of the encoding")
     parser.add_argument("--no-encoding", action="store_true", help="time the episodes only")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
@@ -106,7 +108,7 @@ def main() -> None:
     print(f"{'drawing episodes':20} {time.perf_counter() - start:6.2f} s  {args.episodes} episodes, 5-way 5-shot q 15")
     result: dict[str, object] = {"heads": time_classifiers(features, episodes, args.workers)}
     if not args.no_encoding:
-        result["encoding"] = time_encoding(args.batch, args.mask_ratio, args.repeats)
+        result["encoding"] = time_encoding(args.batch, args.mask_ratio, args.repeats, args.precision)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 
