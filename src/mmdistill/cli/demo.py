@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all stages")
     args = parser.parse_args(argv)
     from mmdistill.distill.ledger import ledger_lines  # torch, which --help must not import
+    from mmdistill.modalities import BUILTIN_MODALITIES
     from mmdistill.workflows.pipeline import method_stages, run_stages
 
     short = ("trainer.epochs=1", "trainer.warmup_epochs=0", "data_module.window_stride=8")
@@ -45,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data_module.input_modes=configured",
         ),
     )
-    pretrainings = [stage for stage in stages if stage.verb == "pretrain"]
-    run_stages(pretrainings, parallel=min(len(pretrainings), available_cores()))
-    run_stages(stages)
+    run_stages(stages, parallel=min(len(BUILTIN_MODALITIES), available_cores()))
     report = args.output / "test"
     results = read_results(report)
     print("\n" + render_results_table([results], [args.seed]))

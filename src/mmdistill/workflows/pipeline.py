@@ -20,10 +20,10 @@ from mmdistill.data.process_pool import exit_on_sigterm
 from mmdistill.errors import MMDistillError
 from mmdistill.files import atomic_write_bytes
 from mmdistill.modalities import BUILTIN_MODALITIES
-from mmdistill.training.run_logger import LOG_FILE
 from mmdistill.training.run_metadata import RUN_FILE, git_state
 
 DONE_FILE = "done.json"
+STAGE_LOG = "log.txt"  # output of a stage that runs in parallel with others
 _PROGRESS_SECONDS = 30.0
 DISTILLATION = "experiment=standardized_segments"  # of the stages of the method; measured in docs/results.md
 BASELINES = ("random", "teacher_rgb", "teacher_flow", "teacher_skeleton")
@@ -163,19 +163,26 @@ def commit_name(state: dict[str, Any] | None) -> str:
     return f"commit {state['commit'][:10]}{' with changes' if changed else ''}"
 
 
+@dataclass(frozen=True)
+class _RunningStage:
+    stage: Stage
+    process: "subprocess.Popen[bytes]"
+    log: Path | None  # file of its output; None: this terminal
+    start_time: float  # of `time.monotonic`
+
+
 @exit_on_sigterm()
 def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
     """Run the missing stages, at most `parallel` at the same time. Each gets its share of the CPU cores.
 
-    A single run prints to this terminal. Parallel runs write ``log.txt`` in their folders, and this process prints a
-    line at each start and end, and the last line of each log every 30 s. Ctrl-C and SIGTERM reach all runs;
-    they write a checkpoint, and the next call resumes from it.
+    A stage that can only run alone gets all cores and prints to this terminal. The others write ``log.txt`` in their
+    folders, and this process prints a line at each start and end, and the last line of each log every 30 s. Ctrl-C and
+    SIGTERM reach all runs; they write a checkpoint, and the next call resumes from it.
 
     Raises:
         StageError: from `completed_stages`, before any run starts; or a run failed, after the other runs are stopped.
     """
     cores = available_cores()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // parallel))}
     completed = completed_stages(stages)
     waiting = [stage for stage in stages if stage not in completed]
     done = {stage.name for stage in completed}
@@ -183,39 +190,45 @@ def run_stages(stages: Sequence[Stage], *, parallel: int = 1) -> None:
         print(f"already complete: {', '.join(stage.name for stage in completed)}", flush=True)
     if message := commit_mismatch(stages):
         print(message, flush=True)
-    running: dict[str, tuple[Stage, subprocess.Popen[bytes], float]] = {}
+    running: dict[str, _RunningStage] = {}
     shown: dict[str, str] = {}  # name of a stage -> last line of its log that was printed
     next_time = time.monotonic() + _PROGRESS_SECONDS
     try:
         while waiting or running:
-            for stage in [s for s in waiting if set(s.needs) <= done][: parallel - len(running)]:
+            ready = [stage for stage in waiting if set(stage.needs) <= done]
+            is_alone = parallel == 1 or len(ready) + len(running) == 1  # others become ready only when it is complete
+            for stage in ready[: parallel - len(running)]:
                 waiting.remove(stage)
-                log = "" if "train=False" in stage.overrides else f": log in {stage.run_dir / LOG_FILE}"
-                print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}{log}", flush=True)
+                log = None if is_alone else stage.run_dir / STAGE_LOG
+                where = f": log in {log}" if log else ""
+                print(f"[{len(done) + len(running) + 1}/{len(stages)}] {stage.name}{where}", flush=True)
                 shown[stage.name] = _last_log_line(stage)  # of an earlier run
-                running[stage.name] = (stage, start_stage(stage, environment, to_file=parallel > 1), time.monotonic())
+                environment = {**os.environ, "OMP_NUM_THREADS": str(cores if is_alone else max(1, cores // parallel))}
+                running[stage.name] = _RunningStage(stage, start_stage(stage, environment, log), log, time.monotonic())
             if not running:
                 names = ", ".join(stage.name for stage in waiting)
                 raise StageError(f"no stage can start: {names} need stages that are not in the list")
-            for name in [name for name, (_, process, _) in running.items() if process.poll() is not None]:
-                stage, process, start_time = running.pop(name)
-                seconds = time.monotonic() - start_time
-                if process.returncode != 0:
-                    log = f"; see {stage.run_dir / 'log.txt'}" if parallel > 1 else ""
-                    raise StageError(f"{name} failed with exit status {process.returncode}{log}")
-                needs = {s.name: (s.done_record() or {}).get("finished", "") for s in stages if s.name in stage.needs}
-                stage.write_done_record(seconds, needs)
+            for name in [name for name, run in running.items() if run.process.poll() is not None]:
+                run = running.pop(name)
+                seconds = time.monotonic() - run.start_time
+                if status := run.process.returncode:
+                    hint = f"; see {run.log}" if run.log else ""
+                    raise StageError(f"{name} failed with exit status {status}{hint}")
+                needs = {
+                    s.name: (s.done_record() or {}).get("finished", "") for s in stages if s.name in run.stage.needs
+                }
+                run.stage.write_done_record(seconds, needs)
                 done.add(name)
                 print(f"{name}: complete after {seconds:.0f} s", flush=True)
-            if parallel > 1 and time.monotonic() > next_time:
-                _print_progress([stage for stage, _, _ in running.values()], shown)
+            if time.monotonic() > next_time:
+                _print_progress([run.stage for run in running.values() if run.log], shown)
                 next_time = time.monotonic() + _PROGRESS_SECONDS
             time.sleep(0.2)
     finally:
-        for _, process, _ in running.values():
-            process.terminate()
-        for _, process, _ in running.values():
-            process.wait()
+        for run in running.values():
+            run.process.terminate()
+        for run in running.values():
+            run.process.wait()
 
 
 def _print_progress(stages: Sequence[Stage], shown: dict[str, str]) -> None:
@@ -224,22 +237,23 @@ def _print_progress(stages: Sequence[Stage], shown: dict[str, str]) -> None:
         line = _last_log_line(stage)
         if line != shown[stage.name]:
             shown[stage.name] = line
-            print(f"{stage.name}: {line}", flush=True)
+            name = stage.name.rpartition(": ")[2]  # with which the progress of a run starts
+            print(f"{stage.name}: {line.removeprefix(f'{name} ')}", flush=True)
 
 
 def _last_log_line(stage: Stage) -> str:
-    path = stage.run_dir / "log.txt"
+    path = stage.run_dir / STAGE_LOG
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     return lines[-1] if lines else ""
 
 
-def start_stage(stage: Stage, environment: dict[str, str], *, to_file: bool) -> "subprocess.Popen[bytes]":
-    """Start the run of a stage, with its output in ``log.txt`` of its folder if `to_file` is set."""
-    if not to_file:
+def start_stage(stage: Stage, environment: dict[str, str], log: Path | None) -> "subprocess.Popen[bytes]":
+    """Start the run of a stage. Its output is appended to `log`; None: it goes to this terminal."""
+    if log is None:
         return subprocess.Popen(stage.command(), env=environment)
-    stage.run_dir.mkdir(parents=True, exist_ok=True)
-    with (stage.run_dir / "log.txt").open("ab") as log:
-        return subprocess.Popen(stage.command(), env=environment, stdout=log, stderr=subprocess.STDOUT)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        return subprocess.Popen(stage.command(), env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
 def method_stages(

@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -119,14 +118,21 @@ class _ScriptStage(Stage):
         return [sys.executable, "-c", type(self).program, str(self.run_dir)]
 
 
-def test_start_of_a_training_names_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    make = "import os, sys; os.makedirs(sys.argv[1], exist_ok=True)"
-    training = _script_stage(make, "rgb", tmp_path / "rgb")
-    evaluation = replace(training, name="evaluate", overrides=("train=False",), run_dir=tmp_path / "test")
-    run_stages([training, evaluation])
-    out = capfd.readouterr().out
-    assert f"[1/2] rgb: log in {tmp_path / 'rgb' / 'run.log'}\n" in out
-    assert "[2/2] evaluate\n" in out
+def test_parallel_stages_have_a_log_and_others_print_and_use_all_cores(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "available_cores", lambda: 6)
+    program = "import os, sys; os.makedirs(sys.argv[1], exist_ok=True); print('threads', os.environ['OMP_NUM_THREADS'])"
+    names = ("rgb", "flow")
+    stages = [_script_stage(program, name, tmp_path / name) for name in names]
+    stages.append(_script_stage(program, "distill", tmp_path / "distill", *names))
+    run_stages(stages, parallel=2)
+    lines = capfd.readouterr().out.splitlines()
+    logs = [tmp_path / name / "log.txt" for name in names]
+    assert lines[:2] == [f"[1/3] rgb: log in {logs[0]}", f"[2/3] flow: log in {logs[1]}"]
+    assert lines[4:6] == ["[3/3] distill", "threads 6"]
+    assert [log.read_text() for log in logs] == ["threads 3\n"] * 2
+    assert not (tmp_path / "distill" / "log.txt").exists()
 
 
 def _script_stage(program: str, name: str, run_dir: Path, *needs: str) -> Stage:
