@@ -263,7 +263,9 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         raise ConfigError(f"baselines: two networks have the same name: {', '.join(n.name for n in networks)}")
     if config.pooling == "person":
         messages.append("pooling=person applies to the training; the evaluation, which reads no skeletons, uses mean")
-    scored = networks[0].choose_pooling(config)
+    trained, scored = networks[0].pooling, networks[0].choose_pooling(config)
+    if trained and trained != scored.pooling:
+        messages.append(f"pooling={scored.pooling}: {path} was trained with pooling={trained}; omit the key to use it")
     return [scored, *(network.choose_pooling(config, scored.pooling) for network in networks[1:])], messages
 
 

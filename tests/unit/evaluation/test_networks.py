@@ -122,6 +122,16 @@ def test_untrained_encoder_of_a_teacher(distilled: Path) -> None:
     assert not torch.equal(own["blocks.0.attn.qkv.weight"], trained["blocks.0.attn.qkv.weight"])
 
 
+def test_another_pooling_than_that_of_the_training_is_logged(distilled: Path) -> None:
+    source = read_checkpoint(distilled)
+    source.meta["pooling"] = "halves"
+    for value, is_logged in (("null", False), ("halves", False), ("mean", True)):
+        networks, messages = load_networks(make_config("baselines=[]", f"pooling={value}"), source)
+        assert str(networks[0].pooling) == ("mean" if is_logged else "halves")
+        line = f"pooling=mean: {distilled} was trained with pooling=halves; omit the key to use it"
+        assert messages == ([line] if is_logged else [])
+
+
 def test_untrained_encoder_of_a_missing_teacher_is_an_error(distilled: Path) -> None:
     with pytest.raises(CheckpointError, match=r"baselines: .*no component 'teacher_skeleton'"):
         load_networks(make_config("baselines=[random_skeleton]"), read_checkpoint(distilled))
