@@ -97,7 +97,7 @@ def train(root: Path, case: Case, steps: int, precision: str) -> Cost:
         SystemExit: the training failed.
     """
     clips = steps * case.batch * case.processes
-    count = FRAMES + clips - 1  # one window per frame
+    count = FRAMES + clips  # one window per frame; the last frame has no flow
     write_frames(root, case.size, count)
     rally = {"video": "r", "fps": 25.0, "num_frames": count, "events": []}
     rally |= {"height": case.size[0], "width": case.size[1]}

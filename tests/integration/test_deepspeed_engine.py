@@ -72,7 +72,8 @@ def test_another_precision_is_one_error_that_names_both(results: dict) -> None:
     scenario = results["mismatch-precision"]["0"]
     kind, text = scenario["raised"]
     assert kind == "ResumeMismatchError"
-    assert "written with ZeRO stage 1, 2 processes, fp32, this run has ZeRO stage 1, 1 process, bf16; " in text
+    own = "this run has ZeRO stage 1, 1 process, precision=bf16; "
+    assert f"written with ZeRO stage 1, 2 processes, precision=32, {own}" in text
     assert "mmdistill convert" in text
     assert scenario["unchanged"]
 

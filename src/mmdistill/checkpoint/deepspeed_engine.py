@@ -220,18 +220,18 @@ def _precision(config: Any) -> str:
     for name in ("bf16", "bfloat16", "fp16"):
         entry = config.get(name) if isinstance(config, Mapping) else None
         if isinstance(entry, Mapping) and entry.get("enabled") is True:
-            return "fp16" if name == "fp16" else "bf16"
-    return "fp32"
+            return "16" if name == "fp16" else "bf16"
+    return "32"
 
 
 def _must_reslice(engine: Any, path: Path, model: Mapping[str, Any]) -> bool:
     """Whether the ZeRO stage or, from stage 1 on, the number of ranks differ. Raises if the precision differs."""
     config = model.get("ds_config")
     saved = (ZeroLayout(stage_in_config(config), int(model.get("dp_world_size") or 1)), _precision(config))
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
+    precision = "bf16" if engine.bfloat16_enabled() else "16" if engine.fp16_enabled() else "32"
     own = (_layout(engine), precision)
     if saved[1] != own[1]:
-        settings = [f"{layout}, {precision}" for layout, precision in (saved, own)]
+        settings = [f"{layout}, precision={precision}" for layout, precision in (saved, own)]
         raise ResumeMismatchError(
             f"{path}: written with {settings[0]}, this run has {settings[1]}; use the same precision, or "
             "load only the weights (`mmdistill convert` writes them as .safetensors)"

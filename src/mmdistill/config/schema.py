@@ -476,8 +476,8 @@ class DistillConfig(CommonConfig):
     run_name: str = "mmdistill"
     # component of the checkpoint that is evaluated
     eval_component: str = "student_rgb"
-    # other networks that are evaluated on the same episodes: random (an untrained encoder with the
-    # architecture and the modality of the scored network), random_MODALITY (the same for teacher_MODALITY),
+    # other networks that are evaluated on the same episodes: random (an untrained encoder with the architecture and the
+    # modality of the scored network), random_MODALITY (the same for teacher_MODALITY of a distilled checkpoint),
     # components of the checkpoint, paths of other checkpoints
     baselines: list[str] = field(default_factory=lambda: list(DEFAULT_BASELINES))
     # few-shot classifier: logistic | logistic_l2 | knn | knn_euclidean | centroid | centroid_centered |

@@ -283,6 +283,7 @@ def _validate_components(config: DistillConfig) -> None:
         if component.rpartition("_")[2] not in modality_names():
             raise ConfigError(
                 f"{key}={component}: a component's name ends with its modality, like student_rgb, teacher_flow"
+                f"{', or random_flow for an untrained encoder' if key == 'baselines' else ''}"
             )
 
 

@@ -145,7 +145,7 @@ def load_network(
         check_token_grid(encoder, specs[modality], data, path)
     except ConfigError as error:
         raise ConfigError(f"{error}{_training_dataset_hint(checkpoint, data)}") from error
-    name = name or (f"pretrained_{modality}" if component == "encoder" else component)
+    name = name or (_own_name(checkpoint, modality) if component == "encoder" else component)
     statistics, learned = stored_statistics(checkpoint.meta, modality), tuple(labeled_sources(checkpoint.meta))
     return Network(name, encoder, modality, str(path), statistics, learned, stored_pooling(checkpoint.meta))
 
@@ -159,6 +159,12 @@ def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> st
         f"; the checkpoint was trained on dataset {stored}, and the config selects dataset {data.name}: give the "
         "--config-name and dataset of the training"
     )
+
+
+def _own_name(checkpoint: Checkpoint, modality: str) -> str:
+    """Name of the only encoder of a checkpoint: an exported student keeps the name of its component."""
+    component = str(checkpoint.meta.get("component"))
+    return component if component.startswith("student_") else f"pretrained_{modality}"
 
 
 def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:
@@ -215,7 +221,7 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
         own_component = select_encoder(source.state_dict, None, path).component
         channels = {name: spec.channels for name, spec in modality_specs(data).items()}
         own_modality = _find_modality(source, own_component, None, channels)
-        own_name = f"pretrained_{own_modality}"
+        own_name = _own_name(source, own_modality)
         own_names = {own_component: own_name}  # component -> name in the outputs
         if ENCODER_EMA in source.components:
             own_names[ENCODER_EMA] = f"pretrained_ema_{own_modality}"
@@ -254,6 +260,7 @@ def load_networks(config: DistillConfig, source: Checkpoint) -> tuple[list[Netwo
                     network = _load_component(source, component, data)
                 if entry.startswith(RANDOM_PREFIX):
                     network = make_random_network(network, seed=config.seed, name=entry)
+                    messages.append(f"baselines: {entry} is an untrained encoder with the architecture of {component}")
                 networks.append(network)
             except (ConfigError, CheckpointError) as error:
                 if component in source.components or component not in references:

@@ -280,7 +280,7 @@ def method_stages(
         baselines: of the evaluation, without those students.
         prefix: text in front of the names of the stages.
     """
-    shared = (f"seed={seed}", *common)
+    shared = (f"seed={seed}", "precision=32", *common)  # the same numbers on each CPU
     runs = {m: output / f"pretrain_{m}" for m in BUILTIN_MODALITIES}
     stages = [
         Stage(f"{prefix}pretrain {m}", "pretrain", (f"modality={m}", *shared, *train, "resume=auto"), run_dir)

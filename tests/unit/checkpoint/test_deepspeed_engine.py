@@ -86,12 +86,12 @@ def test_metadata_that_is_not_json_serializable_fails_before_a_file_is_written(t
 @pytest.mark.parametrize(
     ("engine", "own"),
     [
-        (Engine(stage=1, world_size=2, bf16=True), "ZeRO stage 1, 2 processes, bf16"),
-        (Engine(stage=3, world_size=1, bf16=True), "ZeRO stage 3, 1 process, bf16"),
+        (Engine(stage=1, world_size=2, bf16=True), "ZeRO stage 1, 2 processes, precision=bf16"),
+        (Engine(stage=3, world_size=1, bf16=True), "ZeRO stage 3, 1 process, precision=bf16"),
     ],
 )
 def test_another_precision_is_one_error_that_names_both(engine: Engine, own: str) -> None:
-    message = f"written with ZeRO stage 1, 2 processes, fp32, this run has {own}; "
+    message = f"written with ZeRO stage 1, 2 processes, precision=32, this run has {own}; "
     with pytest.raises(ResumeMismatchError, match=message):
         load_deepspeed(engine, FIXTURES / "zero1-w2-fp32" / NAME)
     assert engine.loaded == []

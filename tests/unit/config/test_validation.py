@@ -273,7 +273,8 @@ DISTILL = [
     ),
     (
         "baselines=[random,teacher_b]",
-        "baselines=teacher_b: a component's name ends with its modality, like student_rgb, teacher_flow",
+        "baselines=teacher_b: a component's name ends with its modality, like student_rgb, teacher_flow, or random_flow"
+        " for an untrained encoder",
     ),
 ]
 

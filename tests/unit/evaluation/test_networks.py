@@ -113,13 +113,28 @@ def test_the_random_network_is_seeded_and_does_not_advance_the_global_generator(
 def test_untrained_encoder_of_a_teacher(distilled: Path) -> None:
     """`random_flow` has the architecture, the modality and the statistics of `teacher_flow`, and other weights."""
     baselines = "baselines=[random,teacher_flow,random_flow]"
-    networks = load_networks(make_config(baselines), read_checkpoint(distilled))[0]
+    networks, messages = load_networks(make_config(baselines), read_checkpoint(distilled))
     _, random, teacher, untrained = networks
+    assert messages == ["baselines: random_flow is an untrained encoder with the architecture of teacher_flow"]
     assert (random.modality, untrained.name, untrained.modality) == ("rgb", "random_flow", "flow")
     assert untrained.encoder.config == teacher.encoder.config
     assert untrained.statistics == teacher.statistics
     own, trained = untrained.encoder.state_dict(), teacher.encoder.state_dict()
     assert not torch.equal(own["blocks.0.attn.qkv.weight"], trained["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("component", "name"), [("student_rgb", "student_rgb"), ("encoder", "pretrained_rgb"), (None, "pretrained_rgb")]
+)
+def test_exported_student_keeps_its_name(
+    component: str | None, name: str, data: DataModuleConfig, tmp_path: Path
+) -> None:
+    """`export` stores the component."""
+    torch.save({"model": {f"encoder.{k}": v for k, v in encoder(3, 0).state_dict().items()}}, tmp_path / "student.pth")
+    source = read_checkpoint(tmp_path / "student.pth")
+    source.meta.update({} if component is None else {"component": component})
+    assert [network.name for network in load_networks(make_config("baselines=[]"), source)[0]] == [name]
+    assert load_network(source, data=data).name == name
 
 
 def test_another_pooling_than_that_of_the_training_is_logged(distilled: Path) -> None:
@@ -135,7 +150,7 @@ def test_another_pooling_than_that_of_the_training_is_logged(distilled: Path) ->
 def test_untrained_encoder_of_a_missing_teacher_is_an_error(distilled: Path) -> None:
     with pytest.raises(CheckpointError, match=r"baselines: .*no component 'teacher_skeleton'"):
         load_networks(make_config("baselines=[random_skeleton]"), read_checkpoint(distilled))
-    with pytest.raises(ConfigError, match="baselines=random_b: a component's name ends with its modality"):
+    with pytest.raises(ConfigError, match=r"baselines=random_b: .*, or random_flow for an untrained encoder"):
         make_config("baselines=[random_b]")
 
 
