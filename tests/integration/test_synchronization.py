@@ -50,6 +50,15 @@ class DeviceReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def autograd_without_gpu() -> None:
+    """The first backward pass of a process starts a thread per GPU, and fake tensors count as one.
+
+    Tests that run later in this process could then not fork.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 def _on_gpu(values: torch.Tensor) -> torch.Tensor:
     return values.to(GPU, non_blocking=True)
 
