@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mmdistill.checkpoint.errors import CheckpointError
-from mmdistill.checkpoint.formats.metadata import read_stored_meta
+from mmdistill.checkpoint.formats.metadata import exported_student, read_stored_meta
 from mmdistill.checkpoint.formats.names import (
     FILE_SUFFIXES,
     HUGGINGFACE_WEIGHTS,
@@ -183,8 +183,8 @@ def _check_safetensors(path: str) -> tuple[str, dict[str, Any], set[str]]:
     meta = meta if isinstance(meta, dict) else {}
     if any(name.startswith(("student_rgb.", "cmt.")) for name in names):
         return "", {"kind": "distill", **meta}, names
-    is_export = str(meta.get("component")).startswith("student")  # of one student, which is no teacher
-    return "", {**meta, "kind": "distill"} if is_export else meta, names
+    is_student = exported_student(meta) is not None  # which is no teacher
+    return "", {**meta, "kind": "distill"} if is_student else meta, names
 
 
 def _describe_file(entry: os.DirEntry[str]) -> CheckpointInfo | None:

@@ -23,12 +23,15 @@ class MaskSpec:
     mask_temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        self.sample(seeded_rng(0), np.ones(math.prod(self.grid)))  # checks the values
+        self._sample_any()  # checks the values
 
     @property
     def num_visible(self) -> int:
         """Number of visible tokens, which is that of every clip."""
-        return len(self.sample(seeded_rng(0), np.ones(math.prod(self.grid))))
+        return len(self._sample_any())
+
+    def _sample_any(self) -> np.ndarray:
+        return self.sample(seeded_rng(0), np.ones(math.prod(self.grid)))
 
     def sample(self, rng: np.random.Generator, weights: np.ndarray | None = None) -> np.ndarray:
         """The visible tokens of one clip, int64 [L_vis], sorted; `weights` are those of its tokens."""

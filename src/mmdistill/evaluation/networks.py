@@ -11,6 +11,7 @@ import torch
 from mmdistill.builders import check_joints, check_pooling, check_token_grid, token_grid
 from mmdistill.checkpoint import Checkpoint, CheckpointError, load_encoder_for_clips, open_checkpoint
 from mmdistill.checkpoint.errors import ComponentError, name_setting
+from mmdistill.checkpoint.formats.metadata import exported_student
 from mmdistill.checkpoint.keys import ENCODER_EMA
 from mmdistill.checkpoint.load import select_encoder
 from mmdistill.checkpoint.references import (
@@ -163,8 +164,7 @@ def _training_dataset_hint(checkpoint: Checkpoint, data: DataModuleConfig) -> st
 
 def _own_name(checkpoint: Checkpoint, modality: str) -> str:
     """Name of the only encoder of a checkpoint: an exported student keeps the name of its component."""
-    component = str(checkpoint.meta.get("component"))
-    return component if component.startswith("student_") else f"pretrained_{modality}"
+    return exported_student(checkpoint.meta) or f"pretrained_{modality}"
 
 
 def unknown_baseline(entry: str, components: Collection[str]) -> ConfigError:

@@ -4,6 +4,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,9 @@ def read_stored_meta(path: Path) -> dict[str, Any]:
     except Exception:  # a damaged pickle may raise anything
         return {}
     return meta if isinstance(meta, dict) else {}
+
+
+def exported_student(meta: Mapping[str, Any]) -> str | None:
+    """The component of a distilled checkpoint that a file of `export_student` contains; None for other files."""
+    component = str(meta.get("component"))
+    return component if component.startswith("student_") else None
